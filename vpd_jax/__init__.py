@@ -1,0 +1,1 @@
+"""Diffusion backbones for visual perception, in JAX."""

@@ -1,0 +1,85 @@
+"""Scaled dot-product attention: one function, four implementations."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from vpd_jax.types import Array
+
+Implementation = Literal["auto", "xla", "chunked", "cudnn", "splash"]
+IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn", "splash")
+CHUNK = 256  # queries per scan step: 8 heads x 256 x 4096 float32 scores are 32 MiB per image
+CHUNKED_FROM = 1024  # tokens from which "auto" cuts the queries on CPU
+
+
+def attention(query: Array, key: Array, value: Array, *, implementation: Implementation = "auto") -> Array:
+  """softmax(query key^T / sqrt(D)) value, softmax in float32 or wider.
+
+  Args:
+    query: float [B, N, heads, D].
+    key, value: float [B, M, heads, D].
+    implementation: "xla" keeps all scores; "chunked" scans over blocks of queries and recomputes them in the backward
+      pass, so that memory grows with N and not N^2; "cudnn" is the fused kernel on NVIDIA GPUs (float16, bfloat16);
+      "splash" the Pallas kernel on TPUs; "auto" takes "chunked" on CPU from 1024 queries on, else "xla".
+
+  Returns:
+    float [B, N, heads, D], the dtype of `query`.
+
+  Raises:
+    ValueError: unknown implementation.
+  """
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(f"attention={implementation!r} is unknown; choose one of {IMPLEMENTATIONS}.")
+  if implementation == "auto":
+    long = query.shape[1] >= CHUNKED_FROM
+    implementation = "chunked" if long and jax.default_backend() == "cpu" else "xla"
+  if implementation == "chunked":
+    return _chunked(query, key, value)
+  if implementation == "splash":
+    return _splash(query, key, value)
+  return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+
+
+def attention_with_map(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+  """Attention as above, and its probabilities averaged over the heads.
+
+  Returns:
+    float [B, N, heads, D] and float [B, N, M].
+
+  Source: VPD vpd/models.py register_attention_control (the mean over heads).
+  """
+  high = jnp.promote_types(query.dtype, jnp.float32)
+  scores = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=high) * query.shape[-1] ** -0.5
+  probabilities = jax.nn.softmax(scores, axis=-1)
+  out = jnp.einsum("bhnm,bmhd->bnhd", probabilities.astype(value.dtype), value)
+  return out, probabilities.mean(axis=1).astype(query.dtype)
+
+
+def _chunked(query: Array, key: Array, value: Array) -> Array:
+  """Blocks of queries in a `lax.scan`; the last block is filled with zeros, whose rows are cut off again."""
+  batch, tokens, heads, width = query.shape
+  count = -(-tokens // CHUNK)
+  padded = jnp.pad(query, ((0, 0), (0, count * CHUNK - tokens), (0, 0), (0, 0)))
+  blocks = padded.reshape(batch, count, CHUNK, heads, width).swapaxes(0, 1)  # [count, B, CHUNK, heads, D]
+
+  @jax.checkpoint
+  def step(_, block):
+    return None, jax.nn.dot_product_attention(block, key, value, implementation="xla")
+
+  _, out = jax.lax.scan(step, None, blocks)
+  return out.swapaxes(0, 1).reshape(batch, count * CHUNK, heads, width)[:, :tokens]  # [B, N, heads, D]
+
+
+def _splash(query: Array, key: Array, value: Array, *, interpret: bool = False) -> Array:
+  """The Pallas kernel for TPUs: no scores in memory. Widths are filled with zeros to its lanes of 128."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  tokens, heads, width = query.shape[1:]
+  lanes = -(-width // 128) * 128
+  pad = ((0, 0), (0, 0), (0, 0), (0, lanes - width))
+  q, k, v = (jnp.pad(x, pad).swapaxes(1, 2) for x in (query * width**-0.5, key, value))  # [B, heads, N, lanes]
+  full = masks.MultiHeadMask([masks.FullMask((tokens, key.shape[1])) for _ in range(heads)])
+  attend = kernel.make_splash_mha_single_device(mask=full, interpret=interpret)
+  return jax.vmap(attend)(q, k, v).swapaxes(1, 2)[..., :width].astype(query.dtype)  # [B, N, heads, D]

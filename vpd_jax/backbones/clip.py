@@ -1,0 +1,148 @@
+"""CLIP's text encoder, also in OpenCLIP's sizes.
+
+Source: Radford et al. 2021, https://arxiv.org/abs/2103.00020; transformers models/clip/modeling_clip.py.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vpd_jax.backbones import layers
+from vpd_jax.types import Array
+
+
+def quick_gelu(x: Array) -> Array:
+  """x * sigmoid(1.702 x), OpenAI's stand-in for GELU."""
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSizes:
+  """Sizes of a text encoder, as read from its config.
+
+  Attributes:
+    vocab_size, positions: rows of the two embedding tables.
+    width, layers, heads, mlp_width: of the transformer.
+    activation: "quick_gelu" (OpenAI) or "gelu" (OpenCLIP, SD 2.x).
+  """
+
+  vocab_size: int = 49408
+  width: int = 768
+  layers: int = 12
+  heads: int = 12
+  mlp_width: int = 3072
+  positions: int = 77
+  activation: str = "quick_gelu"
+
+
+class TextStates(NamedTuple):
+  """What the encoder gives.
+
+  Attributes:
+    last: float [B, N, D], after the final norm.
+    pooled: float [B, D], `last` at the first occurrence of the largest token id, the end of the text.
+    hidden: the states before each layer and after the last one, before the final norm.
+  """
+
+  last: Array
+  pooled: Array
+  hidden: tuple[Array, ...]
+
+
+class SelfAttention(nnx.Module):
+  """Multi-head attention with biases, under a mask."""
+
+  def __init__(self, width: int, heads: int, **kinds: Any):
+    self.heads = heads
+    self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nnx.Linear(width, width, **kinds) for _ in range(4))
+
+  def __call__(self, x: Array, mask: np.ndarray | None) -> Array:
+    split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # [B, N, heads, D]
+    query, key, value = (split(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+    mask = None if mask is None else jnp.asarray(mask)[None, None]
+    out = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
+    return self.out_proj(out.reshape(x.shape))
+
+
+class Mlp(nnx.Module):
+  """Two linear layers around the activation."""
+
+  def __init__(self, width: int, hidden: int, activation: str, **kinds: Any):
+    self.activation = activation
+    self.fc1, self.fc2 = nnx.Linear(width, hidden, **kinds), nnx.Linear(hidden, width, **kinds)
+
+  def __call__(self, x: Array) -> Array:
+    return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+class Layer(nnx.Module):
+  """Attention and MLP, each after a norm and with a skip."""
+
+  def __init__(self, width: int, heads: int, mlp_width: int, activation: str, **kinds: Any):
+    self.self_attn = SelfAttention(width, heads, **kinds)
+    self.layer_norm1 = layers.layer_norm(width, **kinds)
+    self.mlp = Mlp(width, mlp_width, activation, **kinds)
+    self.layer_norm2 = layers.layer_norm(width, **kinds)
+
+  def __call__(self, x: Array, mask: np.ndarray | None) -> Array:
+    x = x + self.self_attn(self.layer_norm1(x), mask)
+    return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nnx.Module):
+  """The stack of layers; returns the state before each and after the last."""
+
+  def __init__(self, count: int, width: int, heads: int, mlp_width: int, activation: str, **kinds: Any):
+    self.layers = nnx.List([Layer(width, heads, mlp_width, activation, **kinds) for _ in range(count)])
+
+  def __call__(self, x: Array, mask: np.ndarray | None) -> tuple[Array, ...]:
+    states = [x]
+    for layer in self.layers:
+      states.append(layer(states[-1], mask))
+    return tuple(states)
+
+
+class TextEmbeddings(nnx.Module):
+  """Token plus position."""
+
+  def __init__(self, sizes: TextSizes, **kinds: Any):
+    self.token_embedding = nnx.Embed(sizes.vocab_size, sizes.width, **kinds)
+    self.position_embedding = nnx.Embed(sizes.positions, sizes.width, **kinds)
+
+  def __call__(self, tokens: Array) -> Array:
+    return self.token_embedding(tokens) + self.position_embedding(jnp.arange(tokens.shape[1]))[None]
+
+
+class TextModel(nnx.Module):
+  """Embeddings, causal layers, final norm."""
+
+  def __init__(self, sizes: TextSizes, **kinds: Any):
+    self.embeddings = TextEmbeddings(sizes, **kinds)
+    self.encoder = Encoder(sizes.layers, sizes.width, sizes.heads, sizes.mlp_width, sizes.activation, **kinds)
+    self.final_layer_norm = layers.layer_norm(sizes.width, **kinds)
+
+  def __call__(self, tokens: Array) -> TextStates:
+    causal = np.tri(tokens.shape[1], dtype=bool)
+    hidden = self.encoder(self.embeddings(tokens), causal)
+    last = self.final_layer_norm(hidden[-1])
+    end = jnp.argmax(tokens, axis=1)
+    pooled = jnp.take_along_axis(last, end[:, None, None], axis=1)[:, 0]  # [B, D]
+    return TextStates(last, pooled, hidden)
+
+
+class ClipText(nnx.Module):
+  """CLIP's text tower. The attention mask of padding is not applied, as in the releases: only the causal one."""
+
+  def __init__(self, sizes: TextSizes, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+    self.text_model = TextModel(sizes, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+  def __call__(self, tokens: Array) -> TextStates:
+    """Encodes int [B, N] token ids, N at most `positions`, padded with the end-of-text id."""
+    return self.text_model(tokens)

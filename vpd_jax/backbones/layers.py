@@ -1,0 +1,190 @@
+"""Layers that behave as PyTorch's do where flax's defaults differ, one home for each.
+
+All take and return [B, H, W, C] or [B, N, C]. `kinds` stands for the keyword arguments dtype, param_dtype and rngs
+that every constructor takes.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vpd_jax.types import Array
+
+zeros = nnx.initializers.zeros_init()
+
+
+class SiLU(nnx.Module):
+  """x * sigmoid(x); stands in lists so that positions keep the source checkpoint's numbers."""
+
+  def __call__(self, x: Array) -> Array:
+    return jax.nn.silu(x)
+
+
+class GELU(nnx.Module):
+  """The exact erf form, PyTorch's default."""
+
+  def __call__(self, x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+class ReLU(nnx.Module):
+  """max(x, 0) with gradient 0 at 0."""
+
+  def __call__(self, x: Array) -> Array:
+    return jax.nn.relu(x)
+
+
+class Identity(nnx.Module):
+  """Place of a layer that does nothing here, such as a dropout of rate 0."""
+
+  def __call__(self, x: Array) -> Array:
+    return x
+
+
+def chain(layers: nnx.List, x: Array) -> Array:
+  """Applies the layers in order."""
+  for layer in layers:
+    x = layer(x)
+  return x
+
+
+def conv(in_width: int, out_width: int, size: int, *, stride: int = 1, padding: int | None = None, **kinds: Any) -> nnx.Conv:
+  """A square convolution with PyTorch's symmetric padding, by default the one that keeps the size at stride 1."""
+  pad = (size - 1) // 2 if padding is None else padding
+  return nnx.Conv(in_width, out_width, (size, size), strides=stride, padding=((pad, pad), (pad, pad)), **kinds)
+
+
+def group_norm(width: int, *, groups: int = 32, epsilon: float, **kinds: Any) -> nnx.GroupNorm:
+  """GroupNorm whose statistics are at least float32 whatever the dtype, as SD's GroupNorm32."""
+  return nnx.GroupNorm(width, num_groups=groups, epsilon=epsilon, use_fast_variance=False, **kinds)
+
+
+def layer_norm(width: int, **kinds: Any) -> nnx.LayerNorm:
+  """LayerNorm with PyTorch's epsilon of 1e-5."""
+  return nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, **kinds)
+
+
+class BatchNorm(nnx.Module):
+  """Batch normalisation over consecutive groups of images, with PyTorch's running statistics.
+
+  The released depth code keeps statistics per GPU, over the 3 images it holds; `group` is that number, whatever the
+  number of devices here. The running mean and variance move towards the mean over all groups of the group's mean and
+  unbiased variance. (The release keeps those of its first GPU only.)
+
+  Attributes:
+    use_running_average: normalise with the running statistics and leave them alone; set by `nnx.view` for evaluation.
+
+  Source: torch.nn.BatchNorm2d; VPD depth/train.py (DistributedDataParallel without SyncBatchNorm).
+  """
+
+  def __init__(self, width: int, *, group: int = 0, momentum: float = 0.1, epsilon: float = 1e-5, dtype: Any,
+               param_dtype: Any, rngs: nnx.Rngs):
+    """`group`: images per group, 0 for the whole batch; `momentum`: weight of the new statistics."""
+    del rngs
+    self.group, self.momentum, self.epsilon, self.dtype = group, momentum, epsilon, dtype
+    self.use_running_average = False
+    self.scale = nnx.Param(jnp.ones((width,), param_dtype))
+    self.bias = nnx.Param(jnp.zeros((width,), param_dtype))
+    self.mean = nnx.BatchStat(jnp.zeros((width,), param_dtype))
+    self.var = nnx.BatchStat(jnp.ones((width,), param_dtype))
+
+  def set_view(self, use_running_average: bool | None = None) -> None:
+    """Called by `nnx.view`: chooses between running and batch statistics.
+
+    Args:
+      use_running_average: True for evaluation; None leaves the choice as it is.
+    """
+    if use_running_average is not None:
+      self.use_running_average = use_running_average
+
+  def __call__(self, x: Array) -> Array:
+    high = jnp.promote_types(self.dtype, jnp.float32)
+    x = x.astype(high)
+    if self.use_running_average:
+      mean, var = (s[...].astype(high)[None, None, None] for s in (self.mean, self.var))
+      return self._scaled(x, mean, var)
+    group = self.group or x.shape[0]
+    if x.shape[0] % group:
+      raise ValueError(f"{x.shape[0]} images cannot be split into groups of {group} for batch normalisation.")
+    y = x.reshape(-1, group, *x.shape[1:])  # [G, B / G, H, W, C]
+    mean = y.mean(axis=(1, 2, 3), keepdims=True)
+    var = jnp.square(y - mean).mean(axis=(1, 2, 3), keepdims=True)
+    count = math.prod(y.shape[1:4])
+    self._move(self.mean, mean.mean(axis=(0, 1, 2, 3)))
+    self._move(self.var, var.mean(axis=(0, 1, 2, 3)) * (count / max(count - 1, 1)))
+    return self._scaled(y, mean, var).reshape(x.shape)  # [B, H, W, C]
+
+  def _move(self, stat: nnx.BatchStat, new: Array) -> None:
+    old = stat[...]
+    stat[...] = (old + self.momentum * (jax.lax.stop_gradient(new) - old)).astype(old.dtype)
+
+  def _scaled(self, x: Array, mean: Array, var: Array) -> Array:
+    shape = (1,) * (x.ndim - 1) + (-1,)
+    scale, bias = (p[...].astype(x.dtype).reshape(shape) for p in (self.scale, self.bias))
+    return ((x - mean) * jax.lax.rsqrt(var + self.epsilon) * scale + bias).astype(self.dtype)
+
+
+class ConvTranspose(nnx.Module):
+  """Transposed convolution cropped by `padding`, without bias, as torch.nn.ConvTranspose2d.
+
+  The kernel is kept [kh, kw, in, out]: out[s * i + a - padding] += x[i] @ kernel[a].
+  """
+
+  def __init__(self, in_width: int, out_width: int, size: int, *, stride: int = 2, padding: int = 0, kernel_init: Any,
+               dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+    """Output side: (input side - 1) * stride - 2 * padding + size."""
+    self.stride, self.padding, self.dtype = stride, padding, dtype
+    self.kernel = nnx.Param(kernel_init(rngs.params(), (size, size, in_width, out_width), param_dtype))
+
+  def __call__(self, x: Array) -> Array:
+    kernel = self.kernel[...].astype(self.dtype)
+    pad = kernel.shape[0] - 1 - self.padding
+    return jax.lax.conv_general_dilated(
+      x.astype(self.dtype), kernel[::-1, ::-1], (1, 1), ((pad, pad), (pad, pad)),
+      lhs_dilation=(self.stride, self.stride), dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # [B, s*H, s*W, out]
+
+
+def resize(x: Array, size: tuple[int, int], *, method: str = "bilinear") -> Array:
+  """Resizes [B, H, W, C] as torch.nn.functional.interpolate(align_corners=False) does: without antialiasing.
+
+  Args:
+    x: float [B, H, W, C].
+    size: (H, W) of the result.
+    method: "bilinear", or "nearest" with PyTorch's floor(i * in / out).
+  """
+  if x.shape[1:3] == size:
+    return x
+  if method == "nearest":
+    rows, columns = (np.arange(new) * old // new for new, old in zip(size, x.shape[1:3], strict=True))
+    return x[:, rows][:, :, columns]  # [B, *size, C]
+  shape = (x.shape[0], *size, x.shape[3])
+  high = jnp.promote_types(x.dtype, jnp.float32)
+  return jax.image.resize(x.astype(high), shape, "linear", antialias=False).astype(x.dtype)  # [B, *size, C]
+
+
+def timestep_embedding(timesteps: int | Array, width: int) -> Array:
+  """Sinusoidal embedding of diffusion timesteps, cosines first, always float32.
+
+  Args:
+    timesteps: one whole number, or int [B].
+    width: even number of channels.
+
+  Returns:
+    float32 [1, width] or [B, width].
+
+  Source: CompVis ldm/modules/diffusionmodules/util.py timestep_embedding.
+  """
+  half = width // 2
+  # On the host, each stage rounded once to float32: the device's exp, cos and sin differ from PyTorch's by up to 1e-5.
+  exponents = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half)
+  frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+  if isinstance(timesteps, (int, np.integer)):
+    angles = (np.float32(timesteps) * frequencies)[None].astype(np.float64)
+    return jnp.asarray(np.concatenate([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32))
+  angles = timesteps.astype(jnp.float32)[:, None] * frequencies[None]
+  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

@@ -1,0 +1,97 @@
+"""Between nnx models, which live inside traced functions only, and flat {name: array} dicts, which live everywhere else.
+
+The one file that touches nnx's graph functions; also the one home of per-name rules.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from vpd_jax.types import Buffer, Named
+
+
+class Parts(NamedTuple):
+  """What a model is made of, without any array.
+
+  Attributes:
+    graphdef: nnx's description of the modules.
+    paths: nnx path of every array by name.
+    shapes: shape and dtype of every array by name.
+    params, buffers, stats: the names by kind: trainable, never trained, running statistics.
+  """
+
+  graphdef: nnx.GraphDef
+  paths: dict[str, tuple[Any, ...]]
+  shapes: dict[str, jax.ShapeDtypeStruct]
+  params: frozenset[str]
+  buffers: frozenset[str]
+  stats: frozenset[str]
+
+  def merge(self, *arrays: Named) -> nnx.Module:
+    """The model holding `arrays`, for use inside one traced function; variables are copies, so statistics may change."""
+    named = {name: value for part in arrays for name, value in part.items()}
+    missing, unknown = self.paths.keys() - named.keys(), named.keys() - self.paths.keys()
+    if missing or unknown:
+      raise ValueError(f"arrays do not fit the model: missing {sorted(missing)[:5]}, unknown {sorted(unknown)[:5]}.")
+    state = nnx.from_flat_state([(path, named[name]) for name, path in self.paths.items()])
+    return nnx.merge(self.graphdef, state, copy=True)
+
+
+def _leaves(state: nnx.State) -> list[tuple[str, tuple[Any, ...], nnx.Variable]]:
+  return [("/".join(map(str, path)), path, leaf) for path, leaf in nnx.to_flat_state(state)]
+
+
+def describe(build: Callable[[], nnx.Module]) -> Parts:
+  """Names, shapes and kinds of the arrays of the model that `build` makes, without allocating any of them."""
+  graphdef, state = nnx.split(nnx.eval_shape(build))
+  leaves = _leaves(state)
+  known = (nnx.Param, Buffer, nnx.BatchStat)
+  strange = [name for name, _, leaf in leaves if not isinstance(leaf, known)]
+  if strange:
+    raise TypeError(f"the model holds state that no checkpoint keeps: {strange}; use Param, Buffer or BatchStat.")
+  params, buffers, stats = (frozenset(name for name, _, leaf in leaves if isinstance(leaf, kind)) for kind in known)
+  shapes = {name: jax.ShapeDtypeStruct(leaf.get_value().shape, leaf.get_value().dtype) for name, _, leaf in leaves}
+  return Parts(graphdef, {name: path for name, path, _ in leaves}, shapes, params, buffers, stats)
+
+
+def initialize(build: Callable[[], nnx.Module], names: Iterable[str]) -> Named:
+  """Fresh values of the named arrays; what is not named is not computed."""
+  wanted = frozenset(names)
+  if not wanted:
+    return {}
+  return jax.jit(lambda: {name: leaf.get_value() for name, _, leaf in _leaves(nnx.state(build())) if name in wanted})()
+
+
+def stats(model: nnx.Module) -> Named:
+  """The running statistics that a forward pass in training has left in `model`."""
+  return {name: leaf.get_value() for name, _, leaf in _leaves(nnx.state(model, nnx.BatchStat))}
+
+
+def assign(names: Iterable[str], rules: Sequence[tuple[str, Any]], *, field: str) -> dict[str, Any]:
+  """One value per name: of the first rule whose pattern is found in "/" + name.
+
+  Args:
+    names: full names; the leading slash lets a pattern such as "/unet/" name a whole level.
+    rules: ordered (regular expression, value) pairs.
+    field: name of the config option that holds the rules, for the message.
+
+  Raises:
+    ValueError: a name matches no rule or a rule matches no name; lists all of them.
+  """
+  found, used = {}, set()
+  for name in names:
+    for pattern, value in rules:
+      if re.search(pattern, "/" + name):
+        found.setdefault(name, value)
+        used.add(pattern)
+  homeless = sorted(set(names) - found.keys())
+  idle = [pattern for pattern, _ in rules if pattern not in used]
+  if homeless or idle:
+    raise ValueError(
+      f"{field}: {len(homeless)} arrays match no rule {homeless[:10]}; rules that match no array: {idle}. "
+      "Add a rule, or remove or correct the idle one."
+    )
+  return found

@@ -1,0 +1,104 @@
+"""The data types that flow: Example -> Batch -> Features -> Outputs -> Rows, and the state of a run."""
+
+from typing import Any, NamedTuple, Protocol
+
+import flax.struct
+import jax
+import numpy as np
+from flax import nnx
+
+Array = jax.Array
+Example = dict[str, np.ndarray]  # one image: "image" uint8 [H, W, 3], "depth" float32 [H, W] metres, ...
+Batch = dict[str, Array]  # stacked, plus "real" bool [B]: False for rows that only fill the last batch
+Outputs = dict[str, Array]  # what a head returns: "depth" | "logits", "aux_logits" | "heatmaps"
+Rows = dict[str, np.ndarray]  # one measurement per example, [N, ...], on the host
+Named = dict[str, Array]  # arrays by full name: "method/unet/input_blocks/1/0/in_layers/2/kernel"
+
+
+class Features(NamedTuple):
+  """What a method hands to its neck, and a neck to its head.
+
+  Attributes:
+    maps: float [B, h, w, C] each, finest first; strides and widths are stated by method and neck.
+    context: float [B, N, D], the tokens the UNet attended to in its last pass.
+    image_size: static (H, W) of the image before any padding or resizing by the method.
+  """
+
+  maps: tuple[Array, ...]
+  context: Array
+  image_size: tuple[int, int]
+
+
+class Branch(NamedTuple):
+  """One pass of the batch through method, neck and head; the loss is the weighted sum over branches."""
+
+  name: str
+  weight: float
+
+
+class Loss(NamedTuple):
+  """Loss of one group of images.
+
+  Attributes:
+    value: float [], finite also where nothing is valid.
+    weight: float [], 1, or 0 for a group that has nothing to learn from; the mean over groups is weighted by it.
+    logs: further scalars for the log.
+  """
+
+  value: Array
+  weight: Array
+  logs: dict[str, Array]
+
+
+class Buffer(nnx.Variable):
+  """An array that belongs to the model and its checkpoints but is never trained, whatever the config says.
+
+  Class vectors, and tensors of a release that no computation uses and that an export must write back.
+  """
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything a step reads and writes, and everything a checkpoint holds.
+
+  Attributes:
+    step: int32 [], number of finished steps.
+    params: trained arrays by name.
+    frozen: arrays that get no gradient and no decay: VAE, class vectors, tensors the release never trains.
+    stats: running batch statistics.
+    opt_state: of the optax chain, moments keyed like `params`.
+    ema: running mean of `params`, or None.
+  """
+
+  step: Array
+  params: Named
+  frozen: Named
+  stats: Named
+  opt_state: Any
+  ema: Named | None = None
+
+
+class Method(Protocol):
+  """Image and prompt to features; one per paper. Source of `strides` and `widths`: the four SD maps."""
+
+  needs: frozenset[str]  # keys of a Batch
+  strides: tuple[int, ...]
+  widths: tuple[int, ...]
+  needs_prompts: bool
+
+  def prepare(self, example: Example) -> Example: ...  # host transform after the data set's own
+  def branches(self, training: bool) -> tuple[Branch, ...]: ...
+  def __call__(self, batch: Batch, *, branch: str) -> Features: ...
+
+
+class Task(Protocol):
+  """What is learned and how it is scored. All methods are pure; nothing here knows the network."""
+
+  needs: frozenset[str]  # keys of a Batch
+  output: dict[str, Any]  # what every head of this task must be told: maximum depth, number of classes
+  best: tuple[str, str]  # the score that chooses the best checkpoint, and "min" or "max"
+
+  def loss(self, outputs: Outputs, batch: Batch) -> Loss: ...  # one group of images
+  def predict(self, outputs: Outputs) -> Array: ...  # depth | label scores | heatmaps
+  def measure(self, prediction: Array, batch: Batch) -> dict[str, Array]: ...  # [B, ...] each
+  def summarize(self, rows: Rows) -> dict[str, float]: ...  # host, numpy
