@@ -24,6 +24,11 @@ def weights(setup: str, size: str = "tiny", seed: int = 0) -> dict[str, np.ndarr
   return {e["name"]: fill.weight(e.get("alias_of") or e["name"], e["shape"], seed) for e in entries}
 
 
+def is_noise(setup: str, name: str) -> bool:
+  """Whether the true gradient of this parameter is zero and only rounding moves it, so that Adam's steps mean nothing."""
+  return name in json.loads((GOLDEN / f"zero_gradient.{setup}.json").read_text())
+
+
 def golden(file: str) -> dict[str, np.ndarray]:
   """All arrays of tests/golden/<file>."""
   with np.load(GOLDEN / file) as arrays:

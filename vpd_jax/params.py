@@ -17,12 +17,14 @@ class Parts(NamedTuple):
   """What a model is made of, without any array.
 
   Attributes:
+    model: the modules with shapes in place of arrays; for what a method or head says of itself.
     graphdef: nnx's description of the modules.
     paths: nnx path of every array by name.
     shapes: shape and dtype of every array by name.
     params, buffers, stats: the names by kind: trainable, never trained, running statistics.
   """
 
+  model: nnx.Module
   graphdef: nnx.GraphDef
   paths: dict[str, tuple[Any, ...]]
   shapes: dict[str, jax.ShapeDtypeStruct]
@@ -46,7 +48,8 @@ def _leaves(state: nnx.State) -> list[tuple[str, tuple[Any, ...], nnx.Variable]]
 
 def describe(build: Callable[[], nnx.Module]) -> Parts:
   """Names, shapes and kinds of the arrays of the model that `build` makes, without allocating any of them."""
-  graphdef, state = nnx.split(nnx.eval_shape(build))
+  model = nnx.eval_shape(build)
+  graphdef, state = nnx.split(model)
   leaves = _leaves(state)
   known = (nnx.Param, Buffer, nnx.BatchStat)
   strange = [name for name, _, leaf in leaves if not isinstance(leaf, known)]
@@ -54,7 +57,7 @@ def describe(build: Callable[[], nnx.Module]) -> Parts:
     raise TypeError(f"the model holds state that no checkpoint keeps: {strange}; use Param, Buffer or BatchStat.")
   params, buffers, stats = (frozenset(name for name, _, leaf in leaves if isinstance(leaf, kind)) for kind in known)
   shapes = {name: jax.ShapeDtypeStruct(leaf.get_value().shape, leaf.get_value().dtype) for name, _, leaf in leaves}
-  return Parts(graphdef, {name: path for name, path, _ in leaves}, shapes, params, buffers, stats)
+  return Parts(model, graphdef, {name: path for name, path, _ in leaves}, shapes, params, buffers, stats)
 
 
 def initialize(build: Callable[[], nnx.Module], names: Iterable[str]) -> Named:

@@ -1,5 +1,6 @@
 """The data types that flow: Example -> Batch -> Features -> Outputs -> Rows, and the state of a run."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import flax.struct
@@ -79,16 +80,22 @@ class TrainState:
 
 
 class Method(Protocol):
-  """Image and prompt to features; one per paper. Source of `strides` and `widths`: the four SD maps."""
+  """Image and prompt to features; one per paper.
 
-  needs: frozenset[str]  # keys of a Batch
+  Attributes:
+    needs: keys of a Batch it reads besides "image" (or "latents", where they are ready).
+    strides, widths: of the maps it gives, finest first.
+    prepare: host transform that runs after the data set's own; a plain function, for it travels to the data workers.
+  """
+
+  needs: frozenset[str]
   strides: tuple[int, ...]
   widths: tuple[int, ...]
-  needs_prompts: bool
 
-  def prepare(self, example: Example) -> Example: ...  # host transform after the data set's own
+  prepare: Callable[[Example], Example]
+
   def branches(self, training: bool) -> tuple[Branch, ...]: ...
-  def __call__(self, batch: Batch, *, branch: str) -> Features: ...
+  def __call__(self, batch: Batch, *, training: bool) -> Features: ...  # len(branches) * B rows, branch by branch
 
 
 class Task(Protocol):

@@ -4,6 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vpd_jax.types import Array
 
@@ -38,7 +39,9 @@ def attention(query: Array, key: Array, value: Array, *, implementation: Impleme
     return _chunked(query, key, value)
   if implementation == "splash":
     return _splash(query, key, value)
-  return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+  if implementation == "cudnn":
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+  return _weighted(_probabilities(query, key), value)
 
 
 def attention_with_map(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
@@ -49,11 +52,30 @@ def attention_with_map(query: Array, key: Array, value: Array) -> tuple[Array, A
 
   Source: VPD vpd/models.py register_attention_control (the mean over heads).
   """
+  probabilities = _probabilities(query, key)
+  return _weighted(probabilities, value), probabilities.mean(axis=1).astype(query.dtype)
+
+
+def masked_attention(query: Array, key: Array, value: Array, mask: np.ndarray) -> Array:
+  """Attention where `mask`, bool [N, M], says which keys a query may see."""
+  return _weighted(_probabilities(query, key, mask), value)
+
+
+def _probabilities(query: Array, key: Array, mask: np.ndarray | None = None) -> Array:
+  """softmax(query key^T / sqrt(D)): float32 or wider [B, heads, N, M].
+
+  Not jax.nn.dot_product_attention, whose softmax is float32 even for float64 inputs.
+  """
   high = jnp.promote_types(query.dtype, jnp.float32)
   scores = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=high) * query.shape[-1] ** -0.5
-  probabilities = jax.nn.softmax(scores, axis=-1)
-  out = jnp.einsum("bhnm,bmhd->bnhd", probabilities.astype(value.dtype), value)
-  return out, probabilities.mean(axis=1).astype(query.dtype)
+  if mask is not None:
+    scores = jnp.where(jnp.asarray(mask)[None, None], scores, jnp.finfo(high).min)
+  return jax.nn.softmax(scores, axis=-1)
+
+
+def _weighted(probabilities: Array, value: Array) -> Array:
+  """The values under the probabilities: [B, N, heads, D]."""
+  return jnp.einsum("bhnm,bmhd->bnhd", probabilities.astype(value.dtype), value)
 
 
 def _chunked(query: Array, key: Array, value: Array) -> Array:
@@ -65,7 +87,7 @@ def _chunked(query: Array, key: Array, value: Array) -> Array:
 
   @jax.checkpoint
   def step(_, block):
-    return None, jax.nn.dot_product_attention(block, key, value, implementation="xla")
+    return None, _weighted(_probabilities(block, key), value)
 
   _, out = jax.lax.scan(step, None, blocks)
   return out.swapaxes(0, 1).reshape(batch, count * CHUNK, heads, width)[:, :tokens]  # [B, N, heads, D]

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from vpd_jax.backbones import layers
+from vpd_jax.backbones.attention import attention, masked_attention
 from vpd_jax.types import Array
 
 
@@ -66,8 +67,7 @@ class SelfAttention(nnx.Module):
   def __call__(self, x: Array, mask: np.ndarray | None) -> Array:
     split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # [B, N, heads, D]
     query, key, value = (split(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
-    mask = None if mask is None else jnp.asarray(mask)[None, None]
-    out = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
+    out = attention(query, key, value) if mask is None else masked_attention(query, key, value, mask)
     return self.out_proj(out.reshape(x.shape))
 
 

@@ -45,10 +45,10 @@ class Identity(nnx.Module):
     return x
 
 
-def chain(layers: nnx.List, x: Array) -> Array:
-  """Applies the layers in order."""
+def chain(layers: nnx.List, x: Array, *, training: bool = False) -> Array:
+  """Applies the layers in order; batch normalisation is told whether this is training."""
   for layer in layers:
-    x = layer(x)
+    x = layer(x, training=training) if isinstance(layer, BatchNorm) else layer(x)
   return x
 
 
@@ -75,9 +75,6 @@ class BatchNorm(nnx.Module):
   number of devices here. The running mean and variance move towards the mean over all groups of the group's mean and
   unbiased variance. (The release keeps those of its first GPU only.)
 
-  Attributes:
-    use_running_average: normalise with the running statistics and leave them alone; set by `nnx.view` for evaluation.
-
   Source: torch.nn.BatchNorm2d; VPD depth/train.py (DistributedDataParallel without SyncBatchNorm).
   """
 
@@ -86,25 +83,16 @@ class BatchNorm(nnx.Module):
     """`group`: images per group, 0 for the whole batch; `momentum`: weight of the new statistics."""
     del rngs
     self.group, self.momentum, self.epsilon, self.dtype = group, momentum, epsilon, dtype
-    self.use_running_average = False
     self.scale = nnx.Param(jnp.ones((width,), param_dtype))
     self.bias = nnx.Param(jnp.zeros((width,), param_dtype))
     self.mean = nnx.BatchStat(jnp.zeros((width,), param_dtype))
     self.var = nnx.BatchStat(jnp.ones((width,), param_dtype))
 
-  def set_view(self, use_running_average: bool | None = None) -> None:
-    """Called by `nnx.view`: chooses between running and batch statistics.
-
-    Args:
-      use_running_average: True for evaluation; None leaves the choice as it is.
-    """
-    if use_running_average is not None:
-      self.use_running_average = use_running_average
-
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Array, *, training: bool) -> Array:
+    """Normalises [B, H, W, C]: with the statistics of each group in training, which also moves the running ones."""
     high = jnp.promote_types(self.dtype, jnp.float32)
     x = x.astype(high)
-    if self.use_running_average:
+    if not training:
       mean, var = (s[...].astype(high)[None, None, None] for s in (self.mean, self.var))
       return self._scaled(x, mean, var)
     group = self.group or x.shape[0]

@@ -1,0 +1,164 @@
+"""Kinds of sources, our own directory, and the script."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+import tracemalloc
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tests import oracle, tiny
+from tests.convert import test_released
+from vpd_jax import assemble
+from vpd_jax.convert import files, load, released, rules, write
+
+SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "convert_checkpoint.py"
+
+
+def named_arrays():
+  rng = np.random.default_rng(0)
+  return {
+    "method/unet/a/kernel": rng.normal(size=(3, 3, 2, 4)).astype(np.float32),
+    "method/vae/b/scale": rng.normal(size=(5,)).astype(ml_dtypes.bfloat16),
+    "method/gamma": np.float32(2) * np.ones(()),
+  }
+
+
+def described(named):
+  return {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in named.items()}
+
+
+def report(table):
+  return rules.Report(table, {"a": "method/unet/a/kernel"}, {"x": "unused"}, ("neck/x",), step=7)
+
+
+@pytest.mark.parametrize("part_bytes", [1, 1 << 28])
+def test_our_directory_gives_back_what_was_saved(tmp_path, monkeypatch, part_bytes):
+  monkeypatch.setattr(load, "PART_BYTES", part_bytes)
+  load.save(tmp_path / "w", named_arrays(), report("compvis"), {"v1.ckpt": "00"})
+  assert load.detect(tmp_path / "w") == "ours"
+  assert len(list((tmp_path / "w" / "arrays").iterdir())) == (3 if part_bytes == 1 else 1)
+  named, back = load.load_pretrained(tmp_path / "w", described(named_arrays()))
+  assert back.step == 7 and back.table == "ours, from compvis"
+  for name, value in named_arrays().items():
+    assert (named[name].dtype, named[name].tobytes()) == (value.dtype, value.tobytes())
+
+
+def test_the_manifest_says_where_weights_come_from(tmp_path):
+  load.save(tmp_path / "w", named_arrays(), report("compvis"), {"v1.ckpt": "00"})
+  content = load.manifest(tmp_path / "w")
+  counts = {"table": "compvis", "step": 7, "used": 1, "dropped": 1, "fresh": ["neck/x"], "arrays": 3}
+  assert counts.items() <= content.items()
+  assert content["files"] == {"v1.ckpt": "00"} and set(content["versions"]) == set(load.PACKAGES)
+
+
+def test_only_a_directory_from_stable_diffusion_may_leave_something_fresh(tmp_path):
+  wanted = described(named_arrays()) | described({"neck/x": np.ones(2, np.float32)})
+  for table in ("compvis", "released:vpd_depth"):
+    load.save(tmp_path / table, named_arrays(), report(table), {})
+  assert load.load_pretrained(tmp_path / "compvis", wanted)[1].fresh == ("neck/x",)
+  with pytest.raises(rules.ConversionError, match="1 are filled by nothing and may not stay fresh: neck/x"):
+    load.load_pretrained(tmp_path / "released:vpd_depth", wanted)
+
+
+def test_a_failed_save_leaves_no_directory_under_the_name(tmp_path, monkeypatch):
+  def fail(*_, **__):
+    raise OSError("disk full")
+
+  with monkeypatch.context() as patched:
+    patched.setattr(ocp.Checkpointer, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+      load.save(tmp_path / "w", named_arrays(), report("compvis"), {})
+  assert not (tmp_path / "w").exists()
+  load.save(tmp_path / "w", named_arrays(), report("compvis"), {})
+  assert os.listdir(tmp_path) == ["w"]
+  with pytest.raises(ValueError, match="exists already"):
+    load.save(tmp_path / "w", named_arrays(), report("compvis"), {})
+
+
+def test_unknown_sources_are_refused_in_one_line(tmp_path):
+  (tmp_path / "folder").mkdir()
+  write.write(tmp_path / "x.safetensors", {"a.weight": np.ones(2, np.float32)})
+  (tmp_path / "bad" / "arrays").mkdir(parents=True)
+  (tmp_path / "bad" / "manifest.json").write_text("{}")
+  for name, message in {
+    "absent": "does not exist; give a diffusers folder",
+    "folder": "is a folder without unet/ and vae/",
+    "x.safetensors": r"holds names of no known kind, like \['a.weight'\]",
+    "bad": "is not the manifest of converted weights",
+  }.items():
+    with pytest.raises(ValueError, match=message) as caught:
+      load.load_pretrained(tmp_path / name, {})
+    assert "\n" not in str(caught.value)
+
+
+def test_source_files_are_named_with_their_sha256(tmp_path):
+  write.write(tmp_path / "x.safetensors", {"a": np.ones(2, np.float32)})
+  digest = hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
+  assert load.source_files(tmp_path / "x.safetensors") == {"x.safetensors": digest}
+  for part in ("unet", "vae"):
+    write.write(tmp_path / "sd" / part / "diffusion_pytorch_model.safetensors", {"a": np.ones(2, np.float32)})
+  assert load.source_files(tmp_path / "sd") == dict.fromkeys(
+    (f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")), digest
+  )
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+  """A tiny release, and the shapes it fills."""
+  path = tmp_path_factory.mktemp("release") / "vpd.pth"
+  write.write(path, test_released.state_dict())
+  return path
+
+
+def test_loading_takes_less_than_twice_the_file(release):
+  shapes = tiny.depth_shapes()
+  load.load_pretrained(release, shapes)  # Imports and caches are not the loader's.
+  tracemalloc.start()
+  named, _ = load.load_pretrained(release, shapes)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert sum(array.nbytes for array in named.values()) <= peak < 1.5 * release.stat().st_size
+
+
+def run(monkeypatch, *arguments):
+  """The script in this process, sparing it the tracing of the model."""
+  monkeypatch.setattr(assemble, "model_shapes", lambda config: tiny.depth_shapes())
+  monkeypatch.setattr(
+    sys, "argv", ["convert_checkpoint.py", "--config=configs/nyu_depth.py:tiny", *map(str, arguments)]
+  )
+  spec = importlib.util.spec_from_file_location("convert_checkpoint", SCRIPT)
+  script = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(script)
+  script.main()
+
+
+def test_the_script_goes_there_and_back_bit_for_bit(tmp_path, release, monkeypatch, capsys):
+  run(monkeypatch, f"--source={release}", f"--output={tmp_path / 'ours'}")
+  assert "released:vpd_depth: 835 tensors used, 0 arrays left fresh" in capsys.readouterr().out
+  assert load.manifest(tmp_path / "ours")["files"] == load.source_files(release)
+  entries = json.dumps(oracle.manifest("vpd_depth"))
+  (tmp_path / "manifest.json").write_text(entries)
+  for extra in ((), (f"--manifest={tmp_path / 'manifest.json'}",)):
+    run(monkeypatch, f"--source={tmp_path / 'ours'}", f"--output={tmp_path / 'back.pth'}", "--reverse", *extra)
+    back = files.open_file(tmp_path / "back.pth").tensors
+    state = test_released.state_dict()
+    assert list(back) == list(state)
+    assert all(np.asarray(back[name]).tobytes() == value.tobytes() for name, value in state.items())
+
+
+def test_the_script_fails_in_one_line(tmp_path, monkeypatch):
+  with pytest.raises(SystemExit, match="convert_checkpoint: init.pretrained=.*does not exist"):
+    run(monkeypatch, f"--source={tmp_path / 'absent'}", f"--output={tmp_path / 'x'}")
+
+
+def test_every_kind_has_its_table():
+  assert {kind.removeprefix("released:") for kind in load.KINDS if ":" in kind} == set(released.TABLES)
+  assert released.SIGNS.keys() == released.TABLES.keys()

@@ -1,0 +1,187 @@
+"""The authors' VPD depth checkpoint: in, and out again."""
+
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from tests import oracle
+from tests.convert import pth
+from vpd_jax.convert import files, load, released, rules, write
+
+STEP = 12345
+
+
+def layout(name: str, value: np.ndarray) -> np.ndarray:
+  """PyTorch's layout -> ours, restated."""
+  if value.ndim == 4:
+    return value.transpose(2, 3, 0, 1) if "deconv" in name and ".weight" in name else value.transpose(2, 3, 1, 0)
+  return value.T if value.ndim == 2 and name.endswith(".weight") else value
+
+
+def state_dict(size: str = "tiny") -> dict[str, np.ndarray]:
+  counted = {
+    n: np.asarray(STEP) for n in (e["name"] for e in oracle.manifest("vpd_depth", size)) if n.endswith("tracked")
+  }
+  return oracle.weights("vpd_depth", size) | counted
+
+
+@pytest.fixture(scope="module")
+def state():
+  return state_dict()
+
+
+@pytest.fixture(scope="module")
+def targets(state):
+  """Shapes of the tiny model, from the manifest alone: this tests names only through the pairs below."""
+  shapes = {}
+  for name, value in state.items():
+    for rule in released.vpd_depth():
+      if isinstance(rule, rules.Rule) and (found := rule.to_target(name, value.ndim)):
+        shapes[found[0]] = jax.ShapeDtypeStruct(layout(name, value).shape, np.float32)
+  return shapes
+
+
+PAIRS = {
+  "encoder.gamma": "method/gamma",
+  "encoder.class_embeddings": "method/class_vectors",
+  "encoder.text_adapter.fc.2.weight": "method/text_adapter/fc/2/kernel",
+  "encoder.encoder_vq.post_quant_conv.weight": "method/vae/post_quant_conv/kernel",
+  "encoder.encoder_vq.encoder.down.0.block.0.norm1.weight": "method/vae/encoder/down/0/block/0/norm1/scale",
+  "encoder.encoder_vq.encoder.mid.attn_1.q.weight": "method/vae/encoder/mid/attn_1/q/kernel",
+  "encoder.unet.unet.diffusion_model.time_embed.0.weight": "method/unet/time_embed/0/kernel",
+  "encoder.unet.unet.diffusion_model.input_blocks.1.0.in_layers.0.weight": "method/unet/input_blocks/1/0/in_layers/0/scale",
+  "encoder.unet.unet.diffusion_model.input_blocks.1.1.proj_in.weight": "method/unet/input_blocks/1/1/proj_in/kernel",
+  "encoder.unet.unet.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_out.0.weight": (
+    "method/unet/input_blocks/1/1/transformer_blocks/0/attn1/to_out/0/kernel"
+  ),
+  "encoder.layer1.1.bias": "neck/layer1/1/bias",
+  "encoder.layer2.0.weight": "neck/layer2/0/kernel",
+  "encoder.out_layer.1.weight": "neck/out_layer/1/scale",
+  "decoder.deconv_layers.0.weight": "head/deconv_layers/0/kernel",
+  "decoder.deconv_layers.1.running_mean": "head/deconv_layers/1/mean",
+  "decoder.conv_layers.0.weight": "head/conv_layers/0/kernel",
+  "decoder.conv_layers.1.running_var": "head/conv_layers/1/var",
+  "last_layer_depth.2.weight": "head/last_layer_depth/2/kernel",
+}
+
+
+@pytest.mark.parametrize("wrap", ["module", "model", "bare"])
+def test_a_release_fills_the_model(tmp_path, state, targets, wrap):
+  prefix = "module." if wrap == "module" else ""
+  content = {prefix + name: pth.tensor(value) for name, value in state.items()}
+  path = pth.write_zip(
+    tmp_path / "vpd.pth", content if wrap == "bare" else {"model": content, "optimizer": {"state": {}}}
+  )
+  assert load.detect(path) == "released:vpd_depth"
+  named, report = load.load_pretrained(path, targets)
+  assert named.keys() == targets.keys() and report.fresh == () and report.step == STEP
+  for source, target in PAIRS.items():
+    np.testing.assert_array_equal(named[target], layout(source, state[source]), err_msg=source)
+
+
+def test_every_name_of_ours_has_its_own_pair(targets):
+  assert len(targets) == 835  # 839 entries, 4 of them counters
+  assert {name.split("/")[1] for name in targets} == {
+    *("gamma", "class_vectors", "text_adapter", "unet", "vae"),
+    *("layer1", "layer2", "out_layer", "deconv_layers", "conv_layers", "last_layer_depth"),
+  }
+
+
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_the_export_is_the_release_bit_for_bit(tmp_path, state, targets, ending):
+  table = released.vpd_depth()
+  named, _ = rules.convert(state, table, targets)
+  exported = rules.export(named, table, oracle.manifest("vpd_depth"), STEP)
+  write.write(tmp_path / f"out{ending}", exported)
+  back = files.open_file(tmp_path / f"out{ending}").tensors
+  assert list(back) == list(state)
+  for name, value in state.items():
+    read = np.asarray(back[name])
+    assert (read.dtype, read.shape, read.tobytes()) == (value.dtype, value.shape, value.tobytes()), name
+
+
+@pytest.mark.parametrize("size", ["tiny", "full"])
+def test_the_table_implies_the_authors_manifest(size):
+  entries, table = oracle.manifest("vpd_depth", size), released.vpd_depth()
+  shapes = {}
+  for entry in entries:
+    value = np.broadcast_to(np.float32(0), entry["shape"])
+    for rule in table:
+      if isinstance(rule, rules.Rule) and (found := rule.to_target(entry["name"], value.ndim)):
+        shapes[found[0]] = jax.ShapeDtypeStruct(layout(entry["name"], value).shape, np.float32)
+  implied = released.manifest(dict(sorted(shapes.items())), table)
+  assert implied == [{key: entry[key] for key in ("name", "shape", "dtype")} for entry in entries]
+
+
+def test_a_release_must_fill_everything(tmp_path, state, targets):
+  partial = {name: pth.tensor(value) for name, value in state.items() if "last_layer" not in name}
+  path = pth.write_zip(tmp_path / "vpd.pth", partial | {"decoder.extra.weight": pth.tensor(np.ones(2, np.float32))})
+  with pytest.raises(rules.ConversionError) as caught:
+    load.load_pretrained(path, targets)
+  message = str(caught.value)
+  assert "1 match no rule: decoder.extra.weight [2]" in message
+  assert "4 are filled by nothing and may not stay fresh: head/last_layer_depth/0/kernel" in message
+  assert "without effect (the source lacks what they describe): last_layer_depth" in message
+
+
+@pytest.mark.reference
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_torch_loads_the_export_strictly(tmp_path, state, targets):
+  import torch
+
+  table = released.vpd_depth()
+  named, _ = rules.convert(state, table, targets)
+  write.write(tmp_path / "out.pth", rules.export(named, table, oracle.manifest("vpd_depth"), STEP))
+  loaded = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
+  module = skeleton(torch, oracle.manifest("vpd_depth"))
+  assert list(loaded) == list(module.state_dict()) == list(state)
+  module.load_state_dict(loaded, strict=True)
+  for name, value in module.state_dict().items():
+    assert value.numpy().tobytes() == state[name].tobytes(), name
+
+
+@pytest.mark.reference
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_files_of_torch_itself_are_read(tmp_path, state, targets, zipped):
+  import torch
+
+  module = skeleton(torch, oracle.manifest("vpd_depth"))
+  module.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in state.items()})
+  optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+  content = {"model": {f"module.{n}": v for n, v in module.state_dict().items()}, "optimizer": optimizer.state_dict()}
+  content |= {"args": _Arguments(), "rng": torch.get_rng_state(), "device": torch.device("cpu"), "dtype": torch.float16}
+  torch.save(content, tmp_path / "last.ckpt", _use_new_zipfile_serialization=zipped)
+  named, _ = load.load_pretrained(tmp_path / "last.ckpt", targets)
+  for source, target in PAIRS.items():
+    np.testing.assert_array_equal(named[target], layout(source, state[source]), err_msg=source)
+
+
+class _Arguments:
+  """A training object that a file may hold; it must not be made."""
+
+  def __setstate__(self, state):
+    os.abort()
+
+  def __getstate__(self):
+    return {"lr": 1}
+
+
+def skeleton(torch, entries):
+  """A module with exactly the entries of a manifest, in its order."""
+  root = torch.nn.Module()
+  for entry in entries:
+    *path, leaf = entry["name"].split(".")
+    module = root
+    for part in path:
+      if part not in module._modules:
+        module.add_module(part, torch.nn.Module())
+      module = module._modules[part]
+    value = torch.zeros(entry["shape"], dtype=getattr(torch, entry["dtype"]))
+    if entry["kind"] == "buffer":
+      module.register_buffer(leaf, value)
+    else:
+      module.register_parameter(leaf, torch.nn.Parameter(value))
+  return root

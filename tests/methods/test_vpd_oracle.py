@@ -1,0 +1,157 @@
+"""VPD depth against the authors' code: outputs, taps, loss, gradients, statistics, five steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import oracle, tiny
+from tests.golden import fill
+from vpd_jax import assemble, train
+from vpd_jax.backbones import unet
+from vpd_jax.convert import released, rules
+from vpd_jax.tasks.depth import silog
+
+UNET = "encoder.unet.unet.diffusion_model."
+FULL = ("last_layer_depth.2.weight", "last_layer_depth.2.bias", "last_layer_depth.0.bias", "encoder.gamma",
+        "encoder.text_adapter.fc.2.bias")
+
+
+@pytest.fixture(scope="module")
+def arrays():
+  return oracle.golden("vpd_depth.tiny.npz")
+
+
+@pytest.fixture(scope="module")
+def setup():
+  product = assemble.assemble(tiny.depth_config())
+  return product, tiny.train_state(product, tiny.depth_weights())
+
+
+def batch_of(arrays, dtype=jnp.float32):
+  return {"image": jnp.asarray(arrays["input/image"].transpose(0, 2, 3, 1), dtype),
+          "depth": jnp.asarray(arrays["input/depth"], dtype),
+          "class_id": jnp.asarray(arrays["input/class_ids"], jnp.int32)}
+
+
+def everything(state):
+  return state.params, state.frozen, state.stats
+
+
+@pytest.fixture(scope="module")
+def forward(setup, arrays):
+  """Outputs in eval mode, and the results of the parts under the authors' names."""
+  product, state = setup
+  original = unet.UNet._run
+
+  @jax.jit
+  def run(named, batch):
+    taps, blocks = {}, []
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(unet.UNet, "_run", lambda self, *args: (blocks.append(original(self, *args)), blocks[-1])[1])
+      model = product.parts.merge(*named)
+      features = model.method(batch, training=False)
+    down = len(model.method.unet.input_blocks)
+    for i, (x, _) in enumerate(blocks):
+      name = f"input_blocks.{i}" if i < down else "middle_block" if i == down else f"output_blocks.{i - down - 1}"
+      taps[f"tap/unet.{name}"] = x
+    taps["tap/text_adapter"] = features.context
+    fused = model.neck(features._replace(image_size=(128, 128)))
+    taps["tap/out_layer"] = fused.maps[0]
+    outputs = model.head(model.neck(features), training=False)
+    return taps, outputs["depth"]
+
+  return run(everything(state), batch_of(arrays))
+
+
+def test_taps_are_the_authors(forward, arrays):
+  taps, _ = forward
+  for name, value in taps.items():
+    oracle.compare(value if value.ndim == 3 else oracle.nchw(value), arrays,
+                   name + ("@stride" if f"{name}@stride" not in arrays and name not in arrays else ""), 1e-5)
+
+
+def test_depth_is_the_authors(forward, arrays):
+  oracle.compare(forward[1][:, None], arrays, "output/pred_d", 1e-5)
+  loss, _ = silog(forward[1], batch_of(arrays)["depth"])
+  np.testing.assert_allclose(loss, arrays["output/eval_loss"], atol=2e-5)
+
+
+@pytest.mark.parametrize("name, side, seed", [("pred_d_nopad", 128, 1000), ("pred_d_352branch", 160, 2000)])
+def test_other_published_sizes_are_the_authors(setup, arrays, name, side, seed):
+  product, state = setup
+  image = fill.uniform("input/image", (1, 3, side, side), seed).transpose(0, 2, 3, 1)
+  batch = {"image": jnp.asarray(image), "class_id": jnp.asarray(fill.integers("input/class_ids", (1,), 27, seed), jnp.int32)}
+  depth = jax.jit(lambda named, batch: product.parts.merge(*named)(batch, training=False))(everything(state), batch)
+  oracle.compare(depth["depth"][:, None], arrays, f"output/{name}", 1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained(setup, arrays):
+  return run_steps(*setup, batch_of(arrays))
+
+
+def run_steps(product, state, batch):
+  """Gradients, the states before and after each of five steps, their logs; network and optimizer compiled once."""
+  gradients = jax.jit(train.make_gradients(product, loss_group=0, accumulation=1))
+  update = jax.jit(train.make_update(product))
+  states, logs, first = [state], [], None
+  for _ in range(5):
+    result = gradients(*everything(states[-1]), batch)
+    first = first or result
+    state, log = update(states[-1], *result)
+    states.append(state)
+    logs.append(jax.device_get(log))
+  return {"grads": rules.to_source(first[0], released.vpd_depth()), "loss": first[1], "stats": first[3], "states": states,
+          "logs": logs}
+
+
+def check_gradients(grads, arrays, limit):
+  names = [str(n) for n in arrays["train/grad_names"]]
+  assert set(names) == set(grads)
+  total = float(arrays["train/grad_total_l2"])
+  worst = 0.0
+  for name, l2, probe in zip(names, arrays["train/grad_l2"], arrays["train/grad_probe"], strict=True):
+    g = np.asarray(grads[name], np.float64)
+    along = fill.normal("probe/" + name, g.shape, 0).astype(np.float64)
+    worst = max(worst, abs(np.linalg.norm(g) - l2) / total, abs((g * along).sum() - probe) / total)
+  assert worst < limit, f"{worst:.2e} of the total norm, limit {limit:.0e}"
+  return worst
+
+
+def test_loss_in_training_is_the_authors(trained, arrays):
+  np.testing.assert_allclose(trained["loss"], arrays["train/loss"], atol=2e-5)
+
+
+def test_every_gradient_is_the_authors(trained, arrays):
+  check_gradients(trained["grads"], arrays, 1e-3)
+  assert arrays["train/no_grad_names"].size == 0
+  for name in FULL:
+    expected = arrays[f"train/grad/{name}"]
+    np.testing.assert_allclose(trained["grads"][name], expected, atol=2e-2 * np.abs(expected).max())
+
+
+def test_batch_statistics_move_as_the_authors(trained, arrays):
+  after = rules.to_source(trained["stats"], released.vpd_depth())
+  for name, value in after.items():
+    np.testing.assert_allclose(value, arrays[f"train/bn_after/{name}"], atol=1e-5, rtol=1e-5)
+  assert len(after) == 8
+
+
+def test_five_steps_follow_the_authors_losses_and_rates(trained, arrays):
+  losses = [log["train/loss"] for log in trained["logs"]]
+  np.testing.assert_allclose(losses, arrays["trace/loss"], atol=1e-4)
+  groups = {str(n): i for i, n in enumerate(arrays["trace/group_names"])}
+  for i, log in enumerate(trained["logs"]):
+    expected = arrays["trace/lr"][i]
+    unet_rates = [expected[g] for n, g in groups.items() if n.startswith("layer_0")]
+    rest_rates = [expected[g] for n, g in groups.items() if n.startswith("layer_1")]
+    np.testing.assert_allclose([log["lr/unet"]] * 2, unet_rates, rtol=1e-5)
+    np.testing.assert_allclose([log["lr/rest"]] * 2, rest_rates, rtol=1e-5)
+
+
+def test_frozen_arrays_do_not_move(trained):
+  first, last = trained["states"][0], trained["states"][-1]
+  assert any("/vae/" in "/" + n for n in first.frozen) and "method/class_vectors" in first.frozen
+  for name, value in first.frozen.items():
+    np.testing.assert_array_equal(value, last.frozen[name])

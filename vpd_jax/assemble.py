@@ -1,0 +1,174 @@
+"""Config to objects: the only place where method, neck, head, task and data set meet.
+
+ConfigDict ends here: sections become keyword arguments.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from vpd_jax import inference, necks, optim
+from vpd_jax import params as params_lib
+from vpd_jax.backbones.attention import IMPLEMENTATIONS
+from vpd_jax.backbones.clip import TextSizes
+from vpd_jax.backbones.unet import UNetSizes
+from vpd_jax.backbones.vae import VaeSizes
+from vpd_jax.data import nyu, rooms
+from vpd_jax.heads import deconv
+from vpd_jax.methods import vpd
+from vpd_jax.model import PerceptionModel
+from vpd_jax.tasks import depth
+
+METHODS = {"vpd": vpd.Vpd}
+NECKS = {"fusion": necks.Fusion}
+HEADS = {"deconv": deconv.Deconv}
+TASKS = {"depth": depth.Depth}
+DATASETS = {"nyu": nyu.Nyu, "rooms": rooms.Rooms}
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+NOT_OF_THE_DATASET = ("name", "batch_size", "workers")
+NOT_OF_THE_METHOD = ("name", "class_vectors")
+
+
+class Product(NamedTuple):
+  """What a config stands for, before any array is allocated.
+
+  Attributes:
+    build: makes the model; only called under tracing.
+    parts: names, shapes and kinds of its arrays.
+    task: loss and scores.
+    groups: learning-rate and decay multiplier of every trainable array, and what is frozen.
+    rate: learning rate by optimizer step.
+    optimizer: the optax chain.
+    classes: names of the classes the prompt knows, by class id.
+    keys: what a Batch must hold, "image" first.
+  """
+
+  build: Callable[[], nnx.Module]
+  parts: params_lib.Parts
+  task: Any
+  groups: optim.Groups
+  rate: optim.Schedule
+  optimizer: Any
+  classes: tuple[str, ...]
+  keys: tuple[str, ...]
+
+  @property
+  def method(self) -> Any:
+    """The method, with shapes in place of arrays."""
+    return self.parts.model.method
+
+
+def _look_up(table: dict[str, Any], section: ConfigDict, field: str) -> Any:
+  if section.name not in table:
+    raise ValueError(f"config.{field}.name={section.name!r} is unknown; choose one of {sorted(table)}.")
+  return table[section.name]
+
+
+def _rest(section: ConfigDict, without: tuple[str, ...] = ("name",)) -> dict[str, Any]:
+  return {key: value for key, value in section.items() if key not in without}
+
+
+def dtype(config: ConfigDict, field: str) -> Any:
+  """The dtype named by `config.dtype` or `config.param_dtype`.
+
+  Raises:
+    ValueError: unknown word; float64 without JAX_ENABLE_X64, or for one of the two only.
+  """
+  word = config[field]
+  if word not in DTYPES:
+    raise ValueError(f"config.{field}={word!r} is unknown; choose one of {sorted(DTYPES)}.")
+  if "float64" in (config.dtype, config.param_dtype):
+    if config.dtype != config.param_dtype:
+      raise ValueError(f"float64 is for both or neither: config.dtype={config.dtype!r}, "
+                       f"config.param_dtype={config.param_dtype!r}.")
+    if not jax.config.jax_enable_x64:
+      raise ValueError(f"config.{field}='float64' needs JAX_ENABLE_X64=1 in the environment.")
+  return DTYPES[word]
+
+
+def sizes(config: ConfigDict) -> tuple[UNetSizes, VaeSizes, TextSizes]:
+  """Sizes of the three backbones; 0 heads, or a head width of 0, means "not this one"."""
+  unet = dict(config.backbone.unet) | {key: config.backbone.unet[key] or None for key in ("num_heads", "head_width")}
+  return UNetSizes(**unet), VaeSizes(**config.backbone.vae), TextSizes(**config.backbone.text)
+
+
+def _builder(config: ConfigDict, task: Any, classes: tuple[str, ...]) -> Callable[[], nnx.Module]:
+  """A function that makes the model with fresh parameters of `config.seed`."""
+  unet, vae, _ = sizes(config)
+  if config.backbone.attention not in IMPLEMENTATIONS:
+    raise ValueError(f"config.backbone.attention={config.backbone.attention!r} is unknown; choose one of {IMPLEMENTATIONS}.")
+  method = functools.partial(_look_up(METHODS, config.method, "method"), unet=unet, vae=vae, classes=len(classes),
+                             attention=config.backbone.attention, remat=config.backbone.remat,
+                             **_rest(config.method, NOT_OF_THE_METHOD))
+  neck = functools.partial(_look_up(NECKS, config.neck, "neck"), **_rest(config.neck))
+  head = functools.partial(_look_up(HEADS, config.head, "head"), norm_group=config.optim.norm_group,
+                           **_rest(config.head), **task.output)
+  types = {"dtype": dtype(config, "dtype"), "param_dtype": dtype(config, "param_dtype")}
+
+  def build() -> nnx.Module:
+    kinds = {**types, "rngs": nnx.Rngs(config.seed)}
+    m = method(**kinds)
+    n = neck(m.widths, m.strides, **kinds)
+    return PerceptionModel(m, n, head(n.widths, n.strides, **kinds))
+
+  return build
+
+
+def assemble(config: ConfigDict) -> Product:
+  """Looks the names up, builds the model without arrays, resolves every per-name rule.
+
+  Raises:
+    ValueError: in one line, for an unknown name, an option of the wrong kind, a rule without effect, parts that do not
+      fit each other, groups that do not fit the batch.
+  """
+  task = _look_up(TASKS, config.task, "task")(**_rest(config.task))
+  data = _look_up(DATASETS, config.data, "data")
+  build = _builder(config, task, data.classes)
+  parts = params_lib.describe(build)
+  inference.parse(config.eval.test_time)
+  _check_groups(config, parts)
+  groups = optim.groups(parts.params, config.optim.lr_groups, config.optim.decay_groups)
+  rate = optim.schedule(**config.optim.schedule, lr=config.optim.lr)
+  optimizer = optim.optimizer(rate, groups, **{k: config.optim[k] for k in ("decay", "b1", "b2", "epsilon", "clip_norm")})
+  keys = ("image", *sorted(task.needs | parts.model.method.needs))
+  return Product(build, parts, task, groups, rate, optimizer, tuple(data.classes), keys)
+
+
+def _check_groups(config: ConfigDict, parts: params_lib.Parts) -> None:
+  """Groups of batch statistics and loss must cut every micro-batch into whole groups."""
+  batch, accumulation = config.data.batch_size, config.optim.accumulation
+  if accumulation < 1 or batch % accumulation:
+    raise ValueError(f"config.optim.accumulation={accumulation} must divide config.data.batch_size={batch}.")
+  for field in ("norm_group", "loss_group"):
+    group = config.optim[field]
+    if not group and accumulation > 1 and (field == "loss_group" or parts.stats):
+      raise ValueError(f"config.optim.{field}=0, the whole batch, cannot be accumulated over {accumulation} parts; "
+                       f"set it to a divisor of {batch // accumulation}, or config.optim.accumulation=1.")
+    if group and (batch // accumulation) % group:
+      raise ValueError(f"config.optim.{field}={group} must divide the {batch // accumulation} images of "
+                       f"{'a part of the' if accumulation > 1 else 'the'} batch.")
+
+
+def dataset(config: ConfigDict, product: Product) -> Any:
+  """The data set, its files found.
+
+  Raises:
+    ValueError: files missing, or what method and task need is not what it provides.
+  """
+  made = DATASETS[config.data.name](**_rest(config.data, NOT_OF_THE_DATASET))
+  missing = sorted(set(product.keys) - made.provides)
+  if missing:
+    raise ValueError(f"method {config.method.name!r} and task {config.task.name!r} need {missing}, but data set "
+                     f"{config.data.name!r} provides {sorted(made.provides)}.")
+  return made
+
+
+def model_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shape and dtype of every array of the model, by name."""
+  return assemble(config).parts.shapes

@@ -1,0 +1,1 @@
+"""Foreign weights -> {our name: array}, and back."""

@@ -1,0 +1,179 @@
+"""The files foreign weights come in, as {name: tensor}; names, shapes and dtypes at once, numbers when asked for.
+
+A diffusers folder (one sub-folder per network), a single .safetensors, a CompVis .ckpt, an authors' .pth.
+"""
+
+import hashlib
+import json
+import math
+import pathlib
+import struct
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from vpd_jax.convert import pickles
+from vpd_jax.convert.raw import RawTensor, contiguous
+
+SAFETENSORS = {
+  "F64": np.float64,
+  "F32": np.float32,
+  "F16": np.float16,
+  "BF16": ml_dtypes.bfloat16,
+  "F8_E4M3": ml_dtypes.float8_e4m3fn,
+  "F8_E5M2": ml_dtypes.float8_e5m2,
+  "I64": np.int64,
+  "I32": np.int32,
+  "I16": np.int16,
+  "I8": np.int8,
+  "U64": np.uint64,
+  "U32": np.uint32,
+  "U16": np.uint16,
+  "U8": np.uint8,
+  "BOOL": np.bool_,
+}
+WRAPPERS = ("state_dict", "model")
+# What a folder of diffusers or transformers may call its weights, in order of preference.
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+SUFFIXES = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
+NOT_WEIGHTS = {
+  b"version https://git-lfs": "a git-lfs pointer; run 'git lfs pull' beside it",
+  b"<": "a web page, left by a failed download; fetch the file again",
+}
+
+
+class Weights(NamedTuple):
+  """What a source holds.
+
+  Attributes:
+    tensors: by their own names, `module.` in front of all of them removed.
+    files: the files they lie in.
+    others: entries beside the tensors that are none, with what they are.
+  """
+
+  tensors: dict[str, RawTensor]
+  files: tuple[pathlib.Path, ...]
+  others: dict[str, str]
+
+
+def open_file(path: str | pathlib.Path) -> Weights:
+  """Weights of a single file of any known format; told by its first bytes, not by its name.
+
+  Raises:
+    ValueError: a missing, truncated or unknown file, or one without weights; one line.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise ValueError(f"{path} is not a file; give a .safetensors, .ckpt or .pth file.")
+  with path.open("rb") as file:
+    head = file.read(64)
+  if head[8:9] == b"{":
+    return Weights(_without_module(_read_safetensors(path)), (path,), {})
+  if head[:2] in (b"PK", b"\x80\x02"):
+    tensors, others = _unwrap(pickles.read(path), path)
+    return Weights(_without_module(tensors), (path,), others)
+  if not head:
+    raise ValueError(f"{path} is an empty file; fetch it again.")
+  for start, what in NOT_WEIGHTS.items():
+    if head.lstrip().startswith(start):
+      raise ValueError(f"{path} is {what}.")
+  raise ValueError(
+    f"{path} is not a checkpoint (it begins with {head[:8]!r}); give a .safetensors, .ckpt or .pth file."
+  )
+
+
+def open_folder(path: str | pathlib.Path, parts: tuple[str, ...]) -> Weights:
+  """Weights of some networks of a diffusers folder; the network's name stands in front: `unet.conv_in.weight`.
+
+  Raises:
+    ValueError: a network without a readable file of weights; one line.
+  """
+  tensors, files, others = {}, [], {}
+  for part in parts:
+    for file in _weight_files(pathlib.Path(path) / part):
+      weights = open_file(file)
+      tensors |= {f"{part}.{name}" if part else name: tensor for name, tensor in weights.tensors.items()}
+      others |= {f"{part}.{name}" if part else name: kind for name, kind in weights.others.items()}
+      files.append(file)
+  return Weights(tensors, tuple(files), others)
+
+
+def read_config(path: str | pathlib.Path) -> dict[str, Any]:
+  """A network's config.json."""
+  path = pathlib.Path(path) / "config.json"
+  try:
+    config = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise ValueError(f"{path} cannot be read ({error}); complete the folder.") from error
+  if not isinstance(config, dict):
+    raise ValueError(f"{path} holds no JSON object; complete the folder.")
+  return config
+
+
+def sha256(path: str | pathlib.Path) -> str:
+  """Of a file's content, in hexadecimal."""
+  with pathlib.Path(path).open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The file of weights of one network, or its shards."""
+  for suffix in SUFFIXES:
+    for stem in STEMS:
+      if (folder / (stem + suffix)).is_file():
+        return [folder / (stem + suffix)]
+      index = folder / f"{stem}{suffix}.index.json"
+      if index.is_file():
+        return [folder / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+  held = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "nothing: it does not exist"
+  raise ValueError(f"{folder} holds no PyTorch weights ({held}); complete it with diffusion_pytorch_model.safetensors.")
+
+
+def _read_safetensors(path: pathlib.Path) -> dict[str, RawTensor]:
+  """Source: https://github.com/huggingface/safetensors, section Format."""
+  size = path.stat().st_size
+  try:
+    with path.open("rb") as file:
+      length = struct.unpack("<Q", file.read(8))[0]
+      if length > size - 8:
+        raise ValueError("its header is cut off")
+      header = json.loads(file.read(length))
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    return {name: _entry(path, 8 + length, size, entry) for name, entry in entries.items()}
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(f"{path} is damaged or not a safetensors file ({error}); fetch it again.") from error
+
+
+def _entry(path: pathlib.Path, base: int, size: int, entry: dict[str, Any]) -> RawTensor:
+  dtype, shape = np.dtype(SAFETENSORS[entry["dtype"]]), tuple(entry["shape"])
+  begin, end = entry["data_offsets"]
+  if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+    raise ValueError(f"shape {list(shape)} does not fit the bytes {begin} to {end}")
+  if base + end > size:
+    raise ValueError(f"{base + end - size} bytes are missing at its end")
+  return RawTensor(path, base + begin, dtype, shape, contiguous(shape))
+
+
+def _unwrap(content: Any, path: pathlib.Path) -> tuple[dict[str, RawTensor], dict[str, str]]:
+  """(tensors, other entries) of a state dict, bare or under one of the usual keys."""
+  found = content
+  if isinstance(content, dict):
+    found = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
+  entries = found if isinstance(found, dict) else {}
+  tensors = {str(name): value for name, value in entries.items() if isinstance(value, RawTensor)}
+  if not tensors:
+    held = list(entries)[:5] if entries else type(content).__name__
+    raise ValueError(
+      f"{path} holds no weights by name, but {held}; save it with torch.save(model.state_dict(), ...), "
+      f"bare or under one of {list(WRAPPERS)}."
+    )
+  others = {str(name): type(value).__name__ for name, value in entries.items() if str(name) not in tensors}
+  return tensors, others
+
+
+def _without_module(tensors: dict[str, RawTensor]) -> dict[str, RawTensor]:
+  """Names without the `module.` that DistributedDataParallel puts before every one."""
+  if all(name.startswith("module.") for name in tensors):
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+  return tensors

@@ -1,0 +1,209 @@
+"""Weights from anywhere: `config.init.pretrained` -> {name: array}; and our own converted directory.
+
+A converted directory holds `arrays/<part>` (orbax) and `manifest.json`: where they came from and what was done.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from vpd_jax.convert import clip, files, released, stable_diffusion
+from vpd_jax.convert.rules import COUNTER, Report, Same, convert
+
+KINDS = ("diffusers", "compvis", *(f"released:{name}" for name in released.TABLES), "ours")
+ACCEPTED = (
+  "a diffusers folder (unet/ and vae/), a CompVis .ckpt or .safetensors, the authors' .pth, "
+  "or a directory written by scripts/convert_checkpoint.py"
+)
+# Arrays that no Stable Diffusion source holds.
+OUTSIDE_SD = (r"^/(?!method/(unet|vae)/)",)
+PACKAGES = ("vpd_jax", "jax", "numpy", "orbax-checkpoint", "ml_dtypes")
+PART_BYTES = 1 << 28  # Orbax copies what it saves: saved in parts, the copy stays small.
+
+
+def detect(path: str | epath.PathLike) -> str:
+  """The kind of a source of weights, one of KINDS.
+
+  Raises:
+    ValueError: nothing there, or none of these kinds; one line.
+  """
+  return _open(path)[0]
+
+
+def load_pretrained(
+  path: str | epath.PathLike, targets: Mapping[str, Any], fresh: Iterable[str] = OUTSIDE_SD
+) -> tuple[dict[str, np.ndarray], Report]:
+  """Weights of any kind in our names, on the host.
+
+  Args:
+    path: see ACCEPTED.
+    targets: shape and dtype by name of every array of the model: trained, frozen and statistics.
+    fresh: regular expressions, found in "/" + name, of what a Stable Diffusion source need not hold. The authors'
+      checkpoints must fill everything.
+
+  Returns:
+    The arrays found, in the dtypes of `targets`, and a report with what stays fresh.
+
+  Raises:
+    ValueError: an unknown or damaged source, or (ConversionError) one that does not fit; everything at once.
+  """
+  kind, weights = _open(path)
+  if weights is None:
+    saved = manifest(path)
+    allowed = () if saved["table"].startswith("released:") else fresh
+    named, report = convert(_restore(path), [Same()], targets, fresh=allowed, table=f"ours, from {saved['table']}")
+    return named, dataclasses.replace(report, step=saved["step"])
+  if kind.startswith("released:"):
+    rules, fresh = released.TABLES[kind.removeprefix("released:")](), ()
+  elif kind == "compvis":
+    rules = stable_diffusion.compvis(targets)
+  else:
+    rules = stable_diffusion.diffusers(weights.tensors, targets)
+  named, report = convert(weights.tensors, rules, targets, fresh=fresh, table=kind)
+  counts = [int(np.asarray(tensor)) for name, tensor in weights.tensors.items() if name.endswith(f".{COUNTER}")]
+  return named, dataclasses.replace(_with_others(report, weights), step=max(counts, default=0))
+
+
+def load_text_encoder(path: str | epath.PathLike, targets: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], Report]:
+  """CLIP's text encoder out of a diffusers folder, a folder of its own, a CompVis file or a single file.
+
+  Args:
+    path: the source.
+    targets: shape and dtype by name of every array of the encoder.
+
+  Raises:
+    ValueError: as `load_pretrained`; also a source without a text encoder.
+  """
+  folder = pathlib.Path(path)
+  if folder.is_dir():
+    inner = folder / "text_encoder"
+    weights = files.open_folder(inner if inner.is_dir() else folder, ("",))
+  else:
+    weights = files.open_file(folder)
+  try:
+    rules = clip.text(weights.tensors)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+  named, report = convert(weights.tensors, rules, targets, table="text encoder")
+  return named, _with_others(report, weights)
+
+
+def source_files(path: str | epath.PathLike) -> dict[str, str]:
+  """{file name: sha256} of the files that `load_pretrained` reads; of our own directory, those it was made from."""
+  kind, weights = _open(path)
+  if weights is None:
+    return manifest(path)["files"]
+  root = pathlib.Path(path) if kind == "diffusers" else pathlib.Path(path).parent
+  return {file.relative_to(root).as_posix(): files.sha256(file) for file in weights.files}
+
+
+def save(
+  output: str | epath.PathLike, named: Mapping[str, np.ndarray], report: Report, sources: Mapping[str, str]
+) -> None:
+  """Writes a converted directory; it appears under its name only when it is complete.
+
+  Args:
+    output: must not exist yet.
+    named: arrays by our names.
+    report: of the conversion.
+    sources: {file name: sha256}.
+
+  Raises:
+    ValueError: where `output` exists.
+  """
+  output = _absolute(output)
+  if output.exists():
+    raise ValueError(f"output={str(output)!r} exists already; choose another name or remove it.")
+  unfinished = output.parent / f"{output.name}.unfinished"
+  if unfinished.exists():
+    unfinished.rmtree()
+  (unfinished / "arrays").mkdir(parents=True)
+  for i, part in enumerate(_parts(named)):
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+      writer.save(unfinished / "arrays" / f"{i:03}", args=ocp.args.PyTreeSave(part))
+  content = {
+    "table": report.table,
+    "step": report.step,
+    "files": dict(sources),
+    "used": len(report.used),
+    "dropped": len(report.dropped),
+    "fresh": list(report.fresh),
+    "arrays": len(named),
+    "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+  }
+  (unfinished / "manifest.json").write_text(json.dumps(content, indent=1))
+  unfinished.rename(output)
+
+
+def manifest(path: str | epath.PathLike) -> dict[str, Any]:
+  """manifest.json of a converted directory.
+
+  Raises:
+    ValueError: where it is not one of ours.
+  """
+  file = epath.Path(path) / "manifest.json"
+  try:
+    content = json.loads(file.read_text())
+    return content | {"table": str(content["table"]), "step": int(content["step"])}
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{file} is not the manifest of converted weights ({error}); convert them again.") from error
+
+
+def _open(path: str | epath.PathLike) -> tuple[str, files.Weights | None]:
+  """(kind, tensors) of a source, nothing read yet; None for a directory of ours."""
+  folder = epath.Path(path)
+  if not folder.exists():
+    raise ValueError(f"init.pretrained={str(path)!r} does not exist; give {ACCEPTED}.")
+  if (folder / "manifest.json").exists() and (folder / "arrays").is_dir():
+    return "ours", None
+  if (folder / "unet").is_dir() and (folder / "vae").is_dir():
+    return "diffusers", files.open_folder(path, ("unet", "vae"))
+  if folder.is_dir():
+    raise ValueError(f"init.pretrained={str(path)!r} is a folder without unet/ and vae/; give {ACCEPTED}.")
+  weights = files.open_file(path)
+  signs = {sign: f"released:{name}" for name, sign in released.SIGNS.items()} | {"model.diffusion_model.": "compvis"}
+  for sign, kind in signs.items():
+    if any(name.startswith(sign) for name in weights.tensors):
+      return kind, weights
+  held = list(weights.tensors)[:3]
+  raise ValueError(f"init.pretrained={str(path)!r} holds names of no known kind, like {held}; give {ACCEPTED}.")
+
+
+def _with_others(report: Report, weights: files.Weights) -> Report:
+  """The report, with the entries that are no tensors among what was dropped."""
+  others = {name: f"not a tensor, but {kind}" for name, kind in weights.others.items()}
+  return dataclasses.replace(report, dropped=report.dropped | others)
+
+
+def _parts(named: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+  """The arrays in portions of at most PART_BYTES, or of one array."""
+  part, size = {}, 0
+  for name, array in named.items():
+    if part and size + array.nbytes > PART_BYTES:
+      yield part
+      part, size = {}, 0
+    part[name], size = array, size + array.nbytes
+  yield part
+
+
+def _restore(path: str | epath.PathLike) -> dict[str, np.ndarray]:
+  """All arrays of a converted directory, on the host."""
+  named = {}
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    for part in sorted((_absolute(path) / "arrays").iterdir()):
+      names = reader.metadata(part).item_metadata.tree
+      arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+      named |= reader.restore(part, args=ocp.args.PyTreeRestore(restore_args=arguments))
+  return named
+
+
+def _absolute(path: str | epath.PathLike) -> epath.Path:
+  """As orbax wants it."""
+  return epath.Path(path) if "://" in str(path) else epath.Path(pathlib.Path(path).expanduser().resolve())

@@ -1,0 +1,51 @@
+"""One tensor of a file, known by name, shape and dtype, read only when asked for."""
+
+import dataclasses
+import math
+import pathlib
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class RawTensor:
+  """Numbers at a place in a file; `np.asarray(tensor)` reads them.
+
+  Attributes:
+    path: the file.
+    offset: byte of the first element.
+    dtype: of the elements, little endian.
+    shape: of the tensor.
+    strides: in elements, per axis.
+  """
+
+  path: pathlib.Path
+  offset: int
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  strides: tuple[int, ...]
+
+  @property
+  def ndim(self) -> int:
+    return len(self.shape)
+
+  @property
+  def extent(self) -> int:
+    """Elements from the first to the last, both included."""
+    if math.prod(self.shape) == 0:
+      return 0
+    return 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
+
+  def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+    size = self.extent * self.dtype.itemsize
+    flat = np.fromfile(self.path, np.uint8, count=size, offset=self.offset)
+    if flat.size != size:
+      raise ValueError(f"{self.path} has become shorter while it was read; start again with the whole file.")
+    strides = [stride * self.dtype.itemsize for stride in self.strides]
+    array = np.lib.stride_tricks.as_strided(flat.view(self.dtype), self.shape, strides)
+    return array if dtype is None else array.astype(dtype, copy=False)
+
+
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Strides, in elements, of a row-major array."""
+  return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))

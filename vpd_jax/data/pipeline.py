@@ -1,0 +1,329 @@
+"""Examples to batches on the mesh, by grain.
+
+What a step sees depends on (seed, step) only. The records of all epochs form one endless sequence, shuffled anew in
+each epoch; global batch k holds its places k n to (k + 1) n - 1, so that a batch may cross the border of an epoch, and
+process p of P holds the p-th of P equal parts of each batch. Random numbers belong to the place, not to the worker.
+Hence nothing has to be saved: an iterator begun at step k gives what an undisturbed one would have given.
+"""
+
+import atexit
+import dataclasses
+import os
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import cv2
+import grain
+import jax
+import numpy as np
+from absl import flags
+
+from vpd_jax.types import Batch, Example
+
+NumpyBatch = dict[str, np.ndarray]
+_THREADS = 4  # that read and transform batches where there are no worker processes
+_AHEAD = 2  # batches that are ready per worker
+_EPOCHS = 2**32  # without end; grain's own endless repetition has a length that batches of one overflow
+
+
+class Source(Protocol):
+  """Random access to the records of one split. Must be picklable: worker processes are spawned."""
+
+  def __len__(self) -> int: ...
+  def __getitem__(self, index: int) -> Example: ...
+
+
+class DataSet(Protocol):
+  """What every file of this folder offers."""
+
+  provides: frozenset[str]  # keys that a batch may hold
+  classes: tuple[str, ...]
+
+  def source(self, split: str) -> Source: ...  # "train" or "eval"
+  def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example: ...
+  def eval_transform(self, example: Example) -> Example: ...
+
+
+def train_batches(
+  dataset: DataSet,
+  *,
+  batch_size: int,
+  seed: int,
+  start_step: int = 0,
+  workers: int = 0,
+  keys: Iterable[str],
+  prepare: Callable[[Example], Example] | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> "Batches":
+  """Endless batches of the training split, this process' rows of them.
+
+  Args:
+    dataset: see DataSet.
+    batch_size: rows of the global batch, a multiple of process_count.
+    seed: of the order and of the augmentation.
+    start_step: number of the first batch, from 0.
+    workers: processes that read and transform, 0 for threads of this process. The batches are the same.
+    keys: what a batch holds.
+    prepare: a host transform after the data set's own.
+    process_index: of this process.
+    process_count: number of processes that share the global batch.
+
+  Returns:
+    an iterator of {key: [batch_size / process_count, ...]}. The error of a record is raised by `next`, as it was, also
+    where it happened in a worker.
+
+  Raises:
+    ValueError: batch_size is no multiple of process_count, or the split is empty.
+  """
+  source = _source(dataset, "train", batch_size, process_count)
+  order_seed, transform_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(2))
+  records = (
+    grain.MapDataset.source(source)
+    .shuffle(seed=order_seed)
+    .map_with_index(_with_place)
+    .repeat(_EPOCHS)
+    .random_map(_TrainTransform(dataset, len(source), prepare), seed=transform_seed)
+  )
+  batches = records.batch(batch_size // process_count, batch_fn=_Stack(tuple(sorted(keys))))
+  return Batches(batches[start_step * process_count + process_index :: process_count], workers)
+
+
+def eval_batches(
+  dataset: DataSet,
+  *,
+  batch_size: int,
+  keys: Iterable[str],
+  prepare: Callable[[Example], Example] | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+  workers: int = 0,
+) -> "Batches":
+  """Every record of the evaluation split once, in order; this process' rows of each global batch.
+
+  All batches have one shape, and every process gets the same number of them: the last batch is filled by repeating the
+  last record.
+
+  Args: as for `train_batches`.
+
+  Returns:
+    an iterator of {key: [batch_size / process_count, ...]} with "real" bool [batch_size / process_count], False for the
+    rows that only fill.
+  """
+  source = _source(dataset, "eval", batch_size, process_count)
+  records = grain.MapDataset.source(_Filled(source, -(-len(source) // batch_size) * batch_size))
+  records = records.map(_EvalTransform(dataset, prepare))
+  batches = records.batch(batch_size // process_count, batch_fn=_Stack(tuple(sorted({*keys, "real"}))))
+  return Batches(batches[process_index::process_count], workers)
+
+
+class Batches:
+  """Iterator of {key: [rows, ...]} on the host.
+
+  Workers make whole batches, in turn, so that their number changes nothing. They end with `close`, and also when the
+  iterator is dropped or the program ends.
+  """
+
+  def __init__(self, batches: grain.MapDataset, workers: int):
+    threads = 0 if workers else _THREADS
+    reading = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+    if workers:
+      if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain reads a flag of its own before it starts a worker
+      options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
+      reading = reading.mp_prefetch(options, worker_init_fn=_start_worker)
+    self._shared = workers > 0
+    self._open = [iter(reading)]
+    self.close = weakref.finalize(self, _close, self._open)
+
+  def __iter__(self) -> "Batches":
+    return self
+
+  def __next__(self) -> NumpyBatch:
+    if not self._open:
+      raise StopIteration
+    batch = next(self._open[0])
+    # Out of the memory shared with the worker, which must not outlive the iterator.
+    return {key: np.array(array) for key, array in batch.items()} if self._shared else batch
+
+
+def to_mesh(batch: NumpyBatch, sharding: jax.sharding.NamedSharding) -> Batch:
+  """Puts this process' rows on its devices, as its part of global arrays.
+
+  Args:
+    batch: {key: [rows, ...]}, the same number of rows on every process.
+    sharding: how the first axis of every array is split, e.g. P(("data", "fsdp")).
+
+  Raises:
+    ValueError: the global batch cannot be split evenly.
+  """
+  axes = sharding.spec[0] if len(sharding.spec) else None
+  names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+  processes = len({device.process_index for device in sharding.device_set})
+  rows = len(next(iter(batch.values()))) * processes
+  check_batch_size(rows, int(np.prod([sharding.mesh.shape[name] for name in names], dtype=int)), "devices")
+  return jax.make_array_from_process_local_data(sharding, batch)
+
+
+def prefetch(iterator: Iterator[NumpyBatch], sharding: jax.sharding.NamedSharding, size: int = 2) -> "Prefetch":
+  """Takes batches and puts them on the mesh in a thread of its own, `size` ahead of their use."""
+  return Prefetch(iterator, sharding, size)
+
+
+class Prefetch:
+  """Iterator of batches on the mesh that measures how long its user had to wait.
+
+  Attributes:
+    wait_ms: milliseconds the last `next` waited for the host; about 0 where the input keeps up.
+  """
+
+  def __init__(self, iterator: Iterator[NumpyBatch], sharding: jax.sharding.NamedSharding, size: int):
+    self.wait_ms = 0.0
+    self._waits: list[float] = []
+    self._iterator, self._sharding = iterator, sharding
+    self._ready: queue.Queue[Any] = queue.Queue(size)
+    self._stop = threading.Event()
+    self._thread = threading.Thread(target=self._fill, daemon=True, name="prefetch")
+    self._thread.start()
+    atexit.register(self.close)
+
+  def __iter__(self) -> "Prefetch":
+    return self
+
+  def __next__(self) -> Batch:
+    if self._stop.is_set():
+      raise StopIteration
+    start = time.perf_counter()
+    item = self._ready.get()
+    self.wait_ms = 1e3 * (time.perf_counter() - start)
+    if isinstance(item, Exception):  # StopIteration at the end, or what went wrong
+      self.close()
+      raise item
+    self._waits.append(self.wait_ms)
+    return item
+
+  def mean_wait_ms(self) -> float:
+    """Mean wait per batch, in milliseconds, since the last call; 0 where there was none."""
+    waits, self._waits = self._waits, []
+    return float(np.mean(waits)) if waits else 0.0
+
+  def close(self) -> None:
+    """Ends the thread and the iterator below with its workers; no batch comes any more."""
+    atexit.unregister(self.close)
+    self._stop.set()
+    while self._thread.is_alive():
+      while not self._ready.empty():
+        self._ready.get_nowait()
+      self._thread.join(timeout=0.05)
+    if hasattr(self._iterator, "close"):
+      self._iterator.close()
+
+  def _fill(self) -> None:
+    """Body of the thread: fills the queue until told to stop, hands over the error that ended it."""
+    while not self._stop.is_set():
+      try:
+        item = to_mesh(next(self._iterator), self._sharding)
+      except Exception as error:
+        self._ready.put(error)
+        return
+      self._ready.put(item)
+
+
+def check_batch_size(batch_size: int, parts: int, name: str) -> None:
+  """Raises where `batch_size` cannot be split evenly over that many `name` ("devices", "processes")."""
+  if batch_size < 1 or batch_size % parts:
+    nearest = max(round(batch_size / parts), 1) * parts
+    raise ValueError(f"batch_size={batch_size} must be a positive multiple of the {parts} {name}; use {nearest}.")
+
+
+def _source(dataset: DataSet, split: str, batch_size: int, process_count: int) -> Source:
+  """The records of a split, that can be batched as asked."""
+  check_batch_size(batch_size, process_count, "processes")
+  source = dataset.source(split)
+  if not len(source):
+    raise ValueError(f"the {split} split has no records.")
+  return source
+
+
+def _with_place(place: int, example: Example) -> tuple[int, Example]:
+  """Attaches the place in the endless sequence."""
+  return place, example
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainTransform:
+  """The data set's transform and the method's, with the position in the epoch."""
+
+  dataset: DataSet
+  records: int
+  prepare: Callable[[Example], Example] | None
+
+  def __call__(self, placed: tuple[int, Example], rng: np.random.Generator) -> Example:
+    place, example = placed
+    example = self.dataset.train_transform(example, rng, place % self.records)
+    return self.prepare(example) if self.prepare else example
+
+
+@dataclasses.dataclass(frozen=True)
+class _EvalTransform:
+  """The data set's transform and the method's, then "real"."""
+
+  dataset: DataSet
+  prepare: Callable[[Example], Example] | None
+
+  def __call__(self, row: tuple[Example, bool]) -> Example:
+    example, real = row
+    example = self.dataset.eval_transform(example)
+    return dict(self.prepare(example) if self.prepare else example, real=np.asarray(real))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Filled:
+  """A source lengthened by repeating its last record; a row is (Example, whether it is real)."""
+
+  source: Source
+  length: int
+
+  def __len__(self) -> int:
+    return self.length
+
+  def __getitem__(self, index: int) -> tuple[Example, bool]:
+    last = len(self.source) - 1
+    return self.source[min(index, last)], index <= last
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stack:
+  """Examples to a batch that holds `keys` only."""
+
+  keys: tuple[str, ...]
+
+  def __call__(self, examples: list[Example]) -> NumpyBatch:
+    batch = {}
+    for key in self.keys:
+      if any(key not in example for example in examples):
+        raise ValueError(f"an example has no {key!r}; it has {sorted(examples[0])}.")
+      arrays = [np.asarray(example[key]) for example in examples]
+      shapes = {array.shape for array in arrays}
+      if len(shapes) > 1:
+        raise ValueError(f"{key!r} of one batch has the shapes {sorted(shapes)}; give all one size by data.resize.")
+      batch[key] = np.stack(arrays)
+    return batch
+
+
+def _close(iterators: list[Any]) -> None:
+  """Closes and lets go: grain's iterators complain when they are still there while the interpreter ends."""
+  while iterators:
+    iterators.pop().close()
+
+
+def _start_worker(index: int, count: int) -> None:
+  """Keeps a worker away from accelerators, which belong to the process that trains, and from the other cores."""
+  del index, count
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  jax.config.update("jax_platforms", "cpu")  # the variable above was read when jax was imported
+  cv2.setNumThreads(0)

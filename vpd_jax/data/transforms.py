@@ -1,0 +1,204 @@
+"""Pure functions (Example, random numbers) -> Example, on numpy arrays; only numpy and OpenCV.
+
+A map is every array of an Example whose first two sizes are those of the image: geometry moves all maps alike, colour
+changes the image only. No function writes into the arrays it is given.
+
+The order and the numbers are those of the depth release, which uses albumentations 1.1.0: VPD
+depth/dataset/base_dataset.py, method `augment_training_data`.
+"""
+
+import cv2
+import numpy as np
+
+from vpd_jax.types import Example
+
+CUT_DEPTH = ("released", "scaled", "off")
+CUT_DEPTH_EVERY = 4
+
+
+def depth_training(
+  example: Example,
+  rng: np.random.Generator,
+  position: int,
+  *,
+  crop: tuple[int, int],
+  cut_depth: str = "released",
+  depth_scale: float = 1000.0,
+  max_depth: float = 10.0,
+  colour: bool = True,
+) -> Example:
+  """Applies the training augmentation of the depth release, in its order.
+
+  Vertical CutDepth at every fourth position of the epoch, mirroring, random crop, then brightness and contrast, gamma,
+  hue, saturation and value.
+
+  Args:
+    example: "image" uint8 [H, W, 3] RGB, "depth" float32 [H, W] metres, and further maps.
+    rng: random numbers of this record alone.
+    position: place of the record in the shuffled epoch. The release counts the samples of a loader worker, which is no
+      property of the data; every fourth of the epoch is as many.
+    crop: (height, width) of the result.
+    cut_depth: see `vertical_cut_depth`.
+    depth_scale: file units per metre.
+    max_depth: metres that become 255 where `cut_depth="scaled"`.
+    colour: False leaves the colours alone.
+
+  Returns:
+    the Example with its maps of the size of `crop`.
+
+  Source: VPD depth/dataset/base_dataset.py.
+  """
+  if position % CUT_DEPTH_EVERY == 0:
+    example = vertical_cut_depth(example, rng, mode=cut_depth, depth_scale=depth_scale, max_depth=max_depth)
+  example = random_mirror(example, rng)
+  example = random_crop(example, rng, size=crop)
+  return random_colour(example, rng) if colour else example
+
+
+def check_cut_depth(mode: str) -> None:
+  """Raises where `mode` is not a way to cut depth."""
+  if mode not in CUT_DEPTH:
+    raise ValueError(f"cut_depth={mode!r} is unknown; choose one of {CUT_DEPTH}.")
+
+
+def vertical_cut_depth(
+  example: Example, rng: np.random.Generator, *, mode: str, depth_scale: float, max_depth: float
+) -> Example:
+  """Overwrites a vertical band of the image with its depth map, in all three colours.
+
+  With alpha, beta in [0, 1) the band covers the columns l .. l + w - 1, l = int(alpha W),
+  w = int(max((W - alpha W) 0.75 beta, 1)).
+
+  Args:
+    example: "image" uint8 [H, W, 3], "depth" float32 [H, W] metres.
+    rng: random numbers of this record.
+    mode: "released" writes the numbers of the depth file (millimetres for NYU) into eight bits, where they wrap modulo
+      256, so that the band shows contour lines and not depth; "scaled" writes depth / max_depth * 255, clipped, which
+      is what the paper of CutDepth means; "off" changes nothing.
+    depth_scale: file units per metre.
+    max_depth: metres, for "scaled".
+
+  Returns:
+    the Example with a new image.
+
+  Source: CutDepth (Ishii and Yamashita 2021); VPD depth/dataset/base_dataset.py, `augment_training_data`.
+  """
+  check_cut_depth(mode)
+  if mode == "off":
+    return example
+  width = example["image"].shape[1]
+  alpha, beta = rng.random(2)
+  left = int(alpha * width)
+  band = slice(left, left + int(max((width - alpha * width) * beta * 0.75, 1)))
+  image = example["image"].copy()
+  image[:, band] = depth_as_colour(example["depth"][:, band], mode, depth_scale, max_depth)[..., None]
+  return dict(example, image=image)
+
+
+def depth_as_colour(depth: np.ndarray, mode: str, depth_scale: float, max_depth: float) -> np.ndarray:
+  """Depth in metres as uint8: file units modulo 256 ("released"), or max_depth as 255 ("scaled")."""
+  if mode == "released":
+    return (np.rint(depth.astype(np.float64) * depth_scale).astype(np.int64) % 256).astype(np.uint8)
+  return np.clip(depth / max_depth * 255.0, 0, 255).astype(np.uint8)
+
+
+def random_mirror(example: Example, rng: np.random.Generator) -> Example:
+  """Mirrors all maps left to right with probability one half.
+
+  Source: albumentations 1.1.0 HorizontalFlip.
+  """
+  if rng.random() >= 0.5:
+    return example
+  return {**example, **{name: np.ascontiguousarray(example[name][:, ::-1]) for name in _maps(example)}}
+
+
+def random_crop(example: Example, rng: np.random.Generator, *, size: tuple[int, int]) -> Example:
+  """Cuts a window of `size` = (height, width) out of all maps, its corner at (int((H - h) u), int((W - w) v)).
+
+  With u, v in [0, 1) the last offset of an axis is never drawn.
+
+  Raises:
+    ValueError: the image is smaller than the window.
+
+  Source: albumentations 1.1.0 RandomCrop, `get_random_crop_coords`.
+  """
+  (height, width), (h, w) = example["image"].shape[:2], size
+  if h > height or w > width:
+    raise ValueError(
+      f"crop={h}x{w} does not fit into an image of {height}x{width}; make data.crop smaller or data.resize larger."
+    )
+  u, v = rng.random(2)
+  top, left = int((height - h) * u), int((width - w) * v)
+  window = np.s_[top : top + h, left : left + w]
+  return {**example, **{name: np.ascontiguousarray(example[name][window]) for name in _maps(example)}}
+
+
+def resize(example: Example, *, size: tuple[int, int]) -> Example:
+  """Resizes all maps to `size` = (height, width): the image bilinearly, the others to the nearest pixel.
+
+  Depth is not interpolated, so that no pixel gets a depth between an object and what is behind it, or between a
+  measurement and 0. The release resizes depth bilinearly, in a branch that its published commands do not reach.
+
+  Source: VPD depth/dataset/nyudepthv2.py, `scale_size`.
+  """
+  ways = {name: cv2.INTER_LINEAR if name == "image" else cv2.INTER_NEAREST for name in _maps(example)}
+  return {**example, **{name: cv2.resize(example[name], size[::-1], interpolation=way) for name, way in ways.items()}}
+
+
+def random_colour(example: Example, rng: np.random.Generator) -> Example:
+  """Brightness and contrast, gamma, hue saturation and value: in this order, each with probability one half.
+
+  Contrast 1 + U(-0.2, 0.2), brightness U(-0.2, 0.2), gamma a whole number of percent from 80 to 120, hue U(-20, 20),
+  saturation U(-30, 30), value U(-20, 20).
+
+  Source: the defaults of albumentations 1.1.0, which VPD depth/dataset/base_dataset.py takes.
+  """
+  image = example["image"]
+  if rng.random() < 0.5:
+    contrast, brightness = rng.uniform(-0.2, 0.2, 2)
+    image = change_contrast(image, contrast=1 + contrast, brightness=brightness)
+  if rng.random() < 0.5:
+    image = change_gamma(image, gamma=rng.integers(80, 121) / 100)
+  if rng.random() < 0.5:
+    hue, saturation, value = rng.uniform((-20, -30, -20), (20, 30, 20))
+    image = shift_hsv(image, hue=hue, saturation=saturation, value=value)
+  return dict(example, image=image)
+
+
+def change_contrast(image: np.ndarray, *, contrast: float, brightness: float) -> np.ndarray:
+  """Maps each level i to clip(i contrast + 255 brightness, 0, 255), truncated; the table is computed in float32.
+
+  Source: albumentations 1.1.0 functional.py, `_brightness_contrast_adjust_uint` with beta_by_max.
+  """
+  table = np.arange(256, dtype=np.float32) * np.float32(contrast) + np.float32(brightness * 255)
+  return cv2.LUT(image, np.clip(table, 0, 255).astype(np.uint8))
+
+
+def change_gamma(image: np.ndarray, *, gamma: float) -> np.ndarray:
+  """Maps each level i to 255 (i/255)^gamma, truncated.
+
+  i/255 is computed as i times 1/255, as released: its rounding shifts some levels by one, even at gamma 1.
+
+  Source: albumentations 1.1.0 functional.py, `gamma_transform`.
+  """
+  table = (np.arange(256) * (1.0 / 255)) ** gamma * 255
+  return cv2.LUT(image, table.astype(np.uint8))
+
+
+def shift_hsv(image: np.ndarray, *, hue: float, saturation: float, value: float) -> np.ndarray:
+  """Shifts hue (modulo 180), saturation and value (clipped to 0..255) of an RGB image; each is truncated.
+
+  Source: albumentations 1.1.0 functional.py, `_shift_hsv_uint8`; the colour space is OpenCV's HSV of uint8.
+  """
+  levels = np.arange(256)
+  tables = np.stack(
+    (np.mod(levels + hue, 180), np.clip(levels + saturation, 0, 255), np.clip(levels + value, 0, 255)), axis=-1
+  ).astype(np.uint8)
+  shifted = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), tables[None])
+  return cv2.cvtColor(shifted, cv2.COLOR_HSV2RGB)
+
+
+def _maps(example: Example) -> list[str]:
+  """Names of the arrays that have the image's height and width."""
+  shape = example["image"].shape[:2]
+  return [name for name, array in example.items() if np.shape(array)[:2] == shape]

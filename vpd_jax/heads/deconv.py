@@ -1,0 +1,58 @@
+"""The depth head of VPD and MetaPrompts: transposed convolutions to stride 4, bilinear to the image, sigmoid.
+
+Source: VPD depth/models_depth/model_vpd.py Decoder, VPDDepth.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vpd_jax.backbones import layers
+from vpd_jax.types import Features, Outputs
+
+
+class Deconv(nnx.Module):
+  """One map to metric depth at the size of the image."""
+
+  def __init__(self, widths: tuple[int, ...], strides: tuple[int, ...], *, max_depth: float,
+               filters: tuple[int, ...] = (32, 32, 32), width: int = 192, norm_group: int = 0, dtype: Any,
+               param_dtype: Any, rngs: nnx.Rngs):
+    """Builds the layers.
+
+    Args:
+      widths, strides: of the maps that come in; the first is read.
+      max_depth: metres, the upper end of the sigmoid.
+      filters: widths of the transposed convolutions, kernel 2 and stride 2 each.
+      width: of the convolutions after them.
+      norm_group: images per group of batch normalisation, 0 for the whole batch.
+    """
+    doublings = math.log2(strides[0]) - len(filters)
+    if doublings < 0 or doublings != int(doublings):
+      raise ValueError(f"head 'deconv' with {len(filters)} filters cannot read a map of stride {strides[0]}; "
+                       f"use at most {int(math.log2(strides[0]))} filters.")
+    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    small = {"kernel_init": nnx.initializers.normal(0.001)}
+    self.max_depth, self.doublings = max_depth, int(doublings)
+    norm = lambda w: layers.BatchNorm(w, group=norm_group, **kinds)
+    deconvs, last = [], widths[0]
+    for filter_width in filters:
+      deconvs += [layers.ConvTranspose(last, filter_width, 2, **small, **kinds), norm(filter_width), layers.ReLU()]
+      last = filter_width
+    self.deconv_layers = nnx.List(deconvs)
+    self.conv_layers = nnx.List([layers.conv(last, width, 3, **small, **kinds), norm(width), layers.ReLU()])
+    self.last_layer_depth = nnx.List(
+      [layers.conv(width, width, 3, **small, **kinds), layers.ReLU(), layers.conv(width, 1, 3, **small, **kinds)])
+
+  def __call__(self, features: Features, *, training: bool) -> Outputs:
+    """Returns {"depth": float32 or wider [B, H, W], metres, in (0, max_depth)}."""
+    x = layers.chain(self.deconv_layers, features.maps[0], training=training)
+    x = layers.chain(self.conv_layers, x, training=training)
+    for _ in range(self.doublings):
+      x = layers.resize(x, (2 * x.shape[1], 2 * x.shape[2]))  # [B, 2h, 2w, width]
+    x = layers.chain(self.last_layer_depth, x)[..., 0]  # [B, H', W']
+    # A side that the map's stride does not divide leaves up to a stride too many rows, which show only padding.
+    x = x[:, : features.image_size[0], : features.image_size[1]]
+    return {"depth": jax.nn.sigmoid(x.astype(jnp.promote_types(x.dtype, jnp.float32))) * self.max_depth}

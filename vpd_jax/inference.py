@@ -1,0 +1,106 @@
+"""Test-time combinators: a predict function in, a predict function out.
+
+`cut` and `merge` work alike on numpy and on traced arrays, so that evaluation on devices and prediction on pictures of
+any size share one rule.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+
+from vpd_jax.types import Array, Batch
+
+Predict = Callable[[Batch], Array]  # batch of B images to [B, H, W, ...]
+COVERAGES = ("released", "full")
+
+
+def offsets(size: tuple[int, int], count: int, *, coverage: str = "released") -> list[tuple[int, int]]:
+  """Upper left corners (y, x) of `count` square windows along the longer side of an image.
+
+  The side of a window is the shorter side. "released" takes steps of (long - short) // (count - 1), which may leave
+  the last columns uncovered; "full" spreads the windows evenly to the end and adds some where they would not touch.
+
+  Source: VPD depth/test.py, shift_window_test.
+  """
+  if coverage not in COVERAGES:
+    raise ValueError(f"eval.coverage={coverage!r} is unknown; choose one of {COVERAGES}.")
+  short, long = min(size), max(size)
+  if short == long:
+    return [(0, 0)]
+  if coverage == "full":
+    count = max(count, -(-long // short))
+    starts = [round(i * (long - short) / (count - 1)) for i in range(count)]
+  else:
+    starts = [i * ((long - short) // max(count - 1, 1)) for i in range(count)]
+  return [(start, 0) if size[0] > size[1] else (0, start) for start in starts]
+
+
+def cut(images: Array, corners: list[tuple[int, int]]) -> Array:
+  """[B, H, W, ...] to the windows at `corners`, window by window: [len(corners) * B, S, S, ...]."""
+  side = min(images.shape[1:3])
+  xp = np if isinstance(images, np.ndarray) else jnp
+  return xp.concatenate([images[:, y : y + side, x : x + side] for y, x in corners])
+
+
+def merge(windows: Array, corners: list[tuple[int, int]], size: tuple[int, int]) -> Array:
+  """Inverse of `cut`: overlaps are averaged; what no window covers is NaN."""
+  xp = np if isinstance(windows, np.ndarray) else jnp
+  side = windows.shape[1]
+  parts = windows.reshape(len(corners), -1, *windows.shape[1:])  # [n, B, S, S, ...]
+  more = ((0, 0),) * (windows.ndim - 3)
+  total, count = 0, np.zeros((1, *size, *(1,) * len(more)), windows.dtype)
+  for part, (y, x) in zip(parts, corners, strict=True):
+    total = total + xp.pad(part, ((0, 0), (y, size[0] - side - y), (x, size[1] - side - x), *more))
+    count[:, y : y + side, x : x + side] += 1
+  with np.errstate(invalid="ignore"):
+    return total / xp.asarray(count)
+
+
+def tiled(batch: Batch, times: int) -> Batch:
+  """Every array of the batch repeated `times` over, the whole batch after itself."""
+  return {name: jnp.concatenate([value] * times) for name, value in batch.items()}
+
+
+def flipped(predict: Predict) -> Predict:
+  """The mean of the prediction and of the prediction of the mirrored image, mirrored back."""
+
+  def run(batch: Batch) -> Array:
+    both = tiled(batch, 2) | {"image": jnp.concatenate([batch["image"], batch["image"][:, :, ::-1]])}
+    plain, mirrored = jnp.split(predict(both), 2)
+    return (plain + mirrored[:, :, ::-1]) / 2
+
+  return run
+
+
+def shifted_windows(predict: Predict, count: int, *, coverage: str = "released") -> Predict:
+  """Predicts `count` square windows along the longer side and averages them where they overlap."""
+
+  def run(batch: Batch) -> Array:
+    image = batch["image"]
+    corners = offsets(image.shape[1:3], count, coverage=coverage)
+    windows = tiled(batch, len(corners)) | {"image": cut(image, corners)}
+    return merge(predict(windows), corners, image.shape[1:3])
+
+  return run
+
+
+def parse(words: tuple[str, ...]) -> tuple[bool, int]:
+  """Words of `eval.test_time`, such as ("flip", "shift:2"), as (mirror too, windows; 1 for the whole image)."""
+  flip, windows = False, 1
+  for word in words:
+    name, _, number = word.partition(":")
+    if name == "flip" and not number:
+      flip = True
+    elif name == "shift" and number.isdigit() and int(number) >= 2:
+      windows = int(number)
+    else:
+      raise ValueError(f"eval.test_time has {word!r}; known are 'flip' and 'shift:N' with N at least 2.")
+  return flip, windows
+
+
+def test_time(predict: Predict, words: tuple[str, ...], *, coverage: str = "released") -> Predict:
+  """`predict` under the combinators of `eval.test_time`: mirrored images are averaged first, then windows."""
+  flip, windows = parse(words)
+  predict = flipped(predict) if flip else predict
+  return shifted_windows(predict, windows, coverage=coverage) if windows > 1 else predict

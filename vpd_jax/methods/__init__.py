@@ -1,0 +1,1 @@
+"""Image and prompt to features, one file per paper."""

@@ -1,0 +1,115 @@
+"""VPD: the text-prompted UNet of Stable Diffusion as a perception backbone.
+
+Figure 2 of the paper, left to right: the image is encoded by the frozen VAE (mode of the posterior, no noise); the
+class or scene names, encoded by the frozen CLIP text encoder into `class_vectors`, pass the text adapter; the UNet runs
+once at a constant timestep with the adapted text as its context; its four feature maps go on to the task's neck and
+head. Depth uses one token, the vector of the scene's class; neck "fusion", head "deconv".
+
+Source: Zhao et al. 2023, https://arxiv.org/abs/2303.02153; VPD depth/models_depth/model_vpd.py, vpd/models.py.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vpd_jax.backbones import layers
+from vpd_jax.backbones.attention import Implementation
+from vpd_jax.backbones.unet import UNet, UNetSizes
+from vpd_jax.backbones.vae import VaeEncoder, VaeSizes
+from vpd_jax.methods import images
+from vpd_jax.types import Array, Batch, Branch, Buffer, Example, Features
+
+PROMPTS = ("scene_class",)
+
+
+class TextAdapter(nnx.Module):
+  """Two linear layers around an exact GELU."""
+
+  def __init__(self, width: int, **kinds: Any):
+    torch_default = {"kernel_init": nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")}
+    self.fc = nnx.List([
+      nnx.Linear(width, width, **torch_default, **kinds), layers.GELU(), nnx.Linear(width, width, **torch_default, **kinds)
+    ])
+
+  def __call__(self, text: Array) -> Array:
+    return layers.chain(self.fc, text)
+
+
+class Vpd(nnx.Module):
+  """Image and class of the scene to the four maps of the UNet."""
+
+  def __init__(self, *, unet: UNetSizes, vae: VaeSizes, classes: int, prompt: str = "scene_class",
+               residual_scale: float = 1e-4, timestep: int = 1, latent_scale: float = 1.0, pad_multiple: int = 64,
+               pad_value: float = 0.0, attention: Implementation = "auto", remat: bool = False, dtype: Any,
+               param_dtype: Any, rngs: nnx.Rngs):
+    """Builds VAE, UNet and adapter.
+
+    Args:
+      unet, vae: sizes of the backbones.
+      classes: rows of `class_vectors`.
+      prompt: what the UNet attends to: "scene_class", one token, the vector of `batch["class_id"]` (-1: the mean of all).
+      residual_scale: start of gamma in text + gamma * adapter(text). Release: 1e-4.
+      timestep: the diffusion timestep, the same for every image. Release: 1 (the paper says 0).
+      latent_scale: factor on the latents. Release: 1.0; Stable Diffusion itself was trained with 0.18215.
+      pad_multiple: the image grows at right and bottom to the next multiple. Release: 64, as 480 -> 512 and 352 -> 384.
+      pad_value: of the padding, after scaling to [-1, 1]. Release: 0, mid grey.
+      attention, remat, dtype, param_dtype, rngs: see UNet.
+
+    Raises:
+      ValueError: unknown prompt; a padding the UNet cannot take.
+    """
+    if prompt not in PROMPTS:
+      raise ValueError(f"method.prompt={prompt!r} is unknown to vpd; choose one of {PROMPTS}.")
+    if pad_multiple % 64:
+      raise ValueError(f"method.pad_multiple={pad_multiple} must be a multiple of 64, the UNet's coarsest stride.")
+    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    self.timestep, self.latent_scale = timestep, latent_scale
+    self.pad_multiple, self.pad_value, self.dtype = pad_multiple, pad_value, dtype
+    self.needs = frozenset({"class_id"})
+    self.strides, self.widths = tuple(8 * 2**i for i in range(len(unet.widths))), unet.widths
+    self.gamma = nnx.Param(jnp.full((unet.context_dim,), residual_scale, param_dtype))
+    self.class_vectors = Buffer(nnx.initializers.normal(1.0)(rngs.params(), (classes, unet.context_dim), param_dtype))
+    self.vae = VaeEncoder(vae, attention=attention, **kinds)
+    self.unet = UNet(unet, with_out=False, attention=attention, remat=remat, **kinds)
+    self.text_adapter = TextAdapter(unet.context_dim, **kinds)
+
+  @staticmethod
+  def prepare(example: Example) -> Example:
+    """Nothing to add on the host."""
+    return example
+
+  def branches(self, training: bool) -> tuple[Branch, ...]:
+    """One pass, in training and in evaluation."""
+    del training
+    return (Branch("text", 1.0),)
+
+  def context(self, class_id: Array) -> Array:
+    """Adapted vectors of the classes of int [B], -1 for the mean vector: float [B, 1, D]."""
+    vectors = self.class_vectors[...].astype(self.dtype)
+    table = jnp.concatenate([vectors, vectors.mean(axis=0, keepdims=True)])  # [K + 1, D]; row -1 is the mean
+    text = table[class_id][:, None]  # [B, 1, D]
+    return text + self.gamma[...].astype(self.dtype)[None, None] * self.text_adapter(text)
+
+  def __call__(self, batch: Batch, *, training: bool) -> Features:
+    """Four maps at strides 8 to 64 of the padded image.
+
+    Args:
+      batch: "image" uint8 [B, H, W, 3], or float in [0, 1], of any sides; "class_id" int [B]; "latents" float
+        [B, h, w, 4], unscaled, in place of the VAE where they are ready.
+      training: makes no difference here.
+    """
+    del training
+    latents = batch.get("latents")
+    if latents is None:
+      image = images.padded(images.signed(batch["image"], self.dtype), self.pad_multiple, self.pad_value)
+      latents = self.vae(image).mean  # [B, h, w, 4]
+    context = self.context(batch["class_id"])
+    out = self.unet(latents * self.latent_scale, context, timesteps=int(self.timestep))
+    return Features(out.features, context, tuple(batch["image"].shape[1:3]))
+
+
+def random_class_vectors(classes: int, width: int, seed: int) -> np.ndarray:
+  """Stand-ins for encoded names: float32 [classes, width], standard normal, the same for the same seed."""
+  return np.random.default_rng(seed).standard_normal((classes, width), dtype=np.float32)

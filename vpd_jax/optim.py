@@ -1,0 +1,135 @@
+"""Schedules, and the one optax chain with a learning-rate and a decay multiplier per parameter."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vpd_jax import params as params_lib
+from vpd_jax.types import Array
+
+Schedule = Callable[[Array], Array]
+
+
+def triangular_poly(*, lr: float, min_lr: float, half: int, power: float = 0.9) -> Schedule:
+  """Rises from `min_lr` to `lr` and falls again, both as a power of the steps done.
+
+  With p = step / half, step counted from 1: (lr - min_lr) p^power + min_lr while p < 1, then
+  max(min_lr, lr - (lr - min_lr) (p - 1)^power).
+
+  Args:
+    lr, min_lr: largest and smallest rate.
+    half: steps to the top; in the release iterations per epoch times (epochs // 2).
+    power: of both flanks.
+
+  Source: VPD depth/train.py train().
+  """
+
+  def rate(count: Array) -> Array:
+    p = (jnp.asarray(count, jnp.promote_types(jnp.result_type(float), jnp.float32)) + 1) / half
+    rise = (lr - min_lr) * jnp.minimum(p, 1) ** power + min_lr
+    fall = jnp.maximum(min_lr, lr - (lr - min_lr) * jnp.maximum(p - 1, 0) ** power)
+    return jnp.where(p < 1, rise, fall)
+
+  return rate
+
+
+def cosine(*, lr: float, min_lr: float, num_steps: int, warmup: int) -> Schedule:
+  """Linear warm-up from 0 over `warmup` steps, then half a cosine from `lr` to `min_lr`."""
+  return optax.warmup_cosine_decay_schedule(0.0, lr, warmup, num_steps, min_lr)
+
+
+SCHEDULES = {"triangular_poly": triangular_poly, "cosine": cosine}
+
+
+def schedule(name: str, **options: Any) -> Schedule:
+  """The schedule of `optim.schedule`, from optimizer step (counted from 0) to rate.
+
+  Raises:
+    ValueError: unknown name.
+  """
+  if name not in SCHEDULES:
+    raise ValueError(f"optim.schedule.name={name!r} is unknown; choose one of {sorted(SCHEDULES)}.")
+  return SCHEDULES[name](**options)
+
+
+class Groups(NamedTuple):
+  """What the rules say of every trainable array.
+
+  Attributes:
+    lr: multiplier by name; arrays that are frozen are absent.
+    decay: weight decay multiplier by name, for the same names.
+    label: the group's name for logs and tables, from the pattern that matched.
+    frozen: names the rules freeze.
+  """
+
+  lr: dict[str, float]
+  decay: dict[str, float]
+  label: dict[str, str]
+  frozen: frozenset[str]
+
+
+def _label(pattern: str) -> str:
+  return re.sub(r"\W+", "_", pattern).strip("_") or "rest"
+
+
+def groups(names: Iterable[str], lr_groups: tuple, decay_groups: tuple) -> Groups:
+  """Resolves `optim.lr_groups` (None freezes) and `optim.decay_groups` for the given parameter names."""
+  names = sorted(names)
+  lr = params_lib.assign(names, lr_groups, field="config.optim.lr_groups")
+  label = params_lib.assign(names, [(p, _label(p)) for p, _ in lr_groups], field="config.optim.lr_groups")
+  trained = [n for n in names if lr[n] is not None]
+  decay = params_lib.assign(trained, decay_groups, field="config.optim.decay_groups")
+  return Groups({n: lr[n] for n in trained}, decay, {n: label[n] for n in trained}, frozenset(names) - set(trained))
+
+
+def optimizer(rate: Schedule, groups: Groups, *, decay: float, b1: float, b2: float, epsilon: float,
+              clip_norm: float) -> optax.GradientTransformation:
+  """AdamW as one chain over a flat dict of arrays.
+
+  clip -> Adam -> add decay * decay[name] * p -> multiply by lr[name] -> multiply by -rate(step).
+
+  Args:
+    rate: from step to learning rate.
+    groups: multipliers by name.
+    decay: weight decay, decoupled, multiplied by the group's rate as in torch.optim.AdamW.
+    b1, b2, epsilon: of Adam.
+    clip_norm: largest norm of all gradients together; 0 does not clip. No release clips.
+  """
+
+  def add_decay(updates, state, params):
+    return {n: u + decay * groups.decay[n] * params[n] if groups.decay[n] else u for n, u in updates.items()}, state
+
+  def scale(updates, state, params):
+    del params
+    return {n: u * groups.lr[n] for n, u in updates.items()}, state
+
+  stateless = lambda update: optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+  return optax.chain(
+    optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+    optax.scale_by_adam(b1=b1, b2=b2, eps=epsilon),
+    stateless(add_decay),
+    stateless(scale),
+    optax.scale_by_schedule(lambda count: -rate(count)),
+  )
+
+
+def ema(old: dict[str, Array], new: dict[str, Array], decay: float) -> dict[str, Array]:
+  """decay * old + (1 - decay) * new, array by array."""
+  return jax.tree.map(lambda o, n: o + (1 - decay) * (n - o), old, new)
+
+
+def table(groups: Groups, shapes: dict[str, Any]) -> list[tuple]:
+  """Rows of the start-up table: group, lr multiplier, decay multiplier, arrays, numbers, first name."""
+  rows: dict[tuple, list[str]] = {}
+  for name, multiplier in groups.lr.items():
+    rows.setdefault((groups.label[name], multiplier, groups.decay[name]), []).append(name)
+  size = lambda names: sum(shapes[n].size for n in names)
+  listed = [(*key, len(names), size(names), names[0]) for key, names in rows.items()]
+  if groups.frozen:
+    frozen = sorted(groups.frozen)
+    listed.append(("frozen", None, None, len(frozen), size(frozen), frozen[0]))
+  return listed

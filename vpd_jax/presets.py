@@ -1,0 +1,70 @@
+"""Small functions that return parts of a config, so that config files say only what is their own."""
+
+from typing import Any
+
+
+def sd_v1() -> dict[str, Any]:
+  """Stable Diffusion 1.x; a diffusers folder in `init.pretrained` brings its own sizes."""
+  return {
+    "unet": {
+      "in_channels": 4, "out_channels": 4, "model_channels": 320, "channel_mult": (1, 2, 4, 4), "num_res_blocks": 2,
+      "attention_levels": (0, 1, 2), "num_heads": 8, "head_width": 0, "context_dim": 768, "linear_projection": False,
+    },
+    "vae": {"channels": 128, "channel_mult": (1, 2, 4, 4), "num_res_blocks": 2, "z_channels": 4},
+    "text": {"vocab_size": 49408, "width": 768, "layers": 12, "heads": 12, "mlp_width": 3072, "positions": 77,
+             "activation": "quick_gelu"},
+    "attention": "auto",
+    "remat": False,
+  }
+
+
+def sd_tiny() -> dict[str, Any]:
+  """The tiny network: a tenth of the width, everything else as Stable Diffusion 1.x."""
+  config = sd_v1()
+  config["unet"] |= {"model_channels": 32, "context_dim": 64}
+  config["vae"] |= {"channels": 32}
+  config["text"] |= {"vocab_size": 1000, "width": 64, "layers": 3, "heads": 4, "mlp_width": 256}
+  return config
+
+
+def adamw(*, lr: float, decay: float, schedule: dict[str, Any], lr_groups: tuple, decay_groups: tuple,
+          norm_group: int = 0, loss_group: int = 0) -> dict[str, Any]:
+  """AdamW with the release's betas and no clipping.
+
+  Args:
+    lr: largest learning rate.
+    decay: weight decay.
+    schedule: name and options of a schedule in `optim.py`; its `lr` is `optim.lr`.
+    lr_groups, decay_groups: ordered (pattern, multiplier) pairs; None as an lr multiplier freezes.
+    norm_group, loss_group: images per group of batch statistics and of the loss; 0 is the whole batch.
+  """
+  return {
+    "lr": lr, "decay": decay, "b1": 0.9, "b2": 0.999, "epsilon": 1e-8, "clip_norm": 0.0, "schedule": schedule,
+    "lr_groups": lr_groups, "decay_groups": decay_groups, "norm_group": norm_group, "loss_group": loss_group,
+    "accumulation": 1, "ema_decay": 0.0,
+  }
+
+
+def no_decay_for_vectors() -> tuple:
+  """Decay for matrices and kernels only: none for biases, norms and gamma.
+
+  Source: VPD depth/models_depth/optimizer.py LDMOptimizerConstructor.
+  """
+  return ((r"/(bias|scale|gamma)$", 0.0), (r"", 1.0))
+
+
+def run(*, num_steps: int, log_every: int, eval_every: int, save_every: int) -> dict[str, Any]:
+  """What every config has beside its own sections.
+
+  Returns:
+    seed; dtype of computation and param_dtype of parameters and optimizer state; the lengths, in steps; checkpoints
+    kept (newest, best); profile: number of steps to trace from the tenth on, 0 for none; init: weights to start from;
+    mesh: devices along ("data", "fsdp"), -1 for the rest.
+  """
+  return {
+    "seed": 0, "dtype": "float32", "param_dtype": "float32",
+    "num_steps": num_steps, "log_every": log_every, "eval_every": eval_every, "save_every": save_every,
+    "keep": 2, "keep_best": 1, "profile": 0, "panels": 4,
+    "init": {"pretrained": "", "run": ""},
+    "mesh": {"data": -1, "fsdp": 1, "rules": ()},
+  }

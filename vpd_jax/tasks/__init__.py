@@ -1,0 +1,1 @@
+"""Outputs and Batch to loss, prediction, measurements and scores."""

@@ -1,0 +1,125 @@
+"""Metric depth: scale-invariant loss and the scores of NYU and KITTI."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from vpd_jax.types import Array, Batch, Loss, Outputs, Rows
+
+SCORES = ("d1", "d2", "d3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
+# Rows and columns of the image that are scored, as (top, bottom, left, right).
+EVAL_CROPS = {
+  "none": lambda h, w: (0, h, 0, w),
+  # 45:471, 41:601 at 480 x 640; the same part of an image of another size.
+  "eigen_nyu": lambda h, w: (45 * h // 480, 471 * h // 480, 41 * w // 640, 601 * w // 640),
+  "garg": lambda h, w: (int(0.40810811 * h), int(0.99189189 * h), int(0.03594771 * w), int(0.96405229 * w)),
+  "eigen_kitti": lambda h, w: (int(0.3324324 * h), int(0.91351351 * h), int(0.0359477 * w), int(0.96405229 * w)),
+}
+
+
+def silog(prediction: Array, target: Array, *, variance_focus: float = 0.5) -> tuple[Array, Array]:
+  """Scale-invariant log error over the valid pixels of all given images together.
+
+  sqrt(mean(e^2) - variance_focus * mean(e)^2) with e = log target - log prediction.
+
+  Args:
+    prediction: float32 or wider [B, H, W], metres, positive.
+    target: float32 [B, H, W], metres; 0 marks a pixel without ground truth.
+    variance_focus: 0 is the plain log RMSE, 1 ignores global scale.
+
+  Returns:
+    The error, float [], 0 where no pixel is valid; and whether one is, bool [].
+
+  Source: Eigen et al. 2014, training loss, here under a root; VPD depth/utils_depth/criterion.py (0.5).
+  """
+  valid = target > 0
+  count = valid.sum().astype(prediction.dtype)
+  safe = jnp.where(valid, target.astype(prediction.dtype), 1)
+  error = jnp.log(safe) - jnp.log(jnp.where(valid, prediction, 1))
+  share = 1 / jnp.maximum(count, 1)
+  square = (error**2).sum() * share - variance_focus * (error.sum() * share) ** 2
+  positive = square > 0  # the root has no gradient at 0
+  return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0), count > 0
+
+
+class Depth:
+  """Learns depth in metres, scores it per image.
+
+  Attributes:
+    output: what the head must know.
+    best: the score that chooses the best checkpoint.
+  """
+
+  needs = frozenset({"depth"})
+  best = ("rmse", "min")
+
+  def __init__(self, *, max_depth: float, min_depth: float = 1e-3, eval_crop: str = "none", variance_focus: float = 0.5):
+    """Options of loss and scores.
+
+    Args:
+      max_depth: metres; the head's largest value, and the scored ground truth is below it.
+      min_depth: metres; the scored ground truth is above it.
+      eval_crop: the part of the image that is scored: "eigen_nyu", "garg", "eigen_kitti" or "none".
+      variance_focus: of the loss.
+
+    Raises:
+      ValueError: unknown crop, or an empty range of depth.
+    """
+    if eval_crop not in EVAL_CROPS:
+      raise ValueError(f"task.eval_crop={eval_crop!r} is unknown; choose one of {sorted(EVAL_CROPS)}.")
+    if not 0 <= min_depth < max_depth:
+      raise ValueError(f"task.min_depth={min_depth} must be at least 0 and below task.max_depth={max_depth}.")
+    self.max_depth, self.min_depth = max_depth, min_depth
+    self.eval_crop, self.variance_focus = eval_crop, variance_focus
+    self.output = {"max_depth": max_depth}
+
+  def loss(self, outputs: Outputs, batch: Batch) -> Loss:
+    """SiLog of one group of images; weight 0 where no pixel has ground truth."""
+    value, any_valid = silog(outputs["depth"], batch["depth"], variance_focus=self.variance_focus)
+    return Loss(value, any_valid.astype(value.dtype), {"silog": value})
+
+  def predict(self, outputs: Outputs) -> Array:
+    """Depth, float [B, H, W], metres."""
+    return outputs["depth"]
+
+  def measure(self, prediction: Array, batch: Batch) -> dict[str, Array]:
+    """Scores of each image, float [B] each, and its number of scored pixels.
+
+    Valid pixels have min_depth < truth < max_depth, both strict, inside the crop. The prediction is not clipped;
+    infinities become `max_depth`, NaN `min_depth`.
+
+    Source: VPD depth/utils_depth/metrics.py cropping_img, eval_depth.
+    """
+    truth = batch["depth"].astype(prediction.dtype)
+    prediction = jnp.where(jnp.isinf(prediction), self.max_depth, prediction)
+    prediction = jnp.where(jnp.isnan(prediction), self.min_depth, prediction)
+    top, bottom, left, right = EVAL_CROPS[self.eval_crop](*truth.shape[1:])
+    inside = np.zeros((1, *truth.shape[1:]), bool)
+    inside[:, top:bottom, left:right] = True
+    valid = (truth > self.min_depth) & (truth < self.max_depth) & jnp.asarray(inside)
+    p, g = jnp.where(valid, prediction, 1), jnp.where(valid, truth, 1)
+    pixels = valid.sum(axis=(1, 2)).astype(prediction.dtype)
+    mean = lambda x: jnp.where(valid, x, 0).sum(axis=(1, 2)) / pixels
+    ratio, difference, logs = jnp.maximum(p / g, g / p), p - g, jnp.log(p) - jnp.log(g)
+    rows = {f"d{k}": mean((ratio < 1.25**k).astype(p.dtype)) for k in (1, 2, 3)}
+    return rows | {
+      "abs_rel": mean(jnp.abs(difference) / g),
+      "sq_rel": mean(difference**2 / g),
+      "rmse": jnp.sqrt(mean(difference**2)),
+      "rmse_log": jnp.sqrt(mean(logs**2)),
+      "log10": mean(jnp.abs(logs)) / jnp.log(jnp.asarray(10, p.dtype)),
+      "silog": jnp.sqrt(mean(logs**2) - 0.5 * mean(logs) ** 2),
+      "pixels": pixels,
+    }
+
+  def summarize(self, rows: Rows) -> dict[str, float]:
+    """Means over the images that have a scored pixel (the published averaging), and how many those are.
+
+    Raises:
+      ValueError: no image has one.
+    """
+    scored = rows["pixels"] > 0
+    if not scored.any():
+      raise ValueError(f"none of {len(scored)} images has ground truth in ({self.min_depth}, {self.max_depth}) metres; "
+                       "check the depth unit and task.max_depth.")
+    return {name: float(np.mean(rows[name][scored], dtype=np.float64)) for name in SCORES} | {
+      "images": float(scored.sum())}
