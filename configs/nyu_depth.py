@@ -26,6 +26,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     "name": "vpd",
     "prompt": "scene_class",  # from the folder's name, also at test time, as published
     "class_vectors": "random:0" if tiny else "",  # FILE, random:SEED, or "": from the weights
+    "tokenizer": "",  # a folder, where the weights bring none
     "residual_scale": 1e-4, "timestep": 1, "latent_scale": 1.0, "pad_multiple": 64, "pad_value": 0.0,
   }
   config.neck = {"name": "fusion", "width": 192 if tiny else 1536}
@@ -43,5 +44,5 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     lr_groups=((r"/vae/", None), (r"/unet/", 0.01), (r"", 1.0)), decay_groups=presets.no_decay_for_vectors(),
     norm_group=3, loss_group=3,
   )
-  config.eval = {"batch_size": 8, "test_time": ("flip", "shift:2"), "coverage": "released"}
+  config.eval = presets.evaluation(batch_size=8, test_time=("flip", "shift:2"))
   return config

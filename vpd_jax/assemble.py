@@ -18,6 +18,7 @@ from vpd_jax.backbones.attention import IMPLEMENTATIONS
 from vpd_jax.backbones.clip import TextSizes
 from vpd_jax.backbones.unet import UNetSizes
 from vpd_jax.backbones.vae import VaeSizes
+from vpd_jax.convert import stable_diffusion
 from vpd_jax.data import nyu, rooms
 from vpd_jax.heads import deconv
 from vpd_jax.methods import vpd
@@ -32,7 +33,7 @@ DATASETS = {"nyu": nyu.Nyu, "rooms": rooms.Rooms}
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 NOT_OF_THE_DATASET = ("name", "batch_size", "workers")
-NOT_OF_THE_METHOD = ("name", "class_vectors")
+NOT_OF_THE_METHOD = ("name", "class_vectors", "tokenizer")
 
 
 class Product(NamedTuple):
@@ -96,6 +97,18 @@ def sizes(config: ConfigDict) -> tuple[UNetSizes, VaeSizes, TextSizes]:
   """Sizes of the three backbones; 0 heads, or a head width of 0, means "not this one"."""
   unet = dict(config.backbone.unet) | {key: config.backbone.unet[key] or None for key in ("num_heads", "head_width")}
   return UNetSizes(**unet), VaeSizes(**config.backbone.vae), TextSizes(**config.backbone.text)
+
+
+def complete(config: ConfigDict) -> ConfigDict:
+  """The config with the backbones' sizes as the weights of `init.pretrained` state them, where they do."""
+  stated = stable_diffusion.sizes(config.init.pretrained) if config.init.pretrained else None
+  if stated:
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+      for part, values in stated.items():
+        config.backbone[part].update({key: 0 if value is None else value for key, value in values.items()
+                                      if key in config.backbone[part]})
+  return config.lock()
 
 
 def _builder(config: ConfigDict, task: Any, classes: tuple[str, ...]) -> Callable[[], nnx.Module]:

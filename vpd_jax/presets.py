@@ -53,6 +53,22 @@ def no_decay_for_vectors() -> tuple:
   return ((r"/(bias|scale|gamma)$", 0.0), (r"", 1.0))
 
 
+def evaluation(*, batch_size: int, test_time: tuple[str, ...], baselines: int = 0) -> dict[str, Any]:
+  """How scores and predictions are made.
+
+  Args:
+    batch_size: images, all processes together, in one call of the network (times windows and mirroring).
+    test_time: of "flip" and "shift:N", the mirrored image and N shifted square windows.
+    baselines: training images to fit the trivial predictors on whose scores are printed beside; 0 for none.
+
+  Returns:
+    also coverage of the windows ("released" or "full"), the checkpoint of a workdir that is read ("newest" or "best"),
+    and the number of samples shown as panels.
+  """
+  return {"batch_size": batch_size, "test_time": test_time, "coverage": "released", "checkpoint": "newest",
+          "baselines": baselines, "panels": 4}
+
+
 def run(*, num_steps: int, log_every: int, eval_every: int, save_every: int) -> dict[str, Any]:
   """What every config has beside its own sections.
 
@@ -64,7 +80,7 @@ def run(*, num_steps: int, log_every: int, eval_every: int, save_every: int) -> 
   return {
     "seed": 0, "dtype": "float32", "param_dtype": "float32",
     "num_steps": num_steps, "log_every": log_every, "eval_every": eval_every, "save_every": save_every,
-    "keep": 2, "keep_best": 1, "profile": 0, "panels": 4,
+    "keep": 2, "keep_best": 1, "profile": 0,
     "init": {"pretrained": "", "run": ""},
     "mesh": {"data": -1, "fsdp": 1, "rules": ()},
   }

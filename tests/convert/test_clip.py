@@ -59,7 +59,7 @@ def test_folders_hold_it_below_or_at_the_top(tmp_path, source, expected, place):
 
 def test_openclip_names_point_to_the_diffusers_folder(tmp_path):
   write.write(tmp_path / "v2.safetensors", {"cond_stage_model.model.ln_final.weight": np.ones(2, np.float32)})
-  with pytest.raises(ValueError, match="v2.safetensors: .*OpenCLIP's own names; give the diffusers folder"):
+  with pytest.raises(ValueError, match=r"v2\.safetensors: .*OpenCLIP's own names; give the diffusers folder"):
     load.load_text_encoder(tmp_path / "v2.safetensors", {})
 
 

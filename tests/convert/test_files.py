@@ -156,6 +156,13 @@ def test_shards_of_a_folder_are_joined(tmp_path):
   assert [file.name for file in opened.files] == ["s0.safetensors", "s1.safetensors"]
 
 
+def test_a_damaged_index_is_named(tmp_path):
+  (tmp_path / "unet").mkdir()
+  (tmp_path / "unet" / "model.safetensors.index.json").write_text("[]")
+  with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is not an index of shards"):
+    files.open_folder(tmp_path, ("unet",))
+
+
 def cut(path, size):
   path.write_bytes(path.read_bytes()[:size])
   return path

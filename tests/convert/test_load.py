@@ -100,11 +100,12 @@ def test_unknown_sources_are_refused_in_one_line(tmp_path):
 
 
 def test_source_files_are_named_with_their_sha256(tmp_path):
-  write.write(tmp_path / "x.safetensors", {"a": np.ones(2, np.float32)})
+  state = {"model.diffusion_model.a": np.ones(2, np.float32)}
+  write.write(tmp_path / "x.safetensors", state)
   digest = hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
   assert load.source_files(tmp_path / "x.safetensors") == {"x.safetensors": digest}
   for part in ("unet", "vae"):
-    write.write(tmp_path / "sd" / part / "diffusion_pytorch_model.safetensors", {"a": np.ones(2, np.float32)})
+    write.write(tmp_path / "sd" / part / "diffusion_pytorch_model.safetensors", state)
   assert load.source_files(tmp_path / "sd") == dict.fromkeys(
     (f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")), digest
   )
@@ -155,7 +156,7 @@ def test_the_script_goes_there_and_back_bit_for_bit(tmp_path, release, monkeypat
 
 
 def test_the_script_fails_in_one_line(tmp_path, monkeypatch):
-  with pytest.raises(SystemExit, match="convert_checkpoint: init.pretrained=.*does not exist"):
+  with pytest.raises(SystemExit, match=r"convert_checkpoint: init\.pretrained=.*does not exist"):
     run(monkeypatch, f"--source={tmp_path / 'absent'}", f"--output={tmp_path / 'x'}")
 
 

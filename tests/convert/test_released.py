@@ -51,7 +51,9 @@ PAIRS = {
   "encoder.encoder_vq.encoder.down.0.block.0.norm1.weight": "method/vae/encoder/down/0/block/0/norm1/scale",
   "encoder.encoder_vq.encoder.mid.attn_1.q.weight": "method/vae/encoder/mid/attn_1/q/kernel",
   "encoder.unet.unet.diffusion_model.time_embed.0.weight": "method/unet/time_embed/0/kernel",
-  "encoder.unet.unet.diffusion_model.input_blocks.1.0.in_layers.0.weight": "method/unet/input_blocks/1/0/in_layers/0/scale",
+  "encoder.unet.unet.diffusion_model.input_blocks.1.0.in_layers.0.weight": (
+    "method/unet/input_blocks/1/0/in_layers/0/scale"
+  ),
   "encoder.unet.unet.diffusion_model.input_blocks.1.1.proj_in.weight": "method/unet/input_blocks/1/1/proj_in/kernel",
   "encoder.unet.unet.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_out.0.weight": (
     "method/unet/input_blocks/1/1/transformer_blocks/0/attn1/to_out/0/kernel"

@@ -81,7 +81,7 @@ def test_the_last_convolution_is_dropped_where_the_model_has_none(source, expect
 
 def test_unet_and_vae_may_not_stay_fresh(source, expected):
   partial = {name: value for name, value in source.items() if "input_blocks.3." not in name}
-  with pytest.raises(rules.ConversionError, match="2 are filled by nothing .*input_blocks/3/0/op/kernel"):
+  with pytest.raises(rules.ConversionError, match=r"2 are filled by nothing .*input_blocks/3/0/op/kernel"):
     rules.convert(
       partial, stable_diffusion.compvis(expected), described(expected), fresh=load.OUTSIDE_SD, table="compvis"
     )

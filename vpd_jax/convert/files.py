@@ -125,9 +125,17 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
         return [folder / (stem + suffix)]
       index = folder / f"{stem}{suffix}.index.json"
       if index.is_file():
-        return [folder / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        return [folder / shard for shard in _shards(index)]
   held = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "nothing: it does not exist"
   raise ValueError(f"{folder} holds no PyTorch weights ({held}); complete it with diffusion_pytorch_model.safetensors.")
+
+
+def _shards(index: pathlib.Path) -> list[str]:
+  """File names in the index of a divided file of weights."""
+  try:
+    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(f"{index} is not an index of shards ({error!r}); fetch it again.") from error
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, RawTensor]:

@@ -43,9 +43,9 @@ class Nyu:
     root: folder that holds sync/ and official_splits/.
     crop: (height, width) of a training example.
     cut_depth: "released", "scaled" or "off", see transforms.vertical_cut_depth.
-    train_list: list file of the training frames; None looks for the usual names in `root` and beside it.
+    train_list: list file of the training frames; empty looks for the usual names in `root` and beside it.
     test_list: the same for evaluation.
-    resize: (height, width) that images and depth get before anything else; None keeps the files' 480x640. Scores of
+    resize: (height, width) that images and depth get before anything else; () keeps the files' 480x640. Scores of
       resized data are not the published ones.
     colour: False trains without the changes of colour.
 
@@ -66,17 +66,17 @@ class Nyu:
     root: str,
     crop: tuple[int, int] = (480, 480),
     cut_depth: str = "released",
-    train_list: str | None = None,
-    test_list: str | None = None,
-    resize: tuple[int, int] | None = None,
+    train_list: str = "",
+    test_list: str = "",
+    resize: tuple[int, int] = (),
     colour: bool = True,
   ):
     transforms.check_cut_depth(cut_depth)
     self.root = Path(root).expanduser()
     self.crop = check_size("crop", crop)
     self.cut_depth = cut_depth
-    self.lists = {"train": train_list, "eval": test_list}
-    self.resize = None if resize is None else check_size("resize", resize)
+    self.lists = {"train": train_list or None, "eval": test_list or None}
+    self.resize = None if not resize else check_size("resize", resize)
     self.colour = colour
     if self.resize and (self.crop[0] > self.resize[0] or self.crop[1] > self.resize[1]):
       raise ValueError(f"crop={self.crop} does not fit into resize={self.resize}; make data.crop smaller.")

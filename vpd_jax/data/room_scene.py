@@ -31,7 +31,7 @@ SKINS = ((0.9, 0.7, 0.58), (0.76, 0.54, 0.4), (0.5, 0.33, 0.22), (0.33, 0.21, 0.
 MAX_DIAGONAL = 9.8  # metres; so no depth reaches 10
 FIGURE_CHANCE = 0.5
 HAZE = 0.16  # 1/metre
-CAMERA_CLEARANCE = 0.8  # metres around the camera that stay free
+CAMERA_CLEARANCE = 1.0  # metres around the camera that stay free
 
 
 class Scene(NamedTuple):
@@ -214,14 +214,14 @@ class Builder:
       self.put_new(Object("rug", half[0], half[1], [room_furniture.box(0, 0, 0, half, *look)]), (x, y, 0.0), 0.0)
     area = self.size[0] * self.size[1]
     self.place(at_walls[0](rng), self._at_wall)
-    for _ in range(int(2 + area / 8)):
+    for _ in range(int(1 + area / 10)):
       self.place(pick(at_walls)(rng), self._at_wall)
-    for _ in range(int(1 + area / 8)):
+    for _ in range(int(1 + area / 12)):
       self.place(pick(free)(rng), self._anywhere)
     for x, y, thing in self.tops:
       if rng.random() < 0.7:
         self.put_new(pick(small)(rng), (x + rng.uniform(-0.15, 0.15), y + rng.uniform(-0.08, 0.08), thing.top), 0.3)
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(rng.integers(1, 3)):
       self.place(pick((room_furniture.carton, room_furniture.ball))(rng), self._anywhere)
 
   def _at_wall(self, thing: Object) -> tuple[float, float, float]:

@@ -11,7 +11,6 @@ Source: Zhao et al. 2023, https://arxiv.org/abs/2303.02153; VPD depth/models_dep
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from vpd_jax.backbones import layers
@@ -108,8 +107,3 @@ class Vpd(nnx.Module):
     context = self.context(batch["class_id"])
     out = self.unet(latents * self.latent_scale, context, timesteps=int(self.timestep))
     return Features(out.features, context, tuple(batch["image"].shape[1:3]))
-
-
-def random_class_vectors(classes: int, width: int, seed: int) -> np.ndarray:
-  """Stand-ins for encoded names: float32 [classes, width], standard normal, the same for the same seed."""
-  return np.random.default_rng(seed).standard_normal((classes, width), dtype=np.float32)

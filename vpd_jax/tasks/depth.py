@@ -1,9 +1,17 @@
-"""Metric depth: scale-invariant loss and the scores of NYU and KITTI."""
+"""Metric depth: scale-invariant loss, the scores of NYU and KITTI, pictures and files of the result."""
 
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import cv2
 import jax.numpy as jnp
 import numpy as np
 
-from vpd_jax.types import Array, Batch, Loss, Outputs, Rows
+from vpd_jax import panels
+from vpd_jax.tasks.baselines import depth_baselines
+from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
 
 SCORES = ("d1", "d2", "d3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
 # Rows and columns of the image that are scored, as (top, bottom, left, right).
@@ -123,3 +131,52 @@ class Depth:
                        "check the depth unit and task.max_depth.")
     return {name: float(np.mean(rows[name][scored], dtype=np.float64)) for name in SCORES} | {
       "images": float(scored.sum())}
+
+  def baselines(self, train: Iterable[Example], evaluation: Iterable[Example]) -> dict[str, float]:
+    """RMSE, under the same protocol, of three predictors that learn nothing from the picture's content."""
+    evaluation = list(evaluation)
+    region = EVAL_CROPS[self.eval_crop](*evaluation[0]["depth"].shape)
+    return depth_baselines(train, evaluation, max_depth=self.max_depth, region=region)
+
+  def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray:
+    """Input, prediction, truth and error of one image side by side: uint8 [H, 4 W, 3]."""
+    return panels.depth_panel(example["image"], prediction, example["depth"], self.max_depth)
+
+  def save(self, stem: Path, prediction: np.ndarray, facts: dict[str, Any]) -> list[Path]:
+    """Writes the depth of one picture; files appear only when complete, the JSON last.
+
+    Args:
+      stem: path without suffix: stem.colour.png, stem.depth.png (16 bit), stem.npy (float32 metres), stem.json.
+      prediction: float [H, W], metres.
+      facts: more entries for the JSON, which states unit and scale.
+    """
+    depth = prediction.astype(np.float32)
+    scale = png_scale(self.max_depth)
+    stored = np.clip(np.nan_to_num(depth) * scale + 0.5, 0, 65535).astype(np.uint16)
+    described = {"unit": "metre", "png_units_per_metre": scale, "png_no_value": 0, "max_depth": self.max_depth,
+                 "min": float(np.nanmin(depth)), "max": float(np.nanmax(depth)), "size": list(depth.shape), **facts}
+    colour = panels.colour_depth(depth)
+    return [
+      _write(stem, ".colour.png", lambda path: _png(path, colour[..., ::-1])),
+      _write(stem, ".depth.png", lambda path: _png(path, stored)),
+      _write(stem, ".npy", lambda path: np.save(path, depth)),
+      _write(stem, ".json", lambda path: path.write_text(json.dumps(described, indent=1) + "\n")),
+    ]
+
+
+def png_scale(max_depth: float) -> int:
+  """Units per metre of 16-bit depth pictures: NYU's 1000 where the range allows it, else KITTI's 256."""
+  return 1000 if max_depth <= 65 else 256
+
+
+def _write(stem: Path, suffix: str, write: Any) -> Path:
+  """Writes beside the final name first, then renames."""
+  path = stem.with_name(stem.name + suffix)
+  unfinished = stem.with_name(f".unfinished.{stem.name}{suffix}")
+  write(unfinished)
+  return unfinished.replace(path)
+
+
+def _png(path: Path, image: np.ndarray) -> None:
+  if not cv2.imwrite(str(path), image):
+    raise OSError(f"{path} could not be written.")

@@ -1,0 +1,71 @@
+"""Weights of any known kind -> our directory, or back into the authors' names.
+
+python scripts/convert_checkpoint.py --config=configs/nyu_depth.py --source=v1-5-pruned-emaonly.safetensors --output=DIR
+python scripts/convert_checkpoint.py --config=configs/nyu_depth.py --source=DIR_OR_WORKDIR --output=vpd.pth --reverse
+
+Forward: writes DIR with the arrays (orbax) and manifest.json, to be given as --config.init.pretrained.
+Reverse: writes a .pth or .safetensors that the authors' code loads strictly. The source is a converted directory, a
+workdir of a run (its newest checkpoint, or --step), or any checkpoint that fills the whole model.
+"""
+
+import argparse
+import json
+import pathlib
+
+from vpd_jax import assemble, checkpoint, config_file
+from vpd_jax.convert import load, released, rules, write
+
+
+def parse() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--config", required=True, help="config file, e.g. configs/nyu_depth.py:tiny")
+  parser.add_argument("--source", required=True, help="what to convert")
+  parser.add_argument("--output", required=True, help="directory to write; with --reverse a .pth or .safetensors file")
+  parser.add_argument("--reverse", action="store_true", help="back to the authors' names")
+  parser.add_argument("--manifest", help="JSON list of {name, shape, dtype} to export by; default: that of the release")
+  parser.add_argument("--step", type=int, help="checkpoint of a workdir to export; default: the newest")
+  return parser.parse_args()
+
+
+def forward(args: argparse.Namespace) -> None:
+  named, report = load.load_pretrained(args.source, assemble.model_shapes(config_file.load(args.config)))
+  print(report.summary())
+  load.save(args.output, named, report, load.source_files(args.source))
+
+
+def reverse(args: argparse.Namespace) -> None:
+  config = config_file.load(args.config)
+  release = f"{config.method.name}_{config.task.name}"
+  if release not in released.TABLES:
+    raise ValueError(f"there is no table for {release!r}; there is one for each of {sorted(released.TABLES)}.")
+  shapes, table = assemble.model_shapes(config), released.TABLES[release]()
+  named, step = read(args, shapes)
+  if args.manifest:
+    entries = json.loads(pathlib.Path(args.manifest).read_text())
+  else:
+    entries = released.manifest(shapes, table)
+  write.write(args.output, rules.export(named, table, entries, step))
+
+
+def read(args: argparse.Namespace, shapes: dict) -> tuple[dict, int]:
+  """(all arrays by our names, finished steps)."""
+  if not checkpoint.is_workdir(args.source):
+    named, report = load.load_pretrained(args.source, shapes, fresh=())
+    return named, report.step
+  with checkpoint.Checkpoints(args.source, read_only=True) as checkpoints:
+    step = checkpoints.latest_step() if args.step is None else args.step
+    weights = checkpoints.restore_weights(step)
+  return weights["params"] | weights["frozen"] | weights["stats"], step
+
+
+def main() -> None:
+  args = parse()
+  try:
+    (reverse if args.reverse else forward)(args)
+  except ValueError as error:
+    raise SystemExit(f"convert_checkpoint: {error}") from error
+  print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+  main()

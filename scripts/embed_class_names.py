@@ -1,0 +1,63 @@
+"""Class names -> class vectors, to be given as --config.method.class_vectors.
+
+python scripts/embed_class_names.py --weights=DIFFUSERS_FOLDER --names=names.txt --output=vectors.npz
+python scripts/embed_class_names.py --weights=DIFFUSERS_FOLDER --names=wall,floor,dining_table --output=vectors.npz \
+    --templates="a photo of a {}"
+
+The order of the names is the order of the class ids. Written are `class_vectors`, float32 [names, width], and `names`.
+"""
+
+import argparse
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+
+from vpd_jax import class_vectors
+from vpd_jax.backbones.clip import TextSizes
+
+
+def parse() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--weights", required=True, help="diffusers folder, or a single file of Stable Diffusion 1.x")
+  parser.add_argument("--names", required=True, help="a .txt file with one name a line, or names between commas")
+  parser.add_argument("--output", required=True, type=pathlib.Path, help=".npz file to write")
+  parser.add_argument("--templates", default="imagenet_80", help="a set of prompt_templates.json, or a text with {}")
+  parser.add_argument("--max_length", type=int, default=20, help="tokens a text is cut or padded to")
+  parser.add_argument("--tokenizer", help="folder with vocab.json and merges.txt; default: that of the weights")
+  return parser.parse_args()
+
+
+def read_names(argument: str) -> list[str]:
+  """The names of a file or of the argument itself, none empty."""
+  if argument.endswith(".txt"):
+    try:
+      listed = pathlib.Path(argument).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+      raise ValueError(f"names={argument!r} cannot be read ({error}).") from error
+  else:
+    listed = argument.split(",")
+  return [name.strip() for name in listed if name.strip()]
+
+
+def embed(args: argparse.Namespace) -> None:
+  if args.output.suffix != ".npz":
+    raise ValueError(f"output={str(args.output)!r} must end in '.npz'.")
+  names, templates = read_names(args.names), class_vectors.read_templates(args.templates)
+  tokenizer = class_vectors.load_tokenizer(args.tokenizer or args.weights)
+  text = class_vectors.load_text_encoder(args.weights, dtype=jnp.float32, sizes=TextSizes())
+  vectors = class_vectors.encode(names, tokenizer=tokenizer, text=text, templates=templates, max_length=args.max_length)
+  args.output.parent.mkdir(parents=True, exist_ok=True)
+  np.savez(args.output, class_vectors=vectors, names=np.array(names))
+  print(f"wrote {args.output}: {vectors.shape[0]} names, width {vectors.shape[1]}, {len(templates)} templates")
+
+
+def main() -> None:
+  try:
+    embed(parse())
+  except ValueError as error:
+    raise SystemExit(f"embed_class_names: {error}") from error
+
+
+if __name__ == "__main__":
+  main()

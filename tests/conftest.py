@@ -1,0 +1,78 @@
+"""How tests run: warnings are errors, ranks never broadcast by themselves, and the CPU unless JAX_PLATFORMS says more.
+
+Tests marked x64, multidevice, reference or accelerator are left out where the process cannot run them, and
+everything not marked x64 is left out of a float64 process. `bash scripts/test.sh` starts the processes they need.
+"""
+
+import importlib.util
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+REFERENCE = ("torch", "diffusers", "transformers")
+VIRTUAL_DEVICES = 8
+WARNINGS = (
+  "error",
+  # What other packages do among themselves: only a deprecation in our own files is ours to mend.
+  "ignore::DeprecationWarning:(?!vpd_jax|tests|configs|__main__)",
+  "ignore::PendingDeprecationWarning:(?!vpd_jax|tests|configs|__main__)",
+  "ignore::FutureWarning:(?!vpd_jax|tests|configs|__main__)",
+)
+
+
+def pytest_configure(config):
+  for line in WARNINGS:
+    config.addinivalue_line("filterwarnings", line)
+
+
+def has_reference() -> bool:
+  return all(importlib.util.find_spec(package) for package in REFERENCE)
+
+
+def runs_here(item, chosen: str) -> bool:
+  """Whether this process can run a test, given the -m expression."""
+  marks = {mark.name for mark in item.iter_markers()}
+  return (
+    ("x64" in marks) == jax.config.jax_enable_x64
+    and ("multidevice" not in marks or jax.device_count() >= VIRTUAL_DEVICES)
+    and ("reference" not in marks or has_reference())
+    and ("accelerator" not in marks or jax.default_backend() != "cpu")
+    and ("slow" not in marks or "slow" in chosen)
+  )
+
+
+def pytest_collection_modifyitems(config, items):
+  here = [item for item in items if runs_here(item, config.option.markexpr)]
+  if elsewhere := [item for item in items if item not in here]:
+    config.hook.pytest_deselected(items=elsewhere)
+    items[:] = here
+
+
+def pytest_report_header(config):
+  if not has_reference():
+    return (
+      "reference tests are left out: VPD_TEST_REFERENCE=1 bash scripts/test.sh installs torch and diffusers for them"
+    )
+
+
+@pytest.fixture(scope="session")
+def golden() -> pathlib.Path:
+  """The folder of the authors' numbers."""
+  return pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def _config_is_restored():
+  """A test that changes jax's configuration leaves it to nobody else."""
+  before = {name: getattr(jax.config, name) for name in ("jax_enable_x64", "jax_numpy_rank_promotion")}
+  yield
+  for name, value in before.items():
+    if getattr(jax.config, name) != value:
+      jax.config.update(name, value)

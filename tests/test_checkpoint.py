@@ -1,0 +1,213 @@
+"""Saving, keeping, restoring; the wish to stop."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+
+from vpd_jax import checkpoint, sharding
+from vpd_jax.types import TrainState
+
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.scale_by_schedule(lambda _: -1e-2))
+CONFIG = {"optim": {"lr": 5e-4, "lr_groups": [["/vae/", None]]}, "steps": 4}
+
+
+def start(ema: bool = False) -> TrainState:
+  numbers = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+  params = {"method/unet/a/kernel": jnp.asarray(numbers), "neck/b/bias": jnp.ones(3, jnp.bfloat16)}
+  return TrainState(
+    step=jnp.int32(0),
+    params=params,
+    frozen={"method/vae/c/kernel": jnp.zeros((2, 2))},
+    stats={},
+    opt_state=OPTIMIZER.init(params),
+    ema={name: value + 1 for name, value in params.items()} if ema else None,
+  )
+
+
+@jax.jit
+def advance(state: TrainState) -> TrainState:
+  grads = jax.tree.map(lambda p: p * (state.step + 1).astype(p.dtype), state.params)
+  updates, opt_state = OPTIMIZER.update(grads, state.opt_state, state.params)
+  return state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+
+
+def abstract(state: TrainState) -> TrainState:
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  return sharding.abstract(state, sharding.state_shardings(mesh, state))
+
+
+def assert_same(left, right):
+  assert jax.tree.structure(left) == jax.tree.structure(right)
+  for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+    assert a.dtype == b.dtype
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_four_steps_equal_two_and_two_bit_for_bit(tmp_path):
+  state = advance(advance(start()))
+  with checkpoint.Checkpoints(tmp_path) as saved:
+    assert saved.save(2, state, CONFIG)
+  with checkpoint.Checkpoints(tmp_path) as saved:
+    assert saved.latest_step() == 2
+    restored = saved.restore(2, abstract(start()))
+    assert saved.restore_config(2) == CONFIG
+  assert_same(restored, state)
+  assert_same(advance(advance(restored)), advance(advance(state)))
+
+
+def test_a_state_may_be_donated_while_it_is_being_saved(tmp_path):
+  step = jax.jit(advance, donate_argnums=0)
+  state, expected = advance(start()), advance(start())
+  with checkpoint.Checkpoints(tmp_path) as saved:
+    saved.save(1, state, CONFIG)
+    for _ in range(5):
+      state = step(state)
+    saved.wait()
+    assert_same(saved.restore(1, abstract(expected)), expected)
+
+
+@pytest.mark.parametrize("mode, scores, best", [("min", (0.3, 0.1, 0.2, 0.5), 2), ("max", (0.3, 0.1, 0.2, 0.25), 1)])
+def test_the_newest_and_the_best_are_kept(tmp_path, mode, scores, best):
+  with checkpoint.Checkpoints(tmp_path, keep=1, best_metric="eval/x/rmse", best_mode=mode) as saved:
+    for step, score in enumerate(scores, start=1):
+      saved.save(step, start(), CONFIG, {"eval/x/rmse": score, "eval/x/other": 1.0})
+    saved.wait()
+    assert (saved.steps(), saved.latest_step(), saved.best_step()) == ([best, 4], 4, best)
+  with checkpoint.Checkpoints(tmp_path, best_metric="eval/x/rmse", best_mode=mode, read_only=True) as saved:
+    assert saved.best_step() == best
+
+
+def test_a_missing_score_and_nan_are_never_best(tmp_path):
+  with checkpoint.Checkpoints(tmp_path, keep=1, best_metric="rmse") as saved:
+    for step, scores in enumerate(({"rmse": 3.0}, {"rmse": float("nan")}, None, {"other": 0.0}, None), start=1):
+      saved.save(step, start(), CONFIG, scores)
+    saved.wait()
+    assert (saved.steps(), saved.best_step()) == ([1, 5], 1)
+
+
+def test_without_scores_nothing_is_best(tmp_path):
+  with checkpoint.Checkpoints(tmp_path, best_metric="rmse") as saved:
+    assert (saved.latest_step(), saved.best_step(), saved.steps()) == (None, None, [])
+    saved.save(1, start(), CONFIG, force=True)
+    assert (saved.latest_step(), saved.best_step()) == (1, None)
+    assert not saved.save(1, start(), CONFIG)
+
+
+def test_weights_are_read_without_the_optimizer(tmp_path):
+  state = start(ema=True)
+  with checkpoint.Checkpoints(tmp_path) as saved:
+    saved.save(7, state, CONFIG)
+  with checkpoint.Checkpoints(tmp_path, read_only=True) as saved:
+    weights = saved.restore_weights(7)
+  assert weights.keys() == {"params", "frozen", "stats", "ema"}
+  assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(weights))
+  assert weights["params"]["neck/b/bias"].dtype == ml_dtypes.bfloat16
+  assert_same({key: getattr(state, key) for key in ("ema", "frozen", "params", "stats")}, weights)
+
+
+def test_a_state_that_does_not_fit_is_refused_with_the_names(tmp_path):
+  with checkpoint.Checkpoints(tmp_path) as saved:
+    saved.save(1, start(), CONFIG, force=True)
+    other = start()
+    other.params["neck/b/bias"] = jnp.ones(4, jnp.float32)
+    other.stats["head/mean"] = jnp.ones(2)
+    with pytest.raises(ValueError, match="does not fit the config in 2 arrays") as error:
+      saved.restore(1, abstract(other))
+    assert "params.neck/b/bias: bfloat16 [3] on disk, float32 [4] in the config" in str(error.value)
+    assert "stats.head/mean: absent on disk, float32 [2] in the config" in str(error.value)
+    with pytest.raises(ValueError, match=r"no checkpoint of step 9; it holds \[1\]"):
+      saved.restore(9, abstract(start()))
+
+
+def test_an_unusable_workdir_is_one_line(tmp_path):
+  (tmp_path / "file").write_text("")
+  for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+    assert not checkpoint.is_workdir(folder)
+    with pytest.raises(ValueError, match=r"workdir=.* cannot be used") as error:
+      checkpoint.Checkpoints(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{"best_mode": "low"}, {"keep": 0}, {"keep_best": -1}])
+def test_bad_options_are_refused(tmp_path, options):
+  with pytest.raises(ValueError, match=next(iter(options))):
+    checkpoint.Checkpoints(tmp_path, **options)
+
+
+def test_a_read_only_look_creates_nothing(tmp_path):
+  with checkpoint.Checkpoints(tmp_path / "none", read_only=True) as saved:
+    assert saved.latest_step() is None
+  assert not (tmp_path / "none").exists()
+
+
+def test_an_unfinished_checkpoint_does_not_count(tmp_path):
+  with checkpoint.Checkpoints(tmp_path) as saved:
+    saved.save(1, start(), CONFIG)
+  assert checkpoint.is_workdir(tmp_path)
+  (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir()
+  with checkpoint.Checkpoints(tmp_path) as saved:
+    assert saved.steps() == [1]
+    assert saved.save(2, start(), CONFIG, force=True)
+    assert saved.steps() == [1, 2]
+  (tmp_path / "empty" / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
+  assert not checkpoint.is_workdir(tmp_path / "empty")
+  assert not checkpoint.is_workdir(tmp_path / "absent")
+
+
+@pytest.mark.multidevice
+def test_a_state_is_restored_onto_another_mesh(tmp_path):
+  def large():
+    return {"a/kernel": jnp.arange(512 * 1024, dtype=jnp.float32).reshape(512, 1024)}
+
+  def placed(fsdp):
+    return sharding.state_shardings(sharding.make_mesh(fsdp=fsdp), jax.eval_shape(large))
+
+  with checkpoint.Checkpoints(tmp_path) as saved:
+    saved.save(1, jax.jit(large, out_shardings=placed(4))(), CONFIG, force=True)
+    restored = saved.restore(1, sharding.abstract(jax.eval_shape(large), placed(2)))
+  assert restored["a/kernel"].addressable_shards[0].data.shape == (512, 512)
+  assert_same(restored, large())
+
+
+def test_sigterm_is_a_request_and_the_old_handler_returns():
+  before = signal.getsignal(signal.SIGTERM)
+  with checkpoint.StopRequest() as stop:
+    assert not stop.requested
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.requested
+  assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_in_another_thread_signals_are_left_alone():
+  seen = []
+
+  def run():
+    with checkpoint.StopRequest() as stop:
+      seen.append(stop.requested)
+
+  thread = threading.Thread(target=run)
+  thread.start()
+  thread.join()
+  assert seen == [False]
+
+
+def test_an_exit_by_exception_still_finishes_the_save(tmp_path):
+  code = f"""
+import jax.numpy as jnp
+from vpd_jax import checkpoint
+with checkpoint.Checkpoints({str(tmp_path)!r}) as saved:
+  saved.save(1, {{"a/b": jnp.ones(3)}}, {{}})
+  raise RuntimeError("stop")
+"""
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert "RuntimeError: stop" in done.stderr
+  assert checkpoint.is_workdir(tmp_path)

@@ -1,0 +1,106 @@
+"""The rules of the layout: which file may import which, and what no file may be."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "vpd_jax"
+
+# From top to bottom. A part imports parts of lower rows only, not its neighbours in a row; a folder is one part.
+LAYERS = (
+  ("main",),
+  ("train",),
+  ("predict", "plan"),
+  ("evaluate",),
+  ("assemble",),
+  ("convert",),
+  ("methods", "necks", "heads", "tasks", "data", "model"),
+  ("backbones", "inference", "optim", "checkpoint", "sharding", "writers", "panels"),
+  ("params", "presets", "config_file"),
+  ("types",),
+)
+ROW = {part: row for row, parts in enumerate(LAYERS) for part in parts}
+ONLY = {  # narrower than the rows
+  "data": {"types"},  # knows no network
+  "tasks": {"types"},  # knows no network either
+  "methods": {"backbones", "types"},
+  "backbones": {"types"},  # no paper-specific code
+  "presets": set(),
+  "config_file": set(),
+}
+CONFIGURED = {"main", "train", "predict", "plan", "evaluate", "assemble", "config_file", "presets"}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+LONGEST = 330
+
+
+def part_of(path: pathlib.Path) -> str:
+  """The file's name at the top of the package, or its folder's."""
+  return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: pathlib.Path) -> set[str]:
+  """Dotted names of everything a file imports anywhere in it."""
+  names = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f"{path.name} has a relative import"
+      names |= {f"{node.module}.{alias.name}" for alias in node.names}
+  return names
+
+
+def parts(names: set[str]) -> set[str]:
+  """Parts of the package among imported names."""
+  return {name.split(".")[1] for name in names if name.startswith("vpd_jax.")}
+
+
+def packages(names: set[str]) -> set[str]:
+  return {name.split(".")[0] for name in names}
+
+
+def label(path: pathlib.Path) -> str:
+  return str(path.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_imports_point_downwards(path):
+  part = part_of(path)
+  assert part in ROW, f"{part} has no place yet: give it a row in LAYERS"
+  for other in parts(imports(path)) - {part}:
+    assert other in ROW, f"{label(path)} imports {other}, which has no row in LAYERS"
+    assert ROW[other] > ROW[part], f"{label(path)} imports {other}, which does not stand below it"
+    assert other in ONLY.get(part, ROW), f"{label(path)} imports {other}; {part} may only import {ONLY[part]}"
+
+
+def test_only_the_pipeline_of_data_imports_jax():
+  found = {label(path) for path in FILES if part_of(path) == "data" and {"jax", "flax"} & packages(imports(path))}
+  assert found <= {"data/pipeline.py"}
+
+
+def test_config_dicts_stop_at_assemble():
+  found = {part_of(path) for path in FILES if "ml_collections" in packages(imports(path))}
+  assert found <= CONFIGURED
+
+
+def test_tensorflow_is_imported_by_the_writers_only_and_torch_nowhere():
+  found = {(name, part_of(path)) for path in FILES for name in packages(imports(path))}
+  assert {part for name, part in found if name == "tensorflow"} <= {"writers"}
+  assert not {part for name, part in found if name in ("torch", "diffusers")}
+
+
+def test_importing_the_package_imports_no_jax():
+  at_import = [
+    n for n in ast.parse((PACKAGE / "__init__.py").read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)
+  ]
+  found = {alias.name for n in at_import if isinstance(n, ast.Import) for alias in n.names}
+  found |= {n.module for n in at_import if isinstance(n, ast.ImportFrom)}
+  assert packages(found) <= {"typing", "importlib"}, "spawned data workers import the package too"
+
+
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_files_stay_short_and_named_after_something(path):
+  lines = len(path.read_text().splitlines())
+  assert lines <= LONGEST, f"{label(path)} has {lines} lines; move one concern out of it"
+  assert path.name not in ("utils.py", "util.py", "helpers.py", "common.py", "misc.py")

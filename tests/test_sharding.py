@@ -1,0 +1,106 @@
+"""The mesh, and where each array of a state lives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from vpd_jax import sharding
+from vpd_jax.types import TrainState
+
+
+def state(kernel=(512, 1024)):
+  params = {
+    "method/unet/a/kernel": jnp.arange(np.prod(kernel), dtype=jnp.float32).reshape(kernel),
+    "neck/b/bias": jnp.ones(8),
+  }
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
+  return TrainState(
+    step=jnp.int32(0),
+    params=params,
+    frozen={"method/vae/c/kernel": jnp.zeros((1024, 512))},
+    stats={"head/bn/mean": jnp.zeros(8)},
+    opt_state=optimizer.init(params),
+  )
+
+
+@pytest.mark.parametrize(
+  "shape, fsdp, expected",
+  [
+    ((512, 1024), 4, P(None, "fsdp")),  # the largest axis
+    ((1024, 512), 4, P("fsdp")),
+    ((3, 3, 320, 320), 4, P(None, None, None, "fsdp")),  # of equal ones the last
+    ((1026, 512), 4, P(None, "fsdp")),  # the largest does not divide
+    ((513, 1025), 4, P()),  # none divides
+    ((512, 511), 4, P()),  # just below 1 MiB
+    ((512, 512), 4, P(None, "fsdp")),  # 1 MiB
+    ((512, 1024), 1, P()),
+    ((), 4, P()),
+    ((0, 4), 4, P()),
+  ],
+)
+def test_the_largest_divisible_axis_of_large_arrays_is_split(shape, fsdp, expected):
+  assert sharding.array_spec(shape, 4, fsdp) == expected
+
+
+def test_bytes_count_not_numbers():
+  assert sharding.array_spec((512, 512), 2, 4) == P()
+  assert sharding.array_spec((512, 512), 2, 4, min_bytes=2**19) == P(None, "fsdp")
+
+
+def test_a_mesh_covers_all_devices_or_says_why_not():
+  device = jax.devices()[:1]
+  assert dict(sharding.make_mesh(devices=device).shape) == {"data": 1, "fsdp": 1}
+  for data, fsdp in ((2, 1), (-1, 2), (1, 3)):
+    with pytest.raises(ValueError, match="does not cover the 1 devices exactly"):
+      sharding.make_mesh(data, fsdp, devices=device)
+  for data, fsdp in ((-1, -1), (0, 1), (-2, 1)):
+    with pytest.raises(ValueError, match="give positive sizes"):
+      sharding.make_mesh(data, fsdp, devices=device)
+
+
+def test_one_device_replicates_everything():
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  assert {s.spec for s in jax.tree.leaves(sharding.state_shardings(mesh, state()))} == {P()}
+
+
+def test_a_rule_without_effect_or_with_a_wrong_spec_fails():
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  with pytest.raises(ValueError, match=r"\['/clip/'\] match no array"):
+    sharding.state_shardings(mesh, state(), rules=(("/clip/", ("fsdp",)),))
+  with pytest.raises(ValueError, match=r"does not fit neck/b/bias of shape \(8,\)"):
+    sharding.state_shardings(mesh, state(), rules=(("/neck/", (None, "fsdp")),))
+  with pytest.raises(ValueError, match=r"names the axes \['model'\]"):
+    sharding.state_shardings(mesh, state(), rules=(("/neck/", ("model",)),))
+
+
+@pytest.mark.multidevice
+def test_moments_lie_where_their_parameters_lie():
+  mesh = sharding.make_mesh(fsdp=4)
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 4}
+  placed = sharding.state_shardings(mesh, jax.eval_shape(state))
+  adam = placed.opt_state[1]
+  assert placed.params["method/unet/a/kernel"].spec == P(None, "fsdp")
+  assert placed.frozen["method/vae/c/kernel"].spec == P("fsdp")
+  assert placed.params == adam.mu == adam.nu
+  assert {s.spec for s in (placed.step, adam.count, placed.stats["head/bn/mean"])} == {P()}
+  moved = jax.jit(state, out_shardings=placed)()
+  assert moved.opt_state[1].mu["method/unet/a/kernel"].addressable_shards[0].data.shape == (512, 256)
+
+
+@pytest.mark.multidevice
+def test_a_rule_goes_before_the_default_and_holds_for_moments():
+  mesh = sharding.make_mesh(fsdp=4)
+  placed = sharding.state_shardings(mesh, jax.eval_shape(state), rules=(("/unet/", ("fsdp",)), ("/unet/a", ())))
+  assert placed.params["method/unet/a/kernel"].spec == placed.opt_state[1].nu["method/unet/a/kernel"].spec == P("fsdp")
+  assert placed.frozen["method/vae/c/kernel"].spec == P("fsdp")
+  with pytest.raises(ValueError, match="split only axes that divide"):
+    sharding.state_shardings(mesh, jax.eval_shape(lambda: state((6, 1024))), rules=(("/unet/", ("fsdp",)),))
+
+
+@pytest.mark.multidevice
+def test_a_batch_is_split_over_all_devices():
+  batch = jax.device_put(jnp.zeros((16, 2)), sharding.batch_sharding(sharding.make_mesh(fsdp=2)))
+  assert [shard.data.shape for shard in batch.addressable_shards] == [(2, 2)] * 8

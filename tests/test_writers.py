@@ -1,0 +1,142 @@
+"""Event files through both backends, metrics.jsonl, progress, tables."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
+
+from vpd_jax import writers
+
+WITHOUT_TENSORFLOW = """
+import sys
+sys.modules["tensorflow"] = None
+from vpd_jax import writers
+with writers.create(sys.argv[1]) as writer:
+  writer.write_scalars(1, {"train/loss": 0.5})
+loaded = [name for name in sys.modules if name.startswith("clu.metric_writers")]
+print(type(writer._backend).__name__, loaded)
+"""
+
+
+def write_all(folder, backend):
+  with writers.create(folder, backend=backend) as writer:
+    for step in (1, 2):
+      writer.write_scalars(step, {"train/loss": np.float32(1 / step), "lr/unet": 1e-3})
+    writer.write_images(2, {"eval/panel": np.zeros((2, 4, 8, 3), np.uint8)})
+    writer.write_texts(0, {"config": "lr: 1"})
+    writer.write_hparams(
+      {"optim": {"lr": 1e-3, "groups": (("/vae/", None),), "mirror": True}, "name": "x", "none": None}
+    )
+
+
+def events(folder):
+  accumulator = EventAccumulator(str(folder), size_guidance={"tensors": 0, "scalars": 0})
+  accumulator.Reload()
+  return accumulator
+
+
+def assert_lines(folder):
+  lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  assert [(line["step"], line["train/loss"], line["lr/unet"]) for line in lines] == [(1, 1.0, 1e-3), (2, 0.5, 1e-3)]
+  assert all(line["time"] > 0 for line in lines)
+
+
+def test_clu_writes_scalars_images_texts_and_hyperparameters(tmp_path):
+  write_all(tmp_path, "auto")
+  read = events(tmp_path)
+  loss = [(e.step, tensor_util.make_ndarray(e.tensor_proto).item()) for e in read.Tensors("train/loss")]
+  assert loss == [(1, 1.0), (2, 0.5)]
+  assert {"lr/unet", "eval/panel", "config"} <= set(read.Tags()["tensors"])
+  assert any("hparams" in tag for tag in read.summary_metadata)
+  assert len(read.Tensors("eval/panel")[0].tensor_proto.string_val) == 2 + 2  # width, height, two pictures
+  assert_lines(tmp_path)
+  import tensorflow as tf
+
+  assert not tf.config.get_visible_devices("GPU")
+
+
+def test_tensorboardx_writes_the_same(tmp_path):
+  write_all(tmp_path, "tensorboardX")
+  read = events(tmp_path)
+  assert [(e.step, e.value) for e in read.Scalars("train/loss")] == [(1, 1.0), (2, 0.5)]
+  assert (read.Images("eval/panel")[0].height, read.Images("eval/panel")[0].width) == (8, 8)
+  assert any("config" in tag for tag in read.Tags()["tensors"])
+  assert any("hparams" in tag for tag in read.summary_metadata)
+  assert_lines(tmp_path)
+
+
+def test_without_tensorflow_training_can_log(tmp_path):
+  command = [sys.executable, "-c", WITHOUT_TENSORFLOW, str(tmp_path)]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.stdout.strip() == "_TensorboardX []", done.stderr
+  assert events(tmp_path).Scalars("train/loss")[0].value == 0.5
+
+
+def test_a_resumed_run_adds_to_its_lines(tmp_path):
+  for step in (1, 2):
+    with writers.create(tmp_path, backend="tensorboardX") as writer:
+      writer.write_scalars(step, {"train/loss": float("nan")})
+  assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_just_logging_writes_no_file(tmp_path):
+  with writers.create(tmp_path / "none", just_logging=True) as writer:
+    writer.write_scalars(1, {"train/loss": 1.0})
+    writer.write_images(1, {"panel": np.zeros((1, 2, 2, 3), np.uint8)})
+    writer.write_texts(1, {"a": "b"})
+    writer.write_hparams({"a": 1})
+  assert not (tmp_path / "none").exists()
+
+
+def test_wrong_backends_are_refused(tmp_path, monkeypatch):
+  with pytest.raises(ValueError, match=r"backend='tensorboard' is unknown; choose one of"):
+    writers.create(tmp_path, backend="tensorboard")
+  monkeypatch.setitem(sys.modules, "tensorflow", None)
+  with pytest.raises(ValueError, match=r"backend='clu' needs tensorflow: pip install 'vpd_jax\[tensorboard\]'"):
+    writers.create(tmp_path, backend="clu")
+
+
+def test_progress_leaves_out_compilation_and_pauses():
+  now = [0.0]
+  progress = writers.Progress(num_steps=100, images_per_step=8, start=10, devices=2, clock=lambda: now[0])
+  now[0] += 30.0  # compiles
+  assert progress.report(20, 1.0)[1]["perf/step_ms"] == pytest.approx(3000)
+  for step in (30, 40):
+    with progress.pause():
+      now[0] += 1000.0
+    now[0] += 5.0
+    line, scalars = progress.report(step, 0.41234)
+  assert line == "step 40/100 (40%)  loss 0.4123  16.0 img/s  500 ms/step  ETA 30s"
+  assert scalars == pytest.approx({"perf/step_ms": 500, "perf/img_per_sec": 16, "perf/img_per_sec_per_chip": 8})
+
+
+def test_progress_without_a_finished_step_has_no_speed():
+  assert writers.Progress(10, 8, start=10).report(10, 0.5) == ("step 10/10  loss 0.5", {})
+
+
+@pytest.mark.parametrize(
+  "seconds, text",
+  [(-1, "0s"), (59.4, "59s"), (59.6, "1m00s"), (462, "7m42s"), (11259, "3h07m"), (183600, "2d03h")],
+)
+def test_durations_are_short(seconds, text):
+  assert writers.duration(seconds) == text
+
+
+def test_a_table_pads_and_puts_numbers_to_the_right():
+  text = writers.table([("group", "arrays", "lr"), ("unet", 12345, 0.01), ("rest", 7, 1.0)])
+  assert text.splitlines() == [
+    "group  arrays    lr",
+    "-----  ------  ----",
+    "unet   12,345  0.01",
+    "rest        7   1.0",
+  ]
+  assert writers.table([("group", "arrays")]).splitlines() == ["group  arrays", "-----  ------"]
+
+
+def test_the_overview_names_every_array():
+  text = writers.parameter_overview({"method/unet/a/kernel": np.zeros((2, 3)), "neck/b/bias": np.zeros(3)})
+  assert "method/unet/a/kernel" in text and "Total: 9" in text

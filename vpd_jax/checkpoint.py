@@ -1,0 +1,249 @@
+"""Checkpoints of a run: state, step and config in one orbax directory, and the wish to stop.
+
+`<workdir>/checkpoints/<step>/` holds `state` (the TrainState), `config` (JSON) and, where a score was given,
+`metrics`. A directory appears under its final name only when it is complete.
+"""
+
+import json
+import math
+import signal
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
+
+WEIGHTS = ("params", "frozen", "stats", "ema")
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+  """The checkpoints of one workdir: the newest `keep` and the best `keep_best` are kept.
+
+  Saving runs in the background: `save` returns when the state has been copied, so that it may be donated; `close`
+  (or leaving the `with`) waits for the disk.
+
+  Args:
+    workdir: a local folder or a bucket ('gs://...').
+    keep: how many of the newest to keep.
+    keep_best: how many of the best to keep besides.
+    best_metric: the score, by its full name, e.g. 'eval/nyu/rmse'; None: none is best.
+    best_mode: 'min' or 'max': which end is better. NaN and a missing score are the worst.
+    read_only: nothing is created, cleaned or written.
+
+  Raises:
+    ValueError: for a bad option, or a workdir that cannot be made or read.
+  """
+
+  def __init__(
+    self,
+    workdir: str | epath.PathLike,
+    *,
+    keep: int = 3,
+    keep_best: int = 1,
+    best_metric: str | None = None,
+    best_mode: str = "min",
+    read_only: bool = False,
+  ):
+    if best_mode not in ("min", "max"):
+      raise ValueError(f"best_mode={best_mode!r} is unknown; choose one of ['max', 'min'].")
+    if keep < 1 or keep_best < 0:
+      raise ValueError(
+        f"keep={keep} and keep_best={keep_best}: keep at least one checkpoint, and no fewer than 0 best."
+      )
+    self._best_metric = best_metric
+    self._sign = 1 if best_mode == "max" else -1
+    self._directory = _directory(workdir)
+    # Orbax's own max_to_keep with best_fn would drop the newest checkpoint where it is not among the best.
+    kept = [policies.LatestN(keep)]
+    if best_metric is not None:
+      kept.append(policies.BestN(get_metric_fn=self._score, n=keep_best, keep_checkpoints_without_metrics=False))
+    try:
+      self._manager = ocp.CheckpointManager(
+        self._directory,
+        options=ocp.CheckpointManagerOptions(
+          preservation_policy=policies.AnyPreservationPolicy(kept),
+          best_fn=self._score if best_metric is not None else None,
+          best_mode="max",
+          create=not read_only,
+          read_only=read_only,
+          cleanup_tmp_directories=not read_only,
+        ),
+      )
+    except OSError as error:
+      raise ValueError(f"workdir={str(workdir)!r} cannot be used: {error}.") from error
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def save(
+    self,
+    step: int,
+    state: Any,
+    config: str | Mapping[str, Any],
+    metrics: Mapping[str, float] | None = None,
+    *,
+    force: bool = False,
+  ) -> bool:
+    """Saves in the background, after an earlier save has ended; False where this step is saved already.
+
+    Args:
+      step: the number of finished steps.
+      state: a TrainState, or any tree of arrays.
+      config: as a mapping or as JSON.
+      metrics: the scores of this state; kept beside it, `best_metric` decides what is best.
+      force: waits until the checkpoint is on disk, as before an exit.
+    """
+    saved = False
+    if step not in self._manager.all_steps():
+      items = ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        config=ocp.args.JsonSave(json.loads(config) if isinstance(config, str) else dict(config)),
+      )
+      scores = {name: float(value) for name, value in metrics.items()} if metrics else None
+      saved = self._manager.save(step, args=items, metrics=scores)
+    if force:
+      self.wait()
+    return saved
+
+  def steps(self) -> list[int]:
+    """The steps on disk, rising."""
+    return sorted(self._manager.all_steps())
+
+  def latest_step(self) -> int | None:
+    """The newest step; None where there is no checkpoint."""
+    return self._manager.latest_step()
+
+  def best_step(self) -> int | None:
+    """The step with the best score; None where none has one."""
+    return self._manager.best_step() if self._best_metric is not None else None
+
+  def restore(self, step: int, state: Any) -> Any:
+    """The saved state, onto the devices that `state` names, whatever mesh it was saved from.
+
+    Args:
+      step: one of `steps()`.
+      state: ShapeDtypeStructs with shardings, e.g. of `sharding.abstract`.
+
+    Raises:
+      ValueError: where names, shapes or dtypes differ; all of them are counted, the first ten listed.
+    """
+    self._check_same(step, state)
+    return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state)))["state"]
+
+  def restore_config(self, step: int) -> dict[str, Any]:
+    """The config this step was trained with, as plain values; tuples have become lists."""
+    self._check_exists(step)
+    return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+
+  def restore_weights(self, step: int) -> dict[str, dict[str, np.ndarray]]:
+    """Parameters and statistics only, on the host: {'params', 'frozen', 'stats'} and, where kept, 'ema'.
+
+    The optimizer's moments, two thirds of a checkpoint, are not read.
+    """
+    saved = self._saved(step)
+    wanted = {key: saved[key] for key in WEIGHTS if saved.get(key)}
+    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      weights = reader.restore(
+        self._directory / str(step) / "state",
+        args=ocp.args.PyTreeRestore(item=wanted, restore_args=arguments, partial_restore=True),
+      )
+    return {"params": {}, "frozen": {}, "stats": {}} | weights
+
+  def wait(self) -> None:
+    """Returns when what was saved is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, then ends the background threads."""
+    self._manager.close()
+
+  def _score(self, metrics: Mapping[str, float]) -> float:
+    """Larger is better, whatever the mode."""
+    value = self._sign * metrics.get(self._best_metric, math.nan)
+    return -math.inf if math.isnan(value) else value
+
+  def _check_exists(self, step: int) -> None:
+    """Raises where there is no such checkpoint."""
+    if step not in self._manager.all_steps():
+      raise ValueError(f"{self._directory} holds no checkpoint of step {step}; it holds {self.steps() or 'none'}.")
+
+  def _saved(self, step: int) -> dict[str, Any]:
+    """Names, shapes and dtypes of what is on disk."""
+    self._check_exists(step)
+    return ocp.StandardCheckpointHandler().metadata(self._directory / str(step) / "state").tree
+
+  def _check_same(self, step: int, state: Any) -> None:
+    """Raises where the arrays on disk are not those of `state`: orbax would cast, cut or pad in silence."""
+    saved, wanted = _described(self._saved(step)), _described(state)
+    problems = [
+      f"{name}: {saved.get(name, 'absent')} on disk, {wanted.get(name, 'absent')} in the config"
+      for name in sorted(saved.keys() | wanted.keys())
+      if saved.get(name) != wanted.get(name)
+    ]
+    if problems:
+      raise ValueError(
+        f"checkpoint {step} of {self._directory} does not fit the config in {len(problems)} arrays: "
+        + "; ".join(problems[:10])
+      )
+
+
+class StopRequest:
+  """Notices SIGTERM: `with StopRequest() as stop: ... if stop.requested: save and leave`.
+
+  The old handler comes back at the end. Python handles signals in its main thread only; in another one `requested`
+  stays False, and the caller's own handler, if any, in force.
+  """
+
+  def __init__(self) -> None:
+    self.requested = False
+    self._old: Any = None
+
+  def __enter__(self) -> "StopRequest":
+    if threading.current_thread() is threading.main_thread():
+      self._old = signal.signal(signal.SIGTERM, self._handle)
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    if self._old is not None:
+      signal.signal(signal.SIGTERM, self._old)
+
+  def _handle(self, number: int, frame: object) -> None:
+    self.requested = True
+
+
+def is_workdir(path: str | epath.PathLike) -> bool:
+  """Whether a folder holds at least one complete checkpoint of a run."""
+  folder = epath.Path(path) / FOLDER
+  try:
+    return folder.is_dir() and bool(ocp.utils.checkpoint_steps(folder))
+  except OSError:
+    return False
+
+
+def _directory(workdir: str | epath.PathLike) -> epath.Path:
+  """The folder of the checkpoints; absolute, as orbax wants it."""
+  path = epath.Path(workdir)
+  return (path if "://" in str(workdir) else path.expanduser().resolve()) / FOLDER
+
+
+def _described(tree: Any) -> dict[str, str]:
+  """{path: 'dtype [shape]'} of arrays, or of orbax's descriptions of them."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {".".join(map(_key, path)): f"{np.dtype(leaf.dtype).name} {list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _key(key: Any) -> str:
+  """A step of a tree path without its brackets: fields of tuples on disk are keys of dicts."""
+  for attribute in ("name", "key", "idx"):
+    if hasattr(key, attribute):
+      return str(getattr(key, attribute))
+  return str(key)

@@ -1,0 +1,136 @@
+"""Batches -> measurements -> one dict of scores. Every image counts exactly once, whatever the number of devices."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from vpd_jax import assemble, inference, sharding, start
+from vpd_jax.assemble import Product
+from vpd_jax.checkpoint import is_workdir
+from vpd_jax.data import pipeline
+from vpd_jax.types import Array, Batch, Named, Rows
+
+Weights = tuple[Named, Named, Named]  # params, frozen, stats
+
+
+class Evaluation(NamedTuple):
+  """Result of one pass over the evaluation split: scores by name, and panels uint8 [N, H, W', 3]."""
+
+  scores: dict[str, float]
+  panels: np.ndarray
+
+
+def make_predict(product: Product, test_time: tuple[str, ...], coverage: str) -> Callable[[Weights, Batch], Array]:
+  """(weights, batch) -> prediction by the test-time procedure; pure."""
+
+  def predict(weights: Weights, batch: Batch) -> Array:
+    model = product.parts.merge(*weights)
+    plain = lambda part: product.task.predict(model(part, training=False))
+    return inference.test_time(plain, test_time, coverage=coverage)(batch)
+
+  return predict
+
+
+class Evaluator:
+  """The evaluation split, its jitted step, and the trivial predictors, each made once."""
+
+  def __init__(self, config: ConfigDict, product: Product, dataset: Any, mesh: jax.sharding.Mesh):
+    """Finds the files.
+
+    Raises:
+      ValueError: the evaluation batch does not divide among the devices; files missing.
+    """
+    pipeline.check_batch_size(config.eval.batch_size, mesh.size, "devices")
+    self.config, self.product, self.dataset = config, product, dataset
+    self.source = dataset.source("eval")
+    self.sharding = sharding.batch_sharding(mesh)
+    predict = make_predict(product, config.eval.test_time, config.eval.coverage)
+
+    def step(weights: Weights, batch: Batch) -> tuple[dict[str, Array], Array]:
+      inputs = {name: batch[name] for name in ("image", *sorted(product.method.needs))}
+      prediction = predict(weights, inputs)
+      return product.task.measure(prediction, batch), prediction
+
+    self._step = jax.jit(step)
+    self._baselines: dict[str, float] | None = None
+
+  def run(self, weights: Weights) -> Evaluation:
+    """Scores "eval/<data set>/<name>" of the given weights, and panels of the first samples."""
+    rows, shown = [], []
+    for batch in self._batches():
+      measured, prediction = self._step(weights, batch)
+      rows.append(_gathered(measured | {"real": batch["real"]}))
+      if sum(map(len, shown)) < self.config.eval.panels:
+        shown.append(_gathered({"prediction": prediction})["prediction"])
+    joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    real = joined.pop("real")
+    scores = self.product.task.summarize({name: values[real] for name, values in joined.items()})
+    prefix = f"eval/{self.config.data.name}"
+    return Evaluation({f"{prefix}/{name}": value for name, value in scores.items()}, self._panels(shown))
+
+  def baselines(self) -> dict[str, float]:
+    """Scores of trivial predictors, by name; empty where `eval.baselines` is 0."""
+    count = self.config.eval.baselines
+    if self._baselines is None:
+      self._baselines = self.product.task.baselines(self._examples("train", count), self._examples("eval")) if count else {}
+    return self._baselines
+
+  def report(self, scores: dict[str, float]) -> str:
+    """The scores in one line, with the best of the trivial predictors beside."""
+    prefix = f"eval/{self.config.data.name}/"
+    line = "  ".join(f"{name.removeprefix(prefix)} {value:.4f}" for name, value in scores.items())
+    baselines = self.baselines()
+    if not baselines:
+      return line
+    chosen = self.product.task.best[0]
+    beside = ", ".join(f"{name} {value:.4f} (x{scores[prefix + chosen] / value:.2f})" for name, value in baselines.items())
+    return f"{line}\n  {chosen} of trivial predictors, and ours as a share of it: {beside}"
+
+  def _batches(self) -> Iterator[Batch]:
+    local = pipeline.eval_batches(
+      self.dataset, batch_size=self.config.eval.batch_size, keys=self.product.keys, prepare=self.product.method.prepare,
+      process_index=jax.process_index(), process_count=jax.process_count())
+    return pipeline.prefetch(local, self.sharding)
+
+  def _examples(self, split: str, count: int | None = None) -> Iterator[Any]:
+    source = self.dataset.source(split)
+    indices = range(len(source)) if not count else range(min(count, len(source)))
+    return (self.dataset.eval_transform(source[i]) for i in indices)
+
+  def _panels(self, shown: list[np.ndarray]) -> np.ndarray:
+    predictions = np.concatenate(shown) if shown else ()
+    pairs = zip(itertools.islice(self._examples("eval"), self.config.eval.panels), predictions, strict=False)
+    pictures = [self.product.task.panel(example, prediction) for example, prediction in pairs]
+    return np.stack(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8)
+
+
+def _gathered(values: dict[str, Array]) -> Rows:
+  """Rows of all processes on the host, in the order of the global batch."""
+  if jax.process_count() > 1:
+    return multihost_utils.process_allgather(values, tiled=True)
+  return jax.device_get(values)
+
+
+def run(config: ConfigDict, workdir: str) -> dict[str, float]:
+  """--mode=eval: scores a workdir's checkpoint, or `init.pretrained` where the workdir has none; prints them."""
+  config = assemble.complete(config)
+  product = assemble.assemble(config)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  evaluator = Evaluator(config, product, assemble.dataset(config, product), mesh)
+  weights, lines = start.weights_on_mesh(config, product, mesh, workdir if is_workdir(workdir) else "", complete=True)
+  print("\n".join(lines), flush=True)
+  result = evaluator.run(weights)
+  print(evaluator.report(result.scores), flush=True)
+  if jax.process_index() == 0:
+    folder = epath.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"weights": lines, "scores": result.scores, "trivial predictors": evaluator.baselines()}
+    (folder / "eval.json").write_text(json.dumps(content, indent=1) + "\n")
+  return result.scores

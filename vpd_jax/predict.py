@@ -1,0 +1,242 @@
+"""Predictor, the door for Python users, and --mode=predict over a folder of pictures."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vpd_jax import assemble, config_file, evaluate, inference, sharding, start
+from vpd_jax.assemble import Product
+from vpd_jax.checkpoint import is_workdir
+
+LONGEST = 16  # times the shorter side; longer pictures are squeezed to it
+PICTURES_AT_ONCE = 4
+
+
+@dataclasses.dataclass
+class Predictor:
+  """A network with its weights, for float images in and numpy arrays out.
+
+  Use `Predictor.load`. `forward` is the bare network, `predict` the published test-time procedure on any pictures.
+
+  Attributes:
+    config: what was loaded.
+    product: the objects it stands for.
+    weights: parameters, frozen arrays and statistics, on the devices.
+    origin: lines that say where the weights came from.
+  """
+
+  config: ConfigDict
+  product: Product
+  weights: evaluate.Weights
+  origin: list[str]
+
+  @classmethod
+  def load(cls, config: ConfigDict | str, weights: str | Path = "") -> "Predictor":
+    """Builds the network and fills it.
+
+    Args:
+      config: a ConfigDict or the string of --config, e.g. "configs/nyu_depth.py:tiny"; a relative path is looked up in
+        the working directory, then beside the package.
+      weights: a workdir of ours, a released checkpoint (.pth), or converted weights; empty: `config.init`.
+
+    Raises:
+      ValueError: in one line, for a config or weights that cannot be used.
+    """
+    config = assemble.complete(config_file.load(config))
+    product = assemble.assemble(config)
+    mesh = sharding.make_mesh(1, 1, devices=jax.local_devices()[:1])
+    filled, lines = start.weights_on_mesh(config, product, mesh, str(weights), complete=bool(str(weights)))
+    return cls(config, product, filled, lines)
+
+  def __post_init__(self):
+    product, words = self.product, self.config.eval.test_time
+    flip, self._windows = inference.parse(words)
+    mirrored = evaluate.make_predict(product, ("flip",) if flip else (), "full")
+    self._predict = jax.jit(mirrored)
+    self._forward = jax.jit(lambda weights, batch: product.parts.merge(*weights)(batch, training=False))
+    self._side = int(self.config.data.crop[0])
+    self._dtype = np.dtype(assemble.dtype(self.config, "param_dtype"))
+
+  def class_id(self, name: str) -> int:
+    """Number of a class by its name, spaces or underscores alike.
+
+    Raises:
+      ValueError: unknown name; lists all.
+    """
+    wanted = name.strip().lower().replace(" ", "_")
+    if wanted not in self.product.classes:
+      raise ValueError(f"class {name!r} is unknown; choose one of {', '.join(self.product.classes)}.")
+    return self.product.classes.index(wanted)
+
+  def forward(self, images: Any, *, class_id: Any = None) -> dict[str, np.ndarray]:
+    """The bare network in evaluation mode: no resizing, no windows, no mirroring.
+
+    Args:
+      images: float [B, H, W, 3] in [0, 1], RGB.
+      class_id: int or int [B], -1 for the mean of all class vectors; None is -1.
+
+    Returns:
+      What the head returns, e.g. {"depth": float32 [B, H, W] metres}.
+
+    Raises:
+      ValueError: images of another shape or type; a class id out of range.
+    """
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[-1] != 3 or not np.issubdtype(images.dtype, np.floating):
+      raise ValueError(f"images are {images.dtype} {images.shape}; give float [B, H, W, 3] in [0, 1].")
+    batch = self._batch(images.astype(self._dtype), self._class_ids(class_id, len(images)))
+    return jax.device_get(self._forward(self.weights, batch))
+
+  def predict(self, images: Sequence[Any], class_id: Any = None) -> list[dict[str, np.ndarray]]:
+    """The test-time procedure of the config on pictures of any sizes.
+
+    A picture is resized so that its shorter side is the training crop; square windows are shifted along the longer
+    side, mirrored too where the config says so, and averaged; the result is resized back.
+
+    Args:
+      images: uint8 [H, W, 3], or float in [0, 1], each.
+      class_id: int, or one per image; None for the mean of all class vectors.
+
+    Returns:
+      One dict per image, e.g. {"depth": float32 [H, W] metres}.
+
+    Raises:
+      ValueError: an image of another shape or type; a class id out of range.
+    """
+    pictures = [_unit(image, self._dtype) for image in images]
+    ids = self._class_ids(class_id, len(pictures))
+    fitted = [fit(picture, self._side) for picture in pictures]
+    corners = [inference.offsets(f.shape[:2], self._windows, coverage="full") for f in fitted]
+    cut = [inference.cut(f[None], c) for f, c in zip(fitted, corners, strict=True)]
+    rows = np.concatenate([np.full(len(c), i, np.int32) for c, i in zip(corners, ids, strict=True)]) if pictures else None
+    predicted = iter(self._windowed(np.concatenate(cut), rows) if pictures else ())
+    results = []
+    for picture, f, c in zip(pictures, fitted, corners, strict=True):
+      merged = inference.merge(np.stack([next(predicted) for _ in c]), c, f.shape[:2])[0]
+      results.append({self.config.task.name: resized(merged, picture.shape[:2]).astype(np.float32)})
+    return results
+
+  def _windowed(self, windows: np.ndarray, ids: np.ndarray | None) -> np.ndarray:
+    """Predictions of square windows, in calls of one static size; the last call is filled up."""
+    size = max(self._windows, self.config.eval.batch_size)
+    results = []
+    for begin in range(0, len(windows), size):
+      index = np.minimum(np.arange(begin, begin + size), len(windows) - 1)
+      results.append(np.asarray(self._predict(self.weights, self._batch(windows[index], ids[index]))))
+    return np.concatenate(results)[: len(windows)]
+
+  def _batch(self, images: np.ndarray, ids: np.ndarray) -> dict[str, Any]:
+    return {"image": jnp.asarray(images), "class_id": jnp.asarray(ids)}
+
+  def _class_ids(self, class_id: Any, count: int) -> np.ndarray:
+    ids = np.broadcast_to(np.asarray(-1 if class_id is None else class_id, np.int32), (count,))
+    if ids.size and (ids.min() < -1 or ids.max() >= len(self.product.classes)):
+      raise ValueError(f"class_id {ids.tolist()} must lie between -1 (the mean) and {len(self.product.classes) - 1}.")
+    return ids
+
+
+def _unit(image: Any, dtype: Any) -> np.ndarray:
+  """uint8 or float [H, W, 3] to float in [0, 1]."""
+  image = np.asarray(image)
+  if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+    raise ValueError(f"an image has shape {image.shape}; give [H, W, 3].")
+  if image.dtype == np.uint8:
+    return image.astype(dtype) / np.asarray(255, dtype)
+  if not np.issubdtype(image.dtype, np.floating):
+    raise ValueError(f"an image has dtype {image.dtype}; give uint8, or float in [0, 1].")
+  return image.astype(dtype)
+
+
+def fit(image: np.ndarray, side: int) -> np.ndarray:
+  """[H, W, 3] resized so that its shorter side is `side`; the longer one keeps the aspect, up to LONGEST * side."""
+  scale = side / min(image.shape[:2])
+  return resized(image, tuple(min(max(round(s * scale), side), LONGEST * side) for s in image.shape[:2]))
+
+
+def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """[H, W, ...] at another size: by area where it shrinks, else bilinear; the same array where nothing changes."""
+  if image.shape[:2] == size:
+    return image
+  shrinks = size[0] * size[1] < image.shape[0] * image.shape[1]
+  return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def read_picture(path: Path) -> np.ndarray:
+  """uint8 [H, W, 3] of an image file of any mode, turned as its EXIF says.
+
+  Raises:
+    ValueError: it is not an image, or is damaged.
+  """
+  try:
+    with Image.open(path) as picture:
+      turned = ImageOps.exif_transpose(picture)
+      if turned.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
+        grey = np.asarray(turned, np.float64)
+        top = 65535.0 if turned.mode != "F" else max(grey.max(), 1e-12)
+        turned = Image.fromarray(np.clip(grey / top * 255, 0, 255).astype(np.uint8))
+      return np.asarray(turned.convert("RGB"))
+  except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    raise ValueError(f"{path.name} is not an image that can be read ({type(error).__name__}).") from error
+
+
+def _read_all(folder: Path) -> Iterator[tuple[Path, np.ndarray | None]]:
+  """Every file below the folder's first level, in order; None and a line where it is no image."""
+  for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
+    try:
+      yield path, read_picture(path)
+    except ValueError as error:
+      print(f"skipped: {error}", flush=True)
+      yield path, None
+
+
+def run(config: ConfigDict, workdir: str, *, source: str, output: str, class_name: str = "") -> int:
+  """--mode=predict: writes the prediction of every picture of a folder; returns how many there were.
+
+  Raises:
+    ValueError: no such folder, or no picture in it; an unknown class.
+  """
+  folder, target = Path(source).expanduser(), Path(output).expanduser()
+  if not source or not folder.is_dir():
+    raise ValueError(f"--input={source!r} is not a folder; give one that holds pictures.")
+  if not output or target.is_file():
+    raise ValueError(f"--output={output!r} must name a folder; it is made where it does not exist.")
+  chosen = workdir if is_workdir(workdir) else config.init.run or config.init.pretrained
+  if not chosen:
+    raise ValueError(f"--workdir={workdir!r} holds no checkpoint and config.init.pretrained is empty; give one of them.")
+  predictor = Predictor.load(config, weights=chosen)
+  class_id = predictor.class_id(class_name) if class_name else None
+  print("\n".join(predictor.origin), flush=True)
+  if class_id is None:
+    print("no --class given: the mean of all class vectors stands in for the scene's", flush=True)
+  target.mkdir(parents=True, exist_ok=True)
+  names = [p.stem for p in folder.iterdir() if p.is_file()]
+  done, skipped, waiting = 0, 0, []
+
+  def flush():
+    for (path, image), result in zip(waiting, predictor.predict([i for _, i in waiting], class_id), strict=True):
+      stem = target / (path.stem if names.count(path.stem) == 1 else path.name.replace(".", "_"))
+      facts = {"source": path.name, "class": class_name or "mean of all", "source_size": list(image.shape[:2])}
+      predictor.product.task.save(stem, result[predictor.config.task.name], facts)
+    waiting.clear()
+
+  for path, image in _read_all(folder):
+    if image is None:
+      skipped += 1
+      continue
+    done += 1
+    waiting.append((path, image))
+    if len(waiting) == PICTURES_AT_ONCE:
+      flush()
+  flush()
+  if not done:
+    raise ValueError(f"--input={source!r} holds no picture that can be read ({skipped} files skipped).")
+  print(f"{done} pictures written to {output}, {skipped} files skipped", flush=True)
+  return done

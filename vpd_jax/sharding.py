@@ -1,0 +1,128 @@
+"""Where each array of the training state lives: one mesh, one rule."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp")
+Rules = Sequence[tuple[str, Sequence[str | None]]]
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh with the axes ('data', 'fsdp'). The batch is split over both, large arrays of the state over 'fsdp'.
+
+  Args:
+    data: devices that hold copies of the state; -1 for all that `fsdp` leaves.
+    fsdp: devices that share one copy of the state; -1 for all that `data` leaves.
+    devices: default: all devices of all processes, in an order that suits their network.
+
+  Raises:
+    ValueError: where the product is not the number of devices.
+  """
+  count = len(devices) if devices is not None else jax.device_count()
+  sizes = {"data": data, "fsdp": fsdp}
+  known = [size for size in sizes.values() if size != -1]
+  if not known or any(size < 1 for size in known):
+    raise ValueError(f"mesh data={data}, fsdp={fsdp}: give positive sizes, at most one of them -1.")
+  if len(known) == 1:
+    sizes = {axis: count // known[0] if size == -1 else size for axis, size in sizes.items()}
+  if sizes["data"] * sizes["fsdp"] != count:
+    raise ValueError(
+      f"mesh data={data}, fsdp={fsdp} does not cover the {count} devices exactly; use data=-1 and an fsdp that "
+      f"divides {count}."
+    )
+  # Axes are Auto: flax's convolutions refuse explicit ones, which are the default of make_mesh.
+  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def array_spec(shape: Sequence[int], itemsize: int, fsdp_size: int, *, min_bytes: int = 2**20) -> P:
+  """The one rule: an array of `min_bytes` or more is split over 'fsdp' along its largest divisible axis.
+
+  Of equally large axes the last one is taken. A smaller array, and one without a divisible axis, is replicated.
+
+  Args:
+    shape: of the array.
+    itemsize: bytes of a number.
+    fsdp_size: size of the mesh axis 'fsdp'.
+    min_bytes: below this, gathering costs more than the memory is worth.
+  """
+  elements = 1
+  for size in shape:
+    elements *= size
+  divisible = [axis for axis, size in enumerate(shape) if size and size % fsdp_size == 0]
+  if fsdp_size == 1 or elements * itemsize < min_bytes or not divisible:
+    return P()
+  chosen = max(divisible, key=lambda axis: (shape[axis], axis))
+  return P(*(None,) * chosen, "fsdp")
+
+
+def state_shardings(mesh: Mesh, state: Any, *, rules: Rules = (), min_bytes: int = 2**20) -> Any:
+  """A NamedSharding for every array of a TrainState, optimizer state included.
+
+  The rule looks at the shape only, so moments lie where their parameters lie. `jax.jit(optimizer.init)` would
+  replicate them, since zeros depend on no input: pass these as `out_shardings`.
+
+  Args:
+    mesh: of `make_mesh`.
+    state: arrays or ShapeDtypeStructs.
+    rules: (pattern, spec) pairs that go before the one rule, searched in "/" + full name as everywhere, first match
+      wins; a spec is a tuple of 'data', 'fsdp' or None per axis. Parameters and their moments have one name.
+    min_bytes: see `array_spec`.
+
+  Raises:
+    ValueError: where a rule matches no name, or its spec does not fit an array it matches.
+  """
+  used: set[str] = set()
+
+  def place(path: Any, leaf: Any) -> NamedSharding:
+    name = array_name(path)
+    matching = [rule for rule in rules if leaf.ndim and re.search(rule[0], "/" + name)]
+    used.update(pattern for pattern, _ in matching)
+    if matching:
+      _check_fits(mesh, name, leaf.shape, *matching[0])
+      return NamedSharding(mesh, P(*matching[0][1]))
+    return NamedSharding(mesh, array_spec(leaf.shape, leaf.dtype.itemsize, mesh.shape["fsdp"], min_bytes=min_bytes))
+
+  shardings = jax.tree_util.tree_map_with_path(place, state)
+  if unused := [pattern for pattern, _ in rules if pattern not in used]:
+    raise ValueError(f"mesh rules {unused} match no array of the state; remove or correct them.")
+  return shardings
+
+
+def abstract(state: Any, shardings: Any) -> Any:
+  """The state as ShapeDtypeStructs that know where they lie, which is what a restore needs."""
+  return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, shardings)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """The first axis of every array of a Batch is split over all devices."""
+  return NamedSharding(mesh, P(AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """A copy on every device."""
+  return NamedSharding(mesh, P())
+
+
+def array_name(path: Any) -> str:
+  """The full name inside a path of the state: the last string key of a dict, or the whole path where there is none."""
+  keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and isinstance(key.key, str)]
+  return keys[-1] if keys else jax.tree_util.keystr(path)
+
+
+def _check_fits(mesh: Mesh, name: str, shape: Sequence[int], pattern: str, spec: Sequence[str | None]) -> None:
+  """Raises where a rule's spec cannot split an array of this shape."""
+  if unknown := [axis for axis in spec if axis is not None and axis not in AXES]:
+    raise ValueError(f"mesh rule {pattern!r} names the axes {unknown}; choose from {AXES} and None.")
+  fits = len(spec) <= len(shape) and all(
+    axis is None or size % mesh.shape[axis] == 0 for axis, size in zip(spec, shape, strict=False)
+  )
+  if not fits:
+    raise ValueError(
+      f"mesh rule {pattern!r} with {tuple(spec)} does not fit {name} of shape {tuple(shape)} on a mesh of "
+      f"{dict(mesh.shape)}; give one entry per axis, and split only axes that divide."
+    )

@@ -1,0 +1,173 @@
+"""Where the arrays of a run come from: a checkpoint of its own, another run, foreign weights, or chance."""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from vpd_jax import assemble, class_vectors, config_file, sharding
+from vpd_jax import params as params_lib
+from vpd_jax.assemble import Product
+from vpd_jax.checkpoint import Checkpoints, is_workdir
+from vpd_jax.convert import load
+from vpd_jax.types import Named, TrainState
+
+CLASS_VECTORS = "method/class_vectors"
+
+
+def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[dict[str, Any], list[str]]:
+  """Every array of the model, and lines that say where each came from.
+
+  Args:
+    config: of the run; `init.run`, then `init.pretrained` are used where `source` is empty.
+    product: of `assemble`.
+    source: a workdir of ours, or anything `convert.load.load_pretrained` takes.
+
+  Returns:
+    Arrays by name in the dtypes of the model, on the host where they were read and on the device where they are fresh.
+
+  Raises:
+    ValueError: a source that cannot be read or does not fit; no source of class vectors.
+  """
+  shapes = product.parts.shapes
+  source = source or config.init.run or config.init.pretrained
+  if source and is_workdir(source):
+    named, line = _of_run(source, shapes, config.eval.checkpoint, best_metric(config, product), product.task.best[1])
+    return named, [line]
+  named, lines = {}, []
+  if source:
+    named, report = load.load_pretrained(source, shapes)
+    lines.append(f"weights: {source}: {report.summary()}")
+  if CLASS_VECTORS in shapes and CLASS_VECTORS not in named:
+    rows, width = shapes[CLASS_VECTORS].shape
+    vectors, line = class_vectors.resolve(
+      setting=config.method.class_vectors, classes=product.classes[:rows], width=width, pretrained=source,
+      dtype=assemble.dtype(config, "param_dtype"), sizes=assemble.sizes(config)[2], tokenizer=config.method.tokenizer)
+    named[CLASS_VECTORS] = vectors.astype(shapes[CLASS_VECTORS].dtype)
+    lines.append(line)
+  rest = shapes.keys() - named.keys()
+  if rest:
+    tops = sorted({"/".join(name.split("/")[:2]) for name in rest})
+    lines.append(f"fresh, from seed {config.seed}: {len(rest)} arrays of {', '.join(tops)}")
+  return named | params_lib.initialize(product.build, rest), lines
+
+
+def best_metric(config: ConfigDict, product: Product) -> str:
+  """Full name of the score that chooses the best checkpoint, e.g. "eval/nyu/rmse"."""
+  return f"eval/{config.data.name}/{product.task.best[0]}"
+
+
+def _of_run(workdir: str, shapes: dict[str, Any], which: str, metric: str, mode: str) -> tuple[dict[str, np.ndarray], str]:
+  """Parameters and statistics of a run's newest or best checkpoint; its EMA in place of the parameters where kept.
+
+  Raises:
+    ValueError: the names or shapes are not those of the model.
+  """
+  if which not in ("newest", "best"):
+    raise ValueError(f"config.eval.checkpoint={which!r} is unknown; choose 'newest' or 'best'.")
+  with Checkpoints(workdir, best_metric=metric, best_mode=mode, read_only=True) as checkpoints:
+    step = checkpoints.latest_step()
+    step = checkpoints.best_step() or step if which == "best" else step
+    saved = checkpoints.restore_weights(step)
+  named = saved["params"] | saved["frozen"] | saved["stats"] | saved.get("ema", {})
+  wrong = sorted(n for n in shapes.keys() | named.keys()
+                 if n not in named or n not in shapes or named[n].shape != shapes[n].shape)
+  if wrong:
+    raise ValueError(f"checkpoint {step} of {workdir} is not of this config: {len(wrong)} arrays are missing, unknown or "
+                     f"of another shape, like {wrong[:3]}; give the config it was trained with.")
+  named = {n: x.astype(shapes[n].dtype) for n, x in named.items()}
+  return named, f"weights: {workdir}, checkpoint of step {step}" + (", moving average" if saved.get("ema") else "")
+
+
+def new_state(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> tuple[TrainState, list[str]]:
+  """A state before the first step, on the mesh, and lines that say where its arrays came from."""
+  named, lines = weights(config, product)
+  where = state_shardings(config, product, mesh)
+  state = split(product, named)
+  place = lambda arrays, target: {n: jax.device_put(x, target[n]) for n, x in arrays.items()}
+  params = place(state["params"], where.params)
+  # A moving average of its own memory: the step donates both.
+  ema = place({n: jnp.copy(x) for n, x in params.items()}, where.ema) if config.optim.ema_decay else None
+  opt_state = jax.jit(product.optimizer.init, out_shardings=where.opt_state)(params)
+  step = jax.device_put(jnp.zeros((), jnp.int32), where.step)
+  frozen, stats = place(state["frozen"], where.frozen), place(state["stats"], where.stats)
+  return TrainState(step, params, frozen, stats, opt_state, ema), lines
+
+
+def split(product: Product, named: Named) -> dict[str, Named]:
+  """The arrays of a model as the fields of a TrainState: trained, frozen, statistics."""
+  trained, stats = product.groups.lr, product.parts.stats
+  return {
+    "params": {n: x for n, x in named.items() if n in trained},
+    "frozen": {n: x for n, x in named.items() if n not in trained and n not in stats},
+    "stats": {n: x for n, x in named.items() if n in stats},
+  }
+
+
+def state_shapes(config: ConfigDict, product: Product) -> TrainState:
+  """The TrainState as ShapeDtypeStructs."""
+  fields = split(product, product.parts.shapes)
+  opt_state = jax.eval_shape(product.optimizer.init, fields["params"])
+  ema = dict(fields["params"]) if config.optim.ema_decay else None
+  return TrainState(jax.ShapeDtypeStruct((), jnp.int32), **fields, opt_state=opt_state, ema=ema)
+
+
+def state_shardings(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> TrainState:
+  """Where each array of the state lies."""
+  return sharding.state_shardings(mesh, state_shapes(config, product), rules=config.mesh.rules)
+
+
+def resume_or_start(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh, checkpoints: Checkpoints, *,
+                    accept_changes: bool = False) -> tuple[TrainState, list[str]]:
+  """The state to go on from, by the first that applies, and lines that say which it was.
+
+  1. the newest checkpoint of the workdir; 2. `init.run`; 3. `init.pretrained`; 4. fresh parameters.
+
+  Args:
+    config, product, mesh: of the run.
+    checkpoints: of its workdir.
+    accept_changes: go on although the config differs from the checkpoint's where it matters.
+
+  Raises:
+    ValueError: the workdir was made with another method, neck, head, task, data, optim or backbone.
+  """
+  step = checkpoints.latest_step()
+  if step is None:
+    return new_state(config, product, mesh)
+  changed = config_file.differences(checkpoints.restore_config(step), json.loads(to_json(config)))
+  if changed and not accept_changes:
+    raise ValueError(f"the workdir was made with another config: {'; '.join(changed)}. Choose another --workdir, or "
+                     "go on all the same with --accept_config_changes.")
+  abstract = sharding.abstract(state_shapes(config, product), state_shardings(config, product, mesh))
+  return checkpoints.restore(step, abstract), [f"resumed: checkpoint of step {step}", *(f"changed: {c}" for c in changed)]
+
+
+def to_json(config: ConfigDict) -> str:
+  """The config as JSON, tuples as lists."""
+  return json.dumps(config.to_dict(), indent=1)
+
+
+def weights_on_mesh(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh, source: str = "", *,
+                    complete: bool) -> tuple[tuple[Named, Named, Named], list[str]]:
+  """(params, frozen, stats) on the mesh, for evaluation and prediction, and lines that say where they came from.
+
+  Args:
+    config, product, mesh: what to fill.
+    source: as in `weights`.
+    complete: refuse weights that leave arrays fresh.
+
+  Raises:
+    ValueError: as `weights`; something is left fresh.
+  """
+  named, lines = weights(config, product, source)
+  fresh = [line for line in lines if line.startswith("fresh")]
+  if complete and fresh:
+    raise ValueError(f"there is nothing trained to evaluate: {fresh[0]}. Give a workdir with a checkpoint, or a released "
+                     "checkpoint as config.init.pretrained.")
+  where, fields = state_shardings(config, product, mesh), split(product, named)
+  placed = ({n: jax.device_put(x, getattr(where, field)[n]) for n, x in fields[field].items()}
+            for field in ("params", "frozen", "stats"))
+  return tuple(placed), lines
