@@ -19,30 +19,43 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
   words = config_file.words(argument, method=("vpd",), size=("full", "tiny"))
   tiny = words["size"] == "tiny"
-  config = ml_collections.ConfigDict(presets.run(num_steps=25 * ITERATIONS, log_every=50, eval_every=ITERATIONS,
-                                                 save_every=ITERATIONS))
+  config = ml_collections.ConfigDict(
+    presets.run(num_steps=25 * ITERATIONS, log_every=50, eval_every=ITERATIONS, save_every=ITERATIONS)
+  )
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
   config.method = {
     "name": "vpd",
     "prompt": "scene_class",  # from the folder's name, also at test time, as published
     "class_vectors": "random:0" if tiny else "",  # FILE, random:SEED, or "": from the weights
     "tokenizer": "",  # a folder, where the weights bring none
-    "residual_scale": 1e-4, "timestep": 1, "latent_scale": 1.0, "pad_multiple": 64, "pad_value": 0.0,
+    "residual_scale": 1e-4,
+    "timestep": 1,
+    "latent_scale": 1.0,
+    "pad_multiple": 64,
+    "pad_value": 0.0,
   }
   config.neck = {"name": "fusion", "width": 192 if tiny else 1536}
   config.head = {"name": "deconv", "filters": (32, 32, 32), "width": 24 if tiny else 192}
   config.task = {"name": "depth", "max_depth": 10.0, "min_depth": 1e-3, "eval_crop": "eigen_nyu", "variance_focus": 0.5}
   config.data = {
-    "name": "nyu", "root": "", "train_list": "", "test_list": "",
+    "name": "nyu",
+    "root": "",
+    "train_list": "",
+    "test_list": "",
     "crop": (96, 96) if tiny else (480, 480),
     "resize": (96, 128) if tiny else (),  # () keeps 480 x 640
     "cut_depth": "released",  # "scaled", "off"
-    "batch_size": 24, "workers": 8,
+    "batch_size": 24,
+    "workers": 8,
   }
   config.optim = presets.adamw(
-    lr=5e-4, decay=0.1, schedule={"name": "triangular_poly", "min_lr": 3e-5, "half": 12 * ITERATIONS, "power": 0.9},
-    lr_groups=((r"/vae/", None), (r"/unet/", 0.01), (r"", 1.0)), decay_groups=presets.no_decay_for_vectors(),
-    norm_group=3, loss_group=3,
+    lr=5e-4,
+    decay=0.1,
+    schedule={"name": "triangular_poly", "min_lr": 3e-5, "half": 12 * ITERATIONS, "power": 0.9},
+    lr_groups=((r"/vae/", None), (r"/unet/", 0.01), (r"", 1.0)),
+    decay_groups=presets.no_decay_for_vectors(),
+    norm_group=3,
+    loss_group=3,
   )
   config.eval = presets.evaluation(batch_size=8, test_time=("flip", "shift:2"))
   return config

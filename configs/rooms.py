@@ -22,19 +22,40 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict(presets.run(num_steps=steps, log_every=20, eval_every=200, save_every=100))
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
   config.method = {
-    "name": "vpd", "prompt": "scene_class", "class_vectors": "random:0",
+    "name": "vpd",
+    "prompt": "scene_class",
+    "class_vectors": "random:0",
     "tokenizer": "",  # a folder, where the weights bring none
-    "residual_scale": 1e-4, "timestep": 1, "latent_scale": 1.0, "pad_multiple": 64, "pad_value": 0.0,
+    "residual_scale": 1e-4,
+    "timestep": 1,
+    "latent_scale": 1.0,
+    "pad_multiple": 64,
+    "pad_value": 0.0,
   }
   config.neck = {"name": "fusion", "width": 192 if tiny else 1536}
   config.head = {"name": "deconv", "filters": (32, 32, 32), "width": 24 if tiny else 192}
   config.task = {"name": "depth", "max_depth": 10.0, "min_depth": 1e-3, "eval_crop": "none", "variance_focus": 0.5}
   config.data = {
-    "name": "rooms", "task": "depth", "size": (96, 128) if tiny else (480, 640), "crop": (96, 96) if tiny else (480, 480),
-    "train_count": 4096, "eval_count": 64, "seed": 0, "cut_depth": "off", "colour": False, "batch_size": 6, "workers": 0,
+    "name": "rooms",
+    "task": "depth",
+    "size": (96, 128) if tiny else (480, 640),
+    "crop": (96, 96) if tiny else (480, 480),
+    "train_count": 4096,
+    "eval_count": 64,
+    "seed": 0,
+    "cut_depth": "off",
+    "colour": False,
+    "batch_size": 6,
+    "workers": 0,
   }
   config.optim = presets.adamw(
-    lr=1e-3, decay=0.01, schedule={"name": "cosine", "min_lr": 1e-5, "num_steps": steps, "warmup": 20},
-    lr_groups=((r"", 1.0),), decay_groups=presets.no_decay_for_vectors(), norm_group=0, loss_group=0)
+    lr=1e-3,
+    decay=0.01,
+    schedule={"name": "cosine", "min_lr": 1e-5, "num_steps": steps, "warmup": 20},
+    lr_groups=((r"", 1.0),),
+    decay_groups=presets.no_decay_for_vectors(),
+    norm_group=0,
+    loss_group=0,
+  )
   config.eval = presets.evaluation(batch_size=8, test_time=("flip", "shift:2"), baselines=256)
   return config

@@ -41,7 +41,7 @@ def plain_names(source: dict[str, np.ndarray], prefix: str = "") -> dict[str, np
   for name, value in source.items():
     if not name.startswith(prefix):
       continue
-    name = name[len(prefix):].replace(".", "/")
+    name = name[len(prefix) :].replace(".", "/")
     if value.ndim == 4:
       name, value = re.sub("weight$", "kernel", name), value.transpose(2, 3, 1, 0)
     elif value.ndim == 2 and "_embedding/" in name:

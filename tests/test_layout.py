@@ -13,7 +13,8 @@ LAYERS = (
   ("train",),
   ("predict", "plan"),
   ("evaluate",),
-  ("assemble",),
+  ("start",),
+  ("assemble", "class_vectors"),
   ("convert",),
   ("methods", "necks", "heads", "tasks", "data", "model"),
   ("backbones", "inference", "optim", "checkpoint", "sharding", "writers", "panels"),
@@ -23,13 +24,13 @@ LAYERS = (
 ROW = {part: row for row, parts in enumerate(LAYERS) for part in parts}
 ONLY = {  # narrower than the rows
   "data": {"types"},  # knows no network
-  "tasks": {"types"},  # knows no network either
+  "tasks": {"panels", "types"},  # knows no network either; shows its own results
   "methods": {"backbones", "types"},
   "backbones": {"types"},  # no paper-specific code
   "presets": set(),
   "config_file": set(),
 }
-CONFIGURED = {"main", "train", "predict", "plan", "evaluate", "assemble", "config_file", "presets"}
+CONFIGURED = {"main", "train", "predict", "plan", "evaluate", "start", "assemble", "config_file", "presets"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 LONGEST = 330
 

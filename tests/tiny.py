@@ -1,6 +1,5 @@
 """Product and weights of the authors' tiny VPD depth network."""
 
-import dataclasses
 import functools
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests import oracle
+from tests.golden import fill
 from vpd_jax import assemble, config_file
 from vpd_jax.convert import released, rules
 from vpd_jax.types import TrainState
@@ -43,3 +43,26 @@ def train_state(product, named):
   stats = {n: x for n, x in named.items() if n in product.parts.stats}
   frozen = {n: x for n, x in named.items() if n not in params and n not in stats}
   return TrainState(jnp.zeros((), jnp.int32), params, frozen, stats, jax.jit(product.optimizer.init)(params))
+
+
+def shrunk(config):
+  """A shipped config with the smallest network of the same build: one block per level, attention in one."""
+  config = config.copy_and_resolve_references().unlock()
+  levels = len(config.backbone.unet.channel_mult)
+  config.backbone.unet.update(
+    model_channels=32, channel_mult=(1,) * levels, num_res_blocks=1, attention_levels=(1,), context_dim=16, num_heads=2
+  )
+  config.backbone.vae.update(channels=32, channel_mult=(1,) * len(config.backbone.vae.channel_mult), num_res_blocks=1)
+  config.neck.width, config.head.filters, config.head.width = 32, (8,) * len(config.head.filters), 8
+  config.method.class_vectors = "random:0"
+  config.data.update(crop=(64, 64), batch_size=6, workers=0)
+  config.data.update(
+    {"size": (64, 96), "train_count": 12, "eval_count": 5} if "size" in config.data else {"resize": (64, 96)}
+  )
+  config.eval.batch_size = 2
+  return config.lock()
+
+
+def filled(shapes, seed=0):
+  """Made-up values of every array by its name, none of them zero; takes no compilation, unlike fresh ones."""
+  return {name: np.asarray(fill.weight(name, s.shape, seed), s.dtype) for name, s in shapes.items()}

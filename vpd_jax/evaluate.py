@@ -79,7 +79,9 @@ class Evaluator:
     """Scores of trivial predictors, by name; empty where `eval.baselines` is 0."""
     count = self.config.eval.baselines
     if self._baselines is None:
-      self._baselines = self.product.task.baselines(self._examples("train", count), self._examples("eval")) if count else {}
+      self._baselines = (
+        self.product.task.baselines(self._examples("train", count), self._examples("eval")) if count else {}
+      )
     return self._baselines
 
   def report(self, scores: dict[str, float]) -> str:
@@ -90,13 +92,20 @@ class Evaluator:
     if not baselines:
       return line
     chosen = self.product.task.best[0]
-    beside = ", ".join(f"{name} {value:.4f} (x{scores[prefix + chosen] / value:.2f})" for name, value in baselines.items())
+    beside = ", ".join(
+      f"{name} {value:.4f} (x{scores[prefix + chosen] / value:.2f})" for name, value in baselines.items()
+    )
     return f"{line}\n  {chosen} of trivial predictors, and ours as a share of it: {beside}"
 
   def _batches(self) -> Iterator[Batch]:
     local = pipeline.eval_batches(
-      self.dataset, batch_size=self.config.eval.batch_size, keys=self.product.keys, prepare=self.product.method.prepare,
-      process_index=jax.process_index(), process_count=jax.process_count())
+      self.dataset,
+      batch_size=self.config.eval.batch_size,
+      keys=self.product.keys,
+      prepare=self.product.method.prepare,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
     return pipeline.prefetch(local, self.sharding)
 
   def _examples(self, split: str, count: int | None = None) -> Iterator[Any]:

@@ -10,7 +10,9 @@ from ml_collections import config_flags
 
 from vpd_jax import config_file
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file and words: configs/nyu_depth.py:vpd,tiny", lock_config=True)
+CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Config file and words: configs/nyu_depth.py:vpd,tiny", lock_config=True
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/<config name> by default.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "predict"], "What to do.")
 INPUT = flags.DEFINE_string("input", "", "--mode=predict: folder of pictures.")
@@ -24,7 +26,7 @@ def main(arguments: list[str]) -> None:
   """Runs the mode; an error of the user's is one line and exit code 2."""
   if len(arguments) > 1:
     raise app.UsageError(f"unknown words on the command line: {arguments[1:]}.")
-  logging.set_verbosity(logging.DEBUG if DEBUG.value else logging.WARNING)  # orbax tells every step it takes
+  logging.set_verbosity(logging.DEBUG if DEBUG.value else logging.ERROR)  # orbax tells every step it takes
   try:
     _run()
   except (ValueError, FloatingPointError, OSError) as error:

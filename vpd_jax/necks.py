@@ -21,20 +21,33 @@ class Fusion(nnx.Module):
 
   needs_maps = 4
 
-  def __init__(self, widths: tuple[int, ...], strides: tuple[int, ...], *, width: int = 1536, dtype: Any,
-               param_dtype: Any, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    widths: tuple[int, ...],
+    strides: tuple[int, ...],
+    *,
+    width: int = 1536,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+  ):
     """`widths`, `strides`: of the four maps that come in; `width`: of the one that goes out."""
     if len(widths) != 4:
       raise ValueError(f"neck 'fusion' joins four maps, but the method gives {len(widths)}.")
-    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs,
-             "kernel_init": nnx.initializers.truncated_normal(0.02)}
+    kinds = {
+      "dtype": dtype,
+      "param_dtype": param_dtype,
+      "rngs": rngs,
+      "kernel_init": nnx.initializers.truncated_normal(0.02),
+    }
     norms = {"groups": 16, "epsilon": 1e-5, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     half = lambda w: layers.conv(w, w, 3, stride=2, **kinds)
     self.strides, self.widths = (strides[2],), (width,)
     self.layer1 = nnx.List([half(widths[0]), layers.group_norm(widths[0], **norms), layers.ReLU(), half(widths[0])])
     self.layer2 = nnx.List([half(widths[1])])
     self.out_layer = nnx.List(
-      [layers.conv(sum(widths), width, 1, **kinds), layers.group_norm(width, **norms), layers.ReLU()])
+      [layers.conv(sum(widths), width, 1, **kinds), layers.group_norm(width, **norms), layers.ReLU()]
+    )
 
   def __call__(self, features: Features) -> Features:
     finest, fine, coarse, coarsest = features.maps

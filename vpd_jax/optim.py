@@ -86,8 +86,9 @@ def groups(names: Iterable[str], lr_groups: tuple, decay_groups: tuple) -> Group
   return Groups({n: lr[n] for n in trained}, decay, {n: label[n] for n in trained}, frozenset(names) - set(trained))
 
 
-def optimizer(rate: Schedule, groups: Groups, *, decay: float, b1: float, b2: float, epsilon: float,
-              clip_norm: float) -> optax.GradientTransformation:
+def optimizer(
+  rate: Schedule, groups: Groups, *, decay: float, b1: float, b2: float, epsilon: float, clip_norm: float
+) -> optax.GradientTransformation:
   """AdamW as one chain over a flat dict of arrays.
 
   clip -> Adam -> add decay * decay[name] * p -> multiply by lr[name] -> multiply by -rate(step).

@@ -116,7 +116,9 @@ class Predictor:
     fitted = [fit(picture, self._side) for picture in pictures]
     corners = [inference.offsets(f.shape[:2], self._windows, coverage="full") for f in fitted]
     cut = [inference.cut(f[None], c) for f, c in zip(fitted, corners, strict=True)]
-    rows = np.concatenate([np.full(len(c), i, np.int32) for c, i in zip(corners, ids, strict=True)]) if pictures else None
+    rows = (
+      np.concatenate([np.full(len(c), i, np.int32) for c, i in zip(corners, ids, strict=True)]) if pictures else None
+    )
     predicted = iter(self._windowed(np.concatenate(cut), rows) if pictures else ())
     results = []
     for picture, f, c in zip(pictures, fitted, corners, strict=True):
@@ -210,7 +212,9 @@ def run(config: ConfigDict, workdir: str, *, source: str, output: str, class_nam
     raise ValueError(f"--output={output!r} must name a folder; it is made where it does not exist.")
   chosen = workdir if is_workdir(workdir) else config.init.run or config.init.pretrained
   if not chosen:
-    raise ValueError(f"--workdir={workdir!r} holds no checkpoint and config.init.pretrained is empty; give one of them.")
+    raise ValueError(
+      f"--workdir={workdir!r} holds no checkpoint and config.init.pretrained is empty; give one of them."
+    )
   predictor = Predictor.load(config, weights=chosen)
   class_id = predictor.class_id(class_name) if class_name else None
   print("\n".join(predictor.origin), flush=True)

@@ -7,12 +7,27 @@ def sd_v1() -> dict[str, Any]:
   """Stable Diffusion 1.x; a diffusers folder in `init.pretrained` brings its own sizes."""
   return {
     "unet": {
-      "in_channels": 4, "out_channels": 4, "model_channels": 320, "channel_mult": (1, 2, 4, 4), "num_res_blocks": 2,
-      "attention_levels": (0, 1, 2), "num_heads": 8, "head_width": 0, "context_dim": 768, "linear_projection": False,
+      "in_channels": 4,
+      "out_channels": 4,
+      "model_channels": 320,
+      "channel_mult": (1, 2, 4, 4),
+      "num_res_blocks": 2,
+      "attention_levels": (0, 1, 2),
+      "num_heads": 8,
+      "head_width": 0,
+      "context_dim": 768,
+      "linear_projection": False,
     },
     "vae": {"channels": 128, "channel_mult": (1, 2, 4, 4), "num_res_blocks": 2, "z_channels": 4},
-    "text": {"vocab_size": 49408, "width": 768, "layers": 12, "heads": 12, "mlp_width": 3072, "positions": 77,
-             "activation": "quick_gelu"},
+    "text": {
+      "vocab_size": 49408,
+      "width": 768,
+      "layers": 12,
+      "heads": 12,
+      "mlp_width": 3072,
+      "positions": 77,
+      "activation": "quick_gelu",
+    },
     "attention": "auto",
     "remat": False,
   }
@@ -27,8 +42,16 @@ def sd_tiny() -> dict[str, Any]:
   return config
 
 
-def adamw(*, lr: float, decay: float, schedule: dict[str, Any], lr_groups: tuple, decay_groups: tuple,
-          norm_group: int = 0, loss_group: int = 0) -> dict[str, Any]:
+def adamw(
+  *,
+  lr: float,
+  decay: float,
+  schedule: dict[str, Any],
+  lr_groups: tuple,
+  decay_groups: tuple,
+  norm_group: int = 0,
+  loss_group: int = 0,
+) -> dict[str, Any]:
   """AdamW with the release's betas and no clipping.
 
   Args:
@@ -39,9 +62,19 @@ def adamw(*, lr: float, decay: float, schedule: dict[str, Any], lr_groups: tuple
     norm_group, loss_group: images per group of batch statistics and of the loss; 0 is the whole batch.
   """
   return {
-    "lr": lr, "decay": decay, "b1": 0.9, "b2": 0.999, "epsilon": 1e-8, "clip_norm": 0.0, "schedule": schedule,
-    "lr_groups": lr_groups, "decay_groups": decay_groups, "norm_group": norm_group, "loss_group": loss_group,
-    "accumulation": 1, "ema_decay": 0.0,
+    "lr": lr,
+    "decay": decay,
+    "b1": 0.9,
+    "b2": 0.999,
+    "epsilon": 1e-8,
+    "clip_norm": 0.0,
+    "schedule": schedule,
+    "lr_groups": lr_groups,
+    "decay_groups": decay_groups,
+    "norm_group": norm_group,
+    "loss_group": loss_group,
+    "accumulation": 1,
+    "ema_decay": 0.0,
   }
 
 
@@ -65,8 +98,14 @@ def evaluation(*, batch_size: int, test_time: tuple[str, ...], baselines: int = 
     also coverage of the windows ("released" or "full"), the checkpoint of a workdir that is read ("newest" or "best"),
     and the number of samples shown as panels.
   """
-  return {"batch_size": batch_size, "test_time": test_time, "coverage": "released", "checkpoint": "newest",
-          "baselines": baselines, "panels": 4}
+  return {
+    "batch_size": batch_size,
+    "test_time": test_time,
+    "coverage": "released",
+    "checkpoint": "newest",
+    "baselines": baselines,
+    "panels": 4,
+  }
 
 
 def run(*, num_steps: int, log_every: int, eval_every: int, save_every: int) -> dict[str, Any]:
@@ -78,9 +117,16 @@ def run(*, num_steps: int, log_every: int, eval_every: int, save_every: int) -> 
     mesh: devices along ("data", "fsdp"), -1 for the rest.
   """
   return {
-    "seed": 0, "dtype": "float32", "param_dtype": "float32",
-    "num_steps": num_steps, "log_every": log_every, "eval_every": eval_every, "save_every": save_every,
-    "keep": 2, "keep_best": 1, "profile": 0,
+    "seed": 0,
+    "dtype": "float32",
+    "param_dtype": "float32",
+    "num_steps": num_steps,
+    "log_every": log_every,
+    "eval_every": eval_every,
+    "save_every": save_every,
+    "keep": 2,
+    "keep_best": 1,
+    "profile": 0,
     "init": {"pretrained": "", "run": ""},
     "mesh": {"data": -1, "fsdp": 1, "rules": ()},
   }

@@ -44,8 +44,14 @@ def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[dic
   if CLASS_VECTORS in shapes and CLASS_VECTORS not in named:
     rows, width = shapes[CLASS_VECTORS].shape
     vectors, line = class_vectors.resolve(
-      setting=config.method.class_vectors, classes=product.classes[:rows], width=width, pretrained=source,
-      dtype=assemble.dtype(config, "param_dtype"), sizes=assemble.sizes(config)[2], tokenizer=config.method.tokenizer)
+      setting=config.method.class_vectors,
+      classes=product.classes[:rows],
+      width=width,
+      pretrained=source,
+      dtype=assemble.dtype(config, "param_dtype"),
+      sizes=assemble.sizes(config)[2],
+      tokenizer=config.method.tokenizer,
+    )
     named[CLASS_VECTORS] = vectors.astype(shapes[CLASS_VECTORS].dtype)
     lines.append(line)
   rest = shapes.keys() - named.keys()
@@ -60,7 +66,9 @@ def best_metric(config: ConfigDict, product: Product) -> str:
   return f"eval/{config.data.name}/{product.task.best[0]}"
 
 
-def _of_run(workdir: str, shapes: dict[str, Any], which: str, metric: str, mode: str) -> tuple[dict[str, np.ndarray], str]:
+def _of_run(
+  workdir: str, shapes: dict[str, Any], which: str, metric: str, mode: str
+) -> tuple[dict[str, np.ndarray], str]:
   """Parameters and statistics of a run's newest or best checkpoint; its EMA in place of the parameters where kept.
 
   Raises:
@@ -73,11 +81,14 @@ def _of_run(workdir: str, shapes: dict[str, Any], which: str, metric: str, mode:
     step = checkpoints.best_step() or step if which == "best" else step
     saved = checkpoints.restore_weights(step)
   named = saved["params"] | saved["frozen"] | saved["stats"] | saved.get("ema", {})
-  wrong = sorted(n for n in shapes.keys() | named.keys()
-                 if n not in named or n not in shapes or named[n].shape != shapes[n].shape)
+  wrong = sorted(
+    n for n in shapes.keys() | named.keys() if n not in named or n not in shapes or named[n].shape != shapes[n].shape
+  )
   if wrong:
-    raise ValueError(f"checkpoint {step} of {workdir} is not of this config: {len(wrong)} arrays are missing, unknown or "
-                     f"of another shape, like {wrong[:3]}; give the config it was trained with.")
+    raise ValueError(
+      f"checkpoint {step} of {workdir} is not of this config: {len(wrong)} arrays are missing, unknown or "
+      f"of another shape, like {wrong[:3]}; give the config it was trained with."
+    )
   named = {n: x.astype(shapes[n].dtype) for n, x in named.items()}
   return named, f"weights: {workdir}, checkpoint of step {step}" + (", moving average" if saved.get("ema") else "")
 
@@ -120,8 +131,14 @@ def state_shardings(config: ConfigDict, product: Product, mesh: jax.sharding.Mes
   return sharding.state_shardings(mesh, state_shapes(config, product), rules=config.mesh.rules)
 
 
-def resume_or_start(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh, checkpoints: Checkpoints, *,
-                    accept_changes: bool = False) -> tuple[TrainState, list[str]]:
+def resume_or_start(
+  config: ConfigDict,
+  product: Product,
+  mesh: jax.sharding.Mesh,
+  checkpoints: Checkpoints,
+  *,
+  accept_changes: bool = False,
+) -> tuple[TrainState, list[str]]:
   """The state to go on from, by the first that applies, and lines that say which it was.
 
   1. the newest checkpoint of the workdir; 2. `init.run`; 3. `init.pretrained`; 4. fresh parameters.
@@ -139,10 +156,15 @@ def resume_or_start(config: ConfigDict, product: Product, mesh: jax.sharding.Mes
     return new_state(config, product, mesh)
   changed = config_file.differences(checkpoints.restore_config(step), json.loads(to_json(config)))
   if changed and not accept_changes:
-    raise ValueError(f"the workdir was made with another config: {'; '.join(changed)}. Choose another --workdir, or "
-                     "go on all the same with --accept_config_changes.")
+    raise ValueError(
+      f"the workdir was made with another config: {'; '.join(changed)}. Choose another --workdir, or "
+      "go on all the same with --accept_config_changes."
+    )
   abstract = sharding.abstract(state_shapes(config, product), state_shardings(config, product, mesh))
-  return checkpoints.restore(step, abstract), [f"resumed: checkpoint of step {step}", *(f"changed: {c}" for c in changed)]
+  return checkpoints.restore(step, abstract), [
+    f"resumed: checkpoint of step {step}",
+    *(f"changed: {c}" for c in changed),
+  ]
 
 
 def to_json(config: ConfigDict) -> str:
@@ -150,8 +172,9 @@ def to_json(config: ConfigDict) -> str:
   return json.dumps(config.to_dict(), indent=1)
 
 
-def weights_on_mesh(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh, source: str = "", *,
-                    complete: bool) -> tuple[tuple[Named, Named, Named], list[str]]:
+def weights_on_mesh(
+  config: ConfigDict, product: Product, mesh: jax.sharding.Mesh, source: str = "", *, complete: bool
+) -> tuple[tuple[Named, Named, Named], list[str]]:
   """(params, frozen, stats) on the mesh, for evaluation and prediction, and lines that say where they came from.
 
   Args:
@@ -165,9 +188,13 @@ def weights_on_mesh(config: ConfigDict, product: Product, mesh: jax.sharding.Mes
   named, lines = weights(config, product, source)
   fresh = [line for line in lines if line.startswith("fresh")]
   if complete and fresh:
-    raise ValueError(f"there is nothing trained to evaluate: {fresh[0]}. Give a workdir with a checkpoint, or a released "
-                     "checkpoint as config.init.pretrained.")
+    raise ValueError(
+      f"there is nothing trained to evaluate: {fresh[0]}. Give a workdir with a checkpoint, or a released "
+      "checkpoint as config.init.pretrained."
+    )
   where, fields = state_shardings(config, product, mesh), split(product, named)
-  placed = ({n: jax.device_put(x, getattr(where, field)[n]) for n, x in fields[field].items()}
-            for field in ("params", "frozen", "stats"))
+  placed = (
+    {n: jax.device_put(x, getattr(where, field)[n]) for n, x in fields[field].items()}
+    for field in ("params", "frozen", "stats")
+  )
   return tuple(placed), lines

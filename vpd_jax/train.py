@@ -144,10 +144,18 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
       return {}
     batches = pipeline.prefetch(
       pipeline.train_batches(
-        dataset, batch_size=config.data.batch_size, seed=config.seed, start_step=begin, workers=config.data.workers,
-        keys=product.keys, prepare=product.method.prepare, process_index=jax.process_index(),
-        process_count=jax.process_count()),
-      sharding.batch_sharding(mesh))
+        dataset,
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        start_step=begin,
+        workers=config.data.workers,
+        keys=product.keys,
+        prepare=product.method.prepare,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+      ),
+      sharding.batch_sharding(mesh),
+    )
     try:
       return _loop(config, product, mesh, state, batches, evaluator, checkpoints, writer, stop, workdir)
     finally:
@@ -201,10 +209,16 @@ def compile_step(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh, 
   """The jitted step for this state and batch, compiled once; the state it is given is donated."""
   where = start.state_shardings(config, product, mesh)
   optim_options = config.optim
-  step = make_step(product, loss_group=optim_options.loss_group, accumulation=optim_options.accumulation,
-                   ema_decay=optim_options.ema_decay)
+  step = make_step(
+    product,
+    loss_group=optim_options.loss_group,
+    accumulation=optim_options.accumulation,
+    ema_decay=optim_options.ema_decay,
+  )
   spread = sharding.batch_sharding(mesh)
-  jitted = jax.jit(step, donate_argnums=0, in_shardings=(where, spread), out_shardings=(where, sharding.replicated(mesh)))
+  jitted = jax.jit(
+    step, donate_argnums=0, in_shardings=(where, spread), out_shardings=(where, sharding.replicated(mesh))
+  )
   abstract = sharding.abstract(start.state_shapes(config, product), where)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread), batch)
   return jitted.lower(abstract, shapes).compile()
@@ -214,8 +228,10 @@ def check_finite(pending: list[tuple[int, Array]]) -> None:
   """Raises FloatingPointError naming the first step whose loss is not finite."""
   for step, loss in pending:
     if not np.isfinite(jax.device_get(loss)):
-      raise FloatingPointError(f"the loss of step {step} is {float(loss)}; nothing after the last checkpoint was saved. "
-                               "Lower config.optim.lr, set config.optim.clip_norm, or look at the data of that step.")
+      raise FloatingPointError(
+        f"the loss of step {step} is {float(loss)}; nothing after the last checkpoint was saved. "
+        "Lower config.optim.lr, set config.optim.clip_norm, or look at the data of that step."
+      )
 
 
 def log(line: str) -> None:
@@ -228,11 +244,14 @@ def _describe(config, product, mesh, writer, workdir, lines: list[str], begin: i
   """What a run says of itself at the start: devices, weights, groups, parameters, config."""
   devices = jax.devices()
   local = config.data.batch_size // mesh.size
-  log(f"jax {jax.__version__}, {len(devices)} {devices[0].device_kind} devices, mesh {dict(mesh.shape)}, "
-      f"batch {config.data.batch_size} = {mesh.size} x {local}, workdir {workdir}")
+  log(
+    f"jax {jax.__version__}, {len(devices)} {devices[0].device_kind} devices, mesh {dict(mesh.shape)}, "
+    f"batch {config.data.batch_size} = {mesh.size} x {local}, workdir {workdir}"
+  )
   log("\n".join(lines))
-  groups = writers.table([("group", "lr x", "decay x", "arrays", "numbers", "first"),
-                          *optim.table(product.groups, product.parts.shapes)])
+  groups = writers.table(
+    [("group", "lr x", "decay x", "arrays", "numbers", "first"), *optim.table(product.groups, product.parts.shapes)]
+  )
   log(groups)
   if jax.process_index() == 0 and begin == 0:
     overview = writers.parameter_overview(product.parts.shapes)
@@ -249,7 +268,9 @@ def _memory(compiled: jax.stages.Compiled) -> str:
   if analysis is None:
     return "unknown memory"
   total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + analysis.output_size_in_bytes
-  return f"{(total - analysis.alias_size_in_bytes) / 2**30:.2f} GiB ({analysis.temp_size_in_bytes / 2**30:.2f} temporary)"
+  return (
+    f"{(total - analysis.alias_size_in_bytes) / 2**30:.2f} GiB ({analysis.temp_size_in_bytes / 2**30:.2f} temporary)"
+  )
 
 
 def _profile(config: ConfigDict, done: int, workdir: str) -> None:

@@ -213,6 +213,7 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, b
 def _clu(folder: epath.Path) -> Backend:
   """clu's asynchronous writer; tensorflow comes in without its messages and without the accelerators."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else it speaks of them before its log level counts
   import tensorflow as tf
   from clu import metric_writers
 

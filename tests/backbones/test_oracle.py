@@ -32,11 +32,15 @@ def nhwc(x):
 
 
 def check_vae(size, file):
-  parts, named = network("sd_vae_encoder", lambda **k: vae.VaeEncoder(TINY_VAE if size == "tiny" else vae.VaeSizes(), **k), size)
+  parts, named = network(
+    "sd_vae_encoder", lambda **k: vae.VaeEncoder(TINY_VAE if size == "tiny" else vae.VaeSizes(), **k), size
+  )
   arrays = oracle.golden(file) if size == "tiny" else file
   posterior = jax.jit(lambda a, x: parts.merge(a)(x))(named, nhwc(arrays["input/image"]))
-  return (oracle.compare(oracle.nchw(posterior.mean), arrays, "output/latents", 1e-5),
-          oracle.compare(oracle.nchw(posterior.log_variance), arrays, "output/logvar", 1e-5))
+  return (
+    oracle.compare(oracle.nchw(posterior.mean), arrays, "output/latents", 1e-5),
+    oracle.compare(oracle.nchw(posterior.log_variance), arrays, "output/logvar", 1e-5),
+  )
 
 
 def test_vae_encoder_gives_the_authors_latents():
@@ -75,7 +79,8 @@ def unet_run():
   def run(named, latents, context):
     model = parts.merge(named)
     return model(latents, context, timesteps=1, map_max_positions=64), model(
-      latents, context, timesteps=jnp.asarray(arrays["input/eps_timesteps"]), predict_noise=True).noise
+      latents, context, timesteps=jnp.asarray(arrays["input/eps_timesteps"]), predict_noise=True
+    ).noise
 
   return arrays, run(named, latents, context)
 

@@ -33,16 +33,18 @@ def run():
     patch.setattr(layers, "timestep_embedding", lambda timesteps, width: jnp.asarray(sinusoid))
     result = single.run_steps(product, state, batch)
     evaluate = jax.jit(lambda named, batch: product.parts.merge(*named)(batch, training=False)["depth"])
-    result["eval_loss"] = [float(silog(evaluate(single.everything(s), batch), batch["depth"])[0])
-                           for s in (state, result["states"][-1])]
+    result["eval_loss"] = [
+      float(silog(evaluate(single.everything(s), batch), batch["depth"])[0]) for s in (state, result["states"][-1])
+    ]
   return result
 
 
 def test_losses_agree_to_1e_10(run, arrays):
   assert abs(float(run["loss"]) - float(arrays["train/loss"])) < 1e-10
   np.testing.assert_allclose([log["train/loss"] for log in run["logs"]], arrays["trace/loss"], rtol=0, atol=1e-10)
-  np.testing.assert_allclose(run["eval_loss"], [arrays["output/eval_loss"], arrays["trace/eval_loss_after"]], rtol=0,
-                             atol=1e-10)
+  np.testing.assert_allclose(
+    run["eval_loss"], [arrays["output/eval_loss"], arrays["trace/eval_loss_after"]], rtol=0, atol=1e-10
+  )
 
 
 def test_gradients_agree_to_1e_9(run, arrays):
@@ -50,7 +52,9 @@ def test_gradients_agree_to_1e_9(run, arrays):
 
 
 def test_five_steps_move_every_parameter_as_the_authors(run, arrays):
-  first, last = (rules.to_source({**s.params, **s.frozen}, released.vpd_depth()) for s in (run["states"][0], run["states"][-1]))
+  first, last = (
+    rules.to_source({**s.params, **s.frozen}, released.vpd_depth()) for s in (run["states"][0], run["states"][-1])
+  )
   names = [str(n) for n in arrays["trace/param_names"]]
   assert set(names) == first.keys() - {"encoder.class_embeddings"}
   worst = 0.0

@@ -13,8 +13,13 @@ from vpd_jax.convert import released, rules
 from vpd_jax.tasks.depth import silog
 
 UNET = "encoder.unet.unet.diffusion_model."
-FULL = ("last_layer_depth.2.weight", "last_layer_depth.2.bias", "last_layer_depth.0.bias", "encoder.gamma",
-        "encoder.text_adapter.fc.2.bias")
+FULL = (
+  "last_layer_depth.2.weight",
+  "last_layer_depth.2.bias",
+  "last_layer_depth.0.bias",
+  "encoder.gamma",
+  "encoder.text_adapter.fc.2.bias",
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +34,11 @@ def setup():
 
 
 def batch_of(arrays, dtype=jnp.float32):
-  return {"image": jnp.asarray(arrays["input/image"].transpose(0, 2, 3, 1), dtype),
-          "depth": jnp.asarray(arrays["input/depth"], dtype),
-          "class_id": jnp.asarray(arrays["input/class_ids"], jnp.int32)}
+  return {
+    "image": jnp.asarray(arrays["input/image"].transpose(0, 2, 3, 1), dtype),
+    "depth": jnp.asarray(arrays["input/depth"], dtype),
+    "class_id": jnp.asarray(arrays["input/class_ids"], jnp.int32),
+  }
 
 
 def everything(state):
@@ -67,8 +74,12 @@ def forward(setup, arrays):
 def test_taps_are_the_authors(forward, arrays):
   taps, _ = forward
   for name, value in taps.items():
-    oracle.compare(value if value.ndim == 3 else oracle.nchw(value), arrays,
-                   name + ("@stride" if f"{name}@stride" not in arrays and name not in arrays else ""), 1e-5)
+    oracle.compare(
+      value if value.ndim == 3 else oracle.nchw(value),
+      arrays,
+      name + ("@stride" if f"{name}@stride" not in arrays and name not in arrays else ""),
+      1e-5,
+    )
 
 
 def test_depth_is_the_authors(forward, arrays):
@@ -81,7 +92,10 @@ def test_depth_is_the_authors(forward, arrays):
 def test_other_published_sizes_are_the_authors(setup, arrays, name, side, seed):
   product, state = setup
   image = fill.uniform("input/image", (1, 3, side, side), seed).transpose(0, 2, 3, 1)
-  batch = {"image": jnp.asarray(image), "class_id": jnp.asarray(fill.integers("input/class_ids", (1,), 27, seed), jnp.int32)}
+  batch = {
+    "image": jnp.asarray(image),
+    "class_id": jnp.asarray(fill.integers("input/class_ids", (1,), 27, seed), jnp.int32),
+  }
   depth = jax.jit(lambda named, batch: product.parts.merge(*named)(batch, training=False))(everything(state), batch)
   oracle.compare(depth["depth"][:, None], arrays, f"output/{name}", 1e-5)
 
@@ -102,8 +116,13 @@ def run_steps(product, state, batch):
     state, log = update(states[-1], *result)
     states.append(state)
     logs.append(jax.device_get(log))
-  return {"grads": rules.to_source(first[0], released.vpd_depth()), "loss": first[1], "stats": first[3], "states": states,
-          "logs": logs}
+  return {
+    "grads": rules.to_source(first[0], released.vpd_depth()),
+    "loss": first[1],
+    "stats": first[3],
+    "states": states,
+    "logs": logs,
+  }
 
 
 def check_gradients(grads, arrays, limit):

@@ -85,7 +85,7 @@ def test_silog_is_the_authors(arrays):
   value, gradient = jax.value_and_grad(lambda p: silog(p, truth)[0])(prediction)
   np.testing.assert_allclose(value, arrays["silog/loss"], rtol=1e-6)
   expected = arrays["silog/grad"]
-  np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
+  np.testing.assert_allclose(gradient, expected, rtol=0, atol=5e-7 * np.abs(expected).max())
 
 
 @pytest.mark.x64
@@ -93,8 +93,10 @@ def test_silog_is_the_authors_in_float64(arrays):
   prediction, truth = silog_pair()
   value, gradient = jax.value_and_grad(lambda p: silog(p, truth)[0])(prediction.astype(jnp.float64))
   assert gradient.dtype == jnp.float64
-  np.testing.assert_allclose(value, arrays["silog/loss"], rtol=1e-6)  # the authors' own is float32
-  np.testing.assert_allclose(gradient, arrays["silog/grad"], rtol=1e-5, atol=1e-9)
+  # The authors' own numbers are float32.
+  np.testing.assert_allclose(value, arrays["silog/loss"], rtol=1e-6)
+  expected = arrays["silog/grad"]
+  np.testing.assert_allclose(gradient, expected, rtol=0, atol=5e-7 * np.abs(expected).max())
 
 
 def test_silog_is_the_root_of_the_written_formula():

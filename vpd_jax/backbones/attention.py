@@ -94,14 +94,16 @@ def _chunked(query: Array, key: Array, value: Array) -> Array:
 
 
 def _splash(query: Array, key: Array, value: Array, *, interpret: bool = False) -> Array:
-  """The Pallas kernel for TPUs: no scores in memory. Widths are filled with zeros to its lanes of 128."""
+  """The Pallas kernel for TPUs: no scores in memory. Widths and tokens are filled with zeros to multiples of 128."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
   tokens, heads, width = query.shape[1:]
-  lanes = -(-width // 128) * 128
-  pad = ((0, 0), (0, 0), (0, 0), (0, lanes - width))
-  q, k, v = (jnp.pad(x, pad).swapaxes(1, 2) for x in (query * width**-0.5, key, value))  # [B, heads, N, lanes]
-  full = masks.MultiHeadMask([masks.FullMask((tokens, key.shape[1])) for _ in range(heads)])
+  fill = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % 128), (0, 0), (0, -width % 128)))
+  q, k, v = (fill(x).swapaxes(1, 2) for x in (query * width**-0.5, key, value))  # [B, heads, N, lanes]
+  full = masks.MultiHeadMask([masks.FullMask((q.shape[2], k.shape[2])) for _ in range(heads)])
   attend = kernel.make_splash_mha_single_device(mask=full, interpret=interpret)
-  return jax.vmap(attend)(q, k, v).swapaxes(1, 2)[..., :width].astype(query.dtype)  # [B, N, heads, D]
+  # A query sees the keys of its own segment: the added queries see the real keys too, so that no softmax is empty.
+  segments = kernel.SegmentIds(np.zeros(q.shape[2], np.int32), (np.arange(k.shape[2]) >= key.shape[1]).astype(np.int32))
+  out = jax.vmap(lambda *qkv: attend(*qkv, segments))(q, k, v)
+  return out.swapaxes(1, 2)[:, :tokens, :, :width].astype(query.dtype)  # [B, N, heads, D]

@@ -52,7 +52,9 @@ def chain(layers: nnx.List, x: Array, *, training: bool = False) -> Array:
   return x
 
 
-def conv(in_width: int, out_width: int, size: int, *, stride: int = 1, padding: int | None = None, **kinds: Any) -> nnx.Conv:
+def conv(
+  in_width: int, out_width: int, size: int, *, stride: int = 1, padding: int | None = None, **kinds: Any
+) -> nnx.Conv:
   """A square convolution with PyTorch's symmetric padding, by default the one that keeps the size at stride 1."""
   pad = (size - 1) // 2 if padding is None else padding
   return nnx.Conv(in_width, out_width, (size, size), strides=stride, padding=((pad, pad), (pad, pad)), **kinds)
@@ -78,8 +80,17 @@ class BatchNorm(nnx.Module):
   Source: torch.nn.BatchNorm2d; VPD depth/train.py (DistributedDataParallel without SyncBatchNorm).
   """
 
-  def __init__(self, width: int, *, group: int = 0, momentum: float = 0.1, epsilon: float = 1e-5, dtype: Any,
-               param_dtype: Any, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    width: int,
+    *,
+    group: int = 0,
+    momentum: float = 0.1,
+    epsilon: float = 1e-5,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+  ):
     """`group`: images per group, 0 for the whole batch; `momentum`: weight of the new statistics."""
     del rngs
     self.group, self.momentum, self.epsilon, self.dtype = group, momentum, epsilon, dtype
@@ -122,8 +133,19 @@ class ConvTranspose(nnx.Module):
   The kernel is kept [kh, kw, in, out]: out[s * i + a - padding] += x[i] @ kernel[a].
   """
 
-  def __init__(self, in_width: int, out_width: int, size: int, *, stride: int = 2, padding: int = 0, kernel_init: Any,
-               dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    in_width: int,
+    out_width: int,
+    size: int,
+    *,
+    stride: int = 2,
+    padding: int = 0,
+    kernel_init: Any,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+  ):
     """Output side: (input side - 1) * stride - 2 * padding + size."""
     self.stride, self.padding, self.dtype = stride, padding, dtype
     self.kernel = nnx.Param(kernel_init(rngs.params(), (size, size, in_width, out_width), param_dtype))
@@ -132,8 +154,12 @@ class ConvTranspose(nnx.Module):
     kernel = self.kernel[...].astype(self.dtype)
     pad = kernel.shape[0] - 1 - self.padding
     return jax.lax.conv_general_dilated(
-      x.astype(self.dtype), kernel[::-1, ::-1], (1, 1), ((pad, pad), (pad, pad)),
-      lhs_dilation=(self.stride, self.stride), dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      x.astype(self.dtype),
+      kernel[::-1, ::-1],
+      (1, 1),
+      ((pad, pad), (pad, pad)),
+      lhs_dilation=(self.stride, self.stride),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )  # [B, s*H, s*W, out]
 
 

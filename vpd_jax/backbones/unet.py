@@ -159,12 +159,16 @@ class SpatialTransformer(nnx.Module):
 
   def __init__(self, width: int, sizes: UNetSizes, implementation: Implementation, **kinds: Any):
     self.linear = sizes.linear_projection
-    project = (lambda **more: nnx.Linear(width, width, **more)) if self.linear else (
-      lambda **more: layers.conv(width, width, 1, **more))
+    project = (
+      (lambda **more: nnx.Linear(width, width, **more))
+      if self.linear
+      else (lambda **more: layers.conv(width, width, 1, **more))
+    )
     self.norm = layers.group_norm(width, epsilon=1e-6, **kinds)
     self.proj_in = project(**kinds)
     self.transformer_blocks = nnx.List(
-      [TransformerBlock(width, sizes.context_dim, sizes.heads(width), implementation, **kinds)])
+      [TransformerBlock(width, sizes.context_dim, sizes.heads(width), implementation, **kinds)]
+    )
     self.proj_out = project(kernel_init=layers.zeros, **kinds)
 
   def __call__(self, x: Array, context: Array, *, keep_map: bool) -> tuple[Array, Array | None]:
@@ -200,8 +204,17 @@ class Upsample(nnx.Module):
 class UNet(nnx.Module):
   """Stable Diffusion's UNet with the features and attention maps that perception reads."""
 
-  def __init__(self, sizes: UNetSizes, *, with_out: bool = True, attention: Implementation = "auto",
-               remat: bool = False, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    sizes: UNetSizes,
+    *,
+    with_out: bool = True,
+    attention: Implementation = "auto",
+    remat: bool = False,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+  ):
     """Builds the blocks.
 
     Args:
@@ -218,8 +231,13 @@ class UNet(nnx.Module):
     embedding_width = 4 * width
     res = lambda i, o: ResBlock(i, o, embedding_width, **kinds)
     transformer = lambda w: SpatialTransformer(w, sizes, attention, **kinds)
-    self.time_embed = nnx.List([nnx.Linear(width, embedding_width, **kinds), layers.SiLU(),
-                                nnx.Linear(embedding_width, embedding_width, **kinds)])
+    self.time_embed = nnx.List(
+      [
+        nnx.Linear(width, embedding_width, **kinds),
+        layers.SiLU(),
+        nnx.Linear(embedding_width, embedding_width, **kinds),
+      ]
+    )
     blocks, skips = [[layers.conv(sizes.in_channels, width, 3, **kinds)]], [width]
     for level, multiplier in enumerate(sizes.channel_mult):
       for _ in range(sizes.num_res_blocks):
@@ -247,10 +265,20 @@ class UNet(nnx.Module):
 
   def embed_time(self, timesteps: int | Array) -> Array:
     """The time embedding of diffusion timesteps: float [1, 4C] for one whole number, [B, 4C] for int [B]."""
-    return layers.chain(self.time_embed, layers.timestep_embedding(timesteps, self.sizes.model_channels).astype(self.dtype))
+    return layers.chain(
+      self.time_embed, layers.timestep_embedding(timesteps, self.sizes.model_channels).astype(self.dtype)
+    )
 
-  def __call__(self, latents: Array, context: Array, *, timesteps: int | Array | None = None,
-               time_embedding: Array | None = None, map_max_positions: int = 0, predict_noise: bool = False) -> UNetOutput:
+  def __call__(
+    self,
+    latents: Array,
+    context: Array,
+    *,
+    timesteps: int | Array | None = None,
+    time_embedding: Array | None = None,
+    map_max_positions: int = 0,
+    predict_noise: bool = False,
+  ) -> UNetOutput:
     """One pass.
 
     Args:

@@ -112,10 +112,12 @@ class Encoder(nnx.Module):
     widths = [sizes.channels * m for m in sizes.channel_mult]
     inputs = [sizes.channels, *widths[:-1]]
     self.conv_in = layers.conv(3, sizes.channels, 3, **kinds)
-    self.down = nnx.List([
-      Level(i, o, sizes.num_res_blocks, last=level == len(widths) - 1, **kinds)
-      for level, (i, o) in enumerate(zip(inputs, widths, strict=True))
-    ])
+    self.down = nnx.List(
+      [
+        Level(i, o, sizes.num_res_blocks, last=level == len(widths) - 1, **kinds)
+        for level, (i, o) in enumerate(zip(inputs, widths, strict=True))
+      ]
+    )
     self.mid = Middle(widths[-1], implementation, **kinds)
     self.norm_out = layers.group_norm(widths[-1], epsilon=1e-6, **kinds)
     self.conv_out = layers.conv(widths[-1], 2 * sizes.z_channels, 3, **kinds)
@@ -137,7 +139,9 @@ class Ballast(nnx.Module):
 class VaeEncoder(nnx.Module):
   """Image to the posterior over latents, eight times smaller."""
 
-  def __init__(self, sizes: VaeSizes, *, attention: Implementation = "auto", dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+  def __init__(
+    self, sizes: VaeSizes, *, attention: Implementation = "auto", dtype: Any, param_dtype: Any, rngs: nnx.Rngs
+  ):
     """`attention`: implementation of the one attention, over all H/8 x W/8 positions."""
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     self.dtype = dtype

@@ -31,7 +31,7 @@ def pose(rng: np.random.Generator) -> np.ndarray:
     swing, lift, bend = rng.normal(0.1, 0.7), rng.gamma(1.5, 0.3), abs(rng.normal(0.3, 0.7))
     joints[f"{name}_elbow"] = joints[f"{name}_shoulder"] + 0.29 * direction(swing, sign * min(lift, 2.6))
     joints[f"{name}_wrist"] = joints[f"{name}_elbow"] + 0.26 * direction(swing + bend, sign * min(lift, 2.6) * 0.8)
-  head = neck + [0, 0.02, 0.19]
+  head = neck + np.array([0, 0.02, 0.19])
   facing = turn + rng.normal(0, 0.3)
   front, side = np.array([-np.sin(facing), np.cos(facing), 0]), np.array([np.cos(facing), np.sin(facing), 0])
   joints["nose"] = head + 0.11 * front - [0, 0, 0.02]

@@ -40,9 +40,7 @@ def box(x: float, y: float, z: float, half: tuple[float, float, float], *look) -
 
 def legs(a: float, b: float, height: float, radius: float, colour: int = SECOND) -> list[Solid]:
   """Four round legs at (+-a, +-b)."""
-  return [
-    Solid(CYLINDER, (x, y, height / 2), (radius, radius, height / 2), colour) for x in (-a, a) for y in (-b, b)
-  ]
+  return [Solid(CYLINDER, (x, y, height / 2), (radius, radius, height / 2), colour) for x in (-a, a) for y in (-b, b)]
 
 
 def bed(rng: np.random.Generator) -> Object:

@@ -232,7 +232,7 @@ def reflectance(parts: Parts, part: np.ndarray, cells: np.ndarray, footprint: np
   return (first + (second - first) * mix[:, None]) * tone[:, None]
 
 
-def pattern(texture: int, cells: np.ndarray, pitch: np.ndarray, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pattern(texture: int, cells: np.ndarray, pitch: np.ndarray, part: np.ndarray):
   """Share of the second colour and a factor of brightness, [P] each or a number."""
   u, v = cells[:, 0] / pitch, cells[:, 1] / pitch
   if texture == CHECKER:

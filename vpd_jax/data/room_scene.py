@@ -65,7 +65,7 @@ class Builder:
 
   def __init__(self, rng: np.random.Generator):
     self.rng = rng
-    size = np.array([rng.uniform(2.4, 7.0), rng.uniform(2.4, 8.0), rng.uniform(2.3, 3.1)])
+    size = np.array([rng.uniform(2.8, 7.0), rng.uniform(2.8, 8.0), rng.uniform(2.3, 3.1)])
     self.size = size * min(1.0, MAX_DIAGONAL / np.linalg.norm(size))
     self.rows, self.names, self.taken, self.tops, self.spans = [], [], [], [], {}
     self.camera = self._camera()
@@ -76,10 +76,10 @@ class Builder:
     rng = self.rng
     side = rng.permutation([rng.uniform(0.05, 0.2), rng.uniform(0.1, 0.9)])  # near one of the walls
     spot = np.where(rng.random(2) < 0.5, side, 1 - side) * self.size[:2]
-    origin = np.array([*np.clip(spot, 0.3, self.size[:2] - 0.3), rng.uniform(0.9, 1.9)])
-    target = self.size[:2] * rng.uniform(0.3, 0.7, 2) - origin[:2]
-    yaw = np.arctan2(target[1], target[0]) + rng.normal(0, 0.2)
-    pitch = np.clip(rng.normal(-0.2, 0.13), -0.55, 0.15)
+    origin = np.array([*np.clip(spot, 0.3, self.size[:2] - 0.3), rng.uniform(1.1, 1.8)])
+    target = self.size[:2] * rng.uniform(0.4, 0.6, 2) - origin[:2]
+    yaw = np.arctan2(target[1], target[0]) + rng.normal(0, 0.12)
+    pitch = np.clip(rng.normal(-0.18, 0.08), -0.4, 0.05)
     return render.look(origin, yaw, pitch, rng.normal(0, 0.02))
 
   def add(self, solid: Solid, frame: np.ndarray, center: np.ndarray, colours: np.ndarray, name: str, instance: int):
@@ -90,12 +90,16 @@ class Builder:
 
   def parts(self) -> render.Parts:
     kinds = (np.int8, np.float32, np.float32, np.float32, np.float32, np.int8, np.float32, np.uint8, np.int32)
-    return render.Parts(*(np.array(column, kind) for column, kind in zip(zip(*self.rows, strict=True), kinds, strict=True)))
+    return render.Parts(
+      *(np.array(column, kind) for column, kind in zip(zip(*self.rows, strict=True), kinds, strict=True))
+    )
 
   def colour(self) -> tuple[str, np.ndarray]:
     """A named colour and a variation of it."""
     name = list(COLOURS)[self.rng.integers(len(COLOURS))]
-    return name, np.clip(np.array(COLOURS[name]) * self.rng.uniform(0.8, 1.15) + self.rng.normal(0, 0.02, 3), 0.03, 0.95)
+    return name, np.clip(
+      np.array(COLOURS[name]) * self.rng.uniform(0.8, 1.15) + self.rng.normal(0, 0.02, 3), 0.03, 0.95
+    )
 
   def wood(self) -> np.ndarray:
     return np.array(WOODS[self.rng.integers(len(WOODS))]) * self.rng.uniform(0.8, 1.15)
@@ -139,7 +143,7 @@ class Builder:
       self.add(solid, np.eye(3), np.array(center), np.stack([first, second]), name, 0)
 
   def wall_place(self, wall: int, along: float, gap: float) -> tuple[float, float]:
-    """Floor position at `along` from the middle of a wall and `gap` metres off it; wall k faces (k + 1) * 90 degrees."""
+    """Floor position `along` metres from the middle of a wall, `gap` metres off; wall k faces (k + 1) * 90 degrees."""
     reach = self.size[1 - wall % 2] / 2
     x_axis = np.array([(1, 0), (0, 1), (-1, 0), (0, -1)][wall])
     inward = np.array([-x_axis[1], x_axis[0]])

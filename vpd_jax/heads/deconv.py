@@ -17,9 +17,19 @@ from vpd_jax.types import Features, Outputs
 class Deconv(nnx.Module):
   """One map to metric depth at the size of the image."""
 
-  def __init__(self, widths: tuple[int, ...], strides: tuple[int, ...], *, max_depth: float,
-               filters: tuple[int, ...] = (32, 32, 32), width: int = 192, norm_group: int = 0, dtype: Any,
-               param_dtype: Any, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    widths: tuple[int, ...],
+    strides: tuple[int, ...],
+    *,
+    max_depth: float,
+    filters: tuple[int, ...] = (32, 32, 32),
+    width: int = 192,
+    norm_group: int = 0,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+  ):
     """Builds the layers.
 
     Args:
@@ -31,8 +41,10 @@ class Deconv(nnx.Module):
     """
     doublings = math.log2(strides[0]) - len(filters)
     if doublings < 0 or doublings != int(doublings):
-      raise ValueError(f"head 'deconv' with {len(filters)} filters cannot read a map of stride {strides[0]}; "
-                       f"use at most {int(math.log2(strides[0]))} filters.")
+      raise ValueError(
+        f"head 'deconv' with {len(filters)} filters cannot read a map of stride {strides[0]}; "
+        f"use at most {int(math.log2(strides[0]))} filters."
+      )
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     small = {"kernel_init": nnx.initializers.normal(0.001)}
     self.max_depth, self.doublings = max_depth, int(doublings)
@@ -44,7 +56,8 @@ class Deconv(nnx.Module):
     self.deconv_layers = nnx.List(deconvs)
     self.conv_layers = nnx.List([layers.conv(last, width, 3, **small, **kinds), norm(width), layers.ReLU()])
     self.last_layer_depth = nnx.List(
-      [layers.conv(width, width, 3, **small, **kinds), layers.ReLU(), layers.conv(width, 1, 3, **small, **kinds)])
+      [layers.conv(width, width, 3, **small, **kinds), layers.ReLU(), layers.conv(width, 1, 3, **small, **kinds)]
+    )
 
   def __call__(self, features: Features, *, training: bool) -> Outputs:
     """Returns {"depth": float32 or wider [B, H, W], metres, in (0, max_depth)}."""

@@ -28,9 +28,13 @@ class TextAdapter(nnx.Module):
 
   def __init__(self, width: int, **kinds: Any):
     torch_default = {"kernel_init": nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")}
-    self.fc = nnx.List([
-      nnx.Linear(width, width, **torch_default, **kinds), layers.GELU(), nnx.Linear(width, width, **torch_default, **kinds)
-    ])
+    self.fc = nnx.List(
+      [
+        nnx.Linear(width, width, **torch_default, **kinds),
+        layers.GELU(),
+        nnx.Linear(width, width, **torch_default, **kinds),
+      ]
+    )
 
   def __call__(self, text: Array) -> Array:
     return layers.chain(self.fc, text)
@@ -39,10 +43,24 @@ class TextAdapter(nnx.Module):
 class Vpd(nnx.Module):
   """Image and class of the scene to the four maps of the UNet."""
 
-  def __init__(self, *, unet: UNetSizes, vae: VaeSizes, classes: int, prompt: str = "scene_class",
-               residual_scale: float = 1e-4, timestep: int = 1, latent_scale: float = 1.0, pad_multiple: int = 64,
-               pad_value: float = 0.0, attention: Implementation = "auto", remat: bool = False, dtype: Any,
-               param_dtype: Any, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    *,
+    unet: UNetSizes,
+    vae: VaeSizes,
+    classes: int,
+    prompt: str = "scene_class",
+    residual_scale: float = 1e-4,
+    timestep: int = 1,
+    latent_scale: float = 1.0,
+    pad_multiple: int = 64,
+    pad_value: float = 0.0,
+    attention: Implementation = "auto",
+    remat: bool = False,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+  ):
     """Builds VAE, UNet and adapter.
 
     Args:

@@ -60,7 +60,9 @@ class Depth:
   needs = frozenset({"depth"})
   best = ("rmse", "min")
 
-  def __init__(self, *, max_depth: float, min_depth: float = 1e-3, eval_crop: str = "none", variance_focus: float = 0.5):
+  def __init__(
+    self, *, max_depth: float, min_depth: float = 1e-3, eval_crop: str = "none", variance_focus: float = 0.5
+  ):
     """Options of loss and scores.
 
     Args:
@@ -127,10 +129,13 @@ class Depth:
     """
     scored = rows["pixels"] > 0
     if not scored.any():
-      raise ValueError(f"none of {len(scored)} images has ground truth in ({self.min_depth}, {self.max_depth}) metres; "
-                       "check the depth unit and task.max_depth.")
+      raise ValueError(
+        f"none of {len(scored)} images has ground truth in ({self.min_depth}, {self.max_depth}) metres; "
+        "check the depth unit and task.max_depth."
+      )
     return {name: float(np.mean(rows[name][scored], dtype=np.float64)) for name in SCORES} | {
-      "images": float(scored.sum())}
+      "images": float(scored.sum())
+    }
 
   def baselines(self, train: Iterable[Example], evaluation: Iterable[Example]) -> dict[str, float]:
     """RMSE, under the same protocol, of three predictors that learn nothing from the picture's content."""
@@ -153,8 +158,16 @@ class Depth:
     depth = prediction.astype(np.float32)
     scale = png_scale(self.max_depth)
     stored = np.clip(np.nan_to_num(depth) * scale + 0.5, 0, 65535).astype(np.uint16)
-    described = {"unit": "metre", "png_units_per_metre": scale, "png_no_value": 0, "max_depth": self.max_depth,
-                 "min": float(np.nanmin(depth)), "max": float(np.nanmax(depth)), "size": list(depth.shape), **facts}
+    described = {
+      "unit": "metre",
+      "png_units_per_metre": scale,
+      "png_no_value": 0,
+      "max_depth": self.max_depth,
+      "min": float(np.nanmin(depth)),
+      "max": float(np.nanmax(depth)),
+      "size": list(depth.shape),
+      **facts,
+    }
     colour = panels.colour_depth(depth)
     return [
       _write(stem, ".colour.png", lambda path: _png(path, colour[..., ::-1])),

@@ -1,0 +1,142 @@
+"""Every implementation of attention gives the same numbers and gradients; the chunked one takes less memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.golden import fill
+from vpd_jax.backbones import attention as module
+from vpd_jax.backbones.attention import attention, attention_with_map, masked_attention
+
+BATCH, HEADS, WIDTH = 2, 3, 8
+
+
+def inputs(tokens, keys=None, dtype=jnp.float32, batch=BATCH, heads=HEADS, width=WIDTH):
+  sizes = {"query": tokens, "key": keys or tokens, "value": keys or tokens}
+  return tuple(jnp.asarray(fill.normal(name, (batch, n, heads, width), 0), dtype) for name, n in sizes.items())
+
+
+def restated(query, key, value, mask=None):
+  """The formula in float64, head by head."""
+  q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
+  out, maps = np.zeros(q.shape), []
+  for b, h in np.ndindex(q.shape[0], q.shape[2]):
+    scores = q[b, :, h] @ k[b, :, h].T / np.sqrt(q.shape[3])
+    weights = np.exp(scores - scores.max(-1, keepdims=True)) * (1 if mask is None else mask)
+    weights /= weights.sum(-1, keepdims=True)
+    out[b, :, h] = weights @ v[b, :, h]
+    maps.append(weights)
+  return out, np.stack(maps).reshape(q.shape[0], q.shape[2], *maps[0].shape).mean(1)
+
+
+# One block, whole blocks, a last block of one query, a last block of 188; as many keys, fewer, one.
+TOKENS = [(5, 5), (256, 256), (512, 7), (257, 257), (700, 1)]
+
+
+@pytest.mark.parametrize("implementation", ["xla", "chunked", "auto"])
+@pytest.mark.parametrize("tokens, keys", TOKENS)
+def test_attention_is_its_formula(implementation, tokens, keys):
+  args = inputs(tokens, keys)
+  actual = jax.jit(lambda *a: attention(*a, implementation=implementation))(*args)
+  np.testing.assert_allclose(actual, restated(*args)[0], rtol=1e-5, atol=1e-5)
+
+
+def gradients(implementation, args):
+  weights = fill.normal("cotangent", args[0].shape, 0)
+  loss = lambda *a: (attention(*a, implementation=implementation) * weights).sum()
+  return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*args)
+
+
+@pytest.mark.parametrize("tokens, keys", TOKENS)
+def test_gradients_of_chunked_are_those_of_xla(tokens, keys):
+  args = inputs(tokens, keys)
+  for name, xla, chunked in zip("qkv", *(gradients(i, args) for i in ("xla", "chunked")), strict=True):
+    np.testing.assert_allclose(chunked, xla, rtol=0, atol=1e-5 * np.abs(xla).max() + 1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("tokens, keys, width", [(256, 256, 8), (256, 128, 40), (128, 128, 160)])
+def test_the_splash_kernel_interpreted_is_xla(tokens, keys, width):
+  args = inputs(tokens, keys, batch=1, heads=2, width=width)
+  actual = module._splash(*args, interpret=True)
+  np.testing.assert_allclose(actual, attention(*args, implementation="xla"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("implementation", ["xla", "chunked", "auto"])
+def test_float64_stays_float64(implementation):
+  args = inputs(300, dtype=jnp.float64)
+  actual = attention(*args, implementation=implementation)
+  assert actual.dtype == jnp.float64
+  np.testing.assert_allclose(actual, restated(*args)[0], rtol=0, atol=1e-14)
+
+
+@pytest.mark.x64
+def test_gradients_in_float64_agree_to_the_last_digits():
+  args = inputs(300, dtype=jnp.float64)
+  for xla, chunked in zip(*(gradients(i, args) for i in ("xla", "chunked")), strict=True):
+    np.testing.assert_allclose(chunked, xla, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "chunked"])
+def test_bfloat16_has_a_float32_softmax_and_a_bfloat16_result(implementation):
+  args = inputs(300, dtype=jnp.bfloat16)
+  actual = attention(*args, implementation=implementation)
+  assert actual.dtype == jnp.bfloat16
+  assert module._probabilities(args[0], args[1]).dtype == jnp.float32
+  np.testing.assert_allclose(np.asarray(actual, np.float32), restated(*args)[0], atol=2e-2)
+
+
+def chosen(tokens, backend, monkeypatch):
+  """The implementation that "auto" takes."""
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  monkeypatch.setattr(module, "_chunked", lambda *args: "chunked")
+  monkeypatch.setattr(module, "_weighted", lambda *args: "xla")
+  return attention(*inputs(tokens, 1))
+
+
+@pytest.mark.parametrize("tokens, backend, expected", [
+  (1023, "cpu", "xla"), (1024, "cpu", "chunked"), (4096, "cpu", "chunked"), (1024, "gpu", "xla"), (4096, "tpu", "xla"),
+])  # fmt: skip
+def test_auto_cuts_the_queries_on_cpu_from_1024_tokens(tokens, backend, expected, monkeypatch):
+  assert chosen(tokens, backend, monkeypatch) == expected
+
+
+def test_an_unknown_implementation_names_the_known_ones():
+  with pytest.raises(ValueError, match=r"attention='flash' is unknown; choose one of \('auto', 'xla', 'chunked', "):
+    attention(*inputs(4), implementation="flash")
+
+
+def test_chunked_takes_less_memory_than_xla():
+  shape = jax.ShapeDtypeStruct((1, 2048, 8, 40), jnp.float32)
+
+  def temporary(implementation):
+    """Bytes that the compiled forward and backward pass need beside arguments and results."""
+    loss = lambda *a: attention(*a, implementation=implementation).sum()
+    return jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+
+  xla, chunked = temporary("xla"), temporary("chunked")
+  assert xla > 8 * 2048 * 2048 * 4  # all scores
+  assert chunked < xla / 4, (chunked, xla)
+
+
+def test_the_map_is_the_mean_of_the_probabilities_over_the_heads():
+  args = inputs(6, 4)
+  out, probabilities = attention_with_map(*args)
+  expected, mean = restated(*args)
+  np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(probabilities, mean, rtol=1e-5)
+  np.testing.assert_allclose(probabilities.sum(-1), np.ones((BATCH, 6)), rtol=1e-6)
+
+
+def test_a_masked_key_is_not_seen():
+  args = inputs(6)
+  mask = np.tril(np.ones((6, 6), bool))
+  np.testing.assert_allclose(masked_attention(*args, mask), restated(*args, mask)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.accelerator
+def test_cudnn_on_a_gpu_is_xla():
+  args = inputs(256, dtype=jnp.bfloat16, width=64)
+  actual, expected = (np.asarray(attention(*args, implementation=i), np.float32) for i in ("cudnn", "xla"))
+  np.testing.assert_allclose(actual, expected, atol=2e-2)

@@ -1,0 +1,157 @@
+"""A run from start to end: train, stop, resume, evaluate, predict; in small, on the embedded rooms."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny
+from vpd_jax import assemble, config_file, evaluate, predict, start, train
+from vpd_jax.checkpoint import Checkpoints
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def rooms(**changes):
+  config = tiny.shrunk(config_file.load("configs/rooms.py:depth,tiny")).unlock()
+  config.update(num_steps=4, log_every=1, eval_every=4, save_every=2, keep=5)
+  config.update_from_flattened_dict(changes)
+  return config.lock()
+
+
+def arrays(workdir, step):
+  """Every array of a checkpoint by its path in the state."""
+  config = rooms()
+  product = assemble.assemble(config)
+  mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  shapes, where = start.state_shapes(config, product), start.state_shardings(config, product, mesh)
+  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+  with Checkpoints(workdir, read_only=True) as checkpoints:
+    return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(checkpoints.restore(step, abstract))}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """(workdir, scores) of an undisturbed run of four steps."""
+  workdir = tmp_path_factory.mktemp("undisturbed")
+  return workdir, train.run(rooms(), str(workdir))
+
+
+CHILD = """
+import sys
+from tests import test_run
+from vpd_jax import train
+if __name__ == "__main__":
+  train.run(test_run.rooms(**eval(sys.argv[2])), sys.argv[1])
+"""
+
+
+def child(tmp_path, workdir, **changes):
+  script = tmp_path / "child.py"
+  script.write_text(CHILD)
+  environment = os.environ | {"PYTHONPATH": str(ROOT)}
+  return subprocess.Popen([sys.executable, str(script), str(workdir), repr(changes)], env=environment, cwd=tmp_path,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_killed_run_continues_bit_for_bit_with_another_number_of_workers(run, tmp_path):
+  workdir = tmp_path / "killed"
+  process = child(tmp_path, workdir, num_steps=400, log_every=400, eval_every=400)
+  deadline = time.time() + 240
+  while not (workdir / "checkpoints" / "2" / "_CHECKPOINT_METADATA").exists() and time.time() < deadline:
+    assert process.poll() is None, process.stdout.read()
+    time.sleep(0.02)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  with Checkpoints(workdir, read_only=True) as checkpoints:
+    assert checkpoints.latest_step() is not None
+    for step in checkpoints.steps():
+      if step > 2:  # the process may have gone further before the signal came
+        (workdir / "checkpoints" / str(step)).rename(tmp_path / str(step))
+  train.run(rooms(**{"data.workers": 2}), str(workdir), accept_changes=True)
+  expected, found = arrays(run[0], 4), arrays(workdir, 4)
+  assert expected.keys() == found.keys() and len(expected) > 300
+  for name, value in expected.items():
+    np.testing.assert_array_equal(value, found[name], err_msg=name)
+
+
+def test_sigterm_saves_and_ends_with_code_0(tmp_path):
+  workdir = tmp_path / "stopped"
+  process = child(tmp_path, workdir, num_steps=4000, log_every=1, eval_every=4000, save_every=4000)
+  for line in process.stdout:
+    if line.startswith("step 2/"):
+      process.terminate()
+      break
+  rest = process.stdout.read()
+  assert process.wait(120) == 0, rest
+  step = int(re.search(r"stopped by SIGTERM after step (\d+)", rest)[1])
+  with Checkpoints(workdir, read_only=True) as checkpoints:
+    assert checkpoints.latest_step() == step >= 2
+
+
+def test_a_finished_run_has_nothing_to_do(run, capsys):
+  assert train.run(rooms(), str(run[0])) == {}
+  assert "nothing to do: step 4 of 4" in capsys.readouterr().out
+
+
+def test_another_config_is_refused_with_the_difference(run):
+  with pytest.raises(ValueError, match=r"optim.lr: 0.001 -> 0.5.*--accept_config_changes"):
+    train.run(rooms(**{"optim.lr": 0.5}), str(run[0]))
+  assert train.run(rooms(log_every=3), str(run[0])) == {}
+
+
+def test_the_run_leaves_scalars_panels_config_and_overview(run):
+  workdir, scores = run
+  from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  named = {name for line in lines for name in line}
+  assert named >= {"train/loss", "train/silog", "eval/rooms/rmse", "eval/rooms/d1", "lr/rest", "norm/gradients", "perf/step_ms",
+                   "perf/img_per_sec_per_chip", "perf/tflops_per_sec_per_chip", "perf/input_wait_ms",
+                   "eval/trivial/constant"}
+  assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+  events = EventAccumulator(str(workdir), size_guidance={"tensors": 0, "images": 0})
+  events.Reload()
+  assert {"train/loss", "eval/rooms/rmse", "panels/rooms"} <= set(events.Tags()["tensors"] + events.Tags()["scalars"]
+                                                                 + events.Tags()["images"])
+  assert json.loads((workdir / "config.json").read_text())["optim"]["lr"] == 1e-3
+  assert "method/unet/input_blocks/0/0/kernel" in (workdir / "parameters.txt").read_text()
+  assert scores["eval/rooms/images"] == 5
+
+
+def test_evaluation_prints_the_scores_of_training_and_the_trivial_predictors(run, capsys):
+  workdir, scores = run
+  again = evaluate.run(rooms(), str(workdir))
+  assert again == pytest.approx(scores, rel=1e-6)
+  text = capsys.readouterr().out
+  assert "checkpoint of step 4" in text and "linear_rgb_position" in text
+  assert json.loads((workdir / "eval.json").read_text())["scores"] == pytest.approx(again)
+
+
+def test_evaluation_of_nothing_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="there is nothing trained to evaluate"):
+    evaluate.run(rooms(), str(tmp_path))
+  with pytest.raises(ValueError, match="holds no checkpoint and config.init.pretrained is empty"):
+    predict.run(rooms(), str(tmp_path / "x"), source=str(tmp_path), output=str(tmp_path / "out"))
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path):
+  with pytest.raises(FloatingPointError, match=r"the loss of step \d is nan"):
+    train.run(rooms(**{"optim.lr": 1e30, "log_every": 4, "optim.schedule.warmup": 0}), str(tmp_path))
+
+
+def test_the_learning_rate_of_no_step_is_lost_by_a_resume(run, tmp_path):
+  """Steps 3 and 4 of the logs follow the schedule of the optimizer's own count."""
+  lines = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
+  rates = [line["lr/rest"] for line in lines if "lr/rest" in line]
+  product = assemble.assemble(rooms())
+  np.testing.assert_allclose(rates, [float(product.rate(np.int32(i))) for i in range(4)], rtol=1e-5, atol=1e-12)
