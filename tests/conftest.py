@@ -4,12 +4,21 @@ Tests marked x64, multidevice, reference or accelerator are left out where the p
 everything not marked x64 is left out of a float64 process. `bash scripts/test.sh` starts the processes they need.
 """
 
+import atexit
 import importlib.util
 import os
 import pathlib
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# What one test has compiled, another one, in whatever process, need not compile again.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  folder = tempfile.TemporaryDirectory(prefix="vpd_jax_compiled_")
+  atexit.register(folder.cleanup)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
 import pytest

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import vpd_jax
-from tests import oracle, tiny
+from tests import oracle
 from tests.convert import pth
 from vpd_jax import config_file, evaluate, predict
 from vpd_jax.convert import load
@@ -20,7 +20,14 @@ def checkpoint(tmp_path_factory):
   """Tiny rebuilt weights in the authors' names with DataParallel's prefix, wrapped in `model` beside an optimizer."""
   path = tmp_path_factory.mktemp("released") / "vpd_depth_480x480.pth"
   state = {f"module.{name}": value for name, value in oracle.weights("vpd_depth").items()}
-  pth.save(path, {"model": state, "optimizer": {"state": {}, "param_groups": [{"lr": 5e-4}]}, "epoch": 25})
+  optimizer = {"state": {0: {"step": 1009}}, "param_groups": [{"lr": 5e-4, "params": [0]}]}
+  try:
+    import torch  # the real writer, where it is installed
+  except ImportError:
+    state = {name: pth.tensor(value) for name, value in state.items()}
+    return pth.write_zip(path, {"model": state, "optimizer": optimizer, "epoch": 25})
+  state = {name: torch.tensor(value) for name, value in state.items()}
+  torch.save({"model": state, "optimizer": optimizer, "epoch": 25}, path)
   return path
 
 

@@ -6,49 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from tests import tiny
 from tests.golden import fill
+from tests.methods.two_branches import TwoBranches
 from vpd_jax import assemble, config_file, train
-from vpd_jax.backbones import layers
 from vpd_jax.tasks.depth import Depth, silog
-from vpd_jax.types import Branch, Features
+from vpd_jax.types import Branch
 
 BATCH, SIDE = 12, 64
 EMPTY = slice(6, 9)  # the third group of three has no ground truth at all
-# The gradient of a 3x3 kernel at full size is a sum of 49152 float32 terms of both signs, so that another order moves it
-# by 1e-6 to 2.4e-6 of the norm of all. In float64 the two agree to 1e-14.
+# The gradient of a 3x3 kernel at full size sums 49152 float32 terms of both signs, so that another order moves it by
+# 1e-6 to 2.4e-6 of the norm of all. In float64 the two agree to 1e-14.
 IN_ANOTHER_ORDER = 5e-6
 # Compiles in half the time; the steps here are too small to gain from more.
 QUICK = {"xla_backend_optimization_level": 0}
-
-
-class TwoBranches(nnx.Module):
-  """A method that learns from the latents and, at half the weight, from their negative, and evaluates the first."""
-
-  needs = frozenset({"latents"})
-  strides, widths = (8, 16, 32, 64), (16, 16, 16, 16)
-
-  def __init__(self, *, unet, vae, classes, attention, remat, dtype, param_dtype, rngs):
-    del unet, vae, classes, attention, remat
-    self.mix = nnx.List([layers.conv(4, 16, 1, dtype=dtype, param_dtype=param_dtype, rngs=rngs) for _ in range(4)])
-
-  @staticmethod
-  def prepare(example):
-    """Latents made on the host: means of the image's squares of 8 by 8, and a column of ones."""
-    height, width = (side // 8 for side in example["image"].shape[:2])
-    means = example["image"].reshape(height, 8, width, 8, 3).mean((1, 3)) / 255
-    return example | {"latents": np.concatenate([means, np.ones((height, width, 1))], axis=-1).astype(np.float32)}
-
-  def branches(self, training):
-    return (Branch("plain", 1.0), Branch("negative", 0.5))[: 2 if training else 1]
-
-  def __call__(self, batch, *, training):
-    x = batch["latents"].astype(self.mix[0].dtype)
-    x = jnp.concatenate([x, -x]) if training else x
-    maps = tuple(mix(x[:, :: 2**i, :: 2**i]) for i, mix in enumerate(self.mix))
-    return Features(maps, x[:, 0], tuple(batch["image"].shape[1:3]))
 
 
 def config_of(**changes):
@@ -61,7 +33,7 @@ def config_of(**changes):
 
 
 def two_branches(**changes):
-  """The product of the method above; a config knows it by name here only."""
+  """The product of a method that a config knows by name here only."""
   config = config_of(**changes).unlock()
   config.method = {"name": "two_branches", "class_vectors": ""}
   config.optim.lr_groups = ((r"/mix/", 0.5), (r"", 1.0))
@@ -241,14 +213,14 @@ def test_groups_that_do_not_fit_are_refused_in_one_line(changes, message):
 def test_two_branches_of_ready_latents_go_through_a_step(dummy):
   product, state, batch = dummy
   assert product.keys == ("image", "depth", "latents")
-  forward = jax.jit(lambda arrays, batch: product.parts.merge(*arrays)(batch, training=True)["depth"])
-  depth = forward(everything(state), batch)
+  forward = lambda arrays, batch: product.parts.merge(*arrays)(batch, training=True)["depth"]
+  depth = jax.jit(forward, compiler_options=QUICK)(everything(state), batch)
   assert depth.shape == (2 * BATCH, SIDE, SIDE)
   values = [
     [float(silog(rows[i : i + 3], batch["depth"][i : i + 3])[0]) for i in (0, 3, 9)]
     for rows in (depth[:BATCH], depth[BATCH:])
   ]
-  after, logs = jax.jit(train.make_step(product, loss_group=3))(state, batch)
+  after, logs = jax.jit(train.make_step(product, loss_group=3), compiler_options=QUICK)(state, batch)
   plain, negative = np.mean(values[0]), np.mean(values[1])
   np.testing.assert_allclose(logs["train/loss"], plain + 0.5 * negative, rtol=1e-6)
   np.testing.assert_allclose([logs["train/plain/silog"], logs["train/negative/silog"]], [plain, negative], rtol=1e-6)
@@ -259,7 +231,8 @@ def test_two_branches_of_ready_latents_go_through_a_step(dummy):
 
 def test_only_the_first_branch_is_evaluated(dummy):
   product, state, batch = dummy
-  assert product.parts.merge(*everything(state))(batch, training=False)["depth"].shape[0] == BATCH
+  outputs = jax.eval_shape(lambda a, b: product.parts.merge(*a)(b, training=False), everything(state), batch)
+  assert outputs["depth"].shape == (BATCH, SIDE, SIDE)
 
 
 @pytest.fixture(scope="module")

@@ -136,8 +136,7 @@ def _builder(config: ConfigDict, task: Any, classes: tuple[str, ...]) -> Callabl
   types = {"dtype": dtype(config, "dtype"), "param_dtype": dtype(config, "param_dtype")}
 
   def build() -> nnx.Module:
-    # "rbg" compiles in a tenth of the time of the default generator, hundreds of times in one program here.
-    kinds = {**types, "rngs": nnx.Rngs(jax.random.key(config.seed, impl="rbg"))}
+    kinds = {**types, "rngs": params_lib.Keys(config.seed)}
     m = method(**kinds)
     n = neck(m.widths, m.strides, **kinds)
     return PerceptionModel(m, n, head(n.widths, n.strides, **kinds))

@@ -13,6 +13,22 @@ from flax import nnx
 from vpd_jax.types import Buffer, Named
 
 
+class Keys:
+  """Random keys for the constructors of modules, in place of nnx.Rngs: `rngs.params()` gives the next one.
+
+  nnx.Rngs counts in a Variable, which under tracing costs a walk through all operations so far at every key: half a
+  minute for a UNet. The "rbg" generator compiles faster than the default one, hundreds of times in one program here.
+  """
+
+  def __init__(self, seed: int):
+    self._key, self._count = jax.random.key(seed, impl="rbg"), 0
+
+  def params(self) -> jax.Array:
+    """The next key."""
+    self._count += 1
+    return jax.random.fold_in(self._key, self._count)
+
+
 class Parts(NamedTuple):
   """What a model is made of, without any array.
 
@@ -65,7 +81,13 @@ def initialize(build: Callable[[], nnx.Module], names: Iterable[str]) -> Named:
   wanted = frozenset(names)
   if not wanted:
     return {}
-  return jax.jit(lambda: {name: leaf.get_value() for name, _, leaf in _leaves(nnx.state(build())) if name in wanted})()
+
+  def init() -> Named:
+    return {name: leaf.get_value() for name, _, leaf in _leaves(nnx.state(build())) if name in wanted}
+
+  # Hundreds of small programs that run once: on CPU, where compiling them takes the time, leave them as they are.
+  options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+  return jax.jit(init).lower().compile(options)()
 
 
 def stats(model: nnx.Module) -> Named:

@@ -55,11 +55,20 @@ def test_gradients_of_chunked_are_those_of_xla(tokens, keys):
     np.testing.assert_allclose(chunked, xla, rtol=0, atol=1e-5 * np.abs(xla).max() + 1e-7, err_msg=name)
 
 
-@pytest.mark.parametrize("tokens, keys, width", [(256, 256, 8), (256, 128, 40), (128, 128, 160)])
+# 64 and 320 tokens, the UNet's coarsest level at 512 x 512 and a finer one at 512 x 640, do not fill blocks of 128.
+@pytest.mark.parametrize("tokens, keys, width", [(256, 128, 40), (64, 64, 160), (320, 320, 40), (257, 7, 8)])
 def test_the_splash_kernel_interpreted_is_xla(tokens, keys, width):
   args = inputs(tokens, keys, batch=1, heads=2, width=width)
   actual = module._splash(*args, interpret=True)
   np.testing.assert_allclose(actual, attention(*args, implementation="xla"), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_the_splash_kernel_interpreted_are_those_of_xla(monkeypatch):
+  splash = module._splash
+  monkeypatch.setattr(module, "_splash", lambda *args: splash(*args, interpret=True))
+  args = inputs(200, 140, batch=1, heads=2)
+  for xla, kernel in zip(*(gradients(i, args) for i in ("xla", "splash")), strict=True):
+    np.testing.assert_allclose(kernel, xla, rtol=0, atol=1e-5 * np.abs(xla).max())
 
 
 @pytest.mark.x64
