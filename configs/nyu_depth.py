@@ -35,7 +35,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     "pad_value": 0.0,
   }
   config.neck = {"name": "fusion", "width": 192 if tiny else 1536}
-  config.head = {"name": "deconv", "filters": (32, 32, 32), "width": 24 if tiny else 192}
+  config.head = {"name": "deconv", "filters": (32, 32, 32), "width": 24 if tiny else 192, "init": "released"}
   config.task = {"name": "depth", "max_depth": 10.0, "min_depth": 1e-3, "eval_crop": "eigen_nyu", "variance_focus": 0.5}
   config.data = {
     "name": "nyu",
@@ -45,6 +45,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     "crop": (96, 96) if tiny else (480, 480),
     "resize": (96, 128) if tiny else (),  # () keeps 480 x 640
     "cut_depth": "released",  # "scaled", "off"
+    "colour": True,
     "batch_size": 24,
     "workers": 8,
   }

@@ -24,7 +24,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   config.method = {
     "name": "vpd",
     "prompt": "scene_class",
-    "class_vectors": "random:0",
+    "class_vectors": "random:0" if tiny else "",
     "tokenizer": "",  # a folder, where the weights bring none
     "residual_scale": 1e-4,
     "timestep": 1,
@@ -33,7 +33,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     "pad_value": 0.0,
   }
   config.neck = {"name": "fusion", "width": 192 if tiny else 1536}
-  config.head = {"name": "deconv", "filters": (32, 32, 32), "width": 24 if tiny else 192}
+  config.head = {"name": "deconv", "filters": (32, 32, 32), "width": 24 if tiny else 192, "init": "fan_in"}
   config.task = {"name": "depth", "max_depth": 10.0, "min_depth": 1e-3, "eval_crop": "none", "variance_focus": 0.5}
   config.data = {
     "name": "rooms",

@@ -28,7 +28,9 @@ def parse() -> argparse.Namespace:
 
 
 def forward(args: argparse.Namespace) -> None:
-  named, report = load.load_pretrained(args.source, assemble.model_shapes(config_file.load(args.config)))
+  config = config_file.load(args.config).unlock()
+  config.init.pretrained = args.source
+  named, report = load.load_pretrained(args.source, assemble.model_shapes(assemble.complete(config)))
   print(report.summary())
   load.save(args.output, named, report, load.source_files(args.source))
 

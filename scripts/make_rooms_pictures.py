@@ -17,7 +17,7 @@ def main() -> None:
   parser.add_argument("--count", type=int, default=4, help="pictures")
   parser.add_argument("--size", type=int, nargs=2, default=(192, 256), metavar=("HEIGHT", "WIDTH"))
   options = parser.parse_args()
-  data = rooms.Rooms(size=tuple(options.size), eval_count=options.count)
+  data = rooms.Rooms(size=tuple(options.size), crop=tuple(options.size), eval_count=options.count)
   source = data.source("eval")
   options.output.mkdir(parents=True, exist_ok=True)
   for index in range(len(source)):

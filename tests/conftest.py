@@ -21,6 +21,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
+import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -85,3 +86,17 @@ def _config_is_restored():
   for name, value in before.items():
     if getattr(jax.config, name) != value:
       jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def full_oracle():
+  """Setup -> arrays of <setup>.full.npz in the folder VPD_ORACLE: too large for the repository."""
+  folder = os.environ.get("VPD_ORACLE")
+  if not folder:
+    pytest.skip("VPD_ORACLE=FOLDER must name the folder of the full-size *.full.npz files")
+
+  def load(setup: str):
+    with np.load(pathlib.Path(folder) / f"{setup}.full.npz") as arrays:
+      return {name: arrays[name] for name in arrays.files}
+
+  return load

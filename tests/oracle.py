@@ -25,7 +25,7 @@ def weights(setup: str, size: str = "tiny", seed: int = 0) -> dict[str, np.ndarr
 
 
 def is_noise(setup: str, name: str) -> bool:
-  """Whether the true gradient of this parameter is zero and only rounding moves it, so that Adam's steps mean nothing."""
+  """Whether the gradient of this parameter is zero and only rounding moves it, so Adam's steps mean nothing."""
   return name in json.loads((GOLDEN / f"zero_gradient.{setup}.json").read_text())
 
 

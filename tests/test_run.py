@@ -35,7 +35,9 @@ def arrays(workdir, step):
   shapes, where = start.state_shapes(config, product), start.state_shardings(config, product, mesh)
   abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
   with Checkpoints(workdir, read_only=True) as checkpoints:
-    return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(checkpoints.restore(step, abstract))}
+    return {
+      jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(checkpoints.restore(step, abstract))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +60,14 @@ def child(tmp_path, workdir, **changes):
   script = tmp_path / "child.py"
   script.write_text(CHILD)
   environment = os.environ | {"PYTHONPATH": str(ROOT)}
-  return subprocess.Popen([sys.executable, str(script), str(workdir), repr(changes)], env=environment, cwd=tmp_path,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  return subprocess.Popen(
+    [sys.executable, str(script), str(workdir), repr(changes)],
+    env=environment,
+    cwd=tmp_path,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
 
 
 def test_a_killed_run_continues_bit_for_bit_with_another_number_of_workers(run, tmp_path):
@@ -114,14 +122,25 @@ def test_the_run_leaves_scalars_panels_config_and_overview(run):
 
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   named = {name for line in lines for name in line}
-  assert named >= {"train/loss", "train/silog", "eval/rooms/rmse", "eval/rooms/d1", "lr/rest", "norm/gradients", "perf/step_ms",
-                   "perf/img_per_sec_per_chip", "perf/tflops_per_sec_per_chip", "perf/input_wait_ms",
-                   "eval/trivial/constant"}
+  assert named >= {
+    "train/loss",
+    "train/silog",
+    "eval/rooms/rmse",
+    "eval/rooms/d1",
+    "lr/rest",
+    "norm/gradients",
+    "perf/step_ms",
+    "perf/img_per_sec_per_chip",
+    "perf/tflops_per_sec_per_chip",
+    "perf/input_wait_ms",
+    "eval/trivial/constant",
+  }
   assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
   events = EventAccumulator(str(workdir), size_guidance={"tensors": 0, "images": 0})
   events.Reload()
-  assert {"train/loss", "eval/rooms/rmse", "panels/rooms"} <= set(events.Tags()["tensors"] + events.Tags()["scalars"]
-                                                                 + events.Tags()["images"])
+  assert {"train/loss", "eval/rooms/rmse", "panels/rooms"} <= set(
+    events.Tags()["tensors"] + events.Tags()["scalars"] + events.Tags()["images"]
+  )
   assert json.loads((workdir / "config.json").read_text())["optim"]["lr"] == 1e-3
   assert "method/unet/input_blocks/0/0/kernel" in (workdir / "parameters.txt").read_text()
   assert scores["eval/rooms/images"] == 5
@@ -139,7 +158,7 @@ def test_evaluation_prints_the_scores_of_training_and_the_trivial_predictors(run
 def test_evaluation_of_nothing_is_refused(tmp_path):
   with pytest.raises(ValueError, match="there is nothing trained to evaluate"):
     evaluate.run(rooms(), str(tmp_path))
-  with pytest.raises(ValueError, match="holds no checkpoint and config.init.pretrained is empty"):
+  with pytest.raises(ValueError, match=r"holds no checkpoint and config\.init\.pretrained is empty"):
     predict.run(rooms(), str(tmp_path / "x"), source=str(tmp_path), output=str(tmp_path / "out"))
   assert not list(tmp_path.iterdir())
 

@@ -192,7 +192,7 @@ def dataset(config: ConfigDict, product: Product) -> Any:
     ValueError: files missing, or what method and task need is not what it provides.
   """
   made = DATASETS[config.data.name](**_rest(config.data, NOT_OF_THE_DATASET))
-  missing = sorted(set(product.keys) - made.provides)
+  missing = sorted(set(product.keys) - made.provides - product.method.adds)
   if missing:
     raise ValueError(
       f"method {config.method.name!r} and task {config.task.name!r} need {missing}, but data set "

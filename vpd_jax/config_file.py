@@ -13,7 +13,8 @@ from typing import Any
 import ml_collections
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
-STRUCTURE = ("method", "neck", "head", "task", "data", "optim", "backbone")
+STRUCTURE = ("method", "neck", "head", "task", "data", "optim", "backbone", "seed")
+INDIFFERENT = ("data.workers", "data.root", "backbone.attention", "backbone.remat")
 
 
 def words(argument: str | None, **kinds: Sequence[str]) -> dict[str, str]:
@@ -107,6 +108,7 @@ def differences(
   old: Mapping[str, Any] | ml_collections.ConfigDict,
   new: Mapping[str, Any] | ml_collections.ConfigDict,
   prefixes: Sequence[str] = STRUCTURE,
+  indifferent: Sequence[str] = INDIFFERENT,
 ) -> list[str]:
   """What changed between two configs, one line a field: 'optim.lr: 0.0005 -> 0.001'.
 
@@ -115,13 +117,14 @@ def differences(
   Args:
     old: the config stored in a checkpoint.
     new: the config of this run.
-    prefixes: sections to compare.
+    prefixes: sections, or fields of the top level, to compare.
+    indifferent: fields among them that may change, since no number depends on them.
   """
   old_fields, new_fields = _flat(old), _flat(new)
   lines = []
   for field in sorted(old_fields.keys() | new_fields.keys()):
     before, after = old_fields.get(field, _ABSENT), new_fields.get(field, _ABSENT)
-    if field.split(".", 1)[0] in prefixes and before != after:
+    if field.split(".", 1)[0] in prefixes and field not in indifferent and before != after:
       lines.append(f"{field}: {before!r} -> {after!r}")
   return lines
 

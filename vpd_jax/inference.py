@@ -102,5 +102,12 @@ def parse(words: tuple[str, ...]) -> tuple[bool, int]:
 def test_time(predict: Predict, words: tuple[str, ...], *, coverage: str = "released") -> Predict:
   """`predict` under the combinators of `eval.test_time`: mirrored images are averaged first, then windows."""
   flip, windows = parse(words)
-  predict = flipped(predict) if flip else predict
-  return shifted_windows(predict, windows, coverage=coverage) if windows > 1 else predict
+  combined = flipped(predict) if flip else predict
+  combined = shifted_windows(combined, windows, coverage=coverage) if windows > 1 else combined
+
+  def run(batch: Batch) -> Array:
+    if words and "latents" in batch:
+      raise ValueError(f"eval.test_time={words} changes the image, which ready latents do not follow; set it to ().")
+    return combined(batch)
+
+  return run

@@ -37,9 +37,15 @@ def main(arguments: list[str]) -> None:
 
 
 def _run() -> None:
-  from vpd_jax import evaluate, predict, train  # after the flags, so that a wrong flag answers at once
+  # After the flags, so that a wrong flag answers at once.
+  import jax
+
+  from vpd_jax import evaluate, predict, train
 
   config, workdir = CONFIG.value, WORKDIR.value or config_file.workdir(config_string())
+  if not jax.config.jax_compilation_cache_dir:
+    # What one command compiles, the next one in this workdir need not.
+    jax.config.update("jax_compilation_cache_dir", f"{workdir}/compiled")
   if MODE.value == "train":
     train.run(config, workdir, accept_changes=ACCEPT.value)
   elif MODE.value == "eval":
@@ -57,11 +63,13 @@ def entry() -> None:
   """Parses the command line, config paths looked up in the working directory and beside the package."""
   flags.mark_flag_as_required("config")
   try:
-    arguments = config_file.resolve_argv(sys.argv)
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
+    app.run(main, argv=config_file.resolve_argv(sys.argv))
+  except (ValueError, AttributeError, KeyError, TypeError) as error:
+    # config_flags answers a misspelt field with an AttributeError, a wrong kind of value with a TypeError.
+    if "--debug" in sys.argv:
+      raise
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)
-  app.run(main, argv=arguments)
 
 
 if __name__ == "__main__":

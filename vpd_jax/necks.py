@@ -16,7 +16,7 @@ class Fusion(nnx.Module):
   joined and mixed by a 1x1 convolution. The crop keeps ceil(H / 32) rows and ceil(W / 32) columns, which drops what
   only shows the method's padding (the release: 16 -> 15 for 480 padded to 512).
 
-  Source: VPD depth/models_depth/model_vpd.py VPDDepthEncoder.
+  Source: VPD depth/models_depth/model.py VPDDepthEncoder.
   """
 
   needs_maps = 4
@@ -43,10 +43,10 @@ class Fusion(nnx.Module):
     norms = {"groups": 16, "epsilon": 1e-5, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     half = lambda w: layers.conv(w, w, 3, stride=2, **kinds)
     self.strides, self.widths = (strides[2],), (width,)
-    self.layer1 = nnx.List([half(widths[0]), layers.group_norm(widths[0], **norms), layers.ReLU(), half(widths[0])])
+    self.layer1 = nnx.List([half(widths[0]), layers.GroupNorm(widths[0], **norms), layers.ReLU(), half(widths[0])])
     self.layer2 = nnx.List([half(widths[1])])
     self.out_layer = nnx.List(
-      [layers.conv(sum(widths), width, 1, **kinds), layers.group_norm(width, **norms), layers.ReLU()]
+      [layers.conv(sum(widths), width, 1, **kinds), layers.GroupNorm(width, **norms), layers.ReLU()]
     )
 
   def __call__(self, features: Features) -> Features:

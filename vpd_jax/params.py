@@ -1,4 +1,4 @@
-"""Between nnx models, which live inside traced functions only, and flat {name: array} dicts, which live everywhere else.
+"""Between nnx models, inside traced functions only, and flat {name: array} dicts, which live everywhere else.
 
 The one file that touches nnx's graph functions; also the one home of per-name rules.
 """
@@ -49,7 +49,7 @@ class Parts(NamedTuple):
   stats: frozenset[str]
 
   def merge(self, *arrays: Named) -> nnx.Module:
-    """The model holding `arrays`, for use inside one traced function; variables are copies, so statistics may change."""
+    """The model holding `arrays`, for one traced function; variables are copies, so statistics may change."""
     named = {name: value for part in arrays for name, value in part.items()}
     missing, unknown = self.paths.keys() - named.keys(), named.keys() - self.paths.keys()
     if missing or unknown:

@@ -41,7 +41,9 @@ def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[dic
   if source:
     named, report = load.load_pretrained(source, shapes)
     lines.append(f"weights: {source}: {report.summary()}")
-  if CLASS_VECTORS in shapes and CLASS_VECTORS not in named:
+  if CLASS_VECTORS in named:
+    lines.append(f"class vectors: those of {source}")
+  elif CLASS_VECTORS in shapes:
     rows, width = shapes[CLASS_VECTORS].shape
     vectors, line = class_vectors.resolve(
       setting=config.method.class_vectors,

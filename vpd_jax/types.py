@@ -84,11 +84,13 @@ class Method(Protocol):
 
   Attributes:
     needs: keys of a Batch it reads besides "image" (or "latents", where they are ready).
+    adds: those among them that `prepare` makes, so that no data set need provide them.
     strides, widths: of the maps it gives, finest first.
     prepare: host transform that runs after the data set's own; a plain function, for it travels to the data workers.
   """
 
   needs: frozenset[str]
+  adds: frozenset[str]
   strides: tuple[int, ...]
   widths: tuple[int, ...]
 

@@ -166,7 +166,7 @@ def test_transposed_convolution_is_its_definition(size, stride, padding):
 
 @pytest.mark.parametrize("epsilon", [1e-5, 1e-6])
 def test_group_norm_divides_by_the_root_of_variance_plus_epsilon(epsilon):
-  norm = layers.group_norm(6, groups=2, epsilon=epsilon, **kinds())
+  norm = layers.GroupNorm(6, groups=2, epsilon=epsilon, **kinds())
   x = image(2, 3, 4, 6, scale=1e-3)  # a variance of 1e-6: a wrong epsilon changes the result by a factor
   parts = x.astype(np.float64).reshape(2, 12, 2, 3)
   mean, var = (f(axis=(1, 3), keepdims=True) for f in (parts.mean, parts.var))
@@ -182,7 +182,7 @@ def test_layer_norm_has_torch_epsilon():
   np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("norm", [layers.layer_norm, lambda w, **k: layers.group_norm(w, groups=2, epsilon=1e-5, **k)])
+@pytest.mark.parametrize("norm", [layers.layer_norm, lambda w, **k: layers.GroupNorm(w, groups=2, epsilon=1e-5, **k)])
 def test_norms_do_not_lose_digits_to_a_large_mean(norm):
   x = image(2, 3, 4, 6)
   layer = norm(6, **kinds())
@@ -270,7 +270,7 @@ class TestAgainstTorch:
 
     x = image(2, 3, 4, 6, scale=1e-3)
     expected = torch.nn.functional.group_norm(self.nchw(x), 2, eps=epsilon)
-    self.check(layers.group_norm(6, groups=2, epsilon=epsilon, **kinds())(jnp.asarray(x)), expected)
+    self.check(layers.GroupNorm(6, groups=2, epsilon=epsilon, **kinds())(jnp.asarray(x)), expected)
 
   def test_gelu_and_layer_norm(self):
     import torch

@@ -23,7 +23,7 @@ def arrays():
 
 @pytest.fixture(scope="module")
 def run():
-  """Five steps in float64; the sinusoid is the authors' float32 one, widened, since libraries differ in its last bit."""
+  """Five steps in float64; the sinusoid is the authors' float32 one, widened, as libraries differ in its last bit."""
   product = assemble.assemble(tiny.depth_config(dtype="float64", param_dtype="float64"))
   state = tiny.train_state(product, tiny.depth_weights(dtype=np.float64))
   sinusoid = oracle.golden("sd_unet_hier.tiny.npz")["output/timestep_embedding"][1:2]

@@ -7,7 +7,7 @@ import pytest
 
 from tests import oracle, tiny
 from tests.golden import fill
-from vpd_jax import assemble, train
+from vpd_jax import assemble, config_file, train
 from vpd_jax.backbones import unet
 from vpd_jax.convert import released, rules
 from vpd_jax.tasks.depth import silog
@@ -174,3 +174,36 @@ def test_frozen_arrays_do_not_move(trained):
   assert any("/vae/" in "/" + n for n in first.frozen) and "method/class_vectors" in first.frozen
   for name, value in first.frozen.items():
     np.testing.assert_array_equal(value, last.frozen[name])
+
+
+@pytest.mark.slow
+def test_full_size_network_is_the_authors(full_oracle):
+  """Output, loss, gradients and statistics at Stable Diffusion 1.5's sizes; about 14 GiB."""
+  arrays = full_oracle("vpd_depth")
+  config = config_file.load("configs/nyu_depth.py").unlock()
+  config.data.batch_size, config.optim.norm_group, config.optim.loss_group = 1, 0, 0
+  product = assemble.assemble(config.lock())
+  named = tiny.depth_weights("full")
+  groups = product.groups.lr
+  params = {n: x for n, x in named.items() if n in groups}
+  stats = {n: x for n, x in named.items() if n in product.parts.stats}
+  frozen = {n: x for n, x in named.items() if n not in params and n not in stats}
+  side = int(arrays["input/image_shape"][-1])
+  depth = fill.uniform("input/depth", (1, side, side), 0, 0.001, 10)
+  depth *= fill.uniform("input/depth_valid", (1, side, side), 0) > 0.2
+  image = fill.uniform("input/image", (1, 3, side, side), 0).transpose(0, 2, 3, 1)
+  batch = {"image": image, "depth": depth, "class_id": np.asarray(arrays["input/class_ids"], np.int32)}
+  forward = jax.jit(lambda named, batch: product.parts.merge(*named)(batch, training=False)["depth"])
+  output = forward((params, frozen, stats), batch)
+  worst = oracle.compare(output[:, None], arrays, "output/pred_d", 1e-5)
+  eval_loss = float(silog(output, depth)[0]) - float(arrays["output/eval_loss"])
+  del output
+  gradients = jax.jit(train.make_gradients(product, loss_group=0, accumulation=1))
+  grads, loss, _, after = gradients(params, frozen, stats, batch)
+  np.testing.assert_allclose([eval_loss, loss - arrays["train/loss"]], 0, atol=2e-5)
+  gradient = check_gradients(rules.to_source(grads, released.vpd_depth()), arrays, 1e-3)
+  for name, value in rules.to_source(after, released.vpd_depth()).items():
+    np.testing.assert_allclose(value, arrays[f"train/bn_after/{name}"], atol=1e-5, rtol=1e-5)
+  print(
+    f"full-size VPD depth: output {worst:.1e}, loss {float(loss - arrays['train/loss']):.1e}, gradients {gradient:.1e}"
+  )

@@ -11,7 +11,7 @@ from vpd_jax.types import Branch, Features
 class TwoBranches(nnx.Module):
   """A method that learns from the latents and, at half the weight, from their negative, and evaluates the first."""
 
-  needs = frozenset({"latents"})
+  needs = adds = frozenset({"latents"})
   strides, widths = (8, 16, 32, 64), (16, 16, 16, 16)
 
   def __init__(self, *, unet, vae, classes, attention, remat, dtype, param_dtype, rngs):

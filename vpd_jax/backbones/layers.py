@@ -60,9 +60,33 @@ def conv(
   return nnx.Conv(in_width, out_width, (size, size), strides=stride, padding=((pad, pad), (pad, pad)), **kinds)
 
 
-def group_norm(width: int, *, groups: int = 32, epsilon: float, **kinds: Any) -> nnx.GroupNorm:
-  """GroupNorm whose statistics are at least float32 whatever the dtype, as SD's GroupNorm32."""
-  return nnx.GroupNorm(width, num_groups=groups, epsilon=epsilon, use_fast_variance=False, **kinds)
+class GroupNorm(nnx.Module):
+  """Normalises groups of channels over all positions, statistics in float32 or wider whatever the dtype.
+
+  As SD's GroupNorm32. Sums run over positions first, channel by channel, and only then over the channels of a group:
+  on CPU the gradient takes a third to a half of the time of a reduction over [H, W, G, C / G] at once.
+  """
+
+  def __init__(self, width: int, *, groups: int = 32, epsilon: float, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+    """`groups` divides `width`."""
+    del rngs
+    self.groups, self.epsilon, self.dtype = groups, epsilon, dtype
+    self.scale = nnx.Param(jnp.ones((width,), param_dtype))
+    self.bias = nnx.Param(jnp.zeros((width,), param_dtype))
+
+  def __call__(self, x: Array) -> Array:
+    """Normalises [B, H, W, C]."""
+    x = x.astype(jnp.promote_types(self.dtype, jnp.float32))
+    repeats = x.shape[-1] // self.groups
+
+    def of_group(y: Array) -> Array:
+      """Mean over positions and the channels of a group: [B, H, W, C] to [B, C]."""
+      means = y.mean(axis=(1, 2)).reshape(y.shape[0], self.groups, repeats).mean(axis=-1)
+      return jnp.repeat(means, repeats, axis=-1)
+
+    x = x - of_group(x)[:, None, None]
+    factor = jax.lax.rsqrt(of_group(jnp.square(x)) + self.epsilon) * self.scale[...].astype(x.dtype)[None]
+    return (x * factor[:, None, None] + self.bias[...].astype(x.dtype)[None, None, None]).astype(self.dtype)
 
 
 def layer_norm(width: int, **kinds: Any) -> nnx.LayerNorm:

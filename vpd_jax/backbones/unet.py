@@ -82,7 +82,7 @@ class ResBlock(nnx.Module):
   """GN-SiLU-conv, + Linear(SiLU(time embedding)), GN-SiLU-conv, + skip."""
 
   def __init__(self, in_width: int, out_width: int, embedding_width: int, **kinds: Any):
-    norm = lambda width: layers.group_norm(width, epsilon=1e-5, **kinds)
+    norm = lambda width: layers.GroupNorm(width, epsilon=1e-5, **kinds)
     self.in_layers = nnx.List([norm(in_width), layers.SiLU(), layers.conv(in_width, out_width, 3, **kinds)])
     self.emb_layers = nnx.List([layers.SiLU(), nnx.Linear(embedding_width, out_width, **kinds)])
     last = layers.conv(out_width, out_width, 3, kernel_init=layers.zeros, **kinds)
@@ -164,7 +164,7 @@ class SpatialTransformer(nnx.Module):
       if self.linear
       else (lambda **more: layers.conv(width, width, 1, **more))
     )
-    self.norm = layers.group_norm(width, epsilon=1e-6, **kinds)
+    self.norm = layers.GroupNorm(width, epsilon=1e-6, **kinds)
     self.proj_in = project(**kinds)
     self.transformer_blocks = nnx.List(
       [TransformerBlock(width, sizes.context_dim, sizes.heads(width), implementation, **kinds)]
@@ -261,7 +261,7 @@ class UNet(nnx.Module):
     self.output_blocks = nnx.List([nnx.List(block) for block in blocks])
     if with_out:
       last = layers.conv(width, sizes.out_channels, 3, kernel_init=layers.zeros, **kinds)
-      self.out = nnx.List([layers.group_norm(width, epsilon=1e-5, **kinds), layers.SiLU(), last])
+      self.out = nnx.List([layers.GroupNorm(width, epsilon=1e-5, **kinds), layers.SiLU(), last])
 
   def embed_time(self, timesteps: int | Array) -> Array:
     """The time embedding of diffusion timesteps: float [1, 4C] for one whole number, [B, 4C] for int [B]."""

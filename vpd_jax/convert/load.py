@@ -160,20 +160,20 @@ def _open(path: str | epath.PathLike) -> tuple[str, files.Weights | None]:
   """(kind, tensors) of a source, nothing read yet; None for a directory of ours."""
   folder = epath.Path(path)
   if not folder.exists():
-    raise ValueError(f"init.pretrained={str(path)!r} does not exist; give {ACCEPTED}.")
+    raise ValueError(f"weights {str(path)!r} does not exist; give {ACCEPTED}.")
   if (folder / "manifest.json").exists() and (folder / "arrays").is_dir():
     return "ours", None
   if (folder / "unet").is_dir() and (folder / "vae").is_dir():
     return "diffusers", files.open_folder(path, ("unet", "vae"))
   if folder.is_dir():
-    raise ValueError(f"init.pretrained={str(path)!r} is a folder without unet/ and vae/; give {ACCEPTED}.")
+    raise ValueError(f"weights {str(path)!r} is a folder without unet/ and vae/; give {ACCEPTED}.")
   weights = files.open_file(path)
   signs = {sign: f"released:{name}" for name, sign in released.SIGNS.items()} | {"model.diffusion_model.": "compvis"}
   for sign, kind in signs.items():
     if any(name.startswith(sign) for name in weights.tensors):
       return kind, weights
   held = list(weights.tensors)[:3]
-  raise ValueError(f"init.pretrained={str(path)!r} holds names of no known kind, like {held}; give {ACCEPTED}.")
+  raise ValueError(f"weights {str(path)!r} holds names of no known kind, like {held}; give {ACCEPTED}.")
 
 
 def _with_others(report: Report, weights: files.Weights) -> Report:

@@ -72,6 +72,8 @@ class Nyu:
     colour: bool = True,
   ):
     transforms.check_cut_depth(cut_depth)
+    if not root:
+      raise ValueError("data.root is empty; set it to the folder that holds sync/ and official_splits/.")
     self.root = Path(root).expanduser()
     self.crop = check_size("crop", crop)
     self.cut_depth = cut_depth

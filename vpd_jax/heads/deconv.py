@@ -1,6 +1,6 @@
 """The depth head of VPD and MetaPrompts: transposed convolutions to stride 4, bilinear to the image, sigmoid.
 
-Source: VPD depth/models_depth/model_vpd.py Decoder, VPDDepth.
+Source: VPD depth/models_depth/model.py Decoder, VPDDepth.
 """
 
 import math
@@ -12,6 +12,8 @@ from flax import nnx
 
 from vpd_jax.backbones import layers
 from vpd_jax.types import Features, Outputs
+
+INITS = {"released": nnx.initializers.normal(0.001), "fan_in": nnx.initializers.he_normal()}
 
 
 class Deconv(nnx.Module):
@@ -25,6 +27,7 @@ class Deconv(nnx.Module):
     max_depth: float,
     filters: tuple[int, ...] = (32, 32, 32),
     width: int = 192,
+    init: str = "released",
     norm_group: int = 0,
     dtype: Any,
     param_dtype: Any,
@@ -37,6 +40,8 @@ class Deconv(nnx.Module):
       max_depth: metres, the upper end of the sigmoid.
       filters: widths of the transposed convolutions, kernel 2 and stride 2 each.
       width: of the convolutions after them.
+      init: of all kernels: "released", normal of deviation 0.001, which leaves the network before the head almost
+        without gradient at first and suits a pretrained one; "fan_in", He's, for a network that starts from nothing.
       norm_group: images per group of batch normalisation, 0 for the whole batch.
     """
     doublings = math.log2(strides[0]) - len(filters)
@@ -45,8 +50,10 @@ class Deconv(nnx.Module):
         f"head 'deconv' with {len(filters)} filters cannot read a map of stride {strides[0]}; "
         f"use at most {int(math.log2(strides[0]))} filters."
       )
+    if init not in INITS:
+      raise ValueError(f"head.init={init!r} is unknown; choose one of {sorted(INITS)}.")
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    small = {"kernel_init": nnx.initializers.normal(0.001)}
+    small = {"kernel_init": INITS[init]}
     self.max_depth, self.doublings = max_depth, int(doublings)
     norm = lambda w: layers.BatchNorm(w, group=norm_group, **kinds)
     deconvs, last = [], widths[0]

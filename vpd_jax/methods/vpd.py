@@ -5,7 +5,7 @@ class or scene names, encoded by the frozen CLIP text encoder into `class_vector
 once at a constant timestep with the adapted text as its context; its four feature maps go on to the task's neck and
 head. Depth uses one token, the vector of the scene's class; neck "fusion", head "deconv".
 
-Source: Zhao et al. 2023, https://arxiv.org/abs/2303.02153; VPD depth/models_depth/model_vpd.py, vpd/models.py.
+Source: Zhao et al. 2023, https://arxiv.org/abs/2303.02153; VPD depth/models_depth/model.py, vpd/models.py.
 """
 
 from typing import Any
@@ -66,7 +66,7 @@ class Vpd(nnx.Module):
     Args:
       unet, vae: sizes of the backbones.
       classes: rows of `class_vectors`.
-      prompt: what the UNet attends to: "scene_class", one token, the vector of `batch["class_id"]` (-1: the mean of all).
+      prompt: the UNet attends to: "scene_class", one token, the vector of `batch["class_id"]` (-1: the mean of all).
       residual_scale: start of gamma in text + gamma * adapter(text). Release: 1e-4.
       timestep: the diffusion timestep, the same for every image. Release: 1 (the paper says 0).
       latent_scale: factor on the latents. Release: 1.0; Stable Diffusion itself was trained with 0.18215.
@@ -84,7 +84,7 @@ class Vpd(nnx.Module):
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     self.timestep, self.latent_scale = timestep, latent_scale
     self.pad_multiple, self.pad_value, self.dtype = pad_multiple, pad_value, dtype
-    self.needs = frozenset({"class_id"})
+    self.needs, self.adds = frozenset({"class_id"}), frozenset()
     self.strides, self.widths = tuple(8 * 2**i for i in range(len(unet.widths))), unet.widths
     self.gamma = nnx.Param(jnp.full((unet.context_dim,), residual_scale, param_dtype))
     self.class_vectors = Buffer(nnx.initializers.normal(1.0)(rngs.params(), (classes, unet.context_dim), param_dtype))

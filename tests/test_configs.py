@@ -1,0 +1,61 @@
+"""Every shipped config and method: assembled at its real size without an array, and stepped once in small."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from vpd_jax import assemble, config_file, evaluate, train
+
+# configs/<file>: words of its argument. A config that is not listed fails the first test.
+SHIPPED = {"nyu_depth": ("vpd", "vpd,tiny"), "rooms": ("depth,vpd,full", "depth,vpd,tiny")}
+STRINGS = [f"configs/{name}.py:{words}" for name, arguments in SHIPPED.items() for words in arguments]
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def test_every_config_file_is_tested():
+  assert {path.stem for path in (config_file.PROJECT / "configs").glob("*.py")} == set(SHIPPED)
+
+
+@pytest.mark.parametrize("string", STRINGS)
+def test_assembles_at_its_real_size(string):
+  config = config_file.load(string)
+  product = assemble.assemble(config)
+  count = sum(shape.size for shape in product.parts.shapes.values())
+  assert count > (9e8 if "tiny" not in string else 1e7)
+  assert product.groups.lr and product.keys[0] == "image"
+
+
+def batch_for(product, config):
+  """A made-up batch of the shapes the config asks for."""
+  size, (height, width) = config.data.batch_size, config.data.crop
+  rng = np.random.default_rng(0)
+  known = {
+    "image": rng.integers(0, 256, (size, height, width, 3), np.uint8),
+    "depth": rng.uniform(0.5, 9, (size, height, width)).astype(np.float32),
+    "class_id": rng.integers(0, 27, size, np.int32),
+  }
+  return {name: jnp.asarray(known[name]) for name in product.keys}
+
+
+@pytest.mark.parametrize("string", [s for s in STRINGS if "tiny" not in s])
+def test_steps_and_evaluates_in_small(string):
+  config = tiny.shrunk(config_file.load(string))
+  product = assemble.assemble(config)
+  state = tiny.train_state(product, tiny.filled(product.parts.shapes))
+  batch = batch_for(product, config)
+  step = train.make_step(product, loss_group=config.optim.loss_group, accumulation=config.optim.accumulation)
+  new, logs = jax.jit(step).lower(state, batch).compile(QUICK)(state, batch)
+  assert int(new.step) == 1 and np.isfinite(logs["train/loss"])
+  moved = [name for name, value in new.params.items() if not np.array_equal(value, state.params[name])]
+  assert len(moved) > 0.9 * len(new.params)
+  predict = evaluate.make_predict(product, config.eval.test_time, config.eval.coverage)
+
+  def score(weights, batch):
+    return product.task.measure(predict(weights, {n: batch[n] for n in ("image", *product.method.needs)}), batch)
+
+  weights = (new.params, new.frozen, new.stats)
+  rows = jax.jit(score).lower(weights, batch).compile(QUICK)(weights, batch)
+  scores = product.task.summarize({name: np.asarray(values) for name, values in rows.items()})
+  assert np.isfinite(scores["rmse"]) and scores["images"] == config.data.batch_size
