@@ -19,7 +19,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   words = config_file.words(argument, task=("depth",), method=("vpd",), size=("tiny", "full"))
   tiny = words["size"] == "tiny"
   steps = 400
-  config = ml_collections.ConfigDict(presets.run(num_steps=steps, log_every=20, eval_every=200, save_every=100))
+  config = ml_collections.ConfigDict(presets.run(num_steps=steps, log_every=20, eval_every=steps, save_every=100))
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
   config.method = {
     "name": "vpd",
@@ -57,5 +57,6 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     norm_group=0,
     loss_group=0,
   )
+  config.optim.b2 = 0.99  # 400 steps are too few for a memory of 1000
   config.eval = presets.evaluation(batch_size=8, test_time=("flip", "shift:2"), baselines=256)
   return config

@@ -48,8 +48,12 @@ def test_steps_and_evaluates_in_small(string):
   step = train.make_step(product, loss_group=config.optim.loss_group, accumulation=config.optim.accumulation)
   new, logs = jax.jit(step).lower(state, batch).compile(QUICK)(state, batch)
   assert int(new.step) == 1 and np.isfinite(logs["train/loss"])
-  moved = [name for name, value in new.params.items() if not np.array_equal(value, state.params[name])]
-  assert len(moved) > 0.9 * len(new.params)
+  moments = new.opt_state[1].mu
+  assert set(moments) == set(new.params)
+  # One token of context: queries and keys of cross-attention have no gradient; neither has, with 32 channels in 32
+  # groups, a bias or time embedding before a norm.
+  reached = [name for name, value in moments.items() if np.any(value)]
+  assert len(reached) > 0.8 * len(moments)
   predict = evaluate.make_predict(product, config.eval.test_time, config.eval.coverage)
 
   def score(weights, batch):

@@ -107,7 +107,7 @@ def run_unet(parts, named, arrays):
       patch.setattr(unet.UNet, "_run", lambda self, *args: (blocks.append(original(self, *args)), blocks[-1])[1])
       out = parts.merge(named)(latents, context, timesteps=1, map_max_positions=positions)
     joined = []
-    for i, feature in enumerate(out.features):
+    for feature in out.features:
       maps = out.maps.get(feature.shape[1:3])  # the authors' maps carry no gradient
       joined.append(feature if maps is None else jnp.concatenate([feature, jax.lax.stop_gradient(maps)], axis=-1))
     return sum(

@@ -45,8 +45,8 @@ def silog(prediction: Array, target: Array, *, variance_focus: float = 0.5) -> t
   error = jnp.log(safe) - jnp.log(jnp.where(valid, prediction, 1))
   share = 1 / jnp.maximum(count, 1)
   square = (error**2).sum() * share - variance_focus * (error.sum() * share) ** 2
-  positive = square > 0  # the root has no gradient at 0
-  return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0), count > 0
+  flat = square <= 0  # the root has no gradient at 0; not "square > 0", which would hide a NaN
+  return jnp.where(flat, 0, jnp.sqrt(jnp.where(flat, 1, square))), count > 0
 
 
 class Depth:
