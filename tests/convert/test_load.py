@@ -156,7 +156,7 @@ def test_the_script_goes_there_and_back_bit_for_bit(tmp_path, release, monkeypat
 
 
 def test_the_script_fails_in_one_line(tmp_path, monkeypatch):
-  with pytest.raises(SystemExit, match=r"convert_checkpoint: init\.pretrained=.*does not exist"):
+  with pytest.raises(SystemExit, match=r"convert_checkpoint: weights .*does not exist"):
     run(monkeypatch, f"--source={tmp_path / 'absent'}", f"--output={tmp_path / 'x'}")
 
 
