@@ -35,7 +35,7 @@ def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[dic
   shapes = product.parts.shapes
   source = source or config.init.run or config.init.pretrained
   if source and is_workdir(source):
-    named, line = _of_run(source, shapes, config.eval.checkpoint, best_metric(config, product), product.task.best[1])
+    named, line = _of_run(config, product, source)
     return named, [line]
   named, lines = {}, []
   if source:
@@ -68,20 +68,31 @@ def best_metric(config: ConfigDict, product: Product) -> str:
   return f"eval/{config.data.name}/{product.task.best[0]}"
 
 
-def _of_run(
-  workdir: str, shapes: dict[str, Any], which: str, metric: str, mode: str
-) -> tuple[dict[str, np.ndarray], str]:
+def checkpoints(config: ConfigDict, product: Product, workdir: str, *, read_only: bool = False) -> Checkpoints:
+  """The checkpoints of a workdir, with what the config says about keeping them."""
+  return Checkpoints(
+    workdir,
+    keep=config.keep,
+    keep_best=config.keep_best,
+    best_metric=best_metric(config, product),
+    best_mode=product.task.best[1],
+    read_only=read_only,
+  )
+
+
+def _of_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[str, np.ndarray], str]:
   """Parameters and statistics of a run's newest or best checkpoint; its EMA in place of the parameters where kept.
 
   Raises:
     ValueError: the names or shapes are not those of the model.
   """
+  which, shapes = config.eval.checkpoint, product.parts.shapes
   if which not in ("newest", "best"):
     raise ValueError(f"config.eval.checkpoint={which!r} is unknown; choose 'newest' or 'best'.")
-  with Checkpoints(workdir, best_metric=metric, best_mode=mode, read_only=True) as checkpoints:
-    step = checkpoints.latest_step()
-    step = checkpoints.best_step() or step if which == "best" else step
-    saved = checkpoints.restore_weights(step)
+  with checkpoints(config, product, workdir, read_only=True) as held:
+    best = held.best_step() if which == "best" else None
+    step = held.latest_step() if best is None else best
+    saved = held.restore_weights(step)
   named = saved["params"] | saved["frozen"] | saved["stats"] | saved.get("ema", {})
   wrong = sorted(
     n for n in shapes.keys() | named.keys() if n not in named or n not in shapes or named[n].shape != shapes[n].shape

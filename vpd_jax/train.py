@@ -1,5 +1,6 @@
 """Training: one pure step, and the loop around it."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,15 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vpd_jax import assemble, evaluate, optim, sharding, start, writers
 from vpd_jax import params as params_lib
 from vpd_jax.assemble import Product
-from vpd_jax.checkpoint import Checkpoints, StopRequest
+from vpd_jax.checkpoint import StopRequest
 from vpd_jax.data import pipeline
 from vpd_jax.types import Array, Batch, Branch, Loss, Named, Outputs, Task, TrainState
 
+TRACE_FROM = 10  # steps after the start of the process: compiled and warm
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
@@ -119,8 +122,13 @@ def _norm(grads: Named) -> Array:
 def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> dict[str, float]:
   """--mode=train: assemble, resume or start, loop. Rerun with the same workdir, it continues.
 
+  Args:
+    config: of the run.
+    workdir: a local folder or a bucket.
+    accept_changes: continue although the config differs from the checkpoint's where it matters.
+
   Returns:
-    The last scores.
+    The last scores; empty where nothing was left to do.
 
   Raises:
     ValueError: in one line, for anything that cannot be assembled, found or resumed.
@@ -132,89 +140,76 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
   pipeline.check_batch_size(config.data.batch_size, mesh.size, "devices")
   dataset = assemble.dataset(config, product)
   evaluator = evaluate.Evaluator(config, product, dataset, mesh)
-  first = jax.process_index() == 0
-  metric, mode = start.best_metric(config, product), product.task.best[1]
-  checkpoints = Checkpoints(workdir, keep=config.keep, keep_best=config.keep_best, best_metric=metric, best_mode=mode)
-  with checkpoints, writers.create(workdir, just_logging=not first) as writer, StopRequest() as stop:
+  with contextlib.ExitStack() as stack:
+    checkpoints = stack.enter_context(start.checkpoints(config, product, workdir))
+    writer = stack.enter_context(writers.create(workdir, just_logging=jax.process_index() > 0))
+    stop = stack.enter_context(StopRequest())
     state, lines = start.resume_or_start(config, product, mesh, checkpoints, accept_changes=accept_changes)
-    begin = int(state.step)
+    begin, end = int(state.step), config.num_steps
     _describe(config, product, mesh, writer, workdir, lines, begin)
-    if begin >= config.num_steps:
-      log(f"nothing to do: step {begin} of {config.num_steps} is reached")
+    if begin >= end:
+      log(f"nothing to do: step {begin} of {end} is reached")
       return {}
-    batches = pipeline.prefetch(
-      pipeline.train_batches(
-        dataset,
-        batch_size=config.data.batch_size,
-        seed=config.seed,
-        start_step=begin,
-        workers=config.data.workers,
-        keys=product.keys,
-        prepare=product.method.prepare,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-      ),
-      sharding.batch_sharding(mesh),
-    )
-    try:
-      return _loop(config, product, mesh, state, batches, evaluator, checkpoints, writer, stop, workdir)
-    finally:
-      batches.close()
-
-
-def _loop(config, product, mesh, state, batches, evaluator, checkpoints, writer, stop, workdir) -> dict[str, float]:
-  """Steps, and what is due after them: log, evaluate, save, stop."""
-  begin, end = int(state.step), config.num_steps
-  batch = next(batches)
-  compiled = compile_step(config, product, mesh, batch)
-  flops = (compiled.cost_analysis() or {}).get("flops", 0.0)
-  log(f"compiled; {flops / 1e9:.1f} GFLOP and {_memory(compiled)} per device and step")
-  progress = writers.Progress(end, config.data.batch_size, start=begin, devices=mesh.size)
-  scores, pending = {}, []
-  for step in range(begin + 1, end + 1):
-    _profile(config, step - begin, workdir)
-    state, logs = compiled(state, batch)
-    pending.append((step, logs["train/loss"]))
-    last = step == end or stop.requested
-    if last or step % config.log_every == 0:
-      check_finite(pending)
-      pending = []
-      logs = jax.device_get(logs)
-      line, speed = progress.report(step, float(logs["train/loss"]))
-      speed["perf/tflops_per_sec_per_chip"] = flops / 1e9 / max(speed.get("perf/step_ms", math.inf), 1e-9)
-      writer.write_scalars(step, logs | speed | {"perf/input_wait_ms": batches.mean_wait_ms()})
-      log(line)
-    due = {name: step % config[f"{name}_every"] == 0 for name in ("eval", "save")}
-    with progress.pause():
-      fresh = {}
-      if (due["eval"] or step == end) and not stop.requested:
-        result = evaluator.run((state.ema or state.params, state.frozen, state.stats))
-        scores = fresh = result.scores
-        writer.write_scalars(step, scores | {f"eval/trivial/{n}": x for n, x in evaluator.baselines().items()})
-        writer.write_images(step, {f"panels/{config.data.name}": result.panels})
-        log(evaluator.report(scores))
-      if due["eval"] or due["save"] or last:
-        check_finite(pending)
-        pending = []
-        checkpoints.save(step, state, start.to_json(config), fresh, force=last)
-    if last:
-      break
+    batches = stack.enter_context(contextlib.closing(_batches(config, product, dataset, mesh, begin)))
     batch = next(batches)
-  if stop.requested and step < end:
-    log(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from there")
-  return scores
+    compiled = compile_step(config, product, mesh, batch)
+    flops = (compiled.cost_analysis() or {}).get("flops", 0.0)
+    log(f"compiled; {flops / 1e9:.1f} GFLOP and {_memory(compiled)} per device and step")
+    progress = writers.Progress(end, config.data.batch_size, start=begin, devices=mesh.size)
+    trace = stack.enter_context(_Trace(config.profile, workdir))
+    scores, pending = {}, []
+    for step in range(begin + 1, end + 1):
+      trace.before(step - begin)
+      state, logs = compiled(state, batch)
+      pending.append((step, logs["train/loss"]))
+      last = step == end or stop.requested
+      if last or step % config.log_every == 0:
+        pending = check_finite(pending)
+        line, speed = progress.report(step, float(logs["train/loss"]))
+        speed["perf/tflops_per_sec_per_chip"] = flops / 1e9 / max(speed.get("perf/step_ms", math.inf), 1e-9)
+        speed["perf/input_wait_ms"] = batches.mean_wait_ms()
+        writer.write_scalars(step, jax.device_get(logs) | speed)
+        log(line)
+      with progress.pause():
+        due, new = step % config.eval_every == 0, {}
+        if (due or step == end) and not stop.requested:
+          result = evaluator.run((state.ema or state.params, state.frozen, state.stats))
+          scores = new = result.scores
+          writer.write_scalars(step, scores | {f"eval/trivial/{n}": x for n, x in evaluator.baselines().items()})
+          writer.write_images(step, {f"panels/{config.data.name}": result.panels})
+          log(evaluator.report(scores))
+        if due or last or step % config.save_every == 0:
+          pending = check_finite(pending)
+          checkpoints.save(step, state, start.to_json(config), new, force=last)
+      if last:
+        break
+      batch = next(batches)
+    if step < end:
+      log(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from there")
+    return scores
 
 
-def compile_step(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh, batch: Batch) -> jax.stages.Compiled:
+def _batches(config: ConfigDict, product: Product, dataset: Any, mesh: Mesh, begin: int) -> pipeline.Prefetch:
+  """The training batches from step `begin` on, on the mesh."""
+  local = pipeline.train_batches(
+    dataset,
+    batch_size=config.data.batch_size,
+    seed=config.seed,
+    start_step=begin,
+    workers=config.data.workers,
+    keys=product.keys,
+    prepare=product.method.prepare,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  return pipeline.prefetch(local, sharding.batch_sharding(mesh))
+
+
+def compile_step(config: ConfigDict, product: Product, mesh: Mesh, batch: Batch) -> jax.stages.Compiled:
   """The jitted step for this state and batch, compiled once; the state it is given is donated."""
   where = start.state_shardings(config, product, mesh)
-  optim_options = config.optim
-  step = make_step(
-    product,
-    loss_group=optim_options.loss_group,
-    accumulation=optim_options.accumulation,
-    ema_decay=optim_options.ema_decay,
-  )
+  options = {field: config.optim[field] for field in ("loss_group", "accumulation", "ema_decay")}
+  step = make_step(product, **options)
   spread = sharding.batch_sharding(mesh)
   jitted = jax.jit(
     step, donate_argnums=0, in_shardings=(where, spread), out_shardings=(where, sharding.replicated(mesh))
@@ -224,14 +219,15 @@ def compile_step(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh, 
   return jitted.lower(abstract, shapes).compile()
 
 
-def check_finite(pending: list[tuple[int, Array]]) -> None:
-  """Raises FloatingPointError naming the first step whose loss is not finite."""
+def check_finite(pending: list[tuple[int, Array]]) -> list:
+  """An empty list; raises FloatingPointError naming the first step whose loss is not finite."""
   for step, loss in pending:
     if not np.isfinite(jax.device_get(loss)):
       raise FloatingPointError(
         f"the loss of step {step} is {float(loss)}; nothing after the last checkpoint was saved. "
         "Lower config.optim.lr, set config.optim.clip_norm, or look at the data of that step."
       )
+  return []
 
 
 def log(line: str) -> None:
@@ -240,7 +236,9 @@ def log(line: str) -> None:
     print(line, flush=True)
 
 
-def _describe(config, product, mesh, writer, workdir, lines: list[str], begin: int) -> None:
+def _describe(
+  config: ConfigDict, product: Product, mesh: Mesh, writer: writers.Writer, workdir: str, lines: list[str], begin: int
+) -> None:
   """What a run says of itself at the start: devices, weights, groups, parameters, config."""
   devices = jax.devices()
   local = config.data.batch_size // mesh.size
@@ -273,10 +271,25 @@ def _memory(compiled: jax.stages.Compiled) -> str:
   )
 
 
-def _profile(config: ConfigDict, done: int, workdir: str) -> None:
-  """Starts a trace of `config.profile` steps at the tenth step of this process, and stops it."""
-  if config.profile and done == 10:
-    jax.profiler.start_trace(workdir)
-  if config.profile and done == 10 + config.profile:
-    jax.profiler.stop_trace()
-    log(f"a trace of {config.profile} steps is in {workdir}/plugins/profile")
+class _Trace:
+  """A profiler trace of `steps` steps from the tenth step of this process on; none for 0."""
+
+  def __init__(self, steps: int, workdir: str):
+    self._steps, self._workdir, self._running = steps, workdir, False
+
+  def __enter__(self) -> "_Trace":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    if self._running:
+      jax.profiler.stop_trace()
+      log(f"a trace is in {self._workdir}/plugins/profile")
+      self._running = False
+
+  def before(self, step: int) -> None:
+    """Starts or ends the trace before the given step of this process, counted from 1."""
+    if self._steps and step == TRACE_FROM:
+      jax.profiler.start_trace(self._workdir)
+      self._running = True
+    elif step == TRACE_FROM + self._steps:
+      self.__exit__()

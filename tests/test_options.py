@@ -1,0 +1,89 @@
+"""Options of a run that change no result, or change it a little: remat, bfloat16, EMA, a profile."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from tests.test_configs import batch_for
+from vpd_jax import assemble, config_file, train
+
+
+@pytest.fixture(scope="module")
+def stepped():
+  """field -> value, to (new state, logs) after one step of the smallest network with that option."""
+  results = {}
+
+  def run(**changes):
+    key = tuple(changes.items())
+    if key not in results:
+      config = tiny.shrunk(config_file.load("configs/nyu_depth.py:tiny")).unlock()
+      config.update_from_flattened_dict(changes)
+      product = assemble.assemble(config.lock())
+      state = tiny.train_state(product, tiny.filled(product.parts.shapes))
+      step = jax.jit(train.make_step(product, loss_group=config.optim.loss_group))
+      results[key] = step(state, batch_for(product, config))
+    return results[key]
+
+  return run
+
+
+def test_remat_changes_nothing_but_memory(stepped):
+  plain, remat = stepped()[1], stepped(**{"backbone.remat": True})[1]
+  np.testing.assert_allclose(remat["train/loss"], plain["train/loss"], rtol=1e-6)
+  np.testing.assert_allclose(remat["norm/gradients"], plain["norm/gradients"], rtol=1e-4)
+
+
+def test_bfloat16_computes_in_it_and_keeps_parameters_in_float32(stepped):
+  state, logs = stepped(dtype="bfloat16")
+  assert {x.dtype for x in state.params.values()} == {jnp.float32.dtype}
+  assert {x.dtype for x in state.stats.values()} == {jnp.float32.dtype}
+  assert logs["train/loss"].dtype == jnp.float32
+  np.testing.assert_allclose(logs["train/loss"], stepped()[1]["train/loss"], rtol=0.05)
+  assert float(logs["train/loss"]) != float(stepped()[1]["train/loss"])
+
+
+def test_a_trace_covers_the_steps_asked_for(tmp_path):
+  with train._Trace(2, str(tmp_path)) as trace:
+    for step in range(1, 14):
+      trace.before(step)
+      jnp.ones(3).sum().block_until_ready()
+  assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
+
+
+def test_no_trace_without_being_asked(tmp_path):
+  with train._Trace(0, str(tmp_path)) as trace:
+    for step in range(1, 14):
+      trace.before(step)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  "field, value, message",
+  [
+    ("method.name", "vdp", r"config\.method\.name='vdp' is unknown; choose one of \['vpd'\]"),
+    ("head.init", "zeros", r"head\.init='zeros' is unknown"),
+    ("dtype", "float16", r"config\.dtype='float16' is unknown"),
+    ("dtype", "float64", "float64 is for both or neither"),
+    ("backbone.attention", "flash", r"config\.backbone\.attention='flash' is unknown"),
+    ("optim.accumulation", 5, r"config\.optim\.accumulation=5 must divide"),
+    ("optim.norm_group", 4, r"config\.optim\.norm_group=4 must divide"),
+    ("eval.test_time", ("flop",), "eval.test_time has 'flop'"),
+    ("optim.lr_groups", ((r"/nothing/", 1.0), (r"", 1.0)), "rules that match no array"),
+    ("method.pad_multiple", 32, "must be a multiple of 64"),
+  ],
+)
+def test_a_wrong_option_is_answered_in_one_line(field, value, message):
+  config = tiny.shrunk(config_file.load("configs/nyu_depth.py:tiny")).unlock()
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(ValueError, match=message) as caught:
+    assemble.assemble(config.lock())
+  assert "\n" not in str(caught.value)
+
+
+def test_float64_needs_its_switch():
+  config = tiny.shrunk(config_file.load("configs/nyu_depth.py:tiny")).unlock()
+  config.dtype = config.param_dtype = "float64"
+  with pytest.raises(ValueError, match="needs JAX_ENABLE_X64=1"):
+    assemble.assemble(config.lock())
