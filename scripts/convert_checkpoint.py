@@ -12,7 +12,7 @@ import argparse
 import json
 import pathlib
 
-from vpd_jax import assemble, checkpoint, config_file
+from vpd_jax import assemble, checkpoint, config_file, start
 from vpd_jax.convert import load, released, rules, write
 
 
@@ -28,15 +28,14 @@ def parse() -> argparse.Namespace:
 
 
 def forward(args: argparse.Namespace) -> None:
-  config = config_file.load(args.config).unlock()
-  config.init.pretrained = args.source
-  named, report = load.load_pretrained(args.source, assemble.model_shapes(assemble.complete(config)))
+  config = start.complete(config_file.load(args.config), args.source)
+  named, report = load.load_pretrained(args.source, assemble.model_shapes(config))
   print(report.summary())
   load.save(args.output, named, report, load.source_files(args.source))
 
 
 def reverse(args: argparse.Namespace) -> None:
-  config = config_file.load(args.config)
+  config = start.complete(config_file.load(args.config), args.source)
   release = f"{config.method.name}_{config.task.name}"
   if release not in released.TABLES:
     raise ValueError(f"there is no table for {release!r}; there is one for each of {sorted(released.TABLES)}.")

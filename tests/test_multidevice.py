@@ -53,3 +53,17 @@ def test_a_step_on_eight_devices_is_the_step_on_one(setup):
   for name in ("data", "fsdp"):
     np.testing.assert_allclose(results[name]["train/loss"], results["one"]["train/loss"], rtol=1e-5)
     np.testing.assert_allclose(results[name]["norm/gradients"], results["one"]["norm/gradients"], rtol=1e-3)
+
+
+def test_the_parts_of_an_accumulated_batch_are_spread_over_all_devices(setup):
+  """XLA counts a loop's body once: per device, a half of the batch costs half of the whole."""
+  config, _, _ = setup
+  flops = {}
+  for accumulation in (1, 2):
+    changed = config.copy_and_resolve_references().unlock()
+    changed.data.batch_size, changed.optim.accumulation = 48, accumulation
+    product = assemble.assemble(changed.lock())
+    mesh = meshes()["data"]
+    batch = batch_for(product, changed)
+    flops[accumulation] = train.compile_step(changed, product, mesh, batch).cost_analysis()["flops"]
+  assert flops[2] < 0.7 * flops[1]

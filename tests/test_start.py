@@ -12,7 +12,7 @@ def config_of(source, **changes):
   config = config_file.load("configs/nyu_depth.py:tiny").unlock()
   config.init.pretrained = str(source)
   config.update_from_flattened_dict(changes)
-  return assemble.complete(config.lock())
+  return start.complete(config.lock(), config.init.pretrained)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from vpd_jax.backbones.attention import IMPLEMENTATIONS
 from vpd_jax.backbones.clip import TextSizes
 from vpd_jax.backbones.unet import UNetSizes
 from vpd_jax.backbones.vae import VaeSizes
-from vpd_jax.convert import stable_diffusion
 from vpd_jax.data import nyu, rooms
 from vpd_jax.heads import deconv
 from vpd_jax.methods import vpd
@@ -100,19 +99,6 @@ def sizes(config: ConfigDict) -> tuple[UNetSizes, VaeSizes, TextSizes]:
   return UNetSizes(**unet), VaeSizes(**config.backbone.vae), TextSizes(**config.backbone.text)
 
 
-def complete(config: ConfigDict) -> ConfigDict:
-  """The config with the backbones' sizes as the weights of `init.pretrained` state them, where they do."""
-  stated = stable_diffusion.sizes(config.init.pretrained) if config.init.pretrained else None
-  if stated:
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-      for part, values in stated.items():
-        config.backbone[part].update(
-          {key: 0 if value is None else value for key, value in values.items() if key in config.backbone[part]}
-        )
-  return config.lock()
-
-
 def _builder(config: ConfigDict, task: Any, classes: tuple[str, ...]) -> Callable[[], nnx.Module]:
   """A function that makes the model with fresh parameters of `config.seed`."""
   unet, vae, _ = sizes(config)
@@ -156,9 +142,14 @@ def assemble(config: ConfigDict) -> Product:
   build = _builder(config, task, data.classes)
   parts = params_lib.describe(build)
   inference.parse(config.eval.test_time)
+  if config.eval.coverage not in inference.COVERAGES:
+    raise ValueError(f"eval.coverage={config.eval.coverage!r} is unknown; choose one of {inference.COVERAGES}.")
   _check_groups(config, parts)
   groups = optim.groups(parts.params, config.optim.lr_groups, config.optim.decay_groups)
-  rate = optim.schedule(**config.optim.schedule, lr=config.optim.lr)
+  schedule = dict(config.optim.schedule)
+  if "num_steps" in schedule:
+    schedule["num_steps"] = schedule["num_steps"] or config.num_steps
+  rate = optim.schedule(**schedule, lr=config.optim.lr)
   optimizer = optim.optimizer(
     rate, groups, **{k: config.optim[k] for k in ("decay", "b1", "b2", "epsilon", "clip_norm")}
   )

@@ -13,8 +13,15 @@ from typing import Any
 import ml_collections
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
-STRUCTURE = ("method", "neck", "head", "task", "data", "optim", "backbone", "seed")
-INDIFFERENT = ("data.workers", "data.root", "backbone.attention", "backbone.remat")
+STRUCTURE = ("method", "neck", "head", "task", "data", "optim", "backbone", "seed", "dtype")
+INDIFFERENT = (
+  "data.workers",
+  "data.root",
+  "backbone.attention",
+  "backbone.remat",
+  "method.class_vectors",
+  "method.tokenizer",
+)
 
 
 def words(argument: str | None, **kinds: Sequence[str]) -> dict[str, str]:

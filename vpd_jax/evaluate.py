@@ -129,11 +129,12 @@ def _gathered(values: dict[str, Array]) -> Rows:
 
 def run(config: ConfigDict, workdir: str) -> dict[str, float]:
   """--mode=eval: scores a workdir's checkpoint, or `init.pretrained` where the workdir has none; prints them."""
-  config = assemble.complete(config)
+  source = workdir if is_workdir(workdir) else ""
+  config = start.complete(config, source or config.init.run or config.init.pretrained)
   product = assemble.assemble(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   evaluator = Evaluator(config, product, assemble.dataset(config, product), mesh)
-  weights, lines = start.weights_on_mesh(config, product, mesh, workdir if is_workdir(workdir) else "", complete=True)
+  weights, lines = start.weights_on_mesh(config, product, mesh, source, complete=True)
   print("\n".join(lines), flush=True)
   result = evaluator.run(weights)
   print(evaluator.report(result.scores), flush=True)

@@ -62,11 +62,16 @@ def config_string() -> str:
 def entry() -> None:
   """Parses the command line, config paths looked up in the working directory and beside the package."""
   flags.mark_flag_as_required("config")
+  app.run(main, argv=sys.argv, flags_parser=_parse)
+
+
+def _parse(arguments: list[str]) -> list[str]:
+  """The words that are no flags; a flag or field that is wrong is one line and exit code 2."""
   try:
-    app.run(main, argv=config_file.resolve_argv(sys.argv))
-  except (ValueError, AttributeError, KeyError, TypeError) as error:
+    return flags.FLAGS(config_file.resolve_argv(arguments))
+  except (flags.Error, ValueError, AttributeError, KeyError, TypeError) as error:
     # config_flags answers a misspelt field with an AttributeError, a wrong kind of value with a TypeError.
-    if "--debug" in sys.argv:
+    if "--debug" in arguments:
       raise
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)

@@ -50,7 +50,8 @@ class Predictor:
     Raises:
       ValueError: in one line, for a config or weights that cannot be used.
     """
-    config = assemble.complete(config_file.load(config))
+    config = config_file.load(config)
+    config = start.complete(config, str(weights) or config.init.run or config.init.pretrained)
     product = assemble.assemble(config)
     mesh = sharding.make_mesh(1, 1, devices=jax.local_devices()[:1])
     filled, lines = start.weights_on_mesh(config, product, mesh, str(weights), complete=bool(str(weights)))
@@ -63,7 +64,7 @@ class Predictor:
     self._predict = jax.jit(mirrored)
     self._forward = jax.jit(lambda weights, batch: product.parts.merge(*weights)(batch, training=False))
     self._side = int(self.config.data.crop[0])
-    self._dtype = np.dtype(assemble.dtype(self.config, "param_dtype"))
+    self._dtype = np.promote_types(assemble.dtype(self.config, "param_dtype"), np.float32)
 
   def class_id(self, name: str) -> int:
     """Number of a class by its name, spaces or underscores alike.
@@ -99,7 +100,8 @@ class Predictor:
     """The test-time procedure of the config on pictures of any sizes.
 
     A picture is resized so that its shorter side is the training crop; square windows are shifted along the longer
-    side, mirrored too where the config says so, and averaged; the result is resized back.
+    side (at least as many as cover it), mirrored too where the config says so, and averaged; the result is resized
+    back.
 
     Args:
       images: uint8 [H, W, 3], or float in [0, 1], each.
@@ -123,12 +125,13 @@ class Predictor:
     results = []
     for picture, f, c in zip(pictures, fitted, corners, strict=True):
       merged = inference.merge(np.stack([next(predicted) for _ in c]), c, f.shape[:2])[0]
-      results.append({self.config.task.name: resized(merged, picture.shape[:2]).astype(np.float32)})
+      results.append({self.product.task.result: resized(merged, picture.shape[:2]).astype(np.float32)})
     return results
 
   def _windowed(self, windows: np.ndarray, ids: np.ndarray | None) -> np.ndarray:
     """Predictions of square windows, in calls of one static size; the last call is filled up."""
-    size = max(self._windows, self.config.eval.batch_size)
+    most = max(self._windows, self.config.eval.batch_size)
+    size = min(most, 1 << (len(windows) - 1).bit_length())  # few sizes, so few programs
     results = []
     for begin in range(0, len(windows), size):
       index = np.minimum(np.arange(begin, begin + size), len(windows) - 1)
@@ -190,7 +193,7 @@ def read_picture(path: Path) -> np.ndarray:
 
 
 def _read_all(folder: Path) -> Iterator[tuple[Path, np.ndarray | None]]:
-  """Every file below the folder's first level, in order; None and a line where it is no image."""
+  """Every file of the folder itself, in order; None, and a line, where it is no image."""
   for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
     try:
       yield path, read_picture(path)
@@ -228,7 +231,7 @@ def run(config: ConfigDict, workdir: str, *, source: str, output: str, class_nam
     for (path, image), result in zip(waiting, predictor.predict([i for _, i in waiting], class_id), strict=True):
       stem = target / (path.stem if names.count(path.stem) == 1 else path.name.replace(".", "_"))
       facts = {"source": path.name, "class": class_name or "mean of all", "source_size": list(image.shape[:2])}
-      predictor.product.task.save(stem, result[predictor.config.task.name], facts)
+      predictor.product.task.save(stem, result[predictor.product.task.result], facts)
     waiting.clear()
 
   for path, image in _read_all(folder):

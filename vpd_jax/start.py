@@ -12,7 +12,7 @@ from vpd_jax import assemble, class_vectors, config_file, sharding
 from vpd_jax import params as params_lib
 from vpd_jax.assemble import Product
 from vpd_jax.checkpoint import Checkpoints, is_workdir
-from vpd_jax.convert import load
+from vpd_jax.convert import load, stable_diffusion
 from vpd_jax.types import Named, TrainState
 
 CLASS_VECTORS = "method/class_vectors"
@@ -66,6 +66,28 @@ def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[dic
 def best_metric(config: ConfigDict, product: Product) -> str:
   """Full name of the score that chooses the best checkpoint, e.g. "eval/nyu/rmse"."""
   return f"eval/{config.data.name}/{product.task.best[0]}"
+
+
+def complete(config: ConfigDict, source: str) -> ConfigDict:
+  """The config with the backbones' sizes as the source of the weights states them, where it does.
+
+  Args:
+    config: of a file.
+    source: a workdir of ours, whose checkpoint holds its config; a diffusers folder; or anything else, which states
+      nothing.
+  """
+  if source and is_workdir(source):
+    with Checkpoints(source, read_only=True) as held:
+      stored = held.restore_config(held.latest_step())["backbone"]
+    stated = {part: stored[part] for part in ("unet", "vae", "text")}
+  else:
+    stated = stable_diffusion.sizes(source) if source else None
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    for part, values in (stated or {}).items():
+      plain = {key: tuple(x) if isinstance(x, list) else 0 if x is None else x for key, x in values.items()}
+      config.backbone[part].update({key: x for key, x in plain.items() if key in config.backbone[part]})
+  return config.lock()
 
 
 def checkpoints(config: ConfigDict, product: Product, workdir: str, *, read_only: bool = False) -> Checkpoints:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from vpd_jax import assemble, evaluate, optim, sharding, start, writers
@@ -52,12 +53,14 @@ def group_losses(task: Task, outputs: Outputs, batch: Batch, branches: tuple[Bra
   return Loss(total, count, logs)
 
 
-def make_gradients(product: Product, *, loss_group: int, accumulation: int) -> Callable[..., Any]:
+def make_gradients(
+  product: Product, *, loss_group: int, accumulation: int, mesh: Mesh | None = None
+) -> Callable[..., Any]:
   """(params, frozen, stats, batch) -> (gradients, loss, logs, new stats).
 
   With `accumulation` the batch is cut into that many consecutive parts, each of whole groups; sums of loss, weight and
   gradients add up over them, and the statistics of all parts start from the same ones, so that the result is that of
-  the whole batch.
+  the whole batch. On a `mesh` every part is spread over all devices; left alone, the parts themselves would be.
   """
   parts, task = product.parts, product.task
   branches = product.method.branches(True)
@@ -72,6 +75,8 @@ def make_gradients(product: Product, *, loss_group: int, accumulation: int) -> C
 
   def accumulated(params: Named, frozen: Named, stats: Named, batch: Batch):
     cut = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)  # [A, B / A, ...]
+    if mesh is not None:
+      cut = jax.lax.with_sharding_constraint(cut, NamedSharding(mesh, P(None, sharding.AXES)))
     one = lambda part: gradients(params, frozen, stats, part)
     shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], cut))
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -104,9 +109,11 @@ def make_update(product: Product, *, ema_decay: float = 0.0) -> Callable[..., tu
   return update
 
 
-def make_step(product: Product, *, loss_group: int, accumulation: int = 1, ema_decay: float = 0.0) -> Step:
+def make_step(
+  product: Product, *, loss_group: int, accumulation: int = 1, ema_decay: float = 0.0, mesh: Mesh | None = None
+) -> Step:
   """The training step: pure, from state and batch to state and logs, to be jitted once with the state donated."""
-  gradients = make_gradients(product, loss_group=loss_group, accumulation=accumulation)
+  gradients = make_gradients(product, loss_group=loss_group, accumulation=accumulation, mesh=mesh)
   update = make_update(product, ema_decay=ema_decay)
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -134,10 +141,10 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     ValueError: in one line, for anything that cannot be assembled, found or resumed.
     FloatingPointError: the loss is not finite; names the step.
   """
-  config = assemble.complete(config)
+  config = start.complete(config, config.init.run or config.init.pretrained)
   product = assemble.assemble(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  pipeline.check_batch_size(config.data.batch_size, mesh.size, "devices")
+  pipeline.check_batch_size(config.data.batch_size // config.optim.accumulation, mesh.size, "devices")
   dataset = assemble.dataset(config, product)
   evaluator = evaluate.Evaluator(config, product, dataset, mesh)
   with contextlib.ExitStack() as stack:
@@ -153,7 +160,8 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     batches = stack.enter_context(contextlib.closing(_batches(config, product, dataset, mesh, begin)))
     batch = next(batches)
     compiled = compile_step(config, product, mesh, batch)
-    flops = (compiled.cost_analysis() or {}).get("flops", 0.0)
+    # XLA counts the body of a loop once: the parts of an accumulated batch are one.
+    flops = (compiled.cost_analysis() or {}).get("flops", 0.0) * config.optim.accumulation
     log(f"compiled; {flops / 1e9:.1f} GFLOP and {_memory(compiled)} per device and step")
     progress = writers.Progress(end, config.data.batch_size, start=begin, devices=mesh.size)
     trace = stack.enter_context(_Trace(config.profile, workdir))
@@ -161,7 +169,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     for step in range(begin + 1, end + 1):
       trace.before(step - begin)
       state, logs = compiled(state, batch)
-      pending.append((step, logs["train/loss"]))
+      pending.append((step, logs["train/loss"], logs["norm/gradients"]))
       last = step == end or stop.requested
       if last or step % config.log_every == 0:
         pending = check_finite(pending)
@@ -178,6 +186,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
           writer.write_scalars(step, scores | {f"eval/trivial/{n}": x for n, x in evaluator.baselines().items()})
           writer.write_images(step, {f"panels/{config.data.name}": result.panels})
           log(evaluator.report(scores))
+          last = last or stop.requested
         if due or last or step % config.save_every == 0:
           pending = check_finite(pending)
           checkpoints.save(step, state, start.to_json(config), new, force=last)
@@ -209,7 +218,7 @@ def compile_step(config: ConfigDict, product: Product, mesh: Mesh, batch: Batch)
   """The jitted step for this state and batch, compiled once; the state it is given is donated."""
   where = start.state_shardings(config, product, mesh)
   options = {field: config.optim[field] for field in ("loss_group", "accumulation", "ema_decay")}
-  step = make_step(product, **options)
+  step = make_step(product, **options, mesh=mesh)
   spread = sharding.batch_sharding(mesh)
   jitted = jax.jit(
     step, donate_argnums=0, in_shardings=(where, spread), out_shardings=(where, sharding.replicated(mesh))
@@ -219,12 +228,13 @@ def compile_step(config: ConfigDict, product: Product, mesh: Mesh, batch: Batch)
   return jitted.lower(abstract, shapes).compile()
 
 
-def check_finite(pending: list[tuple[int, Array]]) -> list:
-  """An empty list; raises FloatingPointError naming the first step whose loss is not finite."""
-  for step, loss in pending:
-    if not np.isfinite(jax.device_get(loss)):
+def check_finite(pending: list[tuple[int, Array, Array]]) -> list:
+  """An empty list; raises FloatingPointError naming the first step whose loss or gradient is not finite."""
+  for step, loss, norm in jax.device_get(pending):
+    if not np.isfinite(loss + norm):
       raise FloatingPointError(
-        f"the loss of step {step} is {float(loss)}; nothing after the last checkpoint was saved. "
+        f"the loss of step {step} is {loss}, the norm of its gradients {norm}; nothing after the last checkpoint was "
+        "saved. "
         "Lower config.optim.lr, set config.optim.clip_norm, or look at the data of that step."
       )
   return []
@@ -251,12 +261,13 @@ def _describe(
     [("group", "lr x", "decay x", "arrays", "numbers", "first"), *optim.table(product.groups, product.parts.shapes)]
   )
   log(groups)
+  if jax.process_index() == 0:
+    (epath.Path(workdir) / "config.json").write_text(start.to_json(config) + "\n")
   if jax.process_index() == 0 and begin == 0:
     overview = writers.parameter_overview(product.parts.shapes)
     writer.write_hparams(config.to_dict())
     texts = {"config": start.to_json(config), "groups": groups, "parameters": overview}
     writer.write_texts(0, {name: f"```\n{text}\n```" for name, text in texts.items()})
-    (epath.Path(workdir) / "config.json").write_text(start.to_json(config) + "\n")
     (epath.Path(workdir) / "parameters.txt").write_text(overview + "\n")
 
 

@@ -1,6 +1,7 @@
 """The data types that flow: Example -> Batch -> Features -> Outputs -> Rows, and the state of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import flax.struct
@@ -83,7 +84,7 @@ class Method(Protocol):
   """Image and prompt to features; one per paper.
 
   Attributes:
-    needs: keys of a Batch it reads besides "image" (or "latents", where they are ready).
+    needs: keys of a Batch it reads besides "image"; it takes ready "latents" in place of encoding the image.
     adds: those among them that `prepare` makes, so that no data set need provide them.
     strides, widths: of the maps it gives, finest first.
     prepare: host transform that runs after the data set's own; a plain function, for it travels to the data workers.
@@ -105,9 +106,13 @@ class Task(Protocol):
 
   needs: frozenset[str]  # keys of a Batch
   output: dict[str, Any]  # what every head of this task must be told: maximum depth, number of classes
+  result: str  # name of a prediction, for Python users
   best: tuple[str, str]  # the score that chooses the best checkpoint, and "min" or "max"
 
   def loss(self, outputs: Outputs, batch: Batch) -> Loss: ...  # one group of images
   def predict(self, outputs: Outputs) -> Array: ...  # depth | label scores | heatmaps
   def measure(self, prediction: Array, batch: Batch) -> dict[str, Array]: ...  # [B, ...] each
   def summarize(self, rows: Rows) -> dict[str, float]: ...  # host, numpy
+  def baselines(self, train: Iterable[Example], evaluation: Iterable[Example]) -> dict[str, float]: ...  # of `best`
+  def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray: ...  # uint8 [H, W', 3]
+  def save(self, stem: Path, prediction: np.ndarray, facts: dict[str, Any]) -> list[Path]: ...  # files of one picture

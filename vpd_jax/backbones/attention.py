@@ -11,6 +11,7 @@ from vpd_jax.types import Array
 Implementation = Literal["auto", "xla", "chunked", "cudnn", "splash"]
 IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn", "splash")
 CHUNK = 256  # queries per scan step: 8 heads x 256 x 4096 float32 scores are 32 MiB per image
+CUDNN_WIDTH = 128  # widest head the fused kernel takes on every GPU; SD's coarsest levels and its VAE are wider
 CHUNKED_FROM = 1024  # tokens from which "auto" cuts the queries on CPU
 
 
@@ -21,8 +22,9 @@ def attention(query: Array, key: Array, value: Array, *, implementation: Impleme
     query: float [B, N, heads, D].
     key, value: float [B, M, heads, D].
     implementation: "xla" keeps all scores; "chunked" scans over blocks of queries and recomputes them in the backward
-      pass, so that memory grows with N and not N^2; "cudnn" is the fused kernel on NVIDIA GPUs (float16, bfloat16);
-      "splash" the Pallas kernel on TPUs; "auto" takes "chunked" on CPU from 1024 queries on, else "xla".
+      pass, so that memory grows with N and not N^2; "cudnn" is the fused kernel on NVIDIA GPUs (float16, bfloat16), in
+      whose place "auto" serves heads that are too wide for it; "splash" the Pallas kernel on TPUs; "auto" takes
+      "chunked" on CPU from 1024 queries on, else "xla".
 
   Returns:
     float [B, N, heads, D], the dtype of `query`.
@@ -32,7 +34,7 @@ def attention(query: Array, key: Array, value: Array, *, implementation: Impleme
   """
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"attention={implementation!r} is unknown; choose one of {IMPLEMENTATIONS}.")
-  if implementation == "auto":
+  if implementation == "auto" or (implementation == "cudnn" and query.shape[-1] > CUDNN_WIDTH):
     long = query.shape[1] >= CHUNKED_FROM
     implementation = "chunked" if long and jax.default_backend() == "cpu" else "xla"
   if implementation == "chunked":

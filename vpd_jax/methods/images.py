@@ -8,10 +8,10 @@ from vpd_jax.types import Array
 
 
 def signed(image: Array, dtype: Any) -> Array:
-  """uint8 [B, H, W, 3], or float in [0, 1], to float in [-1, 1]."""
-  if jnp.issubdtype(image.dtype, jnp.integer):
-    image = image.astype(jnp.promote_types(dtype, jnp.float32)) / 255
-  return image.astype(dtype) * 2 - 1
+  """uint8 [B, H, W, 3], or float in [0, 1], to float in [-1, 1]; scaled in float32 or wider, then cast."""
+  high = jnp.promote_types(dtype, jnp.float32)
+  image = image.astype(high) / 255 if jnp.issubdtype(image.dtype, jnp.integer) else image.astype(high)
+  return (image * 2 - 1).astype(dtype)
 
 
 def padded(image: Array, multiple: int, value: float) -> Array:

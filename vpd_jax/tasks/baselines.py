@@ -6,7 +6,6 @@ import numpy as np
 
 from vpd_jax.types import Example
 
-MIN_DEPTH = 1e-3  # metres; NYU's protocol scores depth above it only
 STEP = 0.005  # metres, resolution of the best constant
 
 
@@ -14,6 +13,7 @@ def depth_baselines(
   train_examples: Iterable[Example],
   eval_examples: Iterable[Example],
   *,
+  min_depth: float = 1e-3,
   max_depth: float = 10.0,
   region: tuple[int, int, int, int] | None = None,
 ) -> dict[str, float]:
@@ -24,7 +24,7 @@ def depth_baselines(
   Args:
     train_examples: "image" uint8 [H, W, 3], "depth" float32 [H, W] metres, 0 for no measurement; not augmented.
     eval_examples: the same.
-    max_depth: metres; pixels with MIN_DEPTH < depth < max_depth count, as in NYU's protocol.
+    min_depth, max_depth: metres; pixels with min_depth < depth < max_depth count, as in NYU's protocol.
     region: (top, bottom, left, right) rows and columns that are scored; None is the whole image.
 
   Returns:
@@ -36,7 +36,7 @@ def depth_baselines(
   Raises:
     ValueError: no valid pixel in one of the sets, or images of different sizes.
   """
-  fit = Fit(max_depth)
+  fit = Fit(min_depth, max_depth)
   for example in train_examples:
     fit.add(example)
   predictors = fit.predictors()
@@ -45,10 +45,10 @@ def depth_baselines(
   for example in eval_examples:
     fit.check_size(example["depth"].shape)
     truth = example["depth"][window].astype(np.float64)
-    valid = (truth > MIN_DEPTH) & (truth < max_depth)
+    valid = (truth > min_depth) & (truth < max_depth)
     for name, predict in predictors.items():
       if valid.any():
-        error = (np.clip(predict(example), MIN_DEPTH, max_depth)[window] - truth)[valid]
+        error = (np.clip(predict(example), min_depth, max_depth)[window] - truth)[valid]
         errors[name].append(float(np.sqrt(np.mean(error**2))))
   if not errors["constant"]:
     raise ValueError("no evaluation image has a valid depth; check the data set and max_depth.")
@@ -58,8 +58,8 @@ def depth_baselines(
 class Fit:
   """Sums over the training images from which the three predictors follow; memory of one image."""
 
-  def __init__(self, max_depth: float):
-    self.max_depth = max_depth
+  def __init__(self, min_depth: float, max_depth: float):
+    self.min_depth, self.max_depth = min_depth, max_depth
     self.size = None
     self.moments = []  # mean and mean square of the depth of each image
     self.gram, self.target = np.zeros((6, 6)), np.zeros(6)
@@ -74,7 +74,7 @@ class Fit:
     """One more training image."""
     depth = example["depth"].astype(np.float64)
     self.check_size(depth.shape)
-    valid = (depth > MIN_DEPTH) & (depth < self.max_depth)
+    valid = (depth > self.min_depth) & (depth < self.max_depth)
     if not valid.any():
       return
     self.total += np.where(valid, depth, 0)

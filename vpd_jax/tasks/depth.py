@@ -58,6 +58,7 @@ class Depth:
   """
 
   needs = frozenset({"depth"})
+  result = "depth"
   best = ("rmse", "min")
 
   def __init__(
@@ -141,7 +142,7 @@ class Depth:
     """RMSE, under the same protocol, of three predictors that learn nothing from the picture's content."""
     evaluation = list(evaluation)
     region = EVAL_CROPS[self.eval_crop](*evaluation[0]["depth"].shape)
-    return depth_baselines(train, evaluation, max_depth=self.max_depth, region=region)
+    return depth_baselines(train, evaluation, min_depth=self.min_depth, max_depth=self.max_depth, region=region)
 
   def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray:
     """Input, prediction, truth and error of one image side by side: uint8 [H, 4 W, 3]."""
