@@ -23,6 +23,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 def rooms(**changes):
   config = tiny.shrunk(config_file.load("configs/rooms.py:depth,tiny")).unlock()
   config.update(num_steps=4, log_every=1, eval_every=4, save_every=2, keep=5)
+  config.optim.schedule.num_steps = 400  # the same rates, however far a run goes
   config.update_from_flattened_dict(changes)
   return config.lock()
 

@@ -310,7 +310,9 @@ def test_the_logs_hold_loss_norm_and_the_rate_of_every_group(three_steps, networ
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_its_step():
-  pending = [(7, jnp.float32(1)), (8, jnp.float32(np.nan)), (9, jnp.float32(np.inf))]
-  train.check_finite(pending[:1])
-  with pytest.raises(FloatingPointError, match=r"^the loss of step 8 is nan; .*Lower config\.optim\.lr"):
-    train.check_finite(pending)
+  one, nan = jnp.float32(1), jnp.float32(np.nan)
+  assert train.check_finite([(7, one, one)]) == []
+  with pytest.raises(FloatingPointError, match=r"^the loss of step 8 is nan, .*Lower config\.optim\.lr"):
+    train.check_finite([(7, one, one), (8, nan, nan), (9, nan, nan)])
+  with pytest.raises(FloatingPointError, match=r"^the loss of step 8 is 1\.0, the norm of its gradients inf"):
+    train.check_finite([(7, one, one), (8, one, jnp.float32(np.inf))])

@@ -38,8 +38,8 @@ def triangular_poly(*, lr: float, min_lr: float, half: int, power: float = 0.9) 
 
 
 def cosine(*, lr: float, min_lr: float, num_steps: int, warmup: int) -> Schedule:
-  """Linear warm-up from 0 over `warmup` steps, then half a cosine from `lr` to `min_lr`."""
-  return optax.warmup_cosine_decay_schedule(0.0, lr, warmup, num_steps, min_lr)
+  """Linear warm-up from 0 over `warmup` steps, at most half of all, then half a cosine from `lr` to `min_lr`."""
+  return optax.warmup_cosine_decay_schedule(0.0, lr, min(warmup, num_steps // 2), num_steps, min_lr)
 
 
 SCHEDULES = {"triangular_poly": triangular_poly, "cosine": cosine}
