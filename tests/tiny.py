@@ -46,11 +46,14 @@ def train_state(product, named):
 
 
 def shrunk(config):
-  """A shipped config with the smallest network of the same build: one block per level, attention in one."""
+  """A shipped config with the smallest network of the same build: one block per level, attention in the middle one.
+
+  All levels stay: the neck joins the maps of four.
+  """
   config = config.copy_and_resolve_references().unlock()
   levels = len(config.backbone.unet.channel_mult)
   config.backbone.unet.update(
-    model_channels=32, channel_mult=(1,) * levels, num_res_blocks=1, attention_levels=(1,), context_dim=16, num_heads=2
+    model_channels=32, channel_mult=(1,) * levels, num_res_blocks=1, attention_levels=(), context_dim=16, num_heads=2
   )
   config.backbone.vae.update(channels=32, channel_mult=(1,) * len(config.backbone.vae.channel_mult), num_res_blocks=1)
   config.neck.width, config.head.filters, config.head.width = 32, (8,) * len(config.head.filters), 8
