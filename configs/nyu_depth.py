@@ -23,19 +23,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     presets.run(num_steps=25 * ITERATIONS, log_every=50, eval_every=ITERATIONS, save_every=ITERATIONS)
   )
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
-  config.method = {
-    "name": "vpd",
-    "prompt": "scene_class",  # from the folder's name, also at test time, as published
-    "class_vectors": "random:0" if tiny else "",  # FILE, random:SEED, or "": from the weights
-    "tokenizer": "",  # a folder, where the weights bring none
-    "residual_scale": 1e-4,
-    "timestep": 1,
-    "latent_scale": 1.0,
-    "pad_multiple": 64,
-    "pad_value": 0.0,
-  }
-  config.neck = {"name": "fusion", "width": 192 if tiny else 1536}
-  config.head = {"name": "deconv", "filters": (32, 32, 32), "width": 24 if tiny else 192, "init": "released"}
+  config.update(presets.vpd_depth(tiny=tiny, head_init="released"))
   config.task = {"name": "depth", "max_depth": 10.0, "min_depth": 1e-3, "eval_crop": "eigen_nyu", "variance_focus": 0.5}
   config.data = {
     "name": "nyu",

@@ -86,6 +86,30 @@ def no_decay_for_vectors() -> tuple:
   return ((r"/(bias|scale|gamma)$", 0.0), (r"", 1.0))
 
 
+def vpd_depth(*, tiny: bool, head_init: str) -> dict[str, Any]:
+  """The sections method, neck and head of VPD depth, as released.
+
+  Args:
+    tiny: widths of the tiny network, and random class vectors in place of those of the weights.
+    head_init: see heads/deconv.py; "released" suits pretrained weights, "fan_in" a start from nothing.
+  """
+  return {
+    "method": {
+      "name": "vpd",
+      "prompt": "scene_class",  # from the folder's name, also at test time, as published
+      "class_vectors": "random:0" if tiny else "",  # FILE, random:SEED, or "": from the weights
+      "tokenizer": "",  # a folder, where the weights bring none
+      "residual_scale": 1e-4,
+      "timestep": 1,
+      "latent_scale": 1.0,
+      "pad_multiple": 64,
+      "pad_value": 0.0,
+    },
+    "neck": {"name": "fusion", "width": 192 if tiny else 1536},
+    "head": {"name": "deconv", "filters": (32, 32, 32), "width": 24 if tiny else 192, "init": head_init},
+  }
+
+
 def evaluation(*, batch_size: int, test_time: tuple[str, ...], baselines: int = 0) -> dict[str, Any]:
   """How scores and predictions are made.
 
