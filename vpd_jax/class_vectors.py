@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 
 from vpd_jax import params as params_lib
 from vpd_jax.backbones.clip import ClipText, TextSizes
-from vpd_jax.convert import files, load, pickles, stable_diffusion
+from vpd_jax.convert import fetch, files, load, pickles, stable_diffusion
 from vpd_jax.convert.raw import RawTensor
 from vpd_jax.types import Array, Named
 
@@ -40,20 +41,20 @@ class TextEncoder(NamedTuple):
   weights: Named
 
 
-def read(path: str | pathlib.Path) -> np.ndarray:
+def read(path: str | epath.PathLike) -> np.ndarray:
   """Class vectors of a file: float32 [K, D].
 
   Args:
     path: .npy; .npz with one array or one named class_vectors; .pth with a tensor, or with one named class_embeddings
-      or encoder.class_embeddings, as in the authors' checkpoints.
+      or encoder.class_embeddings, as in the authors' checkpoints. Local or in a bucket.
 
   Raises:
     ValueError: a missing, unknown or damaged file, or not K x D finite numbers; one line.
   """
-  path = pathlib.Path(path)
   readers = {".npy": _read_numpy, ".npz": _read_numpy, ".pth": _read_pth}
-  if path.suffix not in readers:
+  if pathlib.PurePath(path).suffix not in readers:
     raise ValueError(f"class vectors {str(path)!r} must end in one of {sorted(readers)}.")
+  path = fetch.local(path)
   if not path.is_file():
     raise ValueError(f"class vectors {str(path)!r} are not a file; {CHOICES}.")
   array = readers[path.suffix](path)
@@ -111,13 +112,16 @@ def read_templates(choice: str) -> tuple[str, ...]:
   return (choice,)
 
 
-def load_tokenizer(folder: str | pathlib.Path) -> Any:
+def load_tokenizer(folder: str | epath.PathLike) -> Any:
   """CLIP's tokenizer (transformers) from the `tokenizer` below a diffusers folder, or from a folder itself.
+
+  Args:
+    folder: local, a hub id, or in a bucket.
 
   Raises:
     ValueError: files missing or damaged; one line.
   """
-  folder = pathlib.Path(folder)
+  folder = fetch.local(folder, (fetch.TOKENIZER,))
   folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
   missing = [name for name in TOKENIZER_FILES if not (folder / name).is_file()]
   if missing:
@@ -133,7 +137,7 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
     raise ValueError(f"the tokenizer in {folder} cannot be read ({reason}); fetch its files again.") from error
 
 
-def load_text_encoder(path: str | pathlib.Path, *, dtype: Any, sizes: TextSizes | None = None) -> TextEncoder:
+def load_text_encoder(path: str | epath.PathLike, *, dtype: Any, sizes: TextSizes | None = None) -> TextEncoder:
   """The text encoder of a diffusers folder, which states its own sizes, or of a single file of the given ones.
 
   Raises:
@@ -255,12 +259,11 @@ def _encode_from(
   """(vectors, where from), encoded by the text encoder of `pretrained`."""
   if not pretrained:
     raise ValueError(f"there are no class vectors: method.class_vectors and init.pretrained are empty; {CHOICES}.")
-  source = pathlib.Path(pretrained)
-  if not tokenizer and not source.is_dir():
+  if not tokenizer and not fetch.local(pretrained).is_dir():
     raise ValueError(f"there are no class vectors: init.pretrained={pretrained!r} brings no tokenizer; {CHOICES}.")
   try:
-    words = load_tokenizer(tokenizer or source)
-    text = load_text_encoder(source, dtype=dtype, sizes=sizes)
+    words = load_tokenizer(tokenizer or pretrained)
+    text = load_text_encoder(pretrained, dtype=dtype, sizes=sizes)
   except ValueError as error:
     raise ValueError(f"there are no class vectors: {error} Or else: {CHOICES}.") from error
   held = text.weights["text_model/final_layer_norm/scale"].shape[0]

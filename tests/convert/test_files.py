@@ -211,8 +211,8 @@ def test_a_bad_file_is_one_line_that_names_it(tmp_path):
 
 def test_a_folder_without_readable_weights_says_what_it_holds(tmp_path):
   (tmp_path / "unet").mkdir()
-  (tmp_path / "unet" / "diffusion_flax_model.msgpack").touch()
-  with pytest.raises(ValueError, match=r"diffusion_flax_model\.msgpack.*complete it with"):
+  (tmp_path / "unet" / "model.onnx").touch()
+  with pytest.raises(ValueError, match=r"holds no weights \(\['model\.onnx'\]\); complete it with"):
     files.open_folder(tmp_path, ("unet",))
   with pytest.raises(ValueError, match="does not exist"):
     files.open_folder(tmp_path, ("vae",))

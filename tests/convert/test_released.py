@@ -1,4 +1,4 @@
-"""The authors' VPD depth checkpoint: in, and out again."""
+"""The authors' depth checkpoints, of VPD and of MetaPrompts: in, and out again."""
 
 import os
 
@@ -20,30 +20,46 @@ def layout(name: str, value: np.ndarray) -> np.ndarray:
   return value.T if value.ndim == 2 and name.endswith(".weight") else value
 
 
-def state_dict(size: str = "tiny") -> dict[str, np.ndarray]:
-  counted = {
-    n: np.asarray(STEP) for n in (e["name"] for e in oracle.manifest("vpd_depth", size)) if n.endswith("tracked")
-  }
-  return oracle.weights("vpd_depth", size) | counted
+def state_dict(size: str = "tiny", setup: str = "vpd_depth") -> dict[str, np.ndarray]:
+  counted = {n: np.asarray(STEP) for n in (e["name"] for e in oracle.manifest(setup, size)) if n.endswith("tracked")}
+  return oracle.weights(setup, size) | counted
+
+
+@pytest.fixture(scope="module", params=["vpd_depth", "meta_prompts_depth"])
+def release(request):
+  """The release's name in released.TABLES."""
+  return request.param
 
 
 @pytest.fixture(scope="module")
-def state():
-  return state_dict()
+def state(release):
+  return state_dict(setup=SETUPS[release])
 
 
 @pytest.fixture(scope="module")
-def targets(state):
-  """Shapes of the tiny model, from the manifest alone: this tests names only through the pairs below."""
+def targets(release, state):
+  return shapes_of(release, state)
+
+
+def shapes_of(release, state):
+  """Shapes of the model, from the manifest alone: this tests names only through the pairs below."""
   shapes = {}
   for name, value in state.items():
-    for rule in released.vpd_depth():
+    for rule in released.TABLES[release]():
       if isinstance(rule, rules.Rule) and (found := rule.to_target(name, value.ndim)):
         shapes[found[0]] = jax.ShapeDtypeStruct(layout(name, value).shape, np.float32)
   return shapes
 
 
-PAIRS = {
+SETUPS = {"vpd_depth": "vpd_depth", "meta_prompts_depth": "meta_depth"}  # names in tests/golden
+HEAD = {
+  "decoder.deconv_layers.0.weight": "head/deconv_layers/0/kernel",
+  "decoder.deconv_layers.1.running_mean": "head/deconv_layers/1/mean",
+  "decoder.conv_layers.0.weight": "head/conv_layers/0/kernel",
+  "decoder.conv_layers.1.running_var": "head/conv_layers/1/var",
+  "last_layer_depth.2.weight": "head/last_layer_depth/2/kernel",
+}
+VPD = {
   "encoder.gamma": "method/gamma",
   "encoder.class_embeddings": "method/class_vectors",
   "encoder.text_adapter.fc.2.weight": "method/text_adapter/fc/2/kernel",
@@ -61,41 +77,58 @@ PAIRS = {
   "encoder.layer1.1.bias": "neck/layer1/1/bias",
   "encoder.layer2.0.weight": "neck/layer2/0/kernel",
   "encoder.out_layer.1.weight": "neck/out_layer/1/scale",
-  "decoder.deconv_layers.0.weight": "head/deconv_layers/0/kernel",
-  "decoder.deconv_layers.1.running_mean": "head/deconv_layers/1/mean",
-  "decoder.conv_layers.0.weight": "head/conv_layers/0/kernel",
-  "decoder.conv_layers.1.running_var": "head/conv_layers/1/var",
-  "last_layer_depth.2.weight": "head/last_layer_depth/2/kernel",
 }
+META_PROMPTS = {
+  "encoder.t1": "method/t/0",
+  "encoder.t3": "method/t/2",
+  "encoder.meta_prompts2": "method/meta_prompts/1",
+  "encoder.text_adapter1.fc.2.weight": "method/text_adapter/0/fc/2/kernel",
+  "encoder.text_adapter3.fc.0.bias": "method/text_adapter/2/fc/0/bias",
+  "encoder.cross_unet_conv2.0.weight": "method/unet/out/0/scale",
+  "encoder.cross_unet_conv2.2.weight": "method/unet/out/2/kernel",
+  "encoder.encoder_vq.post_quant_conv.weight": "method/vae/post_quant_conv/kernel",
+  "encoder.unet.unet.diffusion_model.output_blocks.11.1.norm.weight": "method/unet/output_blocks/11/1/norm/scale",
+  "encoder.layer1.0.weight": "neck/layer1/0/kernel",
+  "encoder.layer2.deconv_layers.0.weight": "neck/layer2/deconv_layers/0/kernel",
+  "encoder.layer3.deconv_layers.4.running_mean": "neck/layer3/deconv_layers/4/mean",
+  "encoder.layer4.conv_layers.0.weight": "neck/layer4/conv_layers/0/kernel",
+  "encoder.layer4.conv_layers.1.running_var": "neck/layer4/conv_layers/1/var",
+  "encoder.out_layer.1.bias": "neck/out_layer/1/bias",
+}
+PAIRS = {"vpd_depth": VPD | HEAD, "meta_prompts_depth": META_PROMPTS | HEAD}
 
 
 @pytest.mark.parametrize("wrap", ["module", "model", "bare"])
-def test_a_release_fills_the_model(tmp_path, state, targets, wrap):
+def test_a_release_fills_the_model(tmp_path, release, state, targets, wrap):
   prefix = "module." if wrap == "module" else ""
   content = {prefix + name: pth.tensor(value) for name, value in state.items()}
   path = pth.write_zip(
     tmp_path / "vpd.pth", content if wrap == "bare" else {"model": content, "optimizer": {"state": {}}}
   )
-  assert load.detect(path) == "released:vpd_depth"
+  assert load.detect(path) == f"released:{release}"
   named, report = load.load_pretrained(path, targets)
   assert named.keys() == targets.keys() and report.fresh == () and report.step == STEP
-  for source, target in PAIRS.items():
+  for source, target in PAIRS[release].items():
     np.testing.assert_array_equal(named[target], layout(source, state[source]), err_msg=source)
 
 
-def test_every_name_of_ours_has_its_own_pair(targets):
-  assert len(targets) == 835  # 839 entries, 4 of them counters
-  assert {name.split("/")[1] for name in targets} == {
-    *("gamma", "class_vectors", "text_adapter", "unet", "vae"),
-    *("layer1", "layer2", "out_layer", "deconv_layers", "conv_layers", "last_layer_depth"),
+def test_every_name_of_ours_has_its_own_pair(release, targets):
+  # 839 entries, 4 of them counters; 912 entries, 13 of them counters and 8 repeated.
+  assert len(targets) == {"vpd_depth": 835, "meta_prompts_depth": 891}[release]
+  method = {
+    "vpd_depth": {"gamma", "class_vectors", "text_adapter"},
+    "meta_prompts_depth": {"t", "meta_prompts", "text_adapter", "layer3", "layer4"},
+  }
+  assert {name.split("/")[1] for name in targets} == method[release] | {
+    *("unet", "vae", "layer1", "layer2", "out_layer", "deconv_layers", "conv_layers", "last_layer_depth"),
   }
 
 
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
-def test_the_export_is_the_release_bit_for_bit(tmp_path, state, targets, ending):
-  table = released.vpd_depth()
+def test_the_export_is_the_release_bit_for_bit(tmp_path, release, state, targets, ending):
+  table = released.TABLES[release]()
   named, _ = rules.convert(state, table, targets)
-  exported = rules.export(named, table, oracle.manifest("vpd_depth"), STEP)
+  exported = rules.export(named, table, released.manifest(targets, table), STEP)
   write.write(tmp_path / f"out{ending}", exported)
   back = files.open_file(tmp_path / f"out{ending}").tensors
   assert list(back) == list(state)
@@ -105,19 +138,60 @@ def test_the_export_is_the_release_bit_for_bit(tmp_path, state, targets, ending)
 
 
 @pytest.mark.parametrize("size", ["tiny", "full"])
-def test_the_table_implies_the_authors_manifest(size):
-  entries, table = oracle.manifest("vpd_depth", size), released.vpd_depth()
-  shapes = {}
-  for entry in entries:
-    value = np.broadcast_to(np.float32(0), entry["shape"])
-    for rule in table:
-      if isinstance(rule, rules.Rule) and (found := rule.to_target(entry["name"], value.ndim)):
-        shapes[found[0]] = jax.ShapeDtypeStruct(layout(entry["name"], value).shape, np.float32)
-  implied = released.manifest(dict(sorted(shapes.items())), table)
-  assert implied == [{key: entry[key] for key in ("name", "shape", "dtype")} for entry in entries]
+def test_the_table_implies_the_authors_manifest(release, size):
+  entries, table = oracle.manifest(SETUPS[release], size), released.TABLES[release]()
+  phantoms = {entry["name"]: np.broadcast_to(np.float32(0), entry["shape"]) for entry in entries}
+  implied = released.manifest(dict(sorted(shapes_of(release, phantoms).items())), table)
+  alias = lambda entry: {"alias_of": entry["alias_of"]} if entry.get("alias_of") else {}
+  assert implied == [{key: entry[key] for key in ("name", "shape", "dtype")} | alias(entry) for entry in entries]
 
 
-def test_a_release_must_fill_everything(tmp_path, state, targets):
+def test_the_shared_block_of_meta_prompts_stands_under_three_names():
+  entries = {e["name"]: e.get("alias_of") for e in oracle.manifest("meta_depth")}
+  state = state_dict(setup="meta_depth")
+  table = released.meta_prompts_depth()
+  named, report = rules.convert(state, table, shapes_of("meta_prompts_depth", state))
+  aliases = {name: origin for name, origin in entries.items() if origin}
+  assert {name.split(".")[1] for name in aliases} == {"cross_unet_conv3", "unet"} and len(aliases) == 8
+  assert {report.dropped[name] for name in aliases} == {"the same module as cross_unet_conv2"}
+  changed = named | {"method/unet/out/2/bias": np.arange(4, dtype=np.float32)}
+  exported = rules.export(changed, table, released.manifest(changed, table), STEP)
+  for name, origin in aliases.items():
+    np.testing.assert_array_equal(exported[name], exported[origin])
+  np.testing.assert_array_equal(exported["encoder.unet.unet.diffusion_model.out.2.bias"], np.arange(4))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_meta_prompts_of_other_numbers_of_steps_have_their_names(steps):
+  """One step has no block between passes."""
+  state = state_dict(setup="meta_depth")
+  table = released.meta_prompts_depth()
+  named, _ = rules.convert(state, table, shapes_of("meta_prompts_depth", state))
+  kept = {
+    n: x
+    for n, x in named.items()
+    if not any(
+      f"/{i}/" in f"{n}/" and "/unet/" not in n
+      for i in range(steps, 3)
+      if n.split("/")[1] in ("t", "meta_prompts", "text_adapter")
+    )
+  }
+  if steps == 4:
+    kept |= {
+      n.replace("/2", "/3", 1): x for n, x in named.items() if n.split("/")[1:3] in (["t", "2"], ["meta_prompts", "2"])
+    }
+  if steps == 1:
+    kept = {n: x for n, x in kept.items() if not n.startswith("method/unet/out/")}
+  exported = rules.export(kept, table, released.manifest(kept, table), STEP)
+  blocks = {name.split(".")[1] for name in exported if "cross_unet_conv" in name}
+  assert blocks == {f"cross_unet_conv{i}" for i in range(2, steps + 1)}
+  back, _ = rules.convert(exported, table, {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in kept.items()})
+  assert all((back[n] == x).all() for n, x in kept.items())
+
+
+def test_a_release_must_fill_everything(tmp_path):
+  state = state_dict()
+  targets = shapes_of("vpd_depth", state)
   partial = {name: pth.tensor(value) for name, value in state.items() if "last_layer" not in name}
   path = pth.write_zip(tmp_path / "vpd.pth", partial | {"decoder.extra.weight": pth.tensor(np.ones(2, np.float32))})
   with pytest.raises(rules.ConversionError) as caught:
@@ -130,14 +204,14 @@ def test_a_release_must_fill_everything(tmp_path, state, targets):
 
 @pytest.mark.reference
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-def test_torch_loads_the_export_strictly(tmp_path, state, targets):
+def test_torch_loads_the_export_strictly(tmp_path, release, state, targets):
   import torch
 
-  table = released.vpd_depth()
+  table = released.TABLES[release]()
   named, _ = rules.convert(state, table, targets)
-  write.write(tmp_path / "out.pth", rules.export(named, table, oracle.manifest("vpd_depth"), STEP))
+  write.write(tmp_path / "out.pth", rules.export(named, table, released.manifest(targets, table), STEP))
   loaded = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
-  module = skeleton(torch, oracle.manifest("vpd_depth"))
+  module = skeleton(torch, oracle.manifest(SETUPS[release]))
   assert list(loaded) == list(module.state_dict()) == list(state)
   module.load_state_dict(loaded, strict=True)
   for name, value in module.state_dict().items():
@@ -147,17 +221,17 @@ def test_torch_loads_the_export_strictly(tmp_path, state, targets):
 @pytest.mark.reference
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("zipped", [True, False])
-def test_files_of_torch_itself_are_read(tmp_path, state, targets, zipped):
+def test_files_of_torch_itself_are_read(tmp_path, release, state, targets, zipped):
   import torch
 
-  module = skeleton(torch, oracle.manifest("vpd_depth"))
+  module = skeleton(torch, oracle.manifest(SETUPS[release]))
   module.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in state.items()})
   optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
   content = {"model": {f"module.{n}": v for n, v in module.state_dict().items()}, "optimizer": optimizer.state_dict()}
   content |= {"args": _Arguments(), "rng": torch.get_rng_state(), "device": torch.device("cpu"), "dtype": torch.float16}
   torch.save(content, tmp_path / "last.ckpt", _use_new_zipfile_serialization=zipped)
   named, _ = load.load_pretrained(tmp_path / "last.ckpt", targets)
-  for source, target in PAIRS.items():
+  for source, target in PAIRS[release].items():
     np.testing.assert_array_equal(named[target], layout(source, state[source]), err_msg=source)
 
 
@@ -186,4 +260,8 @@ def skeleton(torch, entries):
       module.register_buffer(leaf, value)
     else:
       module.register_parameter(leaf, torch.nn.Parameter(value))
+    # One tensor under several names, as a module that is registered several times has it.
+    if entry.get("alias_of"):
+      owner, _, last = entry["alias_of"].rpartition(".")
+      setattr(module, leaf, getattr(root.get_submodule(owner), last))
   return root

@@ -132,7 +132,7 @@ NAMES = [
 
 
 def test_blocks_of_diffusers_get_the_numbers_of_compvis():
-  table = stable_diffusion.diffusers(NAMES, ["method/unet/out/0/scale"])
+  table = stable_diffusion.diffusers(NAMES, ["method/unet/out/0/scale", "method/unet/time_embed/0/kernel"])
   for source, target in BLOCKS.items():
     found = {
       match[0] for rule in table if isinstance(rule, rules.Rule) and (match := rule.to_target(f"{source}.bias", 1))

@@ -1,6 +1,7 @@
 """The files foreign weights come in, as {name: tensor}; names, shapes and dtypes at once, numbers when asked for.
 
-A diffusers folder (one sub-folder per network), a single .safetensors, a CompVis .ckpt, an authors' .pth.
+A diffusers folder (one sub-folder per network) of PyTorch or Flax, a single .safetensors, a CompVis .ckpt, an authors'
+.pth.
 """
 
 import hashlib
@@ -8,12 +9,14 @@ import json
 import math
 import pathlib
 import struct
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
-from vpd_jax.convert import pickles
+from vpd_jax.convert import flax_folder, pickles
 from vpd_jax.convert.raw import RawTensor, contiguous
 
 SAFETENSORS = {
@@ -35,8 +38,9 @@ SAFETENSORS = {
 }
 WRAPPERS = ("state_dict", "model")
 # What a folder of diffusers or transformers may call its weights, in order of preference.
-STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-SUFFIXES = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "diffusion_flax_model", "flax_model")
+SUFFIXES = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin", ".msgpack")
+INDEX = ".index.json"  # Behind the name of a file that is divided into shards.
 NOT_WEIGHTS = {
   b"version https://git-lfs": "a git-lfs pointer; run 'git lfs pull' beside it",
   b"<": "a web page, left by a failed download; fetch the file again",
@@ -47,7 +51,7 @@ class Weights(NamedTuple):
   """What a source holds.
 
   Attributes:
-    tensors: by their own names, `module.` in front of all of them removed.
+    tensors: by their own names, `module.` in front of all of them removed; those of Flax by PyTorch's names.
     files: the files they lie in.
     others: entries beside the tensors that are none, with what they are.
   """
@@ -73,6 +77,9 @@ def open_file(path: str | pathlib.Path) -> Weights:
   if head[:2] in (b"PK", b"\x80\x02"):
     tensors, others = _unwrap(pickles.read(path), path)
     return Weights(_without_module(tensors), (path,), others)
+  if head[:1] and head[0] in flax_folder.STARTS:
+    tensors, others = flax_folder.read(path)
+    return Weights(tensors, (path,), others)
   if not head:
     raise ValueError(f"{path} is an empty file; fetch it again.")
   for start, what in NOT_WEIGHTS.items():
@@ -117,21 +124,31 @@ def sha256(path: str | pathlib.Path) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_name(names: Collection[str]) -> str | None:
+  """Which file of a network's folder holds its weights, or the index of their shards; None where none does."""
+  known = (stem + suffix + end for suffix in SUFFIXES for stem in STEMS for end in ("", INDEX))
+  return next((name for name in known if name in names), None)
+
+
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
   """The file of weights of one network, or its shards."""
-  for suffix in SUFFIXES:
-    for stem in STEMS:
-      if (folder / (stem + suffix)).is_file():
-        return [folder / (stem + suffix)]
-      index = folder / f"{stem}{suffix}.index.json"
-      if index.is_file():
-        return [folder / shard for shard in _shards(index)]
-  held = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "nothing: it does not exist"
-  raise ValueError(f"{folder} holds no PyTorch weights ({held}); complete it with diffusion_pytorch_model.safetensors.")
+  held = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+  name = weights_name(held)
+  if name is None:
+    found = held if folder.is_dir() else "nothing: it does not exist"
+    raise ValueError(
+      f"{folder} holds no weights ({found}); complete it with a {STEMS[0]}{SUFFIXES[0]} or one of the other files "
+      "that diffusers saves."
+    )
+  return [folder / shard for shard in shards(folder / name)] if name.endswith(INDEX) else [folder / name]
 
 
-def _shards(index: pathlib.Path) -> list[str]:
-  """File names in the index of a divided file of weights."""
+def shards(index: epath.Path | pathlib.Path) -> list[str]:
+  """File names in the index of a divided file of weights.
+
+  Raises:
+    ValueError: a damaged index; one line.
+  """
   try:
     return sorted(set(json.loads(index.read_text())["weight_map"].values()))
   except (ValueError, KeyError, TypeError, AttributeError) as error:

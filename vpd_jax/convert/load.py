@@ -1,5 +1,7 @@
 """Weights from anywhere: `config.init.pretrained` -> {name: array}; and our own converted directory.
 
+Where a source may lie (local, hub, bucket) is the matter of fetch.py, the forms of files that of files.py.
+
 A converted directory holds `arrays/<part>` (orbax) and `manifest.json`: where they came from and what was done.
 """
 
@@ -14,14 +16,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from vpd_jax.convert import clip, files, released, stable_diffusion
-from vpd_jax.convert.rules import COUNTER, Report, Same, convert
+from vpd_jax.convert import clip, fetch, files, released, stable_diffusion
+from vpd_jax.convert.rules import COUNTER, ConversionError, Report, Same, convert
 
 KINDS = ("diffusers", "compvis", *(f"released:{name}" for name in released.TABLES), "ours")
 ACCEPTED = (
-  "a diffusers folder (unet/ and vae/), a CompVis .ckpt or .safetensors, the authors' .pth, "
-  "or a directory written by scripts/convert_checkpoint.py"
+  "a diffusers folder (unet/ and vae/), a CompVis .ckpt or .safetensors, the authors' .pth, a directory written by "
+  "scripts/convert_checkpoint.py, or a hub id (org/name@revision)"
 )
+NETWORKS = ("unet", "vae")  # Of a diffusers folder, what perception is built on.
 # Arrays that no Stable Diffusion source holds.
 OUTSIDE_SD = (r"^/(?!method/(unet|vae)/)",)
 PACKAGES = ("vpd_jax", "jax", "numpy", "orbax-checkpoint", "ml_dtypes")
@@ -66,7 +69,10 @@ def load_pretrained(
     rules = stable_diffusion.compvis(targets)
   else:
     rules = stable_diffusion.diffusers(weights.tensors, targets)
-  named, report = convert(weights.tensors, rules, targets, fresh=fresh, table=kind)
+  try:
+    named, report = convert(weights.tensors, rules, targets, fresh=fresh, table=kind)
+  except ConversionError as error:
+    raise ConversionError(f"{path}: {error}; give weights of the network that the config describes.") from error
   counts = [int(np.asarray(tensor)) for name, tensor in weights.tensors.items() if name.endswith(f".{COUNTER}")]
   return named, dataclasses.replace(_with_others(report, weights), step=max(counts, default=0))
 
@@ -75,13 +81,13 @@ def load_text_encoder(path: str | epath.PathLike, targets: Mapping[str, Any]) ->
   """CLIP's text encoder out of a diffusers folder, a folder of its own, a CompVis file or a single file.
 
   Args:
-    path: the source.
+    path: the source; on the hub or in a bucket a folder must be a diffusers folder.
     targets: shape and dtype by name of every array of the encoder.
 
   Raises:
     ValueError: as `load_pretrained`; also a source without a text encoder.
   """
-  folder = pathlib.Path(path)
+  folder = fetch.local(path, ("text_encoder",))
   if folder.is_dir():
     inner = folder / "text_encoder"
     weights = files.open_folder(inner if inner.is_dir() else folder, ("",))
@@ -100,7 +106,7 @@ def source_files(path: str | epath.PathLike) -> dict[str, str]:
   kind, weights = _open(path)
   if weights is None:
     return manifest(path)["files"]
-  root = pathlib.Path(path) if kind == "diffusers" else pathlib.Path(path).parent
+  root = weights.files[0].parents[1 if kind == "diffusers" else 0]
   return {file.relative_to(root).as_posix(): files.sha256(file) for file in weights.files}
 
 
@@ -148,7 +154,7 @@ def manifest(path: str | epath.PathLike) -> dict[str, Any]:
   Raises:
     ValueError: where it is not one of ours.
   """
-  file = epath.Path(path) / "manifest.json"
+  file = _absolute(path) / "manifest.json"
   try:
     content = json.loads(file.read_text())
     return content | {"table": str(content["table"]), "step": int(content["step"])}
@@ -158,16 +164,17 @@ def manifest(path: str | epath.PathLike) -> dict[str, Any]:
 
 def _open(path: str | epath.PathLike) -> tuple[str, files.Weights | None]:
   """(kind, tensors) of a source, nothing read yet; None for a directory of ours."""
-  folder = epath.Path(path)
-  if not folder.exists():
-    raise ValueError(f"weights {str(path)!r} does not exist; give {ACCEPTED}.")
-  if (folder / "manifest.json").exists() and (folder / "arrays").is_dir():
+  there = fetch.bucket(str(path)) if fetch.in_bucket(path) else _absolute(path)
+  if (there / "manifest.json").exists() and (there / "arrays").is_dir():
     return "ours", None
-  if (folder / "unet").is_dir() and (folder / "vae").is_dir():
-    return "diffusers", files.open_folder(path, ("unet", "vae"))
-  if folder.is_dir():
+  found = fetch.local(path, NETWORKS)
+  if not found.exists():
+    raise ValueError(f"weights {str(path)!r} does not exist; give {ACCEPTED}.")
+  if all((found / part).is_dir() for part in NETWORKS):
+    return "diffusers", files.open_folder(found, NETWORKS)
+  if found.is_dir():
     raise ValueError(f"weights {str(path)!r} is a folder without unet/ and vae/; give {ACCEPTED}.")
-  weights = files.open_file(path)
+  weights = files.open_file(found)
   signs = {sign: f"released:{name}" for name, sign in released.SIGNS.items()} | {"model.diffusion_model.": "compvis"}
   for sign, kind in signs.items():
     if any(name.startswith(sign) for name in weights.tensors):

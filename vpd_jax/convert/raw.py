@@ -36,6 +36,11 @@ class RawTensor:
       return 0
     return 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
 
+  def transpose(self, axes: tuple[int, ...]) -> "RawTensor":
+    """The same numbers with the axes in another order, as numpy does it."""
+    shape, strides = (tuple(sizes[axis] for axis in axes) for sizes in (self.shape, self.strides))
+    return dataclasses.replace(self, shape=shape, strides=strides)
+
   def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
     size = self.extent * self.dtype.itemsize
     flat = np.fromfile(self.path, np.uint8, count=size, offset=self.offset)

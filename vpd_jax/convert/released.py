@@ -1,12 +1,42 @@
 """The authors' fine-tuned checkpoints: Stable Diffusion's table under a prefix, plus adapter, neck and head."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from vpd_jax.convert import stable_diffusion
-from vpd_jax.convert.rules import BATCH_NORM, COUNTER, Drop, Rule, bias, conv, deconv, drop, norm, plain, to_source
+from vpd_jax.convert.rules import (
+  BATCH_NORM,
+  COUNTER,
+  LAYER,
+  Drop,
+  Rule,
+  bias,
+  conv,
+  deconv,
+  drop,
+  norm,
+  plain,
+  to_source,
+)
+
+_UNET = "encoder.unet.unet.diffusion_model"
+_LAST_BLOCK = "encoder.cross_unet_conv2"  # of MetaPrompts' UNet: its first name
+MOST_STEPS = 9  # of refinement; each has rules of its own
+
+
+def _raised(source: str, target: str) -> list[Rule]:
+  """Transposed convolutions and the convolutions after them, both with batch normalisation."""
+  return [
+    Rule(f"{source}.deconv_layers", f"{target}/deconv_layers", (deconv, norm, bias, *BATCH_NORM)),
+    Rule(f"{source}.conv_layers", f"{target}/conv_layers", (conv, norm, bias, *BATCH_NORM)),
+  ]
+
+
+def _depth_head() -> list[Rule]:
+  return [*_raised("decoder", "head"), Rule("last_layer_depth", "head/last_layer_depth")]
 
 
 def vpd_depth() -> list[Rule | Drop]:
@@ -18,23 +48,52 @@ def vpd_depth() -> list[Rule | Drop]:
     Rule("encoder.layer2", "neck/layer2"),
     Rule("encoder.out_layer", "neck/out_layer"),
     *stable_diffusion.first_stage("encoder.encoder_vq"),
-    *stable_diffusion.unet("encoder.unet.unet.diffusion_model", out=False),
+    *stable_diffusion.unet(_UNET, out=False),
     Rule("encoder.text_adapter", "method/text_adapter"),
-    Rule("decoder.deconv_layers", "head/deconv_layers", (deconv, norm, bias, *BATCH_NORM)),
-    Rule("decoder.conv_layers", "head/conv_layers", (conv, norm, bias, *BATCH_NORM)),
-    Rule("last_layer_depth", "head/last_layer_depth"),
+    *_depth_head(),
     drop(rf".*\.{COUNTER}", "our state counts the steps once"),
   ]
 
 
-TABLES = {"vpd_depth": vpd_depth}
-# A prefix that only this release has.
-SIGNS = {"vpd_depth": "encoder.unet.unet.diffusion_model."}
+def meta_prompts_depth() -> list[Rule | Drop]:
+  """MetaPrompts on NYU Depth v2 and KITTI. Source: MetaPrompts depth/models_depth/model.py, class VPDDepth.
+
+  The steps are numbered from 1, and their parts may be absent from the second on. The UNet's last block is one module
+  with several names: "cross_unet_conv2", under which it is registered first, is the one that is read and that its
+  gradients have; an export repeats it, see `manifest`.
+  """
+  steps = [
+    Rule(f"encoder.{name}{i}", f"method/{name}/{i - 1}", leaves, optional=i > 1)
+    for i in range(1, MOST_STEPS + 1)
+    for name, leaves in (("t", (plain,)), ("meta_prompts", (plain,)), ("text_adapter", LAYER))
+  ]
+  repeated = "the same module as cross_unet_conv2"
+  return [
+    *steps,
+    Rule("encoder.layer1", "neck/layer1"),
+    *(rule for name in ("layer2", "layer3", "layer4") for rule in _raised(f"encoder.{name}", f"neck/{name}")),
+    Rule("encoder.out_layer", "neck/out_layer"),
+    *stable_diffusion.first_stage("encoder.encoder_vq"),
+    *(Rule(f"{_UNET}.{part}", f"method/unet/{part}") for part in ("input_blocks", "middle_block", "output_blocks")),
+    Rule(_LAST_BLOCK, "method/unet/out", optional=True),
+    drop(r"encoder\.cross_unet_conv([3-9]|[1-9]\d+)\..*", repeated, optional=True),
+    drop(rf"{re.escape(_UNET)}\.out\..*", repeated, optional=True),
+    *_depth_head(),
+    drop(rf".*\.{COUNTER}", "our state counts the steps once"),
+  ]
+
+
+TABLES = {"meta_prompts_depth": meta_prompts_depth, "vpd_depth": vpd_depth}
+# A prefix by which a release is known; the first that is found decides.
+SIGNS = {"meta_prompts_depth": "encoder.meta_prompts1", "vpd_depth": f"{_UNET}."}
 
 # The order in which the authors' modules register their children, one list for all modules: no two of them disagree.
 _ORDER = (
   "encoder decoder last_layer_depth "
-  "gamma class_embeddings layer1 layer2 out_layer encoder_vq unet text_adapter "
+  + "".join(f"t{i} meta_prompts{i} " for i in range(1, MOST_STEPS + 1))
+  + "gamma class_embeddings layer1 layer2 layer3 layer4 out_layer text_adapter1 "
+  + "".join(f"cross_unet_conv{i} text_adapter{i} " for i in range(2, MOST_STEPS + 1))
+  + "encoder_vq unet text_adapter "
   "conv_in down mid norm_out conv_out quant_conv post_quant_conv "
   "block attn downsample block_1 attn_1 block_2 "
   "time_embed input_blocks middle_block output_blocks out "
@@ -53,13 +112,21 @@ def manifest(shapes: Mapping[str, Any], rules: list[Rule | Drop]) -> list[dict[s
   Args:
     shapes: all arrays of the model by our names; anything with `.shape`.
     rules: the table.
+
+  Returns:
+    The entries; one that repeats another has its name as {alias_of}.
   """
   phantoms = {name: np.broadcast_to(np.float32(0), tuple(value.shape)) for name, value in shapes.items()}
-  entries = {name: ("float32", list(array.shape)) for name, array in to_source(phantoms, rules).items()}
+  entries = {
+    name: {"shape": list(array.shape), "dtype": "float32"} for name, array in to_source(phantoms, rules).items()
+  }
   for name in [name for name in entries if name.endswith(".running_var")]:
-    entries[f"{name.removesuffix('running_var')}{COUNTER}"] = ("int64", [])
-  ordered = sorted(entries, key=_place)
-  return [{"name": name, "shape": entries[name][1], "dtype": entries[name][0]} for name in ordered]
+    entries[f"{name.removesuffix('running_var')}{COUNTER}"] = {"shape": [], "dtype": "int64"}
+  steps = sum(f"encoder.t{i}" in entries or f"encoder.meta_prompts{i}" in entries for i in range(1, MOST_STEPS + 1))
+  others = (*(f"encoder.cross_unet_conv{i}" for i in range(3, steps + 1)), f"{_UNET}.out")
+  for name in [name for name in entries if name.startswith(f"{_LAST_BLOCK}.")]:
+    entries |= {name.replace(_LAST_BLOCK, other): entries[name] | {"alias_of": name} for other in others}
+  return [{"name": name, **entries[name]} for name in sorted(entries, key=_place)]
 
 
 def _place(name: str) -> list[tuple[int, int]]:

@@ -4,25 +4,28 @@ Our names are CompVis' own, so its table is four prefixes. diffusers numbers blo
 count through all levels, hence the loops.
 """
 
-import pathlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vpd_jax.convert import files
+from etils import epath
+
+from vpd_jax.convert import fetch, files
 from vpd_jax.convert.rules import Drop, Rule, bias, conv, drop, linear_as_conv
 
 DECODER = "the VAE's decoder is not used"
-UNET_PARTS = ("time_embed", "input_blocks", "middle_block", "output_blocks")
+NOT_IN_ALL = {"time_embed": "the model learns its time vectors", "out": "the model ends at the features"}
+UNET_PARTS = ("time_embed", "input_blocks", "middle_block", "output_blocks", "out")
 SCHEDULE = (
   r"(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|betas|posterior_\w+"
   r"|lvlb_weights|logvar|scale_factor"
 )
 
 
-def unet(source: str, *, out: bool) -> list[Rule]:
-  """CompVis names below `source`; `out`: with the last convolution, which predicts the noise."""
-  return [Rule(f"{source}.{part}", f"method/unet/{part}") for part in (*UNET_PARTS, *(("out",) if out else ()))]
+def unet(source: str, *, time_embed: bool = True, out: bool) -> list[Rule]:
+  """CompVis names below `source`, with the layers for the timestep and the last block where a model has them."""
+  held = {"time_embed": time_embed, "out": out}
+  return [Rule(f"{source}.{part}", f"method/unet/{part}") for part in UNET_PARTS if held.get(part, True)]
 
 
 def first_stage(source: str) -> list[Rule]:
@@ -32,12 +35,15 @@ def first_stage(source: str) -> list[Rule]:
 
 def compvis(targets: Iterable[str]) -> list[Rule | Drop]:
   """Table of a single file, e.g. v1-5-pruned-emaonly.ckpt."""
-  out = _has_out(targets)
-  why_not_out = "the model ends at the features"
+  held = {part: _has(part, targets) for part in NOT_IN_ALL}
   return [
-    *unet("model.diffusion_model", out=out),
+    *unet("model.diffusion_model", **held),
     *first_stage("first_stage_model"),
-    *([] if out else [drop(r"model\.diffusion_model\.out\..*", why_not_out, optional=True)]),
+    *(
+      drop(rf"model\.diffusion_model\.{part}\..*", why, optional=True)
+      for part, why in NOT_IN_ALL.items()
+      if not held[part]
+    ),
     drop(r"first_stage_model\.decoder\..*", DECODER, optional=True),
     drop(r"first_stage_model\.loss\..*", "the VAE is not trained", optional=True),
     drop(r"model_ema\..*", "the plain weights are used", optional=True),
@@ -49,21 +55,26 @@ def compvis(targets: Iterable[str]) -> list[Rule | Drop]:
 def diffusers(source: Iterable[str], targets: Iterable[str]) -> list[Rule | Drop]:
   """Table of a folder's unet/ and vae/, whose numbers of levels and blocks are read off the names."""
   names = list(source)
-  why_not_out = "the model ends at the features"
+  words = {
+    "time_embed": {"time_embedding.linear_1": "0", "time_embedding.linear_2": "2"},
+    "out": {"conv_norm_out": "0", "conv_out": "2"},
+  }
   return [
     *_diffusers_unet(names),
     *_diffusers_vae(names),
     *(
-      [Rule("unet.conv_norm_out", "method/unet/out/0"), Rule("unet.conv_out", "method/unet/out/2")]
-      if _has_out(targets)
-      else [drop(r"unet\.(conv_norm_out|conv_out)\..*", why_not_out, optional=True)]
+      Rule(f"unet.{old}", f"method/unet/{part}/{new}")
+      if _has(part, targets)
+      else drop(rf"unet\.{re.escape(old)}\..*", NOT_IN_ALL[part], optional=True)
+      for part, pairs in words.items()
+      for old, new in pairs.items()
     ),
     drop(r"vae\.decoder\..*", DECODER, optional=True),
   ]
 
 
-def _has_out(targets: Iterable[str]) -> bool:
-  return any(name.startswith("method/unet/out/") for name in targets)
+def _has(part: str, targets: Iterable[str]) -> bool:
+  return any(name.startswith(f"method/unet/{part}/") for name in targets)
 
 
 def _count(names: list[str], pattern: str) -> int:
@@ -87,8 +98,6 @@ def _diffusers_unet(names: list[str]) -> list[Rule]:
     _count(names, r"unet\.down_blocks\.0\.resnets\.(\d+)\."),
   )
   rules = [
-    Rule("unet.time_embedding.linear_1", "method/unet/time_embed/0"),
-    Rule("unet.time_embedding.linear_2", "method/unet/time_embed/2"),
     Rule("unet.conv_in", "method/unet/input_blocks/0/0"),
     *_residual("unet.mid_block.resnets.0", "method/unet/middle_block/0"),
     Rule("unet.mid_block.attentions.0", "method/unet/middle_block/1"),
@@ -140,8 +149,11 @@ def _diffusers_vae(names: list[str]) -> list[Rule]:
   return rules + [Rule(f"{source}.{old}", f"{target}/{new}", attention, optional=True) for old, new in words.items()]
 
 
-def sizes(path: str | pathlib.Path) -> dict[str, dict[str, Any]] | None:
+def sizes(path: str | epath.PathLike) -> dict[str, dict[str, Any]] | None:
   """Sizes of the three networks, from the config files of a diffusers folder; None for a single file.
+
+  Args:
+    path: any source of weights, see fetch.py. Flax folders and those of PyTorch have the same config files.
 
   Returns:
     {"unet": ..., "vae": ..., "text": ...}: keyword arguments of UNetSizes, VaeSizes and TextSizes. A network whose
@@ -150,7 +162,7 @@ def sizes(path: str | pathlib.Path) -> dict[str, dict[str, Any]] | None:
   Raises:
     ValueError: a config that cannot be read, or asks for what our networks do not do; one line.
   """
-  path = pathlib.Path(path)
+  path = fetch.local(path)
   if not path.is_dir():
     return None
   readers = {"unet": ("unet", _unet_sizes), "vae": ("vae", _vae_sizes), "text": ("text_encoder", _text_sizes)}

@@ -1,0 +1,124 @@
+"""Sentences to the token ids of CLIP's text encoder, on the host, before training."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from vpd_jax.convert import fetch
+
+FILES = ("vocab.json", "merges.txt")
+CHARACTERS = "characters"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenize:
+  """Sentences to token ids; looks for a tokenizer only when it is called: evaluation needs none.
+
+  Attributes:
+    sources: where one may lie, the first that holds one counts; or "characters", for trying without any file.
+    vocabulary, length: rows of the text encoder's two tables.
+  """
+
+  sources: tuple[str, ...]
+  vocabulary: int
+  length: int
+
+  def __call__(self, sentences: Sequence[str]) -> np.ndarray:
+    """int32 [len(sentences), length].
+
+    Raises:
+      ValueError: no tokenizer there, or not that of the text encoder; one line.
+    """
+    return _tokens(self, tuple(sentences))
+
+
+@functools.lru_cache(maxsize=8)
+def _tokens(how: Tokenize, sentences: tuple[str, ...]) -> np.ndarray:
+  if CHARACTERS in how.sources:
+    return characters(sentences, vocabulary=how.vocabulary, length=how.length)
+  given = [source for source in how.sources if source]
+  holding = next((source for source in given if holds(source)), None)
+  if holding is None:
+    raise ValueError(
+      f"there is no tokenizer in {given}; set config.method.tokenizer to a folder with {' and '.join(FILES)}, or to "
+      f"{CHARACTERS!r} for trying with a random text encoder."
+    )
+  return tokenize(sentences, load(holding), vocabulary=how.vocabulary, length=how.length)
+
+
+def holds(source: str | epath.PathLike) -> bool:
+  """Whether a source of weights brings a tokenizer."""
+  folder = fetch.local(source, (fetch.TOKENIZER,))
+  return any(all((place / name).is_file() for name in FILES) for place in (folder / fetch.TOKENIZER, folder))
+
+
+def load(source: str | epath.PathLike) -> Any:
+  """CLIP's tokenizer (transformers) from the `tokenizer` below a diffusers folder, or from a folder itself.
+
+  Args:
+    source: local, a hub id, or in a bucket.
+
+  Raises:
+    ValueError: files missing or damaged; one line.
+  """
+  folder = fetch.local(source, (fetch.TOKENIZER,))
+  folder = folder / fetch.TOKENIZER if (folder / fetch.TOKENIZER).is_dir() else folder
+  missing = [name for name in FILES if not (folder / name).is_file()]
+  if missing:
+    raise ValueError(
+      f"{folder} holds no CLIP tokenizer: {' and '.join(missing)} missing; give a folder that holds them."
+    )
+  return _read(folder)
+
+
+def _read(folder: pathlib.Path) -> Any:
+  from transformers import CLIPTokenizer  # Slow to import, and only needed here.
+
+  try:
+    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+  except Exception as error:  # A damaged vocabulary can fail anywhere.
+    reason = " ".join(str(error).split())
+    raise ValueError(f"the tokenizer in {folder} cannot be read ({reason}); fetch its files again.") from error
+
+
+def tokenize(sentences: Sequence[str], tokenizer: Any, *, vocabulary: int, length: int) -> np.ndarray:
+  """Token ids, checked against what the encoder can look up and where it finds the end.
+
+  Args:
+    sentences: texts; longer ones are cut.
+    tokenizer: transformers' CLIPTokenizer.
+    vocabulary: rows of the encoder's table of tokens.
+    length: tokens a sentence is padded or cut to.
+
+  Returns:
+    int32 [sentences, length].
+
+  Raises:
+    ValueError: a tokenizer of another model than the encoder's.
+  """
+  tokens = tokenizer(list(sentences), padding="max_length", truncation=True, max_length=length)["input_ids"]
+  tokens = np.asarray(tokens, np.int32)
+  if tokens.max() >= vocabulary:
+    raise ValueError(
+      f"the tokenizer gives id {tokens.max()}, the text encoder knows {vocabulary}; take both of one model."
+    )
+  if (tokens.max(axis=1) != tokenizer.eos_token_id).any():
+    raise ValueError(
+      f"the tokenizer's end of text, id {tokenizer.eos_token_id}, is not the largest id of every text, by which CLIP "
+      "finds it; take the tokenizer of the text encoder's model."
+    )
+  return tokens
+
+
+def characters(sentences: Sequence[str], *, vocabulary: int, length: int) -> np.ndarray:
+  """Stand-in for a tokenizer: an id per character, begin and end the two largest ids; int32 [sentences, length]."""
+  result = np.full((len(sentences), length), vocabulary - 1, np.int32)
+  for row, sentence in zip(result, sentences, strict=True):
+    ids = [ord(character) % (vocabulary - 2) for character in sentence[: length - 2]]
+    row[: len(ids) + 1] = [vocabulary - 2, *ids]
+  return result
