@@ -13,15 +13,17 @@ import ml_collections
 
 from vpd_jax import config_file, presets
 
+METHODS = {"vpd": presets.vpd_depth, "meta_prompts": presets.meta_prompts_depth, "iedp": presets.iedp_depth}
+
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = config_file.words(argument, task=("depth",), method=("vpd",), size=("tiny", "full"))
+  words = config_file.words(argument, task=("depth",), method=tuple(METHODS), size=("tiny", "full"))
   tiny = words["size"] == "tiny"
   steps = 400
   config = ml_collections.ConfigDict(presets.run(num_steps=steps, log_every=20, eval_every=steps, save_every=100))
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
-  config.update(presets.vpd_depth(tiny=tiny, head_init="fan_in"))
+  config.update(METHODS[words["method"]](tiny=tiny, head_init="fan_in"))
   config.task = {"name": "depth", "max_depth": 10.0, "min_depth": 1e-3, "eval_crop": "none", "variance_focus": 0.5}
   config.data = {
     "name": "rooms",
@@ -33,8 +35,11 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     "seed": 0,
     "cut_depth": "off",
     "colour": False,
+    "format": "files",  # nothing on disk: drawn when asked for; "tfds": prepared shards in `root`
+    "root": "",
     "batch_size": 6,
     "workers": 0,
+    "on_bad_record": "stop",
   }
   config.optim = presets.adamw(
     lr=1e-3,

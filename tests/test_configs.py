@@ -9,7 +9,12 @@ from tests import tiny
 from vpd_jax import assemble, config_file, evaluate, train
 
 # configs/<file>: words of its argument. A config that is not listed fails the first test.
-SHIPPED = {"nyu_depth": ("vpd", "vpd,tiny"), "rooms": ("depth,vpd,full", "depth,vpd,tiny")}
+SHIPPED = {
+  "nyu_depth": ("vpd", "vpd,tiny"),
+  "kitti_depth": ("vpd", "vpd,tiny", "meta_prompts,tiny", "iedp,tiny"),
+  "my_depth": ("vpd,tiny", "meta_prompts,tiny", "iedp,tiny"),
+  "rooms": ("depth,vpd,full", "depth,vpd,tiny"),
+}
 STRINGS = [f"configs/{name}.py:{words}" for name, arguments in SHIPPED.items() for words in arguments]
 QUICK = {"xla_backend_optimization_level": 0}
 

@@ -9,13 +9,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vpd_jax.data import pipeline
+from vpd_jax.data import pipeline, records
 
 KEYS = ("index", "position", "noise", "image")
 
 
 class Squares:
-  """A data set of small arrays; the record `bad` cannot be read."""
+  """A data set of small arrays; the record `bad`, or those in the tuple, cannot be read."""
 
   provides = frozenset(KEYS)
   classes = ()
@@ -41,7 +41,7 @@ class Records:
     return self.records
 
   def __getitem__(self, index):
-    if index == self.bad:
+    if index in (self.bad if isinstance(self.bad, tuple) else (self.bad,)):
       raise ValueError(f"folder/file_{index}.png is truncated.")
     return {"image": np.full((40, 50, 3), index, np.uint8), "index": np.asarray(index, np.int32)}
 
@@ -119,6 +119,73 @@ def test_the_error_of_a_bad_record_reaches_the_main_process():
     iterator.close()
 
 
+def skipping(count, bad, **options):
+  """Batches of ten records in spite of bad ones, their iterator closed, and what it has counted."""
+  options = {"batch_size": 6, "seed": 3, "keys": KEYS, "on_bad_record": "skip", **options}
+  iterator = pipeline.train_batches(Squares(10, bad), **options)
+  batches = [next(iterator) for _ in range(count)]
+  iterator.close()
+  return batches, iterator.skipped
+
+
+def test_a_bad_record_is_replaced_by_the_next_readable_one_and_nothing_else_changes(capsys):
+  expected = take(10)
+  batches, skipped = skipping(10, bad=(4, 5, 9))
+  replaced = 0
+  for batch, whole in zip(batches, expected, strict=True):
+    assert set(batch) == set(KEYS)
+    index = whole["index"]
+    replaced += np.isin(index, (4, 5, 9)).sum()
+    np.testing.assert_array_equal(batch["index"], np.select([index == 4, index == 5, index == 9], [6, 6, 0], index))
+    for key in ("position", "noise"):
+      np.testing.assert_array_equal(batch[key], whole[key])
+  assert skipped == replaced == 3 * 6  # three in each of six epochs
+  lines = capsys.readouterr().err.splitlines()
+  assert sorted(lines) == [
+    f"left out, the next record takes its place: folder/file_{bad}.png is truncated." for bad in (4, 5, 9)
+  ]
+
+
+def test_which_records_are_skipped_depends_on_the_files_only(capsys):
+  expected, _ = skipping(6, bad=(4, 5))
+  for options in (dict(workers=2), dict(start_step=3)):
+    start = options.get("start_step", 0)
+    assert_same(skipping(6 - start, bad=(4, 5), **options)[0], expected[start:])
+  halves = [skipping(6, bad=(4, 5), process_index=i, process_count=2) for i in range(2)]
+  joined = [{key: np.concatenate([half[0][step][key] for half in halves]) for key in KEYS} for step in range(6)]
+  assert_same(joined, expected)
+  assert halves[0][1] + halves[1][1] == skipping(6, bad=(4, 5), workers=1)[1] > 0
+  assert_same(take(6), skipping(6, bad=None)[0])
+  assert "file_4.png" in capsys.readouterr().err
+
+
+def test_too_many_bad_records_in_a_row_stop_all_the_same():
+  with pytest.raises(ValueError, match=r"^10 records in a row cannot be read, the first: folder/file_\d\.png is trunc"):
+    skipping(1, bad=tuple(range(10)))
+  with pytest.raises(ValueError, match=r"^11 records in a row cannot be read"):
+    records.Readable(Records(100, tuple(range(20, 40))))[25]
+  assert records.Readable(Records(100, tuple(range(20, 30))))[20]["index"] == 30
+  with pytest.raises(ValueError, match=r"^on_bad_record='ignore' is unknown; choose one of \('stop', 'skip'\)\.$"):
+    skipping(1, bad=None, on_bad_record="ignore")
+
+
+def test_a_bad_record_always_stops_an_evaluation():
+  with pytest.raises(ValueError, match=r"folder/file_7\.png is truncated"):
+    list(pipeline.eval_batches(Squares(10, bad=7), batch_size=4, keys=("index",)))
+
+
+def test_prefetch_counts_what_the_batches_it_has_given_left_out(capsys):
+  iterator = pipeline.train_batches(Squares(10, 4), batch_size=10, seed=0, keys=("index",), on_bad_record="skip")
+  ahead = pipeline.prefetch(iterator, replicated())
+  counts = []
+  for _ in range(4):
+    next(ahead)
+    counts.append(ahead.skipped)
+  ahead.close()
+  assert counts == [1, 2, 3, 4]
+  assert capsys.readouterr().err.count("file_4.png") == 1
+
+
 @pytest.mark.parametrize(("records", "processes"), [(7, 1), (8, 2), (9, 2), (1, 4)])
 def test_evaluation_visits_every_record_once_in_order(records, processes):
   parts = [
@@ -184,6 +251,10 @@ def sharding():
   devices = np.array(jax.devices())
   mesh = jax.sharding.Mesh(devices.reshape(-1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
   return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def replicated():
+  return NamedSharding(sharding().mesh, P())
 
 
 def test_to_mesh_keeps_values_and_splits_the_first_axis():

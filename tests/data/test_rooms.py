@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
-from vpd_jax.data import nyu, room_figure, room_render, room_scene, rooms
+from vpd_jax.data import builders, nyu, room_figure, room_render, room_scene, rooms
 from vpd_jax.tasks import baselines
 
 SIZE = (48, 64)
@@ -47,6 +47,20 @@ def test_a_room_depends_on_seed_split_and_index_only(examples):
     np.testing.assert_array_equal(again[name], value)
   others = [rooms.draw(1, "train", 5, SIZE), rooms.draw(0, "eval", 5, SIZE), rooms.draw(0, "train", 6, SIZE)]
   assert all(np.mean(other.image != again["image"]) > 0.5 for other in others)
+
+
+def test_rooms_from_shards_equal_drawn_ones(tmp_path):
+  options = dict(size=SIZE, crop=(32, 32), train_count=3, eval_count=2)
+  builders.prepare(rooms.Rooms(**options), tmp_path / "rooms", name="rooms")
+  stored = rooms.Rooms(**options, format="tfds", root=str(tmp_path / "rooms"))
+  for split, count in (("train", 3), ("eval", 2)):
+    drawn, read = rooms.Rooms(**options).source(split), stored.source(split)
+    assert len(read) == count
+    for index in range(count):
+      assert drawn[index].keys() == read[index].keys()
+      for name, value in drawn[index].items():
+        np.testing.assert_array_equal(read[index][name], value)
+        assert read[index][name].dtype == value.dtype
 
 
 def test_no_evaluation_room_is_a_training_room(examples):

@@ -1,5 +1,8 @@
 """SiLog, the nine scores and their averaging, against the authors' numbers and by their properties."""
 
+import json
+
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 
 from tests import oracle
 from tests.golden import fill
+from vpd_jax.data import files
 from vpd_jax.tasks import depth
 from vpd_jax.tasks.depth import SCORES, Depth, silog
 
@@ -231,3 +235,47 @@ def test_wrong_options_are_one_line():
   for low, high in ((10.0, 10.0), (-1.0, 10.0)):
     with pytest.raises(ValueError, match=f"task.min_depth={low} must be at least 0 and below task.max_depth={high}"):
       Depth(max_depth=high, min_depth=low)
+  for scale in (1000, -1):
+    with pytest.raises(
+      ValueError, match=rf"task\.png_scale={scale} must be above 0 and at most 819\.2, so that 16 bits"
+    ):
+      Depth(max_depth=80.0, png_scale=scale)
+
+
+def test_columns_without_a_window_count_as_the_least_depth_and_only_outside_of_gargs_crop():
+  """The released windows of KITTI leave out columns 1207 to 1215, and both crops end before."""
+  truth = np.full((1, 352, 1216), 10.0)
+  prediction = truth + 1
+  prediction[..., 1207:] = np.nan
+  for crop, rmse in (("garg", 1.0), ("eigen_kitti", 1.0), ("none", np.sqrt((1207 + 9 * (10 - 1e-3) ** 2) / 1216))):
+    rows = scores(Depth(max_depth=80.0, eval_crop=crop), prediction, truth)
+    np.testing.assert_allclose(rows["rmse"], [rmse], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "largest, chosen, scale", [(80.0, 256, 256), (10.0, 1000, 1000), (80.0, 0, 256), (65.0, 0, 1000), (300.0, 0, 100)]
+)
+def test_the_png_holds_metres_times_its_scale_and_0_for_no_value(tmp_path, largest, chosen, scale):
+  """The rule of KITTI's development kit: uint16, value / 256 is metres, 0 is not valid."""
+  task = Depth(max_depth=largest, png_scale=chosen)
+  prediction = np.random.default_rng(0).uniform(0.5, largest, (6, 8))
+  prediction[0, :4] = np.nan, 1e-6, np.inf, largest
+  paths = task.save(tmp_path / "0000000008", prediction, {"class": "street"})
+  facts = json.loads(paths[-1].read_text())
+  assert facts["png_units_per_metre"] == scale and facts["png_no_value"] == 0 and facts["class"] == "street"
+  stored = cv2.imread(str(tmp_path / "0000000008.depth.png"), cv2.IMREAD_UNCHANGED)
+  assert stored.dtype == np.uint16 and stored.shape == (6, 8)
+  assert stored[0, :3].tolist() == [0, 1, 65535]  # what is a number never becomes "no value"
+  read = files.read_depth(tmp_path / "0000000008.depth.png", scale=scale)
+  np.testing.assert_allclose(read[1:], prediction[1:], atol=0.501 / scale)
+  np.testing.assert_allclose(read[0, 3], largest, atol=0.501 / scale)
+
+
+def test_trivial_predictors_read_the_evaluation_once_and_score_the_crop():
+  """Images of a large data set must not all be held in memory."""
+  example = {"image": np.zeros((10, 20, 3), np.uint8), "depth": np.full((10, 20), 4.0, np.float32)}
+  example["depth"][:4] = 8.0  # above the crop
+  given = iter([example] * 3)
+  result = Depth(max_depth=80.0, eval_crop="garg").baselines([dict(example, depth=0 * example["depth"] + 5)], given)
+  assert next(given, None) is None
+  assert result["constant"] == pytest.approx(1.0, abs=5e-3)

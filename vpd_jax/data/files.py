@@ -1,14 +1,36 @@
-"""Files as users have them: list files, and pictures whose faults are reported by name."""
+"""Files as users have them: list files, and pictures whose faults are reported by name.
+
+A record is what is stored of an Example: the bytes of its files as they are, their names, and small numbers. Folders
+and prepared shards (records.py) give the same records, and one function makes Examples of them.
+"""
 
 import gzip
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
 SHOWN = 10  # names per error message
+Record = dict[str, Any]
+# What a picture and its depth map are in a record, by key; the kinds are those of builders.KINDS.
+FRAME = {"image": "picture", "depth": "depth16", "image_path": "text", "depth_path": "text"}
+
+
+class Published(NamedTuple):
+  """What a complete copy of a data set holds.
+
+  Attributes:
+    counts: records by split.
+    size: (height, width) of every picture, or None where sizes vary.
+    ranges: smallest and largest possible value by key of an Example; where 0 marks a missing value it does not count.
+  """
+
+  counts: dict[str, int]
+  size: tuple[int, int] | None
+  ranges: dict[str, tuple[float, float]]
 
 
 def read_list(path: str | Path) -> list[tuple[str, str]]:
@@ -53,6 +75,21 @@ def find_list(root: Path, given: str | None, names: Iterable[str], source: str) 
   raise ValueError(f"{wanted} is neither in {root} nor in {root.parent}; {source}")
 
 
+def require_folder(root: str, what: str) -> None:
+  """Checks that `root` is a folder of files; `what` says which, as in "that holds sync/ of NYU Depth v2".
+
+  Raises:
+    ValueError: it is empty, is not there, or holds prepared shards.
+  """
+  if not root:
+    raise ValueError(f"data.root is empty; set it to the folder {what}")
+  folder = Path(root).expanduser()
+  if not folder.is_dir():
+    raise ValueError(f"root={str(folder)!r} is not a folder; set data.root to the folder {what}")
+  if (folder / "dataset_info.json").exists():
+    raise ValueError(f"root={str(folder)!r} holds prepared shards; set data.format='tfds', or data.root to the files.")
+
+
 def require_files(folder: Path, names: Iterable[str], source: str) -> None:
   """Checks that all files exist below `folder`, reading each directory once.
 
@@ -71,26 +108,53 @@ def require_files(folder: Path, names: Iterable[str], source: str) -> None:
     raise ValueError(f"{len(missing)} files are missing in {folder}: {_first(missing)}; {source}")
 
 
+def read_bytes(path: str | Path) -> bytes:
+  """A whole file.
+
+  Raises:
+    ValueError: it is missing or cannot be read; the message names it.
+  """
+  try:
+    return Path(path).read_bytes()
+  except OSError as error:
+    raise ValueError(f"{path} cannot be read ({error.strerror}).") from None
+
+
 def read_image(path: str | Path) -> np.ndarray:
   """Reads a picture as uint8 [H, W, 3], RGB, whatever its own channels.
 
   Raises:
     ValueError: the file is missing, truncated or not a picture; the message names it.
   """
-  return cv2.cvtColor(_decode(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+  return decode_image(read_bytes(path), path)
 
 
 def read_depth(path: str | Path, *, scale: float) -> np.ndarray:
-  """Reads a 16-bit depth map as float32 [H, W], metres; 0 where nothing was measured.
+  """Reads a 16-bit depth map, see decode_depth.
+
+  Raises:
+    ValueError: the file is missing, or as for decode_depth.
+  """
+  return decode_depth(read_bytes(path), path, scale=scale)
+
+
+def decode_image(raw: bytes, path: str | Path) -> np.ndarray:
+  """A picture file's bytes as uint8 [H, W, 3], RGB; `path` is for the message of the ValueError."""
+  return cv2.cvtColor(_decode(raw, path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+
+
+def decode_depth(raw: bytes, path: str | Path, *, scale: float) -> np.ndarray:
+  """A 16-bit depth map's bytes as float32 [H, W], metres; 0 where nothing was measured.
 
   Args:
-    path: PNG with one channel.
+    raw: PNG with one channel.
+    path: for messages.
     scale: file units per metre, 1000 for millimetres.
 
   Raises:
-    ValueError: the file is missing, truncated, not a picture, or not of one channel and 16 bits; the message names it.
+    ValueError: truncated, not a picture, or not of one channel and 16 bits; the message names the file.
   """
-  values = _decode(path, cv2.IMREAD_UNCHANGED)
+  values = _decode(raw, path, cv2.IMREAD_UNCHANGED)
   if values.dtype != np.uint16 or values.ndim != 2:
     channels = 1 if values.ndim == 2 else values.shape[2]
     raise ValueError(
@@ -100,12 +164,39 @@ def read_depth(path: str | Path, *, scale: float) -> np.ndarray:
   return values.astype(np.float32) / np.float32(scale)
 
 
-def _decode(path: str | Path, mode: int) -> np.ndarray:
+def read_frame(folder: Path, image: str, depth: str) -> Record:
+  """The record (see FRAME) of a picture and its depth map, two files below `folder`."""
+  return {
+    "image": read_bytes(folder / image),
+    "depth": read_bytes(folder / depth),
+    "image_path": image,
+    "depth_path": depth,
+  }
+
+
+def decode_frame(record: Record, folder: Path | None = None, *, scale: float) -> dict[str, np.ndarray]:
+  """ "image" uint8 [H, W, 3] RGB and "depth" float32 [H, W] metres of a record that holds FRAME.
+
+  Args:
+    record: see read_frame.
+    folder: where the files lie, for messages.
+    scale: units of the depth file per metre.
+
+  Raises:
+    ValueError: as for the two files, or they are of different size; names them.
+  """
+  paths = [name if folder is None else folder / name for name in (record["image_path"], record["depth_path"])]
+  image, depth = decode_image(record["image"], paths[0]), decode_depth(record["depth"], paths[1], scale=scale)
+  if image.shape[:2] != depth.shape:
+    sizes = ["{}x{}".format(*array.shape[:2]) for array in (depth, image)]
+    raise ValueError(
+      f"depth file {paths[1]} is {sizes[0]}, but its image {paths[0]} is {sizes[1]}; bring both to one size."
+    )
+  return {"image": image, "depth": depth}
+
+
+def _decode(raw: bytes, path: str | Path, mode: int) -> np.ndarray:
   """Decodes a whole file; half a picture is an error."""
-  try:
-    raw = Path(path).read_bytes()
-  except OSError as error:
-    raise ValueError(f"{path} cannot be read ({error.strerror}).") from None
   if _is_truncated(raw):
     raise ValueError(f"{path} is truncated ({len(raw)} bytes); copy or download it again.")
   picture = cv2.imdecode(np.frombuffer(raw, np.uint8), mode)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vpd_jax.data import files, transforms
+from vpd_jax.data import files, records, transforms
 from vpd_jax.types import Example
 
 # The order is that of the class vectors in the released checkpoints; 'excercise_room' is spelt as in the data.
@@ -40,7 +40,7 @@ class Nyu:
   """NYU Depth v2 with VPD's augmentation and scene classes.
 
   Args:
-    root: folder that holds sync/ and official_splits/.
+    root: folder that holds sync/ and official_splits/, or with format="tfds" the one that prepare_data.py wrote.
     crop: (height, width) of a training example.
     cut_depth: "released", "scaled" or "off", see transforms.vertical_cut_depth.
     train_list: list file of the training frames; empty looks for the usual names in `root` and beside it.
@@ -48,17 +48,22 @@ class Nyu:
     resize: (height, width) that images and depth get before anything else; () keeps the files' 480x640. Scores of
       resized data are not the published ones.
     colour: False trains without the changes of colour.
+    format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
 
   Attributes:
     provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "depth" float32 [H, W] metres (0 is no measurement),
       "class_id" int32 [] into `classes`, "index" int32 [], position in the list file.
     classes: names of the 27 scene classes.
+    published: what a complete copy holds.
+    stored: what a record of `source` holds, by key, see builders.KINDS.
 
   Source: VPD depth/dataset/nyudepthv2.py.
   """
 
   provides = frozenset({"image", "depth", "class_id", "index"})
   classes = CLASSES
+  published = files.Published({"train": 24_231, "eval": 654}, (480, 640), {"depth": (0.0, MAX_DEPTH)})
+  stored = {**files.FRAME, "class_id": "int32", "index": "int32"}  # noqa: RUF012 (never changed)
 
   def __init__(
     self,
@@ -70,11 +75,10 @@ class Nyu:
     test_list: str = "",
     resize: tuple[int, int] = (),
     colour: bool = True,
+    format: str = "files",
   ):
     transforms.check_cut_depth(cut_depth)
-    if not root:
-      raise ValueError("data.root is empty; set it to the folder that holds sync/ and official_splits/.")
-    self.root = Path(root).expanduser()
+    self.root, self.format = root, records.check_format(format)
     self.crop = check_size("crop", crop)
     self.cut_depth = cut_depth
     self.lists = {"train": train_list or None, "eval": test_list or None}
@@ -82,24 +86,28 @@ class Nyu:
     self.colour = colour
     if self.resize and (self.crop[0] > self.resize[0] or self.crop[1] > self.resize[1]):
       raise ValueError(f"crop={self.crop} does not fit into resize={self.resize}; make data.crop smaller.")
-    if not self.root.is_dir():
-      raise ValueError(
-        f"root={str(root)!r} is not a folder; set data.root to the folder that holds sync/ and official_splits/ "
-        f"of NYU Depth v2: {FILES_SOURCE['train']}"
-      )
+    if format == "tfds":
+      given = [f"{split}_list" for split, name in (("train", train_list), ("test", test_list)) if name]
+      if given:
+        raise ValueError(f"data.{given[0]} has no effect with data.format='tfds': the shards were made from a list.")
+    else:
+      files.require_folder(root, f"that holds sync/ and official_splits/ of NYU Depth v2: {FILES_SOURCE['train']}")
 
-  def source(self, split: str) -> "Frames":
+  def source(self, split: str) -> "Frames | records.Shards":
     """The frames of "train" or "eval", in the order of the list file, whose files are all there.
 
     Raises:
       ValueError: the list file or listed files are missing (all are counted), or a folder belongs to no scene class.
+        With format="tfds", the shards are not there or not whole.
     """
     if split not in FOLDERS:
       raise ValueError(f"split={split!r} is unknown; choose one of {sorted(FOLDERS)}.")
+    if self.format == "tfds":
+      return records.Shards(self.root, "nyu", split, decode=decode)
+    root = Path(self.root).expanduser()
     hint = LISTS_SOURCE.format(option="train_list" if split == "train" else "test_list")
-    path = files.find_list(self.root, self.lists[split], LISTS[split], hint)
-    pairs = files.read_list(path)
-    folder = self.root / FOLDERS[split]
+    pairs = files.read_list(files.find_list(root, self.lists[split], LISTS[split], hint))
+    folder = root / FOLDERS[split]
     files.require_files(folder, (name for pair in pairs for name in pair), FILES_SOURCE[split])
     return Frames(folder, pairs, scene_classes([image for image, _ in pairs]))
 
@@ -130,18 +138,23 @@ class Frames:
   def __len__(self) -> int:
     return len(self.pairs)
 
+  def record(self, index: int) -> files.Record:
+    """What is stored of a frame, see Nyu.stored: the files as they are."""
+    frame = files.read_frame(self.folder, *self.pairs[index])
+    return {**frame, "class_id": np.int32(self.class_ids[index]), "index": np.int32(index)}
+
   def __getitem__(self, index: int) -> Example:
-    image_path, depth_path = (self.folder / name for name in self.pairs[index])
-    image, depth = files.read_image(image_path), files.read_depth(depth_path, scale=DEPTH_SCALE)
-    if image.shape[:2] != depth.shape:
-      sizes = ["{}x{}".format(*array.shape[:2]) for array in (depth, image)]
-      raise ValueError(f"depth file {depth_path} is {sizes[0]}, but its image {image_path} is {sizes[1]}.")
-    return {
-      "image": image,
-      "depth": depth,
-      "class_id": np.asarray(self.class_ids[index], np.int32),
-      "index": np.asarray(index, np.int32),
-    }
+    return decode(self.record(index), self.folder)
+
+
+def decode(record: files.Record, folder: Path | None = None) -> Example:
+  """The Example of a record, be it from files or from shards; `folder` is for messages.
+
+  Raises:
+    ValueError: a picture is damaged or of the wrong kind, or the two differ in size; names the file.
+  """
+  numbers = {key: np.asarray(record[key], np.int32) for key in ("class_id", "index")}
+  return {**files.decode_frame(record, folder, scale=DEPTH_SCALE), **numbers}
 
 
 def scene_classes(names: list[str]) -> list[int]:

@@ -4,6 +4,7 @@ What a step sees depends on (seed, step) only. The records of all epochs form on
 each epoch; global batch k holds its places k n to (k + 1) n - 1, so that a batch may cross the border of an epoch, and
 process p of P holds the p-th of P equal parts of each batch. Random numbers belong to the place, not to the worker.
 Hence nothing has to be saved: an iterator begun at step k gives what an undisturbed one would have given.
+A record that cannot be read stops the run, or the next one takes its place, which is the same everywhere.
 """
 
 import atexit
@@ -22,6 +23,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from vpd_jax.data import records
 from vpd_jax.types import Batch, Example
 
 NumpyBatch = dict[str, np.ndarray]
@@ -31,7 +33,10 @@ _EPOCHS = 2**32  # without end; grain's own endless repetition has a length that
 
 
 class Source(Protocol):
-  """Random access to the records of one split. Must be picklable: worker processes are spawned."""
+  """Random access to the records of one split. Must be picklable: worker processes are spawned.
+
+  A record that cannot be read is a ValueError that names its file.
+  """
 
   def __len__(self) -> int: ...
   def __getitem__(self, index: int) -> Example: ...
@@ -59,6 +64,7 @@ def train_batches(
   prepare: Callable[[Example], Example] | None = None,
   process_index: int = 0,
   process_count: int = 1,
+  on_bad_record: str = "stop",
 ) -> "Batches":
   """Endless batches of the training split, this process' rows of them.
 
@@ -72,25 +78,32 @@ def train_batches(
     prepare: a host transform after the data set's own.
     process_index: of this process.
     process_count: number of processes that share the global batch.
+    on_bad_record: "stop" raises the error of a record that cannot be read; "skip" puts the next readable record of the
+      list in its place, names the file on stderr once, and counts in `skipped`.
 
   Returns:
     an iterator of {key: [batch_size / process_count, ...]}. The error of a record is raised by `next`, as it was, also
     where it happened in a worker.
 
   Raises:
-    ValueError: batch_size is no multiple of process_count, or the split is empty.
+    ValueError: batch_size is no multiple of process_count, the split is empty, or on_bad_record is unknown.
   """
+  if on_bad_record not in records.ON_BAD_RECORD:
+    raise ValueError(f"on_bad_record={on_bad_record!r} is unknown; choose one of {records.ON_BAD_RECORD}.")
   source = _source(dataset, "train", batch_size, process_count)
+  report, keys = None, tuple(sorted(keys))
+  if on_bad_record == "skip":
+    source, report, keys = records.Readable(source), records.Report(source), (*keys, records.SKIPPED)
   order_seed, transform_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(2))
-  records = (
+  examples = (
     grain.MapDataset.source(source)
     .shuffle(seed=order_seed)
     .map_with_index(_with_place)
     .repeat(_EPOCHS)
     .random_map(_TrainTransform(dataset, len(source), prepare), seed=transform_seed)
   )
-  batches = records.batch(batch_size // process_count, batch_fn=_Stack(tuple(sorted(keys))))
-  return Batches(batches[start_step * process_count + process_index :: process_count], workers)
+  batches = examples.batch(batch_size // process_count, batch_fn=records.Stack(keys))
+  return Batches(batches[start_step * process_count + process_index :: process_count], workers, report)
 
 
 def eval_batches(
@@ -106,7 +119,7 @@ def eval_batches(
   """Every record of the evaluation split once, in order; this process' rows of each global batch.
 
   All batches have one shape, and every process gets the same number of them: the last batch is filled by repeating the
-  last record.
+  last record. A record that cannot be read always stops: a score over fewer images would be another score.
 
   Args: as for `train_batches`.
 
@@ -115,9 +128,9 @@ def eval_batches(
     rows that only fill.
   """
   source = _source(dataset, "eval", batch_size, process_count)
-  records = grain.MapDataset.source(_Filled(source, -(-len(source) // batch_size) * batch_size))
-  records = records.map(_EvalTransform(dataset, prepare))
-  batches = records.batch(batch_size // process_count, batch_fn=_Stack(tuple(sorted({*keys, "real"}))))
+  examples = grain.MapDataset.source(records.Filled(source, -(-len(source) // batch_size) * batch_size))
+  examples = examples.map(_EvalTransform(dataset, prepare))
+  batches = examples.batch(batch_size // process_count, batch_fn=records.Stack(tuple(sorted({*keys, "real"}))))
   return Batches(batches[process_index::process_count], workers)
 
 
@@ -128,7 +141,7 @@ class Batches:
   iterator is dropped or the program ends.
   """
 
-  def __init__(self, batches: grain.MapDataset, workers: int):
+  def __init__(self, batches: grain.MapDataset, workers: int, report: records.Report | None = None):
     threads = 0 if workers else _THREADS
     reading = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
     if workers:
@@ -136,7 +149,7 @@ class Batches:
         flags.FLAGS.mark_as_parsed()  # grain reads a flag of its own before it starts a worker
       options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
       reading = reading.mp_prefetch(options, worker_init_fn=_start_worker)
-    self._shared = workers > 0
+    self._shared, self._report = workers > 0, report
     self._open = [iter(reading)]
     self.close = weakref.finalize(self, _close, self._open)
 
@@ -148,7 +161,13 @@ class Batches:
       raise StopIteration
     batch = next(self._open[0])
     # Out of the memory shared with the worker, which must not outlive the iterator.
-    return {key: np.array(array) for key, array in batch.items()} if self._shared else batch
+    batch = {key: np.array(array) for key, array in batch.items()} if self._shared else batch
+    return self._report(batch) if self._report else batch
+
+  @property
+  def skipped(self) -> int:
+    """Rows so far that hold another record in place of one that cannot be read."""
+    return self._report.skipped if self._report else 0
 
 
 def to_mesh(batch: NumpyBatch, sharding: jax.sharding.NamedSharding) -> Batch:
@@ -179,10 +198,11 @@ class Prefetch:
 
   Attributes:
     wait_ms: milliseconds the last `next` waited for the host; about 0 where the input keeps up.
+    skipped: rows of this process so far that hold another record in place of one that cannot be read.
   """
 
   def __init__(self, iterator: Iterator[NumpyBatch], sharding: jax.sharding.NamedSharding, size: int):
-    self.wait_ms = 0.0
+    self.wait_ms, self.skipped = 0.0, 0
     self._waits: list[float] = []
     self._iterator, self._sharding = iterator, sharding
     self._ready: queue.Queue[Any] = queue.Queue(size)
@@ -204,7 +224,8 @@ class Prefetch:
       self.close()
       raise item
     self._waits.append(self.wait_ms)
-    return item
+    batch, self.skipped = item
+    return batch
 
   def mean_wait_ms(self) -> float:
     """Mean wait per batch, in milliseconds, since the last call; 0 where there was none."""
@@ -226,7 +247,7 @@ class Prefetch:
     """Body of the thread: fills the queue until told to stop, hands over the error that ended it."""
     while not self._stop.is_set():
       try:
-        item = to_mesh(next(self._iterator), self._sharding)
+        item = to_mesh(next(self._iterator), self._sharding), getattr(self._iterator, "skipped", 0)
       except Exception as error:
         self._ready.put(error)
         return
@@ -264,8 +285,9 @@ class _TrainTransform:
 
   def __call__(self, placed: tuple[int, Example], rng: np.random.Generator) -> Example:
     place, example = placed
+    skipped = {key: example[key] for key in (records.SKIPPED,) if key in example}
     example = self.dataset.train_transform(example, rng, place % self.records)
-    return self.prepare(example) if self.prepare else example
+    return {**(self.prepare(example) if self.prepare else example), **skipped}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,40 +301,6 @@ class _EvalTransform:
     example, real = row
     example = self.dataset.eval_transform(example)
     return dict(self.prepare(example) if self.prepare else example, real=np.asarray(real))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Filled:
-  """A source lengthened by repeating its last record; a row is (Example, whether it is real)."""
-
-  source: Source
-  length: int
-
-  def __len__(self) -> int:
-    return self.length
-
-  def __getitem__(self, index: int) -> tuple[Example, bool]:
-    last = len(self.source) - 1
-    return self.source[min(index, last)], index <= last
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stack:
-  """Examples to a batch that holds `keys` only."""
-
-  keys: tuple[str, ...]
-
-  def __call__(self, examples: list[Example]) -> NumpyBatch:
-    batch = {}
-    for key in self.keys:
-      if any(key not in example for example in examples):
-        raise ValueError(f"an example has no {key!r}; it has {sorted(examples[0])}.")
-      arrays = [np.asarray(example[key]) for example in examples]
-      shapes = {array.shape for array in arrays}
-      if len(shapes) > 1:
-        raise ValueError(f"{key!r} of one batch has the shapes {sorted(shapes)}; give all one size by data.resize.")
-      batch[key] = np.stack(arrays)
-    return batch
 
 
 def _close(iterators: list[Any]) -> None:

@@ -5,16 +5,21 @@ along the optical axis as in NYU Depth v2, at most 10 m; 0 marks what a sensor w
 The camera has NYU's field of view and is placed, raised, tilted and turned at random in rooms of random size.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from vpd_jax.data import nyu, room_render, room_scene, transforms
+from vpd_jax.data import nyu, records, room_render, room_scene, segmentation_transforms, transforms
 from vpd_jax.types import Example
 
 CLASSES = room_scene.CLASSES  # of "labels"; all pixels have one
 SPLITS = ("train", "eval")  # position is part of the random seed: no room is in both
-TASKS = ("depth",)
+KEYS = {  # of an Example, by task; those of a record are without segmentation_transforms.ADDED
+  "depth": frozenset({"image", "depth", "class_id", "index"}),
+  "segmentation": frozenset({"image", "label", "index"}) | segmentation_transforms.ADDED,
+}
+TASKS = tuple(KEYS)
 MAX_DEPTH = 10.0  # metres
 DEPTH_SCALE = 1000.0  # units per metre that `cut_depth="released"` wraps, as in NYU's files
 GAMMA = 1 / 2.2
@@ -26,22 +31,28 @@ class Rooms:
   """Procedural rooms.
 
   Args:
-    task: "depth".
+    task: "depth", or "segmentation" into the 19 classes of what is drawn.
     size: (height, width) of a picture.
     crop: (height, width) of a training example.
     train_count: rooms in the training split.
     eval_count: rooms in the evaluation split.
     seed: another seed is another data set.
-    cut_depth: "released", "scaled" or "off", see transforms.vertical_cut_depth.
+    cut_depth: for depth, "released", "scaled" or "off", see transforms.vertical_cut_depth.
+    ratio_range: for segmentation, (lowest, highest) factor of the random rescaling; () is (1, 1).
     colour: False trains without the changes of colour.
+    format: "files" draws each room when it is asked for, "tfds" reads drawn ones from prepared shards.
+    root: folder of the shards, with format="tfds".
 
   Attributes:
-    provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "depth" float32 [H, W] metres (0 is no measurement),
-      "class_id" int32 [] into `classes`, "index" int32 [].
-    classes: NYU's 27 scene classes in VPD's order; the five of room_scene.SCENES occur, each with furniture of its own.
+    provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "index" int32 []; for depth "depth" float32 [H, W]
+      metres (0 is no measurement) and "class_id" int32 [] into `classes`; for segmentation "label" uint8 [H, W] into
+      `classes`, "valid_size" and "original_size" int32 [2], see segmentation_transforms.Augmentation.
+    classes: for depth NYU's 27 scene classes in VPD's order; the five of room_scene.SCENES occur, each with furniture
+      of its own. For segmentation CLASSES.
+    made_with: the options on which the records depend; shards must have been made with the same.
   """
 
-  provides = frozenset({"image", "depth", "class_id", "index"})
+  provides = KEYS["depth"]
   classes = nyu.CLASSES
 
   def __init__(
@@ -54,11 +65,21 @@ class Rooms:
     eval_count: int = 64,
     seed: int = 0,
     cut_depth: str = "off",
+    ratio_range: tuple[float, float] = (),
     colour: bool = True,
+    format: str = "files",
+    root: str = "",
   ):
-    if task not in TASKS:
-      raise ValueError(f"task={task!r} is unknown to the rooms; choose one of {TASKS}.")
+    self.classes = self.classes_of({"task": task})
+    self.task, self.provides = task, KEYS[task]
+    if task == "depth" and ratio_range:
+      raise ValueError(f"data.ratio_range={ratio_range} has no effect where data.task='depth'; leave it empty.")
+    if task == "segmentation" and cut_depth != "off":
+      raise ValueError(f"data.cut_depth={cut_depth!r} has no effect where data.task='segmentation'; set it to 'off'.")
     transforms.check_cut_depth(cut_depth)
+    if root and records.check_format(format) == "files":
+      raise ValueError(f"root={str(root)!r} has no effect: rooms are drawn; leave it empty, or set data.format='tfds'.")
+    self.root, self.format = root, records.check_format(format)
     self.size, self.crop = nyu.check_size("size", size), nyu.check_size("crop", crop)
     if self.crop[0] > self.size[0] or self.crop[1] > self.size[1]:
       raise ValueError(f"crop={self.crop} does not fit into size={self.size}; make data.crop smaller.")
@@ -67,15 +88,35 @@ class Rooms:
         raise ValueError(f"{option}={number} must be a whole number of at least {least}.")
     self.counts = {"train": int(train_count), "eval": int(eval_count)}
     self.seed, self.cut_depth, self.colour = int(seed), cut_depth, colour
+    self.made_with = {"task": task, "size": self.size, "seed": self.seed, **self.counts}
+    self.augmentation = segmentation_transforms.Augmentation(
+      self.crop, self.size, tuple(ratio_range) or (1.0, 1.0), colour=colour
+    )
 
-  def source(self, split: str) -> "DepthRooms":
-    """The rooms of "train" or "eval", drawn at `[]`."""
+  @classmethod
+  def classes_of(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes of rooms with these options.
+
+    Raises:
+      ValueError: unknown task.
+    """
+    task = options.get("task", "depth")
+    if task not in TASKS:
+      raise ValueError(f"task={task!r} is unknown to the rooms; choose one of {TASKS}.")
+    return CLASSES if task == "segmentation" else nyu.CLASSES
+
+  def source(self, split: str) -> "DrawnRooms | records.Shards":
+    """The rooms of "train" or "eval", drawn at `[]`, or read from shards."""
     if split not in SPLITS:
       raise ValueError(f"split={split!r} is unknown; choose one of {SPLITS}.")
-    return DepthRooms(self.seed, split, self.counts[split], self.size)
+    if self.format == "tfds":
+      return records.Shards(self.root, "rooms", split, made_with=self.made_with)
+    return DrawnRooms(self.seed, split, self.counts[split], self.size, self.provides - segmentation_transforms.ADDED)
 
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
-    """The augmentation of the depth release, see transforms.depth_training."""
+    """The augmentation of the task's release, see transforms.depth_training and segmentation_transforms."""
+    if self.task == "segmentation":
+      return self.augmentation.training(example, rng)
     return transforms.depth_training(
       example,
       rng,
@@ -89,14 +130,14 @@ class Rooms:
 
   def eval_transform(self, example: Example) -> Example:
     """The whole picture."""
-    return example
+    return self.augmentation.evaluation(example) if self.task == "segmentation" else example
 
 
-class DepthRooms:
-  """Random access to the rooms of one split; holds nothing but the four numbers that define them."""
+class DrawnRooms:
+  """Random access to the rooms of one split; holds nothing but what defines them."""
 
-  def __init__(self, seed: int, split: str, count: int, size: tuple[int, int]):
-    self.seed, self.split, self.count, self.size = seed, split, count, size
+  def __init__(self, seed: int, split: str, count: int, size: tuple[int, int], keys: frozenset[str]):
+    self.seed, self.split, self.count, self.size, self.keys = seed, split, count, size, keys
 
   def __len__(self) -> int:
     return self.count
@@ -106,7 +147,9 @@ class DepthRooms:
       raise IndexError(f"index={index} is outside the {self.count} rooms of {self.split!r}.")
     room = draw(self.seed, self.split, int(index), self.size)
     class_id = np.asarray(nyu.CLASSES.index(room.scene), np.int32)
-    return {"image": room.image, "depth": room.depth, "class_id": class_id, "index": np.asarray(index, np.int32)}
+    example = {"image": room.image, "depth": room.depth, "label": room.labels, "class_id": class_id}
+    example["index"] = np.asarray(index, np.int32)
+    return {key: value for key, value in example.items() if key in self.keys}
 
 
 class Room(NamedTuple):

@@ -1,5 +1,6 @@
 """Metric depth: scale-invariant loss, the scores of NYU and KITTI, pictures and files of the result."""
 
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ from vpd_jax.tasks.baselines import depth_baselines
 from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
 
 SCORES = ("d1", "d2", "d3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
+PNG_SCALES = (1000, 256, 100, 10, 1)  # units per metre of 16-bit depth pictures
 # Rows and columns of the image that are scored, as (top, bottom, left, right).
 EVAL_CROPS = {
   "none": lambda h, w: (0, h, 0, w),
@@ -62,23 +64,37 @@ class Depth:
   best = ("rmse", "min")
 
   def __init__(
-    self, *, max_depth: float, min_depth: float = 1e-3, eval_crop: str = "none", variance_focus: float = 0.5
+    self,
+    *,
+    max_depth: float,
+    min_depth: float = 1e-3,
+    eval_crop: str = "none",
+    variance_focus: float = 0.5,
+    png_scale: int = 0,
   ):
-    """Options of loss and scores.
+    """Options of loss, scores and files.
 
     Args:
       max_depth: metres; the head's largest value, and the scored ground truth is below it.
       min_depth: metres; the scored ground truth is above it.
       eval_crop: the part of the image that is scored: "eigen_nyu", "garg", "eigen_kitti" or "none".
       variance_focus: of the loss.
+      png_scale: units per metre of the 16-bit depth pictures of `save`: 1000 as in NYU's files, 256 as the KITTI server
+        takes them; 0 is the first of PNG_SCALES at which 16 bits hold max_depth: 1000 up to 65 m, then 256.
 
     Raises:
-      ValueError: unknown crop, or an empty range of depth.
+      ValueError: unknown crop, an empty range of depth, or a scale at which 16 bits do not hold max_depth.
     """
     if eval_crop not in EVAL_CROPS:
       raise ValueError(f"task.eval_crop={eval_crop!r} is unknown; choose one of {sorted(EVAL_CROPS)}.")
     if not 0 <= min_depth < max_depth:
       raise ValueError(f"task.min_depth={min_depth} must be at least 0 and below task.max_depth={max_depth}.")
+    self.png_scale = png_scale or next((scale for scale in PNG_SCALES if scale * max_depth <= 65535), 1)
+    if not 0 < self.png_scale * max_depth <= 65535:
+      raise ValueError(
+        f"task.png_scale={png_scale} must be above 0 and at most {65535 / max_depth:.4g}, so that 16 bits hold "
+        f"task.max_depth={max_depth}; or 0, which chooses."
+      )
     self.max_depth, self.min_depth = max_depth, min_depth
     self.eval_crop, self.variance_focus = eval_crop, variance_focus
     self.output = {"max_depth": max_depth}
@@ -140,8 +156,10 @@ class Depth:
 
   def baselines(self, train: Iterable[Example], evaluation: Iterable[Example]) -> dict[str, float]:
     """RMSE, under the same protocol, of three predictors that learn nothing from the picture's content."""
-    evaluation = list(evaluation)
-    region = EVAL_CROPS[self.eval_crop](*evaluation[0]["depth"].shape)
+    evaluation = iter(evaluation)
+    first = next(evaluation)
+    region = EVAL_CROPS[self.eval_crop](*first["depth"].shape)
+    evaluation = itertools.chain((first,), evaluation)  # not a list: KITTI's images together take 2 GB
     return depth_baselines(train, evaluation, min_depth=self.min_depth, max_depth=self.max_depth, region=region)
 
   def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray:
@@ -151,17 +169,20 @@ class Depth:
   def save(self, stem: Path, prediction: np.ndarray, facts: dict[str, Any]) -> list[Path]:
     """Writes the depth of one picture; files appear only when complete, the JSON last.
 
+    The PNG follows the rule of KITTI's development kit: value / png_scale is metres, 0 is no value. So a depth that is
+    a number is at least 1 there, and only NaN is 0.
+
     Args:
       stem: path without suffix: stem.colour.png, stem.depth.png (16 bit), stem.npy (float32 metres), stem.json.
       prediction: float [H, W], metres.
       facts: more entries for the JSON, which states unit and scale.
     """
     depth = prediction.astype(np.float32)
-    scale = png_scale(self.max_depth)
-    stored = np.clip(np.nan_to_num(depth) * scale + 0.5, 0, 65535).astype(np.uint16)
+    whole = np.clip(np.nan_to_num(depth, posinf=65535, neginf=0) * self.png_scale + 0.5, 1, 65535)
+    stored = np.where(np.isnan(depth), 0, whole).astype(np.uint16)
     described = {
       "unit": "metre",
-      "png_units_per_metre": scale,
+      "png_units_per_metre": self.png_scale,
       "png_no_value": 0,
       "max_depth": self.max_depth,
       "min": float(np.nanmin(depth)),
@@ -176,11 +197,6 @@ class Depth:
       _write(stem, ".npy", lambda path: np.save(path, depth)),
       _write(stem, ".json", lambda path: path.write_text(json.dumps(described, indent=1) + "\n")),
     ]
-
-
-def png_scale(max_depth: float) -> int:
-  """Units per metre of 16-bit depth pictures: NYU's 1000 where the range allows it, else KITTI's 256."""
-  return 1000 if max_depth <= 65 else 256
 
 
 def _write(stem: Path, suffix: str, write: Any) -> Path:

@@ -1,0 +1,223 @@
+"""Checks a data set, and writes it as ArrayRecord shards, for machines that read from a bucket.
+
+python scripts/prepare_data.py nyu --root=/data/nyu_depth_v2 --output=/data/nyu_shards
+python scripts/prepare_data.py nyu --root=/data/nyu_depth_v2 --check_only
+python scripts/prepare_data.py rooms --output=rooms --set size=(96,128) --set train_count=512
+
+Every record is decoded once: counts are compared with the published ones, sizes and values with what they can be, and
+everything that is wrong is reported together. Shards are written only where nothing is. The same command continues a
+run that was killed. The files of the data set are only read. Then train with
+
+python -m vpd_jax.main --config=... --config.data.format=tfds --config.data.root=/data/nyu_shards
+"""
+
+import argparse
+import ast
+import collections
+import inspect
+import os
+from collections.abc import Callable
+from concurrent import futures
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here computes on a device
+
+import numpy as np
+from tqdm import tqdm
+
+from vpd_jax.assemble import DATASETS
+from vpd_jax.data import builders, files, records
+
+SPLITS = ("train", "eval")
+ACCEPT = ("counts", "sizes", "values")
+THREADS = 4
+
+
+class Seen(NamedTuple):
+  """What one record is like.
+
+  Attributes:
+    size: (height, width) of "image".
+    ranges: smallest and largest value that is not 0, by the keys of Published.ranges; None where all are 0.
+    missing: share of zeros, by the same keys.
+    error: why it cannot be read; the others are empty then.
+  """
+
+  size: tuple[int, ...] = ()
+  ranges: dict[str, tuple[float, float] | None] = {}  # noqa: RUF012 (never changed)
+  missing: dict[str, float] = {}  # noqa: RUF012
+  error: str = ""
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("name", choices=sorted(DATASETS), help="data set")
+  parser.add_argument("--root", default="", help="folder of its files; the procedural rooms have none")
+  parser.add_argument("--output", help="local folder to write; it appears when it is whole")
+  parser.add_argument("--check_only", action="store_true", help="write nothing")
+  parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS, help="default: both")
+  parser.add_argument(
+    "--accept", nargs="+", choices=ACCEPT, default=(), help="go on where these differ from what is published"
+  )
+  parser.add_argument(
+    "--set", action="append", default=[], metavar="OPTION=VALUE", help="an option as in config.data, say train_list=..."
+  )
+  parser.add_argument("--shard_mb", type=float, default=builders.SHARD_BYTES / 2**20, help="about the size of a shard")
+  options = parser.parse_args(arguments)
+  if not options.output and not options.check_only:
+    parser.error("--output=DIR is needed, or --check_only")
+  return options
+
+
+def make(name: str, root: str, settings: list[str]) -> Any:
+  """The data set with the given options.
+
+  Raises:
+    ValueError: an option it does not have, or that it refuses.
+  """
+  known = [option for option in inspect.signature(DATASETS[name]).parameters if option not in ("root", "format")]
+  given = dict(setting.partition("=")[::2] for setting in settings)
+  unknown = sorted(set(given) - set(known))
+  if unknown:
+    raise ValueError(f"--set {unknown[0]} is no option of {name!r}; it has {', '.join(known)}.")
+  return DATASETS[name](root=root, **{option: value(text) for option, text in given.items()})
+
+
+def value(text: str) -> Any:
+  """A Python literal, or else the text itself."""
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def check(dataset: Any, splits: tuple[str, ...], accept: tuple[str, ...], say: Callable[[str], None]) -> list[str]:
+  """Looks at every record; says what is there and returns what is wrong with it."""
+  published = getattr(dataset, "published", None) or files.Published({}, None, {})
+  sources, wrong = {}, []
+  for split in splits:
+    try:
+      sources[split] = dataset.source(split)
+    except ValueError as error:
+      wrong.append(f"{split}: {str(error).rstrip('.')}")
+  for split, source in sources.items():
+    count = published.counts.get(split, len(source))
+    if len(source) != count and "counts" not in accept:
+      wrong.append(f"{split} has {len(source)} records, published are {count} (--accept counts goes on)")
+    looked = survey(source, published, split)
+    say(f"{split}: {summary(looked, published, count)}")
+    wrong += [f"{split}: {fault}" for fault in faults(source, looked, published, accept)]
+  return wrong
+
+
+def survey(source: Any, published: files.Published, split: str) -> list[Seen]:
+  """Decodes every record of a split, in threads."""
+  with futures.ThreadPoolExecutor(THREADS) as pool:
+    looked = pool.map(lambda index: look(source, index, published), range(len(source)))
+    return list(tqdm(looked, total=len(source), desc=f"checking {split}", unit=" records", mininterval=1.0))
+
+
+def look(source: Any, index: int, published: files.Published) -> Seen:
+  """Decodes one record."""
+  try:
+    example = source[index]
+  except ValueError as error:
+    return Seen(error=str(error))
+  ranges, missing = {}, {}
+  for key in published.ranges:
+    values = example[key][example[key] != 0]
+    ranges[key] = (float(values.min()), float(values.max())) if values.size else None
+    missing[key] = 1 - values.size / example[key].size
+  return Seen(example["image"].shape[:2], ranges, missing)
+
+
+def summary(looked: list[Seen], published: files.Published, count: int) -> str:
+  """What a split holds, in one line."""
+  readable = [seen for seen in looked if not seen.error]
+  compared = f"published are {count}" if published.counts else "there is no published number"
+  sizes = collections.Counter(seen.size for seen in readable).most_common(3)
+  parts = [f"{len(looked)} records ({compared})", "sizes " + ", ".join(f"{h}x{w} ({n})" for (h, w), n in sizes)]
+  for key in published.ranges:
+    known = [seen.ranges[key] for seen in readable if seen.ranges[key]]
+    if known:
+      least, most = min(low for low, _ in known), max(high for _, high in known)
+      share = np.mean([seen.missing[key] for seen in readable])
+      parts.append(f"{key} {least:.3f} to {most:.3f}, {100 * share:.1f} % missing")
+  return "; ".join(parts)
+
+
+def faults(source: Any, looked: list[Seen], published: files.Published, accept: tuple[str, ...]) -> list[str]:
+  """What is wrong with the records of a split, one text per kind."""
+  found = []
+  errors = [seen.error for seen in looked if seen.error]
+  if errors:
+    found.append(f"{len(errors)} records cannot be read: {first(errors)}")
+  readable = [index for index, seen in enumerate(looked) if not seen.error]
+  other = [index for index in readable if published.size and looked[index].size != published.size]
+  if other and "sizes" not in accept:
+    names = [f"{label(source, index)} ({'x'.join(map(str, looked[index].size))})" for index in other[: files.SHOWN]]
+    wanted = "x".join(map(str, published.size))
+    found.append(f"{len(other)} pictures are not {wanted}: {first(names, len(other))} (--accept sizes goes on)")
+  for key, (low, high) in published.ranges.items():
+    beyond = [
+      index
+      for index in readable
+      if not (seen := looked[index].ranges[key]) or not (low <= seen[0] and seen[1] <= high)  # NaN is beyond too
+    ]
+    if beyond and "values" not in accept:
+      names = [f"{label(source, index)} ({shown(looked[index].ranges[key])})" for index in beyond[: files.SHOWN]]
+      found.append(
+        f"{key} of {len(beyond)} records is not within {low:g} to {high:g}: {first(names, len(beyond))} "
+        "(--accept values goes on)"
+      )
+  return found
+
+
+def shown(values: tuple[float, float] | None) -> str:
+  return f"{values[0]:.3f} to {values[1]:.3f}" if values else "nothing"
+
+
+def label(source: Any, index: int) -> str:
+  """The name of a record's picture, or its number."""
+  return builders.record(source, index).get("image_path", f"record {index}")
+
+
+def first(names: list[str], count: int | None = None) -> str:
+  """The first ten."""
+  more = (len(names) if count is None else count) > files.SHOWN
+  return ", ".join(name.rstrip(".") for name in names[: files.SHOWN]) + (", ..." if more else "")
+
+
+def run(options: argparse.Namespace, say: Callable[[str], None] = lambda line: print(line, flush=True)) -> None:
+  """Checks and writes.
+
+  Raises:
+    ValueError: in one line, everything that is wrong.
+  """
+  dataset = make(options.name, options.root, options.set)
+  write = {"name": options.name, "splits": options.splits, "shard_bytes": max(int(options.shard_mb * 2**20), 1)}
+  if not options.check_only:
+    output = builders.check_output(options.output)
+    if options.root and output.resolve().is_relative_to(Path(options.root).expanduser().resolve()):
+      raise ValueError(f"--output={options.output} lies in --root, whose files are only read; give another folder.")
+    if (output / records.INFO).exists():
+      return builders.prepare(dataset, output, **write, say=say)
+  wrong = check(dataset, options.splits, options.accept, say)
+  if wrong:
+    raise ValueError(f"{len(wrong)} faults: {'; '.join(wrong)}.")
+  say("no faults")
+  if not options.check_only:
+    builders.prepare(dataset, output, **write, say=say)
+    say(f"wrote {output}; train with --config.data.format=tfds --config.data.root={output}")
+
+
+def main() -> None:
+  try:
+    run(parse())
+  except ValueError as error:
+    raise SystemExit(f"prepare_data: {error}") from None
+
+
+if __name__ == "__main__":
+  main()
