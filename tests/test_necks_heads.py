@@ -25,7 +25,7 @@ def made(build):
 
 
 def fusion():
-  return Fusion(WIDTHS, STRIDES, width=64, **KINDS, rngs=nnx.Rngs(0))
+  return Fusion(WIDTHS, STRIDES, frame="padded", width=64, **KINDS, rngs=nnx.Rngs(0))
 
 
 def head(**options):
@@ -107,7 +107,7 @@ def test_fusion_states_what_it_gives(neck):
 
 def test_fusion_joins_four_maps_and_no_other_number():
   with pytest.raises(ValueError) as error:
-    Fusion(WIDTHS[:3], STRIDES[:3], width=64, **KINDS, rngs=nnx.Rngs(0))
+    Fusion(WIDTHS[:3], STRIDES[:3], frame="padded", width=64, **KINDS, rngs=nnx.Rngs(0))
   assert str(error.value) == "neck 'fusion' joins four maps, but the method gives 3."
 
 

@@ -62,7 +62,7 @@ def test_no_trace_without_being_asked(tmp_path):
 @pytest.mark.parametrize(
   "field, value, message",
   [
-    ("method.name", "vdp", r"config\.method\.name='vdp' is unknown; choose one of \['vpd'\]"),
+    ("method.name", "vdp", r"config\.method\.name='vdp' is unknown; choose one of \[.*'vpd'\]"),
     ("head.init", "zeros", r"head\.init='zeros' is unknown"),
     ("dtype", "float16", r"config\.dtype='float16' is unknown"),
     ("dtype", "float64", "float64 is for both or neither"),

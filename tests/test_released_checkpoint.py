@@ -176,11 +176,12 @@ def test_prediction_of_a_folder_writes_pictures_metres_and_facts(checkpoint, nyu
   turned.save(folder / "turned.jpg", exif=exif)
   (folder / "notes.txt").write_text("not an image")
   (folder / "broken.png").write_bytes((folder / "colour.png").read_bytes()[:200])
-  count = predict.run(
-    config(nyu, checkpoint), str(tmp_path / "none"), source=str(folder), output=str(out), class_name="kitchen"
-  )
+  with pytest.raises(ValueError, match=r"1 of 7 pictures .* cannot be read: broken.png .*The other 6 are done"):
+    predict.run(
+      config(nyu, checkpoint), str(tmp_path / "none"), source=str(folder), output=str(out), class_name="kitchen"
+    )
   text = capsys.readouterr().out
-  assert count == 6 and "6 pictures written" in text and "2 files skipped" in text
+  assert "6 pictures written" in text and "2 files skipped" in text
   assert "skipped: notes.txt" in text and "skipped: broken.png" in text
   assert {p.name for p in out.iterdir()} == {
     f"{stem}{suffix}"

@@ -1,11 +1,15 @@
 """Where the arrays of a run come from."""
 
+import json
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import oracle, test_class_vectors
+from tests import oracle, test_class_vectors, tiny
+from tests.methods.test_iedp import iedp_config
 from vpd_jax import assemble, config_file, start
-from vpd_jax.convert import write
+from vpd_jax.convert import clip, tokenizer, towers, write
 
 
 def config_of(source, **changes):
@@ -75,3 +79,150 @@ def test_a_diffusers_folder_brings_sizes_weights_and_class_vectors(tmp_path):
   assert named.keys() == product.parts.shapes.keys()
   assert any("27 x 16 from the names" in line for line in lines)
   assert named["method/class_vectors"].shape == (27, 16) and np.ptp(named["method/class_vectors"], axis=0).min() > 0
+
+
+WORDS = {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+WORDS |= {"intermediate_size": 256, "max_position_embeddings": 77}
+VISION = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256}
+VISION |= {"image_size": 56, "patch_size": 14}
+
+
+@pytest.fixture(scope="module")
+def whole_clip(tmp_path_factory):
+  """A folder as transformers saves a whole CLIP: both towers of the oracle, a projection of texts, a tokenizer."""
+  folder = tmp_path_factory.mktemp("clip") / "folder"
+  test_class_vectors.write_tokenizer(folder)
+  projection = np.random.default_rng(0).normal(size=(48, 64)).astype(np.float32)
+  state = oracle.weights("clip_text") | oracle.weights("clip_vision") | {"text_projection.weight": projection}
+  write.write(folder / "model.safetensors", state)
+  content = {"model_type": "clip", "text_config": WORDS, "vision_config": VISION, "projection_dim": 48}
+  (folder / "config.json").write_text(json.dumps(content))
+  return folder
+
+
+def with_clip(source, folder, **changes):
+  config = config_file.load("configs/nyu_depth.py:tiny").copy_and_resolve_references().unlock()
+  config.init.update(pretrained=str(source), clip=str(folder))
+  config.update_from_flattened_dict(changes)
+  return start.complete(config.lock(), config.init.pretrained)
+
+
+def test_a_class_is_predicted_by_the_clip_of_init(compvis, whole_clip):
+  config = with_clip(compvis, whole_clip, **{"method.prompt": "predicted"})
+  assert config.backbone.image.width == 64 and config.backbone.image.projection == 48
+  product = assemble.assemble(config)
+  named, lines = start.weights(config, product)
+  assert f"classes predicted by CLIP: {whole_clip}" in lines
+  names = named["method/class_predictor/names"]
+  assert names.shape == (27, 48)
+  np.testing.assert_allclose(np.linalg.norm(names, axis=1), 1, rtol=1e-5)
+  assert np.ptp(names, axis=0).max() > 1e-3
+  source = oracle.weights("clip_vision")["visual_projection.weight"]
+  np.testing.assert_array_equal(named["method/class_predictor/image_encoder/visual_projection/kernel"], source.T)
+  (fresh,) = (line for line in lines if line.startswith("fresh"))
+  assert "class_predictor" not in fresh
+
+
+def test_a_prediction_without_clip_names_what_to_give(compvis):
+  config = with_clip(compvis, "", **{"method.prompt": "predicted", "backbone.image": dict(width=16, heads=2)})
+  with pytest.raises(ValueError, match=r"there is no CLIP image encoder: config\.init\.clip is empty") as caught:
+    start.weights(config, assemble.assemble(config))
+  assert "\n" not in str(caught.value)
+
+
+def iedp_of(**changes):
+  """IEDP's smallest network with towers of the oracle's sizes."""
+  sizes = {f"backbone.text.{k}": v for k, v in {"vocab_size": 1000, "width": 64, "layers": 3, "heads": 4}.items()}
+  sizes |= {"backbone.text.mlp_width": 256, "backbone.text.positions": 77, "backbone.unet.context_dim": 64}
+  return start.complete(iedp_config(**sizes, **changes), "")
+
+
+def test_towers_come_from_a_whole_clip_and_training_gets_its_tokenizer(whole_clip):
+  config = iedp_of(**{"init.clip": str(whole_clip), "method.tokenizer": "", "method.num_queries": 77})
+  product = assemble.assemble(config)
+  named, lines = start.weights(config, product)
+  assert [f"CLIP {which} encoder: {whole_clip}" in lines for which in ("text", "image")] == [True, True]
+  kernel = oracle.weights("clip_text")["text_model.encoder.layers.0.mlp.fc1.weight"].T
+  np.testing.assert_array_equal(named["method/text_encoder/text_model/encoder/layers/0/mlp/fc1/kernel"], kernel)
+  kernel = oracle.weights("clip_vision")["vision_model.encoder.layers.2.mlp.fc1.weight"].T
+  np.testing.assert_array_equal(named["method/image_encoder/vision_model/encoder/layers/2/mlp/fc1/kernel"], kernel)
+  tokens = product.method.prepare({"class_id": np.int32(6)})["tokens"]
+  words = tokenizer.load(whole_clip)("a photo of a kitchen", padding="max_length", max_length=77)["input_ids"]
+  assert tokens.tolist() == words
+
+
+def test_evaluation_never_opens_the_text_encoder(whole_clip, monkeypatch):
+  config = iedp_of(**{"init.clip": str(whole_clip), "method.tokenizer": ""})
+  product = assemble.assemble(config, training=False)
+
+  def opened(*args, **options):
+    raise AssertionError("evaluation has opened it")
+
+  for place, name in ((clip, "load_text"), (towers, "text_encoder"), (tokenizer, "load")):
+    monkeypatch.setattr(place, name, opened)
+  named, lines = start.weights(config, product)
+  assert named.keys() == product.parts.shapes.keys() and not any("text_encoder" in name for name in named)
+  assert not any("text encoder" in line for line in lines)
+
+
+def test_a_text_encoder_inside_stable_diffusion_goes_before_that_of_clip(tmp_path, whole_clip):
+  text = {f"cond_stage_model.transformer.{n}": 2 * x for n, x in oracle.weights("clip_text").items()}
+  write.write(tmp_path / "sd.safetensors", text)
+  product = assemble.assemble(iedp_of(**{"init.clip": str(whole_clip)}))
+  shapes = {n.removeprefix(start.TEXT_ENCODER): s for n, s in product.parts.shapes.items() if start.TEXT_ENCODER in n}
+  found, line = towers.text_encoder(shapes, pretrained=str(tmp_path / "sd.safetensors"), source=str(whole_clip))
+  name = "text_model/final_layer_norm/scale"
+  np.testing.assert_array_equal(found[name], 2 * oracle.weights("clip_text")["text_model.final_layer_norm.weight"])
+  assert line.endswith("sd.safetensors")
+  found, line = towers.text_encoder(shapes, pretrained="", source=str(whole_clip))
+  np.testing.assert_array_equal(found[name], oracle.weights("clip_text")["text_model.final_layer_norm.weight"])
+
+
+@pytest.fixture(scope="module")
+def iedp_run(tmp_path_factory):
+  """A workdir with one checkpoint of IEDP, and the arrays in it."""
+  workdir = str(tmp_path_factory.mktemp("run"))
+  config = iedp_config()
+  product = assemble.assemble(config)
+  named = tiny.filled(product.parts.shapes)
+  with start.checkpoints(config, product, workdir) as held:
+    held.save(1, tiny.train_state(product, named), start.to_json(config), {}, force=True)
+  return workdir, config, named
+
+
+def test_a_run_is_evaluated_without_what_only_training_uses(iedp_run):
+  workdir, config, saved = iedp_run
+  config = start.complete(config, workdir)
+  product = assemble.assemble(config, training=False)
+  named, lines = start.weights(config, product, workdir)
+  assert len(lines) == 1 and named.keys() == product.parts.shapes.keys() < saved.keys()
+  for name, value in named.items():
+    np.testing.assert_array_equal(value, saved[name], err_msg=name)
+  whole, _ = start.weights(config, assemble.assemble(config), workdir)
+  assert whole.keys() == saved.keys()
+
+
+def test_a_run_of_another_method_is_refused(iedp_run):
+  workdir, config, _ = iedp_run
+  changed = config.copy_and_resolve_references().unlock()
+  changed.method.output_norm = "ln"
+  with pytest.raises(ValueError, match=r"is not of this config: .*output_norm"):
+    start.weights(changed.lock(), assemble.assemble(changed, training=False), workdir)
+
+
+def test_a_run_that_was_told_the_class_may_predict_it(tmp_path, whole_clip):
+  config = tiny.shrunk(config_file.load("configs/nyu_depth.py:tiny"))
+  product = assemble.assemble(config)
+  state = tiny.train_state(product, tiny.filled(product.parts.shapes))
+  with start.checkpoints(config, product, str(tmp_path)) as held:
+    held.save(1, state, start.to_json(config), {}, force=True)
+  assert start.predicting_class(config).method.prompt == "scene_class"
+  config = config.copy_and_resolve_references().unlock()
+  config.init.clip = str(whole_clip)
+  config = start.predicting_class(start.complete(config.lock(), str(tmp_path)))
+  assert config.method.prompt == "predicted"
+  product = assemble.assemble(config, training=False)
+  named, lines = start.weights(config, product, str(tmp_path))
+  assert named.keys() == product.parts.shapes.keys()
+  assert lines == [f"weights: {tmp_path}, checkpoint of step 1", f"classes predicted by CLIP: {whole_clip}"]
+  assert jnp.asarray(named["method/class_predictor/names"]).dtype == jnp.float32

@@ -56,8 +56,11 @@ def shrunk(config):
     model_channels=32, channel_mult=(1,) * levels, num_res_blocks=1, attention_levels=(), context_dim=16, num_heads=2
   )
   config.backbone.vae.update(channels=32, channel_mult=(1,) * len(config.backbone.vae.channel_mult), num_res_blocks=1)
-  config.neck.width, config.head.filters, config.head.width = 32, (8,) * len(config.head.filters), 8
-  config.method.class_vectors = "random:0"
+  config.head.filters, config.head.width = (8,) * len(config.head.filters), 8
+  small = {"width": 32} if "width" in config.neck else {"inner": 8}
+  config.neck.update(small)
+  if "class_vectors" in config.method:
+    config.method.class_vectors = "random:0"
   config.data.update(crop=(64, 64), batch_size=6, workers=0)
   config.data.update(
     {"size": (64, 96), "train_count": 12, "eval_count": 5} if "size" in config.data else {"resize": (64, 96)}

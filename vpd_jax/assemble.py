@@ -4,6 +4,7 @@ ConfigDict ends here: sections become keyword arguments.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,26 +13,32 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from vpd_jax import inference, necks, optim
+from vpd_jax import config_file, inference, necks, optim
 from vpd_jax import params as params_lib
 from vpd_jax.backbones.attention import IMPLEMENTATIONS
 from vpd_jax.backbones.clip import TextSizes
+from vpd_jax.backbones.clip_image import ImageSizes
 from vpd_jax.backbones.unet import UNetSizes
 from vpd_jax.backbones.vae import VaeSizes
-from vpd_jax.data import nyu, rooms
+from vpd_jax.convert.tokenizer import Tokenize
+from vpd_jax.data import ade20k, cityscapes, depth_list, kitti, mapillary, mask_folder, nyu, rooms
 from vpd_jax.heads import deconv
-from vpd_jax.methods import vpd
+from vpd_jax.methods import iedp, meta_prompts, vpd
 from vpd_jax.model import PerceptionModel
 from vpd_jax.tasks import depth
 
-METHODS = {"vpd": vpd.Vpd}
-NECKS = {"fusion": necks.Fusion}
+METHODS = {"vpd": vpd.Vpd, "iedp": iedp.Iedp, "meta_prompts": meta_prompts.MetaPrompts}
+NECKS = {"fusion": necks.Fusion, "einsum": necks.Einsum}
 HEADS = {"deconv": deconv.Deconv}
 TASKS = {"depth": depth.Depth}
-DATASETS = {"nyu": nyu.Nyu, "rooms": rooms.Rooms}
+DATASETS = {
+  **{"nyu": nyu.Nyu, "kitti": kitti.Kitti, "depth_list": depth_list.DepthList, "rooms": rooms.Rooms},
+  **{"ade20k": ade20k.Ade20k, "cityscapes": cityscapes.Cityscapes, "mapillary": mapillary.Mapillary},
+  "mask_folder": mask_folder.MaskFolder,
+}
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
-NOT_OF_THE_DATASET = ("name", "batch_size", "workers")
+NOT_OF_THE_DATASET = ("name", "batch_size", "workers", "on_bad_record")
 NOT_OF_THE_METHOD = ("name", "class_vectors", "tokenizer")
 
 
@@ -67,6 +74,9 @@ class Product(NamedTuple):
 def _look_up(table: dict[str, Any], section: ConfigDict, field: str) -> Any:
   if section.name not in table:
     raise ValueError(f"config.{field}.name={section.name!r} is unknown; choose one of {sorted(table)}.")
+  taken = (*NOT_OF_THE_DATASET, *NOT_OF_THE_METHOD, *inspect.signature(table[section.name].__init__).parameters)
+  if unknown := [key for key in section if key not in taken]:
+    raise ValueError(f"config.{field} of name {section.name!r} does not take {unknown}; remove or correct them.")
   return table[section.name]
 
 
@@ -93,29 +103,48 @@ def dtype(config: ConfigDict, field: str) -> Any:
   return DTYPES[word]
 
 
-def sizes(config: ConfigDict) -> tuple[UNetSizes, VaeSizes, TextSizes]:
-  """Sizes of the three backbones; 0 heads, or a head width of 0, means "not this one"."""
+def sizes(config: ConfigDict) -> tuple[UNetSizes, VaeSizes, TextSizes, ImageSizes]:
+  """Sizes of the four backbones; 0 heads, or a head width of 0, means "not this one"."""
   unet = dict(config.backbone.unet) | {key: config.backbone.unet[key] or None for key in ("num_heads", "head_width")}
-  return UNetSizes(**unet), VaeSizes(**config.backbone.vae), TextSizes(**config.backbone.text)
+  backbone = config.backbone
+  image = ImageSizes(**backbone.get("image", {}))
+  return UNetSizes(**unet), VaeSizes(**backbone.vae), TextSizes(**backbone.text), image
 
 
-def _builder(config: ConfigDict, task: Any, classes: tuple[str, ...]) -> Callable[[], nnx.Module]:
+def _offered(config: ConfigDict, classes: tuple[str, ...], text: TextSizes, training: bool) -> dict[str, Any]:
+  """What only some methods ask for, by the name under which their constructors do."""
+  sources = (config.method.get("tokenizer", ""), config.init.pretrained, config.init.get("clip", ""))
+  return {
+    "classes": len(classes),
+    "class_names": tuple(classes),
+    "text": text,
+    "image": sizes(config)[3],
+    "tokenize": Tokenize(sources, text.vocab_size, text.positions),
+    "training": training,
+  }
+
+
+def _builder(config: ConfigDict, task: Any, classes: tuple[str, ...], training: bool) -> Callable[[], nnx.Module]:
   """A function that makes the model with fresh parameters of `config.seed`."""
-  unet, vae, _ = sizes(config)
+  unet, vae, text, _ = sizes(config)
   if config.backbone.attention not in IMPLEMENTATIONS:
     raise ValueError(
       f"config.backbone.attention={config.backbone.attention!r} is unknown; choose one of {IMPLEMENTATIONS}."
     )
+  maker = _look_up(METHODS, config.method, "method")
+  asked = inspect.signature(maker.__init__).parameters
   method = functools.partial(
-    _look_up(METHODS, config.method, "method"),
+    maker,
     unet=unet,
     vae=vae,
-    classes=len(classes),
+    **{name: value for name, value in _offered(config, classes, text, training).items() if name in asked},
     attention=config.backbone.attention,
     remat=config.backbone.remat,
     **_rest(config.method, NOT_OF_THE_METHOD),
   )
-  neck = functools.partial(_look_up(NECKS, config.neck, "neck"), **_rest(config.neck))
+  neck = functools.partial(
+    _look_up(NECKS, config.neck, "neck"), norm_group=config.optim.norm_group, **_rest(config.neck)
+  )
   head = functools.partial(
     _look_up(HEADS, config.head, "head"), norm_group=config.optim.norm_group, **_rest(config.head), **task.output
   )
@@ -124,22 +153,27 @@ def _builder(config: ConfigDict, task: Any, classes: tuple[str, ...]) -> Callabl
   def build() -> nnx.Module:
     kinds = {**types, "rngs": params_lib.Keys(config.seed)}
     m = method(**kinds)
-    n = neck(m.widths, m.strides, **kinds)
+    n = neck(m.widths, m.strides, tokens=m.tokens, frame=m.frame, **kinds)
     return PerceptionModel(m, n, head(n.widths, n.strides, **kinds))
 
   return build
 
 
-def assemble(config: ConfigDict) -> Product:
+def assemble(config: ConfigDict, *, training: bool = True) -> Product:
   """Looks the names up, builds the model without arrays, resolves every per-name rule.
+
+  Args:
+    config: of the run.
+    training: False leaves the parts out that a method has for training only; rules are resolved with them all the same.
 
   Raises:
     ValueError: in one line, for an unknown name, an option of the wrong kind, a rule without effect, parts that do not
       fit each other, groups that do not fit the batch.
   """
+  config_file.check(config)
   task = _look_up(TASKS, config.task, "task")(**_rest(config.task))
   data = _look_up(DATASETS, config.data, "data")
-  build = _builder(config, task, data.classes)
+  build = _builder(config, task, data.classes, training=True)
   parts = params_lib.describe(build)
   inference.parse(config.eval.test_time)
   if config.eval.coverage not in inference.COVERAGES:
@@ -153,6 +187,9 @@ def assemble(config: ConfigDict) -> Product:
   optimizer = optim.optimizer(
     rate, groups, **{k: config.optim[k] for k in ("decay", "b1", "b2", "epsilon", "clip_norm")}
   )
+  if not training and parts.model.method.training_only:
+    build = _builder(config, task, data.classes, training=False)
+    parts = params_lib.describe(build)
   keys = ("image", *sorted(task.needs | parts.model.method.needs))
   return Product(build, parts, task, groups, rate, optimizer, tuple(data.classes), keys)
 

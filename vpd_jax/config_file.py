@@ -3,9 +3,12 @@
 Imports only ml_collections and the standard library, because config files import this module themselves.
 """
 
+import difflib
 import importlib.util
+import inspect
 import pathlib
 import re
+import traceback
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +25,13 @@ INDIFFERENT = (
   "method.class_vectors",
   "method.tokenizer",
 )
+NEEDED = (*STRUCTURE, "eval", "init", "mesh", "param_dtype")  # in every config
+# Field: the smallest value it may have.
+LEAST = {
+  **dict.fromkeys(("num_steps", "log_every", "eval_every", "save_every", "keep", "optim.accumulation"), 1),
+  **dict.fromkeys(("keep_best", "profile", "data.workers", "eval.panels", "eval.baselines"), 0),
+  **dict.fromkeys(("optim.norm_group", "optim.loss_group", "optim.clip_norm", "optim.decay", "optim.ema_decay"), 0),
+}
 
 
 def words(argument: str | None, **kinds: Sequence[str]) -> dict[str, str]:
@@ -65,38 +75,87 @@ def resolve(config: str) -> str:
   for candidate in candidates:
     if candidate.is_file():
       return f"{candidate.resolve()}{colon}{argument}"
-  raise ValueError(f"config file {path!r} was not found: no file {' and no file '.join(map(str, candidates))}.")
+  shipped = ", ".join(f"configs/{held.name}" for held in sorted((PROJECT / "configs").glob("*.py")))
+  raise ValueError(
+    f"config file {path!r} was not found: no file {' and no file '.join(map(str, candidates))}; give one that exists, "
+    f"like {shipped or 'configs/mine.py'}."
+  )
 
 
 def load(config: str | ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """A locked ConfigDict of a config string (the value of --config), or a locked copy of a ConfigDict.
 
   Raises:
-    ValueError: where the file is not found, has no get_config, or refuses the words.
+    ValueError: where the file is not found, fails, has no get_config, or refuses the words.
   """
   if isinstance(config, ml_collections.ConfigDict):
     return config.copy_and_resolve_references().lock()
   path, colon, argument = resolve(config).partition(":")
   module = _import(path)
   if not hasattr(module, "get_config"):
-    raise ValueError(f"config file {path!r} has no function get_config.")
-  return (module.get_config(argument) if colon else module.get_config()).lock()
+    raise ValueError(f"config file {path!r} has no function get_config; write one that returns a ConfigDict.")
+  if colon and not inspect.signature(module.get_config).parameters:
+    raise ValueError(f"the get_config of config file {path!r} takes no words; leave ':{argument}' away.")
+  try:
+    made = module.get_config(argument) if colon else module.get_config()
+  except ValueError:
+    raise  # of `words`, or of the file's own checks
+  except Exception as error:
+    raise _failure(path, error) from error
+  if not isinstance(made, ml_collections.ConfigDict):
+    raise ValueError(f"the get_config of config file {path!r} returns a {type(made).__name__}; return a ConfigDict.")
+  return made.lock()
 
 
 def resolve_argv(argv: Sequence[str], flag: str = "config") -> list[str]:
   """The command line with the value of --config made absolute, as config_flags looks in the working directory only.
 
-  The file is loaded once here, so that a wrong word is the one-line ValueError of `words` and not absl's traceback.
+  The file is loaded once here, so that a wrong word is the one-line ValueError of `words` and not absl's traceback, and
+  all fields that it does not have are named at once.
+
+  Raises:
+    ValueError: as `load`; a field that is set but not in the config, with the one that may be meant.
   """
   resolved = list(argv)
-  for i, word in enumerate(argv):
-    if word == "--":
-      break
+  own = resolved[: resolved.index("--")] if "--" in resolved else resolved
+  config = None
+  for i, word in enumerate(own):
     if match := re.fullmatch(rf"(--?{flag}=)(.*)", word):
-      resolved[i] = match[1] + _checked(match[2])
-    elif re.fullmatch(rf"--?{flag}", word) and i + 1 < len(argv):
-      resolved[i + 1] = _checked(argv[i + 1])
+      resolved[i] = match[1] + resolve(match[2])
+      config = load(match[2])
+    elif re.fullmatch(rf"--?{flag}", word) and i + 1 < len(own):
+      resolved[i + 1] = resolve(own[i + 1])
+      config = load(own[i + 1])
+  if config is not None:
+    fields = [match[1] for word in own if (match := re.match(rf"--?(?:no)?{flag}\.([^=]+)", word))]
+    problems = [problem for field in dict.fromkeys(fields) if (problem := _unknown(config, flag, field))]
+    if problems:
+      raise ValueError("; ".join(problems) + ".")
   return resolved
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Checks what no other part of the program would find: that NEEDED is there, and the numbers of LEAST.
+
+  Raises:
+    ValueError: sections or fields left out, numbers that are too small or no numbers; names all of them.
+  """
+  values = {field: _value(config, field) for field in (*NEEDED, *LEAST)}
+  problems = [
+    f"config.{field} is left out; copy it from a config of the package"
+    for field, value in values.items()
+    if value is _ABSENT and field.split(".")[0] in (field, *config)
+  ]
+  problems += [
+    f"config.{field}={values[field]!r} must be at least {least}"
+    for field, least in LEAST.items()
+    if values[field] is not _ABSENT and not (isinstance(values[field], int | float) and values[field] >= least)
+  ]
+  decay = _value(config, "optim.ema_decay")
+  if isinstance(decay, int | float) and decay >= 1:
+    problems.append(f"config.optim.ema_decay={decay} must be below 1; 0 keeps no moving average")
+  if problems:
+    raise ValueError("; ".join(problems) + ".")
 
 
 def name(config: str) -> str:
@@ -163,11 +222,29 @@ def _as_tuples(value: Any) -> Any:
   return tuple(_as_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
-def _checked(config: str) -> str:
-  """The resolved config string, after loading it once."""
-  resolved = resolve(config)
-  load(resolved)
-  return resolved
+def _value(config: Any, field: str) -> Any:
+  """The value of a dotted field; _ABSENT where there is none."""
+  for name in field.split("."):
+    if not isinstance(config, ml_collections.ConfigDict) or name not in config:
+      return _ABSENT
+    config = config[name]
+  return config
+
+
+def _unknown(config: ml_collections.ConfigDict, flag: str, field: str) -> str:
+  """What is wrong with the name of a field on the command line, and what may be meant; empty where it exists."""
+  plain = re.sub(r"\[.*?\]", "", field)  # an item of a tuple: optim.lr_groups[0]
+  if _value(config, plain) is not _ABSENT:
+    return ""
+  section, _, name = plain.rpartition(".")
+  while section and not isinstance(_value(config, section), ml_collections.ConfigDict):
+    section, _, name = section.rpartition(".")
+  held = list(config[section] if section else config)
+  elsewhere = [other for other in _flat(config) if other.rpartition(".")[2] == name]
+  near = [f"{section}.{other}".lstrip(".") for other in difflib.get_close_matches(name, held, n=1)] or elsewhere
+  hint = f"did you mean --{flag}.{near[0]}? " if near else ""
+  where = ".".join(filter(None, (flag, section)))
+  return f"{flag}.{plain} is unknown: {hint}{where} has the fields {', '.join(sorted(held))}"
 
 
 def _import(path: str) -> types.ModuleType:
@@ -176,5 +253,17 @@ def _import(path: str) -> types.ModuleType:
   if spec is None or spec.loader is None:
     raise ValueError(f"config file {path!r} cannot be imported as Python.")
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:
+    raise _failure(path, error) from error
   return module
+
+
+def _failure(path: str, error: Exception) -> ValueError:
+  """An error of the Python of a config file in one line, with the line of the file where it happened."""
+  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+  where = f", line {lines[-1]}," if lines else ""
+  return ValueError(
+    f"config file {path!r}{where} fails with {type(error).__name__}: {' '.join(str(error).split())}; mend the file."
+  )

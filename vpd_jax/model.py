@@ -13,4 +13,5 @@ class PerceptionModel(nnx.Module):
 
   def __call__(self, batch: Batch, *, training: bool) -> Outputs:
     """Outputs of len(method.branches(training)) * B rows, branch by branch."""
-    return self.head(self.neck(self.method(batch, training=training)), training=training)
+    features = self.method(batch, training=training)
+    return self.head(self.neck(features, training=training), training=training)

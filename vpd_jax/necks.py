@@ -6,7 +6,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vpd_jax.backbones import layers
-from vpd_jax.types import Features
+from vpd_jax.types import Array, Features
+
+# timm's trunc_normal_(std=0.02) of the release cuts at -2 and 2, a hundred deviations away.
+NORMAL = nnx.initializers.normal(0.02)
 
 
 class Fusion(nnx.Module):
@@ -26,14 +29,30 @@ class Fusion(nnx.Module):
     widths: tuple[int, ...],
     strides: tuple[int, ...],
     *,
+    frame: str,
     width: int = 1536,
+    tokens: tuple[int, int] = (0, 0),
+    norm_group: int = 0,
     dtype: Any,
     param_dtype: Any,
     rngs: nnx.Rngs,
   ):
-    """`widths`, `strides`: of the four maps that come in; `width`: of the one that goes out."""
+    """Builds the layers.
+
+    Args:
+      widths, strides: of the four maps that come in.
+      frame: what they show; see Method.
+      width: of the map that goes out.
+      tokens, norm_group: of the context and of batch normalisation, which every neck is told of; no use of them here.
+
+    Raises:
+      ValueError: another number of maps than four, or maps of a resized image.
+    """
+    del tokens, norm_group
     if len(widths) != 4:
       raise ValueError(f"neck 'fusion' joins four maps, but the method gives {len(widths)}.")
+    if frame != "padded":
+      raise ValueError(f"neck 'fusion' cuts padding off, but the method's image is {frame}; use neck 'einsum'.")
     kinds = {
       "dtype": dtype,
       "param_dtype": param_dtype,
@@ -49,10 +68,104 @@ class Fusion(nnx.Module):
       [layers.conv(sum(widths), width, 1, **kinds), layers.GroupNorm(width, **norms), layers.ReLU()]
     )
 
-  def __call__(self, features: Features) -> Features:
+  def __call__(self, features: Features, *, training: bool = False) -> Features:
+    """The fused map; training makes no difference."""
+    del training
     finest, fine, coarse, coarsest = features.maps
     coarsest = layers.resize(coarsest, coarse.shape[1:3], method="nearest")
     joined = [layers.chain(self.layer1, finest), layers.chain(self.layer2, fine), coarse, coarsest]
     x = layers.chain(self.out_layer, jnp.concatenate(joined, axis=-1))  # [B, h, w, width]
     rows, columns = (-(-side // self.strides[0]) for side in features.image_size)
     return features._replace(maps=(x[:, :rows, :columns],))
+
+
+class _Raised(nnx.Module):
+  """Transposed convolutions, each doubling the size, then a 3x3 convolution back to the width; all normalised."""
+
+  def __init__(self, width: int, doublings: int, *, inner: int, norm_group: int, **kinds: Any):
+    norm = lambda w: layers.BatchNorm(w, group=norm_group, **kinds)
+    # PyTorch's default, whose fan of a transposed convolution counts the outputs: the release leaves it.
+    default = nnx.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
+    deconvs, last = [], width
+    for _ in range(doublings):
+      deconvs += [layers.ConvTranspose(last, inner, 4, padding=1, kernel_init=default, **kinds), norm(inner)]
+      deconvs.append(layers.ReLU())
+      last = inner
+    self.deconv_layers = nnx.List(deconvs)
+    self.conv_layers = nnx.List([layers.conv(last, width, 3, kernel_init=NORMAL, **kinds), norm(width), layers.ReLU()])
+
+  def __call__(self, x: Array, *, training: bool) -> Array:
+    x = layers.chain(self.deconv_layers, x, training=training)
+    return layers.chain(self.conv_layers, x, training=training)  # [B, h * 2^doublings, w * 2^doublings, width]
+
+
+class Einsum(nnx.Module):
+  """MetaPrompts' depth re-arrangement: four maps to one of as many channels as there are prompts.
+
+  Map 0 passes a convolution, maps 1 to 3 one to three transposed convolutions of kernel 4 that raise them to its
+  size; all are joined and mixed by a 3x3 convolution to the width of the prompts. Channel n of the result is the inner
+  product with prompt n, the prompts being those the UNet attended to in its last pass. The method has resized the
+  image, so the map is resized in turn: to one cell per 8 pixels of the image.
+
+  Source: MetaPrompts depth/models_depth/model.py VPDDepthEncoder, VPDDepth.
+  """
+
+  needs_maps = 4
+
+  def __init__(
+    self,
+    widths: tuple[int, ...],
+    strides: tuple[int, ...],
+    *,
+    frame: str,
+    tokens: tuple[int, int],
+    inner: int = 32,
+    norm_group: int = 0,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+  ):
+    """Builds the layers.
+
+    Args:
+      widths, strides: of the four maps that come in.
+      frame: what they show; see Method.
+      tokens: number and width of the tokens of the method's context; the number is the channels of the map that goes
+        out.
+      inner: width of the transposed convolutions.
+      norm_group: images per group of batch normalisation, 0 for the whole batch.
+
+    Raises:
+      ValueError: another number of maps than four; strides that are not doubled from map to map; a padded image.
+    """
+    if len(widths) != 4:
+      raise ValueError(f"neck 'einsum' joins four maps, but the method gives {len(widths)}.")
+    if frame != "resized":
+      raise ValueError(f"neck 'einsum' shows a resized image, but the method's is {frame}; use neck 'fusion'.")
+    if tuple(strides) != tuple(strides[0] * 2**i for i in range(4)):
+      raise ValueError(f"neck 'einsum' joins maps whose strides double, but the method's are {tuple(strides)}.")
+    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    norm = lambda w: layers.GroupNorm(w, groups=16, epsilon=1e-5, **kinds)
+    mixed = lambda i, o: nnx.List([layers.conv(i, o, 3, kernel_init=NORMAL, **kinds), norm(o), layers.ReLU()])
+    self.strides, self.widths = (strides[0],), (tokens[0],)
+    self.layer1 = mixed(widths[0], widths[0])
+    raised = lambda i: _Raised(widths[i], i, inner=inner, norm_group=norm_group, **kinds)
+    self.layer2, self.layer3, self.layer4 = raised(1), raised(2), raised(3)
+    self.out_layer = mixed(sum(widths), tokens[1])
+
+  def __call__(self, features: Features, *, training: bool) -> Features:
+    """One map [B, H // 8, W // 8, prompts], of at least one cell, whatever the sizes of the four."""
+    return features._replace(maps=(self.cells(self.products(features, training=training), features.image_size),))
+
+  def products(self, features: Features, *, training: bool) -> Array:
+    """The inner products at the size of map 0: float [B, h, w, prompts]."""
+    finest, *coarser = features.maps
+    raised = zip((self.layer2, self.layer3, self.layer4), coarser, strict=True)
+    joined = [layers.chain(self.layer1, finest), *(layer(x, training=training) for layer, x in raised)]
+    x = layers.chain(self.out_layer, jnp.concatenate(joined, axis=-1))  # [B, h, w, width]
+    return jnp.einsum("bhwc,bnc->bhwn", x, features.context)
+
+  def cells(self, x: Array, image_size: tuple[int, int]) -> Array:
+    """Resized to a cell per `strides[0]` pixels of the image, rounded down as the release does."""
+    rows, columns = (max(side // self.strides[0], 1) for side in image_size)
+    return layers.resize(x, (rows, columns))

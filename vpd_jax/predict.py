@@ -1,7 +1,9 @@
 """Predictor, the door for Python users, and --mode=predict over a folder of pictures."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import mimetypes
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,61 +191,88 @@ def read_picture(path: Path) -> np.ndarray:
         turned = Image.fromarray(np.clip(grey / top * 255, 0, 255).astype(np.uint8))
       return np.asarray(turned.convert("RGB"))
   except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-    raise ValueError(f"{path.name} is not an image that can be read ({type(error).__name__}).") from error
+    why = "unknown format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+    raise ValueError(f"{path.name} is damaged or no picture ({why})") from error
 
 
-def _read_all(folder: Path) -> Iterator[tuple[Path, np.ndarray | None]]:
-  """Every file of the folder itself, in order; None, and a line, where it is no image."""
-  for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
-    try:
-      yield path, read_picture(path)
-    except ValueError as error:
-      print(f"skipped: {error}", flush=True)
-      yield path, None
+def _is_picture(path: Path) -> bool:
+  """Whether a file is meant to be a picture, by its name or by how it begins."""
+  if (mimetypes.guess_type(path.name, strict=False)[0] or "").startswith("image/"):
+    return True
+  try:
+    with Image.open(path):
+      return True
+  except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    return False
+
+
+def _check_output(output: str, folder: Path) -> Path:
+  """The folder for the results, which can be made, and is not that of the pictures."""
+  target = Path(output).expanduser()
+  held = next(p for p in (target, *target.absolute().parents) if p.exists())
+  if not output or not held.is_dir() or not os.access(held, os.W_OK):
+    why = f": {held} is not a folder that can be written to" if output else ""
+    raise ValueError(f"--output={output!r} must name a folder{why}; give another, it is made where it does not exist.")
+  if target.resolve() == folder.resolve():
+    raise ValueError(f"--output={output!r} is the folder of the pictures; give another, or results become pictures.")
+  return target
 
 
 def run(config: ConfigDict, workdir: str, *, source: str, output: str, class_name: str = "") -> int:
   """--mode=predict: writes the prediction of every picture of a folder; returns how many there were.
 
+  Files that are no pictures, by name and by content, are named and left alone.
+
   Raises:
-    ValueError: no such folder, or no picture in it; an unknown class.
+    ValueError: no such folder, or no picture in it; an unknown class; after all others have been written, pictures that
+      cannot be read.
   """
-  folder, target = Path(source).expanduser(), Path(output).expanduser()
+  folder = Path(source).expanduser()
   if not source or not folder.is_dir():
     raise ValueError(f"--input={source!r} is not a folder; give one that holds pictures.")
-  if not output or target.is_file():
-    raise ValueError(f"--output={output!r} must name a folder; it is made where it does not exist.")
+  target = _check_output(output, folder)
   chosen = workdir if is_workdir(workdir) else config.init.run or config.init.pretrained
   if not chosen:
     raise ValueError(
       f"--workdir={workdir!r} holds no checkpoint and config.init.pretrained is empty; give one of them."
     )
+  paths = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+  pictures = [path for path in paths if _is_picture(path)]
+  if not pictures:
+    raise ValueError(f"--input={source!r} holds no picture, only {len(paths)} other files; give a folder that does.")
   predictor = Predictor.load(config, weights=chosen)
   class_id = predictor.class_id(class_name) if class_name else None
   print("\n".join(predictor.origin), flush=True)
   if class_id is None:
     print("no --class given: the mean of all class vectors stands in for the scene's", flush=True)
-  target.mkdir(parents=True, exist_ok=True)
-  names = [p.stem for p in folder.iterdir() if p.is_file()]
-  done, skipped, waiting = 0, 0, []
+  for path in sorted(set(paths) - set(pictures)):
+    print(f"skipped: {path.name} is no picture", flush=True)
+  names = [p.stem for p in pictures]
+  damaged, waiting = [], []
 
   def flush():
+    target.mkdir(parents=True, exist_ok=True)
     for (path, image), result in zip(waiting, predictor.predict([i for _, i in waiting], class_id), strict=True):
       stem = target / (path.stem if names.count(path.stem) == 1 else path.name.replace(".", "_"))
       facts = {"source": path.name, "class": class_name or "mean of all", "source_size": list(image.shape[:2])}
       predictor.product.task.save(stem, result[predictor.product.task.result], facts)
     waiting.clear()
 
-  for path, image in _read_all(folder):
-    if image is None:
-      skipped += 1
-      continue
-    done += 1
-    waiting.append((path, image))
+  for path in pictures:
+    try:
+      waiting.append((path, read_picture(path)))
+    except ValueError as error:
+      damaged.append(str(error))
+      print(f"skipped: {error}", flush=True)
     if len(waiting) == PICTURES_AT_ONCE:
       flush()
-  flush()
-  if not done:
-    raise ValueError(f"--input={source!r} holds no picture that can be read ({skipped} files skipped).")
-  print(f"{done} pictures written to {output}, {skipped} files skipped", flush=True)
+  if waiting:
+    flush()
+  done = len(pictures) - len(damaged)
+  print(f"{done} pictures written to {output}, {len(paths) - done} files skipped", flush=True)
+  if damaged:
+    raise ValueError(
+      f"{len(damaged)} of {len(pictures)} pictures in {source} cannot be read: {'; '.join(damaged[:10])}. "
+      f"The other {done} are done; mend or remove these."
+    )
   return done

@@ -1,6 +1,8 @@
 """Where the arrays of a run come from: a checkpoint of its own, another run, foreign weights, or chance."""
 
+import functools
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,10 +14,12 @@ from vpd_jax import assemble, class_vectors, config_file, sharding
 from vpd_jax import params as params_lib
 from vpd_jax.assemble import Product
 from vpd_jax.checkpoint import Checkpoints, is_workdir
-from vpd_jax.convert import load, stable_diffusion
+from vpd_jax.convert import clip, load, stable_diffusion, towers
 from vpd_jax.types import Named, TrainState
 
 CLASS_VECTORS = "method/class_vectors"
+TEXT_ENCODER, IMAGE_ENCODER = "method/text_encoder/", "method/image_encoder/"
+CLASS_PREDICTOR = "method/class_predictor/"  # never in a checkpoint of the network that was trained without it
 
 
 def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[dict[str, Any], list[str]]:
@@ -30,37 +34,63 @@ def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[dic
     Arrays by name in the dtypes of the model, on the host where they were read and on the device where they are fresh.
 
   Raises:
-    ValueError: a source that cannot be read or does not fit; no source of class vectors.
+    ValueError: a source that cannot be read or does not fit; no source of class vectors or of CLIP's towers.
   """
   shapes = product.parts.shapes
   source = source or config.init.run or config.init.pretrained
+  named, lines = {}, []
   if source and is_workdir(source):
     named, line = _of_run(config, product, source)
-    return named, [line]
-  named, lines = {}, []
-  if source:
-    named, report = load.load_pretrained(source, shapes)
+    lines.append(line)
+  elif source:
+    held = {name: shape for name, shape in shapes.items() if not name.startswith(CLASS_PREDICTOR)}
+    named, report = load.load_pretrained(source, held)
     lines.append(f"weights: {source}: {report.summary()}")
-  if CLASS_VECTORS in named:
-    lines.append(f"class vectors: those of {source}")
-  elif CLASS_VECTORS in shapes:
-    rows, width = shapes[CLASS_VECTORS].shape
-    vectors, line = class_vectors.resolve(
-      setting=config.method.class_vectors,
-      classes=product.classes[:rows],
-      width=width,
-      pretrained=source,
-      dtype=assemble.dtype(config, "param_dtype"),
-      sizes=assemble.sizes(config)[2],
-      tokenizer=config.method.tokenizer,
-    )
-    named[CLASS_VECTORS] = vectors.astype(shapes[CLASS_VECTORS].dtype)
+    lines += [f"class vectors: those of {source}"] if CLASS_VECTORS in named else []
+  for found, line in _prompts(config, product, named, source):
+    named |= found
     lines.append(line)
   rest = shapes.keys() - named.keys()
   if rest:
     tops = sorted({"/".join(name.split("/")[:2]) for name in rest})
     lines.append(f"fresh, from seed {config.seed}: {len(rest)} arrays of {', '.join(tops)}")
   return named | params_lib.initialize(product.build, rest), lines
+
+
+def _prompts(config: ConfigDict, product: Product, named: Named, source: str) -> Iterator[tuple[dict[str, Any], str]]:
+  """What prompts are made of and the weights do not bring: arrays by name, and a line that says where from."""
+  shapes, classes, text = product.parts.shapes, product.classes, assemble.sizes(config)[2]
+  pretrained, chosen = "" if source and is_workdir(source) else source, config.init.get("clip", "")
+  missing = shapes.keys() - named.keys()
+  if CLASS_VECTORS in missing:
+    rows, width = shapes[CLASS_VECTORS].shape
+    vectors, line = class_vectors.resolve(
+      setting=config.method.class_vectors,
+      classes=classes[:rows],
+      width=width,
+      pretrained=source,
+      dtype=assemble.dtype(config, "param_dtype"),
+      sizes=text,
+      tokenizer=config.method.tokenizer,
+    )
+    yield {CLASS_VECTORS: vectors.astype(shapes[CLASS_VECTORS].dtype)}, line
+  makers = {
+    TEXT_ENCODER: functools.partial(towers.text_encoder, pretrained=pretrained, source=chosen),
+    IMAGE_ENCODER: functools.partial(towers.image_encoder, source=chosen),
+    CLASS_PREDICTOR: lambda wanted: towers.class_predictor(
+      wanted,
+      source=chosen,
+      classes=classes,
+      templates=class_vectors.read_templates("imagenet_80"),
+      words=config.method.tokenizer,
+      sizes=text,
+    ),
+  }
+  for prefix, make in makers.items():
+    wanted = {name.removeprefix(prefix): shapes[name] for name in missing if name.startswith(prefix)}
+    if wanted:
+      found, line = make(wanted)
+      yield {prefix + name: value for name, value in found.items()}, line
 
 
 def best_metric(config: ConfigDict, product: Product) -> str:
@@ -71,6 +101,8 @@ def best_metric(config: ConfigDict, product: Product) -> str:
 def complete(config: ConfigDict, source: str) -> ConfigDict:
   """The config with the backbones' sizes as the source of the weights states them, where it does.
 
+  Those of the image encoder are stated by a folder in `init.clip`.
+
   Args:
     config: of a file.
     source: a workdir of ours, whose checkpoint holds its config; a diffusers folder; or anything else, which states
@@ -79,14 +111,31 @@ def complete(config: ConfigDict, source: str) -> ConfigDict:
   if source and is_workdir(source):
     with Checkpoints(source, read_only=True) as held:
       stored = held.restore_config(held.latest_step())["backbone"]
-    stated = {part: stored[part] for part in ("unet", "vae", "text")}
+    stated = {part: stored[part] for part in ("unet", "vae", "text", "image") if part in stored}
   else:
-    stated = stable_diffusion.sizes(source) if source else None
+    stated = (stable_diffusion.sizes(source) if source else None) or {}
+  chosen = config.init.get("clip", "")
+  if chosen and towers.random_seed(chosen) is None:
+    stated |= {part: values for part, values in clip.sizes(chosen).items() if part == "image"}
   config = config.copy_and_resolve_references()
   with config.unlocked():
-    for part, values in (stated or {}).items():
+    for part, values in stated.items():
       plain = {key: tuple(x) if isinstance(x, list) else 0 if x is None else x for key, x in values.items()}
-      config.backbone[part].update({key: x for key, x in plain.items() if key in config.backbone[part]})
+      known = config.backbone.get(part, plain)
+      config.backbone[part] = dict(known) | {key: x for key, x in plain.items() if key in known}
+  return config.lock()
+
+
+def predicting_class(config: ConfigDict) -> ConfigDict:
+  """The config for pictures whose class nobody may tell: `init.clip`, where there is one, predicts it.
+
+  A class that is told still counts, see `method.prompt`.
+  """
+  if config.method.get("prompt", "") != "scene_class" or not config.init.get("clip", ""):
+    return config
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.method.prompt = "predicted"
   return config.lock()
 
 
@@ -105,6 +154,8 @@ def checkpoints(config: ConfigDict, product: Product, workdir: str, *, read_only
 def _of_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[str, np.ndarray], str]:
   """Parameters and statistics of a run's newest or best checkpoint; its EMA in place of the parameters where kept.
 
+  What the method has for training only is left out where the model does. What predicts the class may be missing.
+
   Raises:
     ValueError: the names or shapes are not those of the model.
   """
@@ -116,8 +167,11 @@ def _of_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[st
     step = held.latest_step() if best is None else best
     saved = held.restore_weights(step)
   named = saved["params"] | saved["frozen"] | saved["stats"] | saved.get("ema", {})
+  only = tuple(f"method/{part}" for part in product.method.training_only)
+  named = {n: x for n, x in named.items() if n in shapes or not _is_below(n, only)}
+  needed = {n for n in shapes if not n.startswith(CLASS_PREDICTOR)}
   wrong = sorted(
-    n for n in shapes.keys() | named.keys() if n not in named or n not in shapes or named[n].shape != shapes[n].shape
+    n for n in needed | named.keys() if n not in named or n not in shapes or named[n].shape != shapes[n].shape
   )
   if wrong:
     raise ValueError(
@@ -126,6 +180,11 @@ def _of_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[st
     )
   named = {n: x.astype(shapes[n].dtype) for n, x in named.items()}
   return named, f"weights: {workdir}, checkpoint of step {step}" + (", moving average" if saved.get("ema") else "")
+
+
+def _is_below(name: str, parts: tuple[str, ...]) -> bool:
+  """Whether an array is one of these parts of the model, or lies in one."""
+  return any(name == part or name.startswith(f"{part}/") for part in parts)
 
 
 def new_state(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> tuple[TrainState, list[str]]:

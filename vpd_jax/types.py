@@ -87,6 +87,10 @@ class Method(Protocol):
     needs: keys of a Batch it reads besides "image"; it takes ready "latents" in place of encoding the image.
     adds: those among them that `prepare` makes, so that no data set need provide them.
     strides, widths: of the maps it gives, finest first.
+    frame: what the maps show: "padded", the image and padding at its right and bottom; "resized", the image alone.
+    tokens: number and width of the tokens of Features.context.
+    notes: lines for the reader at the start of a run.
+    training_only: top-level parts that evaluation does without; `build` leaves them out there.
     prepare: host transform that runs after the data set's own; a plain function, for it travels to the data workers.
   """
 
@@ -94,6 +98,10 @@ class Method(Protocol):
   adds: frozenset[str]
   strides: tuple[int, ...]
   widths: tuple[int, ...]
+  frame: str
+  tokens: tuple[int, int]
+  notes: tuple[str, ...]
+  training_only: tuple[str, ...]
 
   prepare: Callable[[Example], Example]
 

@@ -1,4 +1,4 @@
-"""CLIP's text encoder, also in OpenCLIP's sizes.
+"""CLIP's text encoder, also in OpenCLIP's sizes; its layers also serve the image encoder.
 
 Source: Radford et al. 2021, https://arxiv.org/abs/2103.00020; transformers models/clip/modeling_clip.py.
 """
@@ -13,7 +13,7 @@ from flax import nnx
 
 from vpd_jax.backbones import layers
 from vpd_jax.backbones.attention import attention, masked_attention
-from vpd_jax.types import Array
+from vpd_jax.types import Array, Buffer
 
 
 def quick_gelu(x: Array) -> Array:
@@ -50,11 +50,13 @@ class TextStates(NamedTuple):
     last: float [B, N, D], after the final norm.
     pooled: float [B, D], `last` at the first occurrence of the largest token id, the end of the text.
     hidden: the states before each layer and after the last one, before the final norm.
+    embeds: float [B, P], `pooled` projected, or None where the encoder has no projection.
   """
 
   last: Array
   pooled: Array
   hidden: tuple[Array, ...]
+  embeds: Array | None = None
 
 
 class SelfAttention(nnx.Module):
@@ -140,9 +142,24 @@ class TextModel(nnx.Module):
 class ClipText(nnx.Module):
   """CLIP's text tower. The attention mask of padding is not applied, as in the releases: only the causal one."""
 
-  def __init__(self, sizes: TextSizes, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
-    self.text_model = TextModel(sizes, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  def __init__(self, sizes: TextSizes, *, projection: int = 0, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+    """`projection`: width of the vectors that images and texts share; 0 leaves the projection out."""
+    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    self.projected = projection > 0
+    self.text_model = TextModel(sizes, **kinds)
+    if self.projected:
+      self.text_projection = nnx.Linear(sizes.width, projection, use_bias=False, **kinds)
 
   def __call__(self, tokens: Array) -> TextStates:
     """Encodes int [B, N] token ids, N at most `positions`, padded with the end-of-text id."""
-    return self.text_model(tokens)
+    states = self.text_model(tokens)
+    return states._replace(embeds=self.text_projection(states.pooled)) if self.projected else states
+
+
+def never_trained(tower: nnx.Module) -> nnx.Module:
+  """The same module with all its parameters turned into buffers, which no optimizer sees, whatever the config says."""
+  for _, module in nnx.iter_modules(tower):
+    for name, value in list(vars(module).items()):
+      if isinstance(value, nnx.Param):
+        setattr(module, name, Buffer(value.get_value()))
+  return tower

@@ -205,6 +205,43 @@ def resize(x: Array, size: tuple[int, int], *, method: str = "bilinear") -> Arra
   return jax.image.resize(x.astype(high), shape, "linear", antialias=False).astype(x.dtype)  # [B, *size, C]
 
 
+def adaptive_avg_pool(x: Array, size: int) -> Array:
+  """Means over size x size bins that share rows and columns where `size` does not divide the sides.
+
+  Bin i of n over H rows covers floor(i H / n) to ceil((i + 1) H / n).
+
+  Args:
+    x: float [B, H, W, C], of any sides.
+    size: bins per side.
+
+  Returns:
+    float [B, size, size, C].
+
+  Source: torch.nn.AdaptiveAvgPool2d.
+  """
+  high = jnp.promote_types(x.dtype, jnp.float32)
+
+  def shares(side: int) -> Array:
+    bins = np.zeros((size, side))
+    for i in range(size):
+      begin, end = i * side // size, -(-(i + 1) * side // size)
+      bins[i, begin:end] = 1 / (end - begin)
+    return jnp.asarray(bins, high)
+
+  rows, columns = (shares(side) for side in x.shape[1:3])
+  means = jnp.einsum("nh,mw,bhwc->bnmc", rows, columns, x.astype(high), precision="highest")
+  return means.astype(x.dtype)
+
+
+def drop_channels(x: Array, rate: float, key: Array) -> Array:
+  """Sets whole channels of [B, H, W, C] to zero with probability `rate`, and divides the others by 1 - rate.
+
+  Source: torch.nn.Dropout2d.
+  """
+  kept = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1, x.shape[3]))
+  return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)
+
+
 def timestep_embedding(timesteps: int | Array, width: int) -> Array:
   """Sinusoidal embedding of diffusion timesteps, cosines first, always float32.
 

@@ -123,6 +123,7 @@ class UNet(nnx.Module):
     self,
     sizes: UNetSizes,
     *,
+    with_time_embed: bool = True,
     with_out: bool = True,
     attention: Implementation = "auto",
     remat: bool = False,
@@ -134,6 +135,7 @@ class UNet(nnx.Module):
 
     Args:
       sizes: see UNetSizes.
+      with_time_embed: also the two layers that embed the timestep; MetaPrompts depth deletes them.
       with_out: also the last convolution, which predicts the noise; VPD depth deletes it.
       attention: implementation of the self-attentions.
       remat: recompute every block in the backward pass instead of keeping its activations.
@@ -148,13 +150,14 @@ class UNet(nnx.Module):
     transformer = lambda w: SpatialTransformer(
       w, sizes.context_dim, sizes.heads(w), linear=sizes.linear_projection, implementation=attention, **kinds
     )
-    self.time_embed = nnx.List(
-      [
-        nnx.Linear(width, embedding_width, **kinds),
-        layers.SiLU(),
-        nnx.Linear(embedding_width, embedding_width, **kinds),
-      ]
-    )
+    if with_time_embed:
+      self.time_embed = nnx.List(
+        [
+          nnx.Linear(width, embedding_width, **kinds),
+          layers.SiLU(),
+          nnx.Linear(embedding_width, embedding_width, **kinds),
+        ]
+      )
     blocks, skips = [[layers.conv(sizes.in_channels, width, 3, **kinds)]], [width]
     for level, multiplier in enumerate(sizes.channel_mult):
       for _ in range(sizes.num_res_blocks):

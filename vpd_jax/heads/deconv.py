@@ -72,7 +72,10 @@ class Deconv(nnx.Module):
     x = layers.chain(self.conv_layers, x, training=training)
     for _ in range(self.doublings):
       x = layers.resize(x, (2 * x.shape[1], 2 * x.shape[2]))  # [B, 2h, 2w, width]
-    x = layers.chain(self.last_layer_depth, x)[..., 0]  # [B, H', W']
-    # A side that the map's stride does not divide leaves up to a stride too many rows, which show only padding.
-    x = x[:, : features.image_size[0], : features.image_size[1]]
+    x = layers.chain(self.last_layer_depth, x)  # [B, H', W', 1]
+    # A side that the map's stride does not divide: a neck rounds up where the rows beyond the image show padding, and
+    # down where the map shows the image and nothing else.
+    x = layers.resize(x[:, : features.image_size[0], : features.image_size[1]], features.image_size)[
+      ..., 0
+    ]  # [B, H, W]
     return {"depth": jax.nn.sigmoid(x.astype(jnp.promote_types(x.dtype, jnp.float32))) * self.max_depth}

@@ -3,7 +3,8 @@
 Figure 2 of the paper, left to right: the image is encoded by the frozen VAE (mode of the posterior, no noise); the
 class or scene names, encoded by the frozen CLIP text encoder into `class_vectors`, pass the text adapter; the UNet runs
 once at a constant timestep with the adapted text as its context; its four feature maps go on to the task's neck and
-head. Depth uses one token, the vector of the scene's class; neck "fusion", head "deconv".
+head. Depth uses one token, the vector of the scene's class; neck "fusion", head "deconv". The class is told, as in the
+release, also at test time, or predicted from the image by CLIP.
 
 Source: Zhao et al. 2023, https://arxiv.org/abs/2303.02153; VPD depth/models_depth/model.py, vpd/models.py.
 """
@@ -15,12 +16,11 @@ from flax import nnx
 
 from vpd_jax.backbones import layers
 from vpd_jax.backbones.attention import Implementation
+from vpd_jax.backbones.clip_image import ImageSizes
 from vpd_jax.backbones.unet import UNet, UNetSizes
 from vpd_jax.backbones.vae import VaeEncoder, VaeSizes
-from vpd_jax.methods import images
-from vpd_jax.types import Array, Batch, Branch, Buffer, Example, Features
-
-PROMPTS = ("scene_class",)
+from vpd_jax.methods import images, prompts
+from vpd_jax.types import Array, Batch, Branch, Buffer, Features
 
 
 class TextAdapter(nnx.Module):
@@ -48,6 +48,7 @@ class Vpd(nnx.Module):
     *,
     unet: UNetSizes,
     vae: VaeSizes,
+    image: ImageSizes | None = None,
     classes: int,
     prompt: str = "scene_class",
     residual_scale: float = 1e-4,
@@ -64,9 +65,11 @@ class Vpd(nnx.Module):
     """Builds VAE, UNet and adapter.
 
     Args:
-      unet, vae: sizes of the backbones.
+      unet, vae, image: sizes of the backbones; the image encoder's only count for prompt "predicted".
       classes: rows of `class_vectors`.
-      prompt: the UNet attends to: "scene_class", one token, the vector of `batch["class_id"]` (-1: the mean of all).
+      prompt: the UNet attends to one token, the vector of a class: "scene_class", that of `batch["class_id"]` (-1: the
+        mean of all); or "predicted", that which CLIP tells from the image, window by window where there are windows. A
+        "class_id" of 0 or more in the batch goes before it.
       residual_scale: start of gamma in text + gamma * adapter(text). Release: 1e-4.
       timestep: the diffusion timestep, the same for every image. Release: 1 (the paper says 0).
       latent_scale: factor on the latents. Release: 1.0; Stable Diffusion itself was trained with 0.18215.
@@ -77,25 +80,27 @@ class Vpd(nnx.Module):
     Raises:
       ValueError: unknown prompt; a padding the UNet cannot take.
     """
-    if prompt not in PROMPTS:
-      raise ValueError(f"method.prompt={prompt!r} is unknown to vpd; choose one of {PROMPTS}.")
+    if prompt not in prompts.PROMPTS:
+      raise ValueError(f"method.prompt={prompt!r} is unknown to vpd; choose one of {prompts.PROMPTS}.")
     if pad_multiple % 64:
       raise ValueError(f"method.pad_multiple={pad_multiple} must be a multiple of 64, the UNet's coarsest stride.")
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     self.timestep, self.latent_scale = timestep, latent_scale
     self.pad_multiple, self.pad_value, self.dtype = pad_multiple, pad_value, dtype
-    self.needs, self.adds = frozenset({"class_id"}), frozenset()
+    self.prompt = prompt
+    self.needs, self.adds = frozenset({"class_id"} if prompt == "scene_class" else ()), frozenset()
     self.strides, self.widths = tuple(8 * 2**i for i in range(len(unet.widths))), unet.widths
+    self.frame, self.tokens = "padded", (1, unet.context_dim)
     self.gamma = nnx.Param(jnp.full((unet.context_dim,), residual_scale, param_dtype))
     self.class_vectors = Buffer(nnx.initializers.normal(1.0)(rngs.params(), (classes, unet.context_dim), param_dtype))
     self.vae = VaeEncoder(vae, attention=attention, **kinds)
     self.unet = UNet(unet, with_out=False, attention=attention, remat=remat, **kinds)
     self.text_adapter = TextAdapter(unet.context_dim, **kinds)
+    if prompt == "predicted":
+      self.class_predictor = prompts.ClassPredictor(image or ImageSizes(), classes, **kinds)
 
-  @staticmethod
-  def prepare(example: Example) -> Example:
-    """Nothing to add on the host."""
-    return example
+  notes, training_only = (), ()
+  prepare = staticmethod(prompts.unchanged)
 
   def branches(self, training: bool) -> tuple[Branch, ...]:
     """One pass, in training and in evaluation."""
@@ -109,12 +114,19 @@ class Vpd(nnx.Module):
     text = table[class_id][:, None]  # [B, 1, D]
     return text + self.gamma[...].astype(self.dtype)[None, None] * self.text_adapter(text)
 
+  def class_ids(self, batch: Batch) -> Array:
+    """The classes of a batch, told or predicted: int [B], -1 for the mean of all."""
+    if self.prompt == "scene_class":
+      return batch["class_id"]
+    told, predicted = batch.get("class_id"), self.class_predictor(batch["image"])
+    return predicted if told is None else jnp.where(told < 0, predicted, told)
+
   def __call__(self, batch: Batch, *, training: bool) -> Features:
     """Four maps at strides 8 to 64 of the padded image.
 
     Args:
-      batch: "image" uint8 [B, H, W, 3], or float in [0, 1], of any sides; "class_id" int [B]; "latents" float
-        [B, h, w, 4], unscaled, in place of the VAE where they are ready.
+      batch: "image" uint8 [B, H, W, 3], or float in [0, 1], of any sides; "class_id" int [B] where `needs` says so;
+        "latents" float [B, h, w, 4], unscaled, in place of the VAE where they are ready.
       training: makes no difference here.
     """
     del training
@@ -122,6 +134,6 @@ class Vpd(nnx.Module):
     if latents is None:
       image = images.padded(images.signed(batch["image"], self.dtype), self.pad_multiple, self.pad_value)
       latents = self.vae(image).mean  # [B, h, w, 4]
-    context = self.context(batch["class_id"])
+    context = self.context(self.class_ids(batch))
     out = self.unet(latents * self.latent_scale, context, timesteps=int(self.timestep))
     return Features(out.features, context, tuple(batch["image"].shape[1:3]))

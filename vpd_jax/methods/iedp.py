@@ -1,0 +1,300 @@
+"""IEDP: implicit and explicit language guidance of Stable Diffusion's UNet as a perception backbone.
+
+Two branches share the UNet and everything behind it. *Implicit*: CLIP's frozen image encoder sees the image; its
+tokens, projected, are read by learned queries in one block of attention, which gives the context of the UNet.
+*Explicit*, in training only: what the labels say becomes a sentence, which CLIP's frozen text encoder turns into the
+context. Evaluation runs the implicit branch alone: no label, no text encoder. The latent and CLIP's tokens are made
+once for both. Neck and head are VPD's: "fusion" and "deconv" for depth.
+
+No code was released, and the text of the paper's method section could not be had: what is an assumption here is an
+option, and all of them stand in `presets.iedp_assumptions()`.
+
+Source: Wang et al. 2024, https://arxiv.org/abs/2404.07600.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vpd_jax.backbones import layers
+from vpd_jax.backbones.attention import Implementation, attention
+from vpd_jax.backbones.clip import ClipText, TextSizes, never_trained
+from vpd_jax.backbones.clip_image import RESIZES, ClipImage, ImageSizes, pixels
+from vpd_jax.backbones.unet import UNet, UNetSizes
+from vpd_jax.backbones.vae import VaeEncoder, VaeSizes
+from vpd_jax.methods import images, prompts
+from vpd_jax.methods.vpd import TextAdapter
+from vpd_jax.types import Array, Batch, Branch, Example, Features
+
+CHOICES = {
+  "branch_mode": ("both", "implicit"),
+  "clip_resize": tuple(RESIZES),
+  "clip_features": ("last", "penultimate"),
+  "output_norm": ("none", "ln"),
+  "text_output": ("last", "pooled"),
+  "explicit_adapter": ("residual", "none"),
+  "tower_dtype": ("bfloat16", "float32"),
+}
+
+
+class Attention(nnx.Module):
+  """Multi-head attention with biases; the keys may come from elsewhere than the queries."""
+
+  def __init__(self, width: int, heads: int, *, attention: Implementation, **kinds: Any):
+    self.heads, self.attention = heads, attention
+    self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nnx.Linear(width, width, **kinds) for _ in range(4))
+
+  def __call__(self, x: Array, memory: Array) -> Array:
+    """[B, N, D] reads [B, M, D]: [B, N, D]."""
+    split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # [B, N, heads, D / heads]
+    query, key, value = split(self.q_proj(x)), split(self.k_proj(memory)), split(self.v_proj(memory))
+    return self.out_proj(attention(query, key, value, implementation=self.attention).reshape(x.shape))
+
+
+class QueryBlock(nnx.Module):
+  """Pre-norm block: queries attend to each other, then to the visual features, then pass two linear layers."""
+
+  def __init__(self, width: int, heads: int, ffn_ratio: int, *, attention: Implementation, **kinds: Any):
+    self.norm1, self.norm2, self.norm_visual, self.norm3 = (layers.layer_norm(width, **kinds) for _ in range(4))
+    self.self_attn = Attention(width, heads, attention=attention, **kinds)
+    self.cross_attn = Attention(width, heads, attention=attention, **kinds)
+    hidden = ffn_ratio * width
+    self.ffn = nnx.List([nnx.Linear(width, hidden, **kinds), layers.GELU(), nnx.Linear(hidden, width, **kinds)])
+
+  def __call__(self, queries: Array, visual: Array) -> Array:
+    """[B, N, D] and [B, L, D] to [B, N, D]."""
+    normed = self.norm1(queries)
+    queries = queries + self.self_attn(normed, normed)
+    queries = queries + self.cross_attn(self.norm2(queries), self.norm_visual(visual))
+    return queries + layers.chain(self.ffn, self.norm3(queries))
+
+
+class ImplicitText(nnx.Module):
+  """CLIP's tokens of an image to implicit text embeddings: projector, learned queries, blocks."""
+
+  def __init__(
+    self,
+    in_width: int,
+    width: int,
+    *,
+    num_queries: int,
+    query_init: float,
+    num_blocks: int,
+    num_heads: int,
+    ffn_ratio: int,
+    output_norm: str,
+    attention: Implementation,
+    **kinds: Any,
+  ):
+    rngs, param_dtype, self.dtype = kinds["rngs"], kinds["param_dtype"], kinds["dtype"]
+    self.projector = nnx.List([nnx.Linear(in_width, width, **kinds), layers.GELU(), nnx.Linear(width, width, **kinds)])
+    initial = nnx.initializers.normal(query_init)(rngs.params(), (num_queries, width), param_dtype)
+    self.queries = nnx.Param(initial)
+    self.blocks = nnx.List(
+      [QueryBlock(width, num_heads, ffn_ratio, attention=attention, **kinds) for _ in range(num_blocks)]
+    )
+    self.output_norm = layers.layer_norm(width, **kinds) if output_norm == "ln" else layers.Identity()
+
+  def __call__(self, features: Array) -> Array:
+    """[B, L, Dv] to [B, N, D]."""
+    visual = layers.chain(self.projector, features)
+    queries = self.queries[...].astype(self.dtype)
+    x = jnp.broadcast_to(queries, (features.shape[0], *queries.shape))
+    for block in self.blocks:
+      x = block(x, visual)
+    return self.output_norm(x)
+
+
+class Iedp(nnx.Module):
+  """Image, and in training a sentence, to the four maps of the UNet."""
+
+  training_only = ("text_encoder", "text_adapter", "gamma")
+
+  def __init__(
+    self,
+    *,
+    unet: UNetSizes,
+    vae: VaeSizes,
+    text: TextSizes,
+    image: ImageSizes,
+    class_names: tuple[str, ...],
+    tokenize: Callable[[tuple[str, ...]], np.ndarray],
+    training: bool = True,
+    branch_mode: str = "both",
+    lambda_exp: float = 1.0,
+    sentence: str = "a photo of a {}",
+    clip_resize: str = "bicubic",
+    clip_features: str = "last",
+    num_queries: int = 77,
+    query_init: float = 0.02,
+    num_blocks: int = 1,
+    num_heads: int = 8,
+    ffn_ratio: int = 4,
+    output_norm: str = "none",
+    text_output: str = "last",
+    explicit_adapter: str = "residual",
+    residual_scale: float = 1e-4,
+    tower_dtype: str = "bfloat16",
+    timestep: int = 1,
+    latent_scale: float = 1.0,
+    pad_multiple: int = 64,
+    pad_value: float = 0.0,
+    attention: Implementation = "auto",
+    remat: bool = False,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+  ):
+    """Builds VAE, UNet, CLIP's image encoder, the implicit module and, for training, the explicit branch.
+
+    Args:
+      unet, vae, text, image: sizes of the backbones.
+      class_names: by class id, for the sentences.
+      tokenize: sentences to int32 [sentences, text.positions]; called when `prepare` is asked for.
+      training: False leaves the parts in `training_only` out.
+      branch_mode: "both", or "implicit" for training without text.
+      lambda_exp: weight of the explicit branch's loss; that of the implicit branch is 1.
+      sentence: of an image, with {} for the name of its class; without {} the same for all images.
+      clip_resize: of the image to CLIP's square, "bicubic" or "bilinear".
+      clip_features: "last", the tokens after the last layer, or "penultimate".
+      num_queries, query_init: number of learned queries and their deviation at the start.
+      num_blocks, num_heads, ffn_ratio: of the block that reads CLIP's tokens.
+      output_norm: "none", or "ln" for a LayerNorm after the last block.
+      text_output: "last", all states of the text encoder, or "pooled", the one at the end of the sentence.
+      explicit_adapter: "residual", C + gamma * adapter(C), as VPD's; or "none".
+      residual_scale: start of gamma.
+      tower_dtype: in which CLIP's towers are kept; they compute in `dtype`.
+      timestep, latent_scale, pad_multiple, pad_value: see Vpd.
+      attention, remat, dtype, param_dtype, rngs: see UNet.
+
+    Raises:
+      ValueError: an unknown word, a number out of range, widths that do not fit.
+    """
+    options = {name: value for name, value in locals().items() if name in OPTIONS}
+    _check(options, unet, text)
+    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    towers = kinds | {"param_dtype": jnp.dtype(tower_dtype)}
+    explicit = branch_mode == "both" and training
+    self._options, self._tokenize, self._lambda_exp = tuple(options.items()), tokenize, float(lambda_exp)
+    self._sentences = prompts.sentences_of(sentence, class_names) if explicit else ()
+    self.clip_resize, self.clip_features, self.text_output = clip_resize, clip_features, text_output
+    self.timestep, self.latent_scale = timestep, latent_scale
+    self.pad_multiple, self.pad_value, self.dtype = pad_multiple, pad_value, dtype
+    self.explicit, self.adapted = explicit, explicit and explicit_adapter == "residual"
+    told = {"class_id"} if explicit and "{}" in sentence else set()  # read by `prepare` alone
+    self.needs = frozenset({"tokens"} | told if explicit else ())
+    self.adds = frozenset({"tokens"} if explicit else ())
+    self.strides, self.widths = tuple(8 * 2**i for i in range(len(unet.widths))), unet.widths
+    self.frame, self.tokens = "padded", (num_queries, unet.context_dim)
+    self.vae = VaeEncoder(vae, attention=attention, **kinds)
+    self.unet = UNet(unet, with_out=False, attention=attention, remat=remat, **kinds)
+    self.image_encoder = never_trained(ClipImage(image, projected=False, **towers))
+    block = {name: options[name] for name in ("num_queries", "query_init", "num_blocks", "num_heads", "ffn_ratio")}
+    self.implicit = ImplicitText(
+      image.width, unet.context_dim, output_norm=output_norm, attention=attention, **block, **kinds
+    )
+    if self.explicit:
+      self.text_encoder = never_trained(ClipText(text, **towers))
+    if self.adapted:
+      self.gamma = nnx.Param(jnp.full((unet.context_dim,), residual_scale, param_dtype))
+      self.text_adapter = TextAdapter(unet.context_dim, **kinds)
+
+  @property
+  def notes(self) -> tuple[str, ...]:
+    """Lines for the reader at the start of a run: the assumptions in force."""
+    listed = ", ".join(f"{name}={value!r}" for name, value in self._options)
+    return (f"IEDP assumptions in force (explained in presets.iedp_assumptions): {listed}",)
+
+  @property
+  def prepare(self) -> Callable[[Example], Example]:
+    """Adds the "tokens" of an example's sentence, int32 [N]; looks for the tokenizer.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if not self.explicit:
+      return prompts.unchanged
+    return functools.partial(prompts.with_tokens, table=self._tokenize(self._sentences))
+
+  def branches(self, training: bool) -> tuple[Branch, ...]:
+    """Implicit, and in training explicit."""
+    both = (Branch("implicit", 1.0), Branch("explicit", self._lambda_exp))
+    return both if training and self.explicit else both[:1]
+
+  def implicit_context(self, image: Array) -> Array:
+    """Implicit text embeddings of uint8 [B, H, W, 3] or float in [0, 1]: float [B, N, D]."""
+    seen = pixels(image, self.image_encoder.image_size, dtype=self.dtype, resize=self.clip_resize)
+    states = self.image_encoder(seen)
+    return self.implicit(states.last if self.clip_features == "last" else states.hidden[-2])
+
+  def explicit_context(self, tokens: Array) -> Array:
+    """Adapted states of the text encoder for int [B, M]: float [B, M, D], or [B, 1, D] where pooled."""
+    states = self.text_encoder(tokens)
+    text = states.last if self.text_output == "last" else states.pooled[:, None]
+    return text + self.gamma[...].astype(self.dtype)[None, None] * self.text_adapter(text) if self.adapted else text
+
+  def __call__(self, batch: Batch, *, training: bool) -> Features:
+    """Four maps at strides 8 to 64 of the padded image; in training those of the explicit branch below the others.
+
+    Args:
+      batch: "image" uint8 [B, H, W, 3], or float in [0, 1], of any sides; "latents" float [B, h, w, 4], unscaled, in
+        place of the VAE where they are ready; in training "tokens" int [B, M].
+      training: whether the explicit branch runs too.
+
+    Returns:
+      maps of len(branches(training)) * B rows. Where the branches have different numbers of tokens, the UNet runs once
+      for each, and `context` is filled with zeros.
+    """
+    latents = batch.get("latents")
+    if latents is None:
+      image = images.padded(images.signed(batch["image"], self.dtype), self.pad_multiple, self.pad_value)
+      latents = self.vae(image).mean  # [B, h, w, 4]
+    latents, size = latents * self.latent_scale, tuple(batch["image"].shape[1:3])
+    contexts = [self.implicit_context(batch["image"])]
+    if training and self.explicit:
+      contexts.append(self.explicit_context(batch["tokens"]))
+    run = functools.partial(self.unet, timesteps=int(self.timestep))
+    tokens = max(context.shape[1] for context in contexts)
+    filled = jnp.concatenate([jnp.pad(c, ((0, 0), (0, tokens - c.shape[1]), (0, 0))) for c in contexts])
+    if len({context.shape[1] for context in contexts}) == 1:
+      return Features(run(jnp.concatenate([latents] * len(contexts)), filled).features, filled, size)
+    passes = [run(latents, context).features for context in contexts]
+    return Features(tuple(jnp.concatenate(maps) for maps in zip(*passes, strict=True)), filled, size)
+
+
+# Options that the paper does not settle.
+OPTIONS = (
+  *("branch_mode", "lambda_exp", "sentence", "clip_resize", "clip_features", "num_queries", "query_init"),
+  *("num_blocks", "num_heads", "ffn_ratio", "output_norm", "text_output", "explicit_adapter", "residual_scale"),
+  *("tower_dtype", "timestep", "latent_scale"),
+)
+
+
+def _check(options: dict[str, Any], unet: UNetSizes, text: TextSizes) -> None:
+  """Raises one ValueError with everything that cannot be."""
+  width = unet.context_dim
+  problems = [
+    f"method.{name}={options[name]!r} is unknown; choose one of {words}."
+    for name, words in CHOICES.items()
+    if options[name] not in words
+  ]
+  problems += [
+    f"method.{name}={options[name]!r} must be a whole number of at least 1."
+    for name in ("num_queries", "num_blocks", "num_heads", "ffn_ratio")
+    if not (isinstance(options[name], int) and options[name] >= 1)
+  ]
+  if options["lambda_exp"] < 0:
+    problems.append(f"method.lambda_exp={options['lambda_exp']} must not be negative.")
+  if not problems and width % options["num_heads"]:
+    problems.append(f"method.num_heads={options['num_heads']} must divide {width}, the width of the UNet's context.")
+  if options["branch_mode"] == "both" and text.width != width:
+    problems.append(
+      f"the text encoder (config.backbone.text) is {text.width} wide, the UNet's context {width}; both branches need "
+      "them equal, method.branch_mode='implicit' does not."
+    )
+  if problems:
+    raise ValueError(" ".join(problems))

@@ -1,0 +1,163 @@
+"""MetaPrompts: learned prompts in place of text, and a UNet that refines its own features.
+
+From image to maps: the image is encoded by the frozen VAE (mode of the posterior, no
+noise); the UNet attends to learned prompts, told a learned vector where a diffusion model is told the time; Stable
+Diffusion's own last block turns the finest feature back into latents, with which the same UNet runs again, attending
+to the prompts of the next step; the four maps of the last step go on to the neck, which multiplies them with the
+prompts of that step. Gradients pass through all steps. Depth has prompts and an adapter for each step, neck "einsum"
+and head "deconv".
+
+Source: Wan et al. 2023, https://arxiv.org/abs/2312.14733; MetaPrompts depth/models_depth/model.py,
+meta_prompts/models.py.
+"""
+
+import re
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from vpd_jax.backbones import layers
+from vpd_jax.backbones.attention import Implementation
+from vpd_jax.backbones.unet import UNet, UNetSizes
+from vpd_jax.backbones.vae import VaeEncoder, VaeSizes
+from vpd_jax.methods import images
+from vpd_jax.methods import prompts as sources
+from vpd_jax.methods.vpd import TextAdapter
+from vpd_jax.types import Array, Batch, Branch, Features
+
+
+class MetaPrompts(nnx.Module):
+  """Image to the four maps of the UNet's last pass."""
+
+  def __init__(
+    self,
+    *,
+    unet: UNetSizes,
+    vae: VaeSizes,
+    prompts: int = 50,
+    refine_steps: int = 3,
+    trained_steps: int = 0,
+    share_prompts: bool = False,
+    adapt_prompts: bool = True,
+    time_embedding: str = "learned",
+    resize_scale: int = 1,
+    latent_scale: float = 1.0,
+    attention: Implementation = "auto",
+    remat: bool = False,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+  ):
+    """Builds VAE, UNet, prompts, time vectors and adapters.
+
+    Args:
+      unet, vae: sizes of the backbones.
+      prompts: tokens the UNet attends to. Release: 50 in depth, 150 in segmentation.
+      refine_steps: passes of the UNet. Release: 3.
+      trained_steps: steps the weights hold, 0 for `refine_steps`. Evaluation may stop earlier; training may not.
+      share_prompts: one set of prompts for all steps. Release: not in depth; in segmentation.
+      adapt_prompts: each step's prompts pass a TextAdapter of its own, without residual. Release: in depth; not in
+        segmentation.
+      time_embedding: "learned", one vector per step for the residual blocks, without Stable Diffusion's two layers
+        for the time, which are then absent (release); "timestep:N", those two layers at the diffusion timestep N.
+      resize_scale: s in ((side // 64 + s) * 64), the sides the image is resized to, bilinearly; -1 keeps the image as
+        it is. Release: 1 on NYU (480 -> 512), 2 on KITTI (352 -> 448); segmentation keeps the image.
+      latent_scale: factor on the latents of the VAE. Release: 1.0; Stable Diffusion was trained with 0.18215.
+      attention, remat, dtype, param_dtype, rngs: see UNet.
+
+    Raises:
+      ValueError: a number out of its range; an unknown time embedding.
+    """
+    timestep = re.fullmatch(r"timestep:(\d+)", time_embedding)
+    if prompts < 1:
+      raise ValueError(f"method.prompts={prompts} must be at least 1.")
+    if refine_steps < 1:
+      raise ValueError(f"method.refine_steps={refine_steps} must be at least 1, the number of passes of the UNet.")
+    if trained_steps < 0:
+      raise ValueError(f"method.trained_steps={trained_steps} must be 0 (as many as refine_steps) or more.")
+    held = trained_steps or refine_steps
+    if refine_steps > held:
+      raise ValueError(
+        f"method.refine_steps={refine_steps} is more than the {held} steps that the weights hold "
+        f"(method.trained_steps); use 1 to {held}."
+      )
+    if timestep is None and time_embedding != "learned":
+      raise ValueError(f"method.time_embedding={time_embedding!r} is unknown; use 'learned' or 'timestep:N'.")
+    if resize_scale < -1:
+      raise ValueError(f"method.resize_scale={resize_scale} must be -1 (the image as it is), 0 or more.")
+    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    self.steps, self.trained_steps, self.resize_scale = refine_steps, held, resize_scale
+    self.timestep, self.latent_scale, self.dtype = timestep and int(timestep[1]), latent_scale, dtype
+    self.needs, self.adds = frozenset(), frozenset()
+    self.strides, self.widths = tuple(8 * 2**i for i in range(len(unet.widths))), unet.widths
+    self.frame, self.tokens = "resized", (prompts, unet.context_dim)
+    normal = lambda *shape: nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), shape, param_dtype))
+    self.meta_prompts = nnx.List([normal(prompts, unet.context_dim) for _ in range(1 if share_prompts else held)])
+    if timestep is None:
+      self.t = nnx.List([normal(1, 4 * unet.model_channels) for _ in range(held)])
+    if adapt_prompts:
+      self.text_adapter = nnx.List([TextAdapter(unet.context_dim, **kinds) for _ in range(held)])
+    self.adapt_prompts = adapt_prompts
+    self.vae = VaeEncoder(vae, attention=attention, **kinds)
+    # The last block stands under the UNet's names here. The release has it under three, all of which contain "unet".
+    self.unet = UNet(
+      unet, with_time_embed=timestep is not None, with_out=held > 1, attention=attention, remat=remat, **kinds
+    )
+
+  notes, training_only = (), ()
+  prepare = staticmethod(sources.unchanged)
+
+  def branches(self, training: bool) -> tuple[Branch, ...]:
+    """One, in training and in evaluation."""
+    del training
+    return (Branch("prompts", 1.0),)
+
+  def context(self, step: int) -> Array:
+    """What the UNet attends to in a step, counted from 0: float [N, D]."""
+    prompts = self.meta_prompts[min(step, len(self.meta_prompts) - 1)][...].astype(self.dtype)
+    return self.text_adapter[step](prompts) if self.adapt_prompts else prompts
+
+  def size(self, height: int, width: int) -> tuple[int, int]:
+    """The (H, W) that an image of height x width is resized to.
+
+    Raises:
+      ValueError: nothing would be left of the image.
+    """
+    if self.resize_scale < 0:
+      return height, width
+    size = tuple((side // 64 + self.resize_scale) * 64 for side in (height, width))
+    if not all(size):
+      raise ValueError(
+        f"an image of {height}x{width} becomes {size[0]}x{size[1]} at method.resize_scale={self.resize_scale}; use 1."
+      )
+    return size
+
+  def __call__(self, batch: Batch, *, training: bool) -> Features:
+    """Four maps at strides 8 to 64 of the resized image, and the last step's tokens.
+
+    Args:
+      batch: "image" uint8 [B, H, W, 3], or float in [0, 1], of any sides; "latents" float [B, h, w, 4], unscaled, in
+        place of the VAE where they are ready. Where h or w is no multiple of 8, the maps are those of the next one.
+      training: runs all steps that the weights hold.
+
+    Raises:
+      ValueError: in training, with fewer steps than the weights hold: the others would learn nothing, yet decay.
+    """
+    if training and self.steps < self.trained_steps:
+      raise ValueError(
+        f"training needs all {self.trained_steps} steps that the weights hold, but "
+        f"method.refine_steps={self.steps}; fewer are for evaluation."
+      )
+    latents = batch.get("latents")
+    if latents is None:
+      image = images.signed(batch["image"], self.dtype)
+      latents = self.vae(layers.resize(image, self.size(*image.shape[1:3]))).mean  # [B, h, w, 4]
+    latents = latents * self.latent_scale
+    for step in range(self.steps):
+      tokens = self.context(step)
+      context = jnp.broadcast_to(tokens, (latents.shape[0], *tokens.shape))  # [B, N, D]
+      time = {"time_embedding": self.t[step][...]} if self.timestep is None else {"timesteps": self.timestep}
+      out = self.unet(latents, context, predict_noise=step < self.steps - 1, **time)
+      latents = out.noise
+    return Features(out.features, context, tuple(batch["image"].shape[1:3]))

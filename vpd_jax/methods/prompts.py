@@ -1,0 +1,67 @@
+"""Sources of what the UNet attends to: the class of an image, told or predicted, and sentences as token ids.
+
+Texts become token ids once, before training: a data worker only looks them up.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vpd_jax.backbones.clip import never_trained
+from vpd_jax.backbones.clip_image import ClipImage, ImageSizes, pixels
+from vpd_jax.types import Array, Buffer, Example
+
+# How a method that knows classes gets the class of an image: told with the image, or by CLIP from the image.
+PROMPTS = ("scene_class", "predicted")
+
+
+class ClassPredictor(nnx.Module):
+  """The class of an image among the names of the data set: CLIP's zero-shot classification.
+
+  `names` holds a unit vector per class name. Nothing of it is trained, and no label enters.
+
+  Source: Radford et al. 2021, https://arxiv.org/abs/2103.00020, section 3.1.
+  """
+
+  def __init__(self, sizes: ImageSizes, classes: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    self.dtype = dtype
+    self.names = Buffer(nnx.initializers.normal(1.0)(rngs.params(), (classes, sizes.projection), param_dtype))
+    self.image_encoder = never_trained(ClipImage(sizes, projected=True, **kinds))
+
+  def __call__(self, image: Array) -> Array:
+    """Class ids, int32 [B], of uint8 [B, H, W, 3] or float in [0, 1], of any sides."""
+    embeds = self.image_encoder(pixels(image, self.image_encoder.image_size, dtype=self.dtype)).embeds
+    scores = embeds @ self.names[...].astype(embeds.dtype).T  # [B, K]; lengths of the image's vectors do not matter
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+
+def sentences_of(template: str, names: Sequence[str]) -> tuple[str, ...]:
+  """The template with every name in place of {}, '_' as ' '; the template alone where it has no {}.
+
+  Raises:
+    ValueError: an empty template, or one with more than one {}.
+  """
+  if not template.strip() or template.count("{}") > 1 or template.replace("{}", "").count("{"):
+    raise ValueError(f"method.sentence={template!r} must be a text with at most one {{}}, for the name of the class.")
+  return tuple(template.replace("{}", name.replace("_", " ")) for name in names) if "{}" in template else (template,)
+
+
+def unchanged(example: Example) -> Example:
+  """A method's host transform that does nothing."""
+  return example
+
+
+def with_tokens(example: Example, *, table: np.ndarray) -> Example:
+  """Adds "tokens", int32 [N]: the row of the table for the example's "class_id", or the only row.
+
+  Raises:
+    ValueError: a class id without a row.
+  """
+  row = 0 if len(table) == 1 else int(example["class_id"])
+  if not 0 <= row < len(table):
+    raise ValueError(f"an example has class_id {row}; there are sentences for 0 to {len(table) - 1}.")
+  return example | {"tokens": table[row]}
