@@ -1,6 +1,9 @@
 """Saving, keeping, restoring; the wish to stop."""
 
+import contextlib
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -164,26 +167,94 @@ def test_an_unfinished_checkpoint_does_not_count(tmp_path):
 
 
 @pytest.mark.multidevice
-def test_a_state_is_restored_onto_another_mesh(tmp_path):
-  def large():
-    return {"a/kernel": jnp.arange(512 * 1024, dtype=jnp.float32).reshape(512, 1024)}
-
-  def placed(fsdp):
-    return sharding.state_shardings(sharding.make_mesh(fsdp=fsdp), jax.eval_shape(large))
-
+def test_saved_on_eight_devices_restored_on_one_and_on_four_and_without_any(tmp_path):
+  large = {"a/kernel": jnp.arange(512 * 1024, dtype=jnp.float32).reshape(512, 1024)}
+  state = start(ema=True)
+  params = state.params | large
+  state = state.replace(params=params, opt_state=OPTIMIZER.init(params))
+  state = sharding.place(state, sharding.state_shardings(sharding.make_mesh(2, 4), state))
+  assert state.params["a/kernel"].addressable_shards[0].data.shape == (512, 256)
   with checkpoint.Checkpoints(tmp_path) as saved:
-    saved.save(1, jax.jit(large, out_shardings=placed(4))(), CONFIG, force=True)
-    restored = saved.restore(1, sharding.abstract(jax.eval_shape(large), placed(2)))
-  assert restored["a/kernel"].addressable_shards[0].data.shape == (512, 512)
-  assert_same(restored, large())
+    saved.save(1, state, CONFIG, force=True)
+  with checkpoint.Checkpoints(tmp_path, read_only=True) as saved:
+    for devices, part in ((1, 1024), (4, 256), (8, 128)):
+      mesh = sharding.make_mesh(1, devices, devices=jax.devices()[:devices])
+      restored = saved.restore(1, sharding.abstract(state, sharding.state_shardings(mesh, state)))
+      assert restored.params["a/kernel"].addressable_shards[0].data.shape == (512, part)
+      assert_same(restored, state)
+    assert_same({key: getattr(state, key) for key in ("ema", "frozen", "params", "stats")}, saved.restore_weights(1))
+
+
+@contextlib.contextmanager
+def files_up_to(size):
+  """The system refuses to let a file grow beyond that many bytes, as it does on a full disk."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_without_room_the_older_checkpoint_survives_and_the_line_says_so(tmp_path, force):
+  state = {"a/b": jnp.asarray(np.random.default_rng(0).normal(size=(512, 512)), jnp.float32)}
+  with checkpoint.Checkpoints(tmp_path) as saved:
+    saved.save(1, state, CONFIG, force=True)
+    with files_up_to(100_000), pytest.raises(OSError, match="step 2 could not be written") as error:
+      saved.save(2, state, CONFIG, force=force)
+      saved.close()
+    assert re.search(
+      r"checkpoints: File too large; step 1 is still there\. Make room for it, up to 1 MiB, .* goes on from step 1\.$",
+      str(error.value),
+    )
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+  with checkpoint.Checkpoints(tmp_path) as saved:
+    assert saved.steps() == [1] and saved.save(2, state, CONFIG, force=True)
+    assert (saved.steps(), saved.restore_config(2)) == ([1, 2], CONFIG)
+  with (
+    files_up_to(100_000),
+    pytest.raises(OSError, match=r"no step is there\. .* goes on from step 0"),
+    checkpoint.Checkpoints(tmp_path / "first") as saved,
+  ):
+    saved.save(1, state, CONFIG)
+
+
+def test_scores_may_come_later(tmp_path):
+  with checkpoint.Checkpoints(tmp_path, keep=1, best_metric="rmse") as saved:
+    saved.save(1, start(), CONFIG, force=True)
+    assert (saved.scores(1), saved.best_step()) == ({}, None)
+    saved.add_scores(1, {"rmse": 0.5})
+    assert (saved.scores(1), saved.best_step()) == ({"rmse": 0.5}, 1)
+    for step in (2, 3):
+      saved.save(step, start(), CONFIG, {"rmse": 0.7})
+    saved.wait()
+    assert saved.steps() == [1, 3]
+    with pytest.raises(ValueError, match="no checkpoint of step 2"):
+      saved.add_scores(2, {"rmse": 0.1})
+  with checkpoint.Checkpoints(tmp_path, best_metric="rmse", read_only=True) as saved:
+    assert (saved.best_step(), saved.scores(1)) == (1, {"rmse": 0.5})
+    assert_same(saved.restore(1, abstract(start())), start())
+
+
+def test_an_unknown_kind_of_workdir_is_one_line():
+  with pytest.raises(ValueError, match=r"the scheme 'memory://' is unknown; use a path or 'gs://BUCKET'"):
+    checkpoint.Checkpoints("memory://bucket/run")
+
+
+def test_a_relative_workdir_is_taken_from_here(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with checkpoint.Checkpoints("run") as saved:
+    saved.save(1, {"a/b": jnp.ones(3)}, CONFIG, force=True)
+  assert checkpoint.is_workdir("run") and checkpoint.is_workdir(tmp_path / "run")
 
 
 def test_sigterm_is_a_request_and_the_old_handler_returns():
   before = signal.getsignal(signal.SIGTERM)
   with checkpoint.StopRequest() as stop:
-    assert not stop.requested
+    assert not stop.requested and not stop.now()
     os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.requested
+    assert stop.requested and stop.now()
   assert signal.getsignal(signal.SIGTERM) == before
 
 

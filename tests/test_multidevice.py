@@ -1,5 +1,7 @@
 """Eight virtual devices against one."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -7,31 +9,69 @@ import pytest
 from tests import tiny
 from tests.test_configs import batch_for
 from vpd_jax import assemble, config_file, evaluate, sharding, start, train
+from vpd_jax.data import pipeline
 
 pytestmark = pytest.mark.multidevice
 
 
-@pytest.fixture(scope="module")
-def setup():
+@functools.cache
+def setup(group=3):
+  """Config, product and state; statistics and loss over `group` images, 0 for all of the batch."""
   config = tiny.shrunk(config_file.load("configs/rooms.py:depth,tiny")).unlock()
   config.data.batch_size, config.eval.batch_size = 24, 8
-  config.optim.norm_group = config.optim.loss_group = 3
+  config.optim.norm_group = config.optim.loss_group = group
   product = assemble.assemble(config.lock())
   return config, product, tiny.train_state(product, tiny.filled(product.parts.shapes))
 
 
-def meshes():
-  return {
-    "one": sharding.make_mesh(1, 1, devices=jax.devices()[:1]),
-    "data": sharding.make_mesh(8, 1),
-    "fsdp": sharding.make_mesh(2, 4),
-  }
+def make_mesh(name):
+  """One device of this process; all devices of all processes; the same with the state over four of them."""
+  if name == "one":
+    return sharding.make_mesh(1, 1, devices=jax.local_devices()[:1])
+  return sharding.make_mesh(*{"data": (8, 1), "fsdp": (2, 4)}[name])
 
 
-def test_scores_count_each_image_once_whatever_the_devices(setup):
-  config, product, state = setup
+def placed(group, name):
+  """(mesh, state, batch) on it, of which each process gives its rows. No two images are alike in depth."""
+  config, product, state = setup(group)
+  mesh = make_mesh(name)
+  host = jax.device_get(batch_for(product, config))
+  host["depth"] = host["depth"] * np.linspace(0.1, 1, config.data.batch_size, dtype=np.float32)[:, None, None]
+  share = config.data.batch_size // jax.process_count()
+  rows = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+  batch = pipeline.to_mesh({key: x[rows] for key, x in host.items()}, sharding.batch_sharding(mesh))
+  return mesh, sharding.place(jax.device_get(state), start.state_shardings(config, product, mesh)), batch
+
+
+def forward(product, group):
+  """(state, batch) -> Loss: a third of a step to compile."""
+
+  def run(state, batch):
+    outputs = product.parts.merge(state.params, state.frozen, state.stats)(batch, training=True)
+    return train.group_losses(product.task, outputs, batch, product.method.branches(True), group)
+
+  return run
+
+
+@functools.cache
+def loss(group, name):
+  mesh, state, batch = placed(group, name)
+  total = jax.jit(forward(setup(group)[1], group), out_shardings=sharding.replicated(mesh))(state, batch)
+  return float(total.value / total.weight)
+
+
+@functools.cache
+def step(name):
+  """The logs of a whole step, in groups of three."""
+  config, product, _ = setup(3)
+  mesh, state, batch = placed(3, name)
+  return jax.device_get(train.compile_step(config, product, mesh, batch)(state, batch)[1])
+
+
+def test_scores_count_each_image_once_whatever_the_devices():
+  config, product, state = setup()
   found = []
-  for mesh in (meshes()["one"], meshes()["data"]):
+  for mesh in (make_mesh("one"), make_mesh("data")):
     evaluator = evaluate.Evaluator(config, product, assemble.dataset(config, product), mesh)
     spread = sharding.replicated(mesh)
     weights = tuple(jax.device_put(part, spread) for part in (state.params, state.frozen, state.stats))
@@ -40,30 +80,26 @@ def test_scores_count_each_image_once_whatever_the_devices(setup):
   assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
-def test_a_step_on_eight_devices_is_the_step_on_one(setup):
-  config, product, state = setup
-  host = jax.device_get(batch_for(product, config))
-  results = {}
-  for name, mesh in meshes().items():
-    where = start.state_shardings(config, product, mesh)
-    placed = jax.tree.map(jax.device_put, jax.device_get(state), where)
-    batch = jax.device_put(host, sharding.batch_sharding(mesh))
-    _, logs = train.compile_step(config, product, mesh, batch)(placed, batch)
-    results[name] = jax.device_get(logs)
-  for name in ("data", "fsdp"):
-    np.testing.assert_allclose(results[name]["train/loss"], results["one"]["train/loss"], rtol=1e-5)
-    np.testing.assert_allclose(results[name]["norm/gradients"], results["one"]["norm/gradients"], rtol=1e-3)
+@pytest.mark.parametrize("name", ["data", "fsdp"])
+def test_a_step_on_eight_devices_is_the_step_on_one(name):
+  np.testing.assert_allclose(step(name)["train/loss"], step("one")["train/loss"], rtol=1e-5)
+  np.testing.assert_allclose(step(name)["norm/gradients"], step("one")["norm/gradients"], rtol=1e-3)
 
 
-def test_the_parts_of_an_accumulated_batch_are_spread_over_all_devices(setup):
+def test_a_loss_over_the_whole_batch_is_that_of_one_device():
+  assert [loss(0, "data"), loss(0, "fsdp")] == pytest.approx([loss(0, "one")] * 2, rel=1e-5)
+  assert abs(loss(0, "one") / step("one")["train/loss"] - 1) > 0.1  # these images tell groups of three from all
+
+
+def test_the_parts_of_an_accumulated_batch_are_spread_over_all_devices():
   """XLA counts a loop's body once: per device, a half of the batch costs half of the whole."""
-  config, _, _ = setup
+  config, _, _ = setup()
   flops = {}
   for accumulation in (1, 2):
     changed = config.copy_and_resolve_references().unlock()
     changed.data.batch_size, changed.optim.accumulation = 48, accumulation
     product = assemble.assemble(changed.lock())
-    mesh = meshes()["data"]
+    mesh = make_mesh("data")
     batch = batch_for(product, changed)
     flops[accumulation] = train.compile_step(changed, product, mesh, batch).cost_analysis()["flops"]
   assert flops[2] < 0.7 * flops[1]

@@ -1,24 +1,34 @@
 """Checkpoints of a run: state, step and config in one orbax directory, and the wish to stop.
 
 `<workdir>/checkpoints/<step>/` holds `state` (the TrainState), `config` (JSON) and, where a score was given,
-`metrics`. A directory appears under its final name only when it is complete.
+`metrics`. A directory appears under its final name only when it is complete. With several processes, each of them
+makes the same calls in the same order; each writes its own part of the arrays.
 """
 
+import contextlib
+import errno
+import itertools
 import json
 import math
+import os
+import re
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 WEIGHTS = ("params", "frozen", "stats", "ema")
 FOLDER = "checkpoints"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # device, quota and file size: room is missing
+_STATUS = re.compile(r"[A-Z_]+: ")  # how errors of the library that writes arrays begin: they come as ValueErrors
+_calls = itertools.count(1)  # of StopRequest.now in this process
 
 
 class Checkpoints:
@@ -63,7 +73,7 @@ class Checkpoints:
     if best_metric is not None:
       kept.append(policies.BestN(get_metric_fn=self._score, n=keep_best, keep_checkpoints_without_metrics=False))
     try:
-      self._manager = ocp.CheckpointManager(
+      self._manager = _Manager(
         self._directory,
         options=ocp.CheckpointManagerOptions(
           preservation_policy=policies.AnyPreservationPolicy(kept),
@@ -74,8 +84,10 @@ class Checkpoints:
           cleanup_tmp_directories=not read_only,
         ),
       )
-    except OSError as error:
-      raise ValueError(f"workdir={str(workdir)!r} cannot be used: {error}.") from error
+    except Exception as error:
+      if not isinstance(error, OSError) and "://" not in str(workdir):  # a bucket fails with any kind of error
+        raise
+      raise ValueError(f"workdir={str(workdir)!r} cannot be used: {error}; choose another.") from error
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -100,18 +112,36 @@ class Checkpoints:
       config: as a mapping or as JSON.
       metrics: the scores of this state; kept beside it, `best_metric` decides what is best.
       force: waits until the checkpoint is on disk, as before an exit.
+
+    Raises:
+      OSError: this checkpoint, or the one before, could not be written. One line: why, and what is still there.
     """
     saved = False
     if step not in self._manager.all_steps():
+      self.wait()
+      self._writing, self._bytes = step, sum(x.nbytes for x in jax.tree.leaves(state))
       items = ocp.args.Composite(
         state=ocp.args.StandardSave(state),
         config=ocp.args.JsonSave(json.loads(config) if isinstance(config, str) else dict(config)),
       )
       scores = {name: float(value) for name, value in metrics.items()} if metrics else None
-      saved = self._manager.save(step, args=items, metrics=scores)
+      with self._reported():
+        saved = self._manager.save(step, args=items, metrics=scores)
     if force:
       self.wait()
     return saved
+
+  def scores(self, step: int) -> dict[str, float]:
+    """The scores of a saved step; empty where it has none."""
+    return self._manager.metrics(step) or {}
+
+  def add_scores(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Gives a saved step without scores its scores, as if they had been saved with it."""
+    self._check_exists(step)
+    scores = {name: float(value) for name, value in metrics.items()}
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler("metrics")) as writer:
+      writer.save(self._directory / str(step) / "metrics", args=ocp.args.JsonSave(scores))
+    self._manager.reload()
 
   def steps(self) -> list[int]:
     """The steps on disk, rising."""
@@ -159,12 +189,39 @@ class Checkpoints:
     return {"params": {}, "frozen": {}, "stats": {}} | weights
 
   def wait(self) -> None:
-    """Returns when what was saved is on disk."""
-    self._manager.wait_until_finished()
+    """Returns when what was saved is on disk; raises like `save`."""
+    with self._reported():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits, then ends the background threads."""
-    self._manager.close()
+    """Waits, then ends the background threads; raises like `save`."""
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _reported(self) -> Iterator[None]:
+    """An error of writing as one line; what it left behind is removed, which also gives its room back."""
+    try:
+      yield
+    except (OSError, ValueError) as error:
+      if isinstance(error, ValueError) and not _STATUS.match(str(error)):
+        raise
+      for part in self._directory.glob(f"{self._writing}.*"):  # unfinished; a finished one has no suffix
+        with contextlib.suppress(OSError):
+          part.rmtree()
+      code, text = getattr(error, "errno", None), " ".join(str(error).split())
+      full = [os.strerror(number) for number in _FULL if number == code or os.strerror(number) in text]
+      cause, remedy = (
+        (full[0], f"Make room for it, up to {self._bytes / 2**20:,.0f} MiB") if full else (text, "Mend that")
+      )
+      left = max(ocp.utils.checkpoint_steps(self._directory), default=None)
+      raise OSError(
+        f"the checkpoint of step {self._writing} could not be written to {self._directory}: {cause}; "
+        + ("no step is there. " if left is None else f"step {left} is still there. ")
+        + f"{remedy}, and give the same command again: it goes on from step {left or 0}."
+      ) from error
 
   def _score(self, metrics: Mapping[str, float]) -> float:
     """Larger is better, whatever the mode."""
@@ -196,11 +253,24 @@ class Checkpoints:
       )
 
 
-class StopRequest:
-  """Notices SIGTERM: `with StopRequest() as stop: ... if stop.requested: save and leave`.
+class _Manager(ocp.CheckpointManager):
+  """Orbax's manager, that leaves it to StopRequest when to stop: both would count the calls of one service."""
 
-  The old handler comes back at the end. Python handles signals in its main thread only; in another one `requested`
-  stays False, and the caller's own handler, if any, in force.
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
+
+
+class StopRequest:
+  """Notices SIGTERM: `with StopRequest() as stop: ... if stop.now(): save and leave`.
+
+  Of several processes all must leave at the same point, whichever of them the signal reached, or the rest would wait
+  in its next collective for ever. There jax's preemption service, which `jax.distributed.initialize` starts, takes the
+  signal, spreads the news in the background, and chooses the first call of `now` that no process has made yet. A call
+  costs a look into memory; an all-gather of the flag would make host and devices wait for each other in every step.
+
+  Alone, the old handler comes back at the end. Python handles signals in its main thread only; in another one
+  `requested`, which `now` returns, stays False, and the caller's own handler, if any, in force.
   """
 
   def __init__(self) -> None:
@@ -208,7 +278,7 @@ class StopRequest:
     self._old: Any = None
 
   def __enter__(self) -> "StopRequest":
-    if threading.current_thread() is threading.main_thread():
+    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
       self._old = signal.signal(signal.SIGTERM, self._handle)
     return self
 
@@ -216,22 +286,33 @@ class StopRequest:
     if self._old is not None:
       signal.signal(signal.SIGTERM, self._old)
 
+  def now(self) -> bool:
+    """Whether to leave here; True ever after. All processes make the same calls in the same order."""
+    if jax.process_count() > 1 and not self.requested:
+      self.requested = multihost_utils.reached_preemption_sync_point(next(_calls))
+    return self.requested
+
   def _handle(self, number: int, frame: object) -> None:
     self.requested = True
 
 
 def is_workdir(path: str | epath.PathLike) -> bool:
   """Whether a folder holds at least one complete checkpoint of a run."""
-  folder = epath.Path(path) / FOLDER
   try:
+    folder = _directory(path)
     return folder.is_dir() and bool(ocp.utils.checkpoint_steps(folder))
-  except OSError:
+  except (OSError, ValueError):
     return False
 
 
 def _directory(workdir: str | epath.PathLike) -> epath.Path:
   """The folder of the checkpoints; absolute, as orbax wants it."""
-  path = epath.Path(workdir)
+  try:
+    path = epath.Path(workdir)
+  except KeyError as error:
+    raise ValueError(
+      f"workdir={str(workdir)!r}: the scheme {error} is unknown; use a path or 'gs://BUCKET'."
+    ) from error
   return (path if "://" in str(workdir) else path.expanduser().resolve()) / FOLDER
 
 

@@ -1,5 +1,6 @@
 """Batches -> measurements -> one dict of scores. Every image counts exactly once, whatever the number of devices."""
 
+import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -61,14 +62,20 @@ class Evaluator:
     self._step = jax.jit(step)
     self._baselines: dict[str, float] | None = None
 
-  def run(self, weights: Weights) -> Evaluation:
-    """Scores "eval/<data set>/<name>" of the given weights, and panels of the first samples."""
+  def run(self, weights: Weights, stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
+    """Scores "eval/<data set>/<name>" of the given weights, and panels of the first samples.
+
+    `stop` is asked before each batch; None where it said so.
+    """
     rows, shown = [], []
-    for batch in self._batches():
-      measured, prediction = self._step(weights, batch)
-      rows.append(_gathered(measured | {"real": batch["real"]}))
-      if sum(map(len, shown)) < self.config.eval.panels:
-        shown.append(_gathered({"prediction": prediction})["prediction"])
+    with contextlib.closing(self._batches()) as batches:
+      for batch in batches:
+        if stop():
+          return None
+        measured, prediction = self._step(weights, batch)
+        rows.append(_gathered(measured | {"real": batch["real"]}))
+        if sum(map(len, shown)) < self.config.eval.panels:
+          shown.append(_gathered({"prediction": prediction})["prediction"])
     joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     real = joined.pop("real")
     scores = self.product.task.summarize({name: values[real] for name, values in joined.items()})
@@ -97,7 +104,7 @@ class Evaluator:
     )
     return f"{line}\n  {chosen} of trivial predictors, and ours as a share of it: {beside}"
 
-  def _batches(self) -> Iterator[Batch]:
+  def _batches(self) -> pipeline.Prefetch:
     local = pipeline.eval_batches(
       self.dataset,
       batch_size=self.config.eval.batch_size,
@@ -130,15 +137,22 @@ def _gathered(values: dict[str, Array]) -> Rows:
 def run(config: ConfigDict, workdir: str) -> dict[str, float]:
   """--mode=eval: scores a workdir's checkpoint, or `init.pretrained` where the workdir has none; prints them."""
   source = workdir if is_workdir(workdir) else ""
+  if not (source or config.init.run or config.init.pretrained):
+    raise ValueError(
+      f"there is nothing trained to evaluate: --workdir={workdir!r} holds no checkpoint and config.init.pretrained "
+      "is empty; give one of them."
+    )
   config = start.complete(config, source or config.init.run or config.init.pretrained)
   product = assemble.assemble(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   evaluator = Evaluator(config, product, assemble.dataset(config, product), mesh)
   weights, lines = start.weights_on_mesh(config, product, mesh, source, complete=True)
-  print("\n".join(lines), flush=True)
+  first = jax.process_index() == 0
+  if first:
+    print("\n".join(lines), flush=True)
   result = evaluator.run(weights)
-  print(evaluator.report(result.scores), flush=True)
-  if jax.process_index() == 0:
+  if first:
+    print(evaluator.report(result.scores), flush=True)
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"weights": lines, "scores": result.scores, "trivial predictors": evaluator.baselines()}

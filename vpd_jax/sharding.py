@@ -1,10 +1,13 @@
 """Where each array of the training state lives: one mesh, one rule."""
 
 import re
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -96,6 +99,32 @@ def state_shardings(mesh: Mesh, state: Any, *, rules: Rules = (), min_bytes: int
 def abstract(state: Any, shardings: Any) -> Any:
   """The state as ShapeDtypeStructs that know where they lie, which is what a restore needs."""
   return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, shardings)
+
+
+def place(arrays: Any, shardings: Any) -> Any:
+  """Arrays of the host, or of one device, onto the mesh.
+
+  Args:
+    arrays: a tree; with several processes each of them holds all of it in full.
+    shardings: a tree like it of NamedShardings.
+
+  Raises:
+    ValueError: the processes hold different arrays, e.g. were given different files.
+  """
+  if jax.process_count() == 1:
+    return jax.tree.map(jax.device_put, arrays, shardings)
+  named = [(jax.tree_util.keystr(path), np.asarray(x)) for path, x in jax.tree.leaves_with_path(arrays)]
+  # jax.device_put would send every array to every process to compare it.
+  sums = np.array([zlib.crc32(np.ascontiguousarray(x)) for _, x in named], np.uint32)
+  everywhere = multihost_utils.process_allgather(sums)  # [P, arrays]
+  if different := [name for (name, _), same in zip(named, (everywhere == sums).all(0), strict=True) if not same]:
+    raise ValueError(
+      f"the processes begin with different arrays, {len(different)} of {len(named)}, like {different[:3]}; give all of "
+      "them the same weights, config and version of this program."
+    )
+  return jax.tree.map(
+    lambda x, where: jax.make_array_from_callback(np.shape(x), where, np.asarray(x).__getitem__), arrays, shardings
+  )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

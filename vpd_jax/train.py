@@ -146,17 +146,35 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   pipeline.check_batch_size(config.data.batch_size // config.optim.accumulation, mesh.size, "devices")
   dataset = assemble.dataset(config, product)
+  dataset.source("train")  # a file that is missing is told before anything is made
   evaluator = evaluate.Evaluator(config, product, dataset, mesh)
   with contextlib.ExitStack() as stack:
     checkpoints = stack.enter_context(start.checkpoints(config, product, workdir))
-    writer = stack.enter_context(writers.create(workdir, just_logging=jax.process_index() > 0))
     stop = stack.enter_context(StopRequest())
     state, lines = start.resume_or_start(config, product, mesh, checkpoints, accept_changes=accept_changes)
+    # Only now: a workdir that is refused stays as it was.
+    writer = stack.enter_context(writers.create(workdir, just_logging=jax.process_index() > 0))
     begin, end = int(state.step), config.num_steps
     _describe(config, product, mesh, writer, workdir, lines, begin)
-    if begin >= end:
-      log(f"nothing to do: step {begin} of {end} is reached")
-      return {}
+
+    def score(step: int, state: TrainState) -> dict[str, float]:
+      """Evaluates, writes and logs; empty where it was stopped."""
+      result = evaluator.run((state.ema or state.params, state.frozen, state.stats), stop.now)
+      if result is not None and jax.process_index() == 0:
+        trivial = {f"eval/trivial/{name}": value for name, value in evaluator.baselines().items()}
+        writer.write_scalars(step, result.scores | trivial)
+        writer.write_images(step, {f"panels/{config.data.name}": result.panels})
+        log(evaluator.report(result.scores))
+      return result.scores if result is not None else {}
+
+    scores = {}
+    if 0 < begin <= end and (begin == end or begin % config.eval_every == 0) and not checkpoints.scores(begin):
+      log(f"step {begin} was saved without its scores: it is evaluated now")
+      if scores := score(begin, state):
+        checkpoints.add_scores(begin, scores)
+    if begin >= end or stop.requested:
+      log(f"nothing to do: step {begin} of {end} is reached" if begin >= end else f"stopped by SIGTERM at step {begin}")
+      return scores
     batches = stack.enter_context(contextlib.closing(_batches(config, product, dataset, mesh, begin)))
     batch = next(batches)
     compiled = compile_step(config, product, mesh, batch)
@@ -165,12 +183,12 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     log(f"compiled; {flops / 1e9:.1f} GFLOP and {_memory(compiled)} per device and step")
     progress = writers.Progress(end, config.data.batch_size, start=begin, devices=mesh.size)
     trace = stack.enter_context(_Trace(config.profile, workdir))
-    scores, pending = {}, []
+    pending = []
     for step in range(begin + 1, end + 1):
       trace.before(step - begin)
       state, logs = compiled(state, batch)
       pending.append((step, logs["train/loss"], logs["norm/gradients"]))
-      last = step == end or stop.requested
+      last = stop.now() or step == end
       if last or step % config.log_every == 0:
         pending = check_finite(pending)
         line, speed = progress.report(step, float(logs["train/loss"]))
@@ -181,19 +199,15 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
       with progress.pause():
         due, new = step % config.eval_every == 0, {}
         if (due or step == end) and not stop.requested:
-          result = evaluator.run((state.ema or state.params, state.frozen, state.stats))
-          scores = new = result.scores
-          writer.write_scalars(step, scores | {f"eval/trivial/{n}": x for n, x in evaluator.baselines().items()})
-          writer.write_images(step, {f"panels/{config.data.name}": result.panels})
-          log(evaluator.report(scores))
-          last = last or stop.requested
+          new = score(step, state)
+          scores, last = new or scores, last or stop.requested
         if due or last or step % config.save_every == 0:
           pending = check_finite(pending)
           checkpoints.save(step, state, start.to_json(config), new, force=last)
       if last:
         break
       batch = next(batches)
-    if step < end:
+    if stop.requested and (step < end or not new):
       log(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from there")
     return scores
 

@@ -1,0 +1,115 @@
+"""The full network on real pictures through the command line: scores, pictures and two steps in bounded memory.
+
+VPD_REAL=FOLDER must name a folder with NYU Depth v2 in it (`nyu_depth_v2/`, a few frames will do). The weights are
+rebuilt from their names, so the depth means nothing; time, memory and agreement between the modes do. `pytest -s` shows
+the figures: on 2 cores about 15 minutes, 3.5 GB of disk for the weights and 21 GB for two checkpoints.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+
+from tests import oracle
+from tests.convert import pth
+from tests.golden import fill
+
+LIMIT_GIB = 18
+TIMEOUT = 3600
+
+pytestmark = pytest.mark.slow
+
+
+class Rebuilt(pth.Storage):
+  """The numbers of one entry of the manifest, made when they are asked for: together they are 3.4 GiB."""
+
+  def __init__(self, entry: dict):
+    self.entry = entry
+
+  @property
+  def array(self) -> np.ndarray:
+    name = self.entry.get("alias_of") or self.entry["name"]
+    return np.ascontiguousarray(fill.weight(name, self.entry["shape"], 0))
+
+
+@pytest.fixture(scope="module")
+def real() -> pathlib.Path:
+  folder = os.environ.get("VPD_REAL")
+  if not folder:
+    pytest.skip("VPD_REAL=FOLDER must name the folder of the real pictures, with nyu_depth_v2 in it")
+  return pathlib.Path(folder) / "nyu_depth_v2"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(real, tmp_path_factory):
+  """Full-size weights in the authors' names and file layout."""
+  path = tmp_path_factory.mktemp("released") / "vpd_depth_480x480.pth"
+  entries = [e for e in oracle.manifest("vpd_depth", "full") if not e["name"].startswith("sd_model.")]
+  state = {f"module.{e['name']}": pth.tensor(Rebuilt(e), shape=tuple(e["shape"])) for e in entries}
+  yield pth.write_zip(path, {"model": state, "epoch": 25})
+  shutil.rmtree(path.parent)
+
+
+@pytest.fixture
+def command(real, checkpoint):
+  """Runs one mode in a process of its own; returns what it printed."""
+
+  def run(mode: str, workdir: pathlib.Path, *more: str) -> str:
+    words = [sys.executable, "-m", "vpd_jax.main", "--config=configs/nyu_depth.py:vpd", f"--mode={mode}"]
+    fields = {"data.root": real, "init.pretrained": checkpoint, "eval.batch_size": 1}
+    words += [f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in fields.items()), *more]
+    # Machine code as users have it; the tests' own is not optimized, and takes ten times as long here.
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    begin, printed = time.monotonic(), workdir.parent / f"{mode}.txt"
+    with printed.open("w") as file:
+      process = subprocess.Popen(words, env=environment, stdout=file, stderr=subprocess.STDOUT)
+      _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    seconds, peak = time.monotonic() - begin, usage.ru_maxrss / 2**20
+    text = printed.read_text()
+    assert process.returncode == 0, text
+    compiled = re.search(r"compiled; .*", text)
+    print(f"\n{mode}: {seconds:.0f} s, {peak:.2f} GiB resident; {compiled[0] if compiled else ''}")
+    assert peak < LIMIT_GIB, f"{mode} took {peak:.2f} GiB"
+    return text
+
+  return run
+
+
+def rmse(metres: np.ndarray, truth: pathlib.Path) -> float:
+  """RMSE of one picture over the pixels that are scored."""
+  depth = cv2.imread(str(truth), cv2.IMREAD_UNCHANGED).astype(np.float64)[45:471, 41:601] / 1000
+  valid = (depth > 1e-3) & (depth < 10)
+  return float(np.sqrt(np.mean((metres[45:471, 41:601] - depth)[valid] ** 2)))
+
+
+def test_scores_are_those_of_the_predicted_pictures(command, real, tmp_path):
+  """Mirrored and in two windows, both ways; each picture with the class of its folder."""
+  text = command("eval", tmp_path / "run")
+  errors = []
+  for i, line in enumerate((real / "test_list.txt").read_text().split("\n")):
+    image, truth = (real / "official_splits" / "test" / name.strip("/") for name in line.split())
+    source, output = tmp_path / f"in{i}", tmp_path / f"out{i}"
+    source.mkdir()
+    shutil.copy(image, source)
+    command("predict", tmp_path / "run", f"--input={source}", f"--output={output}", f"--class={image.parent.name}")
+    errors.append(rmse(np.load(output / f"{image.stem}.npy"), truth))
+  assert f"images {len(errors):.4f}" in text
+  assert float(re.search(r"rmse (\S+)", text)[1]) == pytest.approx(np.mean(errors), rel=1e-3)
+
+
+def test_two_steps_of_one_picture(command, tmp_path):
+  lengths = ("--config.num_steps=2", "--config.log_every=1", "--config.data.batch_size=1", "--config.data.workers=0")
+  groups = ("--config.optim.norm_group=1", "--config.optim.loss_group=1", "--config.backbone.remat=True")
+  text = command("train", tmp_path / "run", *lengths, *groups)
+  losses = [float(value) for value in re.findall(r"step \d/2 .*?loss (\S+)", text)]
+  assert len(losses) == 2 and 0 < losses[1] < losses[0]
+  assert (tmp_path / "run" / "checkpoints" / "2" / "state").is_dir()

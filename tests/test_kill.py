@@ -1,0 +1,218 @@
+"""Runs that are ended from outside: killed at any instant, stopped in the middle of things, left without room on disk.
+
+What follows is always the undisturbed run, bit for bit.
+"""
+
+import contextlib
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.test_run import arrays, rooms
+from vpd_jax import config_file, evaluate, train
+from vpd_jax.checkpoint import Checkpoints
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIG = "configs/rooms.py:depth,tiny"
+STEPS = 6
+SECONDS = 300  # after which a process is ended
+
+
+def config(**changes):
+  """Six steps, each of them saved, every third one evaluated."""
+  return rooms(**({"num_steps": STEPS, "eval_every": 3, "save_every": 1, "keep": 2} | changes))
+
+
+def flat(section, prefix=""):
+  """{dotted name: value} of a config."""
+  items = ((f"{prefix}{key}", value) for key, value in section.items())
+  return {
+    k: v
+    for key, value in items
+    for k, v in (flat(value, f"{key}.") if hasattr(value, "items") else {key: value}).items()
+  }
+
+
+def command(workdir, **changes):
+  """The command line of that run: python -m vpd_jax.main and what differs from the file."""
+  shipped = flat(config_file.load(CONFIG))
+  flags = [f"--config.{key}={value}" for key, value in flat(config(**changes)).items() if value != shipped[key]]
+  return [sys.executable, "-m", "vpd_jax.main", f"--config={CONFIG}", f"--workdir={workdir}", *flags]
+
+
+def begin(workdir, **changes):
+  return subprocess.Popen(
+    command(workdir, **changes), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+  )
+
+
+def read_until(process, start):
+  """Reads lines up to the one that begins so."""
+  seen = []
+  for line in process.stdout:
+    seen.append(line)
+    if line.startswith(start):
+      return
+  raise AssertionError("".join(seen))
+
+
+def kill(process):
+  process.kill()
+  process.communicate()
+
+
+def unfinished(workdir):
+  """Checkpoints that a save has begun and not ended."""
+  return list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+
+
+def assert_final(workdir, expected):
+  found = arrays(workdir, STEPS)
+  assert expected.keys() == found.keys() and len(expected) > 300
+  for name, value in expected.items():
+    np.testing.assert_array_equal(value, found[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+  """(final arrays, scores)."""
+  workdir = tmp_path_factory.mktemp("undisturbed")
+  scores = train.run(config(), str(workdir))
+  return arrays(workdir, STEPS), scores
+
+
+def test_killed_inside_a_save_and_inside_a_step_a_run_continues_bit_for_bit(undisturbed, tmp_path):
+  first = begin(tmp_path)
+  deadline = time.time() + SECONDS
+  while not unfinished(tmp_path) and time.time() < deadline:
+    assert first.poll() is None, first.stdout.read()
+  first.kill()  # a save takes a second or so: the folder was seen milliseconds ago
+  first.communicate()
+  assert unfinished(tmp_path)
+  second = begin(tmp_path)
+  read_until(second, "step 3/")
+  kill(second)
+  with Checkpoints(tmp_path, read_only=True) as held:
+    assert held.latest_step() in (1, 2, 3, 4)
+  train.run(config(**{"data.workers": 2}), str(tmp_path))  # their number changes nothing
+  assert not unfinished(tmp_path)
+  assert_final(tmp_path, undisturbed[0])
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_instants_a_run_continues_bit_for_bit(undisturbed, tmp_path):
+  """Every fifth instant is one of the whole life of the process, the others lie between its first step and its end."""
+  whole = begin(tmp_path / "measured")
+  zero = time.time()
+  read_until(whole, "compiled")
+  compiled = time.time() - zero
+  whole.communicate(timeout=SECONDS)
+  end = time.time() - zero
+  chance, counts = random.Random(0), {"inside a save": 0, "before the first checkpoint": 0, "after the end": 0}
+  for i in range(20):
+    workdir = tmp_path / str(i)
+    process = begin(workdir)
+    if i % 5:
+      read_until(process, "compiled")
+      time.sleep(chance.uniform(0, end - compiled))
+    else:
+      time.sleep(chance.uniform(0, end))
+    counts["after the end"] += process.poll() is not None
+    kill(process)
+    inside = bool(unfinished(workdir))
+    with Checkpoints(workdir, read_only=True) as held:
+      step = held.latest_step()
+    counts["inside a save"] += inside
+    counts["before the first checkpoint"] += step is None
+    print(f"kill {i}: newest checkpoint {step}{', inside a save' if inside else ''}", flush=True)
+    again = subprocess.run(command(workdir), cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+    assert again.returncode == 0, again.stderr
+    assert_final(workdir, undisturbed[0])
+    shutil.rmtree(workdir)
+  print(counts)
+  assert counts["inside a save"] >= 3 and counts["after the end"] <= 5
+
+
+def test_sigterm_in_the_middle_of_a_step_ends_with_code_0_and_the_rest_follows(undisturbed, tmp_path):
+  process = begin(tmp_path, save_every=STEPS, eval_every=STEPS)
+  read_until(process, "step 1/")
+  process.terminate()  # the second step is under way
+  rest, _ = process.communicate(timeout=SECONDS)
+  assert process.returncode == 0, rest
+  step = int(re.search(r"stopped by SIGTERM after step (\d+), which is saved", rest)[1])
+  with Checkpoints(tmp_path, read_only=True) as held:
+    assert held.steps() == [step] and step < STEPS
+  train.run(config(), str(tmp_path))
+  assert_final(tmp_path, undisturbed[0])
+
+
+def test_sigterm_in_an_evaluation_saves_at_once_and_the_scores_are_made_up_for(
+  undisturbed, tmp_path, monkeypatch, capsys
+):
+  asked = []
+
+  def batches(self):
+    with contextlib.closing(original(self)) as inner:
+      for i, batch in enumerate(inner):
+        asked.append(i)
+        if i == 1:
+          os.kill(os.getpid(), signal.SIGTERM)
+        yield batch
+
+  original = evaluate.Evaluator._batches
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluate.Evaluator, "_batches", batches)
+    assert train.run(config(keep=10), str(tmp_path)) == {}
+    assert asked == [0, 1]  # of three
+    assert "stopped by SIGTERM after step 3, which is saved" in capsys.readouterr().out
+    with Checkpoints(tmp_path, best_metric="eval/rooms/rmse", read_only=True) as held:
+      assert (held.latest_step(), held.scores(3)) == (3, {})
+    train.run(config(keep=10), str(tmp_path))  # stopped again, in the evaluation that is made up for
+    assert "stopped by SIGTERM at step 3" in capsys.readouterr().out
+  (tmp_path / "checkpoints" / "3" / "metrics.orbax-checkpoint-tmp").mkdir()  # as after a kill in add_scores
+  scores = train.run(config(keep=10), str(tmp_path))
+  assert "step 3 was saved without its scores" in capsys.readouterr().out
+  assert scores == undisturbed[1]
+  assert_final(tmp_path, undisturbed[0])
+  with Checkpoints(tmp_path, best_metric="eval/rooms/rmse", read_only=True) as held:
+    assert held.scores(3).keys() == held.scores(STEPS).keys() == scores.keys()
+    assert held.best_step() in (3, STEPS)
+  assert train.run(config(keep=10), str(tmp_path)) == {}  # nothing is left to do
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="a small disk is mounted, which root may")
+def test_on_a_full_disk_the_older_checkpoint_survives_and_a_larger_disk_continues(undisturbed, tmp_path):
+  disk = tmp_path / "disk"
+  disk.mkdir()
+  mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk], capture_output=True, text=True)
+  if mounted.returncode:
+    pytest.skip(f"mount is not permitted: {mounted.stderr}")
+  try:
+    process = begin(disk / "run", keep=10)
+    output, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 2, output
+    line = output.splitlines()[-1]
+    found = re.fullmatch(
+      r"error: the checkpoint of step (\d) could not be written to .*/checkpoints: No space left on device; step (\d) "
+      r"is still there\. Make room for it, up to \d+ MiB, and give the same command again: it goes on from step \2\.",
+      line,
+    )
+    assert found, output
+    assert "Traceback" not in output and not unfinished(disk / "run")
+    with Checkpoints(disk / "run", read_only=True) as held:
+      assert held.latest_step() == int(found[2]) == int(found[1]) - 1
+    subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+    train.run(config(keep=10), str(disk / "run"))
+    assert_final(disk / "run", undisturbed[0])
+  finally:
+    subprocess.run(["umount", "-l", disk], check=True)
