@@ -46,7 +46,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     schedule={"name": "triangular_poly", "min_lr": 3e-5, "half": 12 * ITERATIONS, "power": 0.9},
     lr_groups=((r"/vae/", None), (r"/unet/", 0.01), (r"", 1.0)),
     decay_groups=presets.no_decay_for_vectors(),
-    norm_group=3,
+    norm_group=0 if words["method"] == "iedp" else 3,  # both branches of IEDP share their statistics
     loss_group=3,
   )
   config.eval = presets.evaluation(batch_size=8, test_time=("flip", "shift:2"))

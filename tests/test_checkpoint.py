@@ -17,6 +17,7 @@ import optax
 import pytest
 
 from vpd_jax import checkpoint, sharding
+from vpd_jax.stop import StopRequest
 from vpd_jax.types import TrainState
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.scale_by_schedule(lambda _: -1e-2))
@@ -251,7 +252,7 @@ def test_a_relative_workdir_is_taken_from_here(tmp_path, monkeypatch):
 
 def test_sigterm_is_a_request_and_the_old_handler_returns():
   before = signal.getsignal(signal.SIGTERM)
-  with checkpoint.StopRequest() as stop:
+  with StopRequest() as stop:
     assert not stop.requested and not stop.now()
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.requested and stop.now()
@@ -262,7 +263,7 @@ def test_in_another_thread_signals_are_left_alone():
   seen = []
 
   def run():
-    with checkpoint.StopRequest() as stop:
+    with StopRequest() as stop:
       seen.append(stop.requested)
 
   thread = threading.Thread(target=run)

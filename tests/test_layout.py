@@ -17,8 +17,8 @@ LAYERS = (
   ("assemble", "class_vectors"),
   ("convert",),
   ("methods", "necks", "heads", "tasks", "data", "model"),
-  ("backbones", "inference", "optim", "checkpoint", "sharding", "writers", "panels"),
-  ("params", "presets", "config_file"),
+  ("backbones", "inference", "labelling", "optim", "checkpoint", "sharding", "stop", "writers", "panels"),
+  ("params", "presets", "config_file", "processes"),
   ("types",),
 )
 ROW = {part: row for row, parts in enumerate(LAYERS) for part in parts}

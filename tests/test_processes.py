@@ -14,7 +14,7 @@ import pytest
 
 from tests import test_multidevice
 from tests.test_run import rooms
-from vpd_jax import assemble, evaluate, main, start, train
+from vpd_jax import assemble, evaluate, processes, start, train
 
 ROOT = pathlib.Path(__file__).parent.parent
 SECONDS = 400  # after which a process is ended
@@ -24,9 +24,10 @@ SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_NUM_TASKS": "2"}
 # Everything that one pair of processes can show, in one: starting and compiling are what takes time.
 CHILD = """
 import json, os, pathlib, signal, sys, threading, time
+sys.modules["tensorflow"] = None  # the other writer is there sooner
 import jax
 from tests import test_multidevice, test_processes
-from vpd_jax import evaluate, main, train
+from vpd_jax import evaluate, processes, sharding, train
 from vpd_jax.checkpoint import Checkpoints
 from vpd_jax.data import pipeline
 
@@ -40,12 +41,16 @@ def broken(*_):
 
 if __name__ == "__main__":
   folder = pathlib.Path(sys.argv[1])
-  main.flags.FLAGS.mark_as_parsed()
-  main.connect()
+  processes.connect(None, None, None, 300)
   index = jax.process_index()
   found = {"devices": [jax.device_count(), jax.local_device_count()]}
   for group, mesh in ((0, "data"), (3, "fsdp")):
     found[f"{group} {mesh}"] = test_multidevice.loss(group, mesh)
+
+  try:
+    sharding.place({"a": jax.numpy.full(3, index)}, {"a": sharding.replicated(test_multidevice.make_mesh("data"))})
+  except ValueError as error:
+    found["different"] = str(error)
 
   if index == 1:  # the process that writes no file
     lines = folder / "stopped" / "metrics.jsonl"
@@ -61,7 +66,7 @@ if __name__ == "__main__":
 
   if index == 1:
     pipeline._TrainTransform.__call__ = broken
-  with main.answered():
+  with processes.answered():
     train.run(test_processes.config(1000), str(folder / "broken"))
 """
 
@@ -154,6 +159,14 @@ def test_the_loop_in_two_processes_sees_the_batches_and_gives_the_scores_of_one(
 
 
 @pytest.mark.multidevice
+def test_processes_with_different_weights_are_refused(pair):
+  for found in pair[1]:
+    assert found["different"].startswith(
+      "the processes begin with different arrays, 1 of 1, like [\"['a']\"]; give all"
+    )
+
+
+@pytest.mark.multidevice
 def test_only_the_first_process_writes_and_speaks(pair):
   folder, _, outputs, _ = pair
   assert "step 1/" in outputs[0] and "step 1/" not in outputs[1] and "eval/" not in outputs[1]
@@ -189,7 +202,7 @@ ALONE = {"cluster_detection_method": "deactivate"}
   ],
 )
 def test_who_belongs_to_the_run(flags, environment, expected):
-  assert main.distributed(*flags, environment) == expected
+  assert processes.arguments(*flags, environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -203,23 +216,23 @@ def test_who_belongs_to_the_run(flags, environment, expected):
 )
 def test_a_wrong_set_of_processes_is_refused(flags, environment, message):
   with pytest.raises(ValueError, match=message):
-    main.distributed(*flags, environment)
+    processes.arguments(*flags, environment)
 
 
 def test_a_tpu_with_several_hosts_is_known_by_its_environment(monkeypatch):
-  monkeypatch.setattr(main.glob, "glob", lambda pattern: ["/dev/accel0"])
-  monkeypatch.setattr(main.importlib.util, "find_spec", lambda name: name == "libtpu")
-  monkeypatch.setattr(main, "_metadata", lambda key: {"worker-network-endpoints": "a:0:10.0.0.1"}.get(key, ""))
+  monkeypatch.setattr(processes.glob, "glob", lambda pattern: ["/dev/accel0"])
+  monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name == "libtpu")
+  monkeypatch.setattr(processes, "_metadata", lambda key: {"worker-network-endpoints": "a:0:10.0.0.1"}.get(key, ""))
   nobody = (None, None, None)
-  assert main.distributed(*nobody, {}) is None  # one host
-  assert main.distributed(*nobody, {"TPU_WORKER_HOSTNAMES": "t0,t1"}) == {}
-  assert main.distributed(*nobody, {"TPU_WORKER_HOSTNAMES": "t0"}) is None
-  assert main.distributed(*nobody, {"TPU_WORKER_HOSTNAMES": "t0", "MEGASCALE_NUM_SLICES": "2"}) == {}
-  assert main.distributed(*nobody, {"TPU_WORKER_HOSTNAMES": "t0,t1", "JAX_PLATFORMS": "cpu"}) is None
+  assert processes.arguments(*nobody, {}) is None  # one host
+  assert processes.arguments(*nobody, {"TPU_WORKER_HOSTNAMES": "t0,t1"}) == {}
+  assert processes.arguments(*nobody, {"TPU_WORKER_HOSTNAMES": "t0"}) is None
+  assert processes.arguments(*nobody, {"TPU_WORKER_HOSTNAMES": "t0", "MEGASCALE_NUM_SLICES": "2"}) == {}
+  assert processes.arguments(*nobody, {"TPU_WORKER_HOSTNAMES": "t0,t1", "JAX_PLATFORMS": "cpu"}) is None
   monkeypatch.setattr(
-    main, "_metadata", lambda key: {"worker-network-endpoints": "a:0:10.0.0.1,b:1:10.0.0.2"}.get(key, "")
+    processes, "_metadata", lambda key: {"worker-network-endpoints": "a:0:10.0.0.1,b:1:10.0.0.2"}.get(key, "")
   )
-  assert main.distributed(*nobody, {}) == {}
+  assert processes.arguments(*nobody, {}) == {}
 
 
 def test_processes_that_do_not_come_are_one_line(tmp_path):

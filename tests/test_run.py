@@ -1,13 +1,6 @@
 """A run from start to end: train, stop, resume, evaluate, predict; in small, on the embedded rooms."""
 
 import json
-import os
-import pathlib
-import re
-import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
@@ -16,8 +9,6 @@ import pytest
 from tests import tiny
 from vpd_jax import assemble, config_file, evaluate, predict, start, train
 from vpd_jax.checkpoint import Checkpoints
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 def rooms(**changes):
@@ -46,64 +37,6 @@ def run(tmp_path_factory):
   """(workdir, scores) of an undisturbed run of four steps."""
   workdir = tmp_path_factory.mktemp("undisturbed")
   return workdir, train.run(rooms(), str(workdir))
-
-
-CHILD = """
-import sys
-from tests import test_run
-from vpd_jax import train
-if __name__ == "__main__":
-  train.run(test_run.rooms(**eval(sys.argv[2])), sys.argv[1])
-"""
-
-
-def child(tmp_path, workdir, **changes):
-  script = tmp_path / "child.py"
-  script.write_text(CHILD)
-  environment = os.environ | {"PYTHONPATH": str(ROOT)}
-  return subprocess.Popen(
-    [sys.executable, str(script), str(workdir), repr(changes)],
-    env=environment,
-    cwd=tmp_path,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
-
-
-def test_a_killed_run_continues_bit_for_bit_with_another_number_of_workers(run, tmp_path):
-  workdir = tmp_path / "killed"
-  process = child(tmp_path, workdir, num_steps=400, log_every=400, eval_every=400)
-  deadline = time.time() + 240
-  while not (workdir / "checkpoints" / "2" / "_CHECKPOINT_METADATA").exists() and time.time() < deadline:
-    assert process.poll() is None, process.stdout.read()
-    time.sleep(0.02)
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
-  with Checkpoints(workdir, read_only=True) as checkpoints:
-    assert checkpoints.latest_step() is not None
-    for step in checkpoints.steps():
-      if step > 2:  # the process may have gone further before the signal came
-        (workdir / "checkpoints" / str(step)).rename(tmp_path / str(step))
-  train.run(rooms(**{"data.workers": 2}), str(workdir))
-  expected, found = arrays(run[0], 4), arrays(workdir, 4)
-  assert expected.keys() == found.keys() and len(expected) > 300
-  for name, value in expected.items():
-    np.testing.assert_array_equal(value, found[name], err_msg=name)
-
-
-def test_sigterm_saves_and_ends_with_code_0(tmp_path):
-  workdir = tmp_path / "stopped"
-  process = child(tmp_path, workdir, num_steps=4000, log_every=1, eval_every=4000, save_every=4000)
-  for line in process.stdout:
-    if line.startswith("step 2/"):
-      process.terminate()
-      break
-  rest, _ = process.communicate(timeout=120)
-  assert process.returncode == 0, rest
-  step = int(re.search(r"stopped by SIGTERM after step (\d+)", rest)[1])
-  with Checkpoints(workdir, read_only=True) as checkpoints:
-    assert checkpoints.latest_step() == step >= 2
 
 
 def test_a_finished_run_has_nothing_to_do(run, capsys):

@@ -61,6 +61,10 @@ def shrunk(config):
   config.neck.update(small)
   if "class_vectors" in config.method:
     config.method.class_vectors = "random:0"
+  if config.method.name == "iedp":
+    config.backbone.text.update(vocab_size=100, width=16, layers=1, heads=2, mlp_width=32, positions=8)
+    config.backbone.image.update(width=32, layers=1, heads=2, mlp_width=64, image_size=28, projection=16)
+    config.init.clip, config.method.tokenizer, config.method.num_queries = "random:0", "characters", 8
   config.data.update(crop=(64, 64), batch_size=6, workers=0)
   config.data.update(
     {"size": (64, 96), "train_count": 12, "eval_count": 5} if "size" in config.data else {"resize": (64, 96)}

@@ -22,15 +22,15 @@ from vpd_jax.backbones.unet import UNetSizes
 from vpd_jax.backbones.vae import VaeSizes
 from vpd_jax.convert.tokenizer import Tokenize
 from vpd_jax.data import ade20k, cityscapes, depth_list, kitti, mapillary, mask_folder, nyu, rooms
-from vpd_jax.heads import deconv
+from vpd_jax.heads import deconv, fpn, upernet
 from vpd_jax.methods import iedp, meta_prompts, vpd
 from vpd_jax.model import PerceptionModel
-from vpd_jax.tasks import depth
+from vpd_jax.tasks import depth, segmentation
 
 METHODS = {"vpd": vpd.Vpd, "iedp": iedp.Iedp, "meta_prompts": meta_prompts.MetaPrompts}
 NECKS = {"fusion": necks.Fusion, "einsum": necks.Einsum}
-HEADS = {"deconv": deconv.Deconv}
-TASKS = {"depth": depth.Depth}
+HEADS = {"deconv": deconv.Deconv, "fpn": fpn.SemanticFpn, "upernet": upernet.UperNet}
+TASKS = {"depth": depth.Depth, "segmentation": segmentation.Segmentation}
 DATASETS = {
   **{"nyu": nyu.Nyu, "kitti": kitti.Kitti, "depth_list": depth_list.DepthList, "rooms": rooms.Rooms},
   **{"ade20k": ade20k.Ade20k, "cityscapes": cityscapes.Cityscapes, "mapillary": mapillary.Mapillary},
@@ -173,7 +173,9 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Product:
   config_file.check(config)
   task = _look_up(TASKS, config.task, "task")(**_rest(config.task))
   data = _look_up(DATASETS, config.data, "data")
-  build = _builder(config, task, data.classes, training=True)
+  # Some data sets are told their classes by the config.
+  classes = tuple(data.classes_of(config.data) if hasattr(data, "classes_of") else data.classes)
+  build = _builder(config, task, classes, training=True)
   parts = params_lib.describe(build)
   inference.parse(config.eval.test_time)
   if config.eval.coverage not in inference.COVERAGES:
@@ -188,10 +190,10 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Product:
     rate, groups, **{k: config.optim[k] for k in ("decay", "b1", "b2", "epsilon", "clip_norm")}
   )
   if not training and parts.model.method.training_only:
-    build = _builder(config, task, data.classes, training=False)
+    build = _builder(config, task, classes, training=False)
     parts = params_lib.describe(build)
   keys = ("image", *sorted(task.needs | parts.model.method.needs))
-  return Product(build, parts, task, groups, rate, optimizer, tuple(data.classes), keys)
+  return Product(build, parts, task, groups, rate, optimizer, classes, keys)
 
 
 def _check_groups(config: ConfigDict, parts: params_lib.Parts) -> None:
@@ -222,9 +224,10 @@ def dataset(config: ConfigDict, product: Product) -> Any:
   made = DATASETS[config.data.name](**_rest(config.data, NOT_OF_THE_DATASET))
   missing = sorted(set(product.keys) - made.provides - product.method.adds)
   if missing:
+    remedy = "Set config.data.scene to one name for all pictures." if "scene" in config.data else "Choose another."
     raise ValueError(
       f"method {config.method.name!r} and task {config.task.name!r} need {missing}, but data set "
-      f"{config.data.name!r} provides {sorted(made.provides)}."
+      f"{config.data.name!r} provides {sorted(made.provides)}. {remedy}"
     )
   return made
 

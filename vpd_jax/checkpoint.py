@@ -1,4 +1,4 @@
-"""Checkpoints of a run: state, step and config in one orbax directory, and the wish to stop.
+"""Checkpoints of a run: state, step and config in one orbax directory.
 
 `<workdir>/checkpoints/<step>/` holds `state` (the TrainState), `config` (JSON) and, where a score was given,
 `metrics`. A directory appears under its final name only when it is complete. With several processes, each of them
@@ -7,13 +7,10 @@ makes the same calls in the same order; each writes its own part of the arrays.
 
 import contextlib
 import errno
-import itertools
 import json
 import math
 import os
 import re
-import signal
-import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,14 +18,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 WEIGHTS = ("params", "frozen", "stats", "ema")
 FOLDER = "checkpoints"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # device, quota and file size: room is missing
 _STATUS = re.compile(r"[A-Z_]+: ")  # how errors of the library that writes arrays begin: they come as ValueErrors
-_calls = itertools.count(1)  # of StopRequest.now in this process
 
 
 class Checkpoints:
@@ -83,6 +78,11 @@ class Checkpoints:
           read_only=read_only,
           cleanup_tmp_directories=not read_only,
         ),
+        # What is being written is held twice; without a limit, most of the state.
+        item_handlers={
+          "state": ocp.StandardCheckpointHandler(save_concurrent_gb=1),
+          "config": ocp.JsonCheckpointHandler(),
+        },
       )
     except Exception as error:
       if not isinstance(error, OSError) and "://" not in str(workdir):  # a bucket fails with any kind of error
@@ -166,22 +166,24 @@ class Checkpoints:
       ValueError: where names, shapes or dtypes differ; all of them are counted, the first ten listed.
     """
     self._check_same(step, state)
-    return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state)))["state"]
+    with self._damage(step):
+      return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state)))["state"]
 
   def restore_config(self, step: int) -> dict[str, Any]:
     """The config this step was trained with, as plain values; tuples have become lists."""
     self._check_exists(step)
-    return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+    with self._damage(step):
+      return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
 
-  def restore_weights(self, step: int) -> dict[str, dict[str, np.ndarray]]:
+  def restore_weights(self, step: int, skip: tuple[str, ...] = ()) -> dict[str, dict[str, np.ndarray]]:
     """Parameters and statistics only, on the host: {'params', 'frozen', 'stats'} and, where kept, 'ema'.
 
-    The optimizer's moments, two thirds of a checkpoint, are not read.
+    Read is neither the optimizer's, two thirds of it, nor what begins with one of `skip`.
     """
     saved = self._saved(step)
-    wanted = {key: saved[key] for key in WEIGHTS if saved.get(key)}
+    wanted = {k: w for k in WEIGHTS if (w := {n: x for n, x in (saved.get(k) or {}).items() if not n.startswith(skip)})}
     arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    with self._damage(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
       weights = reader.restore(
         self._directory / str(step) / "state",
         args=ocp.args.PyTreeRestore(item=wanted, restore_args=arguments, partial_restore=True),
@@ -236,7 +238,21 @@ class Checkpoints:
   def _saved(self, step: int) -> dict[str, Any]:
     """Names, shapes and dtypes of what is on disk."""
     self._check_exists(step)
-    return ocp.StandardCheckpointHandler().metadata(self._directory / str(step) / "state").tree
+    with self._damage(step):
+      return ocp.StandardCheckpointHandler().metadata(self._directory / str(step) / "state").tree
+
+  @contextlib.contextmanager
+  def _damage(self, step: int) -> Iterator[None]:
+    """An error of reading as one line: a damaged file can fail anywhere."""
+    try:
+      yield
+    except Exception as error:
+      older = max((other for other in self.steps() if other < step), default=None)
+      then = "start in another workdir" if older is None else f"step {older} is then used"
+      raise ValueError(
+        f"checkpoint {step} of {self._directory} is damaged ({' '.join(str(error).split())[:200]}); "
+        f"remove {self._directory / str(step)}, {then}."
+      ) from error
 
   def _check_same(self, step: int, state: Any) -> None:
     """Raises where the arrays on disk are not those of `state`: orbax would cast, cut or pad in silence."""
@@ -254,46 +270,11 @@ class Checkpoints:
 
 
 class _Manager(ocp.CheckpointManager):
-  """Orbax's manager, that leaves it to StopRequest when to stop: both would count the calls of one service."""
+  """Orbax's manager, that leaves it to stop.StopRequest when to stop: both would count the calls of one service."""
 
   def reached_preemption(self, step: int) -> bool:
     del step
     return False
-
-
-class StopRequest:
-  """Notices SIGTERM: `with StopRequest() as stop: ... if stop.now(): save and leave`.
-
-  Of several processes all must leave at the same point, whichever of them the signal reached, or the rest would wait
-  in its next collective for ever. There jax's preemption service, which `jax.distributed.initialize` starts, takes the
-  signal, spreads the news in the background, and chooses the first call of `now` that no process has made yet. A call
-  costs a look into memory; an all-gather of the flag would make host and devices wait for each other in every step.
-
-  Alone, the old handler comes back at the end. Python handles signals in its main thread only; in another one
-  `requested`, which `now` returns, stays False, and the caller's own handler, if any, in force.
-  """
-
-  def __init__(self) -> None:
-    self.requested = False
-    self._old: Any = None
-
-  def __enter__(self) -> "StopRequest":
-    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-      self._old = signal.signal(signal.SIGTERM, self._handle)
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    if self._old is not None:
-      signal.signal(signal.SIGTERM, self._old)
-
-  def now(self) -> bool:
-    """Whether to leave here; True ever after. All processes make the same calls in the same order."""
-    if jax.process_count() > 1 and not self.requested:
-      self.requested = multihost_utils.reached_preemption_sync_point(next(_calls))
-    return self.requested
-
-  def _handle(self, number: int, frame: object) -> None:
-    self.requested = True
 
 
 def is_workdir(path: str | epath.PathLike) -> bool:
@@ -301,7 +282,7 @@ def is_workdir(path: str | epath.PathLike) -> bool:
   try:
     folder = _directory(path)
     return folder.is_dir() and bool(ocp.utils.checkpoint_steps(folder))
-  except (OSError, ValueError):
+  except Exception:  # a file system that cannot be asked, in any of many ways; whoever reads the source says why
     return False
 
 

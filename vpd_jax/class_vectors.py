@@ -22,11 +22,12 @@ from vpd_jax import params as params_lib
 from vpd_jax.backbones.clip import ClipText, TextSizes
 from vpd_jax.convert import fetch, files, load, pickles, stable_diffusion
 from vpd_jax.convert.raw import RawTensor
+from vpd_jax.convert.tokenizer import load as load_tokenizer
+from vpd_jax.convert.tokenizer import tokenize
 from vpd_jax.types import Array, Named
 
 IN_NPZ = "class_vectors"
 IN_PTH = ("class_embeddings", "encoder.class_embeddings")
-TOKENIZER_FILES = ("vocab.json", "merges.txt")
 RANDOM = "random:"
 CHOICES = (
   "give init.pretrained a diffusers folder with text_encoder/ and tokenizer/, set method.class_vectors=FILE (.npy, "
@@ -112,31 +113,6 @@ def read_templates(choice: str) -> tuple[str, ...]:
   return (choice,)
 
 
-def load_tokenizer(folder: str | epath.PathLike) -> Any:
-  """CLIP's tokenizer (transformers) from the `tokenizer` below a diffusers folder, or from a folder itself.
-
-  Args:
-    folder: local, a hub id, or in a bucket.
-
-  Raises:
-    ValueError: files missing or damaged; one line.
-  """
-  folder = fetch.local(folder, (fetch.TOKENIZER,))
-  folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
-  missing = [name for name in TOKENIZER_FILES if not (folder / name).is_file()]
-  if missing:
-    raise ValueError(
-      f"{folder} holds no CLIP tokenizer: {' and '.join(missing)} missing; give a folder that holds them."
-    )
-  from transformers import CLIPTokenizer  # Slow to import, and only needed here.
-
-  try:
-    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-  except Exception as error:  # A damaged vocabulary can fail anywhere.
-    reason = " ".join(str(error).split())
-    raise ValueError(f"the tokenizer in {folder} cannot be read ({reason}); fetch its files again.") from error
-
-
 def load_text_encoder(path: str | epath.PathLike, *, dtype: Any, sizes: TextSizes | None = None) -> TextEncoder:
   """The text encoder of a diffusers folder, which states its own sizes, or of a single file of the given ones.
 
@@ -177,6 +153,8 @@ def encode(
   if not 2 <= max_length <= positions:
     raise ValueError(f"max_length={max_length} must be between 2 and the {positions} positions of the text encoder.")
 
+  vocabulary, _ = text.parts.shapes["text_model/embeddings/token_embedding/embedding"].shape
+
   @jax.jit
   def mean_vector(weights: Named, tokens: Array) -> Array:
     pooled = text.parts.merge(weights)(tokens).pooled  # [templates, D]
@@ -186,26 +164,9 @@ def encode(
   with jax.default_matmul_precision("highest"):  # Made once and kept, and accelerators would round.
     for name in names:
       sentences = [template.replace("{}", name.replace("_", " ")) for template in templates]
-      tokens = _tokenize(sentences, tokenizer, text, max_length)
+      tokens = tokenize(sentences, tokenizer, vocabulary=vocabulary, length=max_length)
       vectors.append(np.asarray(mean_vector(text.weights, tokens), np.float32))
   return np.stack(vectors)
-
-
-def _tokenize(sentences: list[str], tokenizer: Any, text: TextEncoder, max_length: int) -> np.ndarray:
-  """int32 [sentences, max_length], checked against what the encoder can look up and where it finds the end."""
-  tokens = tokenizer(sentences, padding="max_length", truncation=True, max_length=max_length)["input_ids"]
-  tokens = np.asarray(tokens, np.int32)
-  vocabulary, _ = text.parts.shapes["text_model/embeddings/token_embedding/embedding"].shape
-  if tokens.max() >= vocabulary:
-    raise ValueError(
-      f"the tokenizer gives id {tokens.max()}, the text encoder knows {vocabulary}; take both of one model."
-    )
-  if (tokens.max(axis=1) != tokenizer.eos_token_id).any():
-    raise ValueError(
-      f"the tokenizer's end of text, id {tokenizer.eos_token_id}, is not the largest id of every text, by which CLIP "
-      "finds it; take the tokenizer of the text encoder's model."
-    )
-  return tokens
 
 
 def resolve(

@@ -20,6 +20,7 @@ STRUCTURE = ("method", "neck", "head", "task", "data", "optim", "backbone", "see
 INDIFFERENT = (
   "data.workers",
   "data.root",
+  "data.format",
   "backbone.attention",
   "backbone.remat",
   "method.class_vectors",

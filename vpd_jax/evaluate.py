@@ -143,7 +143,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, float]:
       "is empty; give one of them."
     )
   config = start.complete(config, source or config.init.run or config.init.pretrained)
-  product = assemble.assemble(config)
+  product = assemble.assemble(config, training=False)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   evaluator = Evaluator(config, product, assemble.dataset(config, product), mesh)
   weights, lines = start.weights_on_mesh(config, product, mesh, source, complete=True)

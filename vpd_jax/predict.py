@@ -54,7 +54,8 @@ class Predictor:
     """
     config = config_file.load(config)
     config = start.complete(config, str(weights) or config.init.run or config.init.pretrained)
-    product = assemble.assemble(config)
+    config = start.predicting_class(config)
+    product = assemble.assemble(config, training=False)
     mesh = sharding.make_mesh(1, 1, devices=jax.local_devices()[:1])
     filled, lines = start.weights_on_mesh(config, product, mesh, str(weights), complete=bool(str(weights)))
     return cls(config, product, filled, lines)
@@ -65,8 +66,20 @@ class Predictor:
     mirrored = evaluate.make_predict(product, ("flip",) if flip else (), "full")
     self._predict = jax.jit(mirrored)
     self._forward = jax.jit(lambda weights, batch: product.parts.merge(*weights)(batch, training=False))
+    predictor = lambda weights, image: product.parts.merge(*weights).method.class_predictor(image)
+    self._classify = jax.jit(predictor) if hasattr(product.method, "class_predictor") else None
     self._side = int(self.config.data.crop[0])
     self._dtype = np.promote_types(assemble.dtype(self.config, "param_dtype"), np.float32)
+
+  @property
+  def takes_class(self) -> bool:
+    """Whether the method is told the class of an image, or predicts it."""
+    return self.predicts_class or "class_id" in self.product.method.needs
+
+  @property
+  def predicts_class(self) -> bool:
+    """Whether CLIP tells the class where nobody does."""
+    return self._classify is not None
 
   def class_id(self, name: str) -> int:
     """Number of a class by its name, spaces or underscores alike.
@@ -117,6 +130,8 @@ class Predictor:
     """
     pictures = [_unit(image, self._dtype) for image in images]
     ids = self._class_ids(class_id, len(pictures))
+    if self._classify is not None:  # from the whole picture, once for all of its windows
+      ids = np.array([self._classified(p) if i < 0 else i for p, i in zip(pictures, ids, strict=True)], np.int32)
     fitted = [fit(picture, self._side) for picture in pictures]
     corners = [inference.offsets(f.shape[:2], self._windows, coverage="full") for f in fitted]
     cut = [inference.cut(f[None], c) for f, c in zip(fitted, corners, strict=True)]
@@ -128,6 +143,8 @@ class Predictor:
     for picture, f, c in zip(pictures, fitted, corners, strict=True):
       merged = inference.merge(np.stack([next(predicted) for _ in c]), c, f.shape[:2])[0]
       results.append({self.product.task.result: resized(merged, picture.shape[:2]).astype(np.float32)})
+    if self.takes_class:
+      results = [result | {"class_id": np.int32(i)} for result, i in zip(results, ids, strict=True)]
     return results
 
   def _windowed(self, windows: np.ndarray, ids: np.ndarray | None) -> np.ndarray:
@@ -139,6 +156,10 @@ class Predictor:
       index = np.minimum(np.arange(begin, begin + size), len(windows) - 1)
       results.append(np.asarray(self._predict(self.weights, self._batch(windows[index], ids[index]))))
     return np.concatenate(results)[: len(windows)]
+
+  def _classified(self, picture: np.ndarray) -> int:
+    """The class that CLIP tells from a picture of any size, squeezed to one size for one program."""
+    return int(self._classify(self.weights, jnp.asarray(resized(picture, (self._side, self._side))[None]))[0])
 
   def _batch(self, images: np.ndarray, ids: np.ndarray) -> dict[str, Any]:
     return {"image": jnp.asarray(images), "class_id": jnp.asarray(ids)}
@@ -241,10 +262,14 @@ def run(config: ConfigDict, workdir: str, *, source: str, output: str, class_nam
   if not pictures:
     raise ValueError(f"--input={source!r} holds no picture, only {len(paths)} other files; give a folder that does.")
   predictor = Predictor.load(config, weights=chosen)
+  if class_name and not predictor.takes_class:
+    raise ValueError(f"--class={class_name!r} has no effect: {config.method.name!r} takes no class; leave it out.")
   class_id = predictor.class_id(class_name) if class_name else None
   print("\n".join(predictor.origin), flush=True)
-  if class_id is None:
-    print("no --class given: the mean of all class vectors stands in for the scene's", flush=True)
+  if class_id is None and predictor.takes_class:
+    predicted = "CLIP predicts the class of each picture, see the .json files"
+    mean = "the mean of all class vectors stands in for the scene's (config.init.clip would predict it)"
+    print(f"no --class given: {predicted if predictor.predicts_class else mean}", flush=True)
   for path in sorted(set(paths) - set(pictures)):
     print(f"skipped: {path.name} is no picture", flush=True)
   names = [p.stem for p in pictures]
@@ -254,7 +279,11 @@ def run(config: ConfigDict, workdir: str, *, source: str, output: str, class_nam
     target.mkdir(parents=True, exist_ok=True)
     for (path, image), result in zip(waiting, predictor.predict([i for _, i in waiting], class_id), strict=True):
       stem = target / (path.stem if names.count(path.stem) == 1 else path.name.replace(".", "_"))
-      facts = {"source": path.name, "class": class_name or "mean of all", "source_size": list(image.shape[:2])}
+      facts = {"source": path.name, "source_size": list(image.shape[:2])}
+      if predictor.takes_class:
+        number = int(result["class_id"])
+        facts["class"] = "mean of all" if number < 0 else predictor.product.classes[number]
+        facts["class_from"] = "--class" if class_name else "CLIP" if number >= 0 else "nowhere"
       predictor.product.task.save(stem, result[predictor.product.task.result], facts)
     waiting.clear()
 

@@ -28,6 +28,7 @@ def sd_v1() -> dict[str, Any]:
       "positions": 77,
       "activation": "quick_gelu",
     },
+    "image": clip_image(tiny=False),
     "attention": "auto",
     "remat": False,
   }
@@ -38,6 +39,7 @@ def sd_tiny() -> dict[str, Any]:
   config = sd_v1()
   config["unet"] |= {"model_channels": 32, "context_dim": 64}
   config["vae"] |= {"channels": 32}
+  config["image"] = clip_image(tiny=True)
   config["text"] |= {"vocab_size": 1000, "width": 64, "layers": 3, "heads": 4, "mlp_width": 256}
   return config
 
@@ -151,7 +153,7 @@ def run(*, num_steps: int, log_every: int, eval_every: int, save_every: int) -> 
     "keep": 2,
     "keep_best": 1,
     "profile": 0,
-    "init": {"pretrained": "", "run": ""},
+    "init": {"pretrained": "", "run": "", "clip": ""},
     "mesh": {"data": -1, "fsdp": 1, "rules": ()},
   }
 
@@ -193,7 +195,7 @@ def clip_image(*, tiny: bool) -> dict[str, Any]:
 
 
 def iedp_depth(*, tiny: bool, head_init: str) -> dict[str, Any]:
-  """The sections method, neck and head of IEDP depth, and what it adds to backbone and init; see `vpd_depth`.
+  """The sections method, neck and head of IEDP depth, and what it sets in init; see `vpd_depth`.
 
   Args:
     tiny: widths of the tiny network, and random towers of CLIP in place of those of `init.clip`.
@@ -201,7 +203,6 @@ def iedp_depth(*, tiny: bool, head_init: str) -> dict[str, Any]:
   """
   vpd = vpd_depth(tiny=tiny, head_init=head_init)
   return {
-    "backbone": {"image": clip_image(tiny=tiny)},
     "init": {"clip": "random:0" if tiny else ""},  # folder or file of CLIP, or random:SEED for trying
     "method": {
       "name": "iedp",

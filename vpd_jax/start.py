@@ -162,13 +162,13 @@ def _of_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[st
   which, shapes = config.eval.checkpoint, product.parts.shapes
   if which not in ("newest", "best"):
     raise ValueError(f"config.eval.checkpoint={which!r} is unknown; choose 'newest' or 'best'.")
+  parts = tuple(f"method/{part}" for part in product.method.training_only)
+  absent = tuple(part for part in parts if not any(name.startswith(part) for name in shapes))
   with checkpoints(config, product, workdir, read_only=True) as held:
     best = held.best_step() if which == "best" else None
     step = held.latest_step() if best is None else best
-    saved = held.restore_weights(step)
+    saved = held.restore_weights(step, skip=absent)
   named = saved["params"] | saved["frozen"] | saved["stats"] | saved.get("ema", {})
-  only = tuple(f"method/{part}" for part in product.method.training_only)
-  named = {n: x for n, x in named.items() if n in shapes or not _is_below(n, only)}
   needed = {n for n in shapes if not n.startswith(CLASS_PREDICTOR)}
   wrong = sorted(
     n for n in needed | named.keys() if n not in named or n not in shapes or named[n].shape != shapes[n].shape
@@ -180,11 +180,6 @@ def _of_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[st
     )
   named = {n: x.astype(shapes[n].dtype) for n, x in named.items()}
   return named, f"weights: {workdir}, checkpoint of step {step}" + (", moving average" if saved.get("ema") else "")
-
-
-def _is_below(name: str, parts: tuple[str, ...]) -> bool:
-  """Whether an array is one of these parts of the model, or lies in one."""
-  return any(name == part or name.startswith(f"{part}/") for part in parts)
 
 
 def new_state(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> tuple[TrainState, list[str]]:

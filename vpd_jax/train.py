@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from vpd_jax import assemble, evaluate, optim, sharding, start, writers
 from vpd_jax import params as params_lib
 from vpd_jax.assemble import Product
-from vpd_jax.checkpoint import StopRequest
 from vpd_jax.data import pipeline
+from vpd_jax.stop import StopRequest
 from vpd_jax.types import Array, Batch, Branch, Loss, Named, Outputs, Task, TrainState
 
 TRACE_FROM = 10  # steps after the start of the process: compiled and warm
@@ -193,7 +193,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
         pending = check_finite(pending)
         line, speed = progress.report(step, float(logs["train/loss"]))
         speed["perf/tflops_per_sec_per_chip"] = flops / 1e9 / max(speed.get("perf/step_ms", math.inf), 1e-9)
-        speed["perf/input_wait_ms"] = batches.mean_wait_ms()
+        speed |= {"perf/input_wait_ms": batches.mean_wait_ms(), "data/skipped_rows": batches.skipped}
         writer.write_scalars(step, jax.device_get(logs) | speed)
         log(line)
       with progress.pause():
@@ -224,6 +224,7 @@ def _batches(config: ConfigDict, product: Product, dataset: Any, mesh: Mesh, beg
     prepare=product.method.prepare,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
+    on_bad_record=config.data.on_bad_record,
   )
   return pipeline.prefetch(local, sharding.batch_sharding(mesh))
 
@@ -239,7 +240,13 @@ def compile_step(config: ConfigDict, product: Product, mesh: Mesh, batch: Batch)
   )
   abstract = sharding.abstract(start.state_shapes(config, product), where)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread), batch)
-  return jitted.lower(abstract, shapes).compile()
+  return jitted.lower(abstract, shapes).compile(compiler_options())
+
+
+def compiler_options() -> dict[str, str] | None:
+  """Of the training step. On CPU alone XLA drops the barriers that keep recomputed activations (backbone.remat) from
+  being merged with the first ones, and so saves nothing."""
+  return {"xla_disable_hlo_passes": "cse_barrier_expander"} if jax.default_backend() == "cpu" else None
 
 
 def check_finite(pending: list[tuple[int, Array, Array]]) -> list:
@@ -270,7 +277,7 @@ def _describe(
     f"jax {jax.__version__}, {len(devices)} {devices[0].device_kind} devices, mesh {dict(mesh.shape)}, "
     f"batch {config.data.batch_size} = {mesh.size} x {local}, workdir {workdir}"
   )
-  log("\n".join(lines))
+  log("\n".join([*lines, *product.method.notes]))
   groups = writers.table(
     [("group", "lr x", "decay x", "arrays", "numbers", "first"), *optim.table(product.groups, product.parts.shapes)]
   )

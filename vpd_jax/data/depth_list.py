@@ -14,8 +14,9 @@ import functools
 import gzip
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -93,6 +94,11 @@ class DepthList:
     self.train_list, self.eval_list, self.holdout = train_list, eval_list, holdout
     self.cut_depth, self.colour = cut_depth, colour
     self.classes, self.provides = one_scene(scene, DepthList.provides)
+
+  @staticmethod
+  def classes_of(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes for these options, known before any file is."""
+    return one_scene(options.get("scene", "scene"), frozenset())[0]
 
   def source(self, split: str) -> "Frames":
     """The pictures of "train" or "eval", in the order of their list, whose files are all there.

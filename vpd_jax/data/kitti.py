@@ -12,8 +12,9 @@ Depth is a 16-bit PNG in 1/256 metre, 0 where no LiDAR point fell.
 import functools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -113,6 +114,11 @@ class Kitti:
       files.require_folder(root, f"that holds raw_data/ and data_depth_annotated/ of KITTI: {FILES_SOURCE}")
       if not Path(self.depth_root).expanduser().is_dir():
         raise ValueError(f"depth_root={depth_root!r} is not a folder; {FILES_SOURCE}")
+
+  @staticmethod
+  def classes_of(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes for these options, known before any file is."""
+    return depth_list.one_scene(options.get("scene", "street"), frozenset())[0]
 
   def source(self, split: str) -> "Frames | records.Shards":
     """The frames of "train" or "eval" that have depth, in the order of the list file, whose files are all there.

@@ -46,7 +46,7 @@ class Rooms:
   Attributes:
     provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "index" int32 []; for depth "depth" float32 [H, W]
       metres (0 is no measurement) and "class_id" int32 [] into `classes`; for segmentation "label" uint8 [H, W] into
-      `classes`, "valid_size" and "original_size" int32 [2], see segmentation_transforms.Augmentation.
+      `classes`, "valid_size" int32 [2], see segmentation_transforms.Augmentation.
     classes: for depth NYU's 27 scene classes in VPD's order; the five of room_scene.SCENES occur, each with furniture
       of its own. For segmentation CLASSES.
     made_with: the options on which the records depend; shards must have been made with the same.

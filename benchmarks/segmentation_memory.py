@@ -1,0 +1,60 @@
+"""Memory of the process while mean IoU is taken over many predictions.
+
+python benchmarks/segmentation_memory.py [--count=2000] [--height=512] [--width=683] [--classes=150]
+
+A stand-in network of one matrix, sliding windows, scores at the size of the picture, areas on the device: everything
+but the network is what evaluation does. Prints the resident memory as it goes, and its growth after the first tenth.
+"""
+
+import time
+
+import jax
+import numpy as np
+import psutil
+from absl import app, flags
+
+from vpd_jax import labelling
+from vpd_jax.tasks.segmentation import Segmentation
+
+COUNT = flags.DEFINE_integer("count", 2000, "predictions")
+HEIGHT = flags.DEFINE_integer("height", 512, "rows of a picture")
+WIDTH = flags.DEFINE_integer("width", 683, "columns of a picture")
+CLASSES = flags.DEFINE_integer("classes", 150, "number of classes")
+
+
+def growth(count: int, size: tuple[int, int], classes: int) -> tuple[dict[str, float], float, float]:
+  """Scores, resident GiB after the first tenth of the pictures, and the most of it afterwards."""
+  task = Segmentation(classes=classes)
+  weights = jax.random.normal(jax.random.key(0), (3, classes))
+  procedure = labelling.parse((f"slide:{min(size)}:{2 * min(size) // 3}",))
+  engine = labelling.Labelling(lambda w, batch: batch["image"] @ w, procedure, at_once=2)
+  measure = jax.jit(lambda prediction, label: task.measure(prediction[None], {"label": label[None]}))
+  labels = []
+
+  def pictures():
+    for i in range(count):
+      rng = np.random.default_rng(i)
+      coarse = rng.integers(0, classes, (16, 16)).astype(np.uint8)
+      label = coarse.repeat(-(-size[0] // 16), axis=0).repeat(-(-size[1] // 16), axis=1)[: size[0], : size[1]]
+      labels.append(labelling.on_canvas(label, 255))
+      yield engine.views({"image": rng.integers(0, 256, (*size, 3), np.uint8)})
+
+  process, rows, sizes, start = psutil.Process(), [], [], time.perf_counter()
+  for i, prediction in enumerate(engine.labels(weights, pictures())):
+    rows.append(jax.device_get(measure(prediction, labels.pop(0))))
+    sizes.append(process.memory_info().rss / 2**30)
+    if (i + 1) % max(count // 10, 1) == 0:
+      speed = (time.perf_counter() - start) / (i + 1)
+      print(f"{i + 1:6} pictures  {sizes[-1]:.3f} GiB  {1e3 * speed:.0f} ms each", flush=True)
+  settled = max(count // 10, 1)
+  scores = task.summarize({name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
+  return scores, max(sizes[:settled]), max(sizes[settled:])
+
+
+def main(_: list[str]) -> None:
+  scores, before, after = growth(COUNT.value, (HEIGHT.value, WIDTH.value), CLASSES.value)
+  print(f"{scores}\n{before:.3f} GiB at most in the first tenth, {after:.3f} GiB afterwards: {after - before:+.3f}")
+
+
+if __name__ == "__main__":
+  app.run(main)

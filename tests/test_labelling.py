@@ -1,0 +1,218 @@
+"""Sliding windows, scales and mirror images for label maps: against a plain restatement, and by their properties."""
+
+import gc
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.golden import fill
+from vpd_jax import labelling
+from vpd_jax.labelling import Labelling, Procedure, Views
+
+CLASSES = 4
+SLIDE = Procedure(window=32, stride=20)
+
+
+def stand_in(weights, batch):
+  """Scores that depend on colour, on the place in the window and on its size."""
+  image = batch["image"]
+  height, width = image.shape[1:3]
+  y = jnp.arange(height, dtype=jnp.float32)[None, :, None, None] / height
+  x = jnp.arange(width, dtype=jnp.float32)[None, None, :, None] / width
+  inputs = jnp.concatenate([3 * image, jnp.broadcast_to(y, (*image.shape[:3], 1)), x + 0 * image[..., :1]], axis=-1)
+  extra = batch["shift"][:, None, None, None] if "shift" in batch else 0
+  return inputs @ weights + extra * inputs[..., :1]
+
+
+@pytest.fixture(scope="module")
+def weights():
+  return jnp.asarray(fill.normal("weights", (5, CLASSES), 0))
+
+
+def picture(seed, size):
+  return fill.uniform(f"picture{seed}", (*size, 3), 0)
+
+
+def resized(scores, size):
+  """Bilinear in float64: each new place weighs the old ones by one less their distance."""
+  for axis, new in enumerate(size):
+    old = scores.shape[axis]
+    place = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    weights = np.maximum(1 - np.abs(place[:, None] - np.arange(old)[None]), 0)
+    scores = np.moveaxis(np.tensordot(weights, scores, (1, axis)), 0, axis)
+  return scores
+
+
+def restated(weights, views, procedure, *, softmax=True):
+  """mmseg's loops, in numpy: each window by itself, sums and counts, then the mean over views."""
+  total = 0
+  for image in views.images:
+    for mirrored in (False, True) if procedure.flip else (False,):
+      image_here = image[:, ::-1] if mirrored else image
+      height, width = image.shape[:2]
+      crop, stride = procedure.window or max(height, width), procedure.stride or 1
+      sums, count = np.zeros((height, width, CLASSES)), np.zeros((height, width, 1))
+      for i in range(max(height - crop + stride - 1, 0) // stride + 1):
+        for j in range(max(width - crop + stride - 1, 0) // stride + 1):
+          y2, x2 = min(i * stride + crop, height), min(j * stride + crop, width)
+          y1, x1 = max(y2 - crop, 0), max(x2 - crop, 0)
+          sums[y1:y2, x1:x2] += stand_in(weights, {"image": jnp.asarray(image_here[None, y1:y2, x1:x2])})[0]
+          count[y1:y2, x1:x2] += 1
+      scores = resized(sums / count, views.size)
+      if softmax:
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        scores = scores / scores.sum(-1, keepdims=True)
+      total = total + (scores[:, ::-1] if mirrored else scores)
+  return total / (len(views.images) * (2 if procedure.flip else 1))
+
+
+def cropped(results, many):
+  return [np.asarray(r)[: v.size[0], : v.size[1]] for r, v in zip(results, many, strict=True)]
+
+
+CASES = {
+  "slide": (SLIDE, [Views([picture(0, (40, 71))], (50, 60), {})]),
+  "whole": (Procedure(), [Views([picture(0, (40, 71))], (40, 71), {})]),
+  "scales and mirror": (
+    SLIDE._replace(flip=True),
+    [Views([picture(1, (40, 71)), picture(2, (50, 89)), picture(3, (20, 35))], (33, 130), {})],
+  ),
+  "several": (SLIDE, [Views([picture(i, (40 + 9 * i, 90 - 11 * i))], (60, 60 + i), {}) for i in range(4)]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_probabilities_are_those_of_the_plain_loops(case, weights):
+  procedure, many = CASES[case]
+  results = list(Labelling(stand_in, procedure, at_once=3)(weights, many))
+  for views, result in zip(many, cropped(results, many), strict=True):
+    np.testing.assert_allclose(result, restated(weights, views, procedure), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(result.sum(-1), 1, rtol=1e-5)
+
+
+def test_scores_without_softmax_are_averaged_as_they_are(weights):
+  procedure, many = CASES["slide"]
+  (result,) = Labelling(stand_in, procedure, softmax=False)(weights, many)
+  expected = restated(weights, many[0], procedure, softmax=False)
+  np.testing.assert_allclose(cropped([result], many)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_labels_are_the_most_probable_classes(weights):
+  procedure, many = CASES["several"]
+  engine = Labelling(stand_in, procedure, at_once=3)
+  for label, result in zip(engine.labels(weights, many), engine(weights, many), strict=True):
+    assert label.dtype == jnp.int32
+    np.testing.assert_array_equal(label, np.asarray(result).argmax(-1))
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5, 64])
+def test_windows_of_all_pictures_fill_calls_of_one_shape(at_once, weights):
+  """The network is traced once; each picture keeps its own extras, whatever it shares a call with."""
+  shapes = []
+
+  def network(weights, batch):
+    shapes.append(batch["image"].shape)
+    return stand_in(weights, batch)
+
+  many = [Views([picture(i, (33 + i, 50 + 9 * i))], (40, 40), {"shift": np.float32(i)}) for i in range(4)]
+  together = list(Labelling(network, SLIDE, at_once=at_once)(weights, many))
+  assert shapes == [(at_once, 32, 32, 3)]
+  alone = [next(Labelling(stand_in, SLIDE, at_once=2)(weights, [views])) for views in many]
+  for first, second in zip(cropped(together, many), cropped(alone, many), strict=True):
+    np.testing.assert_allclose(first, second, rtol=0, atol=1e-6)
+  assert np.abs(np.asarray(together[0])[:40, :40] - np.asarray(together[3])[:40, :40]).max() > 0.01
+
+
+def test_at_most_at_once_pictures_are_open(weights):
+  """Also where every picture has a shape of its own, so that no call is ever filled."""
+  taken = []
+
+  def source():
+    for i in range(12):
+      taken.append(i)
+      yield Views([picture(i, (20 + i, 30))], (20, 30), {})
+
+  ahead = [len(taken) - i for i, _ in enumerate(Labelling(stand_in, SLIDE, at_once=4)(weights, source()))]
+  assert len(ahead) == 12 and max(ahead) <= 4
+
+
+def test_nothing_outlives_its_picture(weights):
+  """Without the help of the collector of cycles, which does not know how large arrays are on a device."""
+  many = [Views([picture(i, (33, 50))], (200, 300), {}) for i in range(8)]
+  engine, alive = Labelling(stand_in, SLIDE, at_once=2), []
+  gc.collect()
+  gc.disable()
+  try:
+    for _ in engine(weights, many):
+      alive.append(sum(x.size > 40_000 for x in jax.live_arrays()))
+  finally:
+    gc.enable()
+  assert max(alive) <= 3  # the one in hand, and those of pictures that share its call
+
+
+def test_what_is_smaller_than_the_window_is_taken_whole_or_padded(weights):
+  views = Views([picture(0, (20, 71))], (20, 71), {})
+  whole, padded = (next(Labelling(stand_in, SLIDE, small=small)(weights, [views])) for small in ("whole", "padded"))
+  np.testing.assert_allclose(whole[:20, :71], restated(weights, views, SLIDE), rtol=0, atol=2e-6)
+  grown = Views([np.pad(views.images[0], ((0, 12), (0, 0), (0, 0)), constant_values=0.5)], (32, 71), {})
+  np.testing.assert_allclose(padded[:20, :71], restated(weights, grown, SLIDE)[:20], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 52), (31, 100), (5, 7), (52, 53), (512, 683)])
+@pytest.mark.parametrize("window, stride", [(32, 20), (32, 32), (40, 7)])
+def test_windows_cover_every_pixel_and_lie_inside(size, window, stride):
+  rows, columns, shape = labelling.corners(size, window, stride)
+  assert shape == tuple(min(window, side) for side in size)
+  for starts, length, side in zip((rows, columns), shape, size, strict=True):
+    assert starts[0] == 0 and starts[-1] + length == side
+    assert all(0 < b - a <= stride for a, b in itertools.pairwise(starts))
+
+
+@pytest.mark.parametrize("size, scale, ratio, expected", [
+  ((480, 640), (2048, 512), 1.0, (512, 683)), ((640, 480), (2048, 512), 1.0, (683, 512)),
+  ((256, 2560), (2048, 512), 1.0, (205, 2048)), ((480, 640), (2048, 512), 1.25, (640, 853)),
+  ((1024, 2048), (2048, 1024), 0.5, (512, 1024)), ((40, 71), None, 1.0, (40, 71)), ((40, 71), None, 0.5, (20, 36)),
+])  # fmt: skip
+def test_sizes_of_scaled_pictures(size, scale, ratio, expected):
+  assert labelling.scaled_size(size, scale, ratio) == expected
+
+
+def test_pictures_are_resized_to_every_ratio(weights):
+  procedure = labelling.parse(("resize:64:32", "slide:32:20", "ms:1:0.5", "flip"))
+  engine = Labelling(stand_in, procedure)
+  example = {"image": (255 * picture(0, (50, 70))).astype(np.uint8), "shift": np.float32(0)}
+  views = engine.views(example)
+  assert [x.shape for x in views.images] == [(32, 45, 3), (16, 22, 3)] and views.size == (50, 70)
+  assert {x.dtype for x in views.images} == {np.dtype(np.uint8)} and views.extras.keys() == {"shift"}
+  floats = views._replace(images=[x.astype(np.float32) / 255 for x in views.images])
+  (result,) = engine(weights, [views])
+  np.testing.assert_allclose(result[:50, :70], restated(weights, floats, procedure), rtol=0, atol=2e-6)
+
+
+def test_words_are_understood_in_any_order():
+  words = ("flip", "ms:0.5:1:1.75", "slide:512:341", "resize:2048:512")
+  expected = Procedure(512, 341, (2048, 512), (0.5, 1.0, 1.75), True)
+  assert labelling.parse(words) == labelling.parse(words[::-1]) == expected
+  assert labelling.parse(()) == Procedure()
+
+
+@pytest.mark.parametrize("words, word", [
+  (("shift:2",), "shift:2"), (("slide:512",), "slide:512"), (("slide:512:600",), "slide:512:600"), (("ms",), "ms"),
+  (("slide:512:0",), "slide:512:0"), (("ms:1:-1",), "ms:1:-1"), (("ms:x",), "ms:x"), (("flip:1",), "flip:1"),
+  (("resize:512:a",), "resize:512:a"), (("flip", "flip"), "flip"),
+])  # fmt: skip
+def test_an_unknown_word_names_the_known_ones(words, word):
+  with pytest.raises(ValueError, match=rf"^eval\.test_time has '{word}'; known are 'flip', 'slide:WINDOW:STRIDE'"):
+    labelling.parse(words)
+
+
+@pytest.mark.parametrize("options, message", [
+  (dict(small="crop"), r"^eval\.small='crop' is unknown; choose one of \('whole', 'padded'\)\."),
+  (dict(at_once=0), r"^at_once=0 must be at least 1\."),
+])  # fmt: skip
+def test_options_that_do_not_fit_are_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    Labelling(stand_in, SLIDE, **options)

@@ -1,0 +1,282 @@
+"""Semantic segmentation: the losses of mmsegmentation as they run, mean IoU from areas, pictures and files.
+
+Source: mmsegmentation 0.30 models/losses, models/decode_heads/decode_head.py losses, core/evaluation/metrics.py.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vpd_jax.tasks import label_baselines, label_pictures
+from vpd_jax.tasks.lovasz import lovasz_softmax
+from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
+
+MOST_CLASSES = 255  # a label is one byte, and one number means "no label"
+
+
+def cross_entropy(logits: Array, label: Array, *, ignore_label: int = 255, avg_non_ignore: bool = False) -> Array:
+  """Cross-entropy of the labelled pixels, summed and divided by the number of all pixels.
+
+  Args:
+    logits: float32 or wider [..., K].
+    label: int [...]; `ignore_label` marks a pixel without a label. Another number outside 0 .. K - 1 gives NaN.
+    ignore_label: see `label`.
+    avg_non_ignore: divide by the number of labelled pixels instead. Release: False.
+
+  Returns:
+    float []; 0 where nothing is labelled.
+
+  Source: mmsegmentation 0.30 models/losses/cross_entropy_loss.py.
+  """
+  valid = label != ignore_label
+  unknown = valid & ((label < 0) | (label >= logits.shape[-1]))
+  lost = jax.nn.logsumexp(logits, axis=-1) - _of_label(logits, label)
+  total = jnp.where(unknown, jnp.nan, jnp.where(valid, lost, 0)).sum()
+  count = valid.sum() if avg_non_ignore else label.size
+  return total / jnp.maximum(count, 1).astype(logits.dtype)
+
+
+def _of_label(logits: Array, label: Array) -> Array:
+  """The score of the true class: [..., K] to [...]."""
+  # By comparison, not by index: the gradient of an index is a scatter.
+  return jnp.where(label[..., None] == _numbers(logits), logits, 0).sum(axis=-1)
+
+
+def _numbers(logits: Array) -> Array:
+  """0 .. K - 1 along the last axis of `logits`."""
+  return jnp.arange(logits.shape[-1]).reshape((1,) * (logits.ndim - 1) + (-1,))
+
+
+def accuracy(logits: Array, label: Array, *, ignore_label: int = 255) -> Array:
+  """Percent of the labelled pixels whose class has the highest score; 0 where nothing is labelled.
+
+  Source: mmsegmentation 0.30 models/losses/accuracy.py.
+  """
+  valid = label != ignore_label
+  right = valid & (_of_label(logits, label) >= logits.max(axis=-1))
+  return 100 * right.sum().astype(logits.dtype) / jnp.maximum(valid.sum(), 1).astype(logits.dtype)
+
+
+def resized(logits: Array, size: tuple[int, int]) -> Array:
+  """[B, h, w, K] at another size, bilinear, as torch's align_corners=False."""
+  if logits.shape[1:3] == size:
+    return logits
+  return jax.image.resize(logits, (logits.shape[0], *size, logits.shape[3]), "linear", antialias=False)
+
+
+def areas(prediction: Array, label: Array, classes: int, *, ignore_label: int = 255) -> dict[str, Array]:
+  """Pixels of each class in one image, among those that have a label.
+
+  Args:
+    prediction: int [H, W], 0 .. K - 1.
+    label: int [H, W]; `ignore_label` marks a pixel that is not scored.
+    classes: K.
+    ignore_label: see `label`.
+
+  Returns:
+    int32 [K] each: "intersect", where both say the class; "predicted"; "labelled".
+
+  Source: mmsegmentation 0.30 core/evaluation/metrics.py intersect_and_union.
+  """
+  prediction, label = prediction.ravel(), label.ravel().astype(jnp.int32)
+  valid = label != ignore_label
+  one = jnp.ones_like(label)
+  # Class K takes what does not count.
+  count = lambda which, where: jax.ops.segment_sum(one, jnp.where(where, which, classes), classes + 1)[:classes]
+  return {
+    "intersect": count(label, valid & (prediction == label)),
+    "predicted": count(prediction.astype(jnp.int32), valid),
+    "labelled": count(label, valid),
+  }
+
+
+class Segmentation:
+  """Learns the class of every pixel, scores it by areas over the whole data set.
+
+  Attributes:
+    output: what the head must know.
+    best: the score that chooses the best checkpoint.
+  """
+
+  needs = frozenset({"label"})
+  result = "label"
+  best = ("mIoU", "max")
+
+  def __init__(
+    self,
+    *,
+    classes: int,
+    lovasz: float = 0.0,
+    auxiliary: float = 0.0,
+    avg_non_ignore: bool = False,
+    ignore_label: int = 255,
+    class_names: tuple[str, ...] = (),
+    palette: tuple[tuple[int, int, int], ...] = (),
+    label_ids: tuple[int, ...] = (),
+  ):
+    """Options of losses, scores and files.
+
+    Args:
+      classes: K, at most 255.
+      lovasz: weight of the Lovász-Softmax loss beside the cross-entropy. Release: 1.0 for MetaPrompts, else 0.
+      auxiliary: weight of the cross-entropy of the auxiliary head. Release: 0.4 for MetaPrompts, else there is none.
+      avg_non_ignore: see `cross_entropy`. Release: False.
+      ignore_label: marks a pixel without a label.
+      class_names: K names for legends and files; empty: the numbers.
+      palette: K colours, RGB; empty: those of Pascal VOC.
+      label_ids: K numbers that `save` writes in place of 0 .. K - 1 in a further picture, such as the label ids a test
+        server wants; empty: no such picture.
+
+    Raises:
+      ValueError: too many classes, lists of another length, an ignored label that is a class.
+    """
+    if not 1 <= classes <= MOST_CLASSES:
+      raise ValueError(f"task.classes={classes} must lie between 1 and {MOST_CLASSES}.")
+    if 0 <= ignore_label < classes:
+      raise ValueError(f"task.ignore_label={ignore_label} is one of the {classes} classes; choose a number beyond.")
+    for field, values in (("class_names", class_names), ("palette", palette), ("label_ids", label_ids)):
+      if len(values) not in (0, classes):
+        raise ValueError(f"task.{field} has {len(values)} entries for {classes} classes; give {classes}, or none.")
+    self.classes, self.lovasz, self.auxiliary = classes, lovasz, auxiliary
+    self.avg_non_ignore, self.ignore_label = avg_non_ignore, ignore_label
+    self.class_names = tuple(class_names) or tuple(map(str, range(classes)))
+    self.palette = np.asarray(palette or label_pictures.voc_palette(classes), np.uint8)
+    self.label_ids = np.asarray(label_ids, np.uint8)
+    self.output = {"classes": classes}
+
+  def loss(self, outputs: Outputs, batch: Batch) -> Loss:
+    """Sum of the losses of one group of images; its logs are mmseg's by name and value.
+
+    Scores are resized to the labels first. A group without any label has loss 0 and counts as the others do: so it is
+    in the release, which averages over GPUs.
+
+    Raises:
+      ValueError: the head has an auxiliary part and no weight for it, or the reverse.
+    """
+    if ("aux_logits" in outputs) != (self.auxiliary > 0):
+      has = "an" if "aux_logits" in outputs else "no"
+      raise ValueError(f"task.auxiliary={self.auxiliary}, but the head has {has} auxiliary part; make them agree.")
+    label = batch["label"].astype(jnp.int32)
+    logits = resized(outputs["logits"], label.shape[1:])
+    options = {"ignore_label": self.ignore_label, "avg_non_ignore": self.avg_non_ignore}
+    logs = {"decode.loss_ce": cross_entropy(logits, label, **options)}
+    if self.lovasz:
+      flat = logits.reshape(-1, self.classes), label.ravel()
+      logs["decode.loss_lovasz"] = self.lovasz * lovasz_softmax(*flat, flat[1] != self.ignore_label)
+    if self.auxiliary:
+      aux = resized(outputs["aux_logits"], label.shape[1:])
+      logs["aux.loss_ce_aux"] = self.auxiliary * cross_entropy(aux, label, **options)
+    total = sum(logs.values())
+    logs["decode.acc_seg"] = accuracy(logits, label, ignore_label=self.ignore_label)
+    if self.auxiliary:
+      logs["aux.acc_seg"] = accuracy(aux, label, ignore_label=self.ignore_label)
+    return Loss(total, jnp.ones((), total.dtype), jax.lax.stop_gradient(logs))
+
+  def predict(self, outputs: Outputs) -> Array:
+    """Scores of the classes, float [B, H, W, K], before any softmax."""
+    return outputs["logits"]
+
+  def measure(self, prediction: Array, batch: Batch) -> dict[str, Array]:
+    """Areas of each image, int32 [B, K] each; see `areas`.
+
+    Args:
+      prediction: int [B, H, W] classes, or float [B, H, W, K] scores.
+      batch: "label" int [B, H, W].
+    """
+    if prediction.ndim == 4:
+      prediction = jnp.argmax(prediction, axis=-1)
+    count = lambda p, t: areas(p, t, self.classes, ignore_label=self.ignore_label)
+    return jax.vmap(count)(prediction, batch["label"])
+
+  def summarize(self, rows: Rows) -> dict[str, float]:
+    """Scores of the whole set: areas are summed over the images first.
+
+    Returns:
+      "mIoU", "mAcc": means over the classes that occur, in prediction or truth, and in truth; "aAcc": share of right
+      pixels; "images". All between 0 and 1 but the last.
+
+    Raises:
+      ValueError: no pixel has a label.
+
+    Source: mmsegmentation 0.30 core/evaluation/metrics.py total_area_to_metrics.
+    """
+    of_class = self.per_class(rows)
+    right, labelled = (rows[name].sum(dtype=np.int64) for name in ("intersect", "labelled"))
+    if not labelled:
+      raise ValueError(
+        f"none of {len(rows['labelled'])} images has a labelled pixel; check the labels of the data set."
+      )
+    return {
+      "mIoU": float(np.nanmean(of_class["IoU"])),
+      "mAcc": float(np.nanmean(of_class["Acc"])),
+      "aAcc": float(right / labelled),
+      "images": float(len(rows["labelled"])),
+    }
+
+  def per_class(self, rows: Rows) -> dict[str, np.ndarray]:
+    """{"IoU", "Acc"}: float64 [K] each over the whole set; NaN for a class that does not occur."""
+    total = {name: rows[name].sum(axis=0, dtype=np.int64) for name in ("intersect", "predicted", "labelled")}
+    union = total["predicted"] + total["labelled"] - total["intersect"]
+    with np.errstate(invalid="ignore"):
+      return {"IoU": total["intersect"] / union, "Acc": total["intersect"] / total["labelled"]}
+
+  def baselines(self, train: Iterable[Example], evaluation: Iterable[Example]) -> dict[str, float]:
+    """Mean IoU of three predictors that learn nothing from the picture's content."""
+    fit = label_baselines.Fit(self.classes, self.ignore_label)
+    for example in train:
+      fit.add(example["image"], example["label"])
+    predictors, rows = fit.predictors(), {}
+    for example in evaluation:
+      label = example["label"].astype(np.int64)
+      valid = label != self.ignore_label
+      for name, predict in predictors.items():
+        guess = predict(example["image"])
+        count = lambda which, valid=valid: np.bincount(which[valid], minlength=self.classes)
+        both = np.bincount(label[valid & (guess == label)], minlength=self.classes)
+        row = {"intersect": both, "predicted": count(guess), "labelled": count(label)}
+        kept = rows.setdefault(name, row)
+        if kept is not row:
+          rows[name] = {key: kept[key] + row[key] for key in row}
+    return {n: self.summarize({k: v[None] for k, v in row.items()})["mIoU"] for n, row in rows.items()}
+
+  def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray:
+    """Image, label and prediction in the colours of the palette, side by side: uint8 [H, 3 W, 3]."""
+    height, width = example["label"].shape
+    prediction = prediction.argmax(-1) if prediction.ndim == 3 else prediction
+    painted = (label_pictures.paint(x[:height, :width], self.palette) for x in (example["label"], prediction))
+    return np.concatenate([label_pictures.as_bytes(example["image"]), *painted], axis=1)
+
+  def save(
+    self, stem: Path, prediction: np.ndarray, facts: dict[str, Any], image: np.ndarray | None = None
+  ) -> list[Path]:
+    """Writes the labels of one picture; files appear only when complete, the JSON last.
+
+    Args:
+      stem: path without suffix: stem.label.png (numbers of classes, with palette), stem.overlay.png (colours over the
+        picture, with a legend), stem.label_ids.png where there are `label_ids`, stem.json.
+      prediction: int [H, W] classes, or float [H, W, K] scores.
+      facts: more entries for the JSON, which gives the share of each class.
+      image: uint8, or float in [0, 1], [H, W, 3] below the colours; None shows the colours alone.
+    """
+    label = (prediction.argmax(-1) if prediction.ndim == 3 else prediction).astype(np.uint8)
+    overlay = label_pictures.overlay(label, self.palette, self.class_names, image)
+    counts = np.bincount(label.ravel(), minlength=self.classes) / label.size
+    order = [k for k in np.argsort(-counts, kind="stable") if counts[k]]
+    described = {
+      "classes": {self.class_names[k]: {"number": int(k), "share": round(float(counts[k]), 6)} for k in order},
+      "size": list(label.shape),
+      **facts,
+    }
+    parts = {
+      ".label.png": lambda path: label_pictures.write_indexed(path, label, self.palette),
+      ".overlay.png": lambda path: label_pictures.write_colours(path, overlay),
+    }
+    if self.label_ids.size:
+      parts[".label_ids.png"] = lambda path: label_pictures.write_colours(path, self.label_ids[label])
+    parts[".json"] = lambda path: path.write_text(json.dumps(described, indent=1) + "\n")
+    return [label_pictures.write(stem, suffix, write) for suffix, write in parts.items()]
