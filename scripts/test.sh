@@ -3,7 +3,7 @@
 #
 #   bash scripts/test.sh [arguments of pytest]
 #   VPD_TEST_REFERENCE=1 bash scripts/test.sh   also against torch, diffusers and transformers, which it installs
-#   VPD_TEST_WORKERS=1 bash scripts/test.sh     processes of the first part; default: the cores, at most 4
+#   VPD_TEST_WORKERS=1 bash scripts/test.sh     processes at once; default: the cores, at most 4
 #
 # float64 and eight virtual devices are settings of a whole process: these tests run in processes of their own.
 # Full-size networks: .venv/bin/python -m pytest -m slow
@@ -25,7 +25,7 @@ part() {
   local name=$1 markers=$2 status=0
   shift 2
   echo "== $name tests"
-  "$PYTHON" -m pytest -m "$markers" --durations=10 "$@" || status=$?
+  "$PYTHON" -m pytest -m "$markers" --durations=10 -n "$workers" --dist loadfile "$@" || status=$?
   case $status in
     0) found=1 ;;
     5) ;;
@@ -34,8 +34,7 @@ part() {
 }
 
 # One file stays in one process: its tests share compiled functions.
-part default "not slow and not x64 and not multidevice and not accelerator and not reference" \
-  -n "$workers" --dist loadfile "$@"
+part default "not slow and not x64 and not multidevice and not accelerator and not reference" "$@"
 JAX_ENABLE_X64=1 part x64 "x64 and not slow and not accelerator" "$@"
 XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=8" \
   part multidevice "multidevice and not slow and not x64" "$@"

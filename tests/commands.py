@@ -98,6 +98,13 @@ def files(*folders: pathlib.Path) -> dict[str, int]:
   return {str(p.relative_to(f)): p.stat().st_mtime_ns for f in folders for p in f.rglob("*") if p.is_file()}
 
 
+def cut_all(folder: pathlib.Path) -> None:
+  """Cuts every file below a folder."""
+  for path in sorted(folder.rglob("*")):
+    if path.is_file():
+      cut(path)
+
+
 def in_copy(name: str, change: Change) -> Change:
   """Copies a good folder, the first part of `name`, and changes a file in it."""
 

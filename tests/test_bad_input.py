@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests import commands
-from tests.commands import config, cut, empty, foreign, in_copy, picture, pictures, released, text, vectors
+from tests.commands import config, cut, cut_all, empty, foreign, in_copy, picture, pictures, released, text, vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +194,12 @@ CASES = {
   ),
   "evaluation of another network": Case(
     EVAL + " --config.neck.width=64", "is not of this config", "give the config it was trained with"
+  ),
+  "a damaged state in a workdir": Case(
+    "--mode=eval --workdir={here}/run", "is damaged", "remove", in_copy("run/checkpoints/2/state", cut_all)
+  ),
+  "a damaged config in a workdir": Case(
+    "--mode=eval --workdir={here}/run", "is damaged", "remove", in_copy("run/checkpoints/2/config", shutil.rmtree)
   ),
   "evaluation of nothing": Case("--mode=eval", "nothing trained to evaluate", "give one of them"),
   # Prediction.
