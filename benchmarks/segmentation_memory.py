@@ -45,7 +45,7 @@ def growth(count: int, size: tuple[int, int], classes: int) -> tuple[dict[str, f
       yield engine.views({"image": rng.integers(0, 256, (*size, 3), np.uint8)})
 
   rows, sizes, start = [], [], time.perf_counter()
-  for i, prediction in enumerate(engine.labels(weights, pictures())):
+  for i, prediction in enumerate(map(labelling.most_probable, engine(weights, pictures()))):
     rows.append(jax.device_get(measure(prediction, labels.pop(0))))
     sizes.append(resident())
     if (i + 1) % max(count // 10, 1) == 0:

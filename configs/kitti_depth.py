@@ -5,9 +5,9 @@ python -m vpd_jax.main --config=configs/kitti_depth.py --config.data.root=/data/
 
 The argument is a list of words: a method (vpd, meta_prompts, iedp), and "tiny" for the small network of the tests.
 
-KITTI states no class of the scene. A method that is told one gets the same for every frame, `data.scene`: VPD the
-vector encoded from that word, IEDP in training "a photo of a street". data.scene="" provides none, and a method that
-needs one is then refused.
+KITTI states no class of the scene. A method that is told one gets the same for every frame, `data.scene`: VPD, whose
+method.prompt is "scene_class", the vector encoded from that word; IEDP in training "a photo of a street". data.scene=""
+provides none, and a method that needs one is then refused at assembly.
 
 Expected: for MetaPrompts, RMSE 1.928, d1 0.981 (its README). VPD has lists for KITTI but no loader, and no number.
 Ours: not yet run.
@@ -53,7 +53,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     "kb_crop": (352, 1216),
     "crop": (96, 96) if tiny else (352, 352),
     "resize": (96, 332) if tiny else (),  # () keeps 352 x 1216
-    "scene": "street",
+    "scene": "street",  # in place of a class of each frame's own: for method.prompt="scene_class", method.sentence
     "cut_depth": "released",  # "scaled", "off"
     "colour": True,
     "format": "files",  # "tfds": prepared shards

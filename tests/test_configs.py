@@ -13,10 +13,16 @@ SHIPPED = {
   "nyu_depth": ("vpd", "meta_prompts", "iedp", "vpd,tiny"),
   "kitti_depth": ("vpd", "meta_prompts", "iedp", "vpd,tiny"),
   "my_depth": ("vpd,tiny", "meta_prompts,tiny", "iedp,tiny"),
-  "rooms": ("depth,vpd,full", "depth,meta_prompts,tiny", "depth,iedp,tiny"),
+  "ade20k_seg": ("vpd", "meta_prompts", "iedp"),
+  "cityscapes_seg": ("vpd,tiny", "meta_prompts,extra", "iedp,tiny"),
+  "my_segmentation": ("vpd,tiny", "meta_prompts,tiny", "iedp,tiny"),
+  "rooms": ("depth,vpd,full", "depth,meta_prompts,tiny", "depth,iedp,tiny", "segmentation,iedp,tiny"),
 }
 # Stepped as well; what the others are made of is stepped here, in test_run.py or in the tests of the methods.
-STEPPED = ("nyu_depth.py:vpd", "nyu_depth.py:iedp", "kitti_depth.py:meta_prompts")
+STEPPED = (
+  *("nyu_depth.py:vpd", "nyu_depth.py:iedp"),
+  *("ade20k_seg.py:iedp", "cityscapes_seg.py:meta_prompts"),
+)
 STRINGS = [f"configs/{name}.py:{words}" for name, arguments in SHIPPED.items() for words in arguments]
 QUICK = {"xla_backend_optimization_level": 0}
 
@@ -42,6 +48,7 @@ def batch_for(product, config):
     "image": rng.integers(0, 256, (size, height, width, 3), np.uint8),
     "depth": rng.uniform(0.5, 9, (size, height, width)).astype(np.float32),
     "class_id": rng.integers(0, 27, size, np.int32),
+    "label": rng.integers(0, 3, (size, height, width), np.uint8),
     "tokens": rng.integers(0, 100, (size, config.backbone.text.positions), np.int32),
   }
   return {name: jnp.asarray(known[name]) for name in product.keys}
@@ -62,7 +69,11 @@ def test_steps_and_evaluates_in_small(string):
   # groups, a bias or time embedding before a norm.
   reached = [name for name, value in moments.items() if np.any(value)]
   assert len(reached) > 0.8 * len(moments)
-  predict = evaluate.make_predict(product, config.eval.test_time, config.eval.coverage)
+  predict = (
+    evaluate.make_scores(product)  # of one window
+    if product.task.any_size
+    else evaluate.make_predict(product, config.eval.test_time, config.eval.coverage)
+  )
 
   def score(weights, batch):
     return product.task.measure(predict(weights, {n: batch[n] for n in ("image", *product.method.needs)}), batch)
@@ -70,4 +81,4 @@ def test_steps_and_evaluates_in_small(string):
   weights = (new.params, new.frozen, new.stats)
   rows = jax.jit(score).lower(weights, batch).compile(QUICK)(weights, batch)
   scores = product.task.summarize({name: np.asarray(values) for name, values in rows.items()})
-  assert np.isfinite(scores["rmse"]) and scores["images"] == config.data.batch_size
+  assert np.isfinite(scores[product.task.best[0]]) and scores["images"] == config.data.batch_size

@@ -1,8 +1,9 @@
 """The full network on real pictures through the command line: scores, pictures and two steps in bounded memory.
 
-VPD_REAL=FOLDER must name a folder with NYU Depth v2 in it (`nyu_depth_v2/`, a few frames will do). The weights are
-rebuilt from their names, so the depth means nothing; time, memory and agreement between the modes do. `pytest -s` shows
-the figures: on 2 cores about 15 minutes, 3.5 GB of disk for the weights and 21 GB for two checkpoints.
+VPD_REAL=FOLDER must name a folder with NYU Depth v2 in it (`nyu_depth_v2/`, a few frames will do), and for KITTI's
+networks `kitti/`. The weights are rebuilt from their names, or random, so the depth means nothing; time, memory and
+agreement between the modes do. `pytest -s` shows the figures: on 2 cores about 15 minutes, 3.5 GB of disk for the
+weights and 21 GB for two checkpoints; the six networks that run forward once (`-k forward`) take 15 minutes more.
 """
 
 import json
@@ -18,9 +19,12 @@ import cv2
 import numpy as np
 import pytest
 
+import vpd_jax
 from tests import oracle
 from tests.convert import pth
 from tests.golden import fill
+from vpd_jax import config_file
+from vpd_jax.data import transforms
 
 LIMIT_GIB = 18
 TIMEOUT = 3600
@@ -116,3 +120,53 @@ def test_two_steps_of_one_picture(command, tmp_path):
   losses = [float(value) for value in re.findall(r"step \d/2 .*?loss (\S+)", text)]
   assert len(losses) == 2 and 0 < losses[1] < losses[0]
   assert (tmp_path / "run" / "checkpoints" / "2" / "state").is_dir()
+
+
+def forward(words: str, picture: str, scene: str) -> None:
+  """Prints what a network of random weights takes for one picture; called in a process of its own."""
+  name, method = words.split(":")
+  config = config_file.load(f"configs/{name}_depth.py:{method}").unlock()
+  if "class_vectors" in config.method:
+    config.method.class_vectors = "random:0"
+  config.init.clip = "random:0" if method == "iedp" else ""
+  image = cv2.imread(picture)[..., ::-1]
+  if "kb_crop" in config.data:
+    empty = {"image": image, "depth": np.zeros(image.shape[:2], np.float32)}
+    image = transforms.kb_crop(empty, size=config.data.kb_crop)["image"]
+  seconds, clock = [], time.monotonic()
+  predictor = vpd_jax.Predictor.load(config.lock())
+  for step in range(3):
+    if step:
+      class_id = predictor.class_id(scene) if predictor.takes_class else None
+      depth = predictor.forward(image[None].astype(np.float32) / 255, class_id=class_id)["depth"]
+    seconds.append(time.monotonic() - clock)
+    clock = time.monotonic()
+  assert depth.shape == (1, *image.shape[:2]) and depth.dtype == np.float32
+  assert 0 < depth.min() < depth.max() < config.task.max_depth
+  count = sum(x.size for part in predictor.weights for x in part.values())
+  made, first, warm = seconds
+  size = "x".join(map(str, image.shape[:2]))
+  print(f"{count / 1e6:.0f} M parameters, image {size}: made in {made:.0f} s, first {first:.0f} s, then {warm:.1f} s")
+
+
+@pytest.mark.parametrize("method", ["vpd", "meta_prompts", "iedp"])
+@pytest.mark.parametrize("data", ["nyu", "kitti"])
+def test_every_network_runs_forward_on_a_real_picture(data, method, real, tmp_path):
+  pattern, scene = {
+    "nyu": ("official_splits/test/basement/*.jpg", "basement"),
+    "kitti": ("../kitti/raw_data/*/*/image_02/data/*.png", "street"),
+  }[data]
+  picture = min(real.glob(pattern), default=None)
+  if picture is None:
+    pytest.skip(f"{real.parent} holds no {pattern}")
+  call = f"from tests import test_full_size as t; t.forward({f'{data}:{method}'!r}, {str(picture)!r}, {scene!r})"
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+  with (tmp_path / "printed").open("w") as file:
+    process = subprocess.Popen([sys.executable, "-c", call], env=environment, stdout=file, stderr=subprocess.STDOUT)
+    _, status, usage = os.wait4(process.pid, 0)
+  process.returncode = os.waitstatus_to_exitcode(status)
+  text, peak = (tmp_path / "printed").read_text(), usage.ru_maxrss / 2**20
+  assert process.returncode == 0, text
+  print(f"\n{data} {method}: {peak:.2f} GiB resident; {text.splitlines()[-1]}")
+  assert peak < LIMIT_GIB, f"{data} {method} took {peak:.2f} GiB"

@@ -17,9 +17,9 @@ LAYERS = (
   ("assemble", "class_vectors"),
   ("convert",),
   ("methods", "necks", "heads", "tasks", "data", "model"),
-  ("backbones", "inference", "labelling", "optim", "checkpoint", "sharding", "stop", "writers", "panels"),
+  ("backbones", "inference", "labelling", "pictures", "optim", "checkpoint", "sharding", "stop", "trace", "writers", "panels"),
   ("params", "presets", "config_file", "processes"),
-  ("types",),
+  ("types", "chips"),
 )
 ROW = {part: row for row, parts in enumerate(LAYERS) for part in parts}
 ONLY = {  # narrower than the rows

@@ -8,6 +8,7 @@ import pytest
 from tests import tiny
 from tests.test_configs import batch_for
 from vpd_jax import assemble, config_file, train
+from vpd_jax import trace as trace_lib
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_bfloat16_computes_in_it_and_keeps_parameters_in_float32(stepped):
 
 
 def test_a_trace_covers_the_steps_asked_for(tmp_path):
-  with train._Trace(2, str(tmp_path)) as trace:
+  with trace_lib.Trace(2, str(tmp_path), print) as trace:
     for step in range(1, 14):
       trace.before(step)
       jnp.ones(3).sum().block_until_ready()
@@ -53,7 +54,7 @@ def test_a_trace_covers_the_steps_asked_for(tmp_path):
 
 
 def test_no_trace_without_being_asked(tmp_path):
-  with train._Trace(0, str(tmp_path)) as trace:
+  with trace_lib.Trace(0, str(tmp_path), print) as trace:
     for step in range(1, 14):
       trace.before(step)
   assert not list(tmp_path.iterdir())

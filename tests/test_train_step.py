@@ -203,7 +203,7 @@ def test_a_batch_without_ground_truth_has_loss_0_and_gradient_0(dummy, of_dummy,
   ({"norm_group": 5}, r"norm_group=5 must divide the 12 images of the batch\.$"),
   ({"loss_group": 4, "accumulation": 2}, r"loss_group=4 must divide the 6 images of a part of the batch\.$"),
   ({"accumulation": 5}, r"accumulation=5 must divide config\.data\.batch_size=12\.$"),
-  ({"accumulation": 0}, r"accumulation=0 must divide config\.data\.batch_size=12\.$"),
+  ({"accumulation": 0}, r"accumulation=0 must be at least 1\.$"),
 ])  # fmt: skip
 def test_groups_that_do_not_fit_are_refused_in_one_line(changes, message):
   with pytest.raises(ValueError, match=r"^config\.optim\." + message):

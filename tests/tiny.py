@@ -55,10 +55,13 @@ def shrunk(config):
   config.backbone.unet.update(
     model_channels=32, channel_mult=(1,) * levels, num_res_blocks=1, attention_levels=(), context_dim=16, num_heads=2
   )
+  if config.method.get("attention_maps", False):
+    config.backbone.unet.attention_levels, config.method.attention_max_size = (2,), 16
   config.backbone.vae.update(channels=32, channel_mult=(1,) * len(config.backbone.vae.channel_mult), num_res_blocks=1)
-  config.head.filters, config.head.width = (8,) * len(config.head.filters), 8
-  small = {"width": 32} if "width" in config.neck else {"inner": 8}
-  config.neck.update(small)
+  config.head.width = 8
+  if "filters" in config.head:
+    config.head.filters = (8,) * len(config.head.filters)
+  config.neck.update({name: size for name, size in (("width", 32), ("inner", 8)) if name in config.neck})
   if "class_vectors" in config.method:
     config.method.class_vectors = "random:0"
   if config.method.name == "iedp":
@@ -66,9 +69,8 @@ def shrunk(config):
     config.backbone.image.update(width=32, layers=1, heads=2, mlp_width=64, image_size=28, projection=16)
     config.init.clip, config.method.tokenizer, config.method.num_queries = "random:0", "characters", 8
   config.data.update(crop=(64, 64), batch_size=6, workers=0)
-  config.data.update(
-    {"size": (64, 96), "train_count": 12, "eval_count": 5} if "size" in config.data else {"resize": (64, 96)}
-  )
+  config.data.update({name: (64, 96) for name in ("size", "resize") if name in config.data})
+  config.data.update({name: n for name, n in (("train_count", 12), ("eval_count", 5)) if name in config.data})
   config.eval.batch_size = 2
   return config.lock()
 

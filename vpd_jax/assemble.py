@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from vpd_jax import config_file, inference, necks, optim
+from vpd_jax import config_file, inference, labelling, necks, optim
 from vpd_jax import params as params_lib
 from vpd_jax.backbones.attention import IMPLEMENTATIONS
 from vpd_jax.backbones.clip import TextSizes
@@ -28,7 +28,7 @@ from vpd_jax.model import PerceptionModel
 from vpd_jax.tasks import depth, segmentation
 
 METHODS = {"vpd": vpd.Vpd, "iedp": iedp.Iedp, "meta_prompts": meta_prompts.MetaPrompts}
-NECKS = {"fusion": necks.Fusion, "einsum": necks.Einsum}
+NECKS = {"fusion": necks.Fusion, "einsum": necks.Einsum, "einsum_levels": necks.EinsumLevels, "fpn": fpn.Fpn}
 HEADS = {"deconv": deconv.Deconv, "fpn": fpn.SemanticFpn, "upernet": upernet.UperNet}
 TASKS = {"depth": depth.Depth, "segmentation": segmentation.Segmentation}
 DATASETS = {
@@ -39,7 +39,7 @@ DATASETS = {
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 NOT_OF_THE_DATASET = ("name", "batch_size", "workers", "on_bad_record")
-NOT_OF_THE_METHOD = ("name", "class_vectors", "tokenizer")
+NOT_OF_THE_METHOD = ("name", "class_vectors", "tokenizer", "templates")
 
 
 class Product(NamedTuple):
@@ -154,7 +154,7 @@ def _builder(config: ConfigDict, task: Any, classes: tuple[str, ...], training: 
     kinds = {**types, "rngs": params_lib.Keys(config.seed)}
     m = method(**kinds)
     n = neck(m.widths, m.strides, tokens=m.tokens, frame=m.frame, **kinds)
-    return PerceptionModel(m, n, head(n.widths, n.strides, **kinds))
+    return PerceptionModel(m, n, head(n.widths, n.strides, frame=m.frame, **kinds))
 
   return build
 
@@ -171,15 +171,13 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Product:
       fit each other, groups that do not fit the batch.
   """
   config_file.check(config)
-  task = _look_up(TASKS, config.task, "task")(**_rest(config.task))
   data = _look_up(DATASETS, config.data, "data")
   # Some data sets are told their classes by the config.
   classes = tuple(data.classes_of(config.data) if hasattr(data, "classes_of") else data.classes)
+  task = _task(config, data, classes)
   build = _builder(config, task, classes, training=True)
   parts = params_lib.describe(build)
-  inference.parse(config.eval.test_time)
-  if config.eval.coverage not in inference.COVERAGES:
-    raise ValueError(f"eval.coverage={config.eval.coverage!r} is unknown; choose one of {inference.COVERAGES}.")
+  _check_test_time(config, task)
   _check_groups(config, parts)
   groups = optim.groups(parts.params, config.optim.lr_groups, config.optim.decay_groups)
   schedule = dict(config.optim.schedule)
@@ -194,6 +192,27 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Product:
     parts = params_lib.describe(build)
   keys = ("image", *sorted(task.needs | parts.model.method.needs))
   return Product(build, parts, task, groups, rate, optimizer, classes, keys)
+
+
+def _task(config: ConfigDict, data: Any, classes: tuple[str, ...]) -> Any:
+  """The task, told of the data set's classes and their colours and numbers where it asks for them."""
+  maker = _look_up(TASKS, config.task, "task")
+  facts = {"classes": len(classes), "class_names": classes}
+  facts |= {name: getattr(data, name) for name in ("palette", "label_ids") if hasattr(data, name)}
+  asked = inspect.signature(maker.__init__).parameters
+  if told := [name for name in facts if name in config.task]:
+    raise ValueError(f"config.task.{told[0]} is a fact of the data set {config.data.name!r}; leave it out.")
+  return maker(**_rest(config.task), **{name: value for name, value in facts.items() if name in asked})
+
+
+def _check_test_time(config: ConfigDict, task: Any) -> None:
+  """The words of the test-time procedure, and the choice that goes with them."""
+  way, option, choices = (
+    (labelling, "small", labelling.SMALL) if task.any_size else (inference, "coverage", inference.COVERAGES)
+  )
+  way.parse(config.eval.test_time)
+  if config.eval.get(option) not in choices:
+    raise ValueError(f"eval.{option}={config.eval.get(option)!r} is unknown; choose one of {choices}.")
 
 
 def _check_groups(config: ConfigDict, parts: params_lib.Parts) -> None:
@@ -222,7 +241,7 @@ def dataset(config: ConfigDict, product: Product) -> Any:
     ValueError: files missing, or what method and task need is not what it provides.
   """
   made = DATASETS[config.data.name](**_rest(config.data, NOT_OF_THE_DATASET))
-  missing = sorted(set(product.keys) - made.provides - product.method.adds)
+  missing = sorted((set(product.keys) | product.method.prepare_reads) - made.provides - product.method.adds)
   if missing:
     remedy = "Set config.data.scene to one name for all pictures." if "scene" in config.data else "Choose another."
     raise ValueError(
@@ -230,6 +249,11 @@ def dataset(config: ConfigDict, product: Product) -> Any:
       f"{config.data.name!r} provides {sorted(made.provides)}. {remedy}"
     )
   return made
+
+
+def batch_keys(product: Product, made: Any) -> tuple[str, ...]:
+  """What a Batch holds: what the product asks for, and where an image ends in its padding, if the data set says so."""
+  return (*product.keys, *sorted(made.provides & {"valid_size"}))
 
 
 def model_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:

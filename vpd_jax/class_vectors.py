@@ -178,6 +178,7 @@ def resolve(
   dtype: Any,
   sizes: TextSizes | None = None,
   tokenizer: str = "",
+  templates: str = "imagenet_80",
 ) -> tuple[np.ndarray, str]:
   """Class vectors for a model whose weights do not bring them.
 
@@ -189,6 +190,7 @@ def resolve(
     dtype: to encode in; the type of the parameters.
     sizes: of the text encoder of a single file; a folder states its own.
     tokenizer: folder of the tokenizer, where `pretrained` has none.
+    templates: into which the names are set, see `read_templates`.
 
   Returns:
     float32 [len(classes), width], and a line that says where from.
@@ -205,7 +207,7 @@ def resolve(
   if setting:
     vectors, origin = read(setting), setting
   else:
-    vectors, origin = _encode_from(pretrained, classes, width, dtype, sizes, tokenizer)
+    vectors, origin = _encode_from(pretrained, classes, width, dtype, sizes, tokenizer, templates)
   if vectors.shape != (len(classes), width):
     raise ValueError(
       f"class vectors from {origin} are {list(vectors.shape)}, the model needs {[len(classes), width]}: {len(classes)} "
@@ -215,7 +217,13 @@ def resolve(
 
 
 def _encode_from(
-  pretrained: str, classes: Sequence[str], width: int, dtype: Any, sizes: TextSizes | None, tokenizer: str
+  pretrained: str,
+  classes: Sequence[str],
+  width: int,
+  dtype: Any,
+  sizes: TextSizes | None,
+  tokenizer: str,
+  templates: str,
 ) -> tuple[np.ndarray, str]:
   """(vectors, where from), encoded by the text encoder of `pretrained`."""
   if not pretrained:
@@ -230,6 +238,5 @@ def _encode_from(
   held = text.weights["text_model/final_layer_norm/scale"].shape[0]
   if held != width:
     raise ValueError(f"the text encoder of {pretrained} is {held} wide, the model's context needs {width}; {CHOICES}.")
-  chosen = "imagenet_80"
-  vectors = encode(classes, tokenizer=words, text=text, templates=read_templates(chosen))
-  return vectors, f"the names, templates {chosen}, text encoder of {pretrained}"
+  vectors = encode(classes, tokenizer=words, text=text, templates=read_templates(templates))
+  return vectors, f"the names, templates {templates!r}, text encoder of {pretrained}"

@@ -1,5 +1,6 @@
 """Batches -> measurements -> one dict of scores. Every image counts exactly once, whatever the number of devices."""
 
+import collections
 import contextlib
 import itertools
 import json
@@ -12,7 +13,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vpd_jax import assemble, inference, sharding, start
+from vpd_jax import assemble, inference, labelling, sharding, start
+from vpd_jax import panels as panels_lib
 from vpd_jax.assemble import Product
 from vpd_jax.checkpoint import is_workdir
 from vpd_jax.data import pipeline
@@ -39,6 +41,93 @@ def make_predict(product: Product, test_time: tuple[str, ...], coverage: str) ->
   return predict
 
 
+def make_scores(product: Product) -> Callable[[Weights, Batch], Array]:
+  """(weights, batch of windows) -> scores of the classes [n, h, w, K]; pure."""
+
+  def scores(weights: Weights, batch: Batch) -> Array:
+    return product.task.predict(product.parts.merge(*weights)(batch, training=False))
+
+  return scores
+
+
+class _Batches:
+  """Pictures of one size, in batches: one row and one prediction per picture."""
+
+  def __init__(self, config: ConfigDict, product: Product, dataset: Any, mesh: jax.sharding.Mesh):
+    self._batch_size, self._product, self._dataset = config.eval.batch_size, product, dataset
+    self._sharding = sharding.batch_sharding(mesh)
+    predict = make_predict(product, config.eval.test_time, config.eval.coverage)
+
+    def step(weights: Weights, batch: Batch) -> tuple[dict[str, Array], Array]:
+      inputs = {name: batch[name] for name in ("image", *sorted(product.method.needs))}
+      prediction = predict(weights, inputs)
+      return product.task.measure(prediction, batch), prediction
+
+    self._step = jax.jit(step)
+
+  def __call__(self, weights: Weights, panels: int) -> Iterator[tuple[Rows, np.ndarray]]:
+    """Rows of each batch, all processes together, with "real"; and the predictions, none once there are `panels`."""
+    local = pipeline.eval_batches(
+      self._dataset,
+      batch_size=self._batch_size,
+      keys=self._product.keys,
+      prepare=self._product.method.prepare,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    shown = 0
+    with contextlib.closing(pipeline.prefetch(local, self._sharding)) as batches:
+      for batch in batches:
+        measured, prediction = self._step(weights, batch)
+        predictions = _gathered({"prediction": prediction})["prediction"] if shown < panels else ()
+        shown += len(predictions)
+        yield _gathered(measured | {"real": batch["real"]}), predictions
+
+
+class _Pictures:
+  """Pictures of any size, one after the other, see labelling.py. Each process has pictures of its own."""
+
+  def __init__(self, config: ConfigDict, product: Product, dataset: Any, mesh: jax.sharding.Mesh):
+    self._product, self._dataset, self._mesh = product, dataset, mesh
+    # The devices of one process work together, and wait for no other.
+    self._local = mesh if jax.process_count() == 1 else sharding.make_mesh(devices=jax.local_devices())
+    self._labelling = labelling.Labelling(
+      make_scores(product),
+      labelling.parse(config.eval.test_time),
+      at_once=config.eval.batch_size // jax.process_count(),
+      small=config.eval.small,
+      place=lambda x: jax.device_put(x, sharding.batch_sharding(self._local)),
+    )
+    self._measure = jax.jit(product.task.measure)
+
+  def __call__(self, weights: Weights, panels: int) -> Iterator[tuple[Rows, np.ndarray]]:
+    """As _Batches, picture by picture, which is a batch of one for each process."""
+    examples = pipeline.eval_examples(
+      self._dataset,
+      prepare=self._product.method.prepare,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    if jax.process_count() > 1:
+      weights = sharding.on_devices_of_one_process(weights, self._mesh, self._local)
+    waiting: collections.deque[Any] = collections.deque()  # examples whose scores are on their way
+
+    def views() -> Iterator[labelling.Views]:
+      for example in examples:
+        waiting.append(example)
+        inputs = {name: example[name] for name in ("image", *sorted(self._product.method.needs))}
+        yield self._labelling.views(inputs)
+
+    with contextlib.closing(examples):
+      for shown, scores in enumerate(self._labelling(weights, views())):
+        example = waiting.popleft()
+        batch = {name: labelling.on_canvas(example[name], labelling.NOWHERE)[None] for name in self._product.task.needs}
+        measured = jax.device_get(self._measure(scores[None], batch)) | {"real": np.asarray(example["real"])[None]}
+        height, width = example["image"].shape[:2]
+        chosen = labelling.most_probable(scores)[None, :height, :width] if shown < panels else ()
+        yield _gathered(measured), np.asarray(chosen)
+
+
 class Evaluator:
   """The evaluation split, its jitted step, and the trivial predictors, each made once."""
 
@@ -51,31 +140,21 @@ class Evaluator:
     pipeline.check_batch_size(config.eval.batch_size, mesh.size, "devices")
     self.config, self.product, self.dataset = config, product, dataset
     self.source = dataset.source("eval")
-    self.sharding = sharding.batch_sharding(mesh)
-    predict = make_predict(product, config.eval.test_time, config.eval.coverage)
-
-    def step(weights: Weights, batch: Batch) -> tuple[dict[str, Array], Array]:
-      inputs = {name: batch[name] for name in ("image", *sorted(product.method.needs))}
-      prediction = predict(weights, inputs)
-      return product.task.measure(prediction, batch), prediction
-
-    self._step = jax.jit(step)
+    self._measured = (_Pictures if product.task.any_size else _Batches)(config, product, dataset, mesh)
     self._baselines: dict[str, float] | None = None
 
   def run(self, weights: Weights, stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
     """Scores "eval/<data set>/<name>" of the given weights, and panels of the first samples.
 
-    `stop` is asked before each batch; None where it said so.
+    `stop` is asked before each batch, or each picture; None where it said so.
     """
     rows, shown = [], []
-    with contextlib.closing(self._batches()) as batches:
-      for batch in batches:
+    with contextlib.closing(self._measured(weights, self.config.eval.panels)) as measured:
+      for row, predictions in measured:
         if stop():
           return None
-        measured, prediction = self._step(weights, batch)
-        rows.append(_gathered(measured | {"real": batch["real"]}))
-        if sum(map(len, shown)) < self.config.eval.panels:
-          shown.append(_gathered({"prediction": prediction})["prediction"])
+        rows.append(row)
+        shown += list(predictions)
     joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     real = joined.pop("real")
     scores = self.product.task.summarize({name: values[real] for name, values in joined.items()})
@@ -104,27 +183,17 @@ class Evaluator:
     )
     return f"{line}\n  {chosen} of trivial predictors, and ours as a share of it: {beside}"
 
-  def _batches(self) -> pipeline.Prefetch:
-    local = pipeline.eval_batches(
-      self.dataset,
-      batch_size=self.config.eval.batch_size,
-      keys=self.product.keys,
-      prepare=self.product.method.prepare,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
-    return pipeline.prefetch(local, self.sharding)
-
   def _examples(self, split: str, count: int | None = None) -> Iterator[Any]:
     source = self.dataset.source(split)
     indices = range(len(source)) if not count else range(min(count, len(source)))
     return (self.dataset.eval_transform(source[i]) for i in indices)
 
-  def _panels(self, shown: list[np.ndarray]) -> np.ndarray:
-    predictions = np.concatenate(shown) if shown else ()
-    pairs = zip(itertools.islice(self._examples("eval"), self.config.eval.panels), predictions, strict=False)
-    pictures = [self.product.task.panel(example, prediction) for example, prediction in pairs]
-    return np.stack(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8)
+  def _panels(self, predictions: list[np.ndarray]) -> np.ndarray:
+    # With several processes the pictures of the first one are every so many of the split.
+    step = jax.process_count() if self.product.task.any_size else 1
+    examples = itertools.islice(self._examples("eval"), 0, None, step)
+    pairs = zip(predictions[: self.config.eval.panels], examples, strict=False)
+    return panels_lib.stacked([self.product.task.panel(example, prediction) for prediction, example in pairs])
 
 
 def _gathered(values: dict[str, Array]) -> Rows:

@@ -23,6 +23,7 @@ import numpy as np
 from vpd_jax.types import Array, Example
 
 CANVAS = 128
+NOWHERE = 255  # as a label on a canvas: beyond the picture, neither right nor wrong
 SMALL = ("whole", "padded")
 Corners = list[tuple[int, int]]
 Predict = Callable[[Any, dict[str, Array]], Array]  # weights and batch of n windows to scores [n, h, w, K]
@@ -203,6 +204,12 @@ def _finished(scores: Array | None, total: Array, shares: Any, rows: Any, column
   return view if scores is None else scores + view
 
 
+@jax.jit
+def most_probable(scores: Array) -> Array:
+  """[H, W, K] to the class of the highest score, int32 [H, W]."""
+  return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+
 class Labelling:
   """Probabilities or scores of the classes of pictures, one after the other."""
 
@@ -276,11 +283,6 @@ class Labelling:
     while opened:
       self._complete(weights, opened[0], waiting)
       yield opened.popleft().taken()
-
-  def labels(self, weights: Any, pictures: Iterable[Views]) -> Iterator[Array]:
-    """The most probable class of every pixel: int32 [H', W'] canvases on the devices."""
-    most = jax.jit(lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32))
-    return map(most, self(weights, pictures))
 
   def _complete(self, weights: Any, picture: _Picture, waiting: dict[Any, collections.deque]) -> None:
     """Runs what a picture still waits for, even where that fills no call."""

@@ -2,7 +2,7 @@
 
 from flax import nnx
 
-from vpd_jax.types import Batch, Outputs
+from vpd_jax.types import Array, Batch, Outputs
 
 
 class PerceptionModel(nnx.Module):
@@ -11,7 +11,7 @@ class PerceptionModel(nnx.Module):
   def __init__(self, method: nnx.Module, neck: nnx.Module, head: nnx.Module):
     self.method, self.neck, self.head = method, neck, head
 
-  def __call__(self, batch: Batch, *, training: bool) -> Outputs:
-    """Outputs of len(method.branches(training)) * B rows, branch by branch."""
+  def __call__(self, batch: Batch, *, training: bool, key: Array | None = None) -> Outputs:
+    """Outputs of len(method.branches(training)) * B rows, branch by branch; `key` is for dropout in training."""
     features = self.method(batch, training=training)
-    return self.head(self.neck(features, training=training), training=training)
+    return self.head(self.neck(features, training=training), training=training, key=key)

@@ -99,6 +99,62 @@ class _Raised(nnx.Module):
     return layers.chain(self.conv_layers, x, training=training)  # [B, h * 2^doublings, w * 2^doublings, width]
 
 
+class EinsumLevels(nnx.Module):
+  """MetaPrompts' re-arrangement for segmentation: four maps to four of as many channels as there are prompts.
+
+  Each map is doubled (bilinear) and passes a 3x3 convolution to the width of the prompts; channel n of the result is
+  the inner product with prompt n, the prompts being those the UNet attended to in its last pass.
+
+  Source: MetaPrompts segmentation, extract_feat (upconv1 to upconv4).
+  """
+
+  needs_maps = 4
+
+  def __init__(
+    self,
+    widths: tuple[int, ...],
+    strides: tuple[int, ...],
+    *,
+    tokens: tuple[int, int],
+    frame: str = "resized",
+    norm_group: int = 0,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+  ):
+    """Builds the layers.
+
+    Args:
+      widths, strides: of the four maps that come in.
+      tokens: number and width of the tokens of the method's context.
+      frame, norm_group: what the maps show and groups of batch normalisation, which every neck is told of; no use of
+        them here.
+
+    Raises:
+      ValueError: another number of maps than four.
+    """
+    del frame, norm_group
+    if len(widths) != 4:
+      raise ValueError(f"neck 'einsum_levels' takes four maps, but the method gives {len(widths)}.")
+    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    default = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's
+    norm = lambda w: layers.GroupNorm(w, groups=16, epsilon=1e-5, **kinds)
+    level = lambda w: nnx.List(
+      [layers.conv(w, tokens[1], 3, kernel_init=default, **kinds), norm(tokens[1]), layers.ReLU()]
+    )
+    self.strides, self.widths = tuple(stride // 2 for stride in strides), (tokens[0],) * 4
+    self.upconv1, self.upconv2, self.upconv3, self.upconv4 = (level(w) for w in widths)
+
+  def __call__(self, features: Features, *, training: bool) -> Features:
+    """Four maps at half the strides; training makes no difference."""
+    del training
+    maps = []
+    for convolved, x in zip((self.upconv1, self.upconv2, self.upconv3, self.upconv4), features.maps, strict=True):
+      x = layers.resize(x, (2 * x.shape[1], 2 * x.shape[2]))
+      maps.append(jnp.einsum("bhwc,bnc->bhwn", layers.chain(convolved, x), features.context))
+    return features._replace(maps=tuple(maps))
+
+
 class Einsum(nnx.Module):
   """MetaPrompts' depth re-arrangement: four maps to one of as many channels as there are prompts.
 

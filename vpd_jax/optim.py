@@ -42,7 +42,25 @@ def cosine(*, lr: float, min_lr: float, num_steps: int, warmup: int) -> Schedule
   return optax.warmup_cosine_decay_schedule(0.0, lr, min(warmup, num_steps // 2), num_steps, min_lr)
 
 
-SCHEDULES = {"triangular_poly": triangular_poly, "cosine": cosine}
+def poly(*, lr: float, num_steps: int, power: float = 1.0, warmup: int = 0, warmup_ratio: float = 1e-6) -> Schedule:
+  """Falls from `lr` to 0 as (1 - step / num_steps)^power, step counted from 0.
+
+  Over the first `warmup` steps that is multiplied by 1 - (1 - step / warmup) (1 - warmup_ratio).
+
+  Source: mmcv 1.7 runner/hooks/lr_updater.py PolyLrUpdaterHook (segmentation, warmup "linear"); VPD refer/train.py
+  (power 0.9, no warm-up).
+  """
+
+  def rate(count: Array) -> Array:
+    step = jnp.asarray(count, jnp.promote_types(jnp.result_type(float), jnp.float32))
+    fallen = lr * jnp.maximum(1 - step / num_steps, 0) ** power
+    short = jnp.maximum(1 - step / warmup, 0) if warmup else 0
+    return fallen * (1 - short * (1 - warmup_ratio))
+
+  return rate
+
+
+SCHEDULES = {"triangular_poly": triangular_poly, "cosine": cosine, "poly": poly}
 
 
 def schedule(name: str, **options: Any) -> Schedule:

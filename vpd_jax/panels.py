@@ -37,6 +37,15 @@ def depth_panel(image: np.ndarray, prediction: np.ndarray, truth: np.ndarray, ma
   )
 
 
+def stacked(pictures: list[np.ndarray]) -> np.ndarray:
+  """uint8 [N, H, W, 3] of pictures of any sizes, grey at the right and bottom of smaller ones; N may be 0."""
+  height, width = (max((p.shape[axis] for p in pictures), default=1) for axis in (0, 1))
+  result = np.full((len(pictures), height, width, 3), INVALID[0], np.uint8)
+  for row, picture in zip(result, pictures, strict=True):
+    row[: picture.shape[0], : picture.shape[1]] = picture
+  return result
+
+
 def colour_depth(depth: np.ndarray, max_depth: float | None = None, *, min_depth: float | None = None) -> np.ndarray:
   """A depth map in colour, near red to far blue.
 

@@ -1,24 +1,21 @@
 """Predictor, the door for Python users, and --mode=predict over a folder of pictures."""
 
 import dataclasses
-import mimetypes
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vpd_jax import assemble, config_file, evaluate, inference, sharding, start
+from vpd_jax import assemble, config_file, evaluate, inference, labelling, sharding, start
+from vpd_jax import pictures as pictures_lib
 from vpd_jax.assemble import Product
 from vpd_jax.checkpoint import is_workdir
 
-LONGEST = 16  # times the shorter side; longer pictures are squeezed to it
 PICTURES_AT_ONCE = 4
 
 
@@ -62,9 +59,17 @@ class Predictor:
 
   def __post_init__(self):
     product, words = self.product, self.config.eval.test_time
-    flip, self._windows = inference.parse(words)
-    mirrored = evaluate.make_predict(product, ("flip",) if flip else (), "full")
-    self._predict = jax.jit(mirrored)
+    if product.task.any_size:
+      self._labelling = labelling.Labelling(
+        evaluate.make_scores(product),
+        labelling.parse(words),
+        at_once=self.config.eval.batch_size,
+        small=self.config.eval.small,
+      )
+      self._decide = jax.jit(product.task.decide)
+    else:
+      flip, self._windows = inference.parse(words)
+      self._predict = jax.jit(evaluate.make_predict(product, ("flip",) if flip else (), "full"))
     self._forward = jax.jit(lambda weights, batch: product.parts.merge(*weights)(batch, training=False))
     predictor = lambda weights, image: product.parts.merge(*weights).method.class_predictor(image)
     self._classify = jax.jit(predictor) if hasattr(product.method, "class_predictor") else None
@@ -114,25 +119,27 @@ class Predictor:
   def predict(self, images: Sequence[Any], class_id: Any = None) -> list[dict[str, np.ndarray]]:
     """The test-time procedure of the config on pictures of any sizes.
 
-    A picture is resized so that its shorter side is the training crop; square windows are shifted along the longer
-    side (at least as many as cover it), mirrored too where the config says so, and averaged; the result is resized
-    back.
+    Labels: sliding windows and scales, see labelling.py. Depth: a picture is resized so that its shorter side is the
+    training crop; square windows are shifted along the longer side (at least as many as cover it), mirrored too where
+    the config says so, and averaged; the result is resized back.
 
     Args:
       images: uint8 [H, W, 3], or float in [0, 1], each.
       class_id: int, or one per image; None for the mean of all class vectors.
 
     Returns:
-      One dict per image, e.g. {"depth": float32 [H, W] metres}.
+      One dict per image, e.g. {"depth": float32 [H, W] metres} or {"label": int32 [H, W]}.
 
     Raises:
       ValueError: an image of another shape or type; a class id out of range.
     """
-    pictures = [_unit(image, self._dtype) for image in images]
+    pictures = [pictures_lib.unit(image, self._dtype) for image in images]
     ids = self._class_ids(class_id, len(pictures))
     if self._classify is not None:  # from the whole picture, once for all of its windows
       ids = np.array([self._classified(p) if i < 0 else i for p, i in zip(pictures, ids, strict=True)], np.int32)
-    fitted = [fit(picture, self._side) for picture in pictures]
+    if self.product.task.any_size:
+      return self._labelled(pictures)
+    fitted = [pictures_lib.fit(picture, self._side) for picture in pictures]
     corners = [inference.offsets(f.shape[:2], self._windows, coverage="full") for f in fitted]
     cut = [inference.cut(f[None], c) for f, c in zip(fitted, corners, strict=True)]
     rows = (
@@ -142,9 +149,18 @@ class Predictor:
     results = []
     for picture, f, c in zip(pictures, fitted, corners, strict=True):
       merged = inference.merge(np.stack([next(predicted) for _ in c]), c, f.shape[:2])[0]
-      results.append({self.product.task.result: resized(merged, picture.shape[:2]).astype(np.float32)})
+      results.append({self.product.task.result: pictures_lib.resized(merged, picture.shape[:2]).astype(np.float32)})
     if self.takes_class:
       results = [result | {"class_id": np.int32(i)} for result, i in zip(results, ids, strict=True)]
+    return results
+
+  def _labelled(self, pictures: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """The label of every pixel of pictures of any sizes, one after the other."""
+    views = (self._labelling.views({"image": picture}) for picture in pictures)
+    results = []
+    for picture, scores in zip(pictures, self._labelling(self.weights, views), strict=True):
+      height, width = picture.shape[:2]
+      results.append({self.product.task.result: np.asarray(self._decide(scores))[:height, :width]})
     return results
 
   def _windowed(self, windows: np.ndarray, ids: np.ndarray | None) -> np.ndarray:
@@ -159,7 +175,9 @@ class Predictor:
 
   def _classified(self, picture: np.ndarray) -> int:
     """The class that CLIP tells from a picture of any size, squeezed to one size for one program."""
-    return int(self._classify(self.weights, jnp.asarray(resized(picture, (self._side, self._side))[None]))[0])
+    return int(
+      self._classify(self.weights, jnp.asarray(pictures_lib.resized(picture, (self._side, self._side))[None]))[0]
+    )
 
   def _batch(self, images: np.ndarray, ids: np.ndarray) -> dict[str, Any]:
     return {"image": jnp.asarray(images), "class_id": jnp.asarray(ids)}
@@ -169,62 +187,6 @@ class Predictor:
     if ids.size and (ids.min() < -1 or ids.max() >= len(self.product.classes)):
       raise ValueError(f"class_id {ids.tolist()} must lie between -1 (the mean) and {len(self.product.classes) - 1}.")
     return ids
-
-
-def _unit(image: Any, dtype: Any) -> np.ndarray:
-  """uint8 or float [H, W, 3] to float in [0, 1]."""
-  image = np.asarray(image)
-  if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
-    raise ValueError(f"an image has shape {image.shape}; give [H, W, 3].")
-  if image.dtype == np.uint8:
-    return image.astype(dtype) / np.asarray(255, dtype)
-  if not np.issubdtype(image.dtype, np.floating):
-    raise ValueError(f"an image has dtype {image.dtype}; give uint8, or float in [0, 1].")
-  return image.astype(dtype)
-
-
-def fit(image: np.ndarray, side: int) -> np.ndarray:
-  """[H, W, 3] resized so that its shorter side is `side`; the longer one keeps the aspect, up to LONGEST * side."""
-  scale = side / min(image.shape[:2])
-  return resized(image, tuple(min(max(round(s * scale), side), LONGEST * side) for s in image.shape[:2]))
-
-
-def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """[H, W, ...] at another size: by area where it shrinks, else bilinear; the same array where nothing changes."""
-  if image.shape[:2] == size:
-    return image
-  shrinks = size[0] * size[1] < image.shape[0] * image.shape[1]
-  return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-
-
-def read_picture(path: Path) -> np.ndarray:
-  """uint8 [H, W, 3] of an image file of any mode, turned as its EXIF says.
-
-  Raises:
-    ValueError: it is not an image, or is damaged.
-  """
-  try:
-    with Image.open(path) as picture:
-      turned = ImageOps.exif_transpose(picture)
-      if turned.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
-        grey = np.asarray(turned, np.float64)
-        top = 65535.0 if turned.mode != "F" else max(grey.max(), 1e-12)
-        turned = Image.fromarray(np.clip(grey / top * 255, 0, 255).astype(np.uint8))
-      return np.asarray(turned.convert("RGB"))
-  except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-    why = "unknown format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
-    raise ValueError(f"{path.name} is damaged or no picture ({why})") from error
-
-
-def _is_picture(path: Path) -> bool:
-  """Whether a file is meant to be a picture, by its name or by how it begins."""
-  if (mimetypes.guess_type(path.name, strict=False)[0] or "").startswith("image/"):
-    return True
-  try:
-    with Image.open(path):
-      return True
-  except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-    return False
 
 
 def _check_output(output: str, folder: Path) -> Path:
@@ -258,7 +220,7 @@ def run(config: ConfigDict, workdir: str, *, source: str, output: str, class_nam
       f"--workdir={workdir!r} holds no checkpoint and config.init.pretrained is empty; give one of them."
     )
   paths = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-  pictures = [path for path in paths if _is_picture(path)]
+  pictures = [path for path in paths if pictures_lib.is_picture(path)]
   if not pictures:
     raise ValueError(f"--input={source!r} holds no picture, only {len(paths)} other files; give a folder that does.")
   predictor = Predictor.load(config, weights=chosen)
@@ -284,12 +246,12 @@ def run(config: ConfigDict, workdir: str, *, source: str, output: str, class_nam
         number = int(result["class_id"])
         facts["class"] = "mean of all" if number < 0 else predictor.product.classes[number]
         facts["class_from"] = "--class" if class_name else "CLIP" if number >= 0 else "nowhere"
-      predictor.product.task.save(stem, result[predictor.product.task.result], facts)
+      predictor.product.task.save(stem, result[predictor.product.task.result], facts, image)
     waiting.clear()
 
   for path in pictures:
     try:
-      waiting.append((path, read_picture(path)))
+      waiting.append((path, pictures_lib.read_picture(path)))
     except ValueError as error:
       damaged.append(str(error))
       print(f"skipped: {error}", flush=True)

@@ -137,6 +137,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
+def on_devices_of_one_process(arrays: Any, mesh: Mesh, local: Mesh) -> Any:
+  """Arrays that are spread over the devices of all processes, whole on each device of this one.
+
+  Args:
+    arrays: a tree; every process calls with the same.
+    mesh: over which they are spread.
+    local: of this process' devices.
+  """
+  whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(arrays)
+  return jax.tree.map(lambda x: jax.device_put(x.addressable_data(0), replicated(local)), whole)
+
+
 def array_name(path: Any) -> str:
   """The full name inside a path of the state: the last string key of a dict, or the whole path where there is none."""
   keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and isinstance(key.key, str)]

@@ -72,6 +72,7 @@ def _prompts(config: ConfigDict, product: Product, named: Named, source: str) ->
       dtype=assemble.dtype(config, "param_dtype"),
       sizes=text,
       tokenizer=config.method.tokenizer,
+      templates=config.method.get("templates", "imagenet_80"),
     )
     yield {CLASS_VECTORS: vectors.astype(shapes[CLASS_VECTORS].dtype)}, line
   makers = {
@@ -101,17 +102,20 @@ def best_metric(config: ConfigDict, product: Product) -> str:
 def complete(config: ConfigDict, source: str) -> ConfigDict:
   """The config with the backbones' sizes as the source of the weights states them, where it does.
 
-  Those of the image encoder are stated by a folder in `init.clip`.
+  Those of the image encoder are stated by a folder in `init.clip`. A workdir also states how many refinement steps its
+  weights hold, so that `method.refine_steps` can be chosen anew.
 
   Args:
     config: of a file.
     source: a workdir of ours, whose checkpoint holds its config; a diffusers folder; or anything else, which states
       nothing.
   """
+  steps = 0
   if source and is_workdir(source):
     with Checkpoints(source, read_only=True) as held:
-      stored = held.restore_config(held.latest_step())["backbone"]
-    stated = {part: stored[part] for part in ("unet", "vae", "text", "image") if part in stored}
+      stored = held.restore_config(held.latest_step())
+    stated = {part: stored["backbone"][part] for part in ("unet", "vae", "text", "image") if part in stored["backbone"]}
+    steps = stored["method"].get("trained_steps") or stored["method"].get("refine_steps", 0)
   else:
     stated = (stable_diffusion.sizes(source) if source else None) or {}
   chosen = config.init.get("clip", "")
@@ -123,6 +127,9 @@ def complete(config: ConfigDict, source: str) -> ConfigDict:
       plain = {key: tuple(x) if isinstance(x, list) else 0 if x is None else x for key, x in values.items()}
       known = config.backbone.get(part, plain)
       config.backbone[part] = dict(known) | {key: x for key, x in plain.items() if key in known}
+    # As many as the config has anyway are left unsaid: a run that resumes compares its config with the stored one.
+    if steps and not config.method.get("trained_steps", 1) and steps != config.method.refine_steps:
+      config.method.trained_steps = steps
   return config.lock()
 
 

@@ -18,9 +18,9 @@ from vpd_jax import params as params_lib
 from vpd_jax.assemble import Product
 from vpd_jax.data import pipeline
 from vpd_jax.stop import StopRequest
+from vpd_jax.trace import Trace
 from vpd_jax.types import Array, Batch, Branch, Loss, Named, Outputs, Task, TrainState
 
-TRACE_FROM = 10  # steps after the start of the process: compiled and warm
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
@@ -56,7 +56,7 @@ def group_losses(task: Task, outputs: Outputs, batch: Batch, branches: tuple[Bra
 def make_gradients(
   product: Product, *, loss_group: int, accumulation: int, mesh: Mesh | None = None
 ) -> Callable[..., Any]:
-  """(params, frozen, stats, batch) -> (gradients, loss, logs, new stats).
+  """(params, frozen, stats, batch, key) -> (gradients, loss, logs, new stats); the key is for dropout.
 
   With `accumulation` the batch is cut into that many consecutive parts, each of whole groups; sums of loss, weight and
   gradients add up over them, and the statistics of all parts start from the same ones, so that the result is that of
@@ -65,27 +65,28 @@ def make_gradients(
   parts, task = product.parts, product.task
   branches = product.method.branches(True)
 
-  def loss_fn(params: Named, frozen: Named, stats: Named, batch: Batch):
+  def loss_fn(params: Named, frozen: Named, stats: Named, batch: Batch, key: Array | None):
     model = parts.merge(params, frozen, stats)
-    loss = group_losses(task, model(batch, training=True), batch, branches, loss_group)
+    loss = group_losses(task, model(batch, training=True, key=key), batch, branches, loss_group)
     return loss.value, (loss, params_lib.stats(model))
 
-  def gradients(params: Named, frozen: Named, stats: Named, batch: Batch):
-    return jax.grad(loss_fn, has_aux=True)(params, frozen, stats, batch)
+  def gradients(params: Named, frozen: Named, stats: Named, batch: Batch, key: Array | None):
+    return jax.grad(loss_fn, has_aux=True)(params, frozen, stats, batch, key)
 
-  def accumulated(params: Named, frozen: Named, stats: Named, batch: Batch):
+  def accumulated(params: Named, frozen: Named, stats: Named, batch: Batch, key: Array | None):
     cut = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)  # [A, B / A, ...]
     if mesh is not None:
       cut = jax.lax.with_sharding_constraint(cut, NamedSharding(mesh, P(None, sharding.AXES)))
-    one = lambda part: gradients(params, frozen, stats, part)
+    one = lambda part: gradients(params, frozen, stats, *part)
+    cut = cut, None if key is None else jax.random.split(key, accumulation)
     shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], cut))
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     add = lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None)
     grads, (loss, stats) = jax.lax.scan(add, zero, cut)[0]
     return grads, (loss, {name: x / accumulation for name, x in stats.items()})
 
-  def run(params: Named, frozen: Named, stats: Named, batch: Batch):
-    grads, (loss, stats) = (accumulated if accumulation > 1 else gradients)(params, frozen, stats, batch)
+  def run(params: Named, frozen: Named, stats: Named, batch: Batch, key: Array | None = None):
+    grads, (loss, stats) = (accumulated if accumulation > 1 else gradients)(params, frozen, stats, batch, key)
     share = 1 / jnp.maximum(loss.weight, 1)
     grads = {name: g * share.astype(g.dtype) for name, g in grads.items()}
     return grads, loss.value * share, {name: x * share for name, x in loss.logs.items()}, stats
@@ -110,14 +111,24 @@ def make_update(product: Product, *, ema_decay: float = 0.0) -> Callable[..., tu
 
 
 def make_step(
-  product: Product, *, loss_group: int, accumulation: int = 1, ema_decay: float = 0.0, mesh: Mesh | None = None
+  product: Product,
+  *,
+  loss_group: int,
+  accumulation: int = 1,
+  ema_decay: float = 0.0,
+  seed: int = 0,
+  mesh: Mesh | None = None,
 ) -> Step:
-  """The training step: pure, from state and batch to state and logs, to be jitted once with the state donated."""
+  """The training step: pure, from state and batch to state and logs, to be jitted once with the state donated.
+
+  Dropout's random numbers come from `seed` and the number of the step, so that a run that goes on draws the same ones.
+  """
   gradients = make_gradients(product, loss_group=loss_group, accumulation=accumulation, mesh=mesh)
   update = make_update(product, ema_decay=ema_decay)
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-    return update(state, *gradients(state.params, state.frozen, state.stats, batch))
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    return update(state, *gradients(state.params, state.frozen, state.stats, batch, key))
 
   return train_step
 
@@ -152,6 +163,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     checkpoints = stack.enter_context(start.checkpoints(config, product, workdir))
     stop = stack.enter_context(StopRequest())
     state, lines = start.resume_or_start(config, product, mesh, checkpoints, accept_changes=accept_changes)
+    lines += dataset.describe() if hasattr(dataset, "describe") else []
     # Only now: a workdir that is refused stays as it was.
     writer = stack.enter_context(writers.create(workdir, just_logging=jax.process_index() > 0))
     begin, end = int(state.step), config.num_steps
@@ -182,7 +194,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     flops = (compiled.cost_analysis() or {}).get("flops", 0.0) * config.optim.accumulation
     log(f"compiled; {flops / 1e9:.1f} GFLOP and {_memory(compiled)} per device and step")
     progress = writers.Progress(end, config.data.batch_size, start=begin, devices=mesh.size)
-    trace = stack.enter_context(_Trace(config.profile, workdir))
+    trace = stack.enter_context(Trace(config.profile, workdir, log))
     pending = []
     for step in range(begin + 1, end + 1):
       trace.before(step - begin)
@@ -220,7 +232,7 @@ def _batches(config: ConfigDict, product: Product, dataset: Any, mesh: Mesh, beg
     seed=config.seed,
     start_step=begin,
     workers=config.data.workers,
-    keys=product.keys,
+    keys=assemble.batch_keys(product, dataset),
     prepare=product.method.prepare,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
@@ -233,7 +245,7 @@ def compile_step(config: ConfigDict, product: Product, mesh: Mesh, batch: Batch)
   """The jitted step for this state and batch, compiled once; the state it is given is donated."""
   where = start.state_shardings(config, product, mesh)
   options = {field: config.optim[field] for field in ("loss_group", "accumulation", "ema_decay")}
-  step = make_step(product, **options, mesh=mesh)
+  step = make_step(product, **options, seed=config.seed, mesh=mesh)
   spread = sharding.batch_sharding(mesh)
   jitted = jax.jit(
     step, donate_argnums=0, in_shardings=(where, spread), out_shardings=(where, sharding.replicated(mesh))
@@ -301,27 +313,3 @@ def _memory(compiled: jax.stages.Compiled) -> str:
   return (
     f"{(total - analysis.alias_size_in_bytes) / 2**30:.2f} GiB ({analysis.temp_size_in_bytes / 2**30:.2f} temporary)"
   )
-
-
-class _Trace:
-  """A profiler trace of `steps` steps from the tenth step of this process on; none for 0."""
-
-  def __init__(self, steps: int, workdir: str):
-    self._steps, self._workdir, self._running = steps, workdir, False
-
-  def __enter__(self) -> "_Trace":
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    if self._running:
-      jax.profiler.stop_trace()
-      log(f"a trace is in {self._workdir}/plugins/profile")
-      self._running = False
-
-  def before(self, step: int) -> None:
-    """Starts or ends the trace before the given step of this process, counted from 1."""
-    if self._steps and step == TRACE_FROM:
-      jax.profiler.start_trace(self._workdir)
-      self._running = True
-    elif step == TRACE_FROM + self._steps:
-      self.__exit__()

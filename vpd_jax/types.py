@@ -91,6 +91,7 @@ class Method(Protocol):
     tokens: number and width of the tokens of Features.context.
     notes: lines for the reader at the start of a run.
     training_only: top-level parts that evaluation does without; `build` leaves them out there.
+    prepare_reads: keys of an Example that `prepare` reads and the network does not.
     prepare: host transform that runs after the data set's own; a plain function, for it travels to the data workers.
   """
 
@@ -102,6 +103,7 @@ class Method(Protocol):
   tokens: tuple[int, int]
   notes: tuple[str, ...]
   training_only: tuple[str, ...]
+  prepare_reads: frozenset[str]
 
   prepare: Callable[[Example], Example]
 
@@ -116,6 +118,7 @@ class Task(Protocol):
   output: dict[str, Any]  # what every head of this task must be told: maximum depth, number of classes
   result: str  # name of a prediction, for Python users
   best: tuple[str, str]  # the score that chooses the best checkpoint, and "min" or "max"
+  any_size: bool  # pictures are evaluated in their own sizes, see labelling.py; else in batches, see inference.py
 
   def loss(self, outputs: Outputs, batch: Batch) -> Loss: ...  # one group of images
   def predict(self, outputs: Outputs) -> Array: ...  # depth | label scores | heatmaps
@@ -123,4 +126,6 @@ class Task(Protocol):
   def summarize(self, rows: Rows) -> dict[str, float]: ...  # host, numpy
   def baselines(self, train: Iterable[Example], evaluation: Iterable[Example]) -> dict[str, float]: ...  # of `best`
   def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray: ...  # uint8 [H, W', 3]
-  def save(self, stem: Path, prediction: np.ndarray, facts: dict[str, Any]) -> list[Path]: ...  # files of one picture
+  def save(
+    self, stem: Path, prediction: np.ndarray, facts: dict[str, Any], image: np.ndarray | None = None
+  ) -> list[Path]: ...  # files of one picture

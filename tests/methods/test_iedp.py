@@ -223,7 +223,7 @@ def test_latents_are_scaled(monkeypatch):
 
 def test_sentences_become_tokens_on_the_host():
   method = network()[0].method
-  assert method.needs == {"tokens", "class_id"} and method.adds == {"tokens"}
+  assert method.needs == method.adds == {"tokens"} and method.prepare_reads == {"class_id"}
   prepare = pickle.loads(pickle.dumps(method.prepare))
   example = prepare({"class_id": np.int32(nyu.CLASSES.index("living_room")), "image": np.zeros(1)})
   ids = [62, *(ord(c) % 62 for c in "a photo of")]  # begin, and as much as fits before the end
@@ -235,7 +235,7 @@ def test_sentences_become_tokens_on_the_host():
 
 def test_a_sentence_without_a_place_is_that_of_every_image():
   method = assemble.assemble(iedp_config(**{"method.sentence": "a photo of a street"})).method
-  assert method.needs == {"tokens"}
+  assert method.needs == {"tokens"} and not method.prepare_reads
   assert method.prepare({})["tokens"].tolist() == method.prepare({"class_id": np.int32(5)})["tokens"].tolist()
   assert prompts.sentences_of("a photo of a {}", ("dining_room", "cafe")) == (
     "a photo of a dining room",

@@ -134,7 +134,7 @@ def test_latent_scale_multiplies_the_latents_and_is_1_as_released(shown):
 def test_the_timestep_is_one_number_for_all_and_1_as_released(shown):
   batch = batch_of(latents=jnp.zeros((1, 8, 8, 4)))
   assert shown("unet", batch)[1]["timesteps"] == 1
-  assert shown("unet", batch, timestep=500)[1] == {"timesteps": 500}
+  assert shown("unet", batch, timestep=500)[1] == {"timesteps": 500, "map_max_positions": 0}
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0])
@@ -165,7 +165,7 @@ def context_of(network):
 
   def run(ids, **arrays):
     changed = named | {f"method/{name}": jnp.asarray(x) for name, x in arrays.items()}
-    return np.asarray(product.parts.merge(changed).method.context(jnp.asarray(ids)))
+    return np.asarray(product.parts.merge(changed).method.context({"class_id": jnp.asarray(ids)}))
 
   return run
 
@@ -224,7 +224,8 @@ def test_gamma_starts_at_the_residual_scale():
 
 
 @pytest.mark.parametrize("options, message", [
-  ({"prompt": "caption"}, "method.prompt='caption' is unknown to vpd; choose one of ('scene_class',)."),
+  ({"prompt": "caption"}, "method.prompt='caption' is unknown to vpd; choose one of "
+                          "('scene_class', 'predicted', 'all_classes')."),
   ({"pad_multiple": 32}, "method.pad_multiple=32 must be a multiple of 64, the UNet's coarsest stride."),
 ])  # fmt: skip
 def test_wrong_options_are_one_line(options, message):

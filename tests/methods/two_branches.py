@@ -13,6 +13,7 @@ class TwoBranches(nnx.Module):
 
   needs = adds = frozenset({"latents"})
   strides, widths = (8, 16, 32, 64), (16, 16, 16, 16)
+  frame, tokens, notes, training_only, prepare_reads = "padded", (1, 16), (), (), frozenset()
 
   def __init__(self, *, unet, vae, classes, attention, remat, dtype, param_dtype, rngs):
     del unet, vae, classes, attention, remat

@@ -1,12 +1,12 @@
 """The authors' fine-tuned checkpoints: Stable Diffusion's table under a prefix, plus adapter, neck and head."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from vpd_jax.convert import stable_diffusion
+from vpd_jax.convert import released_segmentation, stable_diffusion
 from vpd_jax.convert.rules import (
   BATCH_NORM,
   COUNTER,
@@ -17,6 +17,7 @@ from vpd_jax.convert.rules import (
   conv,
   deconv,
   drop,
+  export,
   norm,
   plain,
   to_source,
@@ -24,7 +25,7 @@ from vpd_jax.convert.rules import (
 
 _UNET = "encoder.unet.unet.diffusion_model"
 _LAST_BLOCK = "encoder.cross_unet_conv2"  # of MetaPrompts' UNet: its first name
-MOST_STEPS = 9  # of refinement; each has rules of its own
+MOST_STEPS = released_segmentation.MOST_STEPS  # of refinement; each has rules of its own
 
 
 def _raised(source: str, target: str) -> list[Rule]:
@@ -83,17 +84,28 @@ def meta_prompts_depth() -> list[Rule | Drop]:
   ]
 
 
-TABLES = {"meta_prompts_depth": meta_prompts_depth, "vpd_depth": vpd_depth}
+TABLES = {
+  "meta_prompts_depth": meta_prompts_depth,
+  "vpd_depth": vpd_depth,
+  "meta_prompts_segmentation": released_segmentation.meta_prompts_segmentation,
+  "vpd_segmentation": released_segmentation.vpd_segmentation,
+}
 # A prefix by which a release is known; the first that is found decides.
-SIGNS = {"meta_prompts_depth": "encoder.meta_prompts1", "vpd_depth": f"{_UNET}."}
+SIGNS = {
+  "meta_prompts_depth": "encoder.meta_prompts1",
+  "vpd_depth": f"{_UNET}.",
+  **released_segmentation.SIGNS,
+}
+# Under which key of a .pth the authors' code looks for weights, where not under "model".
+WRAPPERS = dict.fromkeys(released_segmentation.SIGNS, released_segmentation.WRAPPER)
 
 # The order in which the authors' modules register their children, one list for all modules: no two of them disagree.
 _ORDER = (
   "encoder decoder last_layer_depth "
   + "".join(f"t{i} meta_prompts{i} " for i in range(1, MOST_STEPS + 1))
-  + "gamma class_embeddings layer1 layer2 layer3 layer4 out_layer text_adapter1 "
+  + "meta_prompts gamma class_embeddings layer1 layer2 layer3 layer4 out_layer text_adapter1 "
   + "".join(f"cross_unet_conv{i} text_adapter{i} " for i in range(2, MOST_STEPS + 1))
-  + "encoder_vq unet text_adapter "
+  + f"encoder_vq unet {released_segmentation.ORDER} "
   "conv_in down mid norm_out conv_out quant_conv post_quant_conv "
   "block attn downsample block_1 attn_1 block_2 "
   "time_embed input_blocks middle_block output_blocks out "
@@ -126,7 +138,30 @@ def manifest(shapes: Mapping[str, Any], rules: list[Rule | Drop]) -> list[dict[s
   others = (*(f"encoder.cross_unet_conv{i}" for i in range(3, steps + 1)), f"{_UNET}.out")
   for name in [name for name in entries if name.startswith(f"{_LAST_BLOCK}.")]:
     entries |= {name.replace(_LAST_BLOCK, other): entries[name] | {"alias_of": name} for other in others}
+  entries |= released_segmentation.repeated(entries)
   return [{"name": name, **entries[name]} for name in sorted(entries, key=_place)]
+
+
+def state_dict(
+  named: Mapping[str, Any], rules: list[Rule | Drop], entries: Sequence[Mapping[str, Any]], step: int
+) -> dict[str, np.ndarray]:
+  """The authors' state dict of our arrays: `rules.export`, with the constants that some releases hold beside them.
+
+  Args:
+    named: all arrays of the model by our names: trained, frozen and statistics.
+    rules: the table.
+    entries: of `manifest`, or of a file's own list.
+    step: number of finished steps.
+
+  Raises:
+    ConversionError: entries that nothing fills, arrays without an entry, wrong shapes; all at once.
+  """
+  constants = released_segmentation.constants()
+  held = {e["name"] for e in entries if e["name"] in constants and constants[e["name"]].shape == tuple(e["shape"])}
+  rest = [released_segmentation.resolved(entry) for entry in entries if entry["name"] not in held]
+  exported = export(named, rules, rest, step)
+  value = lambda entry: constants[entry["name"]].astype(entry["dtype"], copy=False)
+  return {e["name"]: value(e) if e["name"] in held else exported[e["name"]] for e in entries}
 
 
 def _place(name: str) -> list[tuple[int, int]]:

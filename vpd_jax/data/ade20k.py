@@ -87,6 +87,10 @@ class Ade20k:
       found = labels.Pictures(folder, pairs, KINDS)
     return labels.check_count(found, split, COUNTS[split] if self.complete else None, "ADE20K")
 
+  def describe(self) -> list[str]:
+    """Which labels occur in training, for the start of a run; see labels.histogram."""
+    return labels.histogram(self.source("train"), self.classes)
+
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
     """The released augmentation."""
     del position

@@ -67,6 +67,7 @@ class Cityscapes:
   provides = frozenset({"image", "label", "index"}) | segmentation_transforms.ADDED
   classes = LIST.names
   palette = LIST.palette
+  label_ids = tuple(sorted(LABEL_IDS, key=LABEL_IDS.get))  # as the test server takes them
   stored = labels.STORED
 
   def __init__(
@@ -122,6 +123,10 @@ class Cityscapes:
         pairs += frames(root, "train_extra", "convert_autolabelled", "gtFine")
       found = labels.Pictures(root, pairs, KINDS)
     return labels.check_count(found, split, self.counts.get(split), "Cityscapes")
+
+  def describe(self) -> list[str]:
+    """Which labels occur in training, for the start of a run; see labels.histogram."""
+    return labels.histogram(self.source("train"), self.classes)
 
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
     """The released augmentation."""

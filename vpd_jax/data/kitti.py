@@ -120,6 +120,16 @@ class Kitti:
     """The classes for these options, known before any file is."""
     return depth_list.one_scene(options.get("scene", "street"), frozenset())[0]
 
+  @staticmethod
+  def cut_top(options: Mapping[str, Any], size: tuple[int, int]) -> int:
+    """Rows to take off a picture of (height, width) so that the network sees it at the scale it was trained on.
+
+    A frame as KITTI has it, at most a tenth larger than kb_crop, loses the rows above the benchmark's window, and would
+    otherwise be shrunk by 6 %. Every column stays. 0 for any other picture.
+    """
+    height, width = options.get("kb_crop") or (0, 0)
+    return size[0] - height if height <= size[0] <= 1.1 * height and width <= size[1] <= 1.1 * width else 0
+
   def source(self, split: str) -> "Frames | records.Shards":
     """The frames of "train" or "eval" that have depth, in the order of the list file, whose files are all there.
 

@@ -74,6 +74,10 @@ class Mapillary:
       found = labels.Pictures(root, labels.pair_files(root, f"{part}/images", f"{part}/{inner}", SOURCE), KINDS)
     return labels.check_count(found, split, COUNTS[split] if self.complete else None, "Mapillary Vistas")
 
+  def describe(self) -> list[str]:
+    """Which labels occur in training, for the start of a run; see labels.histogram."""
+    return labels.histogram(self.source("train"), self.classes)
+
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
     """The augmentation of the Cityscapes release."""
     del position

@@ -135,6 +135,10 @@ class MaskFolder:
       pairs = pairs[:kept] if split == "train" else pairs[kept:]
     return labels.Pictures(root, pairs, self.kinds)
 
+  def describe(self) -> list[str]:
+    """Which labels occur in training, for the start of a run; see labels.histogram."""
+    return labels.histogram(self.source("train"), self.classes)
+
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
     """The augmentation of the releases."""
     del position

@@ -134,6 +134,20 @@ def eval_batches(
   return Batches(batches[process_index::process_count], workers)
 
 
+def eval_examples(
+  dataset: DataSet,
+  *,
+  prepare: Callable[[Example], Example] | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> "Batches":
+  """As `eval_batches`, but single Examples, each in its own size; the last ones may be repeated with "real" False."""
+  source = _source(dataset, "eval", process_count, process_count)
+  filled = records.Filled(source, -(-len(source) // process_count) * process_count)
+  examples = grain.MapDataset.source(filled).map(_EvalTransform(dataset, prepare))
+  return Batches(examples[process_index::process_count], 0)
+
+
 class Batches:
   """Iterator of {key: [rows, ...]} on the host.
 
@@ -262,7 +276,6 @@ def check_batch_size(batch_size: int, parts: int, name: str) -> None:
 
 
 def _source(dataset: DataSet, split: str, batch_size: int, process_count: int) -> Source:
-  """The records of a split, that can be batched as asked."""
   check_batch_size(batch_size, process_count, "processes")
   source = dataset.source(split)
   if not len(source):

@@ -5,12 +5,22 @@ along the optical axis as in NYU Depth v2, at most 10 m; 0 marks what a sensor w
 The camera has NYU's field of view and is placed, raised, tilted and turned at random in rooms of random size.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from vpd_jax.data import nyu, records, room_render, room_scene, segmentation_transforms, transforms
+from vpd_jax.data import (
+  nyu,
+  records,
+  referring,
+  room_expressions,
+  room_render,
+  room_scene,
+  segmentation_transforms,
+  transforms,
+)
 from vpd_jax.types import Example
 
 CLASSES = room_scene.CLASSES  # of "labels"; all pixels have one
@@ -18,6 +28,7 @@ SPLITS = ("train", "eval")  # position is part of the random seed: no room is in
 KEYS = {  # of an Example, by task; those of a record are without segmentation_transforms.ADDED
   "depth": frozenset({"image", "depth", "class_id", "index"}),
   "segmentation": frozenset({"image", "label", "index"}) | segmentation_transforms.ADDED,
+  "referring": referring.PROVIDES,
 }
 TASKS = tuple(KEYS)
 MAX_DEPTH = 10.0  # metres
@@ -31,24 +42,25 @@ class Rooms:
   """Procedural rooms.
 
   Args:
-    task: "depth", or "segmentation" into the 19 classes of what is drawn.
+    task: "depth", "segmentation" into the 19 classes of what is drawn, or "referring": sentences about its objects.
     size: (height, width) of a picture.
-    crop: (height, width) of a training example.
+    crop: (height, width) of a training example; for "referring" that to which all pictures are resized.
     train_count: rooms in the training split.
-    eval_count: rooms in the evaluation split.
+    eval_count: rooms in the evaluation split; for "referring" with all their sentences.
     seed: another seed is another data set.
     cut_depth: for depth, "released", "scaled" or "off", see transforms.vertical_cut_depth.
     ratio_range: for segmentation, (lowest, highest) factor of the random rescaling; () is (1, 1).
-    colour: False trains without the changes of colour.
+    colour: False trains without the changes of colour; "referring" has none.
     format: "files" draws each room when it is asked for, "tfds" reads drawn ones from prepared shards.
     root: folder of the shards, with format="tfds".
 
   Attributes:
     provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "index" int32 []; for depth "depth" float32 [H, W]
       metres (0 is no measurement) and "class_id" int32 [] into `classes`; for segmentation "label" uint8 [H, W] into
-      `classes`, "valid_size" int32 [2], see segmentation_transforms.Augmentation.
+      `classes`, "valid_size" int32 [2], see segmentation_transforms.Augmentation; for referring what
+      referring.PROVIDES names, see refcoco.RefCoco.
     classes: for depth NYU's 27 scene classes in VPD's order; the five of room_scene.SCENES occur, each with furniture
-      of its own. For segmentation CLASSES.
+      of its own. For segmentation CLASSES, for referring none.
     made_with: the options on which the records depend; shards must have been made with the same.
   """
 
@@ -72,16 +84,16 @@ class Rooms:
   ):
     self.classes = self.classes_of({"task": task})
     self.task, self.provides = task, KEYS[task]
-    if task == "depth" and ratio_range:
-      raise ValueError(f"data.ratio_range={ratio_range} has no effect where data.task='depth'; leave it empty.")
-    if task == "segmentation" and cut_depth != "off":
-      raise ValueError(f"data.cut_depth={cut_depth!r} has no effect where data.task='segmentation'; set it to 'off'.")
+    if task != "segmentation" and ratio_range:
+      raise ValueError(f"data.ratio_range={ratio_range} has no effect where data.task={task!r}; leave it empty.")
+    if task != "depth" and cut_depth != "off":
+      raise ValueError(f"data.cut_depth={cut_depth!r} has no effect where data.task={task!r}; set it to 'off'.")
     transforms.check_cut_depth(cut_depth)
     if root and records.check_format(format) == "files":
       raise ValueError(f"root={str(root)!r} has no effect: rooms are drawn; leave it empty, or set data.format='tfds'.")
     self.root, self.format = root, records.check_format(format)
     self.size, self.crop = nyu.check_size("size", size), nyu.check_size("crop", crop)
-    if self.crop[0] > self.size[0] or self.crop[1] > self.size[1]:
+    if task != "referring" and (self.crop[0] > self.size[0] or self.crop[1] > self.size[1]):
       raise ValueError(f"crop={self.crop} does not fit into size={self.size}; make data.crop smaller.")
     for option, number, least in (("train_count", train_count, 1), ("eval_count", eval_count, 1), ("seed", seed, 0)):
       if int(number) != number or number < least:
@@ -92,6 +104,7 @@ class Rooms:
     self.augmentation = segmentation_transforms.Augmentation(
       self.crop, self.size, tuple(ratio_range) or (1.0, 1.0), colour=colour
     )
+    self.resizing = referring.Transforms(self.crop, self.size)
 
   @classmethod
   def classes_of(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -103,20 +116,25 @@ class Rooms:
     task = options.get("task", "depth")
     if task not in TASKS:
       raise ValueError(f"task={task!r} is unknown to the rooms; choose one of {TASKS}.")
-    return CLASSES if task == "segmentation" else nyu.CLASSES
+    return {"depth": nyu.CLASSES, "segmentation": CLASSES, "referring": ()}[task]
 
-  def source(self, split: str) -> "DrawnRooms | records.Shards":
-    """The rooms of "train" or "eval", drawn at `[]`, or read from shards."""
+  def source(self, split: str) -> "DrawnRooms | room_expressions.RoomExpressions | records.Shards":
+    """The rooms of "train" or "eval", drawn at `[]`, or read from shards; for "referring" the sentences of "eval"."""
     if split not in SPLITS:
       raise ValueError(f"split={split!r} is unknown; choose one of {SPLITS}.")
     if self.format == "tfds":
       return records.Shards(self.root, "rooms", split, made_with=self.made_with)
+    if self.task == "referring":
+      drawing = functools.partial(drawn, self.seed, split, self.size)
+      return room_expressions.RoomExpressions(drawing, sentences, self.counts[split], single=split == "eval")
     return DrawnRooms(self.seed, split, self.counts[split], self.size, self.provides - segmentation_transforms.ADDED)
 
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
     """The augmentation of the task's release, see transforms.depth_training and segmentation_transforms."""
     if self.task == "segmentation":
       return self.augmentation.training(example, rng)
+    if self.task == "referring":
+      return room_expressions.training(example, rng, self.resizing)
     return transforms.depth_training(
       example,
       rng,
@@ -129,7 +147,9 @@ class Rooms:
     )
 
   def eval_transform(self, example: Example) -> Example:
-    """The whole picture."""
+    """The whole picture; for "referring" resized, with the mask of one sentence."""
+    if self.task == "referring":
+      return room_expressions.evaluation(example, self.resizing)
     return self.augmentation.evaluation(example) if self.task == "segmentation" else example
 
 
@@ -174,6 +194,11 @@ class Room(NamedTuple):
   names: list[tuple[str, str]]
   joints: np.ndarray | None
   surface: np.ndarray
+
+
+def drawn(seed: int, split: str, size: tuple[int, int], index: int) -> Room:
+  """As `draw`, with the index last."""
+  return draw(seed, split, index, size)
 
 
 def draw(seed: int, split: str, index: int, size: tuple[int, int]) -> Room:

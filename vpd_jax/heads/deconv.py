@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vpd_jax.backbones import layers
-from vpd_jax.types import Features, Outputs
+from vpd_jax.types import Array, Features, Outputs
 
 INITS = {"released": nnx.initializers.normal(0.001), "fan_in": nnx.initializers.he_normal()}
 
@@ -28,6 +28,7 @@ class Deconv(nnx.Module):
     filters: tuple[int, ...] = (32, 32, 32),
     width: int = 192,
     init: str = "released",
+    frame: str = "padded",
     norm_group: int = 0,
     dtype: Any,
     param_dtype: Any,
@@ -42,8 +43,10 @@ class Deconv(nnx.Module):
       width: of the convolutions after them.
       init: of all kernels: "released", normal of deviation 0.001, which leaves the network before the head almost
         without gradient at first and suits a pretrained one; "fan_in", He's, for a network that starts from nothing.
+      frame: what the map shows, which every head is told of; no use of it here, for the neck has cut padding off.
       norm_group: images per group of batch normalisation, 0 for the whole batch.
     """
+    del frame
     doublings = math.log2(strides[0]) - len(filters)
     if doublings < 0 or doublings != int(doublings):
       raise ValueError(
@@ -66,8 +69,9 @@ class Deconv(nnx.Module):
       [layers.conv(width, width, 3, **small, **kinds), layers.ReLU(), layers.conv(width, 1, 3, **small, **kinds)]
     )
 
-  def __call__(self, features: Features, *, training: bool) -> Outputs:
-    """Returns {"depth": float32 or wider [B, H, W], metres, in (0, max_depth)}."""
+  def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
+    """Returns {"depth": float32 or wider [B, H, W], metres, in (0, max_depth)}; no dropout asks for the key."""
+    del key
     x = layers.chain(self.deconv_layers, features.maps[0], training=training)
     x = layers.chain(self.conv_layers, x, training=training)
     for _ in range(self.doublings):

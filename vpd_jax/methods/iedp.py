@@ -4,7 +4,8 @@ Two branches share the UNet and everything behind it. *Implicit*: CLIP's frozen 
 tokens, projected, are read by learned queries in one block of attention, which gives the context of the UNet.
 *Explicit*, in training only: what the labels say becomes a sentence, which CLIP's frozen text encoder turns into the
 context. Evaluation runs the implicit branch alone: no label, no text encoder. The latent and CLIP's tokens are made
-once for both. Neck and head are VPD's: "fusion" and "deconv" for depth.
+once for both. Neck and head are VPD's: "fusion" and "deconv" for depth; "fpn" for segmentation, where the attention
+maps are joined to the features and the sentence is made of the names of the classes in the picture.
 
 No code was released, and the text of the paper's method section could not be had: what is an assumption here is an
 option, and all of them stand in `presets.iedp_assumptions()`.
@@ -143,6 +144,9 @@ class Iedp(nnx.Module):
     latent_scale: float = 1.0,
     pad_multiple: int = 64,
     pad_value: float = 0.0,
+    attention_maps: bool = False,
+    attention_max_size: int = 32,
+    attention_gradient: bool = False,
     attention: Implementation = "auto",
     remat: bool = False,
     dtype: Any,
@@ -158,7 +162,8 @@ class Iedp(nnx.Module):
       training: False leaves the parts in `training_only` out.
       branch_mode: "both", or "implicit" for training without text.
       lambda_exp: weight of the explicit branch's loss; that of the implicit branch is 1.
-      sentence: of an image, with {} for the name of its class; without {} the same for all images.
+      sentence: of an image, with {} for the name of its class; without {} the same for all images; "names" for the
+        names of the classes in its label map, see prompts.Names.
       clip_resize: of the image to CLIP's square, "bicubic" or "bilinear".
       clip_features: "last", the tokens after the last layer, or "penultimate".
       num_queries, query_init: number of learned queries and their deviation at the start.
@@ -168,27 +173,38 @@ class Iedp(nnx.Module):
       explicit_adapter: "residual", C + gamma * adapter(C), as VPD's; or "none".
       residual_scale: start of gamma.
       tower_dtype: in which CLIP's towers are kept; they compute in `dtype`.
-      timestep, latent_scale, pad_multiple, pad_value: see Vpd.
+      timestep, latent_scale, pad_multiple, pad_value, attention_maps, attention_max_size, attention_gradient: see Vpd.
       attention, remat, dtype, param_dtype, rngs: see UNet.
 
     Raises:
-      ValueError: an unknown word, a number out of range, widths that do not fit.
+      ValueError: an unknown word, a number out of range, widths that do not fit, a sentence of classes without any.
     """
     options = {name: value for name, value in locals().items() if name in OPTIONS}
-    _check(options, unet, text)
+    _check(options, unet, text, maps=attention_maps)
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     towers = kinds | {"param_dtype": jnp.dtype(tower_dtype)}
     explicit = branch_mode == "both" and training
+    if explicit and "{}" in sentence and not class_names:
+      raise ValueError(
+        f"method.sentence={sentence!r} names the class of an image, but the data set names none; set config.data.scene "
+        "to one name for all pictures, or method.sentence to one without {}."
+      )
     self._options, self._tokenize, self._lambda_exp = tuple(options.items()), tokenize, float(lambda_exp)
-    self._sentences = prompts.sentences_of(sentence, class_names) if explicit else ()
+    self._class_names, self._sentence = class_names, sentence if explicit else ""
+    of_names = sentence == prompts.NAMES
+    if explicit and not of_names:
+      prompts.sentences_of(sentence, class_names)  # checks the template
     self.clip_resize, self.clip_features, self.text_output = clip_resize, clip_features, text_output
     self.timestep, self.latent_scale = timestep, latent_scale
     self.pad_multiple, self.pad_value, self.dtype = pad_multiple, pad_value, dtype
     self.explicit, self.adapted = explicit, explicit and explicit_adapter == "residual"
-    told = {"class_id"} if explicit and "{}" in sentence else set()  # read by `prepare` alone
-    self.needs = frozenset({"tokens"} | told if explicit else ())
-    self.adds = frozenset({"tokens"} if explicit else ())
-    self.strides, self.widths = tuple(8 * 2**i for i in range(len(unet.widths))), unet.widths
+    self.needs = self.adds = frozenset({"tokens"} if explicit else ())
+    told = {"label"} if of_names else {"class_id"} if "{}" in sentence else ()
+    self.prepare_reads = frozenset(told if explicit else ())
+    self.join = images.joined_maps(
+      unet, num_queries, use=attention_maps, max_size=attention_max_size, gradient=attention_gradient
+    )
+    self.strides, self.widths = tuple(8 * 2**i for i in range(len(unet.widths))), self.join.widths
     self.frame, self.tokens = "padded", (num_queries, unet.context_dim)
     self.vae = VaeEncoder(vae, attention=attention, **kinds)
     self.unet = UNet(unet, with_out=False, attention=attention, remat=remat, **kinds)
@@ -218,7 +234,10 @@ class Iedp(nnx.Module):
     """
     if not self.explicit:
       return prompts.unchanged
-    return functools.partial(prompts.with_tokens, table=self._tokenize(self._sentences))
+    if self._sentence == prompts.NAMES:
+      return prompts.Names(self._tokenize(prompts.sentences_of("{}", self._class_names)))
+    table = self._tokenize(prompts.sentences_of(self._sentence, self._class_names))
+    return functools.partial(prompts.with_tokens, table=table)
 
   def branches(self, training: bool) -> tuple[Branch, ...]:
     """Implicit, and in training explicit."""
@@ -242,7 +261,7 @@ class Iedp(nnx.Module):
 
     Args:
       batch: "image" uint8 [B, H, W, 3], or float in [0, 1], of any sides; "latents" float [B, h, w, 4], unscaled, in
-        place of the VAE where they are ready; in training "tokens" int [B, M].
+        place of the VAE where they are ready; "valid_size", see images.network_input; in training "tokens" int [B, M].
       training: whether the explicit branch runs too.
 
     Returns:
@@ -251,18 +270,19 @@ class Iedp(nnx.Module):
     """
     latents = batch.get("latents")
     if latents is None:
-      image = images.padded(images.signed(batch["image"], self.dtype), self.pad_multiple, self.pad_value)
+      image = images.padded(images.network_input(batch, self.dtype), self.pad_multiple, self.pad_value)
       latents = self.vae(image).mean  # [B, h, w, 4]
     latents, size = latents * self.latent_scale, tuple(batch["image"].shape[1:3])
     contexts = [self.implicit_context(batch["image"])]
     if training and self.explicit:
       contexts.append(self.explicit_context(batch["tokens"]))
-    run = functools.partial(self.unet, timesteps=int(self.timestep))
+    kept = self.join.positions(latents)
+    run = lambda z, text: self.join(self.unet(z, text, timesteps=int(self.timestep), map_max_positions=kept))
     tokens = max(context.shape[1] for context in contexts)
     filled = jnp.concatenate([jnp.pad(c, ((0, 0), (0, tokens - c.shape[1]), (0, 0))) for c in contexts])
     if len({context.shape[1] for context in contexts}) == 1:
-      return Features(run(jnp.concatenate([latents] * len(contexts)), filled).features, filled, size)
-    passes = [run(latents, context).features for context in contexts]
+      return Features(run(jnp.concatenate([latents] * len(contexts)), filled), filled, size)
+    passes = [run(latents, context) for context in contexts]
     return Features(tuple(jnp.concatenate(maps) for maps in zip(*passes, strict=True)), filled, size)
 
 
@@ -274,7 +294,7 @@ OPTIONS = (
 )
 
 
-def _check(options: dict[str, Any], unet: UNetSizes, text: TextSizes) -> None:
+def _check(options: dict[str, Any], unet: UNetSizes, text: TextSizes, *, maps: bool) -> None:
   """Raises one ValueError with everything that cannot be."""
   width = unet.context_dim
   problems = [
@@ -295,6 +315,12 @@ def _check(options: dict[str, Any], unet: UNetSizes, text: TextSizes) -> None:
     problems.append(
       f"the text encoder (config.backbone.text) is {text.width} wide, the UNet's context {width}; both branches need "
       "them equal, method.branch_mode='implicit' does not."
+    )
+  explicit = 1 if options["text_output"] == "pooled" else text.positions
+  if maps and options["branch_mode"] == "both" and options["num_queries"] != explicit:
+    problems.append(
+      f"method.attention_maps needs as many tokens in both branches, but method.num_queries={options['num_queries']} "
+      f"and a sentence has {explicit}; make them equal."
     )
   if problems:
     raise ValueError(" ".join(problems))

@@ -5,7 +5,7 @@ noise); the UNet attends to learned prompts, told a learned vector where a diffu
 Diffusion's own last block turns the finest feature back into latents, with which the same UNet runs again, attending
 to the prompts of the next step; the four maps of the last step go on to the neck, which multiplies them with the
 prompts of that step. Gradients pass through all steps. Depth has prompts and an adapter for each step, neck "einsum"
-and head "deconv".
+and head "deconv"; segmentation one set of prompts and no adapter, neck "einsum_levels" and head "upernet".
 
 Source: Wan et al. 2023, https://arxiv.org/abs/2312.14733; MetaPrompts depth/models_depth/model.py,
 meta_prompts/models.py.
@@ -19,12 +19,15 @@ from flax import nnx
 
 from vpd_jax.backbones import layers
 from vpd_jax.backbones.attention import Implementation
+from vpd_jax.backbones.clip import never_trained
 from vpd_jax.backbones.unet import UNet, UNetSizes
 from vpd_jax.backbones.vae import VaeEncoder, VaeSizes
 from vpd_jax.methods import images
 from vpd_jax.methods import prompts as sources
 from vpd_jax.methods.vpd import TextAdapter
 from vpd_jax.types import Array, Batch, Branch, Features
+
+REFINE_INITS = ("released", "fan_in")
 
 
 class MetaPrompts(nnx.Module):
@@ -43,6 +46,8 @@ class MetaPrompts(nnx.Module):
     time_embedding: str = "learned",
     resize_scale: int = 1,
     latent_scale: float = 1.0,
+    refine_init: str = "released",
+    keep_unused: bool = False,
     attention: Implementation = "auto",
     remat: bool = False,
     dtype: Any,
@@ -64,10 +69,15 @@ class MetaPrompts(nnx.Module):
       resize_scale: s in ((side // 64 + s) * 64), the sides the image is resized to, bilinearly; -1 keeps the image as
         it is. Release: 1 on NYU (480 -> 512), 2 on KITTI (352 -> 448); segmentation keeps the image.
       latent_scale: factor on the latents of the VAE. Release: 1.0; Stable Diffusion was trained with 0.18215.
+      refine_init: start of the convolution that turns the finest feature back into latents, where no weights fill it.
+        "released": zeros, as Stable Diffusion's own, so that the second step sees nothing of the image until they have
+        grown; "fan_in": scaled by its inputs, for training from nothing.
+      keep_unused: hold Stable Diffusion's layers for the time, and with one step the UNet's last block, though nothing
+        here uses them, as the released segmentation checkpoints do.
       attention, remat, dtype, param_dtype, rngs: see UNet.
 
     Raises:
-      ValueError: a number out of its range; an unknown time embedding.
+      ValueError: a number out of its range; an unknown time embedding or start.
     """
     timestep = re.fullmatch(r"timestep:(\d+)", time_embedding)
     if prompts < 1:
@@ -84,6 +94,8 @@ class MetaPrompts(nnx.Module):
       )
     if timestep is None and time_embedding != "learned":
       raise ValueError(f"method.time_embedding={time_embedding!r} is unknown; use 'learned' or 'timestep:N'.")
+    if refine_init not in REFINE_INITS:
+      raise ValueError(f"method.refine_init={refine_init!r} is unknown; choose one of {REFINE_INITS}.")
     if resize_scale < -1:
       raise ValueError(f"method.resize_scale={resize_scale} must be -1 (the image as it is), 0 or more.")
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -101,11 +113,16 @@ class MetaPrompts(nnx.Module):
     self.adapt_prompts = adapt_prompts
     self.vae = VaeEncoder(vae, attention=attention, **kinds)
     # The last block stands under the UNet's names here. The release has it under three, all of which contain "unet".
-    self.unet = UNet(
-      unet, with_time_embed=timestep is not None, with_out=held > 1, attention=attention, remat=remat, **kinds
-    )
+    has = {"with_time_embed": timestep is not None or keep_unused, "with_out": held > 1 or keep_unused}
+    self.unet = UNet(unet, **has, attention=attention, remat=remat, **kinds)
+    if held > 1 and refine_init == "fan_in":
+      self.unet.out[-1] = layers.conv(unet.widths[0], unet.out_channels, 3, **kinds)
+    if keep_unused and timestep is None:
+      self.unet.time_embed = never_trained(self.unet.time_embed)
+    if keep_unused and held == 1:
+      self.unet.out = never_trained(self.unet.out)
 
-  notes, training_only = (), ()
+  notes, training_only, prepare_reads = (), (), frozenset()
   prepare = staticmethod(sources.unchanged)
 
   def branches(self, training: bool) -> tuple[Branch, ...]:
@@ -138,7 +155,8 @@ class MetaPrompts(nnx.Module):
 
     Args:
       batch: "image" uint8 [B, H, W, 3], or float in [0, 1], of any sides; "latents" float [B, h, w, 4], unscaled, in
-        place of the VAE where they are ready. Where h or w is no multiple of 8, the maps are those of the next one.
+        place of the VAE where they are ready; "valid_size", see images.network_input. Where h or w is no multiple of 8,
+        the maps are those of the next one.
       training: runs all steps that the weights hold.
 
     Raises:
@@ -151,7 +169,7 @@ class MetaPrompts(nnx.Module):
       )
     latents = batch.get("latents")
     if latents is None:
-      image = images.signed(batch["image"], self.dtype)
+      image = images.network_input(batch, self.dtype)
       latents = self.vae(layers.resize(image, self.size(*image.shape[1:3]))).mean  # [B, h, w, 4]
     latents = latents * self.latent_scale
     for step in range(self.steps):

@@ -14,8 +14,10 @@ from vpd_jax.backbones.clip import never_trained
 from vpd_jax.backbones.clip_image import ClipImage, ImageSizes, pixels
 from vpd_jax.types import Array, Buffer, Example
 
-# How a method that knows classes gets the class of an image: told with the image, or by CLIP from the image.
-PROMPTS = ("scene_class", "predicted")
+# How a method that knows classes gets the class of an image: told with the image, by CLIP from the image, or not at all
+# because it attends to all of them.
+NAMES = "names"  # in place of a template: the names of the classes in the label map
+PROMPTS = ("scene_class", "predicted", "all_classes")
 
 
 class ClassPredictor(nnx.Module):
@@ -48,6 +50,38 @@ def sentences_of(template: str, names: Sequence[str]) -> tuple[str, ...]:
   if not template.strip() or template.count("{}") > 1 or template.replace("{}", "").count("{"):
     raise ValueError(f"method.sentence={template!r} must be a text with at most one {{}}, for the name of the class.")
   return tuple(template.replace("{}", name.replace("_", " ")) for name in names) if "{}" in template else (template,)
+
+
+class Names:
+  """Host transform that adds "tokens", int32 [N]: the names of the classes in an example's "label", as one sentence.
+
+  In the order of their numbers, joined by spaces. Where they are too many, those of the smallest area are left out. A
+  label map without any class gives the empty sentence.
+  """
+
+  def __init__(self, table: np.ndarray):
+    """Takes the names apart.
+
+    Args:
+      table: int32 [K, N], the token ids of each name alone: begin, the name, end, padding. CLIP's tokenizer never joins
+        words, so that the ids of a sentence are those of its words one after the other.
+    """
+    self._begin, self._end, self._length = int(table[0, 0]), int(table.max()), table.shape[1]
+    ends = (table == self._end).argmax(axis=1)
+    self._names = [row[1:end] for row, end in zip(table, ends, strict=True)]
+
+  def __call__(self, example: Example) -> Example:
+    counts = np.bincount(example["label"].ravel(), minlength=256)[: len(self._names)]
+    left, chosen = self._length - 2, []
+    for number in sorted(np.flatnonzero(counts), key=lambda number: (-counts[number], number)):
+      if len(self._names[number]) > left:
+        break
+      left -= len(self._names[number])
+      chosen.append(number)
+    words = [word for number in sorted(chosen) for word in self._names[number]]
+    tokens = np.full(self._length, self._end, np.int32)
+    tokens[: len(words) + 1] = [self._begin, *words]
+    return example | {"tokens": tokens}
 
 
 def unchanged(example: Example) -> Example:

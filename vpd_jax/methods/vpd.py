@@ -4,7 +4,8 @@ Figure 2 of the paper, left to right: the image is encoded by the frozen VAE (mo
 class or scene names, encoded by the frozen CLIP text encoder into `class_vectors`, pass the text adapter; the UNet runs
 once at a constant timestep with the adapted text as its context; its four feature maps go on to the task's neck and
 head. Depth uses one token, the vector of the scene's class; neck "fusion", head "deconv". The class is told, as in the
-release, also at test time, or predicted from the image by CLIP.
+release, also at test time, or predicted from the image by CLIP. Segmentation uses the vectors of all classes, whose
+cross-attention maps are joined to the features; neck and head "fpn".
 
 Source: Zhao et al. 2023, https://arxiv.org/abs/2303.02153; VPD depth/models_depth/model.py, vpd/models.py.
 """
@@ -16,6 +17,7 @@ from flax import nnx
 
 from vpd_jax.backbones import layers
 from vpd_jax.backbones.attention import Implementation
+from vpd_jax.backbones.clip import never_trained
 from vpd_jax.backbones.clip_image import ImageSizes
 from vpd_jax.backbones.unet import UNet, UNetSizes
 from vpd_jax.backbones.vae import VaeEncoder, VaeSizes
@@ -56,6 +58,10 @@ class Vpd(nnx.Module):
     latent_scale: float = 1.0,
     pad_multiple: int = 64,
     pad_value: float = 0.0,
+    attention_maps: bool = False,
+    attention_max_size: int = 32,
+    attention_gradient: bool = False,
+    keep_unused: bool = False,
     attention: Implementation = "auto",
     remat: bool = False,
     dtype: Any,
@@ -69,37 +75,52 @@ class Vpd(nnx.Module):
       classes: rows of `class_vectors`.
       prompt: the UNet attends to one token, the vector of a class: "scene_class", that of `batch["class_id"]` (-1: the
         mean of all); or "predicted", that which CLIP tells from the image, window by window where there are windows. A
-        "class_id" of 0 or more in the batch goes before it.
+        "class_id" of 0 or more in the batch goes before it. "all_classes": to the vectors of all classes.
       residual_scale: start of gamma in text + gamma * adapter(text). Release: 1e-4.
       timestep: the diffusion timestep, the same for every image. Release: 1 (the paper says 0).
       latent_scale: factor on the latents. Release: 1.0; Stable Diffusion itself was trained with 0.18215.
       pad_multiple: the image grows at right and bottom to the next multiple. Release: 64, as 480 -> 512 and 352 -> 384.
       pad_value: of the padding, after scaling to [-1, 1]. Release: 0, mid grey.
+      attention_maps: join the cross-attention maps to the features. Release: in segmentation and referring.
+      attention_max_size, attention_gradient: which maps, and whether they carry a gradient; see images.joined_maps.
+        Release: 32, False (they are stored by a pass without gradient).
+      keep_unused: hold the UNet's last block, which nothing here uses, as the released segmentation checkpoints do.
       attention, remat, dtype, param_dtype, rngs: see UNet.
 
     Raises:
-      ValueError: unknown prompt; a padding the UNet cannot take.
+      ValueError: unknown prompt; no classes; a padding the UNet cannot take.
     """
     if prompt not in prompts.PROMPTS:
       raise ValueError(f"method.prompt={prompt!r} is unknown to vpd; choose one of {prompts.PROMPTS}.")
+    if classes < 1:
+      raise ValueError(
+        f"method.prompt={prompt!r} chooses among the classes of the data set, which names none; set config.data.scene "
+        "to one name for all pictures, or take a method that is told no class."
+      )
     if pad_multiple % 64:
       raise ValueError(f"method.pad_multiple={pad_multiple} must be a multiple of 64, the UNet's coarsest stride.")
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    tokens = classes if prompt == "all_classes" else 1
     self.timestep, self.latent_scale = timestep, latent_scale
     self.pad_multiple, self.pad_value, self.dtype = pad_multiple, pad_value, dtype
     self.prompt = prompt
     self.needs, self.adds = frozenset({"class_id"} if prompt == "scene_class" else ()), frozenset()
-    self.strides, self.widths = tuple(8 * 2**i for i in range(len(unet.widths))), unet.widths
-    self.frame, self.tokens = "padded", (1, unet.context_dim)
+    self.join = images.joined_maps(
+      unet, tokens, use=attention_maps, max_size=attention_max_size, gradient=attention_gradient
+    )
+    self.strides, self.widths = tuple(8 * 2**i for i in range(len(unet.widths))), self.join.widths
+    self.frame, self.tokens = "padded", (tokens, unet.context_dim)
     self.gamma = nnx.Param(jnp.full((unet.context_dim,), residual_scale, param_dtype))
     self.class_vectors = Buffer(nnx.initializers.normal(1.0)(rngs.params(), (classes, unet.context_dim), param_dtype))
     self.vae = VaeEncoder(vae, attention=attention, **kinds)
-    self.unet = UNet(unet, with_out=False, attention=attention, remat=remat, **kinds)
+    self.unet = UNet(unet, with_out=keep_unused, attention=attention, remat=remat, **kinds)
+    if keep_unused:
+      self.unet.out = never_trained(self.unet.out)
     self.text_adapter = TextAdapter(unet.context_dim, **kinds)
     if prompt == "predicted":
       self.class_predictor = prompts.ClassPredictor(image or ImageSizes(), classes, **kinds)
 
-  notes, training_only = (), ()
+  notes, training_only, prepare_reads = (), (), frozenset()
   prepare = staticmethod(prompts.unchanged)
 
   def branches(self, training: bool) -> tuple[Branch, ...]:
@@ -107,11 +128,16 @@ class Vpd(nnx.Module):
     del training
     return (Branch("text", 1.0),)
 
-  def context(self, class_id: Array) -> Array:
-    """Adapted vectors of the classes of int [B], -1 for the mean vector: float [B, 1, D]."""
+  def context(self, batch: Batch) -> Array:
+    """Adapted vectors: float [B, 1, D] of each image's class, or [B, K, D] of all classes."""
     vectors = self.class_vectors[...].astype(self.dtype)
+    if self.prompt == "all_classes":
+      return jnp.broadcast_to(self.adapted(vectors[None]), (batch["image"].shape[0], *vectors.shape))
     table = jnp.concatenate([vectors, vectors.mean(axis=0, keepdims=True)])  # [K + 1, D]; row -1 is the mean
-    text = table[class_id][:, None]  # [B, 1, D]
+    return self.adapted(table[self.class_ids(batch)][:, None])
+
+  def adapted(self, text: Array) -> Array:
+    """text + gamma * adapter(text), float [B, N, D]."""
     return text + self.gamma[...].astype(self.dtype)[None, None] * self.text_adapter(text)
 
   def class_ids(self, batch: Batch) -> Array:
@@ -126,14 +152,16 @@ class Vpd(nnx.Module):
 
     Args:
       batch: "image" uint8 [B, H, W, 3], or float in [0, 1], of any sides; "class_id" int [B] where `needs` says so;
-        "latents" float [B, h, w, 4], unscaled, in place of the VAE where they are ready.
+        "latents" float [B, h, w, 4], unscaled, in place of the VAE where they are ready; "valid_size", see
+        images.network_input.
       training: makes no difference here.
     """
     del training
     latents = batch.get("latents")
     if latents is None:
-      image = images.padded(images.signed(batch["image"], self.dtype), self.pad_multiple, self.pad_value)
+      image = images.padded(images.network_input(batch, self.dtype), self.pad_multiple, self.pad_value)
       latents = self.vae(image).mean  # [B, h, w, 4]
-    context = self.context(self.class_ids(batch))
-    out = self.unet(latents * self.latent_scale, context, timesteps=int(self.timestep))
-    return Features(out.features, context, tuple(batch["image"].shape[1:3]))
+    context = self.context(batch)
+    kept = self.join.positions(latents)
+    out = self.unet(latents * self.latent_scale, context, timesteps=int(self.timestep), map_max_positions=kept)
+    return Features(self.join(out), context, tuple(batch["image"].shape[1:3]))

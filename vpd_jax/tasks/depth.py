@@ -62,6 +62,7 @@ class Depth:
   needs = frozenset({"depth"})
   result = "depth"
   best = ("rmse", "min")
+  any_size = False
 
   def __init__(
     self,
@@ -166,7 +167,9 @@ class Depth:
     """Input, prediction, truth and error of one image side by side: uint8 [H, 4 W, 3]."""
     return panels.depth_panel(example["image"], prediction, example["depth"], self.max_depth)
 
-  def save(self, stem: Path, prediction: np.ndarray, facts: dict[str, Any]) -> list[Path]:
+  def save(
+    self, stem: Path, prediction: np.ndarray, facts: dict[str, Any], image: np.ndarray | None = None
+  ) -> list[Path]:
     """Writes the depth of one picture; files appear only when complete, the JSON last.
 
     The PNG follows the rule of KITTI's development kit: value / png_scale is metres, 0 is no value. So a depth that is
@@ -176,7 +179,9 @@ class Depth:
       stem: path without suffix: stem.colour.png, stem.depth.png (16 bit), stem.npy (float32 metres), stem.json.
       prediction: float [H, W], metres.
       facts: more entries for the JSON, which states unit and scale.
+      image: the picture; no use of it here.
     """
+    del image
     depth = prediction.astype(np.float32)
     whole = np.clip(np.nan_to_num(depth, posinf=65535, neginf=0) * self.png_scale + 0.5, 1, 65535)
     stored = np.where(np.isnan(depth), 0, whole).astype(np.uint16)

@@ -74,7 +74,7 @@ def areas(prediction: Array, label: Array, classes: int, *, ignore_label: int = 
 
   Args:
     prediction: int [H, W], 0 .. K - 1.
-    label: int [H, W]; `ignore_label` marks a pixel that is not scored.
+    label: int [H, W]; `ignore_label`, or another number outside 0 .. K - 1, marks a pixel that is not scored.
     classes: K.
     ignore_label: see `label`.
 
@@ -84,7 +84,8 @@ def areas(prediction: Array, label: Array, classes: int, *, ignore_label: int = 
   Source: mmsegmentation 0.30 core/evaluation/metrics.py intersect_and_union.
   """
   prediction, label = prediction.ravel(), label.ravel().astype(jnp.int32)
-  valid = label != ignore_label
+  # Beyond a picture lies NOWHERE of labelling.py, whatever the ignored label.
+  valid = (label != ignore_label) & (label >= 0) & (label < classes)
   one = jnp.ones_like(label)
   # Class K takes what does not count.
   count = lambda which, where: jax.ops.segment_sum(one, jnp.where(where, which, classes), classes + 1)[:classes]
@@ -93,6 +94,28 @@ def areas(prediction: Array, label: Array, classes: int, *, ignore_label: int = 
     "predicted": count(prediction.astype(jnp.int32), valid),
     "labelled": count(label, valid),
   }
+
+
+def merged(entries: tuple[str, ...], names: tuple[str, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+  """(name, numbers of its parts) of each class after merging, in the order of first parts; see Segmentation.
+
+  Raises:
+    ValueError: an entry that cannot be read, a class that is unknown or in two entries; one line for all.
+  """
+  first, taken, wrong = {}, set(), []
+  for entry in entries:
+    name, _, parts = entry.partition("=")
+    known = [names.index(part) for part in parts.split("+") if part in names]
+    if not name or len(known) != len(parts.split("+")) or len(set(known) | taken) != len(known) + len(taken):
+      wrong.append(entry)
+      continue
+    taken |= set(known)
+    first[min(known)] = (name, tuple(sorted(known)))
+  if wrong:
+    raise ValueError(
+      f"task.merge has {wrong}; write 'NEW=NAME+NAME..' with classes of {', '.join(names)}, each in one entry only."
+    )
+  return tuple(first.get(k, (name, (k,))) for k, name in enumerate(names) if k in first or k not in taken)
 
 
 class Segmentation:
@@ -106,6 +129,7 @@ class Segmentation:
   needs = frozenset({"label"})
   result = "label"
   best = ("mIoU", "max")
+  any_size = True
 
   def __init__(
     self,
@@ -118,6 +142,7 @@ class Segmentation:
     class_names: tuple[str, ...] = (),
     palette: tuple[tuple[int, int, int], ...] = (),
     label_ids: tuple[int, ...] = (),
+    merge: tuple[str, ...] = (),
   ):
     """Options of losses, scores and files.
 
@@ -131,9 +156,12 @@ class Segmentation:
       palette: K colours, RGB; empty: those of Pascal VOC.
       label_ids: K numbers that `save` writes in place of 0 .. K - 1 in a further picture, such as the label ids a test
         server wants; empty: no such picture.
+      merge: for predictions, not for scores: "NEW=NAME+NAME.." makes one class of several, or renames one; the others
+        stay.
 
     Raises:
-      ValueError: too many classes, lists of another length, an ignored label that is a class.
+      ValueError: too many classes, lists of another length, an ignored label that is a class, classes to merge that
+        are unknown or named twice.
     """
     if not 1 <= classes <= MOST_CLASSES:
       raise ValueError(f"task.classes={classes} must lie between 1 and {MOST_CLASSES}.")
@@ -146,7 +174,8 @@ class Segmentation:
     self.avg_non_ignore, self.ignore_label = avg_non_ignore, ignore_label
     self.class_names = tuple(class_names) or tuple(map(str, range(classes)))
     self.palette = np.asarray(palette or label_pictures.voc_palette(classes), np.uint8)
-    self.label_ids = np.asarray(label_ids, np.uint8)
+    self.merge = merged(merge, self.class_names)
+    self.label_ids = np.asarray(() if merge else label_ids, np.uint8)
     self.output = {"classes": classes}
 
   def loss(self, outputs: Outputs, batch: Batch) -> Loss:
@@ -180,6 +209,15 @@ class Segmentation:
   def predict(self, outputs: Outputs) -> Array:
     """Scores of the classes, float [B, H, W, K], before any softmax."""
     return outputs["logits"]
+
+  def decide(self, scores: Array) -> Array:
+    """The class of every pixel among those of `merge`, int32 [...], of probabilities [..., K].
+
+    The probability of a merged class is the sum of those of its parts.
+    """
+    if len(self.merge) < self.classes:
+      scores = jnp.stack([sum(scores[..., k] for k in parts) for _, parts in self.merge], axis=-1)
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
   def measure(self, prediction: Array, batch: Batch) -> dict[str, Array]:
     """Areas of each image, int32 [B, K] each; see `areas`.
@@ -259,21 +297,22 @@ class Segmentation:
     Args:
       stem: path without suffix: stem.label.png (numbers of classes, with palette), stem.overlay.png (colours over the
         picture, with a legend), stem.label_ids.png where there are `label_ids`, stem.json.
-      prediction: int [H, W] classes, or float [H, W, K] scores.
+      prediction: int [H, W] of `decide`.
       facts: more entries for the JSON, which gives the share of each class.
       image: uint8, or float in [0, 1], [H, W, 3] below the colours; None shows the colours alone.
     """
-    label = (prediction.argmax(-1) if prediction.ndim == 3 else prediction).astype(np.uint8)
-    overlay = label_pictures.overlay(label, self.palette, self.class_names, image)
-    counts = np.bincount(label.ravel(), minlength=self.classes) / label.size
+    label, names = prediction.astype(np.uint8), [name for name, _ in self.merge]
+    palette = self.palette[[parts[0] for _, parts in self.merge]]
+    overlay = label_pictures.overlay(label, palette, names, image)
+    counts = np.bincount(label.ravel(), minlength=len(names)) / label.size
     order = [k for k in np.argsort(-counts, kind="stable") if counts[k]]
     described = {
-      "classes": {self.class_names[k]: {"number": int(k), "share": round(float(counts[k]), 6)} for k in order},
+      "classes": {names[k]: {"number": int(k), "share": round(float(counts[k]), 6)} for k in order},
       "size": list(label.shape),
       **facts,
     }
     parts = {
-      ".label.png": lambda path: label_pictures.write_indexed(path, label, self.palette),
+      ".label.png": lambda path: label_pictures.write_indexed(path, label, palette),
       ".overlay.png": lambda path: label_pictures.write_colours(path, overlay),
     }
     if self.label_ids.size:

@@ -1,0 +1,55 @@
+"""Semantic segmentation on Cityscapes, 19 classes, 80 000 steps.
+
+python -m vpd_jax.main --config=configs/cityscapes_seg.py:meta_prompts --config.data.root=/data/cityscapes \
+    --config.init.pretrained=/weights/v1-5-pruned-emaonly.ckpt
+
+The argument is a list of words: a method (meta_prompts, vpd, iedp), "extra" for the release's second stage (one
+refinement step, the automatic labels of train_extra too, to be started from a run on Mapillary by config.init.run), and
+"tiny" for the small network of the tests. --mode=predict writes files that the test server takes (.label_ids.png).
+
+Expected mIoU on val, single-scale / multi-scale: MetaPrompts 85.98 / 87.26 (with "extra"). VPD and IEDP publish none.
+Ours: not yet run.
+"""
+
+import functools
+
+import ml_collections
+
+from vpd_jax import config_file, presets
+
+METHODS = {
+  "meta_prompts": functools.partial(presets.meta_prompts_segmentation, dropout=0.1),
+  "vpd": presets.vpd_segmentation,
+  "iedp": presets.iedp_segmentation,
+}
+
+
+def get_config(argument: str = "") -> ml_collections.ConfigDict:
+  """The config of the words in `argument`."""
+  words = config_file.words(argument, method=tuple(METHODS), data=("fine", "extra"), size=("full", "tiny"))
+  method, extra, tiny = words["method"], words["data"] == "extra", words["size"] == "tiny"
+  config = ml_collections.ConfigDict(presets.run(num_steps=80_000, log_every=50, eval_every=8000, save_every=2000))
+  config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
+  config.update(METHODS[method](tiny=tiny))
+  if extra and method == "meta_prompts":
+    config.method.refine_steps = 1
+  config.data = {
+    "name": "cityscapes",
+    "root": "",
+    "crop": (128, 128) if tiny else (1024, 1024),
+    "scale": (256, 128) if tiny else (2048, 1024),  # (long, short) side
+    "ratio_range": (0.5, 2.0),
+    "cat_max_ratio": 0.75,
+    "colour": True,
+    "extra": "autolabelled" if extra else "none",  # "coarse"
+    "cities": (),
+    "complete": True,  # False takes a part of the data set
+    "format": "files",  # "tfds": prepared shards
+    "batch_size": 8,  # 8 GPUs x 1 in the release
+    "workers": 8,
+    "on_bad_record": "stop",  # "skip"
+  }
+  config.optim = presets.segmentation_optimizer()
+  config.optim.loss_group = 1  # Lovász is a loss over the images of one GPU
+  config.eval = presets.labelling(batch_size=8, test_time=("slide:128:64",) if tiny else ("slide:1024:512",))
+  return config

@@ -1,0 +1,67 @@
+"""Pictures as people have them: files of any kind, arrays of any size."""
+
+import mimetypes
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+LONGEST = 16  # times the shorter side; longer pictures are squeezed to it
+
+
+def unit(image: Any, dtype: Any) -> np.ndarray:
+  """uint8 or float [H, W, 3] to float in [0, 1]."""
+  image = np.asarray(image)
+  if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+    raise ValueError(f"an image has shape {image.shape}; give [H, W, 3].")
+  if image.dtype == np.uint8:
+    return image.astype(dtype) / np.asarray(255, dtype)
+  if not np.issubdtype(image.dtype, np.floating):
+    raise ValueError(f"an image has dtype {image.dtype}; give uint8, or float in [0, 1].")
+  return image.astype(dtype)
+
+
+def fit(image: np.ndarray, side: int) -> np.ndarray:
+  """[H, W, 3] resized so that its shorter side is `side`; the longer one keeps the aspect, up to LONGEST * side."""
+  scale = side / min(image.shape[:2])
+  return resized(image, tuple(min(max(round(s * scale), side), LONGEST * side) for s in image.shape[:2]))
+
+
+def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """[H, W, ...] at another size: by area where it shrinks, else bilinear; the same array where nothing changes."""
+  if image.shape[:2] == size:
+    return image
+  shrinks = size[0] * size[1] < image.shape[0] * image.shape[1]
+  return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def read_picture(path: Path) -> np.ndarray:
+  """uint8 [H, W, 3] of an image file of any mode, turned as its EXIF says.
+
+  Raises:
+    ValueError: it is not an image, or is damaged.
+  """
+  try:
+    with Image.open(path) as picture:
+      turned = ImageOps.exif_transpose(picture)
+      if turned.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
+        grey = np.asarray(turned, np.float64)
+        top = 65535.0 if turned.mode != "F" else max(grey.max(), 1e-12)
+        turned = Image.fromarray(np.clip(grey / top * 255, 0, 255).astype(np.uint8))
+      return np.asarray(turned.convert("RGB"))
+  except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    why = "unknown format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+    raise ValueError(f"{path.name} is damaged or no picture ({why})") from error
+
+
+def is_picture(path: Path) -> bool:
+  """Whether a file is meant to be a picture, by its name or by how it begins."""
+  if (mimetypes.guess_type(path.name, strict=False)[0] or "").startswith("image/"):
+    return True
+  try:
+    with Image.open(path):
+      return True
+  except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    return False

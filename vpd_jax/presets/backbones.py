@@ -1,0 +1,51 @@
+"""Sizes of the backbones."""
+
+from typing import Any
+
+
+def sd_v1() -> dict[str, Any]:
+  """Stable Diffusion 1.x; a diffusers folder in `init.pretrained` brings its own sizes."""
+  return {
+    "unet": {
+      "in_channels": 4,
+      "out_channels": 4,
+      "model_channels": 320,
+      "channel_mult": (1, 2, 4, 4),
+      "num_res_blocks": 2,
+      "attention_levels": (0, 1, 2),
+      "num_heads": 8,
+      "head_width": 0,
+      "context_dim": 768,
+      "linear_projection": False,
+    },
+    "vae": {"channels": 128, "channel_mult": (1, 2, 4, 4), "num_res_blocks": 2, "z_channels": 4},
+    "text": {
+      "vocab_size": 49408,
+      "width": 768,
+      "layers": 12,
+      "heads": 12,
+      "mlp_width": 3072,
+      "positions": 77,
+      "activation": "quick_gelu",
+    },
+    "image": clip_image(tiny=False),
+    "attention": "auto",
+    "remat": False,
+  }
+
+
+def sd_tiny() -> dict[str, Any]:
+  """The tiny network: a tenth of the width, everything else as Stable Diffusion 1.x."""
+  config = sd_v1()
+  config["unet"] |= {"model_channels": 32, "context_dim": 64}
+  config["vae"] |= {"channels": 32}
+  config["image"] = clip_image(tiny=True)
+  config["text"] |= {"vocab_size": 1000, "width": 64, "layers": 3, "heads": 4, "mlp_width": 256}
+  return config
+
+
+def clip_image(*, tiny: bool) -> dict[str, Any]:
+  """Sizes of CLIP's image encoder: ViT-L/14 at 224 pixels; a folder in `init.clip` brings its own."""
+  sizes = {"width": 1024, "layers": 24, "heads": 16, "mlp_width": 4096, "image_size": 224, "projection": 768}
+  small = {"width": 64, "layers": 3, "heads": 4, "mlp_width": 256, "image_size": 56, "projection": 48}
+  return {**(small if tiny else sizes), "patch": 14, "activation": "quick_gelu"}

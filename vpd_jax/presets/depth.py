@@ -1,0 +1,104 @@
+"""Method, neck and head of depth, for each of the three methods."""
+
+from typing import Any
+
+
+def iedp_assumptions() -> dict[str, Any]:
+  """What the paper is taken to mean where its text could not be had: options of the method, each an assumption.
+
+  The numbers are the sections of the paper's description by which the options are grouped: 2 implicit branch,
+  3 explicit branch, 4 sharing and losses, 5 decoders and latents, 6 training. Also assumed: CLIP ViT-L/14 at 224
+  pixels, `backbone.image` (2); no dropout (2); depth's neck and head, recipe and `optim.norm_group` 0, which is one
+  set of batch statistics for both branches (4, 5, 6).
+  """
+  return {
+    "clip_resize": "bicubic",  # 2: the whole crop, squeezed to CLIP's square; "bilinear"
+    "clip_features": "last",  # 2: the 257 tokens before any final norm; "penultimate"
+    "num_queries": 77,  # 2: as many as a sentence has tokens
+    "query_init": 0.02,  # 2: deviation of the queries at the start
+    "num_blocks": 1,  # 2
+    "num_heads": 8,  # 2
+    "ffn_ratio": 4,  # 2
+    "output_norm": "none",  # 2: "ln" brings the context to the scale the UNet knows
+    "sentence": "a photo of a {}",  # 3: {} is the scene; without {} one sentence for all, as "a photo of a street"
+    "text_output": "last",  # 3: all states; "pooled"
+    "explicit_adapter": "residual",  # 3: as VPD's; "none"
+    "residual_scale": 1e-4,  # 3: start of gamma
+    "branch_mode": "both",  # 4: "implicit" trains without text
+    "lambda_exp": 1.0,  # 4: weight of the explicit branch's loss
+    "latent_scale": 1.0,  # 5: as VPD; 0.18215, with which Stable Diffusion was trained
+    "timestep": 1,  # 2: as VPD's code
+    "tower_dtype": "bfloat16",  # 6: in which CLIP's frozen towers are kept; "float32"
+  }
+
+
+def vpd_depth(*, tiny: bool, head_init: str) -> dict[str, Any]:
+  """The sections method, neck and head of VPD depth, as released.
+
+  Args:
+    tiny: widths of the tiny network, and random class vectors in place of those of the weights.
+    head_init: see heads/deconv.py; "released" suits pretrained weights, "fan_in" a start from nothing.
+  """
+  return {
+    "method": {
+      "name": "vpd",
+      "prompt": "scene_class",  # from the folder's name, also at test time, as published
+      "class_vectors": "random:0" if tiny else "",  # FILE, random:SEED, or "": from the weights
+      "tokenizer": "",  # a folder, where the weights bring none
+      "residual_scale": 1e-4,
+      "timestep": 1,
+      "latent_scale": 1.0,
+      "pad_multiple": 64,
+      "pad_value": 0.0,
+    },
+    "neck": {"name": "fusion", "width": 192 if tiny else 1536},
+    "head": {"name": "deconv", "filters": (32, 32, 32), "width": 24 if tiny else 192, "init": head_init},
+  }
+
+
+def meta_prompts_depth(*, tiny: bool, head_init: str, resize_scale: int = 1) -> dict[str, Any]:
+  """The sections method, neck and head of MetaPrompts depth, as released.
+
+  Args:
+    tiny: widths of the tiny network.
+    head_init: see heads/deconv.py.
+    resize_scale: 1 on NYU Depth v2 (480 -> 512), 2 on KITTI (352 -> 448); see methods/meta_prompts.py.
+  """
+  return {
+    "method": {
+      "name": "meta_prompts",
+      "prompts": 50,
+      "refine_steps": 3,  # passes of the UNet; evaluation may take fewer than the weights hold
+      "trained_steps": 0,  # steps the weights hold, 0: refine_steps
+      "share_prompts": False,
+      "adapt_prompts": True,
+      "time_embedding": "learned",  # "timestep:N"
+      "resize_scale": resize_scale,
+      "latent_scale": 1.0,
+    },
+    "neck": {"name": "einsum", "inner": 32},
+    "head": {"name": "deconv", "filters": (32, 32, 32), "width": 24 if tiny else 192, "init": head_init},
+  }
+
+
+def iedp_depth(*, tiny: bool, head_init: str) -> dict[str, Any]:
+  """The sections method, neck and head of IEDP depth, and what it sets in init; see `vpd_depth`.
+
+  Args:
+    tiny: widths of the tiny network, and random towers of CLIP in place of those of `init.clip`.
+    head_init: see heads/deconv.py.
+  """
+  vpd = vpd_depth(tiny=tiny, head_init=head_init)
+  return {
+    "init": {"clip": "random:0" if tiny else ""},  # folder or file of CLIP, or random:SEED for trying
+    "method": {
+      "name": "iedp",
+      "tokenizer": "characters" if tiny else "",  # a folder, where the weights bring none; "characters" for trying
+      "pad_multiple": 64,
+      "pad_value": 0.0,
+      **iedp_assumptions(),
+      **({"tower_dtype": "float32"} if tiny else {}),
+    },
+    "neck": vpd["neck"],
+    "head": vpd["head"],
+  }

@@ -1,0 +1,54 @@
+"""Method, neck, head, task and optimizer of referring segmentation."""
+
+from typing import Any
+
+from vpd_jax.presets.depth import vpd_depth
+from vpd_jax.presets.recipe import adamw
+
+
+def vpd_referring(*, tiny: bool, token_length: int = 40) -> dict[str, Any]:
+  """The sections method, neck, head and task of VPD's referring segmentation, and what it sets in init, as released.
+
+  Args:
+    tiny: widths of the tiny network, with a random text encoder and a stand-in for the tokenizer.
+    token_length: tokens of a sentence. Release: 40 on RefCOCO and RefCOCO+, 77 on RefCOCOg; the decoder's widths depend
+      on it, so weights of one do not fit the other.
+  """
+  method = {key: value for key, value in vpd_depth(tiny=tiny, head_init="released")["method"].items()
+            if key != "class_vectors"}  # fmt: skip
+  return {
+    "init": {"clip": "random:0" if tiny else ""},  # CLIP's text encoder: a folder, where the weights bring none
+    "method": method
+    | {
+      "prompt": "sentence",
+      "token_length": token_length,
+      "tokenizer": "characters" if tiny else "",  # a folder, where the weights bring none; "words" for trying
+      "attention_maps": True,
+      "attention_max_size": 32,  # as for an image of 512: strides 16 and 32
+      "attention_gradient": False,
+      "keep_unused": True,  # the released files hold the UNet's last block
+    },
+    "neck": {"name": "none"},
+    "head": {"name": "lavt", "width": 64 if tiny else 640},
+    "task": {"name": "referring", "class_weights": (0.9, 1.1), "eval_at": "network"},  # "original"
+  }
+
+
+def referring_optimizer(*, lr: float = 5e-5, num_steps: int = 0, unet_lr: float = 1.0) -> dict[str, Any]:
+  """AdamW as VPD's referring segmentation runs it: no decay for the norms of the UNet's transformers, nothing else.
+
+  Args:
+    lr: largest learning rate.
+    num_steps: of the schedule; 0 is as long as the run.
+    unet_lr: multiplier of the UNet's rate. Release: 1.0 as run; 0.01 is what it states and nothing reads.
+
+  Source: VPD refer/train.py (lr_scale of the parameter groups, torch.optim.AdamW, LambdaLR).
+  """
+  unet = () if unet_lr == 1.0 else ((r"/unet/", unet_lr),)
+  return adamw(
+    lr=lr,
+    decay=1e-2,
+    schedule={"name": "poly", "num_steps": num_steps, "power": 0.9, "warmup": 0, "warmup_ratio": 1e-6},
+    lr_groups=((r"/vae/", None), *unet, (r"", 1.0)),
+    decay_groups=((r"/unet/.*norm", 0.0), (r"", 1.0)),
+  )
