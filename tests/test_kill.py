@@ -160,17 +160,17 @@ def test_sigterm_in_an_evaluation_saves_at_once_and_the_scores_are_made_up_for(
 ):
   asked = []
 
-  def batches(self):
-    with contextlib.closing(original(self)) as inner:
-      for i, batch in enumerate(inner):
+  def measured(self, weights, panels):
+    with contextlib.closing(original(self, weights, panels)) as inner:
+      for i, row in enumerate(inner):
         asked.append(i)
         if i == 1:
           os.kill(os.getpid(), signal.SIGTERM)
-        yield batch
+        yield row
 
-  original = evaluate.Evaluator._batches
+  original = evaluate._Batches.__call__
   with monkeypatch.context() as patch:
-    patch.setattr(evaluate.Evaluator, "_batches", batches)
+    patch.setattr(evaluate._Batches, "__call__", measured)
     assert train.run(config(keep=10), str(tmp_path)) == {}
     assert asked == [0, 1]  # of three
     assert "stopped by SIGTERM after step 3, which is saved" in capsys.readouterr().out

@@ -10,15 +10,29 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "vpd_jax"
 # From top to bottom. A part imports parts of lower rows only, not its neighbours in a row; a folder is one part.
 LAYERS = (
   ("main",),
-  ("train",),
-  ("predict", "plan"),
+  ("plan",),
+  ("train", "plan_search"),
+  ("predict",),
   ("evaluate",),
   ("start",),
   ("assemble", "class_vectors"),
   ("convert",),
   ("methods", "necks", "heads", "tasks", "data", "model"),
-  ("backbones", "inference", "labelling", "pictures", "optim", "checkpoint", "sharding", "stop", "trace", "writers", "panels"),
-  ("params", "presets", "config_file", "processes"),
+  (
+    "backbones",
+    "inference",
+    "labelling",
+    "posing",
+    "pictures",
+    "optim",
+    "checkpoint",
+    "sharding",
+    "stop",
+    "trace",
+    "writers",
+    "panels",
+  ),
+  ("params", "presets", "config_file", "processes", "programs"),
   ("types", "chips"),
 )
 ROW = {part: row for row, parts in enumerate(LAYERS) for part in parts}
@@ -30,7 +44,18 @@ ONLY = {  # narrower than the rows
   "presets": set(),
   "config_file": set(),
 }
-CONFIGURED = {"main", "train", "predict", "plan", "evaluate", "start", "assemble", "config_file", "presets"}
+CONFIGURED = {
+  "main",
+  "train",
+  "predict",
+  "plan",
+  "plan_search",
+  "evaluate",
+  "start",
+  "assemble",
+  "config_file",
+  "presets",
+}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 LONGEST = 330
 

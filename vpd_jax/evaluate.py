@@ -50,20 +50,37 @@ def make_scores(product: Product) -> Callable[[Weights, Batch], Array]:
   return scores
 
 
+def make_step(config: ConfigDict, product: Product) -> Callable[[Weights, Batch], tuple[dict[str, Array], Array]]:
+  """(weights, batch) -> measurements and prediction of pictures of one size; pure."""
+  predict = make_predict(product, config.eval.test_time, config.eval.coverage)
+
+  def step(weights: Weights, batch: Batch) -> tuple[dict[str, Array], Array]:
+    inputs = {name: batch[name] for name in ("image", *sorted(product.method.needs))}
+    prediction = predict(weights, inputs)
+    return product.task.measure(prediction, batch), prediction
+
+  return step
+
+
+def lower_step(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh, batch: Batch) -> jax.stages.Lowered:
+  """The network's part of evaluation before it is compiled, of a batch of pictures, or of windows for any size.
+
+  `batch` and the devices of `mesh` may be descriptions of what is not there.
+  """
+  state = sharding.abstract(start.state_shapes(config, product), start.state_shardings(config, product, mesh))
+  spread = sharding.batch_sharding(mesh)
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread), batch)
+  step = make_scores(product) if product.task.any_size else make_step(config, product)
+  return jax.jit(step).lower((state.params, state.frozen, state.stats), shapes)
+
+
 class _Batches:
   """Pictures of one size, in batches: one row and one prediction per picture."""
 
   def __init__(self, config: ConfigDict, product: Product, dataset: Any, mesh: jax.sharding.Mesh):
     self._batch_size, self._product, self._dataset = config.eval.batch_size, product, dataset
     self._sharding = sharding.batch_sharding(mesh)
-    predict = make_predict(product, config.eval.test_time, config.eval.coverage)
-
-    def step(weights: Weights, batch: Batch) -> tuple[dict[str, Array], Array]:
-      inputs = {name: batch[name] for name in ("image", *sorted(product.method.needs))}
-      prediction = predict(weights, inputs)
-      return product.task.measure(prediction, batch), prediction
-
-    self._step = jax.jit(step)
+    self._step = jax.jit(make_step(config, product))
 
   def __call__(self, weights: Weights, panels: int) -> Iterator[tuple[Rows, np.ndarray]]:
     """Rows of each batch, all processes together, with "real"; and the predictions, none once there are `panels`."""
@@ -146,7 +163,7 @@ class Evaluator:
   def run(self, weights: Weights, stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
     """Scores "eval/<data set>/<name>" of the given weights, and panels of the first samples.
 
-    `stop` is asked before each batch, or each picture; None where it said so.
+    `stop` is asked after each batch, or each picture; None where it said so.
     """
     rows, shown = [], []
     with contextlib.closing(self._measured(weights, self.config.eval.panels)) as measured:

@@ -1,10 +1,11 @@
-"""python -m vpd_jax.main --config=configs/nyu_depth.py [--workdir=...] [--mode=train|eval|predict]
+"""python -m vpd_jax.main --config=configs/nyu_depth.py [--workdir=...] [--mode=train|eval|predict|plan]
 
 Any field of the config can be set on the command line: --config.optim.lr=3e-4. On several machines the same command
 runs on each of them: on a TPU pod and below SLURM's srun as it is, elsewhere with --coordinator_address,
 --process_count and --process_id.
 """
 
+import os
 import sys
 
 from absl import app, flags, logging
@@ -16,10 +17,12 @@ CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file and words: configs/nyu_depth.py:vpd,tiny", lock_config=True
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/<config name> by default.")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "predict"], "What to do.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "predict", "plan"], "What to do.")
 INPUT = flags.DEFINE_string("input", "", "--mode=predict: folder of pictures.")
 OUTPUT = flags.DEFINE_string("output", "", "--mode=predict: folder for the results.")
 CLASS = flags.DEFINE_string("class", "", "--mode=predict: class of the scenes; the mean of all without it.")
+TOPOLOGY = flags.DEFINE_string("topology", "", "--mode=plan: TPUs elsewhere, like v5e:2x4; or these devices.")
+EFFORT = flags.DEFINE_enum("effort", "low", ["low", "default"], "--mode=plan --topology: of the compiler.")
 ACCEPT = flags.DEFINE_bool("accept_config_changes", False, "Continue a workdir that was made with another config.")
 COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for several processes.")
 COUNT = flags.DEFINE_integer("process_count", None, "How many processes are one run; 1 joins nobody.", lower_bound=1)
@@ -39,19 +42,23 @@ def main(arguments: list[str]) -> None:
 
 
 def _run() -> None:
+  if MODE.value == "plan" and TOPOLOGY.value:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is there to compile, not to be looked for devices
   processes.connect(COORDINATOR.value, COUNT.value, INDEX.value, TIMEOUT.value)
   # After the flags, so that a wrong flag answers at once.
   import jax
 
-  from vpd_jax import evaluate, predict, train
+  from vpd_jax import evaluate, plan, predict, train
 
   given = {"input": INPUT.value, "output": OUTPUT.value, "class": CLASS.value}
   idle = [f"--{name}" for name, value in given.items() if value and MODE.value != "predict"]
+  idle += ["--topology"] if TOPOLOGY.value and MODE.value != "plan" else []
+  idle += ["--effort"] if EFFORT.value != "low" and not TOPOLOGY.value else []
   idle += ["--accept_config_changes"] if ACCEPT.value and MODE.value != "train" else []
   if idle:
     raise ValueError(f"{', '.join(idle)} would have no effect with --mode={MODE.value}; leave it out.")
   config, workdir = CONFIG.value, WORKDIR.value or config_file.workdir(config_string())
-  if not jax.config.jax_compilation_cache_dir:
+  if not jax.config.jax_compilation_cache_dir and MODE.value != "plan":
     # What one command compiles, the next one in this workdir need not.
     jax.config.update("jax_compilation_cache_dir", f"{workdir}/compiled")
   if MODE.value == "train":
@@ -59,7 +66,10 @@ def _run() -> None:
   elif MODE.value == "eval":
     evaluate.run(config, workdir)
   elif jax.process_count() > 1:
-    raise ValueError("--mode=predict is the work of one process; add --process_count=1, and give each its own --input.")
+    own = ", and give each its own --input" if MODE.value == "predict" else ""
+    raise ValueError(f"--mode={MODE.value} is the work of one process; add --process_count=1{own}.")
+  elif MODE.value == "plan":
+    plan.run(config, TOPOLOGY.value, workdir=workdir, effort=EFFORT.value)
   else:
     predict.run(config, workdir, source=INPUT.value, output=OUTPUT.value, class_name=CLASS.value)
 

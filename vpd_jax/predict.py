@@ -74,6 +74,8 @@ class Predictor:
     predictor = lambda weights, image: product.parts.merge(*weights).method.class_predictor(image)
     self._classify = jax.jit(predictor) if hasattr(product.method, "class_predictor") else None
     self._side = int(self.config.data.crop[0])
+    cut_top = getattr(assemble.DATASETS[self.config.data.name], "cut_top", None)
+    self._cut_top = (lambda picture: cut_top(self.config.data, picture.shape[:2])) if cut_top else lambda picture: 0
     self._dtype = np.promote_types(assemble.dtype(self.config, "param_dtype"), np.float32)
 
   @property
@@ -121,7 +123,8 @@ class Predictor:
 
     Labels: sliding windows and scales, see labelling.py. Depth: a picture is resized so that its shorter side is the
     training crop; square windows are shifted along the longer side (at least as many as cover it), mirrored too where
-    the config says so, and averaged; the result is resized back.
+    the config says so, and averaged; the result is resized back. Rows that the data set takes off its own frames
+    (KITTI's highest) are NaN.
 
     Args:
       images: uint8 [H, W, 3], or float in [0, 1], each.
@@ -139,7 +142,8 @@ class Predictor:
       ids = np.array([self._classified(p) if i < 0 else i for p, i in zip(pictures, ids, strict=True)], np.int32)
     if self.product.task.any_size:
       return self._labelled(pictures)
-    fitted = [pictures_lib.fit(picture, self._side) for picture in pictures]
+    tops = [self._cut_top(picture) for picture in pictures]
+    fitted = [pictures_lib.fit(picture[top:], self._side) for picture, top in zip(pictures, tops, strict=True)]
     corners = [inference.offsets(f.shape[:2], self._windows, coverage="full") for f in fitted]
     cut = [inference.cut(f[None], c) for f, c in zip(fitted, corners, strict=True)]
     rows = (
@@ -147,9 +151,11 @@ class Predictor:
     )
     predicted = iter(self._windowed(np.concatenate(cut), rows) if pictures else ())
     results = []
-    for picture, f, c in zip(pictures, fitted, corners, strict=True):
+    for picture, top, f, c in zip(pictures, tops, fitted, corners, strict=True):
       merged = inference.merge(np.stack([next(predicted) for _ in c]), c, f.shape[:2])[0]
-      results.append({self.product.task.result: pictures_lib.resized(merged, picture.shape[:2]).astype(np.float32)})
+      whole = np.full((*picture.shape[:2], *merged.shape[2:]), np.nan, np.float32)
+      whole[top:] = pictures_lib.resized(merged, picture[top:].shape[:2])
+      results.append({self.product.task.result: whole})
     if self.takes_class:
       results = [result | {"class_id": np.int32(i)} for result, i in zip(results, ids, strict=True)]
     return results

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from vpd_jax import assemble, evaluate, optim, sharding, start, writers
+from vpd_jax import assemble, evaluate, optim, programs, sharding, start, writers
 from vpd_jax import params as params_lib
 from vpd_jax.assemble import Product
 from vpd_jax.data import pipeline
@@ -243,6 +243,11 @@ def _batches(config: ConfigDict, product: Product, dataset: Any, mesh: Mesh, beg
 
 def compile_step(config: ConfigDict, product: Product, mesh: Mesh, batch: Batch) -> jax.stages.Compiled:
   """The jitted step for this state and batch, compiled once; the state it is given is donated."""
+  return lower_step(config, product, mesh, batch).compile(programs.compiler_options(mesh))
+
+
+def lower_step(config: ConfigDict, product: Product, mesh: Mesh, batch: Batch) -> jax.stages.Lowered:
+  """The jitted step before it is compiled; `batch` and the devices of `mesh` may be mere descriptions."""
   where = start.state_shardings(config, product, mesh)
   options = {field: config.optim[field] for field in ("loss_group", "accumulation", "ema_decay")}
   step = make_step(product, **options, seed=config.seed, mesh=mesh)
@@ -252,13 +257,7 @@ def compile_step(config: ConfigDict, product: Product, mesh: Mesh, batch: Batch)
   )
   abstract = sharding.abstract(start.state_shapes(config, product), where)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread), batch)
-  return jitted.lower(abstract, shapes).compile(compiler_options())
-
-
-def compiler_options() -> dict[str, str] | None:
-  """Of the training step. On CPU alone XLA drops the barriers that keep recomputed activations (backbone.remat) from
-  being merged with the first ones, and so saves nothing."""
-  return {"xla_disable_hlo_passes": "cse_barrier_expander"} if jax.default_backend() == "cpu" else None
+  return jitted.lower(abstract, shapes)
 
 
 def check_finite(pending: list[tuple[int, Array, Array]]) -> list:

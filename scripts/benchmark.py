@@ -1,0 +1,233 @@
+"""Speed and memory of a config's training step, and of what one would take in its place.
+
+python scripts/benchmark.py --config=configs/nyu_depth.py:vpd --made_up --batch=24 --config.dtype=bfloat16 \
+    [--steps=30] [--forward] [--versus=torch] [--json=FILE] [--config.backbone.attention=cudnn ...]
+
+Prints compile seconds, step time (median, p95), images and model TFLOP a second and chip, share of the chip's peak,
+peak memory, and how long a step waited for its input. Batches come from the config's data set, or are made up with
+--made_up, which needs no files. Weights are made up: they change no time. --versus=torch runs, before and in a process
+of its own, the same work by benchmarks/torch_depth.py on the same device, and prints the ratio.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from vpd_jax import assemble, chips, config_file, plan, plan_search, programs, sharding, start, train
+from vpd_jax.data import pipeline
+
+FLAGS = flags.FlagValues()  # of its own: vpd_jax.main has flags of the same names
+CONFIG = config_flags.DEFINE_config_file("config", None, "config file and words", flag_values=FLAGS)
+BATCH = flags.DEFINE_integer(
+  "batch", 0, "images, all devices together; 0: config.data.batch_size", lower_bound=0, flag_values=FLAGS
+)
+STEPS = flags.DEFINE_integer("steps", 30, "that are timed", lower_bound=2, flag_values=FLAGS)
+WARM_UP = flags.DEFINE_integer("warm_up", 3, "steps before them", lower_bound=1, flag_values=FLAGS)
+MADE_UP = flags.DEFINE_bool("made_up", False, "batches of noise, in place of the data set", flag_values=FLAGS)
+FORWARD = flags.DEFINE_bool("forward", False, "also the forward pass alone", flag_values=FLAGS)
+VERSUS = flags.DEFINE_enum("versus", "", ["", "torch"], "what to compare with", flag_values=FLAGS)
+COMPILE = flags.DEFINE_enum(
+  "torch_compile", "auto", ["auto", "on", "off"], "torch.compile; auto: on a GPU", flag_values=FLAGS
+)
+JSON = flags.DEFINE_string("json", "", "file for the numbers", flag_values=FLAGS)
+
+Result = dict[str, Any]
+
+
+def timed(work: Callable[[Any], Any], batches: Iterator[Any], steps: int, warm_up: int) -> list[float]:
+  """Milliseconds between the ends of consecutive calls, after the warm-up; the device is never left without work."""
+  times, last, before = [], None, None
+  for _ in range(warm_up + steps + 1):
+    result = work(next(batches))
+    if before is not None:
+      jax.block_until_ready(before)
+      now = time.perf_counter()
+      times.append(1e3 * (now - last) if last else 0.0)
+      last = now
+    before = result
+  jax.block_until_ready(before)
+  return times[warm_up:]
+
+
+def made_up_state(config: ConfigDict, product: Any, mesh: Any) -> Any:
+  """A TrainState on the mesh of numbers that keep signals at their size."""
+  shapes, where = start.state_shapes(config, product), start.state_shardings(config, product, mesh)
+  block = np.random.default_rng(0).standard_normal(2**16).astype(np.float32)
+
+  def value(name: str, x: Any) -> np.ndarray:
+    if len(x.shape) < 2:
+      return np.full(x.shape, 0 if name.endswith(("bias", "mean")) else 1, x.dtype)
+    return (np.resize(block, x.shape) / np.sqrt(np.prod(x.shape[:-1]))).astype(x.dtype)
+
+  def place(named: Any, target: Any) -> Any:
+    return {name: jax.device_put(value(name, x), target[name]) for name, x in named.items()}
+
+  params, frozen, stats = (place(getattr(shapes, part), getattr(where, part)) for part in ("params", "frozen", "stats"))
+  opt_state = jax.jit(product.optimizer.init, out_shardings=where.opt_state)(params)
+  ema = place(shapes.ema, where.ema) if shapes.ema else None
+  step = jax.device_put(np.zeros((), np.int32), where.step)
+  return shapes.replace(step=step, params=params, frozen=frozen, stats=stats, opt_state=opt_state, ema=ema)
+
+
+def made_up_batch(config: ConfigDict, product: Any, mesh: Any) -> dict[str, Any]:
+  """A batch on the mesh: noise, depth of 0.5 to 9.5 m, classes 0 and 1."""
+  rng, batch = np.random.default_rng(0), {}
+  for key, x in plan.batch_shapes(config, product.keys, "train").items():
+    high = 256 if key == "image" else 2
+    whole = np.issubdtype(x.dtype, np.integer)
+    batch[key] = rng.integers(0, high, x.shape, x.dtype) if whole else rng.uniform(0.5, 9.5, x.shape).astype(x.dtype)
+    if key == "valid_size":
+      batch[key] = np.broadcast_to(np.array(config.data.crop, x.dtype), x.shape)
+  return pipeline.to_mesh(batch, sharding.batch_sharding(mesh))
+
+
+def model_flops(config: ConfigDict) -> float:
+  """Operations of one training step without recomputation, the same on every device and for every attention kernel."""
+  plain = plan_search.changed(config, {"backbone.attention": "xla", "backbone.remat": False, "optim.accumulation": 1})
+  product = assemble.assemble(plain)
+  step = train.make_step(product, loss_group=plain.optim.loss_group)
+  batch = plan.batch_shapes(plain, product.keys, "train")
+  return programs.model_flops(step, start.state_shapes(plain, product), batch)
+
+
+def ours(config: ConfigDict) -> Result:
+  """Times and memory of the step that `train.run` compiles, on the devices at hand; see `report`."""
+  product = assemble.assemble(config)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  input_ = None if MADE_UP.value else train._batches(config, product, assemble.dataset(config, product), mesh, 0)
+  batch = next(input_) if input_ else made_up_batch(config, product, mesh)
+  again = iter(lambda: batch, None)
+  result: Result = {"side": f"vpd_jax, jax {jax.__version__}, attention {config.backbone.attention}"}
+  result |= {"device": jax.devices()[0].device_kind, "devices": mesh.size, "mesh": dict(mesh.shape)}
+  state = made_up_state(config, product, mesh)
+  if FORWARD.value:
+    weights = state.params, state.frozen, state.stats
+    model = lambda weights, b: product.task.predict(product.parts.merge(*weights)(b, training=False))
+    forward = jax.jit(model).lower(weights, batch).compile()
+    times = timed(lambda b: forward(weights, b), again, STEPS.value, WARM_UP.value)
+    result["forward_ms"] = statistics.median(times)
+    del forward, weights  # the step takes the memory of its state over
+  begin = time.perf_counter()
+  compiled = train.compile_step(config, product, mesh, batch)
+  result["compile_s"] = time.perf_counter() - begin
+  losses = []
+
+  def step(batch: Any) -> Any:
+    nonlocal state
+    state, logs = compiled(state, batch)
+    losses.append(logs["train/loss"])
+    return losses[-1]
+
+  result["step_times_ms"] = timed(step, input_ or again, STEPS.value, WARM_UP.value)
+  if input_:
+    result["input_wait_ms"] = input_.mean_wait_ms()
+    input_.close()
+  memory, used = programs.memory(compiled), jax.local_devices()[0].memory_stats() or {}
+  return result | {
+    "losses": [float(loss) for loss in losses],
+    "peak_bytes": used.get("peak_bytes_in_use"),
+    "compiler_peak_bytes": memory.peak if memory else None,
+    "resident_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    "trained_parameters": sum(x.size for x in state.params.values()),
+  }
+
+
+def with_rates(result: Result, batch: int, flops: float) -> Result:
+  """The numbers that follow from the times of the steps."""
+  times, devices = result["step_times_ms"], result.get("devices", 1)
+  median = statistics.median(times)
+  rate = flops / devices / median * 1e3
+  return result | {
+    "batch": batch,
+    "step_ms": median,
+    "step_ms_p95": float(np.percentile(times, 95)),
+    "images_per_sec_per_chip": batch / devices / median * 1e3,
+    "model_tflop_per_image": flops / batch / 1e12,
+    "model_tflops_per_sec_per_chip": rate / 1e12,
+    "share_of_peak": chips.share_of_peak(rate, result["device"]),
+  }
+
+
+def torch_side(config: ConfigDict) -> Result:
+  """The same work in PyTorch, in a process of its own."""
+  settings = {"config": config.to_dict(), "batch": config.data.batch_size, "steps": STEPS.value}
+  settings |= {"warm_up": WARM_UP.value, "forward": FORWARD.value, "compile": COMPILE.value}
+  script = config_file.PROJECT / "benchmarks" / "torch_depth.py"
+  with tempfile.TemporaryDirectory() as folder:
+    given, written = Path(folder) / "settings.json", Path(folder) / "result.json"
+    given.write_text(json.dumps(settings))
+    subprocess.run([sys.executable, script, f"--settings={given}", f"--output={written}"], check=True)
+    return json.loads(written.read_text())
+
+
+def report(result: Result) -> str:
+  """One side in lines."""
+  gib = lambda value: "-" if value is None else f"{value / 2**30:.2f} GiB"
+  share = result["share_of_peak"]
+  lines = {
+    "": f"{result['side']}, {result.get('devices', 1)} x {result['device']}, batch {result['batch']}",
+    "compile": f"{result['compile_s']:.1f} s"
+    if "compile_s" in result
+    else f"first step {result['first_step_s']:.1f} s",
+    "step": f"{result['step_ms']:.1f} ms median, {result['step_ms_p95']:.1f} ms p95",
+    "images": f"{result['images_per_sec_per_chip']:.3g} a second and chip",
+    "model": f"{result['model_tflops_per_sec_per_chip']:.3g} TFLOP a second and chip, "
+    + (f"{100 * share:.1f} % of its peak" if share is not None else "peak not known")
+    + f" ({result['model_tflop_per_image']:.3g} TFLOP an image)",
+    "memory": f"{gib(result['peak_bytes'])} at the peak on a device; compiler's account "
+    f"{gib(result.get('compiler_peak_bytes'))}; process {gib(result['resident_bytes'])}",
+  }
+  if "forward_ms" in result:
+    lines["forward"] = f"{result['forward_ms']:.1f} ms"
+  if "input_wait_ms" in result:
+    lines["input"] = f"waited {result['input_wait_ms']:.1f} ms a step"
+  return "\n".join(f"{name:8} {line}" for name, line in lines.items())
+
+
+def main() -> None:
+  parse(sys.argv)
+  config = CONFIG.value.copy_and_resolve_references()
+  if BATCH.value:
+    config.data.batch_size = BATCH.value
+  # The other side first: on a GPU, JAX takes most of the memory with the first thing it does, and keeps it.
+  sides = {"torch": torch_side(config)} if VERSUS.value else {}
+  sides["ours"] = ours(config)
+  flops = model_flops(config)
+  results: Result = {name: with_rates(side, config.data.batch_size, flops) for name, side in sides.items()}
+  print("\n".join(report(result) for result in results.values()), flush=True)
+  if VERSUS.value:
+    words = {"step_ms": "training step", "forward_ms": "forward pass"}
+    ratios = {
+      name: sides_of[0] / sides_of[1] for name in words if all(sides_of := [r.get(name) for r in results.values()])
+    }
+    print("\n".join(f"{words[name]}: ours is {ratio:.2f} times as fast" for name, ratio in ratios.items()), flush=True)
+    results["ratio"] = ratios
+  if JSON.value:
+    Path(JSON.value).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def parse(arguments: list[str]) -> None:
+  """Reads the command line, config paths looked up beside the package too; what is wrong is one line, exit code 2."""
+  try:
+    words = FLAGS(config_file.resolve_argv(arguments))[1:]
+    if words or CONFIG.value is None:
+      raise ValueError(f"words that belong to no flag: {words}" if words else "give a --config=FILE")
+  except (flags.Error, ValueError, AttributeError, KeyError, TypeError) as error:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  main()

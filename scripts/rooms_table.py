@@ -1,0 +1,315 @@
+"""The README's table of the embedded rooms: the methods of a task, trained alike, each with some seeds.
+
+python scripts/rooms_table.py                            # every row that benchmarks/rooms_table.json does not hold yet
+python scripts/rooms_table.py --methods vpd --seeds 0    # one run
+python scripts/rooms_table.py --write                    # the README's table from that file, without any run
+
+Each run is the command of the README in a process of its own, below runs/rooms_table; ended from outside, the same
+command goes on where it was.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import pathlib
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any, NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "rooms_table.json"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- rooms_table.py: begin -->", "<!-- rooms_table.py: end -->"
+NAMES = {"vpd": "VPD", "meta_prompts": "MetaPrompts", "iedp": "IEDP"}
+SEEDS = (0, 1)
+CALLS = 20  # of the network, of which the fastest counts
+Record = dict[str, Any]
+
+
+class Rows(NamedTuple):
+  """The rows of one task.
+
+  Attributes:
+    task, methods: words of configs/rooms.py.
+    steps: of every run.
+    score: name of the score below eval/rooms/.
+    heading: name and unit of the score in the table.
+    baselines: trivial predictors below eval/trivial/, and what the table calls them.
+  """
+
+  task: str
+  methods: tuple[str, ...]
+  steps: int
+  score: str
+  heading: str
+  baselines: dict[str, str]
+
+
+TASKS = (
+  Rows(
+    "depth",
+    ("vpd", "meta_prompts", "iedp"),
+    100,
+    "rmse",
+    "RMSE, m",
+    {
+      "constant": "best constant depth",
+      "position_mean": "mean depth of each position",
+      "linear_rgb_position": "linear regression on colour and position",
+    },
+  ),
+)
+
+
+def config_string(rows: Rows, method: str) -> str:
+  """The value of --config."""
+  return f"configs/rooms.py:{rows.task},{method},tiny"
+
+
+def fields(rows: Rows, seed: int) -> dict[str, Any]:
+  """Fields of the config that a run sets."""
+  lengths = {"num_steps": rows.steps, "eval_every": rows.steps, "save_every": max(rows.steps // 4, 1), "log_every": 10}
+  return lengths | {"keep": 1, "keep_best": 0, "seed": seed}
+
+
+def digest(rows: Rows, method: str, seed: int) -> str:
+  """Tells whether a stored row is of today's config."""
+  from vpd_jax import config_file
+
+  config = config_file.load(config_string(rows, method)).unlock()
+  config.update(fields(rows, seed))
+  return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def device() -> str:
+  """Name of the processor and number of cores that this process may use."""
+  found = pathlib.Path("/proc/cpuinfo")
+  match = re.search(r"model name\s*: (.*)", found.read_text()) if found.exists() else None
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  return f"{match[1].strip() if match else 'CPU'}, {cores} cores"
+
+
+def child(command: list[str], log: pathlib.Path) -> tuple[str, float, float]:
+  """(what a command printed, seconds, GiB of resident memory at its peak); ends this program where it fails."""
+  log.parent.mkdir(parents=True, exist_ok=True)
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / "runs" / "rooms_table" / "compiled"),
+  }
+  begin = time.monotonic()
+  with log.open("w") as file:
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    try:
+      _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:  # this program is ended: the run saves its step and ends too
+      process.terminate()
+      process.wait()
+      raise
+  process.returncode = os.waitstatus_to_exitcode(status)
+  printed = log.read_text()
+  if process.returncode:
+    sys.exit(f"{' '.join(command)}\nended with {process.returncode}; the end of {log}:\n{printed[-2000:]}")
+  return printed, time.monotonic() - begin, usage.ru_maxrss / 2**20
+
+
+def train(rows: Rows, method: str, seed: int) -> Record:
+  """Trains and scores once; the row of the result."""
+  made = digest(rows, method, seed)
+  folder = ROOT / "runs" / "rooms_table" / f"{rows.task}-{method}-{seed}-{made}"
+  command = [sys.executable, "-m", "vpd_jax.main", f"--config={config_string(rows, method)}", f"--workdir={folder}"]
+  command += [f"--config.{name}={value}" for name, value in fields(rows, seed).items()]
+  printed, seconds, peak = child(command, folder / "printed.txt")
+  step = re.search(r"compiled;.* ([\d.]+) GiB", printed)
+  lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  return {
+    "task": rows.task,
+    "method": method,
+    "seed": seed,
+    "steps": rows.steps,
+    "config": made,
+    "device": device(),
+    "minutes": round(seconds / 60, 2),
+    "peak_gib": round(peak, 3),
+    "step_gib": float(step[1]) if step else None,
+    **read_scores(lines, rows),
+  }
+
+
+def read_scores(lines: list[dict[str, float]], rows: Rows) -> Record:
+  """What metrics.jsonl says of a finished run.
+
+  Returns:
+    score; trivial, scores of the trivial predictors by name; losses, {name: (mean over the first tenth of the logged
+    steps, mean over the last tenth)}.
+  """
+  last = next(line for line in reversed(lines) if f"eval/rooms/{rows.score}" in line)
+  losses = {}
+  for name in sorted({name for line in lines for name in line if name.startswith("train/")}):
+    values = [line[name] for line in lines if name in line]
+    tenth = max(len(values) // 10, 1)
+    losses[name] = [round(statistics.fmean(part), 4) for part in (values[:tenth], values[-tenth:])]
+  prefix = "eval/trivial/"
+  trivial = {name.removeprefix(prefix): value for name, value in last.items() if name.startswith(prefix)}
+  return {"score": last[f"eval/rooms/{rows.score}"], "trivial": trivial, "losses": losses}
+
+
+def measure(rows: Rows, method: str) -> Record:
+  """The network of evaluation on one image of the training crop, once: parameters, operations, time."""
+  import jax
+  import numpy as np
+
+  from vpd_jax import assemble, config_file, sharding, start
+
+  config = config_file.load(config_string(rows, method))
+  product = assemble.assemble(config, training=False)
+  weights, _ = start.weights_on_mesh(config, product, sharding.make_mesh(1, 1), complete=False)
+  image = np.random.default_rng(0).integers(0, 256, (1, *config.data.crop, 3), np.uint8)
+  batch = {"image": image, "class_id": np.zeros(1, np.int32)}
+  batch = {name: jax.device_put(batch[name]) for name in ("image", *sorted(product.method.needs))}
+  forward = jax.jit(lambda weights, batch: product.parts.merge(*weights)(batch, training=False))
+  compiled = forward.lower(weights, batch).compile()
+  seconds = []
+  for _ in range(CALLS):
+    begin = time.perf_counter()
+    jax.block_until_ready(compiled(weights, batch))
+    seconds.append(time.perf_counter() - begin)
+  return {
+    "task": rows.task,
+    "method": method,
+    "parameters": sum(shape.size for shape in product.parts.shapes.values()),
+    "gflop": compiled.cost_analysis()["flops"] / 1e9,
+    "seconds": min(seconds),
+    "crop": list(config.data.crop),
+    "batch_size": config.data.batch_size,
+    "device": device(),
+  }
+
+
+def held() -> dict[str, list[Record]]:
+  """What RESULTS holds."""
+  return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"networks": [], "runs": []}
+
+
+def keep(kind: str, record: Record) -> None:
+  """Puts a record into RESULTS, in place of an older one of the same task, method and seed."""
+  key = lambda r: (r["task"], r["method"], r.get("seed", 0))
+  results = held()
+  results[kind] = sorted([r for r in results[kind] if key(r) != key(record)] + [record], key=key)
+  unfinished = RESULTS.with_suffix(".unfinished")
+  unfinished.write_text(json.dumps(results, indent=1) + "\n")
+  unfinished.replace(RESULTS)
+
+
+def table(results: dict[str, list[Record]], rows: Rows) -> str:
+  """The Markdown of one task; a method without a run is "not yet run".
+
+  Raises:
+    ValueError: the runs differ in steps, or the records in the device.
+  """
+  runs = {m: [r for r in results["runs"] if (r["task"], r["method"]) == (rows.task, m)] for m in rows.methods}
+  networks = {r["method"]: r for r in results["networks"] if r["task"] == rows.task}
+  every = [run for method in rows.methods for run in runs[method]]
+  alike = {"steps": {r["steps"] for r in every}, "device": {r["device"] for r in [*every, *networks.values()]}}
+  if unlike := [f"{name} {sorted(values)}" for name, values in alike.items() if len(values) > 1]:
+    raise ValueError(f"the rows of {rows.task} differ in {'; '.join(unlike)}: take the others out of {RESULTS.name}.")
+  lines = [f"| {rows.task} | {rows.heading} | parameters | GFLOP | ms | peak memory |", "|---|---|---|---|---|---|"]
+  lines += [_row(NAMES[method], runs[method], networks.get(method)) for method in rows.methods]
+  if not every:
+    return "\n".join(lines)
+  for name, words in rows.baselines.items():
+    lines.append(f"| {words} | {every[0]['trivial'][name]:.3f} | | | | |")
+  first = next(iter(networks.values()))
+  seeds = " ".join(map(str, sorted({run["seed"] for run in every})))
+  size = " x ".join(map(str, first["crop"]))
+  return "\n".join(
+    [
+      *lines,
+      "",
+      f"{every[0]['steps']} steps of {first['batch_size']} images, tiny network from random weights, float32, "
+      f"{every[0]['device']}; a run took up to {max(run['minutes'] for run in every):.0f} minutes. With several seeds: "
+      "mean, least and most. Parameters, operations (XLA's count) and milliseconds (fastest of "
+      f"{CALLS}) are those of the bare network on one image of {size}; memory is that of the training process, "
+      "beside XLA's count of its step. "
+      f"`python scripts/rooms_table.py --tasks {rows.task} --seeds {seeds}`, then `--write`.",
+    ]
+  )
+
+
+def _row(name: str, runs: list[Record], network: Record | None) -> str:
+  """One method's line."""
+  if not runs or network is None:
+    return f"| {name} | not yet run | | | | |"
+  scores = [run["score"] for run in runs]
+  spread = f" ({min(scores):.3f} to {max(scores):.3f}, {len(scores)} seeds)" if len(scores) > 1 else " (1 seed)"
+  peak, step = (max(run[field] for run in runs) for field in ("peak_gib", "step_gib"))
+  return (
+    f"| {name} | {statistics.fmean(scores):.3f}{spread} | {network['parameters'] / 1e6:.1f} M | "
+    f"{network['gflop']:.1f} | {1e3 * network['seconds']:.0f} | {peak:.1f} GiB, step {step:.1f} |"
+  )
+
+
+def write(readme: str, results: dict[str, list[Record]], tasks: tuple[Rows, ...] = TASKS) -> str:
+  """The README with what stands between the two markers replaced.
+
+  Raises:
+    ValueError: not exactly one of each marker, in this order; rows that cannot stand in one table.
+  """
+  before, begin, rest = readme.partition(BEGIN)
+  _, end, after = rest.partition(END)
+  if not (begin and end) or readme.count(BEGIN) + readme.count(END) != 2:
+    raise ValueError(f"the README must hold {BEGIN!r} and behind it {END!r}, once each.")
+  return "\n".join([before + begin, "\n\n".join(table(results, rows) for rows in tasks), end + after])
+
+
+def stale(results: dict[str, list[Record]]) -> list[str]:
+  """Stored runs that were made with another config than today's."""
+  known = {rows.task: rows for rows in TASKS}
+  return [
+    f"{r['task']} {r['method']} {r['seed']}"
+    for r in results["runs"]
+    if r["task"] in known and r["config"] != digest(known[r["task"]], r["method"], r["seed"])
+  ]
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description="Train every method on the embedded rooms, and write the README's table."
+  )
+  parser.add_argument("--tasks", nargs="+", choices=[rows.task for rows in TASKS], help="default: all")
+  parser.add_argument("--methods", nargs="+", choices=NAMES, help="default: all")
+  parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help=f"default: {' '.join(map(str, SEEDS))}")
+  parser.add_argument("--again", action="store_true", help="also the rows that are there already")
+  parser.add_argument("--write", action="store_true", help="only write the README from the rows that are there")
+  parser.add_argument("--measure", nargs=2, metavar=("TASK", "METHOD"), help=argparse.SUPPRESS)  # for child processes
+  options = parser.parse_args()
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+  known = {rows.task: rows for rows in TASKS}
+  if options.measure:
+    print(json.dumps(measure(known[options.measure[0]], options.measure[1])))
+    return
+  if options.write:
+    if old := stale(held()):
+      print(f"made with another config than today's: {', '.join(old)}; --again makes them anew")
+    README.write_text(write(README.read_text(), held()))
+    return
+  for rows in (known[task] for task in options.tasks or known):
+    for method in (m for m in rows.methods if m in (options.methods or rows.methods)):
+      there = {(r["task"], r["method"], r.get("seed")) for kind in held().values() for r in kind}
+      if options.again or (rows.task, method, None) not in there:
+        log = ROOT / "runs" / "rooms_table" / f"measured-{rows.task}-{method}.txt"
+        command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--measure", rows.task, method]
+        keep("networks", json.loads(child(command, log)[0].splitlines()[-1]))
+      for seed in options.seeds:
+        if options.again or (rows.task, method, seed) not in there:
+          record = train(rows, method, seed)
+          keep("runs", record)
+          print(f"{rows.task} {method} seed {seed}: {rows.score} {record['score']:.4f}, {record['minutes']} minutes")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,190 @@
+"""--mode=plan: shapes without data, reports of compiled steps, what is kept, what is said."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny
+from tests.test_configs import batch_for
+from vpd_jax import assemble, config_file, plan, start
+
+MIB = 2**20
+
+
+def config_of(**changes):
+  config = tiny.shrunk(config_file.load("configs/rooms.py:depth,tiny")).unlock()
+  config.update_from_flattened_dict({"backbone.attention": "xla", **changes})
+  return config.lock()
+
+
+@pytest.mark.parametrize("string", ["configs/nyu_depth.py:vpd,tiny", "configs/nyu_depth.py:iedp,tiny"])
+def test_a_batch_has_the_shapes_of_the_pipelines(string):
+  config = tiny.shrunk(config_file.load(string))
+  product = assemble.assemble(config)
+  planned = plan.batch_shapes(config, product.keys, "train")
+  assert planned == jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch_for(product, config))
+
+
+def test_a_batch_of_rooms_is_as_it_is_drawn():
+  config = config_of(**{"data.size": (64, 96)})
+  keys = ("image", "depth", "class_id")
+  dataset = assemble.DATASETS["rooms"](size=(64, 96), crop=(64, 64), train_count=1, eval_count=1)
+  rng = np.random.default_rng(0)
+  drawn = {
+    "train": dataset.train_transform(dataset.source("train")[0], rng, 0),
+    "eval": dataset.eval_transform(dataset.source("eval")[0]),
+  }
+  for step, example in drawn.items():
+    rows = {"train": config.data.batch_size, "eval": config.eval.batch_size}[step]
+    for key, x in plan.batch_shapes(config, keys, step).items():
+      value = np.asarray(example[key])
+      assert (x.shape, x.dtype) == ((rows, *value.shape), value.dtype), (step, key)
+
+
+@pytest.mark.parametrize(
+  "string, size",
+  [
+    ("configs/nyu_depth.py", (480, 640)),
+    ("configs/kitti_depth.py", (352, 1216)),
+    ("configs/nyu_depth.py:tiny", (96, 128)),
+  ],
+)
+def test_pictures_of_an_evaluation_have_the_size_of_the_data(string, size):
+  assert plan.picture_size(config_file.load(string)) == size
+
+
+def test_keys_without_a_shape_are_named():
+  with pytest.raises(ValueError, match=r"shapes of \['sound'\] in a batch are not known"):
+    plan.batch_shapes(config_of(), ("image", "sound"), "train")
+
+
+def test_auto_attention_is_that_of_the_platform():
+  config = config_of(**{"backbone.attention": "auto"})
+  assert plan.for_platform(config, "cpu").backbone.attention == "auto"  # this process knows
+  assert plan.for_platform(config, "tpu").backbone.attention == "xla"
+  assert plan.for_platform(config_of(**{"backbone.attention": "chunked"}), "tpu").backbone.attention == "chunked"
+
+
+@pytest.mark.parametrize(
+  "message, asked",
+  [
+    (
+      "Ran out of memory on HBM, the total memory required for HLO temporaries (31.30G) exceeds available HBM",
+      31.3 * 2**30 + 4096,
+    ),
+    ("Ran out of memory in memory space hbm. Used 34.50G of 15.75G hbm. Exceeded hbm capacity", 34.5 * 2**30),
+    ("Used 512.00M of 16.00M vmem", 512 * MIB),
+    ("too large", None),
+  ],
+)
+def test_what_a_program_asked_for_is_read_from_the_message(message, asked):
+  found = plan.asked_for(f"RESOURCE_EXHAUSTED: {message}", 4096)
+  assert found is None if asked is None else found == int(asked)
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+  """The reports of the smallest network on one device, compiled once, and the folder that keeps them."""
+  workdir = tmp_path_factory.mktemp("plan")
+  device = jax.devices()[:1]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, "devices", lambda: device)
+    return plan.run(config_of(), workdir=str(workdir)), workdir
+
+
+def test_a_report_says_what_the_steps_cost(reports):
+  found, _ = reports
+  config = config_of()
+  product = assemble.assemble(config)
+  shapes = start.state_shapes(config, product)
+  size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  training = found["train"]
+  assert training["state"]["params"] == size(shapes.params) and training["state"]["opt_state"] == size(shapes.opt_state)
+  state, batch = size(shapes), size(plan.batch_shapes(config, product.keys, "train"))
+  assert training["arguments"] == pytest.approx(state + batch, rel=0.01)
+  assert training["aliased"] == pytest.approx(state, rel=0.01)  # donated
+  assert training["peak"] >= training["arguments"] + training["temporaries"] > state
+  assert training["flops"] > 1.5 * found["eval"]["flops"]  # 6 crops there and back, and 8 windows there
+  assert training["collectives"] == {} and training["fits"] is None and training["limit"] is None
+  assert found["eval"]["batch"] == 2 and found["eval"]["aliased"] == 0
+
+
+def test_finished_compilations_are_kept(reports, monkeypatch, capsys):
+  found, workdir = reports
+  held = json.loads((workdir / "plan.json").read_text())
+  assert len(held) == 2
+  monkeypatch.setattr(plan, "compiled_report", lambda *_: pytest.fail("compiled again"))
+  monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+  again = plan.run(config_of(), workdir=str(workdir))
+  assert json.loads(json.dumps(again)) == json.loads(json.dumps(found))
+  text = capsys.readouterr().out
+  assert "train step" in text and "eval step" in text and "optimizer state" in text and "no limit known" in text
+
+
+def test_another_config_is_another_compilation(reports, monkeypatch):
+  _, workdir = reports
+  seen = []
+  monkeypatch.setattr(plan, "compiled_report", lambda config, *_: seen.append(config) or {})
+  kept = plan._Kept(str(workdir))
+  kept.report(config_of(**{"optim.lr": 1.0}), "train", jax.devices(), "", "default", 0)
+  assert len(seen) == 1
+
+
+def made_up(config, step, devices, topology, effort, limit):
+  """A report without a compiler: 100 MiB an image, 30 with recomputation."""
+  images = config.data.batch_size / config.optim.accumulation if step == "train" else 1
+  peak = int(images * 100 * MIB * (0.3 if config.backbone.remat else 1))
+  return {
+    **{"step": step, "devices": len(devices), "kind": "cpu", "topology": topology, "effort": effort, "limit": limit},
+    **{"mesh": {"data": 1, "fsdp": 1}, "batch": config.data.batch_size, "accumulation": config.optim.accumulation},
+    **{"attention": "xla", "remat": config.backbone.remat, "dtype": "float32", "state": {"params": 0}},
+    **{"trace_seconds": 0, "compile_seconds": 0, "peak": peak, "fits": peak <= limit},
+  }
+
+
+def test_settings_that_fit_are_found_and_told(monkeypatch, capsys):
+  monkeypatch.setattr(plan, "compiled_report", made_up)
+  monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+  found = plan.run(config_of(**{"optim.norm_group": 1, "optim.loss_group": 1}), limit=250 * MIB)
+  assert found["train"]["fits"] is False and found["fitting"]["fits"]
+  text = capsys.readouterr().out
+  assert "does not fit" in text and "fits with --config.backbone.remat=True" in text
+  plan.run(config_of(), limit=MIB)
+  assert "nothing that was tried fits" in capsys.readouterr().out
+
+
+def test_what_cannot_be_planned_is_told_in_one_line(monkeypatch):
+  with pytest.raises(ValueError, match="--effort='high' is unknown"):
+    plan.run(config_of(), effort="high")
+  monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match=r"needs libtpu.*pip install 'vpd_jax\[plan\]'"):
+    plan.run(config_of(), "v5e:2x4")
+
+
+@pytest.mark.multidevice
+def test_a_spread_state_is_told_by_the_device():
+  rules = ((r"head/conv_layers/0/kernel$", (None, None, None, "fsdp")),)  # all others are too small to be split
+  config = config_of(**{"data.batch_size": 24, "mesh.fsdp": 4, "mesh.rules": rules})
+  product = assemble.assemble(config)
+  one = config_of(**{"data.batch_size": 24})
+  whole = plan.state_bytes(one, product, plan.mesh_for(one, jax.devices()[:1]))
+  spread = plan.state_bytes(config, product, plan.mesh_for(config, jax.devices()))
+  saved = 3 * product.parts.shapes["head/conv_layers/0/kernel"].size * 4 // 4
+  assert whole["params"] - spread["params"] == saved and whole["opt_state"] - spread["opt_state"] == 2 * saved
+  assert whole["frozen"] == spread["frozen"]
+  with pytest.raises(ValueError, match="batch_size=6 must be a positive multiple of the 8 devices"):
+    plan.compiled_report(config_of(), "train", jax.devices(), "", "default", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not plan.importlib.util.find_spec("libtpu"), reason="needs libtpu: pip install 'vpd_jax[plan]'")
+def test_a_slice_that_is_not_there(capsys):
+  """Minutes: TPUs compile slowly, however small the network."""
+  config = config_of(**{"data.batch_size": 24, "eval.batch_size": 8, "mesh.fsdp": 4, "dtype": "bfloat16"})
+  found = plan.run(config, "v5e:2x4")
+  assert found["train"]["fits"] and found["train"]["devices"] == 8 and found["train"]["kind"] == "TPU v5 lite"
+  assert found["train"]["optimal_seconds"] > 0 and found["train"]["collectives"]
+  with pytest.raises(ValueError, match="cannot be planned for"):
+    plan.run(config, "v5e:3x5")

@@ -1,0 +1,105 @@
+"""Which settings are tried when a step does not fit, with a made-up compiler."""
+
+import pytest
+
+from vpd_jax import config_file, plan_search
+
+DEVICES = 8
+GB = 10**9
+
+
+def config_of(**changes):
+  config = config_file.load("configs/nyu_depth.py").unlock()
+  config.update_from_flattened_dict({"data.batch_size": 48, **changes})
+  return config.lock()
+
+
+def state(config):
+  """Parameters and moments of 4 and 8 GB, spread over `mesh.fsdp`; frozen arrays are not."""
+  return {"params": 4 * GB // config.mesh.fsdp, "opt_state": 8 * GB // config.mesh.fsdp, "frozen": GB}
+
+
+class Compiler:
+  """Peaks as they might come out: 1 GB of activations an image, `left` of it with recomputation."""
+
+  def __init__(self, limit, left=0.35, told=True):
+    self.limit, self.left, self.told, self.seen = limit, left, told, []
+
+  def __call__(self, config):
+    if config.optim.accumulation == 4:
+      raise ValueError("groups of 3 do not cut 12 images")
+    images = config.data.batch_size / config.optim.accumulation / DEVICES
+    parts = state(config)
+    gradients = parts["params"] * (2 if config.optim.accumulation > 1 else 1)
+    peak = sum(parts.values()) + gradients + images * GB * (self.left if config.backbone.remat else 1)
+    self.seen.append((config.mesh.fsdp, config.backbone.remat, config.optim.accumulation, config.data.batch_size))
+    known = peak if self.told or peak <= self.limit else None
+    return {"peak": known, "limit": self.limit, "fits": peak <= self.limit}
+
+
+def search(compiler, **changes):
+  config = config_of(**changes)
+  given = compiler(config)
+  assert not given["fits"]
+  compiler.seen.clear()
+  return plan_search.nearest(config, given, compiler, state, DEVICES)
+
+
+def test_candidates_come_in_the_documented_order():
+  found = [tuple(fields.values())[1:] for fields in plan_search.candidates(config_of(), DEVICES)]
+  assert found[:5] == [(1, False, 1, 48), (2, False, 1, 48), (4, False, 1, 48), (8, False, 1, 48), (1, True, 1, 48)]
+  assert found[8] == (1, False, 2, 48) and found[16] == (1, False, 3, 48)
+  halved = [fields for fields in found if fields[3] != 48]
+  assert found.index(halved[0]) == len(found) - len(halved) and {fields[3] for fields in halved} == {24}  # 12 < 8 x 2
+  assert all(batch % (accumulation * DEVICES) == 0 for _, _, accumulation, batch in found)
+
+
+def test_what_is_on_stays_on():
+  found = list(plan_search.candidates(config_of(**{"backbone.remat": True, "mesh.fsdp": 2}), DEVICES))
+  assert {fields["mesh.fsdp"] for fields in found} == {2, 4, 8}
+  assert {fields["backbone.remat"] for fields in found} == {True}
+
+
+@pytest.mark.parametrize(
+  "limit, expected",
+  [
+    (16, (2, False, 1, 48)),  # 1 + 8 + 6
+    (9, (8, False, 1, 48)),  # 1 + 2 + 6
+    (6, (8, True, 1, 48)),  # 1 + 2 + 2.1
+    (4, (8, True, 3, 48)),  # 1 + 2.5 + 0.7; with 2 parts 4.55
+  ],
+)
+def test_the_first_candidate_that_fits_is_found_at_once(limit, expected):
+  compiler = Compiler(limit * GB + GB // 4)
+  found = search(compiler)
+  assert found.report["fits"] and compiler.seen == [expected]
+
+
+def test_the_settings_are_given_as_flags():
+  found = search(Compiler(6 * GB))
+  assert found.words == "--config.mesh.fsdp=8 --config.backbone.remat=True"
+
+
+def test_a_compilation_corrects_the_estimate():
+  compiler = Compiler(6 * GB, left=0.8)  # recomputation saves less than it is expected to
+  found = search(compiler)
+  assert compiler.seen[0] == (8, True, 1, 48) and compiler.seen[1:] == [(8, True, 2, 48)]
+  assert found.report["fits"] and len(found.tried) == 2
+
+
+def test_settings_that_do_not_go_together_are_no_attempt():
+  found = search(Compiler(6 * GB, left=0.8), **{"data.batch_size": 32})  # 4 parts of 8 images
+  assert all("accumulation=4" not in words for words, _ in found.tried)
+
+
+def test_it_gives_up():
+  compiler = Compiler(GB // 2)
+  found = search(compiler)
+  assert (found.words, found.report) == ("", None) and 0 < len(found.tried) <= plan_search.ATTEMPTS
+  config = config_of()
+  assert len(plan_search.nearest(config, compiler(config), compiler, state, DEVICES, attempts=1).tried) == 1
+
+
+def test_a_compiler_that_does_not_say_how_much_it_wanted_is_taken_to_have_wanted_twice_of_all():
+  compiler = Compiler(15 * GB, told=False)
+  assert search(compiler).report["fits"]

@@ -1,0 +1,92 @@
+"""People in pictures of any size, with a made-up network that knows where everybody is."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vpd_jax import posing
+from vpd_jax.data.keypoints import COCO, Augmentation
+from vpd_jax.tasks.pose import Pose
+
+CROP, SIZE = (64, 48), (16, 12)
+
+
+def picture(size, places):
+  """Black, with a white square at each place."""
+  image = np.zeros((*size, 3), np.uint8)
+  for x, y in places:
+    image[max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3] = 255
+  return image
+
+
+def brightest(weights, batch):
+  """Heatmaps that are the brightness of the crop, for all keypoints alike."""
+  image = batch["image"].astype(jnp.float32)[..., 0] / 255 * weights
+  maps = jax.image.resize(image, (image.shape[0], *SIZE), "linear")[..., None]
+  return jnp.broadcast_to(maps, (*maps.shape[:3], 17))
+
+
+@pytest.fixture(scope="module")
+def made():
+  task = Pose(keypoints=COCO, sigma=1)
+  crop = Augmentation(CROP, COCO).evaluation
+  options = {"keypoints": 17, "rescore": task.rescored, "at_once": 4}
+  return posing.Posing(jax.jit(brightest), crop, jax.jit(task.locate), **options)
+
+
+def test_everybody_is_found_in_the_picture_whatever_its_size_and_however_many_there_are(made):
+  spots = [[(30, 40), (90, 20)], [], [(200, 150)], [(20, 30), (60, 60), (100, 20)]]
+  sizes = [(80, 120), (50, 50), (300, 260), (90, 120)]
+  images = [picture(size, places) for size, places in zip(sizes, spots, strict=True)]
+  boxes = [
+    posing.check_boxes([(x - 14, y - 18, 28, 36, 0.5) for x, y in places], size, "it")
+    for size, places in zip(sizes, spots, strict=True)
+  ]
+  people = made(1.0, images, boxes)
+  assert [len(found.keypoints) for found in people] == [2, 0, 1, 3]
+  for found, places in zip(people, spots, strict=True):
+    for points, place in zip(found.keypoints, places, strict=True):
+      np.testing.assert_allclose(points[:, :2], np.broadcast_to(place, (17, 2)), atol=1.5)
+    np.testing.assert_allclose(found.scores, 0.5 * found.keypoints[:, 0, 2], rtol=1e-5)
+    assert found.keypoints.shape[1:] == (17, 3) and found.boxes.shape[1:] == (4,)
+
+
+def test_a_whole_picture_is_one_person(made):
+  image = picture((80, 60), [(40, 30)])
+  assert posing.whole(image).tolist() == [[0, 0, 60, 80]]
+  boxes = posing.check_boxes(posing.whole(image), (80, 60), "it")
+  (found,) = made(1.0, [image], [boxes])
+  np.testing.assert_allclose(found.keypoints[0, 0, :2], (40, 30), atol=2)
+
+
+@pytest.mark.parametrize("boxes, message", [
+  ([[1, 2, 3]], r"^boxes of a\.jpg must be lists of x, y, width, height"),
+  ([[1, 2, 3, float("nan")]], r"finite numbers"),
+  ([[1, 2, 3, 4], [1, 2]], r"must be lists"),
+  ("abc", r"must be lists"),
+  ([[1, 2, 0, 4], [1, 1, 5, 5], [90, 2, 9, 9]],
+   r"^boxes of a\.jpg, 80 x 60 pixels: 2 have no area or lie outside: \[1\.0, 2\.0, 0\.0, 4\.0\], \[90\.0"),
+])  # fmt: skip
+def test_boxes_that_cannot_be_are_refused(boxes, message):
+  with pytest.raises(ValueError, match=message):
+    posing.check_boxes(boxes, (60, 80), "a.jpg")
+  assert posing.check_boxes([], (60, 80), "a.jpg").shape == (0, 5)
+
+
+def test_boxes_are_read_from_both_forms(tmp_path):
+  path = tmp_path / "boxes.json"
+  path.write_text(json.dumps({"a.jpg": [[1, 2, 3, 4]], "b.jpg": []}))
+  assert posing.read_boxes(path) == {"a.jpg": [[1, 2, 3, 4]], "b.jpg": []}
+  first, second = (
+    {"file_name": "a.jpg", "bbox": [1, 2, 3, 4], "score": 0.5},
+    {"file_name": "a.jpg", "bbox": [5, 6, 7, 8]},
+  )
+  path.write_text(json.dumps([first, second]))
+  assert posing.read_boxes(path) == {"a.jpg": [[1, 2, 3, 4, 0.5], [5, 6, 7, 8, 1.0]]}
+  for content in ("[1]", "{", '{"a": 1}'):
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"^boxes '.*boxes\.json' (must be|cannot be read)"):
+      posing.read_boxes(path)

@@ -1,0 +1,78 @@
+"""Every depth method on real frames of NYU Depth v2 and KITTI: trained, scored and predicting, with the tiny network.
+
+VPD_REAL=FOLDER must name a folder with `nyu_depth_v2/` and `kitti/` in it, a few frames of each with their lists:
+VPD_REAL=FOLDER python -m pytest -m slow -s tests/test_real_cells.py
+"""
+
+import json
+import os
+import pathlib
+import time
+
+import cv2
+import numpy as np
+import pytest
+
+from vpd_jax import config_file, evaluate, predict, train
+
+pytestmark = pytest.mark.slow
+
+STEPS = 12
+ROOTS = {"nyu": "nyu_depth_v2", "kitti": "kitti"}
+PICTURES = {"nyu": "official_splits/test/*/rgb_*.jpg", "kitti": "raw_data/*/*/image_02/data/*.png"}
+PNG_SCALE = {"nyu": 1000, "kitti": 256}  # units per metre of the files that are written
+
+
+@pytest.fixture(scope="module")
+def real() -> pathlib.Path:
+  folder = os.environ.get("VPD_REAL")
+  if not folder:
+    pytest.skip("VPD_REAL=FOLDER must name the folder of the real pictures, with nyu_depth_v2 and kitti in it")
+  return pathlib.Path(folder)
+
+
+def config_of(data: str, method: str, root: pathlib.Path):
+  """The shipped config with the tiny network, three images a step, and rates that move a network within few steps."""
+  config = config_file.load(f"configs/{data}_depth.py:{method},tiny").unlock()
+  config.data.update(root=str(root), batch_size=3, workers=0)
+  config.update(num_steps=STEPS, eval_every=STEPS, save_every=STEPS, log_every=1)
+  config.optim.lr, config.optim.schedule.min_lr, config.optim.schedule.half = 1e-3, 1e-3, STEPS
+  config.optim.lr_groups = ((r"/vae/", None), (r"", 1.0))  # nothing here is pretrained
+  config.head.init = "fan_in"
+  if method == "meta_prompts":
+    config.method.refine_init = "fan_in"
+  config.eval.batch_size = 1
+  return config.lock()
+
+
+@pytest.mark.parametrize("method", ["vpd", "meta_prompts", "iedp"])
+@pytest.mark.parametrize("data", ["nyu", "kitti"])
+def test_trains_scores_and_predicts(data, method, real, tmp_path):
+  begin, root = time.monotonic(), real / ROOTS[data]
+  config, workdir = config_of(data, method, root), tmp_path / "run"
+  scores = train.run(config, str(workdir))
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  losses = [line["train/loss"] for line in lines if "train/loss" in line]
+  assert len(losses) == STEPS and np.mean(losses[-4:]) < np.mean(losses[:4])
+  again = evaluate.run(config, str(workdir))
+  assert again == pytest.approx(scores, rel=1e-5)
+  listed = (root / "test_list.txt").read_text().split("\n")
+  assert again[f"eval/{data}/images"] == len([line for line in listed if line.strip()])
+  assert all(np.isfinite(value) for value in again.values())
+  source, output = tmp_path / "pictures", tmp_path / "depth"
+  source.mkdir()
+  for path in sorted(root.glob(PICTURES[data])):
+    (source / path.name).write_bytes(path.read_bytes())
+  count = predict.run(config, str(workdir), source=str(source), output=str(output))
+  assert count == len(list(source.iterdir())) > 0
+  for path in source.iterdir():
+    metres = np.load(output / f"{path.stem}.npy")
+    assert metres.shape == cv2.imread(str(path)).shape[:2]
+    seen = ~np.isnan(metres)  # all but rows that the data set takes off its own frames
+    assert seen.mean() > 0.9 and 0 < metres[seen].min() <= metres[seen].max() <= config.task.max_depth
+    stored = cv2.imread(str(output / f"{path.stem}.depth.png"), cv2.IMREAD_UNCHANGED)
+    np.testing.assert_allclose(stored / PNG_SCALE[data], np.where(seen, metres, 0), atol=1 / PNG_SCALE[data])
+  print(
+    f"\n{data} {method}: {time.monotonic() - begin:.0f} s, loss {losses[0]:.3f} to {losses[-1]:.3f}, "
+    f"rmse {again[f'eval/{data}/rmse']:.3f} m"
+  )

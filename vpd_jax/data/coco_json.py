@@ -1,0 +1,278 @@
+"""COCO's JSON files of people: annotations with keypoints, and boxes of a detector.
+
+An annotation file holds "images" (id, file_name, width, height), "annotations" (image_id, bbox as x, y, width, height,
+keypoints as x, y, visibility for each, area, iscrowd), and "categories", one of which names the keypoints. A detection
+file is a list of image_id, category_id, bbox, score.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vpd_jax.data import files
+
+
+class Annotations(NamedTuple):
+  """The content of an annotation file, checked.
+
+  Attributes:
+    path: of the file, for messages.
+    images: {"id", "file_name", "width", "height"} each, in the order of the file.
+    people: annotations by image, in the order of the file; each has "bbox", "keypoints", "area", "iscrowd" and
+      "num_keypoints", filled in where the file leaves the last three out.
+    category: {"id", "name", "keypoints"}.
+  """
+
+  path: Path
+  images: list[dict[str, Any]]
+  people: list[list[dict[str, Any]]]
+  category: dict[str, Any]
+
+
+class Samples(NamedTuple):
+  """The people of a split, one row each.
+
+  Attributes:
+    image: int32 [N], number of the picture.
+    box: float32 [N, 4], x, y, width, height.
+    box_score: float32 [N], 1 for an annotated box.
+    keypoints: float32 [N, K, 3], x, y, and 2 visible, 1 hidden, 0 without label; all 0 for a detected box.
+    notes: lines on what was left out.
+  """
+
+  image: np.ndarray
+  box: np.ndarray
+  box_score: np.ndarray
+  keypoints: np.ndarray
+  notes: list[str]
+
+
+def read(path: str | Path) -> Any:
+  """The content of a JSON file.
+
+  Raises:
+    ValueError: missing, or no JSON; names the file.
+  """
+  raw = files.read_bytes(Path(path).expanduser())
+  try:
+    return json.loads(raw)
+  except ValueError as error:
+    raise ValueError(f"{path} is no JSON, or cut off ({error}); copy or download it again.") from None
+
+
+def keypoint_names(path: str | Path) -> tuple[str, ...]:
+  """The names that the annotation file gives its keypoints.
+
+  Raises:
+    ValueError: no such file; no category with keypoints, or several.
+  """
+  return tuple(_category(read(path), path)["keypoints"])
+
+
+def annotations(path: str | Path, names: Sequence[str]) -> Annotations:
+  """Reads an annotation file.
+
+  Raises:
+    ValueError: in one line, everything that is wrong: not an annotation file, other keypoints than `names`, entries
+      without what is needed or of images that are not there (counted, the first ten named).
+  """
+  path, content = Path(path).expanduser(), read(path)
+  category = _category(content, path)
+  if tuple(category["keypoints"]) != tuple(names):
+    raise ValueError(
+      f"{path} has the keypoints {', '.join(category['keypoints'])}, but the config {', '.join(names)}; make them "
+      "agree in number and order."
+    )
+  images = [{key: image.get(key) for key in ("id", "file_name", "width", "height")} for image in content["images"]]
+  whole = lambda value: isinstance(value, int) and not isinstance(value, bool)
+  named = lambda image: whole(image["id"]) and isinstance(image["file_name"], str)
+  sized = lambda image: whole(image["width"]) and whole(image["height"]) and min(image["width"], image["height"]) > 0
+  wrong = [f"image {i}" for i, image in enumerate(images) if not (named(image) and sized(image))]
+  number = {image["id"]: i for i, image in enumerate(images)}
+  if len(number) < len(images):
+    raise ValueError(f"{path} lists {len(images)} images with {len(number)} different ids; each needs its own.")
+  people: list[list[dict[str, Any]]] = [[] for _ in images]
+  for i, entry in enumerate(content["annotations"]):
+    if entry.get("category_id", category["id"]) != category["id"]:
+      continue
+    if entry.get("image_id") in number and _numbers(entry.get("bbox"), 4) and _points(entry, len(names)):
+      people[number[entry["image_id"]]].append(_completed(entry, len(names)))
+    else:
+      wrong.append(f"annotation {entry.get('id', i)}")
+  if wrong:
+    raise ValueError(
+      f"{path}: {len(wrong)} entries cannot be used: {_first(wrong)}; an image needs id, file_name, width and height, "
+      f"an annotation the image_id of a listed image, a bbox of 4 and keypoints of {3 * len(names)} finite numbers."
+    )
+  return Annotations(path, images, people, category)
+
+
+def truth(found: Annotations, chosen: Sequence[int]) -> dict[str, Any]:
+  """What pycocotools scores against: a COCO file's content of the chosen images, without outlines of people."""
+  entries = [entry for i in chosen for entry in found.people[i]]
+  # Numbered anew, from 1: pycocotools takes an annotation of id 0 for none.
+  own = lambda number: {"id": number + 1, "category_id": found.category["id"]}
+  return {
+    "images": [found.images[i] for i in chosen],
+    "annotations": [entry | own(number) for number, entry in enumerate(entries)],
+    "categories": [found.category],
+  }
+
+
+def annotated(found: Annotations, chosen: Sequence[int]) -> Samples:
+  """The people of the chosen images who are no crowd, have a labelled keypoint and a box inside the image.
+
+  `image` counts within `chosen`.
+
+  Source: mmpose 0.x datasets/datasets/top_down/topdown_coco_dataset.py _load_coco_keypoint_annotation_kernel.
+  """
+  rows, without, empty = [], 0, 0
+  for place, i in enumerate(chosen):
+    for entry in found.people[i]:
+      box = clipped(entry["bbox"], found.images[i]["width"], found.images[i]["height"])
+      if entry["iscrowd"]:
+        continue
+      if not entry["num_keypoints"]:
+        without += 1
+      elif box is None or entry["area"] <= 0:
+        empty += 1
+      else:
+        rows.append((place, box, entry["keypoints"]))
+  notes = [f"{without} people without a labelled keypoint are left out"] if without else []
+  notes += [f"{empty} boxes without an area inside their image are left out"] if empty else []
+  count = len(found.category["keypoints"])
+  return Samples(
+    np.array([row[0] for row in rows], np.int32),
+    np.array([row[1] for row in rows], np.float32).reshape(-1, 4),
+    np.ones(len(rows), np.float32),
+    np.array([row[2] for row in rows], np.float32).reshape(-1, count, 3),
+    notes,
+  )
+
+
+def detected(path: str | Path, found: Annotations, chosen: Sequence[int], *, others: str, threshold: float) -> Samples:
+  """The boxes of a detector in the chosen images. `image` counts within `chosen`.
+
+  Args:
+    path: of the detection file.
+    found: the annotations; only their images and category count.
+    chosen: numbers of images.
+    others: what boxes of images that are not chosen do: "error", or "skip".
+    threshold: boxes whose score is not above it are left out.
+
+  Raises:
+    ValueError: no detection file, entries without what is needed, or boxes of other images.
+
+  Source: mmpose 0.x topdown_coco_dataset.py _load_coco_person_detection_results.
+  """
+  content = read(path)
+  if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+    raise ValueError(f"{path} must be a list of detections: image_id, category_id, bbox, score.")
+  number = {found.images[i]["id"]: place for place, i in enumerate(chosen)}
+  rows, wrong, unknown, low, empty = [], [], [], 0, 0
+  for i, entry in enumerate(content):
+    if entry.get("category_id") != found.category["id"]:
+      continue
+    if not (_numbers(entry.get("bbox"), 4) and _numbers([entry.get("score")], 1) and "image_id" in entry):
+      wrong.append(str(i))
+    elif entry["image_id"] not in number:
+      unknown.append(entry["image_id"])
+    elif entry["score"] <= threshold:
+      low += 1
+    else:
+      image = found.images[chosen[number[entry["image_id"]]]]
+      inside = touches(entry["bbox"], image["width"], image["height"])
+      empty += not inside
+      rows += [(number[entry["image_id"]], entry["bbox"], entry["score"])] if inside else []
+  if wrong:
+    raise ValueError(
+      f"{path}: {len(wrong)} detections cannot be used: numbers {_first(wrong)}; each needs image_id, a bbox of 4 "
+      "finite numbers and a score."
+    )
+  if unknown and others == "error":
+    raise ValueError(
+      f"{path}: {len(unknown)} detections are of {len(set(unknown))} images that {found.path} does not list: "
+      f"{_first(sorted(set(unknown), key=str))}; take the detections of this split, or set data.complete=False to "
+      "leave them out."
+    )
+  notes = [f"{len(unknown)} detections of images outside the split are left out"] if unknown else []
+  notes += [f"{low} detections with a score of {threshold:g} or below are left out"] if low else []
+  notes += [f"{empty} detected boxes without an area inside their image are left out"] if empty else []
+  empties = sorted(set(range(len(chosen))) - {row[0] for row in rows})
+  notes += [f"{len(empties)} images have no detection and count as such"] if empties else []
+  return Samples(
+    np.array([row[0] for row in rows], np.int32),
+    np.array([row[1] for row in rows], np.float32).reshape(-1, 4),
+    np.array([row[2] for row in rows], np.float32),
+    np.zeros((len(rows), len(found.category["keypoints"]), 3), np.float32),
+    notes,
+  )
+
+
+def touches(box: Sequence[float], width: int, height: int) -> bool:
+  """Whether a box has an area and some of it lies inside its image."""
+  x, y, w, h = box
+  return w > 0 and h > 0 and x < width and y < height and x + w > 0 and y + h > 0
+
+
+def clipped(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float] | None:
+  """A box cut to its image; None where nothing of it is inside.
+
+  Source: mmpose 0.x topdown_coco_dataset.py, where a box of w pixels reaches from x to x + w - 1, and one that begins
+  before the image is moved in before it is cut.
+  """
+  if not touches(box, width, height):
+    return None
+  x, y, w, h = (float(number) for number in box)
+  left, top = max(0.0, x), max(0.0, y)
+  right, bottom = min(width - 1, left + max(0.0, w - 1)), min(height - 1, top + max(0.0, h - 1))
+  return (left, top, right - left, bottom - top) if right > left and bottom > top else None
+
+
+def _category(content: Any, path: str | Path) -> dict[str, Any]:
+  """The one category that has keypoints."""
+  parts = ("images", "annotations", "categories")
+  if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in parts):
+    raise ValueError(f"{path} is no annotation file: it needs the lists {', '.join(parts)}.")
+  named = [category for category in content["categories"] if category.get("keypoints")]
+  if len(named) != 1:
+    raise ValueError(
+      f"{path} has {len(named)} categories with keypoints; one is needed, whose 'keypoints' are their names "
+      "(person_keypoints_*.json has it, instances_*.json has not)."
+    )
+  return {key: named[0][key] for key in ("id", "name", "keypoints", "skeleton") if key in named[0]}
+
+
+def _points(entry: dict[str, Any], count: int) -> bool:
+  """Whether the annotation's keypoints can be used; a crowd may have none."""
+  if entry.get("iscrowd") and "keypoints" not in entry:
+    return True
+  return _numbers(entry.get("keypoints"), 3 * count)
+
+
+def _completed(entry: dict[str, Any], count: int) -> dict[str, Any]:
+  """The annotation with what files may leave out: the area of the box, the number of labelled keypoints."""
+  points = entry.get("keypoints", [0] * 3 * count)
+  return {
+    "image_id": entry["image_id"],
+    "bbox": entry["bbox"],
+    "area": entry.get("area", entry["bbox"][2] * entry["bbox"][3]),
+    "iscrowd": int(bool(entry.get("iscrowd", 0))),
+    "keypoints": points,
+    "num_keypoints": sum(visible > 0 for visible in points[2::3]),
+  }
+
+
+def _numbers(values: Any, count: int) -> bool:
+  """Whether this is a list of that many finite numbers."""
+  if not isinstance(values, list | tuple) or len(values) != count:
+    return False
+  return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+
+
+def _first(items: Sequence[Any]) -> str:
+  return ", ".join(map(str, items[: files.SHOWN])) + (", ..." if len(items) > files.SHOWN else "")

@@ -1,0 +1,328 @@
+"""--mode=plan: does a run fit, and what does a step cost, known before the first one and without the devices.
+
+Compiles the real steps of training and evaluation for a named slice of TPUs, which libtpu can do on any machine, or for
+the devices at hand, and reads what the compiler says of them. No array is allocated and no data set is opened.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+
+from vpd_jax import assemble, chips, evaluate, plan_search, programs, sharding, start, train, writers
+from vpd_jax.data import pipeline
+from vpd_jax.types import Batch
+
+# Of an Example, by key of a Batch: shape, where "HW" stands for the size of the picture, and dtype.
+KEYS = {
+  "image": (("HW", 3), np.uint8),
+  "depth": (("HW",), np.float32),
+  "label": (("HW",), np.uint8),
+  "mask": (("HW",), np.uint8),
+  "class_id": ((), np.int32),
+  "index": ((), np.int32),
+  "valid_size": ((2,), np.int32),
+  "tokens": (("tokens",), np.int32),
+}
+EFFORTS = {
+  "default": {},
+  # A tenth of the time and less; the program is slower and takes more memory than what a run would use.
+  "low": {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0},
+}
+# libtpu asks a server in Google's cloud otherwise, writes a page of text, and lets one process in only.
+QUIET = {
+  **{"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"},
+  **{"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+}
+Report = dict[str, Any]
+
+
+def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: str = "low", limit: int = 0) -> Report:
+  """--mode=plan: compiles, prints, and where training does not fit tries the nearest settings that may.
+
+  The order of what is tried is that of plan_search.candidates.
+
+  Args:
+    config: of the run.
+    topology: a slice of TPUs as libtpu names it, like "v5e:2x4", or empty for the devices at hand.
+    workdir: where plan.json keeps every finished compilation, so that the same command goes on; empty: nowhere.
+    effort: of the compiler for a named slice: "low", or "default" as in a run, which takes ten times as long. At low
+      effort memory is more than a run would need: an upper bound.
+    limit: bytes of memory of a device; 0: those of the device.
+
+  Returns:
+    the reports by name: "train", "eval", and "fitting", the settings that fit, where the config's own do not and
+    others were found.
+
+  Raises:
+    ValueError: in one line: anything that cannot be assembled, batches that do not divide, an unknown slice, no libtpu.
+  """
+  if effort not in EFFORTS:
+    raise ValueError(f"--effort={effort!r} is unknown; choose one of {sorted(EFFORTS)}.")
+  config = start.complete(config, config.init.run or config.init.pretrained)
+  devices = slice_of(topology) if topology else jax.devices()
+  config = for_platform(config, devices[0].platform)
+  limit = limit or memory_of(devices[0])
+  kept = _Kept(workdir)
+  measure = lambda config, step: kept.report(config, step, devices, topology, effort if topology else "default", limit)
+  reports = {}
+  for step in ("train", "eval"):
+    reports[step] = measure(config, step)
+    train.log(describe(reports[step]))
+  if reports["train"]["fits"] is False:
+    product = assemble.assemble(config)  # the settings that are tried leave its arrays as they are
+    state = lambda changed: state_bytes(changed, product, mesh_for(changed, devices))
+    found = plan_search.nearest(
+      config, reports["train"], lambda changed: measure(changed, "train"), state, len(devices)
+    )
+    for words, report in found.tried:
+      train.log(f"tried {words}: {in_short(report)}")
+    train.log(
+      f"fits with {found.words}" if found.report else "nothing that was tried fits: take more or larger devices"
+    )
+    if found.report:
+      reports["fitting"] = found.report
+      train.log(describe(found.report))
+  return reports
+
+
+def slice_of(topology: str) -> list[jax.Device]:
+  """The devices of a slice that is not there.
+
+  Raises:
+    ValueError: libtpu is not installed or knows no such slice, or jax makes no mesh of it, as of v4's.
+  """
+  if not importlib.util.find_spec("libtpu"):
+    raise ValueError(
+      f"--topology={topology!r} needs libtpu, which also runs without a TPU: pip install 'vpd_jax[plan]'."
+    )
+  for name, value in QUIET.items():
+    os.environ.setdefault(name, value)
+  # A host has four chips if it is not told otherwise.
+  alone = {"chips_per_host_bounds": (1, 1, 1)} if re.search(r":1(x1)*$", topology) else {}
+  try:
+    devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **alone).devices)
+    sharding.make_mesh(devices=devices)
+  except Exception as error:
+    reason = " ".join(str(error).split())[:200]
+    raise ValueError(
+      f"--topology={topology!r} cannot be planned for ({reason}); names are like v5e:2x4, v5p:2x2x1, v6e:16x16."
+    ) from error
+  return devices
+
+
+def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
+  """The config with what "auto" means there, for it looks at the backend of this process.
+
+  On accelerators `backbone.attention="auto"` is "xla", see backbones/attention.py.
+  """
+  config = config.copy_and_resolve_references().unlock()
+  if platform != jax.default_backend() and config.backbone.attention == "auto":
+    config.backbone.attention = "chunked" if platform == "cpu" else "xla"
+  return config.lock()
+
+
+def memory_of(device: jax.Device) -> int:
+  """Bytes that a program can use on a device; 0 where neither the table nor the device says."""
+  chip = chips.of(device.device_kind)
+  if chip is not None and chip.memory is not None:
+    return int(chip.memory)
+  try:
+    return int((device.memory_stats() or {}).get("bytes_limit", 0))
+  except (jax.errors.JaxRuntimeError, NotImplementedError):
+    return 0
+
+
+def mesh_for(config: ConfigDict, devices: list[jax.Device]) -> jax.sharding.Mesh:
+  """The mesh of the config over these devices."""
+  return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices=devices)
+
+
+def batch_shapes(config: ConfigDict, keys: tuple[str, ...], step: str) -> Batch:
+  """A Batch as ShapeDtypeStructs, as the pipeline would give it, by the config alone.
+
+  Args:
+    config: of the run.
+    keys: of Product.keys.
+    step: "train": `data.batch_size` crops; "eval": `eval.batch_size` whole pictures.
+
+  Raises:
+    ValueError: a key that is not in KEYS.
+  """
+  if unknown := [key for key in keys if key not in KEYS]:
+    raise ValueError(f"the shapes of {unknown} in a batch are not known to --mode=plan; add them to plan.KEYS.")
+  size = tuple(config.data.crop) if step == "train" else picture_size(config)
+  rows = config.data.batch_size if step == "train" else config.eval.batch_size
+  sides = {"HW": size, "tokens": (config.backbone.text.positions,)}
+  shapes = {}
+  for key in keys:
+    named, dtype = KEYS[key]
+    shape = [n for side in named for n in (sides[side] if isinstance(side, str) else (side,))]
+    shapes[key] = jax.ShapeDtypeStruct((rows, *shape), dtype)
+  return shapes
+
+
+def picture_size(config: ConfigDict) -> tuple[int, int]:
+  """(H, W) of a picture in evaluation.
+
+  The first that is there: the window it is cut into, `data.resize`, `data.size`, `data.kb_crop`, the size of the
+  published data, `data.crop`.
+  """
+  windows = [tuple(map(int, word.split(":")[1:])) for word in config.eval.test_time if word.startswith("slide:")]
+  if windows:
+    return windows[0][0], windows[0][0]
+  published = getattr(assemble.DATASETS[config.data.name], "published", None)
+  given = [config.data.get(name, ()) for name in ("resize", "size", "kb_crop")]
+  return next(tuple(size) for size in (*given, published and published.size, config.data.crop) if size)
+
+
+def state_bytes(config: ConfigDict, product: assemble.Product, mesh: jax.sharding.Mesh) -> dict[str, int]:
+  """Bytes on one device of each part of the state."""
+  shapes, where = start.state_shapes(config, product), start.state_shardings(config, product, mesh)
+
+  def total(part: str) -> int:
+    pairs = zip(jax.tree.leaves(getattr(shapes, part)), jax.tree.leaves(getattr(where, part)), strict=True)
+    return sum(int(np.prod(spread.shard_shape(x.shape))) * x.dtype.itemsize for x, spread in pairs)
+
+  return {part: total(part) for part in ("params", "frozen", "stats", "opt_state", "ema")}
+
+
+def compiled_report(
+  config: ConfigDict, step: str, devices: list[jax.Device], topology: str, effort: str, limit: int
+) -> Report:
+  """Compiles one step and says what it costs on one device; numbers are bytes, operations and seconds.
+
+  Args:
+    config: of the run.
+    step: "train" or "eval".
+    devices: to compile for.
+    topology: their name; empty for those at hand.
+    effort: see `run`.
+    limit: bytes of memory of a device; 0 judges nothing.
+
+  Returns:
+    "fits" is None where there is no limit. Where the compiler ran out of memory, what it would have told is missing
+    and "peak" is what it asked for.
+  """
+  product = assemble.assemble(config, training=step == "train")
+  mesh = mesh_for(config, devices)
+  accumulation = config.optim.accumulation if step == "train" else 1
+  rows = config.data.batch_size // accumulation if step == "train" else config.eval.batch_size
+  pipeline.check_batch_size(rows, mesh.size, "devices")
+  held = assemble.DATASETS[config.data.name].provides & {"valid_size"}  # as assemble.batch_keys, without the files
+  batch = batch_shapes(config, (*product.keys, *held), step)
+  begin = time.perf_counter()
+  lower = train.lower_step if step == "train" else evaluate.lower_step
+  lowered = lower(config, product, mesh, batch)
+  traced = time.perf_counter()
+  report = {
+    **{"step": step, "devices": len(devices), "kind": devices[0].device_kind, "topology": topology, "effort": effort},
+    **{"mesh": dict(mesh.shape), "batch": rows * accumulation, "accumulation": accumulation, "limit": limit or None},
+    **{"attention": config.backbone.attention, "remat": config.backbone.remat, "dtype": config.dtype},
+    "state": state_bytes(config, product, mesh),
+    "trace_seconds": round(traced - begin, 1),
+  }
+  options = EFFORTS[effort] if topology else None
+  try:
+    compiled = lowered.compile(options or programs.compiler_options(mesh))
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return report | {
+      "compile_seconds": round(time.perf_counter() - traced, 1),
+      "peak": asked_for(str(error), sum(report["state"].values())),
+      "fits": False,
+    }
+  report["compile_seconds"] = round(time.perf_counter() - traced, 1)
+  report |= {name.replace(" ", "_"): value * accumulation for name, value in programs.costs(compiled).items()}
+  report["collectives"] = programs.collectives(compiled.as_text())
+  if (memory := programs.memory(compiled)) is not None:
+    report |= memory._asdict() | {"fits": memory.peak <= limit if limit else None}
+  return report | {"fits": report.get("fits")}
+
+
+def asked_for(message: str, arguments: int) -> int | None:
+  """Bytes that a program needed, by the compiler's message that it does not fit; None where it does not say.
+
+  `arguments`, the bytes of the state, are added where the message is about the rest.
+  """
+  found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of|HLO temporaries \(([\d.]+)([KMGT])\)", message)
+  if not found:
+    return None
+  number, unit = (word for word in found.groups() if word)
+  return int(float(number) * 2 ** (10 * " KMGT".index(unit))) + (0 if found[1] else arguments)
+
+
+class _Kept:
+  """The finished compilations of a workdir, in plan.json, by what they depend on."""
+
+  def __init__(self, workdir: str):
+    self._path = epath.Path(workdir) / "plan.json" if workdir else None
+    self._held = json.loads(self._path.read_text()) if self._path and self._path.exists() else {}
+
+  def report(self, config: ConfigDict, step: str, devices: list[jax.Device], *facts: Any) -> Report:
+    """The report of an earlier command, or a new one, which is kept."""
+    words = [start.to_json(config), step, devices[0].device_kind, len(devices), jax.__version__, *facts]
+    key = hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
+    if key not in self._held:
+      self._held[key] = compiled_report(config, step, devices, *facts)
+      if self._path is not None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps(self._held, indent=1) + "\n")
+    return self._held[key]
+
+
+def amount(count: float) -> str:
+  """Bytes for the reader."""
+  power = next((p for p in (30, 20) if count >= 2**p / 10), 10)
+  return f"{count / 2**power:.2f} {({30: 'GiB', 20: 'MiB', 10: 'KiB'})[power]}"
+
+
+def in_short(report: Report) -> str:
+  """Peak and verdict in a few words."""
+  peak = "more than there is" if report.get("peak") is None else amount(report["peak"])
+  verdict = {True: "fits", False: "does not fit", None: "no limit known"}[report["fits"]]
+  return f"{peak} of {amount(report['limit'])}, {verdict}" if report["limit"] else f"{peak}, {verdict}"
+
+
+def describe(report: Report) -> str:
+  """A report as a table."""
+  where = report["topology"] or "devices at hand"
+  mesh = report["mesh"]
+  bound = ", an upper bound: the compiler was in a hurry" if report["effort"] == "low" else ""
+  rows = [
+    (
+      f"{report['step']} step",
+      f"{where}: {report['devices']} x {report['kind']}, mesh {mesh['data']} x {mesh['fsdp']}",
+    ),
+    (
+      "images",
+      f"{report['batch']} in all, {report['batch'] / report['devices']:g} a device, accumulation "
+      f"{report['accumulation']}, {report['dtype']}, attention {report['attention']}, remat {report['remat']}",
+    ),
+    ("on one device", ""),
+  ]
+  names = {"params": "parameters", "frozen": "frozen", "stats": "statistics", "opt_state": "optimizer state"}
+  names["ema"] = "moving average"
+  rows += [(f"  {names[part]}", amount(value)) for part, value in report["state"].items() if value]
+  rows += [("  activations, gradients", amount(report["temporaries"]))] if "temporaries" in report else []
+  rows += [("  peak", in_short(report) + bound)]
+  if "flops" in report:
+    rows += [("  operations", f"{report['flops'] / 1e12:.3f} TFLOP a step")]
+  if "bytes_accessed" in report:
+    rows += [("  memory traffic", f"{report['bytes_accessed'] / 1e9:.1f} GB a step")]
+  for kind, (number, size) in sorted(report.get("collectives", {}).items()):
+    rows += [(f"  {kind}", f"{number}, {size / 1e6:.1f} MB")]
+  if "optimal_seconds" in report:
+    rows += [("  compiler's estimate", f"{1e3 * report['optimal_seconds']:.1f} ms a step")]
+  rows += [("compiled in", f"{report['compile_seconds']} s, traced in {report['trace_seconds']} s")]
+  return writers.table(rows)

@@ -1,0 +1,165 @@
+"""What a program costs: floating point operations of a traced one, memory and collectives of a compiled one."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_NO_MODEL = ("_resize",)  # jax.image.resize: it interpolates by products with matrices
+_BYTES = {"pred": 1, "s4": 1, "u4": 1, "c64": 8, "c128": 16}  # a name with a number of bits says the rest
+_SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_OPERATION = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
+_LOOP = re.compile(r"\bwhile\(.*\bbody=%?([\w.\-]+)")
+_TRIPS = re.compile(r"known_trip_count[^0-9]*(\d+)")
+_CALLED = re.compile(r"\b(?:calls|to_apply|condition|body|branch_computations)=(?:\{([^}]*)\}|(%?[\w.\-]+))")
+
+
+def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str] | None:
+  """Of the training step. On CPU alone XLA drops the barriers that keep recomputed activations (backbone.remat) from
+  being merged with the first ones, and so saves nothing."""
+  return {"xla_disable_hlo_passes": "cse_barrier_expander"} if mesh.devices.flat[0].platform == "cpu" else None
+
+
+class Memory(NamedTuple):
+  """Bytes on one device, by the compiler's account.
+
+  Attributes:
+    arguments: state and batch that go in.
+    aliased: of them, those whose memory the results take over.
+    temporaries: everything in between: activations, gradients, workspace.
+    peak: the most at any time; where the compiler does not say, arguments + results - aliased + temporaries.
+  """
+
+  arguments: int
+  aliased: int
+  temporaries: int
+  peak: int
+
+
+def memory(compiled: jax.stages.Compiled) -> Memory | None:
+  """None where the compiler gives no account."""
+  analysis = compiled.memory_analysis()
+  if analysis is None:
+    return None
+  arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+  total = arguments + analysis.output_size_in_bytes - analysis.alias_size_in_bytes + temporaries
+  # On CPU the reported peak leaves the temporaries out.
+  peak = max(getattr(analysis, "peak_memory_in_bytes", 0), arguments + temporaries) or total
+  return Memory(arguments, analysis.alias_size_in_bytes, temporaries, max(peak, total))
+
+
+def costs(compiled: jax.stages.Compiled) -> dict[str, float]:
+  """The compiler's "flops", "bytes accessed" and "optimal_seconds" on one device, as far as it tells them.
+
+  The body of a loop counts once, and a kernel that is called by name, such as fused attention, does not count.
+  """
+  found = compiled.cost_analysis() or {}
+  return {name: float(found[name]) for name in ("flops", "bytes accessed", "optimal_seconds") if found.get(name, 0) > 0}
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+  """How often each kind of collective runs on one device, and the bytes of its results there.
+
+  Args:
+    text: of a compiled program, `compiled.as_text()`. The body of a loop counts as often as it runs, where the program
+      says how often; else once.
+
+  Returns:
+    {kind: (number, bytes)} of the kinds of COLLECTIVES that occur. An all-gather's result is the whole array, an
+    all-reduce's one is as large as what goes in.
+  """
+  times = _times(text)
+  found: dict[str, tuple[int, int]] = {}
+  here = ""
+  for line in text.splitlines():
+    if header := _COMPUTATION.match(line.strip()):
+      here = header[1]
+    elif operation := _OPERATION.search(line):
+      shapes, kind, begun = operation.groups()
+      number, size = found.get(kind, (0, 0))
+      count = times.get(here, 1)
+      found[kind] = number + count, size + count * _result_bytes(shapes, kind, bool(begun))
+  return found
+
+
+def _result_bytes(shapes: str, kind: str, begun: bool) -> int:
+  """Bytes of the results; the first half of an asynchronous operation also names what goes in."""
+  sizes = [
+    _bytes(dtype) * math.prod(map(int, filter(None, sides.split(",")))) for dtype, sides in _SHAPE.findall(shapes)
+  ]
+  if begun and kind == "collective-permute":
+    return sizes[1]  # what goes in, what comes out, and two numbers of the machinery
+  if begun and kind != "all-reduce":
+    return sum(sizes[len(sizes) // 2 :])
+  return sum(sizes)
+
+
+def _bytes(dtype: str) -> int:
+  bits = re.search(r"\d+", dtype)
+  return _BYTES.get(dtype) or max(int(bits[0]) // 8 if bits else 0, 1)
+
+
+def _times(text: str) -> dict[str, int]:
+  """How often the computations run that are loops' bodies, or called from one."""
+  here, called, loops = "", {}, {}
+  for line in text.splitlines():
+    if header := _COMPUTATION.match(line.strip()):
+      here = header[1]
+      continue
+    loop, trips = _LOOP.search(line), _TRIPS.search(line)
+    if loop:
+      loops[loop[1]] = int(trips[1]) if trips else 1
+    for several, one in _CALLED.findall(line):
+      called.update({name.strip(" %"): here for name in (several or one).split(",")})
+
+  def times(name: str) -> int:
+    return loops.get(name, 1) * (times(called[name]) if name in called else 1)
+
+  return {name: times(name) for name in called}
+
+
+def model_flops(function: Callable[..., Any], *arguments: Any) -> float:
+  """Floating point operations of all matrix products and convolutions, 2 per multiplication.
+
+  Counted in the traced program, so the same on every device. Elementwise work and interpolation do not count, nor do
+  the zeros that the gradient of a strided convolution is spread with. What is recomputed (remat, chunked attention)
+  counts again, and a kernel in Pallas does not: count a program without them.
+
+  Args:
+    function: to be traced.
+    *arguments: arrays or ShapeDtypeStructs.
+  """
+  return _jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _jaxpr_flops(jaxpr: Any) -> float:
+  return float(sum(_equation_flops(equation) for equation in jaxpr.eqns))
+
+
+def _equation_flops(equation: Any) -> float:
+  name, given = equation.primitive.name, equation.params
+  if name == "dot_general":
+    (contracted, _), _ = given["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return 2.0 * equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
+  if name == "conv_general_dilated":
+    kernel = equation.invars[1].aval.shape
+    spec = given["dimension_numbers"].rhs_spec  # (output channels, input channels of a group, sides...)
+    taps = math.prod(kernel[axis] for axis in spec[1:])
+    return 2.0 * equation.outvars[0].aval.size * taps / math.prod(given["lhs_dilation"])
+  if given.get("name") in _NO_MODEL:
+    return 0.0
+  inner = [_jaxpr_flops(part) for part in _inner(given)]
+  if name == "cond":
+    return max(inner)
+  return sum(inner) * (given["length"] if name == "scan" else 1)
+
+
+def _inner(given: dict[str, Any]) -> list[Any]:
+  """The programs an operation runs."""
+  values = [v for value in given.values() for v in (value if isinstance(value, tuple | list) else (value,))]
+  return [getattr(v, "jaxpr", v) for v in values if hasattr(getattr(v, "jaxpr", v), "eqns")]

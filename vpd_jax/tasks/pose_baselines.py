@@ -1,0 +1,57 @@
+"""What trivial predictors of keypoints reach on a data set: a network that has learnt anything is better."""
+
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+
+SIDE = 8  # rows and columns to which a crop is shrunk for the regression
+RIDGE = 1.0
+Predictor = Callable[[np.ndarray], np.ndarray]  # crop uint8 [H, W, 3] to places float64 [K, 2] in its pixels
+
+
+class Fit:
+  """Sums over training crops, from which two predictors follow.
+
+  "mean_pose": the mean place of each keypoint, over those that are labelled; "linear_crop": a linear regression, with a
+  little ridge, from the colours of the crop shrunk to 8 x 8 to the place of each keypoint.
+  """
+
+  def __init__(self, count: int):
+    inputs = 3 * SIDE * SIDE + 1
+    self.number, self.total = np.zeros(count), np.zeros((count, 2))
+    self.gram, self.target = np.zeros((count, inputs, inputs)), np.zeros((count, inputs, 2))
+
+  def add(self, crop: np.ndarray, keypoints: np.ndarray) -> None:
+    """One more training crop: uint8 [H, W, 3], and float [K, 3] (x, y, 1 where labelled)."""
+    inputs = regressors(crop)
+    outer = np.outer(inputs, inputs)
+    for k in np.flatnonzero(keypoints[:, 2] > 0):
+      self.number[k] += 1
+      self.total[k] += keypoints[k, :2]
+      self.gram[k] += outer
+      self.target[k] += np.outer(inputs, keypoints[k, :2])
+
+  def predictors(self) -> dict[str, Predictor]:
+    """The two, by name.
+
+    Raises:
+      ValueError: no training crop has a labelled keypoint.
+    """
+    if not self.number.any():
+      raise ValueError("no training crop has a labelled keypoint; check the data set.")
+    mean = self.total / np.maximum(self.number, 1)[:, None]
+    offsets = self.target - np.einsum("ki,kj->kij", self.gram[:, :, -1], mean)  # of the places less their mean
+    ridge = RIDGE * np.eye(self.gram.shape[1])
+    ridge[-1, -1] = 1e-9  # not on the constant
+    weights = np.stack([np.linalg.solve(gram + ridge, offset) for gram, offset in zip(self.gram, offsets, strict=True)])
+    return {
+      "mean_pose": lambda crop: mean,
+      "linear_crop": lambda crop: mean + np.tensordot(weights, regressors(crop), axes=(1, 0)),
+    }
+
+
+def regressors(crop: np.ndarray) -> np.ndarray:
+  """Colours in [0, 1] of the shrunk crop, and 1: float64 [3 * SIDE^2 + 1]."""
+  small = cv2.resize(crop, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+  return np.append(small.ravel() / 255.0, 1.0)

@@ -1,0 +1,68 @@
+"""Skeletons over pictures."""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+# By the side in the keypoints' names: orange left, blue right, green neither.
+COLOURS = {"left": (255, 140, 0), "right": (40, 130, 255), "": (0, 210, 90)}
+
+
+def side(name: str) -> str:
+  """ "left", "right" or neither, by a keypoint's name."""
+  return next((word for word in ("left", "right") if word in name), "")
+
+
+def draw(
+  image: np.ndarray,
+  people: Sequence[np.ndarray],
+  names: Sequence[str],
+  skeleton: Sequence[tuple[int, int]],
+  *,
+  least: float,
+) -> np.ndarray:
+  """Bones and joints of people over a picture.
+
+  Args:
+    image: uint8 [H, W, 3].
+    people: float [K, 3] each, x, y and score.
+    names: of the K keypoints; a bone is of a side where one end is and the other is not of the other.
+    skeleton: numbers between which a bone is drawn.
+    least: keypoints whose score is not above it are left out.
+
+  Returns:
+    uint8 [H, W, 3].
+  """
+  drawn = image.copy()
+  sides = [side(name) for name in names]
+  for points in people:
+    known = np.isfinite(points).all(-1) & (points[:, 2] > least)
+    if not known.any():
+      continue
+    height = np.ptp(points[known, 1])
+    thick = int(np.clip(round(height / 70), 1, 6))
+    # In sixteenths of a pixel; far outside OpenCV's numbers would overflow.
+    places = np.round(np.clip(np.nan_to_num(points[:, :2]), -1e4, 1e4) * 16).astype(int)
+    for a, b in skeleton:
+      if known[a] and known[b]:
+        both = {sides[a], sides[b]} - {""}
+        colour = COLOURS[both.pop()] if len(both) == 1 else COLOURS[""]
+        cv2.line(drawn, places[a].tolist(), places[b].tolist(), colour, thick, cv2.LINE_AA, 4)
+    for k in np.flatnonzero(known):
+      cv2.circle(drawn, places[k].tolist(), 16 * (thick + 1), (255, 255, 255), -1, cv2.LINE_AA, 4)
+      cv2.circle(drawn, places[k].tolist(), 16 * thick, COLOURS[sides[k]], -1, cv2.LINE_AA, 4)
+  return drawn
+
+
+def heat(image: np.ndarray, strongest: np.ndarray) -> np.ndarray:
+  """A picture, grey, with the highest of its heatmaps as red light: uint8 [H, W, 3].
+
+  Args:
+    image: uint8 [H, W, 3].
+    strongest: float [h, w]; 1 is full red.
+  """
+  grown = cv2.resize(strongest.astype(np.float32), image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+  light = np.clip(np.nan_to_num(grown), 0, 1)[..., None]
+  grey = np.repeat(image.mean(-1, keepdims=True), 3, axis=-1) * 0.6
+  return (grey * (1 - light) + light * np.array([255.0, 60.0, 0.0])).astype(np.uint8)
