@@ -1,0 +1,161 @@
+"""VPD's referring segmentation against the authors' code: taps, scores, loss, groups, schedule."""
+
+import gzip
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import oracle
+from tests.golden import fill
+from vpd_jax import optim
+from vpd_jax import params as params_lib
+from vpd_jax.backbones import unet
+from vpd_jax.backbones.unet import UNetSizes
+from vpd_jax.backbones.vae import VaeSizes
+from vpd_jax.convert import released_refer, rules
+from vpd_jax.heads.lavt import Lavt
+from vpd_jax.methods.vpd import Vpd
+from vpd_jax.model import PerceptionModel
+from vpd_jax.presets import referring
+from vpd_jax.tasks.referring import Referring
+
+RECIPE = referring.referring_optimizer(num_steps=40_000)
+AS_RUN, DECAY = RECIPE["lr_groups"], RECIPE["decay_groups"]
+CLASS_VECTORS = "method/class_vectors"
+
+
+class OfSentences(Vpd):
+  """VPD whose context is the states of a sentence."""
+
+  def context(self, batch):
+    return self.adapted(batch["text_states"].astype(self.dtype))
+
+
+class NoNeck:
+  """Hands on what it gets."""
+
+  def __call__(self, features, *, training):
+    return features
+
+
+def describe(tokens, dtype=jnp.float32, unet_sizes=None, vae_sizes=None, width=64):
+  """The parts of the authors' network, the tiny one by default."""
+  unet_sizes = unet_sizes or UNetSizes(model_channels=32, context_dim=64)
+  vae_sizes = vae_sizes or VaeSizes(channels=32)
+
+  def build():
+    kinds = {"dtype": dtype, "param_dtype": dtype, "rngs": params_lib.Keys(0)}
+    options = {"prompt": "all_classes", "attention_maps": True, "keep_unused": True}
+    method = OfSentences(unet=unet_sizes, vae=vae_sizes, classes=tokens, **options, **kinds)
+    return PerceptionModel(method, NoNeck(), Lavt(method.widths, method.strides, width=width, **kinds))
+
+  return params_lib.describe(build)
+
+
+def weights(parts, tokens, dtype=np.float32):
+  """The authors' rebuilt weights under our names."""
+  shapes = {name: s for name, s in parts.shapes.items() if name != CLASS_VECTORS}
+  named, _ = rules.convert(oracle.weights(f"vpd_refer_{tokens}"), released_refer.vpd_refer(), shapes)
+  unused = {CLASS_VECTORS: np.zeros(parts.shapes[CLASS_VECTORS].shape, dtype)}
+  return {name: jnp.asarray(x, dtype) for name, x in (named | unused).items()}
+
+
+def batch_of(tokens, dtype=jnp.float32):
+  image = fill.uniform("input/image", (2, 3, 128, 128), 0, -1, 1).transpose(0, 2, 3, 1).astype(dtype)
+  return {
+    "image": jnp.asarray((image + 1) / 2),
+    "text_states": jnp.asarray(fill.normal("input/text", (2, tokens, 64), 0), dtype),
+    "mask": jnp.asarray(fill.integers("input/target", (2, 128, 128), 2, 0), jnp.uint8),
+  }
+
+
+@pytest.fixture(scope="module", params=[40, 77])
+def forward(request):
+  """(setup's arrays, parts of the network by the authors' names, outputs in eval mode, loss in train mode, stats)."""
+  tokens = request.param
+  parts = describe(tokens)
+  original = unet.UNet._run
+
+  @jax.jit
+  def run(named, batch):
+    blocks = []
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(unet.UNet, "_run", lambda self, *args: (blocks.append(original(self, *args)), blocks[-1])[1])
+      model = parts.merge(named)
+      features = model.method(batch, training=False)
+    after = len(model.method.unet.input_blocks) + 1
+    taps = {f"tap/unet.output_blocks.{i}": blocks[after + i][0] for i in (1, 4, 7, 11)}
+    taps |= {"tap/text_adapter": features.context}
+    taps |= {"tap/classifier.conv1_1": model.head.scores(features.maps, training=False)}
+    logits = model.head(features, training=False)["logits"]
+    trained = model.head(features, training=True)  # batch statistics are in the head alone
+    return taps, logits, Referring().loss(trained, batch).value, params_lib.stats(model)
+
+  return oracle.golden(f"vpd_refer_{tokens}.tiny.npz"), *run(weights(parts, tokens), batch_of(tokens))
+
+
+def test_taps_are_the_authors(forward):
+  arrays, taps = forward[:2]
+  held = [name for name in taps if name in arrays or f"{name}@stride" in arrays]
+  assert {"tap/text_adapter", "tap/classifier.conv1_1"} <= set(held) and (len(held) == 6 or len(arrays) < 20)
+  for name in held:
+    value = taps[name]
+    oracle.compare(value if value.ndim == 3 else oracle.nchw(value), arrays, name, 1e-5)
+
+
+def test_scores_and_losses_are_the_authors(forward):
+  arrays, _, logits, trained, _ = forward
+  oracle.compare(oracle.nchw(logits), arrays, "output/logits", 1e-5)
+  mask = jnp.asarray(fill.integers("input/target", (2, 128, 128), 2, 0), jnp.uint8)
+  evaluated = Referring().loss({"logits": logits}, {"mask": mask}).value
+  np.testing.assert_allclose([evaluated, trained], [arrays["output/eval_loss"], arrays["train/loss"]], atol=2e-5)
+
+
+def test_batch_statistics_move_as_the_authors(forward):
+  arrays, stats = forward[0], forward[-1]
+  expected = {name.removeprefix("train/bn_after/"): x for name, x in arrays.items() if "train/bn_after" in name}
+  after = rules.to_source(stats, released_refer.vpd_refer())
+  assert not expected or expected.keys() == after.keys()
+  for name, value in expected.items():
+    np.testing.assert_allclose(after[name], value, atol=1e-5, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.01])
+def test_groups_are_the_authors_as_run_and_as_intended(factor):
+  """As run the UNet learns at the full rate; `lr_scale` 0.01 of the release is read by nothing."""
+  with gzip.open(oracle.GOLDEN / "optimizer_groups.refer.json.gz", "rt") as f:
+    theirs = json.load(f)
+  parts = describe(40, unet_sizes=UNetSizes(), vae_sizes=VaeSizes(), width=640)
+  recipe = referring.referring_optimizer(unet_lr=factor)
+  groups = optim.groups(parts.params, recipe["lr_groups"], recipe["decay_groups"])
+  names = {name: next(iter(rules.to_source({name: phantom(parts, name)}, released_refer.vpd_refer())))
+           for name in parts.params}  # fmt: skip
+  ours = {}
+  for name, rate in groups.lr.items():
+    ours.setdefault((rate / (factor if "/unet/" in name else 1), groups.decay[name] * recipe["decay"]), set()).add(
+      names[name]
+    )
+  unused = {f"unet.unet.diffusion_model.out.{name}" for name in ("0.weight", "0.bias", "2.weight", "2.bias")}
+  expected = {}
+  for text, group in theirs["groups"].items():
+    rate, decay, trainable = (word.partition("=")[2] for word in text.split())
+    if trainable == "True":
+      expected.setdefault((float(rate), float(decay)), set()).update(set(group["names"]) - unused)
+  assert ours == expected and theirs["base_lr"] == recipe["lr"]
+  assert {names[name].split(".")[0] for name in groups.frozen} == {"encoder_vq"}
+
+
+def phantom(parts, name):
+  return np.broadcast_to(np.float32(0), parts.shapes[name].shape)
+
+
+def test_the_learning_rate_of_every_step_is_the_authors():
+  arrays = oracle.golden("schedules.refer.npz")
+  total = int(arrays["refer/loader_length"]) * int(arrays["refer/epochs"])
+  assert RECIPE["schedule"]["num_steps"] == total
+  rate = jax.jit(optim.schedule(**RECIPE["schedule"], lr=RECIPE["lr"]))
+  # Near its end the rate is a power of 1 - step / total, of which float32 has few digits left.
+  np.testing.assert_allclose(rate(jnp.asarray(arrays["refer/step"])), arrays["refer/lr"], rtol=3e-6, atol=1e-11)
