@@ -13,7 +13,7 @@ import json
 import pathlib
 
 from vpd_jax import assemble, checkpoint, config_file, start
-from vpd_jax.convert import load, released, rules, write
+from vpd_jax.convert import load, released, write
 
 
 def parse() -> argparse.Namespace:
@@ -45,7 +45,8 @@ def reverse(args: argparse.Namespace) -> None:
     entries = json.loads(pathlib.Path(args.manifest).read_text())
   else:
     entries = released.manifest(shapes, table)
-  write.write(args.output, rules.export(named, table, entries, step))
+  exported = released.state_dict(named, table, entries, step)
+  write.write(args.output, exported, wrapper=released.WRAPPERS.get(release, "model"))
 
 
 def read(args: argparse.Namespace, shapes: dict) -> tuple[dict, int]:

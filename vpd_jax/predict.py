@@ -141,7 +141,9 @@ class Predictor:
     if self._classify is not None:  # from the whole picture, once for all of its windows
       ids = np.array([self._classified(p) if i < 0 else i for p, i in zip(pictures, ids, strict=True)], np.int32)
     if self.product.task.any_size:
-      return self._labelled(pictures)
+      # Bytes stay bytes until they are resized, as in the evaluation.
+      given = zip(map(np.asarray, images), pictures, strict=True)
+      return self._labelled([image if image.dtype == np.uint8 else picture for image, picture in given])
     tops = [self._cut_top(picture) for picture in pictures]
     fitted = [pictures_lib.fit(picture[top:], self._side) for picture, top in zip(pictures, tops, strict=True)]
     corners = [inference.offsets(f.shape[:2], self._windows, coverage="full") for f in fitted]

@@ -1,6 +1,7 @@
 """A state dict written in PyTorch's own file formats, tensor by tensor and in the order given, without PyTorch."""
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -16,18 +17,19 @@ from vpd_jax.convert.pickles import STORAGES
 from vpd_jax.convert.raw import contiguous
 
 
-def write(path: str | pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
+def write(path: str | pathlib.Path, state: Mapping[str, np.ndarray], *, wrapper: str = "model") -> None:
   """Writes a state dict; the file appears under its name only when it is complete.
 
   Args:
-    path: ends in .pth (as the authors save: wrapped in `model`) or .safetensors.
+    path: ends in .pth or .safetensors.
     state: arrays in PyTorch's names and layouts.
+    wrapper: key of the state dict in a .pth, as the authors save: "model", or mmsegmentation's "state_dict".
 
   Raises:
     ValueError: for another ending, or a dtype the format does not know.
   """
   path = pathlib.Path(path)
-  writers = {".pth": _write_pth, ".safetensors": _write_safetensors}
+  writers = {".pth": functools.partial(_write_pth, wrapper=wrapper), ".safetensors": _write_safetensors}
   if path.suffix not in writers:
     raise ValueError(f"output={str(path)!r} must end in one of {sorted(writers)}.")
   with _complete(path) as unfinished:
@@ -60,10 +62,10 @@ def _write_safetensors(path: pathlib.Path, state: Mapping[str, np.ndarray]) -> N
       file.write(_bytes(array))
 
 
-def _write_pth(path: pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
+def _write_pth(path: pathlib.Path, state: Mapping[str, np.ndarray], *, wrapper: str) -> None:
   """The zip archive of torch.save: one pickle that refers to storages, and one entry of raw bytes per storage."""
   with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-    archive.writestr("archive/data.pkl", _pickle(state))
+    archive.writestr("archive/data.pkl", _pickle(state, wrapper))
     archive.writestr("archive/byteorder", "little")
     for i, array in enumerate(state.values()):
       with archive.open(f"archive/data/{i}", "w", force_zip64=True) as entry:
@@ -71,11 +73,11 @@ def _write_pth(path: pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
     archive.writestr("archive/version", "3\n")
 
 
-def _pickle(state: Mapping[str, np.ndarray]) -> bytes:
-  """{"model": OrderedDict of tensors} in pickle protocol 2, spelled out: its classes are PyTorch's."""
+def _pickle(state: Mapping[str, np.ndarray], wrapper: str) -> bytes:
+  """{wrapper: OrderedDict of tensors} in pickle protocol 2, spelled out: its classes are PyTorch's."""
   storages = {np.dtype(dtype): name for name, dtype in STORAGES.items() if name != "UntypedStorage"}
   ordered = b"ccollections\nOrderedDict\n)R"  # GLOBAL, EMPTY_TUPLE, REDUCE
-  parts = [b"\x80\x02}", _value("model"), ordered, b"("]
+  parts = [b"\x80\x02}", _value(wrapper), ordered, b"("]
   for i, (name, array) in enumerate(state.items()):
     storage = b"ctorch\n" + _known(storages, name, array).encode() + b"\n"
     persistent = b"(" + _value("storage") + storage + _value(str(i)) + _value("cpu") + _value(array.size) + b"tQ"

@@ -69,6 +69,7 @@ class Names:
     self._begin, self._end, self._length = int(table[0, 0]), int(table.max()), table.shape[1]
     ends = (table == self._end).argmax(axis=1)
     self._names = [row[1:end] for row, end in zip(table, ends, strict=True)]
+    self._padding = int(table[ends.argmin(), -1])  # of the shortest name; the end itself in Stable Diffusion 1.x
 
   def __call__(self, example: Example) -> Example:
     counts = np.bincount(example["label"].ravel(), minlength=256)[: len(self._names)]
@@ -79,8 +80,8 @@ class Names:
       left -= len(self._names[number])
       chosen.append(number)
     words = [word for number in sorted(chosen) for word in self._names[number]]
-    tokens = np.full(self._length, self._end, np.int32)
-    tokens[: len(words) + 1] = [self._begin, *words]
+    tokens = np.full(self._length, self._padding, np.int32)
+    tokens[: len(words) + 2] = [self._begin, *words, self._end]
     return example | {"tokens": tokens}
 
 

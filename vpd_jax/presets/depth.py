@@ -70,6 +70,7 @@ def meta_prompts_depth(*, tiny: bool, head_init: str, resize_scale: int = 1) -> 
       "prompts": 50,
       "refine_steps": 3,  # passes of the UNet; evaluation may take fewer than the weights hold
       "trained_steps": 0,  # steps the weights hold, 0: refine_steps
+      "refine_init": "released",  # "fan_in" where no weights fill Stable Diffusion's last block
       "share_prompts": False,
       "adapt_prompts": True,
       "time_embedding": "learned",  # "timestep:N"
