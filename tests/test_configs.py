@@ -19,10 +19,7 @@ SHIPPED = {
   "rooms": ("depth,vpd,full", "depth,meta_prompts,tiny", "depth,iedp,tiny", "segmentation,iedp,tiny"),
 }
 # Stepped as well; what the others are made of is stepped here, in test_run.py or in the tests of the methods.
-STEPPED = (
-  *("nyu_depth.py:vpd", "nyu_depth.py:iedp"),
-  *("ade20k_seg.py:iedp", "cityscapes_seg.py:meta_prompts"),
-)
+STEPPED = ("ade20k_seg.py:iedp", "cityscapes_seg.py:meta_prompts")
 STRINGS = [f"configs/{name}.py:{words}" for name, arguments in SHIPPED.items() for words in arguments]
 QUICK = {"xla_backend_optimization_level": 0}
 

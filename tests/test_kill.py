@@ -91,6 +91,7 @@ def undisturbed(tmp_path_factory):
   return arrays(workdir, STEPS), scores
 
 
+@pytest.mark.slow
 def test_killed_inside_a_save_and_inside_a_step_a_run_continues_bit_for_bit(undisturbed, tmp_path):
   first = begin(tmp_path)
   deadline = time.time() + SECONDS
@@ -142,6 +143,7 @@ def test_killed_at_twenty_instants_a_run_continues_bit_for_bit(undisturbed, tmp_
   assert inside >= KILLS // 5
 
 
+@pytest.mark.slow
 def test_sigterm_in_the_middle_of_a_step_ends_with_code_0_and_the_rest_follows(undisturbed, tmp_path):
   process = begin(tmp_path, save_every=STEPS, eval_every=STEPS)
   read_until(process, "step 1/")

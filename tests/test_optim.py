@@ -65,7 +65,7 @@ def test_cosine_warms_up_and_falls_to_its_least():
 
 
 def test_an_unknown_schedule_names_the_known_ones():
-  with pytest.raises(ValueError, match=r"optim\.schedule\.name='step' is unknown; choose one of \['cosine', 'triang"):
+  with pytest.raises(ValueError, match=r"optim\.schedule\.name='step' is unknown; choose one of \['cosine', 'poly'"):
     optim.schedule("step")
 
 

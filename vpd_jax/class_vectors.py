@@ -239,4 +239,4 @@ def _encode_from(
   if held != width:
     raise ValueError(f"the text encoder of {pretrained} is {held} wide, the model's context needs {width}; {CHOICES}.")
   vectors = encode(classes, tokenizer=words, text=text, templates=read_templates(templates))
-  return vectors, f"the names, templates {templates!r}, text encoder of {pretrained}"
+  return vectors, f"the names, templates {templates}, text encoder of {pretrained}"

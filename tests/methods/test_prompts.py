@@ -81,8 +81,8 @@ def test_what_is_told_goes_before_what_is_predicted(vpd):
   def run(named, images, told):
     method = product.parts.merge(named).method
     predicted = method.class_ids({"image": images})
-    mixed = method.class_ids({"image": images, "class_id": told})
-    return predicted, mixed, method.class_predictor(images), method.context(mixed)
+    batch = {"image": images, "class_id": told}
+    return predicted, method.class_ids(batch), method.class_predictor(images), method.context(batch)
 
   told = jnp.asarray([-1, 4, -1, 26, 0, -1], jnp.int32)
   predicted, mixed, alone, context = jax.jit(run)(named, jnp.asarray(IMAGES), told)
@@ -94,8 +94,8 @@ def test_what_is_told_goes_before_what_is_predicted(vpd):
 def test_the_network_attends_to_the_predicted_class(vpd, monkeypatch):
   product, named = vpd
   seen = {}
-  original = Vpd.context
-  monkeypatch.setattr(Vpd, "context", lambda self, ids: seen.setdefault("ids", ids) is None or original(self, ids))
+  original = Vpd.class_ids
+  monkeypatch.setattr(Vpd, "class_ids", lambda self, batch: seen.setdefault("ids", original(self, batch)))
   jax.eval_shape(lambda n, b: product.parts.merge(n)(b, training=False), named, {"image": IMAGES})
   assert seen["ids"].shape == (6,) and seen["ids"].dtype == jnp.int32
 

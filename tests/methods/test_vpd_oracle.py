@@ -138,10 +138,12 @@ def check_gradients(grads, arrays, limit):
   return worst
 
 
+@pytest.mark.slow  # in float64 with every run of the tests: test_vpd_float64.py
 def test_loss_in_training_is_the_authors(trained, arrays):
   np.testing.assert_allclose(trained["loss"], arrays["train/loss"], atol=2e-5)
 
 
+@pytest.mark.slow  # in float64 with every run of the tests: test_vpd_float64.py
 def test_every_gradient_is_the_authors(trained, arrays):
   check_gradients(trained["grads"], arrays, 1e-3)
   assert arrays["train/no_grad_names"].size == 0
@@ -150,6 +152,7 @@ def test_every_gradient_is_the_authors(trained, arrays):
     np.testing.assert_allclose(trained["grads"][name], expected, atol=2e-2 * np.abs(expected).max())
 
 
+@pytest.mark.slow  # in float64 with every run of the tests: test_vpd_float64.py
 def test_batch_statistics_move_as_the_authors(trained, arrays):
   after = rules.to_source(trained["stats"], released.vpd_depth())
   for name, value in after.items():
@@ -157,6 +160,7 @@ def test_batch_statistics_move_as_the_authors(trained, arrays):
   assert len(after) == 8
 
 
+@pytest.mark.slow  # in float64 with every run of the tests: test_vpd_float64.py
 def test_five_steps_follow_the_authors_losses_and_rates(trained, arrays):
   losses = [log["train/loss"] for log in trained["logs"]]
   np.testing.assert_allclose(losses, arrays["trace/loss"], atol=1e-4)
@@ -169,6 +173,7 @@ def test_five_steps_follow_the_authors_losses_and_rates(trained, arrays):
     np.testing.assert_allclose([log["lr/rest"]] * 2, rest_rates, rtol=1e-5)
 
 
+@pytest.mark.slow  # in float64 with every run of the tests: test_vpd_float64.py
 def test_frozen_arrays_do_not_move(trained):
   first, last = trained["states"][0], trained["states"][-1]
   assert any("/vae/" in "/" + n for n in first.frozen) and "method/class_vectors" in first.frozen
