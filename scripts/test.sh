@@ -25,7 +25,7 @@ part() {
   local name=$1 markers=$2 status=0
   shift 2
   echo "== $name tests"
-  "$PYTHON" -m pytest -m "$markers" --durations=10 -n "$workers" --dist loadfile "$@" || status=$?
+  "$PYTHON" -m pytest -m "$markers" --durations=10 -n "$workers" --dist loadfile --no-loadscope-reorder "$@" || status=$?
   case $status in
     0) found=1 ;;
     5) ;;
@@ -33,7 +33,7 @@ part() {
   esac
 }
 
-# One file stays in one process: its tests share compiled functions.
+# One file stays in one process: its tests share compiled functions. In order: otherwise files of few, long tests end last.
 part default "not slow and not x64 and not multidevice and not accelerator and not reference" "$@"
 JAX_ENABLE_X64=1 part x64 "x64 and not slow and not accelerator" "$@"
 XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=8" \

@@ -52,6 +52,7 @@ def test_times_are_those_of_the_steps_after_the_warm_up(benchmark, monkeypatch):
   assert benchmark.timed(lambda batch: batch, iter(lambda: 0, None), 3, 2) == [3000.0, 5000.0, 7000.0]
 
 
+@pytest.mark.slow
 def test_the_work_of_a_step_does_not_depend_on_how_it_is_done(benchmark):
   plain = benchmark.model_flops(config_of())
   other = {"backbone.remat": True, "backbone.attention": "chunked", "dtype": "bfloat16", "optim.accumulation": 2}
@@ -59,6 +60,7 @@ def test_the_work_of_a_step_does_not_depend_on_how_it_is_done(benchmark):
   assert benchmark.model_flops(config_of(**{"data.batch_size": 12})) == pytest.approx(2 * plain, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_our_side_runs_and_is_told(benchmark, capsys):
   # The program of tests/test_plan.py, which need not be compiled twice.
   result = benchmark.with_rates(benchmark.ours(test_plan.config_of()), 6, 1e9)

@@ -19,7 +19,7 @@ SHIPPED = {
   "rooms": ("depth,vpd,full", "depth,meta_prompts,tiny", "depth,iedp,tiny", "segmentation,iedp,tiny"),
 }
 # Stepped as well; what the others are made of is stepped here, in test_run.py or in the tests of the methods.
-STEPPED = ("ade20k_seg.py:iedp", "cityscapes_seg.py:meta_prompts")
+STEPPED = ("configs/ade20k_seg.py:iedp", pytest.param("configs/cityscapes_seg.py:meta_prompts", marks=pytest.mark.slow))
 STRINGS = [f"configs/{name}.py:{words}" for name, arguments in SHIPPED.items() for words in arguments]
 QUICK = {"xla_backend_optimization_level": 0}
 
@@ -51,7 +51,7 @@ def batch_for(product, config):
   return {name: jnp.asarray(known[name]) for name in product.keys}
 
 
-@pytest.mark.parametrize("string", [f"configs/{words}" for words in STEPPED])
+@pytest.mark.parametrize("string", STEPPED)
 def test_steps_and_evaluates_in_small(string):
   config = tiny.shrunk(config_file.load(string))
   product = assemble.assemble(config)

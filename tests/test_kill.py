@@ -91,7 +91,6 @@ def undisturbed(tmp_path_factory):
   return arrays(workdir, STEPS), scores
 
 
-@pytest.mark.slow
 def test_killed_inside_a_save_and_inside_a_step_a_run_continues_bit_for_bit(undisturbed, tmp_path):
   first = begin(tmp_path)
   deadline = time.time() + SECONDS
@@ -157,6 +156,7 @@ def test_sigterm_in_the_middle_of_a_step_ends_with_code_0_and_the_rest_follows(u
   assert_final(tmp_path, undisturbed[0])
 
 
+@pytest.mark.slow
 def test_sigterm_in_an_evaluation_saves_at_once_and_the_scores_are_made_up_for(
   undisturbed, tmp_path, monkeypatch, capsys
 ):

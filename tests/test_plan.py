@@ -94,6 +94,7 @@ def reports(tmp_path_factory):
     return plan.run(config_of(), workdir=str(workdir)), workdir
 
 
+@pytest.mark.slow
 def test_a_report_says_what_the_steps_cost(reports):
   found, _ = reports
   config = config_of()
@@ -111,6 +112,7 @@ def test_a_report_says_what_the_steps_cost(reports):
   assert found["eval"]["batch"] == 2 and found["eval"]["aliased"] == 0
 
 
+@pytest.mark.slow
 def test_finished_compilations_are_kept(reports, monkeypatch, capsys):
   found, workdir = reports
   held = json.loads((workdir / "plan.json").read_text())
@@ -123,6 +125,7 @@ def test_finished_compilations_are_kept(reports, monkeypatch, capsys):
   assert "train step" in text and "eval step" in text and "optimizer state" in text and "no limit known" in text
 
 
+@pytest.mark.slow
 def test_another_config_is_another_compilation(reports, monkeypatch):
   _, workdir = reports
   seen = []

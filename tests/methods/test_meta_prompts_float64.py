@@ -60,7 +60,7 @@ def logs(nyu):
   return nyu.steps()
 
 
-@pytest.fixture(params=["nyu", "kitti"])
+@pytest.fixture(params=["nyu", pytest.param("kitti", marks=pytest.mark.slow)])
 def run(request):
   return request.getfixturevalue(request.param)
 

@@ -109,7 +109,7 @@ def tapped(product, named, batch):
   return taps, depth
 
 
-@pytest.fixture(scope="module", params=["nyu", "kitti"])
+@pytest.fixture(scope="module", params=["nyu", pytest.param("kitti", marks=pytest.mark.slow)])
 def case(request):
   """(data, the authors' arrays, our taps, our depth)."""
   product = assemble.assemble(config(request.param))

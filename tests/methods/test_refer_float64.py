@@ -15,7 +15,7 @@ from vpd_jax.backbones import layers
 from vpd_jax.convert import released_refer, rules
 from vpd_jax.tasks.referring import Referring
 
-pytestmark = pytest.mark.x64
+pytestmark = [pytest.mark.x64, pytest.mark.slow]
 TOKENS = 40
 
 

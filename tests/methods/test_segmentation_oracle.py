@@ -20,7 +20,11 @@ LIMIT = {"vpd_seg": 1e-5, "meta_seg_ade": 5e-5, "meta_seg_cityscapes": 5e-5}
 STRIDE = {"vpd_seg": 85, "meta_seg_ade": 85, "meta_seg_cityscapes": 64}
 
 
-@pytest.fixture(scope="module", params=list(LIMIT))
+# The network of Cityscapes is that of ADE20K but for its last layer.
+SLOW = {"meta_seg_cityscapes": pytest.mark.slow}
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=SLOW.get(name, ())) for name in LIMIT])
 def setup(request):
   return request.param
 
