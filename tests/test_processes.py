@@ -88,7 +88,6 @@ def pair(tmp_path_factory):
   (folder / "child.py").write_text(CHILD)
   environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_COUNT": "2"}
   environment["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
-  environment["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")  # the same step four times
   processes = [
     subprocess.Popen(
       [sys.executable, str(folder / "child.py"), str(folder)],
