@@ -5,6 +5,7 @@ everything not marked x64 is left out of a float64 process. `bash scripts/test.s
 """
 
 import atexit
+import gc
 import importlib.util
 import os
 import pathlib
@@ -90,6 +91,14 @@ def _config_is_restored():
   for name, value in before.items():
     if getattr(jax.config, name) != value:
       jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_dropped():
+  """The compiled functions of a file go with it: a process runs many files, and would grow to several GiB."""
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -91,6 +91,7 @@ def undisturbed(tmp_path_factory):
   return arrays(workdir, STEPS), scores
 
 
+@pytest.mark.slow
 def test_killed_inside_a_save_and_inside_a_step_a_run_continues_bit_for_bit(undisturbed, tmp_path):
   first = begin(tmp_path)
   deadline = time.time() + SECONDS
