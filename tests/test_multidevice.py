@@ -80,7 +80,7 @@ def test_scores_count_each_image_once_whatever_the_devices():
   assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["data", "fsdp"])
+@pytest.mark.parametrize("name", [pytest.param("data", marks=pytest.mark.slow), "fsdp"])
 def test_a_step_on_eight_devices_is_the_step_on_one(name):
   np.testing.assert_allclose(step(name)["train/loss"], step("one")["train/loss"], rtol=1e-5)
   np.testing.assert_allclose(step(name)["norm/gradients"], step("one")["norm/gradients"], rtol=1e-3)
@@ -91,6 +91,7 @@ def test_a_loss_over_the_whole_batch_is_that_of_one_device():
   assert abs(loss(0, "one") / step("one")["train/loss"] - 1) > 0.1  # these images tell groups of three from all
 
 
+@pytest.mark.slow
 def test_the_parts_of_an_accumulated_batch_are_spread_over_all_devices():
   """XLA counts a loop's body once: per device, a half of the batch costs half of the whole."""
   config, _, _ = setup()

@@ -30,6 +30,7 @@ def stepped():
   return run
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing_but_memory(stepped):
   plain, remat = stepped()[1], stepped(**{"backbone.remat": True})[1]
   np.testing.assert_allclose(remat["train/loss"], plain["train/loss"], rtol=1e-6)
