@@ -3,7 +3,7 @@
 #
 #   bash scripts/test.sh [arguments of pytest]
 #   VPD_TEST_REFERENCE=1 bash scripts/test.sh   also against torch, diffusers and transformers, which it installs
-#   VPD_TEST_WORKERS=1 bash scripts/test.sh     processes at once, of 2 to 5 GiB each; default: one more than cores, at most 4
+#   VPD_TEST_WORKERS=1 bash scripts/test.sh     processes at once; default: the cores, at most 4
 #
 # float64 and eight virtual devices are settings of a whole process: these tests run in processes of their own.
 # Full-size networks: .venv/bin/python -m pytest -m slow
@@ -15,7 +15,7 @@ if [ "${VPD_TEST_REFERENCE:-0}" = 1 ]; then extras=test,reference; fi
 make_environment "$extras"
 
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
-cores=$("$PYTHON" -c 'import os; print(min((os.cpu_count() or 1) + 1, 4))')
+cores=$("$PYTHON" -c 'import os; print(min(os.cpu_count() or 1, 4))')
 workers=${VPD_TEST_WORKERS:-$cores}
 failed=()
 found=0
