@@ -1,6 +1,6 @@
 """People per second of processor time of the pose input: decoding, and the augmentation at each size of the crop.
 
-python benchmarks/pose_input_speed.py --folder=/tmp/pose_speed
+python benchmarks/pose_input_speed.py --folder=DIR
 
 Writes generated 640x480 JPEG pictures with people of COCO's form, and takes training examples in one thread. Everything
 is in the page cache: this is the cost of computing, not of a disk. Give --root for a copy of COCO instead.
