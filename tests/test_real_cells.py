@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
-from vpd_jax import config_file, evaluate, predict, train
+from vpd_jax import config_file, evaluate, predict_folder, train
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +63,7 @@ def test_trains_scores_and_predicts(data, method, real, tmp_path):
   source.mkdir()
   for path in sorted(root.glob(PICTURES[data])):
     (source / path.name).write_bytes(path.read_bytes())
-  count = predict.run(config, str(workdir), source=str(source), output=str(output))
+  count = predict_folder.run(config, str(workdir), source=str(source), output=str(output))
   assert count == len(list(source.iterdir())) > 0
   for path in source.iterdir():
     metres = np.load(output / f"{path.stem}.npy")

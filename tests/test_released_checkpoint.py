@@ -11,7 +11,7 @@ import pytest
 import vpd_jax
 from tests import oracle
 from tests.convert import pth
-from vpd_jax import config_file, evaluate, predict
+from vpd_jax import config_file, evaluate, predict_folder
 from vpd_jax.convert import load
 
 
@@ -177,7 +177,7 @@ def test_prediction_of_a_folder_writes_pictures_metres_and_facts(checkpoint, nyu
   (folder / "notes.txt").write_text("not an image")
   (folder / "broken.png").write_bytes((folder / "colour.png").read_bytes()[:200])
   with pytest.raises(ValueError, match=r"1 of 7 pictures .* cannot be read: broken.png .*The other 6 are done"):
-    predict.run(
+    predict_folder.run(
       config(nyu, checkpoint), str(tmp_path / "none"), source=str(folder), output=str(out), class_name="kitchen"
     )
   text = capsys.readouterr().out
@@ -201,7 +201,9 @@ def test_prediction_of_a_folder_writes_pictures_metres_and_facts(checkpoint, nyu
 def test_prediction_without_a_picture_is_refused(checkpoint, nyu, tmp_path):
   (tmp_path / "in").mkdir()
   with pytest.raises(ValueError, match="holds no picture"):
-    predict.run(config(nyu, checkpoint), str(tmp_path / "w"), source=str(tmp_path / "in"), output=str(tmp_path / "out"))
+    predict_folder.run(
+      config(nyu, checkpoint), str(tmp_path / "w"), source=str(tmp_path / "in"), output=str(tmp_path / "out")
+    )
 
 
 def test_our_converted_directory_gives_the_same_arrays(checkpoint, tmp_path, predictor):

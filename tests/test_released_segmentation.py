@@ -12,7 +12,7 @@ from tests import oracle
 from tests.convert import pth
 from tests.data.test_ade20k import write_pairs
 from tests.methods import segmentation_setups as setups
-from vpd_jax import assemble, config_file, evaluate, predict, start
+from vpd_jax import assemble, config_file, evaluate, predict_folder, start
 from vpd_jax.convert import released_segmentation
 
 META = {"CLASSES": ("wall",), "PALETTE": [[120, 120, 120]], "config": pth.Call("mmcv.utils", "Config", {}), "iter": 8}
@@ -109,7 +109,7 @@ def test_evaluation_scores_the_checkpoint_in_an_empty_workdir(ade20k, checkpoint
 
 def test_prediction_of_a_folder_writes_the_labels(ade20k, checkpoint, tmp_path, predictor):
   source, out = ade20k / "images" / "validation", tmp_path / "out"
-  assert predict.run(config("", checkpoint), str(tmp_path / "none"), source=str(source), output=str(out)) == 2
+  assert predict_folder.run(config("", checkpoint), str(tmp_path / "none"), source=str(source), output=str(out)) == 2
   np.testing.assert_array_equal(np.asarray(Image.open(out / "a.label.png")), predicted(predictor, ade20k, "a"))
   assert json.loads((out / "a.json").read_text())["size"] == [128, 192]
   assert (out / "a.overlay.png").exists()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vpd_jax import assemble, config_file, evaluate, predict, start, train
+from vpd_jax import assemble, config_file, evaluate, predict_folder, start, train
 from vpd_jax.checkpoint import Checkpoints
 
 
@@ -93,7 +93,7 @@ def test_evaluation_of_nothing_is_refused(tmp_path):
   with pytest.raises(ValueError, match="there is nothing trained to evaluate"):
     evaluate.run(rooms(), str(tmp_path))
   with pytest.raises(ValueError, match=r"holds no checkpoint and config\.init\.pretrained is empty"):
-    predict.run(rooms(), str(tmp_path / "x"), source=str(tmp_path), output=str(tmp_path / "out"))
+    predict_folder.run(rooms(), str(tmp_path / "x"), source=str(tmp_path), output=str(tmp_path / "out"))
   assert not list(tmp_path.iterdir())
 
 

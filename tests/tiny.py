@@ -58,14 +58,19 @@ def shrunk(config):
   if config.method.get("attention_maps", False):
     config.backbone.unet.attention_levels, config.method.attention_max_size = (2,), 16
   config.backbone.vae.update(channels=32, channel_mult=(1,) * len(config.backbone.vae.channel_mult), num_res_blocks=1)
-  config.head.width = 8
+  if "width" in config.head:
+    config.head.width = 8
   if "filters" in config.head:
     config.head.filters = (8,) * len(config.head.filters)
   config.neck.update({name: size for name, size in (("width", 32), ("inner", 8)) if name in config.neck})
   if "class_vectors" in config.method:
     config.method.class_vectors = "random:0"
-  if config.method.name == "iedp":
+  sentences = config.method.get("prompt") == "sentence"
+  if sentences or config.method.name == "iedp":
     config.backbone.text.update(vocab_size=100, width=16, layers=1, heads=2, mlp_width=32, positions=8)
+  if sentences:
+    config.method.token_length, config.method.tokenizer, config.init.clip = 8, "words", "random:0"
+  if config.method.name == "iedp":
     config.backbone.image.update(width=32, layers=1, heads=2, mlp_width=64, image_size=28, projection=16)
     config.init.clip, config.method.tokenizer, config.method.num_queries = "random:0", "characters", 8
   config.data.update(crop=(64, 64), batch_size=6, workers=0)

@@ -21,20 +21,64 @@ from vpd_jax.backbones.clip_image import ImageSizes
 from vpd_jax.backbones.unet import UNetSizes
 from vpd_jax.backbones.vae import VaeSizes
 from vpd_jax.convert.tokenizer import Tokenize
-from vpd_jax.data import ade20k, cityscapes, depth_list, kitti, mapillary, mask_folder, nyu, rooms
-from vpd_jax.heads import deconv, fpn, upernet
+from vpd_jax.data import (
+  ade20k,
+  cityscapes,
+  coco_pose,
+  depth_list,
+  keypoint_list,
+  kitti,
+  mapillary,
+  mask_folder,
+  nyu,
+  refcoco,
+  refer_list,
+  room_pose,
+  rooms,
+)
+from vpd_jax.heads import deconv, fpn, keypoints, lavt, upernet
 from vpd_jax.methods import iedp, meta_prompts, vpd
 from vpd_jax.model import PerceptionModel
-from vpd_jax.tasks import depth, segmentation
+from vpd_jax.tasks import depth, pose, referring, segmentation
 
 METHODS = {"vpd": vpd.Vpd, "iedp": iedp.Iedp, "meta_prompts": meta_prompts.MetaPrompts}
-NECKS = {"fusion": necks.Fusion, "einsum": necks.Einsum, "einsum_levels": necks.EinsumLevels, "fpn": fpn.Fpn}
-HEADS = {"deconv": deconv.Deconv, "fpn": fpn.SemanticFpn, "upernet": upernet.UperNet}
-TASKS = {"depth": depth.Depth, "segmentation": segmentation.Segmentation}
+NECKS = {
+  "fusion": necks.Fusion,
+  "einsum": necks.Einsum,
+  "einsum_levels": necks.EinsumLevels,
+  "fpn": fpn.Fpn,
+  "none": necks.NoNeck,
+}
+HEADS = {
+  "deconv": deconv.Deconv,
+  "fpn": fpn.SemanticFpn,
+  "upernet": upernet.UperNet,
+  "lavt": lavt.Lavt,
+  "fused": keypoints.Fused,
+  "simple": keypoints.Simple,
+  "classic": keypoints.Classic,
+  "direct": keypoints.Direct,
+}
+TASKS = {
+  "depth": depth.Depth,
+  "segmentation": segmentation.Segmentation,
+  "referring": referring.Referring,
+  "pose": pose.Pose,
+}
 DATASETS = {
-  **{"nyu": nyu.Nyu, "kitti": kitti.Kitti, "depth_list": depth_list.DepthList, "rooms": rooms.Rooms},
-  **{"ade20k": ade20k.Ade20k, "cityscapes": cityscapes.Cityscapes, "mapillary": mapillary.Mapillary},
+  "nyu": nyu.Nyu,
+  "kitti": kitti.Kitti,
+  "depth_list": depth_list.DepthList,
+  "ade20k": ade20k.Ade20k,
+  "cityscapes": cityscapes.Cityscapes,
+  "mapillary": mapillary.Mapillary,
   "mask_folder": mask_folder.MaskFolder,
+  "refcoco": refcoco.RefCoco,
+  "refer_list": refer_list.ReferList,
+  "coco_pose": coco_pose.CocoPose,
+  "keypoint_list": keypoint_list.KeypointList,
+  "rooms": rooms.Rooms,
+  "room_figures": room_pose.RoomFigures,
 }
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
@@ -119,7 +163,8 @@ def _offered(config: ConfigDict, classes: tuple[str, ...], text: TextSizes, trai
     "class_names": tuple(classes),
     "text": text,
     "image": sizes(config)[3],
-    "tokenize": Tokenize(sources, text.vocab_size, text.positions),
+    # One token more than a sentence keeps tells whether it is cut.
+    "tokenize": Tokenize(sources, text.vocab_size, config.method.get("token_length", text.positions - 1) + 1),
     "training": training,
   }
 
@@ -199,18 +244,23 @@ def _task(config: ConfigDict, data: Any, classes: tuple[str, ...]) -> Any:
   maker = _look_up(TASKS, config.task, "task")
   facts = {"classes": len(classes), "class_names": classes}
   facts |= {name: getattr(data, name) for name in ("palette", "label_ids") if hasattr(data, name)}
+  facts |= data.facts_of(config.data) if hasattr(data, "facts_of") else {}
   asked = inspect.signature(maker.__init__).parameters
   if told := [name for name in facts if name in config.task]:
     raise ValueError(f"config.task.{told[0]} is a fact of the data set {config.data.name!r}; leave it out.")
+  if "keypoints" in asked and "keypoints" not in facts:
+    raise ValueError(f"task {config.task.name!r} needs keypoints, which data set {config.data.name!r} has not.")
   return maker(**_rest(config.task), **{name: value for name, value in facts.items() if name in asked})
 
 
 def _check_test_time(config: ConfigDict, task: Any) -> None:
   """The words of the test-time procedure, and the choice that goes with them."""
-  way, option, choices = (
-    (labelling, "small", labelling.SMALL) if task.any_size else (inference, "coverage", inference.COVERAGES)
-  )
-  way.parse(config.eval.test_time)
+  if task.way == "sliding":
+    labelling.parse(config.eval.test_time)
+    option, choices = "small", labelling.SMALL
+  else:
+    inference.parse(config.eval.test_time, task.way)
+    option, choices = "coverage", inference.COVERAGES
   if config.eval.get(option) not in choices:
     raise ValueError(f"eval.{option}={config.eval.get(option)!r} is unknown; choose one of {choices}.")
 
@@ -241,7 +291,9 @@ def dataset(config: ConfigDict, product: Product) -> Any:
     ValueError: files missing, or what method and task need is not what it provides.
   """
   made = DATASETS[config.data.name](**_rest(config.data, NOT_OF_THE_DATASET))
-  missing = sorted((set(product.keys) | product.method.prepare_reads) - made.provides - product.method.adds)
+  missing = sorted(
+    (set(product.keys) | product.method.prepare_reads | product.task.eval_needs) - made.provides - product.method.adds
+  )
   if missing:
     remedy = "Set config.data.scene to one name for all pictures." if "scene" in config.data else "Choose another."
     raise ValueError(
@@ -254,6 +306,15 @@ def dataset(config: ConfigDict, product: Product) -> Any:
 def batch_keys(product: Product, made: Any) -> tuple[str, ...]:
   """What a Batch holds: what the product asks for, and where an image ends in its padding, if the data set says so."""
   return (*product.keys, *sorted(made.provides & {"valid_size"}))
+
+
+def sentence_lines(product: Product, made: Any) -> list[str]:
+  """For the start of a run: how many sentences are cut, of data sets that can tell without drawing or reading all."""
+  sources = (
+    {split: made.source(split) for split in ("train", "eval")} if hasattr(product.method.prepare, "census") else {}
+  )
+  known = {split: source.sentences() for split, source in sources.items() if hasattr(source, "sentences")}
+  return [f"{split}: {product.method.prepare.census(texts)}" for split, texts in known.items() if texts]
 
 
 def model_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:

@@ -24,10 +24,11 @@ Weights = tuple[Named, Named, Named]  # params, frozen, stats
 
 
 class Evaluation(NamedTuple):
-  """Result of one pass over the evaluation split: scores by name, and panels uint8 [N, H, W', 3]."""
+  """Result of one pass over the evaluation split: scores by name, panels uint8 [N, H, W', 3], all measurements."""
 
   scores: dict[str, float]
   panels: np.ndarray
+  rows: Rows
 
 
 def make_predict(product: Product, test_time: tuple[str, ...], coverage: str) -> Callable[[Weights, Batch], Array]:
@@ -36,7 +37,8 @@ def make_predict(product: Product, test_time: tuple[str, ...], coverage: str) ->
   def predict(weights: Weights, batch: Batch) -> Array:
     model = product.parts.merge(*weights)
     plain = lambda part: product.task.predict(model(part, training=False))
-    return inference.test_time(plain, test_time, coverage=coverage)(batch)
+    mirrored = getattr(product.task, "mirrored", inference.mirror_back)
+    return inference.test_time(plain, test_time, coverage=coverage, mirrored=mirrored)(batch)
 
   return predict
 
@@ -70,7 +72,7 @@ def lower_step(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh, ba
   state = sharding.abstract(start.state_shapes(config, product), start.state_shardings(config, product, mesh))
   spread = sharding.batch_sharding(mesh)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread), batch)
-  step = make_scores(product) if product.task.any_size else make_step(config, product)
+  step = make_scores(product) if product.task.way == "sliding" else make_step(config, product)
   return jax.jit(step).lower((state.params, state.frozen, state.stats), shapes)
 
 
@@ -87,7 +89,7 @@ class _Batches:
     local = pipeline.eval_batches(
       self._dataset,
       batch_size=self._batch_size,
-      keys=self._product.keys,
+      keys=(*self._product.keys, *sorted(self._product.task.eval_needs)),
       prepare=self._product.method.prepare,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
@@ -157,7 +159,8 @@ class Evaluator:
     pipeline.check_batch_size(config.eval.batch_size, mesh.size, "devices")
     self.config, self.product, self.dataset = config, product, dataset
     self.source = dataset.source("eval")
-    self._measured = (_Pictures if product.task.any_size else _Batches)(config, product, dataset, mesh)
+    self._truth = {"truth": dataset.truth("eval")} if product.task.needs_truth else {}
+    self._measured = (_Pictures if product.task.way == "sliding" else _Batches)(config, product, dataset, mesh)
     self._baselines: dict[str, float] | None = None
 
   def run(self, weights: Weights, stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
@@ -174,18 +177,26 @@ class Evaluator:
         shown += list(predictions)
     joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     real = joined.pop("real")
-    scores = self.product.task.summarize({name: values[real] for name, values in joined.items()})
+    joined = {name: values[real] for name, values in joined.items()}
+    scores = self.product.task.summarize(joined, **self._truth)
     prefix = f"eval/{self.config.data.name}"
-    return Evaluation({f"{prefix}/{name}": value for name, value in scores.items()}, self._panels(shown))
+    return Evaluation({f"{prefix}/{name}": value for name, value in scores.items()}, self._panels(shown), joined)
 
   def baselines(self) -> dict[str, float]:
     """Scores of trivial predictors, by name; empty where `eval.baselines` is 0."""
     count = self.config.eval.baselines
     if self._baselines is None:
       self._baselines = (
-        self.product.task.baselines(self._examples("train", count), self._examples("eval")) if count else {}
+        self.product.task.baselines(self._examples("train", count), self._examples("eval"), **self._truth)
+        if count
+        else {}
       )
     return self._baselines
+
+  def write_results(self, folder: epath.Path, rows: Rows) -> None:
+    """Writes the file that the task's benchmark takes, where there is one."""
+    if hasattr(self.product.task, "write_results"):
+      self.product.task.write_results(folder / "results.json", rows, **self._truth)
 
   def report(self, scores: dict[str, float]) -> str:
     """The scores in one line, with the best of the trivial predictors beside."""
@@ -195,9 +206,8 @@ class Evaluator:
     if not baselines:
       return line
     chosen = self.product.task.best[0]
-    beside = ", ".join(
-      f"{name} {value:.4f} (x{scores[prefix + chosen] / value:.2f})" for name, value in baselines.items()
-    )
+    share = lambda value: f" (x{scores[prefix + chosen] / value:.2f})" if value else ""
+    beside = ", ".join(f"{name} {value:.4f}{share(value)}" for name, value in baselines.items())
     return f"{line}\n  {chosen} of trivial predictors, and ours as a share of it: {beside}"
 
   def _examples(self, split: str, count: int | None = None) -> Iterator[Any]:
@@ -207,7 +217,7 @@ class Evaluator:
 
   def _panels(self, predictions: list[np.ndarray]) -> np.ndarray:
     # With several processes the pictures of the first one are every so many of the split.
-    step = jax.process_count() if self.product.task.any_size else 1
+    step = jax.process_count() if self.product.task.way == "sliding" else 1
     examples = itertools.islice(self._examples("eval"), 0, None, step)
     pairs = zip(predictions[: self.config.eval.panels], examples, strict=False)
     return panels_lib.stacked([self.product.task.panel(example, prediction) for prediction, example in pairs])
@@ -242,5 +252,6 @@ def run(config: ConfigDict, workdir: str) -> dict[str, float]:
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"weights": lines, "scores": result.scores, "trivial predictors": evaluator.baselines()}
+    evaluator.write_results(folder, result.rows)
     (folder / "eval.json").write_text(json.dumps(content, indent=1) + "\n")
   return result.scores

@@ -13,6 +13,8 @@ from vpd_jax.types import Array, Batch
 
 Predict = Callable[[Batch], Array]  # batch of B images to [B, H, W, ...]
 COVERAGES = ("released", "full")
+# What `eval.test_time` may say, by the way of the task; mirrored pictures would swap the left and right of sentences.
+WORDS = {"windows": ("flip", "shift:N"), "crops": ("flip",), "squeezed": ()}
 
 
 def offsets(size: tuple[int, int], count: int, *, coverage: str = "released") -> list[tuple[int, int]]:
@@ -62,13 +64,18 @@ def tiled(batch: Batch, times: int) -> Batch:
   return {name: jnp.concatenate([value] * times) for name, value in batch.items()}
 
 
-def flipped(predict: Predict) -> Predict:
-  """The mean of the prediction and of the prediction of the mirrored image, mirrored back."""
+def mirror_back(prediction: Array) -> Array:
+  """A map [B, H, W, ...] of mirrored images as that of the images."""
+  return prediction[:, :, ::-1]
+
+
+def flipped(predict: Predict, mirrored: Callable[[Array], Array] = mirror_back) -> Predict:
+  """The mean of the prediction and of the prediction of the mirrored image, which `mirrored` turns back."""
 
   def run(batch: Batch) -> Array:
     both = tiled(batch, 2) | {"image": jnp.concatenate([batch["image"], batch["image"][:, :, ::-1]])}
-    plain, mirrored = jnp.split(predict(both), 2)
-    return (plain + mirrored[:, :, ::-1]) / 2
+    plain, turned = jnp.split(predict(both), 2)
+    return (plain + mirrored(turned)) / 2
 
   return run
 
@@ -85,24 +92,36 @@ def shifted_windows(predict: Predict, count: int, *, coverage: str = "released")
   return run
 
 
-def parse(words: tuple[str, ...]) -> tuple[bool, int]:
-  """Words of `eval.test_time`, such as ("flip", "shift:2"), as (mirror too, windows; 1 for the whole image)."""
+def parse(words: tuple[str, ...], way: str = "windows") -> tuple[bool, int]:
+  """Words of `eval.test_time`, such as ("flip", "shift:2"), as (mirror too, windows; 1 for the whole image).
+
+  Args:
+    words: of the config.
+    way: of the task, which decides what is known, see WORDS.
+  """
   flip, windows = False, 1
   for word in words:
     name, _, number = word.partition(":")
-    if name == "flip" and not number:
+    if name == "flip" and not number and "flip" in WORDS[way]:
       flip = True
-    elif name == "shift" and number.isdigit() and int(number) >= 2:
+    elif name == "shift" and number.isdigit() and int(number) >= 2 and "shift:N" in WORDS[way]:
       windows = int(number)
     else:
-      raise ValueError(f"eval.test_time has {word!r}; known are 'flip' and 'shift:N' with N at least 2.")
+      known = " and ".join(map(repr, WORDS[way])) + (" with N at least 2" if "shift:N" in WORDS[way] else "")
+      raise ValueError(f"eval.test_time has {word!r}; {f'known are {known}' if known else 'this task takes none: ()'}.")
   return flip, windows
 
 
-def test_time(predict: Predict, words: tuple[str, ...], *, coverage: str = "released") -> Predict:
+def test_time(
+  predict: Predict,
+  words: tuple[str, ...],
+  *,
+  coverage: str = "released",
+  mirrored: Callable[[Array], Array] = mirror_back,
+) -> Predict:
   """`predict` under the combinators of `eval.test_time`: mirrored images are averaged first, then windows."""
   flip, windows = parse(words)
-  combined = flipped(predict) if flip else predict
+  combined = flipped(predict, mirrored) if flip else predict
   combined = shifted_windows(combined, windows, coverage=coverage) if windows > 1 else combined
 
   def run(batch: Batch) -> Array:

@@ -21,6 +21,9 @@ MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "predict", "plan"], 
 INPUT = flags.DEFINE_string("input", "", "--mode=predict: folder of pictures.")
 OUTPUT = flags.DEFINE_string("output", "", "--mode=predict: folder for the results.")
 CLASS = flags.DEFINE_string("class", "", "--mode=predict: class of the scenes; the mean of all without it.")
+SENTENCE = flags.DEFINE_string("sentence", "", "--mode=predict: what is to be found in all pictures.")
+SENTENCES = flags.DEFINE_string("sentences", "", "--mode=predict: JSON file with what is to be found in each picture.")
+BOXES = flags.DEFINE_string("boxes", "", "--mode=predict: JSON file with the boxes of the people in each picture.")
 TOPOLOGY = flags.DEFINE_string("topology", "", "--mode=plan: TPUs elsewhere, like v5e:2x4; or these devices.")
 EFFORT = flags.DEFINE_enum("effort", "low", ["low", "default"], "--mode=plan --topology: of the compiler.")
 ACCEPT = flags.DEFINE_bool("accept_config_changes", False, "Continue a workdir that was made with another config.")
@@ -48,9 +51,10 @@ def _run() -> None:
   # After the flags, so that a wrong flag answers at once.
   import jax
 
-  from vpd_jax import evaluate, plan, predict, train
+  from vpd_jax import evaluate, plan, predict_folder, train
 
   given = {"input": INPUT.value, "output": OUTPUT.value, "class": CLASS.value}
+  given |= {"sentence": SENTENCE.value, "sentences": SENTENCES.value, "boxes": BOXES.value}
   idle = [f"--{name}" for name, value in given.items() if value and MODE.value != "predict"]
   idle += ["--topology"] if TOPOLOGY.value and MODE.value != "plan" else []
   idle += ["--effort"] if EFFORT.value != "low" and not TOPOLOGY.value else []
@@ -71,7 +75,8 @@ def _run() -> None:
   elif MODE.value == "plan":
     plan.run(config, TOPOLOGY.value, workdir=workdir, effort=EFFORT.value)
   else:
-    predict.run(config, workdir, source=INPUT.value, output=OUTPUT.value, class_name=CLASS.value)
+    asked = {"class_name": CLASS.value, "sentence": SENTENCE.value, "sentences": SENTENCES.value, "boxes": BOXES.value}
+    predict_folder.run(config, workdir, source=INPUT.value, output=OUTPUT.value, **asked)
 
 
 def config_string() -> str:

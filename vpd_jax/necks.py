@@ -12,6 +12,33 @@ from vpd_jax.types import Array, Features
 NORMAL = nnx.initializers.normal(0.02)
 
 
+class NoNeck(nnx.Module):
+  """Hands the maps on as they are."""
+
+  needs_maps = 1
+
+  def __init__(
+    self,
+    widths: tuple[int, ...],
+    strides: tuple[int, ...],
+    *,
+    tokens: tuple[int, int] = (0, 0),
+    frame: str = "padded",
+    norm_group: int = 0,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+  ):
+    """Takes what every neck is told; only `widths` and `strides` matter, to the head."""
+    del tokens, frame, norm_group, dtype, param_dtype, rngs
+    self.widths, self.strides = tuple(widths), tuple(strides)
+
+  def __call__(self, features: Features, *, training: bool = False) -> Features:
+    """The same features."""
+    del training
+    return features
+
+
 class Fusion(nnx.Module):
   """VPD's depth fusion: four maps to one at stride 32, cropped to the part that shows the image.
 

@@ -60,7 +60,26 @@ def poly(*, lr: float, num_steps: int, power: float = 1.0, warmup: int = 0, warm
   return rate
 
 
-SCHEDULES = {"triangular_poly": triangular_poly, "cosine": cosine, "poly": poly}
+def step(
+  *, lr: float, drops: tuple[int, ...], factor: float = 0.1, warmup: int = 0, warmup_ratio: float = 1e-3
+) -> Schedule:
+  """`lr`, multiplied by `factor` from each step of `drops` on, step counted from 0.
+
+  Over the first `warmup` steps that is multiplied by 1 - (1 - step / warmup) (1 - warmup_ratio).
+
+  Source: mmcv 1.7 runner/hooks/lr_updater.py StepLrUpdaterHook, warmup "linear".
+  """
+
+  def rate(count: Array) -> Array:
+    step = jnp.asarray(count, jnp.promote_types(jnp.result_type(float), jnp.float32))
+    fallen = lr * factor ** sum((step >= drop).astype(step.dtype) for drop in drops)
+    short = jnp.maximum(1 - step / warmup, 0) if warmup else 0
+    return fallen * (1 - short * (1 - warmup_ratio))
+
+  return rate
+
+
+SCHEDULES = {"triangular_poly": triangular_poly, "cosine": cosine, "poly": poly, "step": step}
 
 
 def schedule(name: str, **options: Any) -> Schedule:

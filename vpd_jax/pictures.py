@@ -23,6 +23,16 @@ def unit(image: Any, dtype: Any) -> np.ndarray:
   return image.astype(dtype)
 
 
+def as_bytes(image: Any) -> np.ndarray:
+  """uint8 or float in [0, 1] [H, W, 3] to uint8."""
+  image = np.asarray(image)
+  return (
+    image
+    if image.dtype == np.uint8 and image.ndim == 3
+    else np.rint(unit(image, np.float32).clip(0, 1) * 255).astype(np.uint8)
+  )
+
+
 def fit(image: np.ndarray, side: int) -> np.ndarray:
   """[H, W, 3] resized so that its shorter side is `side`; the longer one keeps the aspect, up to LONGEST * side."""
   scale = side / min(image.shape[:2])

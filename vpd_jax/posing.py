@@ -43,12 +43,12 @@ def check_boxes(boxes: Any, size: tuple[int, int], what: str) -> np.ndarray:
     ValueError: other shapes, numbers that are not finite, boxes without area or outside the picture (all are named).
   """
   try:
-    array = np.asarray(boxes if len(boxes) else np.zeros((0, 4)), np.float32)
+    # One may have a score and another not.
+    array = np.asarray([[*box, *(1.0,) * (len(box) == 4)] for box in boxes] or np.zeros((0, 5)), np.float32)
   except (TypeError, ValueError):
     array = np.zeros(0)
-  if array.ndim != 2 or array.shape[1] not in (4, 5) or not np.isfinite(array).all():
+  if array.ndim != 2 or array.shape[1] != 5 or not np.isfinite(array).all():
     raise ValueError(f"boxes of {what} must be lists of x, y, width, height and, if known, a score: finite numbers.")
-  array = np.concatenate([array, np.ones((len(array), 1), np.float32)], axis=1)[:, :5]
   x, y, width, height = array[:, :4].T
   inside = (width > 0) & (height > 0) & (x < size[1]) & (y < size[0]) & (x + width > 0) & (y + height > 0)
   if not inside.all():

@@ -1,7 +1,6 @@
-"""Predictor, the door for Python users, and --mode=predict over a folder of pictures."""
+"""Predictor, the door for Python users."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpd_jax import assemble, config_file, evaluate, inference, labelling, sharding, start
+from vpd_jax import assemble, config_file, evaluate, procedures, sharding, start
 from vpd_jax import pictures as pictures_lib
 from vpd_jax.assemble import Product
-from vpd_jax.checkpoint import is_workdir
-
-PICTURES_AT_ONCE = 4
 
 
 @dataclasses.dataclass
@@ -58,24 +54,12 @@ class Predictor:
     return cls(config, product, filled, lines)
 
   def __post_init__(self):
-    product, words = self.product, self.config.eval.test_time
-    if product.task.any_size:
-      self._labelling = labelling.Labelling(
-        evaluate.make_scores(product),
-        labelling.parse(words),
-        at_once=self.config.eval.batch_size,
-        small=self.config.eval.small,
-      )
-      self._decide = jax.jit(product.task.decide)
-    else:
-      flip, self._windows = inference.parse(words)
-      self._predict = jax.jit(evaluate.make_predict(product, ("flip",) if flip else (), "full"))
+    product = self.product
+    self._procedure = procedures.WAYS[product.task.way](self.config, product)
     self._forward = jax.jit(lambda weights, batch: product.parts.merge(*weights)(batch, training=False))
     predictor = lambda weights, image: product.parts.merge(*weights).method.class_predictor(image)
     self._classify = jax.jit(predictor) if hasattr(product.method, "class_predictor") else None
     self._side = int(self.config.data.crop[0])
-    cut_top = getattr(assemble.DATASETS[self.config.data.name], "cut_top", None)
-    self._cut_top = (lambda picture: cut_top(self.config.data, picture.shape[:2])) if cut_top else lambda picture: 0
     self._dtype = np.promote_types(assemble.dtype(self.config, "param_dtype"), np.float32)
 
   @property
@@ -88,6 +72,16 @@ class Predictor:
     """Whether CLIP tells the class where nobody does."""
     return self._classify is not None
 
+  @property
+  def takes_sentence(self) -> bool:
+    """Whether the method reads a sentence about each image."""
+    return "sentence" in self.product.method.prepare_reads
+
+  @property
+  def takes_boxes(self) -> bool:
+    """Whether people are looked for in given boxes."""
+    return self.product.task.way == "crops"
+
   def class_id(self, name: str) -> int:
     """Number of a class by its name, spaces or underscores alike.
 
@@ -99,87 +93,108 @@ class Predictor:
       raise ValueError(f"class {name!r} is unknown; choose one of {', '.join(self.product.classes)}.")
     return self.product.classes.index(wanted)
 
-  def forward(self, images: Any, *, class_id: Any = None) -> dict[str, np.ndarray]:
+  def forward(
+    self, images: Any, *, class_id: Any = None, sentences: Sequence[str] | None = None, text_states: Any = None
+  ) -> dict[str, np.ndarray]:
     """The bare network in evaluation mode: no resizing, no windows, no mirroring.
 
     Args:
       images: float [B, H, W, 3] in [0, 1], RGB.
       class_id: int or int [B], -1 for the mean of all class vectors; None is -1.
+      sentences: one per image, where the method reads sentences.
+      text_states: float [B, N, D] in their place: the text encoder's states after its final norm.
 
     Returns:
-      What the head returns, e.g. {"depth": float32 [B, H, W] metres}.
+      What the head returns: {"depth": float32 [B, H, W] metres}, {"logits": float32 [B, H, W, K], "aux_logits": ..} or
+      {"heatmaps": float32 [B, h, w, K]}.
 
     Raises:
-      ValueError: images of another shape or type; a class id out of range.
+      ValueError: images of another shape or type; a class id out of range; sentences missing, or for a method that
+        reads none.
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3 or not np.issubdtype(images.dtype, np.floating):
       raise ValueError(f"images are {images.dtype} {images.shape}; give float [B, H, W, 3] in [0, 1].")
-    batch = self._batch(images.astype(self._dtype), self._class_ids(class_id, len(images)))
-    return jax.device_get(self._forward(self.weights, batch))
+    batch = {"image": images.astype(self._dtype)}
+    if text_states is not None:
+      batch["text_states"] = self._text_states(text_states, len(images), sentences)
+      sentences = None
+    known = self._known(len(images), class_id, sentences, None, complete=text_states is None)
+    batch |= {name: np.stack([own[name] for own in known]) for name in (known[0] if known else ())}
+    return jax.device_get(self._forward(self.weights, jax.tree.map(jnp.asarray, batch)))
 
-  def predict(self, images: Sequence[Any], class_id: Any = None) -> list[dict[str, np.ndarray]]:
-    """The test-time procedure of the config on pictures of any sizes.
-
-    Labels: sliding windows and scales, see labelling.py. Depth: a picture is resized so that its shorter side is the
-    training crop; square windows are shifted along the longer side (at least as many as cover it), mirrored too where
-    the config says so, and averaged; the result is resized back. Rows that the data set takes off its own frames
-    (KITTI's highest) are NaN.
+  def predict(
+    self,
+    images: Sequence[Any],
+    class_id: Any = None,
+    *,
+    sentences: Sequence[str] | None = None,
+    boxes: Sequence[Any] | None = None,
+  ) -> list[dict[str, np.ndarray]]:
+    """The test-time procedure of the config on pictures of any sizes; see procedures.py.
 
     Args:
       images: uint8 [H, W, 3], or float in [0, 1], each.
       class_id: int, or one per image; None for the mean of all class vectors.
+      sentences: one per image, where the method reads sentences.
+      boxes: for poses, a list per image of [x, y, width, height] or [x, y, width, height, score]; None: every image
+        shows one person.
 
     Returns:
-      One dict per image, e.g. {"depth": float32 [H, W] metres} or {"label": int32 [H, W]}.
+      One dict per image: {"depth": float32 [H, W] metres}, {"label": int32 [H, W]}, {"mask": bool [H, W]}, or
+      {"keypoints": float32 [N, K, 3] of x, y, score; "boxes" [N, 4]; "scores" [N]}; with "class_id" where the method
+      takes one.
 
     Raises:
-      ValueError: an image of another shape or type; a class id out of range.
+      ValueError: an image of another shape or type; a class id out of range; sentences missing; sentences or boxes
+        where they would have no effect.
     """
-    pictures = [pictures_lib.unit(image, self._dtype) for image in images]
-    ids = self._class_ids(class_id, len(pictures))
+    known = self._known(len(images), class_id, sentences, boxes)
+    images = [np.asarray(image) for image in images]
     if self._classify is not None:  # from the whole picture, once for all of its windows
-      ids = np.array([self._classified(p) if i < 0 else i for p, i in zip(pictures, ids, strict=True)], np.int32)
-    if self.product.task.any_size:
-      # Bytes stay bytes until they are resized, as in the evaluation.
-      given = zip(map(np.asarray, images), pictures, strict=True)
-      return self._labelled([image if image.dtype == np.uint8 else picture for image, picture in given])
-    tops = [self._cut_top(picture) for picture in pictures]
-    fitted = [pictures_lib.fit(picture[top:], self._side) for picture, top in zip(pictures, tops, strict=True)]
-    corners = [inference.offsets(f.shape[:2], self._windows, coverage="full") for f in fitted]
-    cut = [inference.cut(f[None], c) for f, c in zip(fitted, corners, strict=True)]
-    rows = (
-      np.concatenate([np.full(len(c), i, np.int32) for c, i in zip(corners, ids, strict=True)]) if pictures else None
-    )
-    predicted = iter(self._windowed(np.concatenate(cut), rows) if pictures else ())
-    results = []
-    for picture, top, f, c in zip(pictures, tops, fitted, corners, strict=True):
-      merged = inference.merge(np.stack([next(predicted) for _ in c]), c, f.shape[:2])[0]
-      whole = np.full((*picture.shape[:2], *merged.shape[2:]), np.nan, np.float32)
-      whole[top:] = pictures_lib.resized(merged, picture[top:].shape[:2])
-      results.append({self.product.task.result: whole})
+      for image, own in zip(images, known, strict=True):
+        if own["class_id"] < 0:
+          own["class_id"] = np.int32(self._classified(pictures_lib.unit(image, self._dtype)))
+    results = self._procedure(self.weights, images, known)
     if self.takes_class:
-      results = [result | {"class_id": np.int32(i)} for result, i in zip(results, ids, strict=True)]
+      results = [result | {"class_id": own["class_id"]} for result, own in zip(results, known, strict=True)]
     return results
 
-  def _labelled(self, pictures: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
-    """The label of every pixel of pictures of any sizes, one after the other."""
-    views = (self._labelling.views({"image": picture}) for picture in pictures)
-    results = []
-    for picture, scores in zip(pictures, self._labelling(self.weights, views), strict=True):
-      height, width = picture.shape[:2]
-      results.append({self.product.task.result: np.asarray(self._decide(scores))[:height, :width]})
-    return results
+  def _known(
+    self, count: int, class_id: Any, sentences: Any, boxes: Any, complete: bool = True
+  ) -> list[dict[str, np.ndarray]]:
+    """What is known of each image, by the name under which it is read."""
+    for name, value, taken in (("sentences", sentences, self.takes_sentence), ("boxes", boxes, self.takes_boxes)):
+      if value is not None and not taken:
+        raise ValueError(f"{name} have no effect on {self._what}; leave them out.")
+      if value is not None and (isinstance(value, str) or len(value) != count):
+        raise ValueError(f"{name}: {1 if isinstance(value, str) else len(value)} for {count} images; give one each.")
+    if self.takes_sentence and sentences is None and complete:
+      raise ValueError(f"{self._what} needs a sentence about each image; give sentences=[...].")
+    known = [{} for _ in range(count)]
+    ids = self._class_ids(class_id, count)
+    if self.takes_class:
+      for own, i in zip(known, ids, strict=True):
+        own["class_id"] = np.int32(i)
+    for own, text in zip(known, sentences or (), strict=False):
+      own["tokens"] = self.product.method.prepare({"sentence": text})["tokens"]
+    for own, given in zip(known, () if boxes is None else boxes, strict=False):
+      own["boxes"] = given
+    return known
 
-  def _windowed(self, windows: np.ndarray, ids: np.ndarray | None) -> np.ndarray:
-    """Predictions of square windows, in calls of one static size; the last call is filled up."""
-    most = max(self._windows, self.config.eval.batch_size)
-    size = min(most, 1 << (len(windows) - 1).bit_length())  # few sizes, so few programs
-    results = []
-    for begin in range(0, len(windows), size):
-      index = np.minimum(np.arange(begin, begin + size), len(windows) - 1)
-      results.append(np.asarray(self._predict(self.weights, self._batch(windows[index], ids[index]))))
-    return np.concatenate(results)[: len(windows)]
+  @property
+  def _what(self) -> str:
+    return f"method {self.config.method.name!r} and task {self.config.task.name!r}"
+
+  def _text_states(self, states: Any, count: int, sentences: Any) -> np.ndarray:
+    if not self.takes_sentence:
+      raise ValueError(f"text_states have no effect on {self._what}; leave them out.")
+    if sentences is not None:
+      raise ValueError("sentences and text_states are given; give one of them.")
+    states, expected = np.asarray(states), (count, *self.product.method.tokens)
+    if states.shape != expected or not np.issubdtype(states.dtype, np.floating):
+      raise ValueError(f"text_states are {states.dtype} {states.shape}; give float {expected}.")
+    return states.astype(self._dtype)
 
   def _classified(self, picture: np.ndarray) -> int:
     """The class that CLIP tells from a picture of any size, squeezed to one size for one program."""
@@ -187,91 +202,8 @@ class Predictor:
       self._classify(self.weights, jnp.asarray(pictures_lib.resized(picture, (self._side, self._side))[None]))[0]
     )
 
-  def _batch(self, images: np.ndarray, ids: np.ndarray) -> dict[str, Any]:
-    return {"image": jnp.asarray(images), "class_id": jnp.asarray(ids)}
-
   def _class_ids(self, class_id: Any, count: int) -> np.ndarray:
     ids = np.broadcast_to(np.asarray(-1 if class_id is None else class_id, np.int32), (count,))
     if ids.size and (ids.min() < -1 or ids.max() >= len(self.product.classes)):
       raise ValueError(f"class_id {ids.tolist()} must lie between -1 (the mean) and {len(self.product.classes) - 1}.")
     return ids
-
-
-def _check_output(output: str, folder: Path) -> Path:
-  """The folder for the results, which can be made, and is not that of the pictures."""
-  target = Path(output).expanduser()
-  held = next(p for p in (target, *target.absolute().parents) if p.exists())
-  if not output or not held.is_dir() or not os.access(held, os.W_OK):
-    why = f": {held} is not a folder that can be written to" if output else ""
-    raise ValueError(f"--output={output!r} must name a folder{why}; give another, it is made where it does not exist.")
-  if target.resolve() == folder.resolve():
-    raise ValueError(f"--output={output!r} is the folder of the pictures; give another, or results become pictures.")
-  return target
-
-
-def run(config: ConfigDict, workdir: str, *, source: str, output: str, class_name: str = "") -> int:
-  """--mode=predict: writes the prediction of every picture of a folder; returns how many there were.
-
-  Files that are no pictures, by name and by content, are named and left alone.
-
-  Raises:
-    ValueError: no such folder, or no picture in it; an unknown class; after all others have been written, pictures that
-      cannot be read.
-  """
-  folder = Path(source).expanduser()
-  if not source or not folder.is_dir():
-    raise ValueError(f"--input={source!r} is not a folder; give one that holds pictures.")
-  target = _check_output(output, folder)
-  chosen = workdir if is_workdir(workdir) else config.init.run or config.init.pretrained
-  if not chosen:
-    raise ValueError(
-      f"--workdir={workdir!r} holds no checkpoint and config.init.pretrained is empty; give one of them."
-    )
-  paths = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-  pictures = [path for path in paths if pictures_lib.is_picture(path)]
-  if not pictures:
-    raise ValueError(f"--input={source!r} holds no picture, only {len(paths)} other files; give a folder that does.")
-  predictor = Predictor.load(config, weights=chosen)
-  if class_name and not predictor.takes_class:
-    raise ValueError(f"--class={class_name!r} has no effect: {config.method.name!r} takes no class; leave it out.")
-  class_id = predictor.class_id(class_name) if class_name else None
-  print("\n".join(predictor.origin), flush=True)
-  if class_id is None and predictor.takes_class:
-    predicted = "CLIP predicts the class of each picture, see the .json files"
-    mean = "the mean of all class vectors stands in for the scene's (config.init.clip would predict it)"
-    print(f"no --class given: {predicted if predictor.predicts_class else mean}", flush=True)
-  for path in sorted(set(paths) - set(pictures)):
-    print(f"skipped: {path.name} is no picture", flush=True)
-  names = [p.stem for p in pictures]
-  damaged, waiting = [], []
-
-  def flush():
-    target.mkdir(parents=True, exist_ok=True)
-    for (path, image), result in zip(waiting, predictor.predict([i for _, i in waiting], class_id), strict=True):
-      stem = target / (path.stem if names.count(path.stem) == 1 else path.name.replace(".", "_"))
-      facts = {"source": path.name, "source_size": list(image.shape[:2])}
-      if predictor.takes_class:
-        number = int(result["class_id"])
-        facts["class"] = "mean of all" if number < 0 else predictor.product.classes[number]
-        facts["class_from"] = "--class" if class_name else "CLIP" if number >= 0 else "nowhere"
-      predictor.product.task.save(stem, result[predictor.product.task.result], facts, image)
-    waiting.clear()
-
-  for path in pictures:
-    try:
-      waiting.append((path, pictures_lib.read_picture(path)))
-    except ValueError as error:
-      damaged.append(str(error))
-      print(f"skipped: {error}", flush=True)
-    if len(waiting) == PICTURES_AT_ONCE:
-      flush()
-  if waiting:
-    flush()
-  done = len(pictures) - len(damaged)
-  print(f"{done} pictures written to {output}, {len(paths) - done} files skipped", flush=True)
-  if damaged:
-    raise ValueError(
-      f"{len(damaged)} of {len(pictures)} pictures in {source} cannot be read: {'; '.join(damaged[:10])}. "
-      f"The other {done} are done; mend or remove these."
-    )
-  return done

@@ -164,6 +164,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     stop = stack.enter_context(StopRequest())
     state, lines = start.resume_or_start(config, product, mesh, checkpoints, accept_changes=accept_changes)
     lines += dataset.describe() if hasattr(dataset, "describe") else []
+    lines += assemble.sentence_lines(product, dataset)
     # Only now: a workdir that is refused stays as it was.
     writer = stack.enter_context(writers.create(workdir, just_logging=jax.process_index() > 0))
     begin, end = int(state.step), config.num_steps

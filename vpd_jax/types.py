@@ -112,13 +112,19 @@ class Method(Protocol):
 
 
 class Task(Protocol):
-  """What is learned and how it is scored. All methods are pure; nothing here knows the network."""
+  """What is learned and how it is scored. All methods are pure; nothing here knows the network.
+
+  A task whose predictions are no maps of the picture also has `mirrored(prediction)`, which turns that of a mirrored
+  image into that of the image; one with results for a benchmark's server has `write_results(path, rows, ..)`.
+  """
 
   needs: frozenset[str]  # keys of a Batch
+  eval_needs: frozenset[str]  # further ones that only `measure` reads
   output: dict[str, Any]  # what every head of this task must be told: maximum depth, number of classes
   result: str  # name of a prediction, for Python users
   best: tuple[str, str]  # the score that chooses the best checkpoint, and "min" or "max"
-  any_size: bool  # pictures are evaluated in their own sizes, see labelling.py; else in batches, see inference.py
+  way: str  # how pictures are cut and put together at test time, one of procedures.WAYS
+  needs_truth: bool  # `summarize` and `baselines` also take `truth`, what the data set's method of that name gives
 
   def loss(self, outputs: Outputs, batch: Batch) -> Loss: ...  # one group of images
   def predict(self, outputs: Outputs) -> Array: ...  # depth | label scores | heatmaps

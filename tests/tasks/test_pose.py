@@ -12,6 +12,7 @@ import pytest
 
 from tests.data import coco_people
 from tests.tasks.test_heatmaps import written_targets
+from vpd_jax import inference
 from vpd_jax.data.coco_pose import CocoPose
 from vpd_jax.data.keypoints import COCO, described
 from vpd_jax.tasks import heatmaps, oks
@@ -237,15 +238,15 @@ def test_mirroring_averages_heatmaps_whose_sides_are_swapped():
 
   image = np.random.default_rng(3).uniform(0, 1, (2, 8, 6, 3)).astype(np.float32)
   batch = {"image": jnp.asarray(image), "extra": jnp.arange(2)}
-  plain = task.test_time(network, ())(batch)
-  both = task.test_time(network, ("flip",))(batch)
+  plain = inference.test_time(network, ())(batch)
+  both = inference.test_time(network, ("flip",), mirrored=task.mirrored)(batch)
   assert seen == [(2, 8, 6, 3), (4, 8, 6, 3)]
   # Mirrored twice the pixels are where they were; left and right colours are exchanged.
   np.testing.assert_allclose(both[..., 0], plain[..., 0], rtol=1e-6)
   np.testing.assert_allclose(both[..., 1], (plain[..., 1] + plain[..., 2]) / 2, rtol=1e-6)
   np.testing.assert_array_equal(both[..., 1], both[..., 2])
-  with pytest.raises(ValueError, match=r"^eval\.test_time=\('shift:2',\) is unknown to pose"):
-    task.check_test_time(("shift:2",))
+  with pytest.raises(ValueError, match=r"^eval\.test_time has 'shift:2'; known are 'flip'\.$"):
+    inference.parse(("shift:2",), task.way)
 
 
 def test_trivial_predictors_are_scored_as_ours(data, examples):

@@ -60,11 +60,16 @@ def load_pretrained(
   kind, weights = _open(path)
   if weights is None:
     saved = manifest(path)
-    allowed = () if saved["table"].startswith("released:") else fresh
+    allowed = (
+      released.OUTSIDE.get(saved["table"].removeprefix("released:"), ())
+      if saved["table"].startswith("released:")
+      else fresh
+    )
     named, report = convert(_restore(path), [Same()], targets, fresh=allowed, table=f"ours, from {saved['table']}")
     return named, dataclasses.replace(report, step=saved["step"])
   if kind.startswith("released:"):
-    rules, fresh = released.TABLES[kind.removeprefix("released:")](), ()
+    release = kind.removeprefix("released:")
+    rules, fresh = released.TABLES[release](), released.OUTSIDE.get(release, ())
   elif kind == "compvis":
     rules = stable_diffusion.compvis(targets)
   else:

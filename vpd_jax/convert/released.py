@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vpd_jax.convert import released_segmentation, stable_diffusion
+from vpd_jax.convert import released_refer, released_segmentation, stable_diffusion
 from vpd_jax.convert.rules import (
   BATCH_NORM,
   COUNTER,
@@ -89,13 +89,17 @@ TABLES = {
   "vpd_depth": vpd_depth,
   "meta_prompts_segmentation": released_segmentation.meta_prompts_segmentation,
   "vpd_segmentation": released_segmentation.vpd_segmentation,
+  "vpd_refer": released_refer.vpd_refer,
 }
 # A prefix by which a release is known; the first that is found decides.
 SIGNS = {
   "meta_prompts_depth": "encoder.meta_prompts1",
   "vpd_depth": f"{_UNET}.",
   **released_segmentation.SIGNS,
+  "vpd_refer": released_refer.SIGN,
 }
+# What the file of a release need not hold, found in "/" + name; nothing where it is not listed.
+OUTSIDE = {"vpd_refer": released_refer.OUTSIDE}
 # Under which key of a .pth the authors' code looks for weights, where not under "model".
 WRAPPERS = dict.fromkeys(released_segmentation.SIGNS, released_segmentation.WRAPPER)
 
@@ -113,6 +117,7 @@ _ORDER = (
   "norm q k v proj_in transformer_blocks proj_out "
   "attn1 ff attn2 norm1 conv1 norm2 conv2 norm3 nin_shortcut to_q to_k to_v to_out "
   "deconv_layers conv_layers "
+  f"{released_refer.ORDER} "
   "weight bias running_mean running_var num_batches_tracked "
 )
 _RANK = {word: rank for rank, word in enumerate(_ORDER.split())}

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from etils import epath
 from vpd_jax.convert import fetch
 
 FILES = ("vocab.json", "merges.txt")
-CHARACTERS = "characters"
+CHARACTERS, WORDS = "characters", "words"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Tokenize:
   """Sentences to token ids; looks for a tokenizer only when it is called: evaluation needs none.
 
   Attributes:
-    sources: where one may lie, the first that holds one counts; or "characters", for trying without any file.
+    sources: where one may lie, the first that holds one counts; or a word of STAND_INS, for trying without any file.
     vocabulary, length: rows of the text encoder's two tables.
   """
 
@@ -39,16 +40,23 @@ class Tokenize:
 
 @functools.lru_cache(maxsize=8)
 def _tokens(how: Tokenize, sentences: tuple[str, ...]) -> np.ndarray:
-  if CHARACTERS in how.sources:
-    return characters(sentences, vocabulary=how.vocabulary, length=how.length)
+  stand_in = next((STAND_INS[source] for source in how.sources if source in STAND_INS), None)
+  if stand_in:
+    return stand_in(sentences, vocabulary=how.vocabulary, length=how.length)
   given = [source for source in how.sources if source]
+  return tokenize(sentences, _first(tuple(given)), vocabulary=how.vocabulary, length=how.length)
+
+
+@functools.lru_cache(maxsize=2)
+def _first(given: tuple[str, ...]) -> Any:
+  """The tokenizer of the first source that holds one; kept, for sentences may come one by one."""
   holding = next((source for source in given if holds(source)), None)
   if holding is None:
     raise ValueError(
-      f"there is no tokenizer in {given}; set config.method.tokenizer to a folder with {' and '.join(FILES)}, or to "
-      f"{CHARACTERS!r} for trying with a random text encoder."
+      f"there is no tokenizer in {list(given)}; set config.method.tokenizer to a folder with {' and '.join(FILES)}, or "
+      f"to {CHARACTERS!r} or {WORDS!r} for trying with a random text encoder."
     )
-  return tokenize(sentences, load(holding), vocabulary=how.vocabulary, length=how.length)
+  return load(holding)
 
 
 def holds(source: str | epath.PathLike) -> bool:
@@ -122,3 +130,15 @@ def characters(sentences: Sequence[str], *, vocabulary: int, length: int) -> np.
     ids = [ord(character) % (vocabulary - 2) for character in sentence[: length - 2]]
     row[: len(ids) + 1] = [vocabulary - 2, *ids]
   return result
+
+
+def words(sentences: Sequence[str], *, vocabulary: int, length: int) -> np.ndarray:
+  """As `characters`, with an id per word that follows from its letters; two words may share one."""
+  result = np.full((len(sentences), length), vocabulary - 1, np.int32)
+  for row, sentence in zip(result, sentences, strict=True):
+    ids = [zlib.crc32(word.encode()) % (vocabulary - 2) for word in sentence.lower().split()[: length - 2]]
+    row[: len(ids) + 1] = [vocabulary - 2, *ids]
+  return result
+
+
+STAND_INS = {CHARACTERS: characters, WORDS: words}

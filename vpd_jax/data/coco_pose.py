@@ -129,6 +129,10 @@ class CocoPose:
       found = people.open_split(folder, annotations, chosen, samples, PICTURES)
     return labels.check_count(found, split, self.published.counts.get(split), "COCO keypoints")
 
+  def describe(self) -> list[str]:
+    """Lines on how many people there are and what was left out, for the start of a run."""
+    return people.describe(self)
+
   def truth(self, split: str) -> dict[str, Any]:
     """What is scored against, for pycocotools: all pictures of the split with all their people.
 

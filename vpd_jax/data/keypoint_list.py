@@ -136,6 +136,10 @@ class KeypointList:
     folder = Path(self.root).expanduser() / self.images
     return people.open_split(folder, found, chosen, samples, f"{found.path} names them, data.images their folder.")
 
+  def describe(self) -> list[str]:
+    """Lines on how many people there are and what was left out, for the start of a run."""
+    return people.describe(self)
+
   def truth(self, split: str) -> dict[str, Any]:
     """What is scored against, see coco_pose.CocoPose.truth."""
     return coco_json.truth(*self._chosen(split))

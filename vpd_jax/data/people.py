@@ -60,6 +60,13 @@ class People:
     return decode(self.record(index), self.folder)
 
 
+def describe(dataset: Any) -> list[str]:
+  """A line per split for the start of a run; shards are not looked through."""
+  sources = {split: dataset.source(split) for split in ("train", "eval")}
+  told = {split: (f"{len(s)} people", *s.notes) for split, s in sources.items() if hasattr(s, "notes")}
+  return [f"{split}: {'; '.join(parts)}" for split, parts in told.items()]
+
+
 def decode(record: files.Record, folder: Path | None = None) -> Example:
   """The Example of a record, what keypoints.Augmentation begins with.
 

@@ -1,7 +1,7 @@
 """Heads that turn feature maps into heatmaps of keypoints, at a quarter of the image's sides.
 
 "fused" joins all maps, "simple" and "classic" read one, "direct" is no layer at all. In front of them stands the neck
-"einsum_levels", whose maps are of the prompts, or the neck "identity" here, with the method's own. A head is told what
+"einsum_levels", whose maps are of the prompts, or none, with the method's own. A head is told what
 its maps show: an image padded at its right and bottom, whose part beyond the image is cut off, or a resized one, which
 is stretched.
 
@@ -57,33 +57,6 @@ def _chosen(stride: int, strides: tuple[int, ...], name: str) -> int:
   if stride not in strides:
     raise ValueError(f"head.stride={stride} of head {name!r} must be one of the strides of its maps, {tuple(strides)}.")
   return tuple(strides).index(stride)
-
-
-class Identity(nnx.Module):
-  """The neck in front of a head that reads the method's maps as they are."""
-
-  needs_maps = 1
-
-  def __init__(
-    self,
-    widths: tuple[int, ...],
-    strides: tuple[int, ...],
-    *,
-    frame: str = "padded",
-    tokens: tuple[int, int] = (0, 0),
-    norm_group: int = 0,
-    dtype: Any,
-    param_dtype: Any,
-    rngs: nnx.Rngs,
-  ):
-    """Notes the widths and strides; of the rest, which every neck is told, no use is made."""
-    del frame, tokens, norm_group, dtype, param_dtype, rngs
-    self.widths, self.strides = tuple(widths), tuple(strides)
-
-  def __call__(self, features: Features, *, training: bool = False) -> Features:
-    """The features; training makes no difference."""
-    del training
-    return features
 
 
 class Fused(nnx.Module):

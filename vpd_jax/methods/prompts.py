@@ -17,7 +17,7 @@ from vpd_jax.types import Array, Buffer, Example
 # How a method that knows classes gets the class of an image: told with the image, by CLIP from the image, or not at all
 # because it attends to all of them.
 NAMES = "names"  # in place of a template: the names of the classes in the label map
-PROMPTS = ("scene_class", "predicted", "all_classes")
+PROMPTS = ("scene_class", "predicted", "all_classes", "sentence")
 
 
 class ClassPredictor(nnx.Module):

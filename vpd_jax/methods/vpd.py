@@ -5,24 +5,27 @@ class or scene names, encoded by the frozen CLIP text encoder into `class_vector
 once at a constant timestep with the adapted text as its context; its four feature maps go on to the task's neck and
 head. Depth uses one token, the vector of the scene's class; neck "fusion", head "deconv". The class is told, as in the
 release, also at test time, or predicted from the image by CLIP. Segmentation uses the vectors of all classes, whose
-cross-attention maps are joined to the features; neck and head "fpn".
+cross-attention maps are joined to the features; neck and head "fpn". Referring segmentation uses the states of a
+sentence, token by token, and their maps; no neck, head "lavt".
 
 Source: Zhao et al. 2023, https://arxiv.org/abs/2303.02153; VPD depth/models_depth/model.py, vpd/models.py.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from vpd_jax.backbones import layers
 from vpd_jax.backbones.attention import Implementation
-from vpd_jax.backbones.clip import never_trained
+from vpd_jax.backbones.clip import TextSizes, never_trained
 from vpd_jax.backbones.clip_image import ImageSizes
 from vpd_jax.backbones.unet import UNet, UNetSizes
 from vpd_jax.backbones.vae import VaeEncoder, VaeSizes
-from vpd_jax.methods import images, prompts
-from vpd_jax.types import Array, Batch, Branch, Buffer, Features
+from vpd_jax.methods import images, prompts, sentences
+from vpd_jax.types import Array, Batch, Branch, Buffer, Example, Features
 
 
 class TextAdapter(nnx.Module):
@@ -50,9 +53,12 @@ class Vpd(nnx.Module):
     *,
     unet: UNetSizes,
     vae: VaeSizes,
+    text: TextSizes | None = None,
     image: ImageSizes | None = None,
     classes: int,
+    tokenize: Callable[[tuple[str, ...]], np.ndarray] | None = None,
     prompt: str = "scene_class",
+    token_length: int = 40,
     residual_scale: float = 1e-4,
     timestep: int = 1,
     latent_scale: float = 1.0,
@@ -71,11 +77,15 @@ class Vpd(nnx.Module):
     """Builds VAE, UNet and adapter.
 
     Args:
-      unet, vae, image: sizes of the backbones; the image encoder's only count for prompt "predicted".
-      classes: rows of `class_vectors`.
+      unet, vae, text, image: sizes of the backbones; the image encoder's only count for prompt "predicted", the text
+        encoder's for "sentence".
+      classes: rows of `class_vectors`, which "sentence" has not.
+      tokenize: sentences to int32 [sentences, token_length + 1], for "sentence"; see sentences.SentenceTokens.
       prompt: the UNet attends to one token, the vector of a class: "scene_class", that of `batch["class_id"]` (-1: the
         mean of all); or "predicted", that which CLIP tells from the image, window by window where there are windows. A
-        "class_id" of 0 or more in the batch goes before it. "all_classes": to the vectors of all classes.
+        "class_id" of 0 or more in the batch goes before it. "all_classes": to the vectors of all classes. "sentence":
+        to the states of each image's sentence.
+      token_length: tokens of a sentence. Release: 40 on RefCOCO and RefCOCO+, 77 on RefCOCOg.
       residual_scale: start of gamma in text + gamma * adapter(text). Release: 1e-4.
       timestep: the diffusion timestep, the same for every image. Release: 1 (the paper says 0).
       latent_scale: factor on the latents. Release: 1.0; Stable Diffusion itself was trained with 0.18215.
@@ -92,7 +102,7 @@ class Vpd(nnx.Module):
     """
     if prompt not in prompts.PROMPTS:
       raise ValueError(f"method.prompt={prompt!r} is unknown to vpd; choose one of {prompts.PROMPTS}.")
-    if classes < 1:
+    if classes < 1 and prompt != "sentence":
       raise ValueError(
         f"method.prompt={prompt!r} chooses among the classes of the data set, which names none; set config.data.scene "
         "to one name for all pictures, or take a method that is told no class."
@@ -100,18 +110,25 @@ class Vpd(nnx.Module):
     if pad_multiple % 64:
       raise ValueError(f"method.pad_multiple={pad_multiple} must be a multiple of 64, the UNet's coarsest stride.")
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    tokens = classes if prompt == "all_classes" else 1
+    tokens = {"all_classes": classes, "sentence": token_length}.get(prompt, 1)
     self.timestep, self.latent_scale = timestep, latent_scale
     self.pad_multiple, self.pad_value, self.dtype = pad_multiple, pad_value, dtype
     self.prompt = prompt
-    self.needs, self.adds = frozenset({"class_id"} if prompt == "scene_class" else ()), frozenset()
+    self.needs = frozenset({"scene_class": {"class_id"}, "sentence": {"tokens"}}.get(prompt, ()))
+    self.adds, self.prepare_reads = frozenset(), frozenset()
     self.join = images.joined_maps(
       unet, tokens, use=attention_maps, max_size=attention_max_size, gradient=attention_gradient
     )
     self.strides, self.widths = tuple(8 * 2**i for i in range(len(unet.widths))), self.join.widths
     self.frame, self.tokens = "padded", (tokens, unet.context_dim)
     self.gamma = nnx.Param(jnp.full((unet.context_dim,), residual_scale, param_dtype))
-    self.class_vectors = Buffer(nnx.initializers.normal(1.0)(rngs.params(), (classes, unet.context_dim), param_dtype))
+    if prompt == "sentence":
+      self.adds, self.prepare_reads = frozenset({"tokens"}), frozenset({"sentence"})
+      self.text_encoder = sentences.text_encoder(text or TextSizes(), token_length, unet.context_dim, **kinds)
+      self._prepare = sentences.SentenceTokens(tokenize, token_length)
+    else:
+      vectors = nnx.initializers.normal(1.0)(rngs.params(), (classes, unet.context_dim), param_dtype)
+      self.class_vectors, self._prepare = Buffer(vectors), prompts.unchanged
     self.vae = VaeEncoder(vae, attention=attention, **kinds)
     self.unet = UNet(unet, with_out=keep_unused, attention=attention, remat=remat, **kinds)
     if keep_unused:
@@ -120,8 +137,12 @@ class Vpd(nnx.Module):
     if prompt == "predicted":
       self.class_predictor = prompts.ClassPredictor(image or ImageSizes(), classes, **kinds)
 
-  notes, training_only, prepare_reads = (), (), frozenset()
-  prepare = staticmethod(prompts.unchanged)
+  notes, training_only = (), ()
+
+  @property
+  def prepare(self) -> Callable[[Example], Example]:
+    """For "sentence" adds the "tokens" of an example's sentence, int32 [N]; else does nothing."""
+    return self._prepare
 
   def branches(self, training: bool) -> tuple[Branch, ...]:
     """One pass, in training and in evaluation."""
@@ -129,7 +150,9 @@ class Vpd(nnx.Module):
     return (Branch("text", 1.0),)
 
   def context(self, batch: Batch) -> Array:
-    """Adapted vectors: float [B, 1, D] of each image's class, or [B, K, D] of all classes."""
+    """Adapted text: float [B, 1, D] of each image's class, [B, K, D] of all classes, or [B, N, D] of sentences."""
+    if self.prompt == "sentence":
+      return self.adapted(sentences.states(self.text_encoder, batch, self.dtype))
     vectors = self.class_vectors[...].astype(self.dtype)
     if self.prompt == "all_classes":
       return jnp.broadcast_to(self.adapted(vectors[None]), (batch["image"].shape[0], *vectors.shape))
@@ -152,8 +175,8 @@ class Vpd(nnx.Module):
 
     Args:
       batch: "image" uint8 [B, H, W, 3], or float in [0, 1], of any sides; "class_id" int [B] where `needs` says so;
-        "latents" float [B, h, w, 4], unscaled, in place of the VAE where they are ready; "valid_size", see
-        images.network_input.
+        "tokens" int [B, N] likewise, or "text_states" float [B, N, D] in their place; "latents" float [B, h, w, 4],
+        unscaled, in place of the VAE where they are ready; "valid_size", see images.network_input.
       training: makes no difference here.
     """
     del training

@@ -3,6 +3,7 @@
 from vpd_jax.presets.backbones import clip_image, sd_tiny, sd_v1
 from vpd_jax.presets.depth import iedp_assumptions, iedp_depth, meta_prompts_depth, vpd_depth
 from vpd_jax.presets.recipe import adamw, evaluation, labelling, no_decay_for_vectors, run
+from vpd_jax.presets.referring import referring_optimizer, vpd_referring
 from vpd_jax.presets.segmentation import (
   iedp_segmentation,
   meta_prompts_segmentation,
@@ -21,10 +22,12 @@ __all__ = [
   "meta_prompts_depth",
   "meta_prompts_segmentation",
   "no_decay_for_vectors",
+  "referring_optimizer",
   "run",
   "sd_tiny",
   "sd_v1",
   "segmentation_optimizer",
   "vpd_depth",
+  "vpd_referring",
   "vpd_segmentation",
 ]

@@ -36,7 +36,7 @@ def vpd_pose(*, tiny: bool, head_init: str = "released") -> dict[str, Any]:
   method = vpd_depth(tiny=tiny, head_init="released")["method"]
   return {
     "method": method | {"prompt": "all_classes", "templates": "a photo of a {}"},
-    "neck": {"name": "identity"},
+    "neck": {"name": "none"},
     "head": {"name": "simple", "stride": 8, "init": head_init},  # the finest map, ViTPose has one of 16
   }
 

@@ -62,7 +62,9 @@ class Depth:
   needs = frozenset({"depth"})
   result = "depth"
   best = ("rmse", "min")
-  any_size = False
+  way = "windows"
+  eval_needs = frozenset()
+  needs_truth = False
 
   def __init__(
     self,

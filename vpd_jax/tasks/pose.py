@@ -5,7 +5,7 @@ models/heads/topdown_heatmap_base_head.py, datasets/datasets/top_down/topdown_co
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ class Pose:
   needs = frozenset({"keypoints", "centre", "extent", "box_score", "image_index"})
   result = "keypoints"
   best = ("AP", "max")
-  any_size = False
+  way = "crops"
+  eval_needs = frozenset()
   needs_truth = True
 
   def __init__(
@@ -111,27 +112,12 @@ class Pose:
     """Heatmaps, float [B, h, w, K]."""
     return outputs["heatmaps"]
 
-  def check_test_time(self, words: tuple[str, ...]) -> None:
-    """Raises where the words of `eval.test_time` are other than () or ("flip",)."""
-    if tuple(words) not in ((), ("flip",)):
-      raise ValueError(f"eval.test_time={tuple(words)} is unknown to pose; it is () or ('flip',).")
-
-  def test_time(self, predict: Callable[[Batch], Array], words: tuple[str, ...]) -> Callable[[Batch], Array]:
-    """`predict` alone, or its mean with the heatmaps of the mirrored crop, mirrored back.
+  def mirrored(self, prediction: Array) -> Array:
+    """Heatmaps of a mirrored crop mirrored back, left and right keypoints swapped.
 
     Source: mmpose 0.x core/post_processing/post_transforms.py flip_back; models/heads/topdown_heatmap_base_head.py.
     """
-    self.check_test_time(words)
-    if not words:
-      return predict
-
-    def run(batch: Batch) -> Array:
-      both = {name: jnp.concatenate([value, value]) for name, value in batch.items()}
-      both["image"] = jnp.concatenate([batch["image"], batch["image"][:, :, ::-1]])
-      plain, mirrored = jnp.split(predict(both), 2)
-      return (plain + heatmaps.mirrored(mirrored, self.keypoints.pairs, shift=self.shift_flipped)) / 2
-
-    return run
+    return heatmaps.mirrored(prediction, self.keypoints.pairs, shift=self.shift_flipped)
 
   def locate(self, prediction: Array, centre: Array, extent: Array) -> Array:
     """Keypoints in the picture: float [B, K, 3], x, y and score.

@@ -77,7 +77,8 @@ class Referring:
   needs = frozenset({"mask"})
   result = "mask"
   best = ("oIoU", "max")
-  any_size = False
+  way = "squeezed"
+  needs_truth = False
 
   def __init__(self, *, class_weights: tuple[float, float] = (0.9, 1.1), eval_at: str = "network"):
     """Options of loss and scores.
@@ -112,6 +113,10 @@ class Referring:
   def predict(self, outputs: Outputs) -> Array:
     """Scores of background and object, float [B, H, W, 2], before any softmax."""
     return outputs["logits"]
+
+  def decide(self, scores: Array) -> Array:
+    """Bool [...], on the object, of scores [..., 2]."""
+    return scores[..., 1] > scores[..., 0]
 
   def measure(self, prediction: Array, batch: Batch) -> dict[str, Array]:
     """{"intersection", "union"}: pixels of each sentence, int32 [B] each.

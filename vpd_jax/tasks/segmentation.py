@@ -129,7 +129,9 @@ class Segmentation:
   needs = frozenset({"label"})
   result = "label"
   best = ("mIoU", "max")
-  any_size = True
+  way = "sliding"
+  eval_needs = frozenset()
+  needs_truth = False
 
   def __init__(
     self,

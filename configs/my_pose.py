@@ -1,0 +1,33 @@
+"""Keypoints of your own, of people or of anything else: annotations in COCO's format. Copy this file and change it.
+
+python -m vpd_jax.main --config=configs/my_pose.py --config.data.root=/data/mine \
+    --config.init.pretrained=/weights/stable-diffusion-v1-5
+
+The argument is a list of words: a method (vpd, meta_prompts, iedp), and "tiny" for the small network of the tests.
+"""
+
+import ml_collections
+
+from vpd_jax import config_file, presets
+from vpd_jax.presets import pose
+
+METHODS = {"vpd": pose.vpd_pose, "meta_prompts": pose.meta_prompts_pose, "iedp": pose.iedp_pose}
+KEYPOINTS = ("nose", "left_eye", "right_eye", "tail")  # as the annotation file's category names them; () reads them
+SKELETON = (("nose", "left_eye"), ("nose", "right_eye"), ("nose", "tail"))  # lines of the drawings; left/right swap
+
+
+def get_config(argument: str = "") -> ml_collections.ConfigDict:
+  """The config of the words in `argument`."""
+  words = config_file.words(argument, method=tuple(METHODS), size=("full", "tiny"))
+  tiny, steps = words["size"] == "tiny", 20_000
+  config = ml_collections.ConfigDict(presets.run(num_steps=steps, log_every=50, eval_every=1000, save_every=1000))
+  config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
+  config.update(METHODS[words["method"]](tiny=tiny))
+  config.task = pose.pose_task(sigma=1 if tiny else 2)
+  config.data = {"name": "keypoint_list", "root": "", "train_json": "train.json", "eval_json": "", "images": "images"}
+  config.data.update({"keypoints": KEYPOINTS, "skeleton": SKELETON, "pairs": (), "sigmas": (), "upper": ()})
+  config.data.update({"holdout": 0.1, "detections": "", "crop": (128, 96) if tiny else (256, 192), "udp": True})
+  config.data.update({"rotation": 40.0, "scale": 0.5, "batch_size": 64, "workers": 8, "on_bad_record": "stop"})
+  config.optim = pose.pose_optimizer(lr=6e-5, drops=(steps * 8 // 10, steps * 19 // 20))  # 5e-4 at 512
+  config.eval = presets.evaluation(batch_size=32, test_time=("flip",), baselines=256)
+  return config

@@ -1,0 +1,193 @@
+"""--mode=predict: the predictions of a folder of pictures as files."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from vpd_jax import pictures as pictures_lib
+from vpd_jax import posing
+from vpd_jax.checkpoint import is_workdir
+from vpd_jax.predict import Predictor
+
+PICTURES_AT_ONCE = 4
+
+
+def _check_output(output: str, folder: Path) -> Path:
+  """The folder for the results, which can be made, and is not that of the pictures."""
+  target = Path(output).expanduser()
+  held = next(p for p in (target, *target.absolute().parents) if p.exists())
+  if not output or not held.is_dir() or not os.access(held, os.W_OK):
+    why = f": {held} is not a folder that can be written to" if output else ""
+    raise ValueError(f"--output={output!r} must name a folder{why}; give another, it is made where it does not exist.")
+  if target.resolve() == folder.resolve():
+    raise ValueError(f"--output={output!r} is the folder of the pictures; give another, or results become pictures.")
+  return target
+
+
+class Wanted(NamedTuple):
+  """One prediction of a picture.
+
+  Attributes:
+    stem: of the files that are written.
+    given: further arguments of Predictor.predict for it, singular: "sentences", "boxes".
+  """
+
+  stem: str
+  given: dict[str, Any]
+
+
+def run(
+  config: ConfigDict,
+  workdir: str,
+  *,
+  source: str,
+  output: str,
+  class_name: str = "",
+  sentence: str = "",
+  sentences: str = "",
+  boxes: str = "",
+) -> int:
+  """--mode=predict: writes the prediction of every picture of a folder; returns how many there were.
+
+  Files that are no pictures, by name and by content, are named and left alone.
+
+  Args:
+    config: of the run.
+    workdir: whose checkpoint is read.
+    source, output: folders.
+    class_name: of all pictures.
+    sentence: about all pictures.
+    sentences: a file with sentences about each picture, see `read_sentences`.
+    boxes: a file with boxes of each picture, see posing.read_boxes.
+
+  Raises:
+    ValueError: no such folder, or no picture in it; an unknown class; files of another form, or that name a picture
+      which is not there; options without effect; after all others have been written, pictures that cannot be read.
+  """
+  folder = Path(source).expanduser()
+  if not source or not folder.is_dir():
+    raise ValueError(f"--input={source!r} is not a folder; give one that holds pictures.")
+  target = _check_output(output, folder)
+  chosen = workdir if is_workdir(workdir) else config.init.run or config.init.pretrained
+  if not chosen:
+    raise ValueError(
+      f"--workdir={workdir!r} holds no checkpoint and config.init.pretrained is empty; give one of them."
+    )
+  paths = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+  pictures = [path for path in paths if pictures_lib.is_picture(path)]
+  if not pictures:
+    raise ValueError(f"--input={source!r} holds no picture, only {len(paths)} other files; give a folder that does.")
+  if sentence and sentences:
+    raise ValueError("--sentence and --sentences are given; give one of them.")
+  said = read_sentences(sentences) if sentences else None
+  found = posing.read_boxes(boxes) if boxes else None
+  for flag, content in (("sentences", said), ("boxes", found)):
+    if missing := sorted(set(content or ()) - {path.name for path in pictures}):
+      raise ValueError(f"--{flag} names pictures that are not in {source}: {', '.join(missing[:10])}; correct it.")
+  predictor = Predictor.load(config, weights=chosen)
+  product = predictor.product
+  for flag, value, taken in (
+    ("class", class_name, predictor.takes_class),
+    ("sentence", sentence, predictor.takes_sentence),
+    ("sentences", sentences, predictor.takes_sentence),
+    ("boxes", boxes, predictor.takes_boxes),
+  ):
+    if value and not taken:
+      what = f"method {config.method.name!r} with task {config.task.name!r}"
+      raise ValueError(f"--{flag}={value!r} has no effect: {what} takes none; leave it out.")
+  if predictor.takes_sentence and not (sentence or sentences):
+    raise ValueError('this task needs a sentence: give --sentence="..." about all pictures, or --sentences=FILE.json.')
+  class_id = predictor.class_id(class_name) if class_name else None
+  print("\n".join(predictor.origin), flush=True)
+  if class_id is None and predictor.takes_class:
+    predicted = "CLIP predicts the class of each picture, see the .json files"
+    mean = "the mean of all class vectors stands in for the scene's (config.init.clip would predict it)"
+    print(f"no --class given: {predicted if predictor.predicts_class else mean}", flush=True)
+  for path in sorted(set(paths) - set(pictures)):
+    print(f"skipped: {path.name} is no picture", flush=True)
+  names = [p.stem for p in pictures]
+  damaged, waiting = [], []
+
+  def wanted(path: Path) -> list[Wanted]:
+    stem = path.stem if names.count(path.stem) == 1 else path.name.replace(".", "_")
+    if predictor.takes_sentence:
+      texts = [sentence] if said is None else said.get(path.name, [])
+      return [
+        Wanted(stem if len(texts) == 1 else f"{stem}_{number}", {"sentences": text})
+        for number, text in enumerate(texts)
+      ]
+    return [Wanted(stem, {} if found is None else {"boxes": found.get(path.name, [])})]
+
+  def flush():
+    target.mkdir(parents=True, exist_ok=True)
+    asked = waiting[0][2].given
+    given = {name: [want.given[name] for _, _, want in waiting] for name in asked}
+    results = predictor.predict([image for _, image, _ in waiting], class_id, **given)
+    for (path, image, want), result in zip(waiting, results, strict=True):
+      facts = {"source": path.name, "source_size": list(image.shape[:2])}
+      if predictor.takes_class:
+        number = int(result["class_id"])
+        facts["class"] = "mean of all" if number < 0 else product.classes[number]
+        facts["class_from"] = "--class" if class_name else "CLIP" if number >= 0 else "nowhere"
+      if predictor.takes_sentence:
+        facts["sentence"] = want.given["sentences"]
+      if predictor.takes_boxes:
+        pairs = zip(result["boxes"], result["scores"], strict=True)
+        facts["people"] = [{"box": box.tolist(), "score": round(float(score), 4)} for box, score in pairs]
+      product.task.save(target / want.stem, result[product.task.result], facts, image)
+    waiting.clear()
+
+  left_alone = 0
+  for path in pictures:
+    wants = wanted(path)
+    left_alone += not wants
+    try:
+      image = pictures_lib.read_picture(path) if wants else None
+    except ValueError as error:
+      damaged.append(str(error))
+      print(f"skipped: {error}", flush=True)
+      continue
+    for want in wants:
+      waiting.append((path, image, want))
+      if len(waiting) == PICTURES_AT_ONCE:
+        flush()
+  if waiting:
+    flush()
+  if left_alone:
+    print(f"{left_alone} pictures of which --sentences says nothing are left alone", flush=True)
+  done = len(pictures) - len(damaged) - left_alone
+  print(f"{done} pictures written to {output}, {len(paths) - done} files skipped", flush=True)
+  if damaged:
+    raise ValueError(
+      f"{len(damaged)} of {len(pictures)} pictures in {source} cannot be read: {'; '.join(damaged[:10])}. "
+      f"The other {done} are done; mend or remove these."
+    )
+  return done
+
+
+def read_sentences(path: str) -> dict[str, list[str]]:
+  """Sentences by the name of the picture, from a JSON list of {"image": name, "sentence": text or "sentences": [..]}.
+
+  Raises:
+    ValueError: missing, or of another form; names the file.
+  """
+  try:
+    entries = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise ValueError(f"--sentences={path!r} cannot be read ({' '.join(str(error).split())}).") from None
+  result: dict[str, list[str]] = {}
+  for entry in entries if isinstance(entries, list) else ():
+    texts = entry.get("sentences", [entry.get("sentence")]) if isinstance(entry, dict) else [None]
+    if not (isinstance(entry, dict) and isinstance(entry.get("image"), str) and isinstance(texts, list)):
+      texts = [None]
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+      result.clear()
+      break
+    result.setdefault(entry["image"], []).extend(texts)
+  if not result:
+    form = '{"image": "1.jpg", "sentence": "the red car"}'
+    raise ValueError(f"--sentences={path!r} must hold a list of entries like {form}, all with a picture and words.")
+  return result
