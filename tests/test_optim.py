@@ -65,8 +65,14 @@ def test_cosine_warms_up_and_falls_to_its_least():
 
 
 def test_an_unknown_schedule_names_the_known_ones():
-  with pytest.raises(ValueError, match=r"optim\.schedule\.name='step' is unknown; choose one of \['cosine', 'poly'"):
-    optim.schedule("step")
+  with pytest.raises(ValueError, match=r"optim\.schedule\.name='linear' is unknown; choose one of \['cosine', 'poly'"):
+    optim.schedule("linear")
+
+
+def test_step_falls_at_its_drops_and_warms_up_linearly():
+  rate = optim.schedule("step", lr=2.0, drops=(10, 20), warmup=4, warmup_ratio=0.001)
+  rates = [rate(step) for step in (0, 2, 4, 9, 10, 19, 20, 99)]
+  np.testing.assert_allclose(rates, [0.002, 2 * (1 - 0.5 * 0.999), 2, 2, 0.2, 0.2, 0.02, 0.02], rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -225,7 +225,7 @@ def test_gamma_starts_at_the_residual_scale():
 
 @pytest.mark.parametrize("options, message", [
   ({"prompt": "caption"}, "method.prompt='caption' is unknown to vpd; choose one of "
-                          "('scene_class', 'predicted', 'all_classes')."),
+                          "('scene_class', 'predicted', 'all_classes', 'sentence')."),
   ({"pad_multiple": 32}, "method.pad_multiple=32 must be a multiple of 64, the UNet's coarsest stride."),
 ])  # fmt: skip
 def test_wrong_options_are_one_line(options, message):
