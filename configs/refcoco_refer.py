@@ -3,8 +3,9 @@
 python -m vpd_jax.main --config=configs/refcoco_refer.py:refcoco --config.data.root=/data/refer \
     --config.init.pretrained=/weights/stable-diffusion-v1-5
 
-The argument is a list of words: a data set (refcoco, refcoco_plus, refcocog), a method (vpd), "as_intended" for the
-UNet's rate that the release states but does not use, and "tiny" for the small network of the tests.
+The argument is a list of words: a data set (refcoco, refcoco_plus, refcocog), a method (vpd; as experiments of ours
+meta_prompts and iedp, whose contexts stand behind the sentence), "as_intended" for the UNet's rate that the release
+states but does not use, and "tiny" for the small network of the tests.
 --config.data.eval_split=testA scores another split, --config.task.eval_at=original at the pictures' own size.
 
 Expected oIoU / mIoU on val (VPD README): RefCOCO 73.46 / 75.67, RefCOCO+ 63.93 / 67.98, RefCOCOg 63.12 / 66.42.
@@ -15,7 +16,11 @@ import ml_collections
 
 from vpd_jax import config_file, presets
 
-METHODS = {"vpd": presets.vpd_referring}
+METHODS = {
+  "vpd": presets.vpd_referring,
+  "meta_prompts": presets.meta_prompts_referring,
+  "iedp": presets.iedp_referring,
+}
 # Word: variant, who divided it, objects in the training split, tokens of a sentence.
 DATA = {
   "refcoco": ("refcoco", "unc", 42_404, 40),
@@ -48,6 +53,8 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     "overlap": "released",  # "union"
     "on_empty": "stop",  # "leave_out"
     "complete": True,  # False takes a part of the data set
+    "cache": "off",  # "memory" or "disk" keep latents and text states, with the same results
+    "cache_folder": "",  # for "disk"
     "format": "files",  # "tfds": prepared shards
     "batch_size": BATCH,
     "workers": 8,

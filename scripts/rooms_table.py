@@ -63,6 +63,18 @@ TASKS = (
       "linear_rgb_position": "linear regression on colour and position",
     },
   ),
+  Rows(
+    "segmentation",
+    ("vpd", "meta_prompts", "iedp"),
+    100,
+    "mIoU",
+    "mIoU",
+    {
+      "most_frequent": "most frequent class",
+      "position_mode": "most frequent class of each position",
+      "linear_rgb_position": "linear classifier of colour and position",
+    },
+  ),
 )
 
 

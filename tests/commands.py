@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import pathlib
+import pickle
 import shutil
 import subprocess
 import sys
@@ -153,6 +154,23 @@ def pictures(here: pathlib.Path) -> None:
     picture(np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8))(folder / name)
   cut(folder / "broken.png")
   (folder / "notes.txt").write_text("not a picture")
+
+
+class _Opens:
+  """Unpickled by the full unpickler, this makes a file."""
+
+  def __init__(self, path: pathlib.Path):
+    self.path = path
+
+  def __reduce__(self):
+    return os.open, (str(self.path), os.O_CREAT)
+
+
+def references(here: pathlib.Path) -> None:
+  """References of RefCOCO that ask for a function."""
+  (here / "refcoco").mkdir()
+  (here / "refcoco" / "instances.json").write_text("{}")
+  (here / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps([_Opens(here / "made by a pickle")], protocol=2))
 
 
 def released(here: pathlib.Path, without: str = "") -> pathlib.Path:

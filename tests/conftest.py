@@ -14,9 +14,12 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-# Compiling takes longer than running here: leave the machine code as it comes.
+# Compiling takes longer than running here: leave the machine code as it comes, and make it in the quickest way.
 if "--xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+  os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+  )
 
 # What one test has compiled, another one, in whatever process, need not compile again.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -11,7 +11,20 @@ import numpy as np
 import pytest
 
 from tests import commands
-from tests.commands import config, cut, cut_all, empty, foreign, in_copy, picture, pictures, released, text, vectors
+from tests.commands import (
+  config,
+  cut,
+  cut_all,
+  empty,
+  foreign,
+  in_copy,
+  picture,
+  pictures,
+  references,
+  released,
+  text,
+  vectors,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +54,7 @@ TRAIN_LIST = "nyu/train_list.txt"
 LAST_KERNEL = "last_layer_depth.2.weight"
 TINY = "--config=configs/nyu_depth.py:tiny --config.data.root={home}/nyu --config.init.pretrained={here}/released.pth"
 MINE = "--config=mine.py"
+REFER = "--config=configs/my_refer.py:tiny --config.data.root={here}"
 EVAL, OTHER = "--mode=eval --workdir={home}/run", "--workdir={home}/run"
 PREDICT = "--mode=predict --workdir={home}/run --input={here}/pictures --output={here}"
 FOUR = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
@@ -147,6 +161,19 @@ CASES = {
   "a depth map of NaN": Case(
     EVAL, "of 32 bits", "one of 16 bits", in_copy(TEST_DEPTH, picture(np.full((64, 96), np.nan, np.float32)))
   ),
+  # Sentences.
+  "references that would run something": Case(
+    "--config=configs/refcoco_refer.py:tiny --config.data.root={here}",
+    "refs(unc).p asks for posix.open, which could run anything",
+    "fetch the file from where the data set is published",
+    references,
+  ),
+  "an empty sentence": Case(
+    REFER,
+    "1 of 1 entries are wrong: number 1 has an empty sentence",
+    "One is like",
+    text("sentences.json", '[{"image": "1.jpg", "mask": "1.png", "sentences": [" "]}]'),
+  ),
   # Weights.
   "weights that are not there": Case("--config.init.pretrained={here}/no.ckpt", "no.ckpt' does not exist", "give a"),
   "a run that is not there": Case("--config.init.run={here}/no", "no' does not exist", "give a diffusers folder"),
@@ -214,6 +241,21 @@ CASES = {
   "results below a file": Case(PREDICT + "/pictures/a.png/b", "a.png is not a folder", "give another", pictures),
   "results among the pictures": Case(PREDICT + "/pictures", "folder of the pictures", "give another", pictures),
   "an unknown class": Case(PREDICT + "/out --class=castle", "class 'castle'", "choose one of printer_room", pictures),
+  "a sentence for a method that reads none": Case(
+    PREDICT + "/out --sentence=car", "--sentence='car' has no effect", "leave it out", pictures
+  ),
+  "sentences of another form": Case(
+    PREDICT + "/out --sentences={here}/s.json",
+    "s.json' must hold a list of entries",
+    'entries like {"image": "1.jpg", "sentence": "the red car"}',
+    lambda here: (pictures(here), (here / "s.json").write_text('[{"image": "a.png", "sentence": " "}]')),
+  ),
+  "sentences about a picture that is not there": Case(
+    PREDICT + "/out --sentences={here}/s.json",
+    "names pictures that are not in {here}/pictures: c.png",
+    "correct it",
+    lambda here: (pictures(here), (here / "s.json").write_text('[{"image": "c.png", "sentence": "car"}]')),
+  ),
   "a damaged picture among good ones": Case(
     PREDICT + "/out", "1 of 3 pictures", "other 2 are done; mend or remove these", pictures, makes=RESULTS
   ),
@@ -252,7 +294,7 @@ def test_bad_input_is_one_line_with_cause_and_remedy(server, home, here, name):
   assert code == 2, errors
   assert [line.startswith("error: ") for line in lines] == [True], errors
   assert "Traceback" not in out + errors
-  assert case.cause.format(here=here) in lines[0] and case.remedy in lines[0], lines[0]
+  assert all(part.replace("{here}", str(here)) in lines[0] for part in (case.cause, case.remedy)), lines[0]
   after = commands.files(here, home / "run", home / "nyu")
   made = [path for path in after if before.get(path) != after[path]]
   assert before.keys() <= after.keys()

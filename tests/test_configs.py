@@ -16,7 +16,7 @@ SHIPPED = {
   "ade20k_seg": ("vpd", "meta_prompts", "iedp"),
   "cityscapes_seg": ("vpd,tiny", "meta_prompts,extra", "iedp,tiny"),
   "my_segmentation": ("vpd,tiny", "meta_prompts,tiny", "iedp,tiny"),
-  "refcoco_refer": ("refcoco", "refcoco_plus,as_intended", "refcocog,tiny"),
+  "refcoco_refer": ("refcoco", "refcoco_plus,as_intended,meta_prompts", "refcocog,iedp,tiny"),
   "my_refer": ("tiny",),
   "coco_pose": ("meta_prompts", "vpd,384x288", "iedp,tiny"),
   "my_pose": ("vpd,tiny", "meta_prompts,tiny", "iedp,tiny"),

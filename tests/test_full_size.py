@@ -1,9 +1,10 @@
 """The full network on real pictures through the command line: scores, pictures and two steps in bounded memory.
 
-VPD_REAL=FOLDER must name a folder with NYU Depth v2 in it (`nyu_depth_v2/`, a few frames will do), and for KITTI's
-networks `kitti/`. The weights are rebuilt from their names, or random, so the depth means nothing; time, memory and
-agreement between the modes do. `pytest -s` shows the figures: on 2 cores about 15 minutes, 3.5 GB of disk for the
-weights and 21 GB for two checkpoints; the six networks that run forward once (`-k forward`) take 15 minutes more.
+VPD_REAL=FOLDER must name a folder with NYU Depth v2 in it (`nyu_depth_v2/`, a few frames will do), for KITTI's networks
+`kitti/`, for those of pose `coco/`. The weights are rebuilt from their names, or random, so the depth means nothing;
+time, memory and agreement between the modes do. `pytest -s` shows the figures: on 2 cores about 15 minutes, 3.5 GB of
+disk for the weights and 21 GB for two checkpoints; the networks that run forward once (`-k forward`) take 15 minutes
+more for the six of depth.
 """
 
 import json
@@ -16,6 +17,7 @@ import sys
 import time
 
 import cv2
+import jax
 import numpy as np
 import pytest
 
@@ -25,6 +27,8 @@ from tests.convert import pth
 from tests.golden import fill
 from vpd_jax import config_file
 from vpd_jax.data import transforms
+from vpd_jax.data.coco_pose import CocoPose
+from vpd_jax.data.refcoco import RefCoco
 
 LIMIT_GIB = 18
 TIMEOUT = 3600
@@ -159,14 +163,123 @@ def test_every_network_runs_forward_on_a_real_picture(data, method, real, tmp_pa
   picture = min(real.glob(pattern), default=None)
   if picture is None:
     pytest.skip(f"{real.parent} holds no {pattern}")
-  call = f"from tests import test_full_size as t; t.forward({f'{data}:{method}'!r}, {str(picture)!r}, {scene!r})"
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-  environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-  with (tmp_path / "printed").open("w") as file:
-    process = subprocess.Popen([sys.executable, "-c", call], env=environment, stdout=file, stderr=subprocess.STDOUT)
-    _, status, usage = os.wait4(process.pid, 0)
-  process.returncode = os.waitstatus_to_exitcode(status)
-  text, peak = (tmp_path / "printed").read_text(), usage.ru_maxrss / 2**20
-  assert process.returncode == 0, text
+  text, peak = apart(f"forward({f'{data}:{method}'!r}, {str(picture)!r}, {scene!r})", tmp_path / "printed")
   print(f"\n{data} {method}: {peak:.2f} GiB resident; {text.splitlines()[-1]}")
   assert peak < LIMIT_GIB, f"{data} {method} took {peak:.2f} GiB"
+
+
+def forward_segmentation(data: str, method: str, path: str) -> None:
+  """As `forward`, for a crop of the published size of a real picture."""
+  config = config_file.load(f"configs/{data}.py:{method}").unlock()
+  if "class_vectors" in config.method:
+    config.method.class_vectors = "random:0"
+  config.init.clip = "random:0" if method == "iedp" else ""
+  image = cv2.resize(cv2.imread(path)[..., ::-1], tuple(config.data.crop)[::-1])
+  clock = time.monotonic()
+  predictor = vpd_jax.Predictor.load(config.lock())
+  made, clock = time.monotonic() - clock, time.monotonic()
+  out = predictor.forward(image[None].astype(np.float32) / 255)
+  first, clock = time.monotonic() - clock, time.monotonic()
+  predictor.forward(image[None].astype(np.float32) / 255)
+  assert out["logits"].shape == (1, *config.data.crop, len(predictor.product.classes))
+  assert all(np.isfinite(x).all() and np.ptp(x) > 0 for x in out.values()) and ("aux_logits" in out) == (
+    method == "meta_prompts"
+  )
+  count = sum(x.size for part in predictor.weights for x in part.values())
+  size = "x".join(map(str, image.shape[:2]))
+  print(
+    f"{count / 1e6:.0f} M parameters, crop {size}: made in {made:.0f} s, first {first:.0f} s, "
+    f"then {time.monotonic() - clock:.1f} s"
+  )
+
+
+@pytest.mark.parametrize("method", ["vpd", "meta_prompts", "iedp"])
+@pytest.mark.parametrize("data", ["ade20k_seg", "cityscapes_seg"])
+def test_every_network_of_segmentation_runs_forward_on_a_real_crop(data, method, real, tmp_path):
+  picture = min(real.parent.glob("ADEChallengeData2016/images/validation/*.jpg"), default=None)
+  if picture is None:
+    pytest.skip(f"{real.parent} holds no ADEChallengeData2016/")
+  text, peak = apart(f"forward_segmentation({data!r}, {method!r}, {str(picture)!r})", tmp_path / "printed")
+  print(f"\n{data} {method}: {peak:.2f} GiB resident; {text.splitlines()[-1]}")
+  assert peak < LIMIT_GIB, f"{data} {method} took {peak:.2f} GiB"
+
+
+def forward_pose(method: str, root: str) -> None:
+  """As `forward`, for the crop of a real person at 256 x 192."""
+  config = config_file.load(f"configs/coco_pose.py:{method}").unlock()
+  config.data.update(root=root, complete=False, boxes="annotated")
+  if "class_vectors" in config.method:
+    config.method.class_vectors = "random:0"
+  config.init.clip = "random:0" if method == "iedp" else ""
+  data = CocoPose(root=root, complete=False, boxes="annotated")
+  crop = data.eval_transform(data.source("eval")[0])["image"]
+  clock = time.monotonic()
+  predictor = vpd_jax.Predictor.load(config.lock())
+  made, clock = time.monotonic() - clock, time.monotonic()
+  maps = predictor.forward(crop[None].astype(np.float32) / 255)["heatmaps"]
+  assert maps.shape == (1, 64, 48, 17) and maps.dtype == np.float32
+  assert np.isfinite(maps).all() and np.ptp(maps) > 0
+  count = sum(x.size for part in predictor.weights for x in part.values())
+  print(f"{count / 1e6:.0f} M parameters: made in {made:.0f} s, first {time.monotonic() - clock:.0f} s")
+
+
+@pytest.mark.parametrize("method", ["vpd", "meta_prompts", "iedp"])
+def test_every_network_of_pose_runs_forward_on_a_real_crop(method, real, tmp_path):
+  root = real.parent / "coco"
+  if not root.exists():
+    pytest.skip(f"{real.parent} holds no coco/")
+  text, peak = apart(f"forward_pose({method!r}, {str(root)!r})", tmp_path / "printed")
+  print(f"\npose {method}: {peak:.2f} GiB resident; {text.splitlines()[-1]}")
+  assert peak < LIMIT_GIB, f"pose {method} took {peak:.2f} GiB"
+
+
+def forward_referring(root: str) -> None:
+  """As `forward`, for a real sentence about a real picture; also what the VAE alone takes of the time."""
+  config = config_file.load("configs/refcoco_refer.py:refcoco").unlock()
+  config.data.update(root=root, complete=False)
+  config.method.tokenizer, config.init.clip = "words", "random:0"
+  data = RefCoco(root=root, complete=False)
+  example = data.eval_transform(data.source("eval")[0])
+  seconds, clock = [], time.monotonic()
+  predictor = vpd_jax.Predictor.load(config.lock())
+  image, parts = example["image"][None].astype(np.float32) / 255, predictor.product.parts
+  vae = jax.jit(lambda frozen, image: parts.partial(frozen).method.latents({"image": image}))
+  calls = [lambda: predictor.forward(image, sentences=[example["sentence"]])["logits"]] * 2
+  for call in (*calls, *[lambda: jax.device_get(vae(predictor.weights[1], image))] * 2):
+    seconds.append(time.monotonic() - clock)
+    clock = time.monotonic()
+    result = call()
+    if result.shape[-1] == 2:
+      logits = result
+  seconds.append(time.monotonic() - clock)
+  assert logits.shape == (1, 512, 512, 2) and logits.dtype == np.float32
+  assert np.isfinite(logits).all() and np.ptp(logits) > 0
+  count = sum(x.size for part in predictor.weights for x in part.values())
+  made, first, warm, _, alone = seconds
+  print(
+    f"{count / 1e6:.0f} M parameters, {example['sentence']!r}: made in {made:.0f} s, first {first:.0f} s, then "
+    f"{warm:.1f} s, of which the VAE {alone:.1f} s"
+  )
+
+
+def test_the_network_of_referring_runs_forward_on_a_real_sentence(real, tmp_path):
+  root = real.parent / "refer"
+  if not root.exists():
+    pytest.skip(f"{real.parent} holds no refer/")
+  text, peak = apart(f"forward_referring({str(root)!r})", tmp_path / "printed")
+  print(f"\nreferring: {peak:.2f} GiB resident; {text.splitlines()[-1]}")
+  assert peak < LIMIT_GIB, f"referring took {peak:.2f} GiB"
+
+
+def apart(call: str, printed: pathlib.Path) -> tuple[str, float]:
+  """What a function of this file prints in a process of its own, and the GiB it takes at most."""
+  words = [sys.executable, "-c", f"from tests import test_full_size; test_full_size.{call}"]
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+  with printed.open("w") as file:
+    process = subprocess.Popen(words, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    _, status, usage = os.wait4(process.pid, 0)
+  process.returncode = os.waitstatus_to_exitcode(status)
+  text = printed.read_text()
+  assert process.returncode == 0, text
+  return text, usage.ru_maxrss / 2**20

@@ -62,6 +62,21 @@ def test_a_whole_picture_is_one_person(made):
   np.testing.assert_allclose(found.keypoints[0, 0, :2], (40, 30), atol=2)
 
 
+@pytest.mark.parametrize("people, sizes", [(0, []), (1, [1]), (3, [4]), (6, [4, 4])])
+def test_calls_are_no_larger_than_there_are_people(people, sizes):
+  task, seen = Pose(keypoints=COCO, sigma=1), []
+
+  def predict(weights, batch):
+    seen.append(len(batch["image"]))
+    return brightest(weights, batch)
+
+  options = {"keypoints": 17, "rescore": task.rescored, "at_once": 4}
+  made = posing.Posing(predict, Augmentation(CROP, COCO).evaluation, task.locate, **options)
+  boxes = posing.check_boxes([(1, 1, 20, 30)] * people, (60, 50), "it")
+  (found,) = made(1.0, [picture((60, 50), [(12, 20)])], [boxes])
+  assert seen == sizes and found.keypoints.shape == (people, 17, 3) and found.scores.shape == (people,)
+
+
 @pytest.mark.parametrize("boxes, message", [
   ([[1, 2, 3]], r"^boxes of a\.jpg must be lists of x, y, width, height"),
   ([[1, 2, 3, float("nan")]], r"finite numbers"),

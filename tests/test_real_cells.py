@@ -1,6 +1,7 @@
-"""Every depth method on real frames of NYU Depth v2 and KITTI: trained, scored and predicting, with the tiny network.
+"""Every method on real pictures of NYU Depth v2, KITTI and ADE20K: trained, scored and predicting, tiny networks.
 
-VPD_REAL=FOLDER must name a folder with `nyu_depth_v2/` and `kitti/` in it, a few frames of each with their lists:
+VPD_REAL=FOLDER must name a folder with `nyu_depth_v2/` and `kitti/` in it, a few frames of each with their lists, and
+`ADEChallengeData2016/` with a few pictures:
 VPD_REAL=FOLDER python -m pytest -m slow -s tests/test_real_cells.py
 """
 
@@ -17,7 +18,7 @@ from vpd_jax import config_file, evaluate, predict_folder, train
 
 pytestmark = pytest.mark.slow
 
-STEPS = 12
+STEPS = 8
 ROOTS = {"nyu": "nyu_depth_v2", "kitti": "kitti"}
 PICTURES = {"nyu": "official_splits/test/*/rgb_*.jpg", "kitti": "raw_data/*/*/image_02/data/*.png"}
 PNG_SCALE = {"nyu": 1000, "kitti": 256}  # units per metre of the files that are written
@@ -75,4 +76,36 @@ def test_trains_scores_and_predicts(data, method, real, tmp_path):
   print(
     f"\n{data} {method}: {time.monotonic() - begin:.0f} s, loss {losses[0]:.3f} to {losses[-1]:.3f}, "
     f"rmse {again[f'eval/{data}/rmse']:.3f} m"
+  )
+
+
+@pytest.mark.parametrize("method", ["vpd", "meta_prompts", "iedp"])
+def test_segments_trained_and_scored(method, real, tmp_path):
+  begin, root = time.monotonic(), real / "ADEChallengeData2016"
+  config = config_file.load(f"configs/ade20k_seg.py:{method},tiny").unlock()
+  config.data.update(root=str(root), batch_size=2, workers=0, complete=False)
+  config.update(num_steps=STEPS, eval_every=STEPS, save_every=STEPS, log_every=1)
+  config.optim.lr, config.optim.schedule.warmup = 1e-3, 0
+  config.optim.lr_groups = ((r"/vae/", None), (r"", 1.0))  # nothing here is pretrained
+  if method == "meta_prompts":
+    config.method.refine_init = "fan_in"
+  if "class_vectors" in config.method:
+    config.method.class_vectors = "random:0"
+  config.eval.batch_size = 1
+  workdir, config = tmp_path / "run", config.lock()
+  scores = train.run(config, str(workdir))
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  losses = [line["train/loss"] for line in lines if "train/loss" in line]
+  assert len(losses) == STEPS and np.mean(losses[-4:]) < np.mean(losses[:4])
+  again = evaluate.run(config, str(workdir))
+  assert again == pytest.approx(scores, rel=1e-5) and all(np.isfinite(value) for value in again.values())
+  source, output = root / "images" / "validation", tmp_path / "labels"
+  count = predict_folder.run(config, str(workdir), source=str(source), output=str(output))
+  assert count == again["eval/ade20k/images"] == len(list(source.iterdir()))
+  for path in source.iterdir():
+    label = cv2.imread(str(output / f"{path.stem}.label.png"), cv2.IMREAD_UNCHANGED)
+    assert label.shape[:2] == cv2.imread(str(path)).shape[:2]
+  print(
+    f"\nade20k {method}: {time.monotonic() - begin:.0f} s, loss {losses[0]:.3f} to {losses[-1]:.3f}, "
+    f"mIoU {again['eval/ade20k/mIoU']:.3f}"
   )

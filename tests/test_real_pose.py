@@ -12,7 +12,10 @@ import jax
 import numpy as np
 import pytest
 
+from tests.data import coco_people
 from tests.tasks.test_pose import directly
+from tests.test_pose_run import coco
+from vpd_jax import evaluate, predict_folder, train
 from vpd_jax.data import pipeline
 from vpd_jax.data.coco_pose import CocoPose
 from vpd_jax.data.keypoints import COCO
@@ -88,3 +91,22 @@ def test_boxes_of_the_detector_run_to_the_results_file(root, tmp_path):
   assert 7 <= len(entries) < 81  # doubles are gone
   np.testing.assert_allclose(scores["AP"], directly(truth, entries)[0])
   assert scores["AP"] > 0.8, scores
+
+
+def test_the_commands_run_on_them_from_boxes_to_skeletons(root, tmp_path):
+  """One step on made-up people, so the scores mean nothing; every detection ends in the file or is a double."""
+  train.run(coco(coco_people.write(tmp_path / "made"), num_steps=1, eval_every=2), str(tmp_path / "run"))
+  scores = evaluate.run(coco(root), str(tmp_path / "run"))
+  entries = json.loads((tmp_path / "run" / "results.json").read_text())
+  truth = CocoPose(root=str(root), crop=(64, 64), complete=False).truth("eval")
+  names = {image["id"]: image["file_name"] for image in truth["images"]}
+  assert {entry["image_id"] for entry in entries} == set(names) and len(entries) <= 81
+  np.testing.assert_allclose(scores["eval/coco_pose/AR"], directly(truth, entries)[5])
+  found = json.loads((root / "person_detection_results/COCO_val2017_detections_AP_H_56_person.json").read_text())
+  sure = [d for d in found if d["category_id"] == 1 and d["score"] > 0.5 and d["image_id"] in names]
+  boxes = [{"file_name": names[d["image_id"]], "bbox": d["bbox"], "score": d["score"]} for d in sure]
+  (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+  source = {"source": str(root / "val2017"), "output": str(tmp_path / "out")}
+  assert predict_folder.run(coco(root), str(tmp_path / "run"), boxes=str(tmp_path / "boxes.json"), **source) == 3
+  people = [json.loads(path.read_text())["people"] for path in (tmp_path / "out").glob("*.json")]
+  assert sum(map(len, people)) == len(sure) >= 7

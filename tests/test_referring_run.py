@@ -1,4 +1,4 @@
-"""Referring segmentation assembled: a step, an evaluation at both sizes, and that the sentence matters."""
+"""Referring segmentation assembled: a step, evaluation at both sizes, the same whatever is kept; the text matters."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vpd_jax import assemble, config_file, evaluate, sharding, train
+from vpd_jax import assemble, caching, config_file, evaluate, sharding, train
 from vpd_jax.data import pipeline
 
 QUICK = {"xla_backend_optimization_level": 0}
@@ -29,17 +29,42 @@ def run():
   product = assemble.assemble(config)
   dataset = assemble.dataset(config, product)
   state = tiny.train_state(product, tiny.filled(product.parts.shapes))
-  keys = assemble.batch_keys(product, dataset)
-  made = pipeline.train_batches(dataset, batch_size=4, seed=0, keys=keys, prepare=product.method.prepare)
-  batch = jax.tree.map(jnp.asarray, next(made))
-  step = train.make_step(product, loss_group=0)
-  new, logs = jax.jit(step).lower(state, batch).compile(QUICK)(state, batch)
-  return config, product, dataset, state, batch, new, logs
+  batch = first_batch(config, product, state)
+  step = jax.jit(train.make_step(product, loss_group=0)).lower(state, batch).compile(QUICK)
+  return config, product, dataset, state, batch, *step(state, batch), step
+
+
+def test_a_run_begins_with_how_many_sentences_are_cut(run):
+  config, product, dataset, *_ = run
+  count = len(dataset.source("eval"))
+  expected = [f"eval: {count} sentences, 0 of them cut to 8 tokens (method.token_length)"]
+  assert assemble.sentence_lines(product, dataset) == expected  # those of training are drawn when asked for
+  short = config.copy_and_resolve_references().unlock()
+  short.method.token_length = 4
+  cut = assemble.sentence_lines(assemble.assemble(short.lock()), dataset, ("eval",))
+  assert cut[0].startswith(f"eval: {count} sentences, {count} of them cut to 4 tokens (method.token_length), such as")
+
+
+def one_device():
+  return sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+
+
+def first_batch(config, product, state, times=1):
+  """The first training batch, computed or found so many times."""
+  dataset = assemble.dataset(config, product)
+  encodings = caching.Encodings(config, product, dataset, one_device())
+  for _ in range(times):
+    keys = assemble.batch_keys(product, dataset)
+    made = pipeline.train_batches(dataset, batch_size=4, seed=0, keys=keys, prepare=product.method.prepare)
+    encoded = encodings(made, state.frozen)
+    batch = jax.tree.map(jnp.asarray, next(encoded))
+  assert any(encoded.computed.values()) == (times == 1)
+  return batch
 
 
 def test_a_step_trains_what_it_should(run):
-  _, _, _, state, batch, new, logs = run
-  assert set(batch) == {"image", "mask", "tokens"} and batch["tokens"].shape == (4, 8)
+  _, _, _, state, batch, new, logs, _ = run
+  assert set(batch) == {"image", "mask", "latents", "text_states"} and batch["text_states"].shape == (4, 8, 16)
   assert np.isfinite(logs["train/loss"])
   for name, value in state.frozen.items():
     np.testing.assert_array_equal(value, new.frozen[name])
@@ -49,24 +74,39 @@ def test_a_step_trains_what_it_should(run):
   assert len(moved) > 0.9 * len(state.params)
 
 
-def test_both_sizes_are_scored(run):
-  config, product, dataset, state, *_ = run
-  mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
-  weights = state.params, state.frozen, state.stats
-  for at in ("network", "original"):
+def test_a_step_from_kept_results_has_the_same_loss_and_gradients_to_the_last_bit(run, tmp_path):
+  config, product, _, state, _, new, logs, step = run
+  for cache in ({"data.cache": "memory"}, {"data.cache": "disk", "data.cache_folder": str(tmp_path)}):
     changed = config.copy_and_resolve_references().unlock()
-    changed.task.eval_at = at
+    changed.update_from_flattened_dict(cache)
+    again, again_logs = step(state, first_batch(changed, product, state, times=2))
+    for first, second in ((new.params, again.params), (new.stats, again.stats), (logs, again_logs)):
+      for name in first:
+        np.testing.assert_array_equal(first[name], second[name])
+
+
+def test_both_sizes_are_scored_and_kept_results_change_no_pixel(run, tmp_path):
+  config, product, dataset, state, *_ = run
+  weights = state.params, state.frozen, state.stats
+  disk = {"data.cache": "disk", "data.cache_folder": str(tmp_path)}
+  overlaps = []
+  for at, cache in (("network", {}), ("original", disk), ("network", disk)):
+    changed = config.copy_and_resolve_references().unlock()
+    changed.update_from_flattened_dict({"task.eval_at": at, **cache})
     product = assemble.assemble(changed)
-    evaluator = evaluate.Evaluator(changed, product, assemble.dataset(changed, product), mesh)
+    evaluator = evaluate.Evaluator(changed, product, assemble.dataset(changed, product), one_device())
     result = evaluator.run(weights)
+    overlaps.append(result.rows)
     assert result.scores["eval/rooms/sentences"] == len(dataset.source("eval")) and result.panels.shape[0] > 1
     assert set(evaluator.baselines()) == {"constant_mask", "everything"}
+  for name in ("intersection", "union"):
+    np.testing.assert_array_equal(overlaps[0][name], overlaps[2][name])
 
 
 def test_another_sentence_gives_another_answer(run):
   _, product, _, state, batch, *_ = run
   forward = jax.jit(lambda b: product.parts.merge(state.params, state.frozen, state.stats)(b, training=False)["logits"])
-  logits = forward({k: batch[k] for k in ("image", "tokens")})
-  np.testing.assert_array_equal(logits, forward({k: batch[k] for k in ("image", "tokens")}))
-  others = forward({"image": batch["image"], "tokens": batch["tokens"][::-1]})
+  logits = forward({k: batch[k] for k in ("image", "text_states")})
+  np.testing.assert_array_equal(logits, forward({k: batch[k] for k in ("image", "text_states")}))
+  others = forward({"image": batch["image"], "text_states": batch["text_states"][::-1]})
   assert np.abs(np.asarray(logits - others)).max() > 1e-5

@@ -101,10 +101,10 @@ def test_predict_is_flip_and_two_windows_averaged(predictor):
 
 def test_predict_takes_lists_of_any_sizes_and_types(predictor):
   rng = np.random.default_rng(2)
-  images = [rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((1, 1), (300, 40), (96, 128))]
+  images = [rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((1, 1), (150, 40), (96, 128))]
   images.append(images[2].astype(np.float32) / 255)
   results = predictor.predict(images, class_id=[0, 1, 2, 2])
-  assert [r["depth"].shape for r in results] == [(1, 1), (300, 40), (96, 128), (96, 128)]
+  assert [r["depth"].shape for r in results] == [(1, 1), (150, 40), (96, 128), (96, 128)]
   assert all(np.isfinite(r["depth"]).all() and (r["depth"] > 0).all() for r in results)
   np.testing.assert_array_equal(results[2]["depth"], results[3]["depth"])
   assert predictor.predict([]) == []

@@ -14,6 +14,7 @@ from tests.data.test_ade20k import write_pairs
 from tests.methods import segmentation_setups as setups
 from vpd_jax import assemble, config_file, evaluate, predict_folder, start
 from vpd_jax.convert import released_segmentation
+from vpd_jax.tasks import label_pictures
 
 META = {"CLASSES": ("wall",), "PALETTE": [[120, 120, 120]], "config": pth.Call("mmcv.utils", "Config", {}), "iter": 8}
 
@@ -109,10 +110,16 @@ def test_evaluation_scores_the_checkpoint_in_an_empty_workdir(ade20k, checkpoint
 
 def test_prediction_of_a_folder_writes_the_labels(ade20k, checkpoint, tmp_path, predictor):
   source, out = ade20k / "images" / "validation", tmp_path / "out"
-  assert predict_folder.run(config("", checkpoint), str(tmp_path / "none"), source=str(source), output=str(out)) == 2
+  where = {"source": str(source), "output": str(out)}
+  assert predict_folder.run(config("", checkpoint), str(tmp_path / "none"), **where, attention=True) == 2
   np.testing.assert_array_equal(np.asarray(Image.open(out / "a.label.png")), predicted(predictor, ade20k, "a"))
   assert json.loads((out / "a.json").read_text())["size"] == [128, 192]
   assert (out / "a.overlay.png").exists()
+  tiles = np.asarray(Image.open(out / "a.attention.png"))
+  assert tiles.shape[1] % 192 == 0 and tiles.shape[0] % (128 + label_pictures.LINE) == 0
+  (maps,) = predictor.attention([np.zeros((50, 70, 3), np.uint8)])
+  assert maps.shape == (8, 8, 150)
+  np.testing.assert_allclose(maps.sum(axis=-1), 1, rtol=1e-5)  # shares of all classes
 
 
 @pytest.mark.parametrize("setup", ["meta_seg_ade", "meta_seg_cityscapes"])

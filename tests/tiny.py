@@ -65,14 +65,14 @@ def shrunk(config):
   config.neck.update({name: size for name, size in (("width", 32), ("inner", 8)) if name in config.neck})
   if "class_vectors" in config.method:
     config.method.class_vectors = "random:0"
-  sentences = config.method.get("prompt") == "sentence"
+  sentences = "sentence" in config.method.get("prompt", "")
   if sentences or config.method.name == "iedp":
     config.backbone.text.update(vocab_size=100, width=16, layers=1, heads=2, mlp_width=32, positions=8)
-  if sentences:
-    config.method.token_length, config.method.tokenizer, config.init.clip = 8, "words", "random:0"
   if config.method.name == "iedp":
     config.backbone.image.update(width=32, layers=1, heads=2, mlp_width=64, image_size=28, projection=16)
     config.init.clip, config.method.tokenizer, config.method.num_queries = "random:0", "characters", 8
+  if sentences:
+    config.method.token_length, config.method.tokenizer, config.init.clip = 8, "words", "random:0"
   config.data.update(crop=(64, 64), batch_size=6, workers=0)
   config.data.update({name: (64, 96) for name in ("size", "resize") if name in config.data})
   config.data.update({name: n for name, n in (("train_count", 12), ("eval_count", 5)) if name in config.data})

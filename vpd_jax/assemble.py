@@ -308,11 +308,9 @@ def batch_keys(product: Product, made: Any) -> tuple[str, ...]:
   return (*product.keys, *sorted(made.provides & {"valid_size"}))
 
 
-def sentence_lines(product: Product, made: Any) -> list[str]:
+def sentence_lines(product: Product, made: Any, splits: tuple[str, ...] = ("train", "eval")) -> list[str]:
   """For the start of a run: how many sentences are cut, of data sets that can tell without drawing or reading all."""
-  sources = (
-    {split: made.source(split) for split in ("train", "eval")} if hasattr(product.method.prepare, "census") else {}
-  )
+  sources = {split: made.source(split) for split in splits} if hasattr(product.method.prepare, "census") else {}
   known = {split: source.sentences() for split, source in sources.items() if hasattr(source, "sentences")}
   return [f"{split}: {product.method.prepare.census(texts)}" for split, texts in known.items() if texts]
 

@@ -21,6 +21,8 @@ INDIFFERENT = (
   "data.workers",
   "data.root",
   "data.format",
+  "data.cache",
+  "data.cache_folder",
   "backbone.attention",
   "backbone.remat",
   "method.class_vectors",

@@ -13,7 +13,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vpd_jax import assemble, inference, labelling, sharding, start
+from vpd_jax import assemble, caching, inference, labelling, sharding, start
 from vpd_jax import panels as panels_lib
 from vpd_jax.assemble import Product
 from vpd_jax.checkpoint import is_workdir
@@ -57,8 +57,7 @@ def make_step(config: ConfigDict, product: Product) -> Callable[[Weights, Batch]
   predict = make_predict(product, config.eval.test_time, config.eval.coverage)
 
   def step(weights: Weights, batch: Batch) -> tuple[dict[str, Array], Array]:
-    inputs = {name: batch[name] for name in ("image", *sorted(product.method.needs))}
-    prediction = predict(weights, inputs)
+    prediction = predict(weights, caching.inputs(batch, product))
     return product.task.measure(prediction, batch), prediction
 
   return step
@@ -79,8 +78,11 @@ def lower_step(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh, ba
 class _Batches:
   """Pictures of one size, in batches: one row and one prediction per picture."""
 
-  def __init__(self, config: ConfigDict, product: Product, dataset: Any, mesh: jax.sharding.Mesh):
+  def __init__(
+    self, config: ConfigDict, product: Product, dataset: Any, mesh: jax.sharding.Mesh, encodings: caching.Encodings
+  ):
     self._batch_size, self._product, self._dataset = config.eval.batch_size, product, dataset
+    self._encodings = encodings
     self._sharding = sharding.batch_sharding(mesh)
     self._step = jax.jit(make_step(config, product))
 
@@ -94,7 +96,7 @@ class _Batches:
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
-    shown = 0
+    shown, local = 0, self._encodings(local, weights[1])
     with contextlib.closing(pipeline.prefetch(local, self._sharding)) as batches:
       for batch in batches:
         measured, prediction = self._step(weights, batch)
@@ -148,7 +150,12 @@ class _Pictures:
 
 
 class Evaluator:
-  """The evaluation split, its jitted step, and the trivial predictors, each made once."""
+  """The evaluation split, its jitted step, and the trivial predictors, each made once.
+
+  Attributes:
+    source: of the split.
+    encodings: what is computed ahead of the network, also for training.
+  """
 
   def __init__(self, config: ConfigDict, product: Product, dataset: Any, mesh: jax.sharding.Mesh):
     """Finds the files.
@@ -160,7 +167,12 @@ class Evaluator:
     self.config, self.product, self.dataset = config, product, dataset
     self.source = dataset.source("eval")
     self._truth = {"truth": dataset.truth("eval")} if product.task.needs_truth else {}
-    self._measured = (_Pictures if product.task.way == "sliding" else _Batches)(config, product, dataset, mesh)
+    self.encodings = caching.Encodings(config, product, dataset, mesh)
+    self._measured = (
+      _Pictures(config, product, dataset, mesh)
+      if product.task.way == "sliding"
+      else _Batches(config, product, dataset, mesh, self.encodings)
+    )
     self._baselines: dict[str, float] | None = None
 
   def run(self, weights: Weights, stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
@@ -241,11 +253,13 @@ def run(config: ConfigDict, workdir: str) -> dict[str, float]:
   config = start.complete(config, source or config.init.run or config.init.pretrained)
   product = assemble.assemble(config, training=False)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  evaluator = Evaluator(config, product, assemble.dataset(config, product), mesh)
+  dataset = assemble.dataset(config, product)
+  evaluator = Evaluator(config, product, dataset, mesh)
   weights, lines = start.weights_on_mesh(config, product, mesh, source, complete=True)
   first = jax.process_index() == 0
   if first:
-    print("\n".join(lines), flush=True)
+    lines_of_data = [*getattr(evaluator.source, "notes", ()), *assemble.sentence_lines(product, dataset, ("eval",))]
+    print("\n".join([*lines, *lines_of_data, *evaluator.encodings.lines()]), flush=True)
   result = evaluator.run(weights)
   if first:
     print(evaluator.report(result.scores), flush=True)

@@ -197,9 +197,9 @@ def _between(x: Array, low: Array, high: Array, share: Array, axis: int) -> Arra
 
 
 def _finished(scores: Array | None, total: Array, shares: Any, rows: Any, columns: Any, softmax: bool, weight: float):
-  """`scores` with one view added: its means over windows, at the size of the picture."""
+  """`scores` with one view added: its means over windows, at the size of the picture; rows None: it has that size."""
   total = total * shares[0][:, None, None] * shares[1][None, :, None]
-  resized = _between(_between(total, *rows, axis=0), *columns, axis=1)
+  resized = total if rows is None else _between(_between(total, *rows, axis=0), *columns, axis=1)
   view = weight * (jax.nn.softmax(resized, axis=-1) if softmax else resized)
   return view if scores is None else scores + view
 
@@ -312,6 +312,8 @@ class Labelling:
     picture, total = view.picture, view.total
     sides = zip(view.size, picture.size, canvas(picture.size), (False, view.mirrored), strict=True)
     rows, columns = (taps(old, new, length, mirrored=m) for old, new, length, m in sides)
+    if view.size == picture.size and not view.mirrored and total.shape[:2] == canvas(picture.size):
+      rows = columns = None  # all is where it belongs
     options = self.softmax, 1 / picture.count
     picture.scores = self._finished(picture.scores, total, view.shares(), rows, columns, *options)
     view.total = view.image = None

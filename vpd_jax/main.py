@@ -24,6 +24,7 @@ CLASS = flags.DEFINE_string("class", "", "--mode=predict: class of the scenes; t
 SENTENCE = flags.DEFINE_string("sentence", "", "--mode=predict: what is to be found in all pictures.")
 SENTENCES = flags.DEFINE_string("sentences", "", "--mode=predict: JSON file with what is to be found in each picture.")
 BOXES = flags.DEFINE_string("boxes", "", "--mode=predict: JSON file with the boxes of the people in each picture.")
+ATTENTION = flags.DEFINE_bool("attention", False, "--mode=predict: also write attention maps of the classes.")
 TOPOLOGY = flags.DEFINE_string("topology", "", "--mode=plan: TPUs elsewhere, like v5e:2x4; or these devices.")
 EFFORT = flags.DEFINE_enum("effort", "low", ["low", "default"], "--mode=plan --topology: of the compiler.")
 ACCEPT = flags.DEFINE_bool("accept_config_changes", False, "Continue a workdir that was made with another config.")
@@ -54,7 +55,12 @@ def _run() -> None:
   from vpd_jax import evaluate, plan, predict_folder, train
 
   given = {"input": INPUT.value, "output": OUTPUT.value, "class": CLASS.value}
-  given |= {"sentence": SENTENCE.value, "sentences": SENTENCES.value, "boxes": BOXES.value}
+  given |= {
+    "sentence": SENTENCE.value,
+    "sentences": SENTENCES.value,
+    "boxes": BOXES.value,
+    "attention": ATTENTION.value,
+  }
   idle = [f"--{name}" for name, value in given.items() if value and MODE.value != "predict"]
   idle += ["--topology"] if TOPOLOGY.value and MODE.value != "plan" else []
   idle += ["--effort"] if EFFORT.value != "low" and not TOPOLOGY.value else []
@@ -76,6 +82,7 @@ def _run() -> None:
     plan.run(config, TOPOLOGY.value, workdir=workdir, effort=EFFORT.value)
   else:
     asked = {"class_name": CLASS.value, "sentence": SENTENCE.value, "sentences": SENTENCES.value, "boxes": BOXES.value}
+    asked["attention"] = ATTENTION.value
     predict_folder.run(config, workdir, source=INPUT.value, output=OUTPUT.value, **asked)
 
 

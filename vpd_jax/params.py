@@ -54,7 +54,11 @@ class Parts(NamedTuple):
     missing, unknown = self.paths.keys() - named.keys(), named.keys() - self.paths.keys()
     if missing or unknown:
       raise ValueError(f"arrays do not fit the model: missing {sorted(missing)[:5]}, unknown {sorted(unknown)[:5]}.")
-    state = nnx.from_flat_state([(path, named[name]) for name, path in self.paths.items()])
+    return self.partial(named)
+
+  def partial(self, named: Named) -> nnx.Module:
+    """As `merge`, with mere shapes in place of the arrays that are not given: for what only uses some of them."""
+    state = nnx.from_flat_state([(path, named.get(name, self.shapes[name])) for name, path in self.paths.items()])
     return nnx.merge(self.graphdef, state, copy=True)
 
 

@@ -162,7 +162,7 @@ def batch_shapes(config: ConfigDict, keys: tuple[str, ...], step: str) -> Batch:
     raise ValueError(f"the shapes of {unknown} in a batch are not known to --mode=plan; add them to plan.KEYS.")
   size = tuple(config.data.crop) if step == "train" else picture_size(config)
   rows = config.data.batch_size if step == "train" else config.eval.batch_size
-  sides = {"HW": size, "tokens": (config.backbone.text.positions,)}
+  sides = {"HW": size, "tokens": (config.method.get("token_length", config.backbone.text.positions),)}
   shapes = {}
   for key in keys:
     named, dtype = KEYS[key]

@@ -1,4 +1,4 @@
-"""Keypoints of people in pictures of any size: one crop for each box, all crops in calls of one shape."""
+"""Keypoints of people in pictures of any size: one crop for each box, crops in calls of few shapes."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -105,7 +105,7 @@ class Posing:
       locate: compiled; heatmaps, centre [n, 2], extent [n, 2] to keypoints [n, K, 3] in the picture.
       keypoints: K.
       rescore: scores of boxes [N] and keypoints' [N, K] to scores of people [N].
-      at_once: n, crops in one call.
+      at_once: the largest n; where there are fewer people it is the power of two above their number.
     """
     self._predict, self._crop, self._locate = predict, crop, locate
     self._keypoints, self._rescore, self._at_once = keypoints, rescore, at_once
@@ -120,9 +120,10 @@ class Posing:
     """
     found = [np.zeros((len(own), self._keypoints, 3), np.float32) for own in boxes]
     places = [(i, j) for i, own in enumerate(boxes) for j in range(len(own))]
-    for begin in range(0, len(places), self._at_once):
-      chosen = places[begin : begin + self._at_once]
-      crops = self._crops([(images[i], boxes[i][j]) for i, j in chosen])
+    size = min(self._at_once, 1 << max(len(places) - 1, 0).bit_length())  # few sizes, so few programs
+    for begin in range(0, len(places), size):
+      chosen = places[begin : begin + size]
+      crops = self._crops([(images[i], boxes[i][j]) for i, j in chosen], size)
       heatmaps = self._predict(weights, {"image": crops["image"]})
       located = np.asarray(self._locate(heatmaps, crops["centre"], crops["extent"]))
       for (i, j), points in zip(chosen, located, strict=False):
@@ -132,10 +133,10 @@ class Posing:
       for points, own in zip(found, boxes, strict=True)
     ]
 
-  def _crops(self, chosen: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
-    """A batch of one shape, filled by repeating its last crop."""
+  def _crops(self, chosen: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> dict[str, np.ndarray]:
+    """A batch of that size, filled by repeating its last crop."""
     zero = np.int32(0)
     nothing = {"keypoints": np.zeros((self._keypoints, 3), np.float32), "image_index": zero, "index": zero}
     made = [self._crop({"image": im, "box": box[:4], "box_score": box[4], **nothing}) for im, box in chosen]
-    made += made[-1:] * (self._at_once - len(made))
+    made += made[-1:] * (size - len(made))
     return {key: np.stack([one[key] for one in made]) for key in ("image", "centre", "extent")}

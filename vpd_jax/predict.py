@@ -59,6 +59,8 @@ class Predictor:
     self._forward = jax.jit(lambda weights, batch: product.parts.merge(*weights)(batch, training=False))
     predictor = lambda weights, image: product.parts.merge(*weights).method.class_predictor(image)
     self._classify = jax.jit(predictor) if hasattr(product.method, "class_predictor") else None
+    attended = lambda weights, image: product.parts.merge(*weights).method.class_attention({"image": image})
+    self._attention = jax.jit(attended)
     self._side = int(self.config.data.crop[0])
     self._dtype = np.promote_types(assemble.dtype(self.config, "param_dtype"), np.float32)
 
@@ -160,6 +162,24 @@ class Predictor:
       results = [result | {"class_id": own["class_id"]} for result, own in zip(results, known, strict=True)]
     return results
 
+  def attention(self, images: Sequence[Any]) -> list[np.ndarray]:
+    """How much each place of a picture attends to each class, of methods that attend to all of them.
+
+    Args:
+      images: uint8 [H, W, 3], or float in [0, 1], each; squeezed to the training crop, the aspect not kept.
+
+    Returns:
+      float32 [h, w, K] each, of that crop: h and w are its sides over the stride of the finest joined maps.
+
+    Raises:
+      ValueError: the method has no such maps; an image of another shape or type.
+    """
+    if not getattr(self.product.method, "attends_to_classes", False):
+      raise ValueError(f"{self._what} has no attention maps of classes.")
+    size = tuple(self.config.data.crop)
+    squeezed = [pictures_lib.resized(pictures_lib.unit(image, self._dtype), size) for image in images]
+    return [np.asarray(self._attention(self.weights, jnp.asarray(x[None])))[0].astype(np.float32) for x in squeezed]
+
   def _known(
     self, count: int, class_id: Any, sentences: Any, boxes: Any, complete: bool = True
   ) -> list[dict[str, np.ndarray]]:
@@ -191,7 +211,7 @@ class Predictor:
       raise ValueError(f"text_states have no effect on {self._what}; leave them out.")
     if sentences is not None:
       raise ValueError("sentences and text_states are given; give one of them.")
-    states, expected = np.asarray(states), (count, *self.product.method.tokens)
+    states, expected = np.asarray(states), (count, *self.product.method.sentence_tokens)
     if states.shape != expected or not np.issubdtype(states.dtype, np.floating):
       raise ValueError(f"text_states are {states.dtype} {states.shape}; give float {expected}.")
     return states.astype(self._dtype)

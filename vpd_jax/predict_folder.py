@@ -49,6 +49,7 @@ def run(
   sentence: str = "",
   sentences: str = "",
   boxes: str = "",
+  attention: bool = False,
 ) -> int:
   """--mode=predict: writes the prediction of every picture of a folder; returns how many there were.
 
@@ -62,10 +63,12 @@ def run(
     sentence: about all pictures.
     sentences: a file with sentences about each picture, see `read_sentences`.
     boxes: a file with boxes of each picture, see posing.read_boxes.
+    attention: also write where the network attends to each class, see Predictor.attention.
 
   Raises:
     ValueError: no such folder, or no picture in it; an unknown class; files of another form, or that name a picture
-      which is not there; options without effect; after all others have been written, pictures that cannot be read.
+      which is not there; options without effect; after all others have been written, pictures that cannot be read, or
+      whose boxes have no area in them.
   """
   folder = Path(source).expanduser()
   if not source or not folder.is_dir():
@@ -98,6 +101,8 @@ def run(
     if value and not taken:
       what = f"method {config.method.name!r} with task {config.task.name!r}"
       raise ValueError(f"--{flag}={value!r} has no effect: {what} takes none; leave it out.")
+  if attention and not getattr(product.method, "attends_to_classes", False):
+    raise ValueError(f"--attention has no effect: {config.method.name!r} has no map for each class; leave it out.")
   if predictor.takes_sentence and not (sentence or sentences):
     raise ValueError('this task needs a sentence: give --sentence="..." about all pictures, or --sentences=FILE.json.')
   class_id = predictor.class_id(class_name) if class_name else None
@@ -137,6 +142,9 @@ def run(
       if predictor.takes_boxes:
         pairs = zip(result["boxes"], result["scores"], strict=True)
         facts["people"] = [{"box": box.tolist(), "score": round(float(score), 4)} for box, score in pairs]
+      if attention:
+        maps = predictor.attention([image])[0]
+        product.task.save_attention(target / want.stem, maps, result[product.task.result], image)
       product.task.save(target / want.stem, result[product.task.result], facts, image)
     waiting.clear()
 
@@ -146,6 +154,9 @@ def run(
     left_alone += not wants
     try:
       image = pictures_lib.read_picture(path) if wants else None
+      for want in wants:
+        if "boxes" in want.given:
+          posing.check_boxes(want.given["boxes"], image.shape[:2], path.name)
     except ValueError as error:
       damaged.append(str(error))
       print(f"skipped: {error}", flush=True)

@@ -164,7 +164,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     stop = stack.enter_context(StopRequest())
     state, lines = start.resume_or_start(config, product, mesh, checkpoints, accept_changes=accept_changes)
     lines += dataset.describe() if hasattr(dataset, "describe") else []
-    lines += assemble.sentence_lines(product, dataset)
+    lines += [*assemble.sentence_lines(product, dataset), *evaluator.encodings.lines()]
     # Only now: a workdir that is refused stays as it was.
     writer = stack.enter_context(writers.create(workdir, just_logging=jax.process_index() > 0))
     begin, end = int(state.step), config.num_steps
@@ -188,7 +188,8 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     if begin >= end or stop.requested:
       log(f"nothing to do: step {begin} of {end} is reached" if begin >= end else f"stopped by SIGTERM at step {begin}")
       return scores
-    batches = stack.enter_context(contextlib.closing(_batches(config, product, dataset, mesh, begin)))
+    encode = lambda local: evaluator.encodings(local, state.frozen)
+    batches = stack.enter_context(contextlib.closing(_batches(config, product, dataset, mesh, begin, encode)))
     batch = next(batches)
     compiled = compile_step(config, product, mesh, batch)
     # XLA counts the body of a loop once: the parts of an accumulated batch are one.
@@ -225,8 +226,15 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     return scores
 
 
-def _batches(config: ConfigDict, product: Product, dataset: Any, mesh: Mesh, begin: int) -> pipeline.Prefetch:
-  """The training batches from step `begin` on, on the mesh."""
+def _batches(
+  config: ConfigDict,
+  product: Product,
+  dataset: Any,
+  mesh: Mesh,
+  begin: int,
+  encode: Callable[[pipeline.Batches], Any] = lambda local: local,
+) -> pipeline.Prefetch:
+  """The training batches from step `begin` on, on the mesh, after `encode` of this process' rows."""
   local = pipeline.train_batches(
     dataset,
     batch_size=config.data.batch_size,
@@ -239,7 +247,7 @@ def _batches(config: ConfigDict, product: Product, dataset: Any, mesh: Mesh, beg
     process_count=jax.process_count(),
     on_bad_record=config.data.on_bad_record,
   )
-  return pipeline.prefetch(local, sharding.batch_sharding(mesh))
+  return pipeline.prefetch(encode(local), sharding.batch_sharding(mesh))
 
 
 def compile_step(config: ConfigDict, product: Product, mesh: Mesh, batch: Batch) -> jax.stages.Compiled:

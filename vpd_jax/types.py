@@ -93,6 +93,9 @@ class Method(Protocol):
     training_only: top-level parts that evaluation does without; `build` leaves them out there.
     prepare_reads: keys of an Example that `prepare` reads and the network does not.
     prepare: host transform that runs after the data set's own; a plain function, for it travels to the data workers.
+
+  One that can read sentences has `text_states(batch)`, the frozen text encoder's states of "tokens", float [B, N, D],
+  takes them ready as "text_states", and tells their (N, D) as `sentence_tokens`, None where it reads none.
   """
 
   needs: frozenset[str]
@@ -108,6 +111,7 @@ class Method(Protocol):
   prepare: Callable[[Example], Example]
 
   def branches(self, training: bool) -> tuple[Branch, ...]: ...
+  def latents(self, batch: Batch) -> Array: ...  # of the images, float [B, h, w, 4], unscaled
   def __call__(self, batch: Batch, *, training: bool) -> Features: ...  # len(branches) * B rows, branch by branch
 
 

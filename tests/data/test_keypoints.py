@@ -123,6 +123,37 @@ def test_the_warped_picture_shows_the_points_where_the_matrix_puts_them(udp):
   assert not crop[:20, :20].any()  # beyond the picture
 
 
+def written_warp(image, matrix, size):
+  """Bilinear by plain numpy: each pixel of the crop looks back into the picture, which is black outside."""
+  linear = np.linalg.inv(matrix[:, :2])
+  y, x = np.mgrid[: size[0], : size[1]]
+  place = (np.stack([x, y], -1) - matrix[:, 2]) @ linear.T  # x, y in the picture
+  low = np.floor(place).astype(int)
+  part, total = place - low, np.zeros((*size, 3))
+  for i in (0, 1):
+    for j in (0, 1):
+      column, row = low[..., 0] + i, low[..., 1] + j
+      inside = (column >= 0) & (column < image.shape[1]) & (row >= 0) & (row < image.shape[0])
+      weight = np.abs(1 - i - part[..., 0]) * np.abs(1 - j - part[..., 1]) * inside
+      total += weight[..., None] * image[row * inside, column * inside]
+  return total
+
+
+@pytest.mark.parametrize("udp", [True, False])
+def test_warping_is_plain_bilinear_interpolation(udp):
+  """OpenCV places samples at 32nds of a pixel: with slopes of some 20 levels a pixel that is a level or two."""
+  rng, size = np.random.default_rng(12), (64, 48)
+  for _ in range(20):
+    coarse = rng.integers(0, 255, (8, 10, 3), dtype=np.uint8)
+    image = cv2.resize(coarse, (160, 120), interpolation=cv2.INTER_CUBIC)
+    image[:3] = image[-3:] = image[:, :3] = image[:, -3:] = 0  # no step at the border, which is sampled alike
+    image = cv2.GaussianBlur(image, (0, 0), 2)
+    centre, extent = rng.uniform((20, 20), (140, 100)), rng.uniform(40, 150) * np.array([0.75, 1.0])
+    matrix = keypoints.warp_matrix(centre, extent, rng.uniform(-80, 80), size, udp=udp)
+    found = keypoints.warp_image(image, matrix, size)
+    np.testing.assert_allclose(found, written_warp(image, matrix, size), rtol=0, atol=2)
+
+
 def test_mirroring_twice_is_nothing_and_swaps_left_and_right():
   points = person()["keypoints"]
   once = keypoints.mirrored(points, 160, COCO.pairs)

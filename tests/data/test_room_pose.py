@@ -32,6 +32,8 @@ def test_every_record_is_a_figure_in_view(examples):
     plain = points[points[:, 2] == 2]
     inside = (plain[:, 0] >= x - 2) & (plain[:, 0] <= x + w + 2) & (plain[:, 1] >= y - 2) & (plain[:, 1] <= y + h + 2)
     assert inside.mean() > 0.7
+    # From the front: the left shoulder is on the right, up to what hides one of them.
+    assert not points[5, 2] or not points[6, 2] or points[5, 0] > points[6, 0]
   heights = [example["box"][3] for example in examples]
   assert min(heights) >= 12 and np.ptp(heights) > 20
 

@@ -14,7 +14,7 @@ from tests.data import coco_people
 from tests.tasks.test_heatmaps import written_targets
 from vpd_jax import inference
 from vpd_jax.data.coco_pose import CocoPose
-from vpd_jax.data.keypoints import COCO, described
+from vpd_jax.data.keypoints import COCO, described, mirrored
 from vpd_jax.tasks import heatmaps, oks
 from vpd_jax.tasks.pose import Pose, joints_mse
 
@@ -247,6 +247,30 @@ def test_mirroring_averages_heatmaps_whose_sides_are_swapped():
   np.testing.assert_array_equal(both[..., 1], both[..., 2])
   with pytest.raises(ValueError, match=r"^eval\.test_time has 'shift:2'; known are 'flip'\.$"):
     inference.parse(("shift:2",), task.way)
+
+
+def test_a_mirrored_input_gives_mirrored_keypoints():
+  """With "flip", for a network that looks at left and right differently and moves its keypoints by what it sees."""
+  task, rng = Pose(keypoints=COCO), np.random.default_rng(4)
+  points = np.concatenate([rng.uniform(40, 150, (17, 2)), np.ones((17, 1))], axis=1)
+  symmetric = jnp.asarray((points + mirrored(points, CROP[1], COCO.pairs)) / 2, jnp.float32)[None]
+
+  def network(batch):
+    moved = batch["image"][:, :, :20].mean((1, 2, 3)) * 12  # pixels of the crop
+    shift = moved[:, None, None] * jnp.asarray([[[1.0, 0.5, 0]]])
+    return heatmaps.targets(symmetric + shift, CROP, SIZE)[0]
+
+  predict = inference.test_time(network, ("flip",), mirrored=task.mirrored)
+  centre, extent = jnp.full((2, 2), 100.0), jnp.full((2, 2), 64.0)
+  image = jnp.asarray(rng.uniform(0, 1, (2, *CROP, 3)), jnp.float32).at[0, :, 30:].set(0)
+  plain, turned, bare = (
+    np.asarray(task.locate(maps, centre, extent))
+    for maps in (predict({"image": image}), predict({"image": image[:, :, ::-1]}), network({"image": image}))
+  )
+  expected = mirrored(plain[0], 201, COCO.pairs)  # about the centre of the crop
+  np.testing.assert_allclose(turned[0], expected, atol=1e-3)
+  np.testing.assert_allclose(turned[1], mirrored(plain[1], 201, COCO.pairs), atol=1e-3)
+  assert np.abs(bare - plain).max() > 0.3
 
 
 def test_trivial_predictors_are_scored_as_ours(data, examples):

@@ -53,6 +53,7 @@ class RefCoco:
     overlap: of polygons of one object, "released" or "union", see coco_masks.decode.
     on_empty: "stop" where a sentence has no words or an annotation no outline, or "leave_out" these.
     complete: whether the published numbers of references and pictures must be there; False takes what there is.
+    cache, cache_folder: see refer_list.ReferList.
     format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
 
   Attributes:
@@ -80,6 +81,8 @@ class RefCoco:
     overlap: str = "released",
     on_empty: str = "stop",
     complete: bool = True,
+    cache: str = "off",
+    cache_folder: str = "",
     format: str = "files",
   ):
     """Checks the options; files are looked for by `source`.
@@ -101,7 +104,7 @@ class RefCoco:
     self.variant, self.split_by, self.complete = variant, split_by, complete
     self.overlap, self.on_empty = overlap, on_empty
     self.splits = {"train": "train", "eval": eval_split}
-    self.transforms = referring.Transforms(crop, canvas)
+    self.transforms, self.cache = referring.Transforms(crop, canvas), referring.check_cache(cache, cache_folder)
     counts = PUBLISHED[variant, split_by]
     self.published = files.Published({"train": counts["train"][0]} if complete and counts["train"] else {}, None, {})
     self.made_with = {"variant": variant, "split_by": split_by, "eval_split": eval_split, "overlap": overlap}

@@ -36,6 +36,8 @@ class ReferList:
     crop: (height, width) of the network's input, to which pictures are resized whole, aspect not kept. Release:
       (512, 512).
     canvas: see referring.Transforms.
+    cache, cache_folder: what is kept of the VAE's and the text encoder's work: "off", "memory", or "disk" with a
+      folder; see caching.py.
     format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
 
   Attributes:
@@ -54,6 +56,8 @@ class ReferList:
     holdout: float = 0.1,
     crop: tuple[int, int] = (512, 512),
     canvas: tuple[int, int] = (640, 640),
+    cache: str = "off",
+    cache_folder: str = "",
     format: str = "files",
   ):
     """Checks the options; files are looked for by `source`.
@@ -64,7 +68,7 @@ class ReferList:
     if not 0 < holdout < 1:
       raise ValueError(f"data.holdout={holdout} must lie between 0 and 1, both excluded.")
     self.root, self.file, self.holdout, self.format = root, file, holdout, records.check_format(format)
-    self.transforms = referring.Transforms(crop, canvas)
+    self.transforms, self.cache = referring.Transforms(crop, canvas), referring.check_cache(cache, cache_folder)
     self.made_with = {"file": file, "holdout": holdout}
     if format == "files":
       files.require_folder(root, "that holds the pictures, the masks and the JSON file data.file.")

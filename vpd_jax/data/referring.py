@@ -25,6 +25,35 @@ ADDED = frozenset({"sentence", "full_mask", "full_size"})  # keys that the trans
 PROVIDES = frozenset({"image", "mask", "image_id", "index"}) | ADDED
 
 
+CACHES = ("off", "memory", "disk")
+
+
+class Cache(NamedTuple):
+  """What is kept of the frozen networks' work on pictures and sentences, see caching.py.
+
+  Attributes:
+    kind: one of CACHES.
+    folder: for "disk".
+  """
+
+  kind: str
+  folder: str
+
+
+def check_cache(kind: str, folder: str) -> Cache:
+  """The two options of a config together.
+
+  Raises:
+    ValueError: an unknown word, "disk" without a folder, a folder without "disk".
+  """
+  if kind not in CACHES:
+    raise ValueError(f"data.cache={kind!r} is unknown; choose one of {CACHES}.")
+  if (kind == "disk") != bool(folder):
+    remedy = "name a folder that may grow" if not folder else "leave it empty, or set data.cache='disk'"
+    raise ValueError(f"data.cache={kind!r} with data.cache_folder={folder!r}: {remedy}.")
+  return Cache(kind, folder)
+
+
 class Item(NamedTuple):
   """One object, or one sentence about it.
 

@@ -1,19 +1,21 @@
 """The figures of the embedded rooms: one person a room, 17 COCO keypoints in view or hidden; no files.
 
 A record is the first room that shows enough of a figure among those numbered index, index + count, index + 2 count and
-so on, so that no room is taken twice.
+so on, so that no room is taken twice. Figures have no face: only those seen from the front are taken, for from behind
+nobody could tell their left from their right.
 """
 
 from typing import Any
 
 import numpy as np
 
-from vpd_jax.data import coco_json, keypoints, nyu, records, room_scene, rooms
+from vpd_jax.data import coco_json, keypoints, nyu, records, room_render, room_scene, rooms
 from vpd_jax.types import Example
 
 LEAST = 6  # keypoints inside the picture
 NARROWEST = 16  # pixels of the box's shorter side, in a picture of 120 rows
 TRIES = 64
+LEFT, RIGHT = (keypoints.COCO.names.index(f"{side}_shoulder") for side in ("left", "right"))
 
 
 class RoomFigures:
@@ -142,16 +144,22 @@ class Figures:
   def _found(self, index: int) -> tuple[rooms.Room, np.ndarray, np.ndarray]:
     """Room, keypoints and box of a figure."""
     for number in range(index, index + TRIES * self.count, self.count):
-      if not self._has_figure(number):
+      if not self._shows_front(number):
         continue
       room = rooms.draw(self.seed, self.split, number, self.size)
       points, box = rooms.keypoints(room), rooms.person_box(room)
       if np.sum(points[:, 2] > 0) >= LEAST and min(box[2:]) >= NARROWEST * self.size[0] / 120:
         return room, points, box
-    raise ValueError(f"none of {TRIES} rooms of {self.size[0]}x{self.size[1]} pixels shows a figure; make size larger.")
+    raise ValueError(
+      f"none of {TRIES} rooms of {self.size[0]}x{self.size[1]} pixels shows a figure from the front; make size larger."
+    )
 
-  def _has_figure(self, number: int) -> bool:
-    """Whether somebody is in a room, before it is drawn."""
+  def _shows_front(self, number: int) -> bool:
+    """Whether somebody is in a room, the left shoulder right of the other in the picture; before it is drawn."""
     rng = np.random.default_rng((self.seed, rooms.SPLITS.index(self.split), number))
     kind = room_scene.SCENES[rng.integers(len(room_scene.SCENES))]
-    return room_scene.build(rng, kind).joints is not None
+    scene = room_scene.build(rng, kind)
+    if scene.joints is None:
+      return False
+    pixels, depth = room_render.project(scene.joints, scene.camera, self.size)
+    return bool(min(depth[LEFT], depth[RIGHT]) > 0 and pixels[LEFT, 0] > pixels[RIGHT, 0])

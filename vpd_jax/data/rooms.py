@@ -51,6 +51,7 @@ class Rooms:
     cut_depth: for depth, "released", "scaled" or "off", see transforms.vertical_cut_depth.
     ratio_range: for segmentation, (lowest, highest) factor of the random rescaling; () is (1, 1).
     colour: False trains without the changes of colour; "referring" has none.
+    cache, cache_folder: for "referring", see refer_list.ReferList.
     format: "files" draws each room when it is asked for, "tfds" reads drawn ones from prepared shards.
     root: folder of the shards, with format="tfds".
 
@@ -79,6 +80,8 @@ class Rooms:
     cut_depth: str = "off",
     ratio_range: tuple[float, float] = (),
     colour: bool = True,
+    cache: str = "off",
+    cache_folder: str = "",
     format: str = "files",
     root: str = "",
   ):
@@ -88,6 +91,9 @@ class Rooms:
       raise ValueError(f"data.ratio_range={ratio_range} has no effect where data.task={task!r}; leave it empty.")
     if task != "depth" and cut_depth != "off":
       raise ValueError(f"data.cut_depth={cut_depth!r} has no effect where data.task={task!r}; set it to 'off'.")
+    if task != "referring" and (cache, cache_folder) != ("off", ""):
+      raise ValueError(f"data.cache={cache!r} has no effect where data.task={task!r}; set it to 'off'.")
+    self.cache = referring.check_cache(cache, cache_folder) if task == "referring" else None
     transforms.check_cut_depth(cut_depth)
     if root and records.check_format(format) == "files":
       raise ValueError(f"root={str(root)!r} has no effect: rooms are drawn; leave it empty, or set data.format='tfds'.")

@@ -5,7 +5,8 @@ tokens, projected, are read by learned queries in one block of attention, which 
 *Explicit*, in training only: what the labels say becomes a sentence, which CLIP's frozen text encoder turns into the
 context. Evaluation runs the implicit branch alone: no label, no text encoder. The latent and CLIP's tokens are made
 once for both. Neck and head are VPD's: "fusion" and "deconv" for depth; "fpn" for segmentation, where the attention
-maps are joined to the features and the sentence is made of the names of the classes in the picture.
+maps are joined to the features and the sentence is made of the names of the classes in the picture. Referring
+segmentation, an experiment of ours, has one branch: each image's sentence, adapted, and the implicit tokens behind it.
 
 No code was released, and the text of the paper's method section could not be had: what is an assumption here is an
 option, and all of them stand in `presets.iedp_assumptions()`.
@@ -21,17 +22,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vpd_jax.backbones import layers
-from vpd_jax.backbones.attention import Implementation, attention
+from vpd_jax.backbones.attention import Implementation
 from vpd_jax.backbones.clip import ClipText, TextSizes, never_trained
 from vpd_jax.backbones.clip_image import RESIZES, ClipImage, ImageSizes, pixels
 from vpd_jax.backbones.unet import UNet, UNetSizes
 from vpd_jax.backbones.vae import VaeEncoder, VaeSizes
-from vpd_jax.methods import images, prompts
+from vpd_jax.methods import images, prompts, sentences
+from vpd_jax.methods.implicit import ImplicitText
 from vpd_jax.methods.vpd import TextAdapter
 from vpd_jax.types import Array, Batch, Branch, Example, Features
 
 CHOICES = {
+  "prompt": ("image", "sentence+image"),
   "branch_mode": ("both", "implicit"),
   "clip_resize": tuple(RESIZES),
   "clip_features": ("last", "penultimate"),
@@ -42,78 +44,8 @@ CHOICES = {
 }
 
 
-class Attention(nnx.Module):
-  """Multi-head attention with biases; the keys may come from elsewhere than the queries."""
-
-  def __init__(self, width: int, heads: int, *, attention: Implementation, **kinds: Any):
-    self.heads, self.attention = heads, attention
-    self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nnx.Linear(width, width, **kinds) for _ in range(4))
-
-  def __call__(self, x: Array, memory: Array) -> Array:
-    """[B, N, D] reads [B, M, D]: [B, N, D]."""
-    split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # [B, N, heads, D / heads]
-    query, key, value = split(self.q_proj(x)), split(self.k_proj(memory)), split(self.v_proj(memory))
-    return self.out_proj(attention(query, key, value, implementation=self.attention).reshape(x.shape))
-
-
-class QueryBlock(nnx.Module):
-  """Pre-norm block: queries attend to each other, then to the visual features, then pass two linear layers."""
-
-  def __init__(self, width: int, heads: int, ffn_ratio: int, *, attention: Implementation, **kinds: Any):
-    self.norm1, self.norm2, self.norm_visual, self.norm3 = (layers.layer_norm(width, **kinds) for _ in range(4))
-    self.self_attn = Attention(width, heads, attention=attention, **kinds)
-    self.cross_attn = Attention(width, heads, attention=attention, **kinds)
-    hidden = ffn_ratio * width
-    self.ffn = nnx.List([nnx.Linear(width, hidden, **kinds), layers.GELU(), nnx.Linear(hidden, width, **kinds)])
-
-  def __call__(self, queries: Array, visual: Array) -> Array:
-    """[B, N, D] and [B, L, D] to [B, N, D]."""
-    normed = self.norm1(queries)
-    queries = queries + self.self_attn(normed, normed)
-    queries = queries + self.cross_attn(self.norm2(queries), self.norm_visual(visual))
-    return queries + layers.chain(self.ffn, self.norm3(queries))
-
-
-class ImplicitText(nnx.Module):
-  """CLIP's tokens of an image to implicit text embeddings: projector, learned queries, blocks."""
-
-  def __init__(
-    self,
-    in_width: int,
-    width: int,
-    *,
-    num_queries: int,
-    query_init: float,
-    num_blocks: int,
-    num_heads: int,
-    ffn_ratio: int,
-    output_norm: str,
-    attention: Implementation,
-    **kinds: Any,
-  ):
-    rngs, param_dtype, self.dtype = kinds["rngs"], kinds["param_dtype"], kinds["dtype"]
-    self.projector = nnx.List([nnx.Linear(in_width, width, **kinds), layers.GELU(), nnx.Linear(width, width, **kinds)])
-    initial = nnx.initializers.normal(query_init)(rngs.params(), (num_queries, width), param_dtype)
-    self.queries = nnx.Param(initial)
-    self.blocks = nnx.List(
-      [QueryBlock(width, num_heads, ffn_ratio, attention=attention, **kinds) for _ in range(num_blocks)]
-    )
-    self.output_norm = layers.layer_norm(width, **kinds) if output_norm == "ln" else layers.Identity()
-
-  def __call__(self, features: Array) -> Array:
-    """[B, L, Dv] to [B, N, D]."""
-    visual = layers.chain(self.projector, features)
-    queries = self.queries[...].astype(self.dtype)
-    x = jnp.broadcast_to(queries, (features.shape[0], *queries.shape))
-    for block in self.blocks:
-      x = block(x, visual)
-    return self.output_norm(x)
-
-
 class Iedp(nnx.Module):
   """Image, and in training a sentence, to the four maps of the UNet."""
-
-  training_only = ("text_encoder", "text_adapter", "gamma")
 
   def __init__(
     self,
@@ -125,6 +57,8 @@ class Iedp(nnx.Module):
     class_names: tuple[str, ...],
     tokenize: Callable[[tuple[str, ...]], np.ndarray],
     training: bool = True,
+    prompt: str = "image",
+    token_length: int = 40,
     branch_mode: str = "both",
     lambda_exp: float = 1.0,
     sentence: str = "a photo of a {}",
@@ -160,6 +94,9 @@ class Iedp(nnx.Module):
       class_names: by class id, for the sentences.
       tokenize: sentences to int32 [sentences, text.positions]; called when `prepare` is asked for.
       training: False leaves the parts in `training_only` out.
+      prompt: "image", the branches above; "sentence+image", one branch also in evaluation, which attends to the states
+        of each image's sentence and then to the implicit tokens. Ours, for referring segmentation.
+      token_length: tokens of such a sentence.
       branch_mode: "both", or "implicit" for training without text.
       lambda_exp: weight of the explicit branch's loss; that of the implicit branch is 1.
       sentence: of an image, with {} for the name of its class; without {} the same for all images; "names" for the
@@ -180,7 +117,8 @@ class Iedp(nnx.Module):
       ValueError: an unknown word, a number out of range, widths that do not fit, a sentence of classes without any.
     """
     options = {name: value for name, value in locals().items() if name in OPTIONS}
-    _check(options, unet, text, maps=attention_maps)
+    told = prompt == "sentence+image"
+    _check({**options, "prompt": prompt}, unet, text, maps=attention_maps)
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     towers = kinds | {"param_dtype": jnp.dtype(tower_dtype)}
     explicit = branch_mode == "both" and training
@@ -197,15 +135,18 @@ class Iedp(nnx.Module):
     self.clip_resize, self.clip_features, self.text_output = clip_resize, clip_features, text_output
     self.timestep, self.latent_scale = timestep, latent_scale
     self.pad_multiple, self.pad_value, self.dtype = pad_multiple, pad_value, dtype
-    self.explicit, self.adapted = explicit, explicit and explicit_adapter == "residual"
-    self.needs = self.adds = frozenset({"tokens"} if explicit else ())
-    told = {"label"} if of_names else {"class_id"} if "{}" in sentence else ()
-    self.prepare_reads = frozenset(told if explicit else ())
+    self.explicit, self.adapted = explicit, (explicit or told) and explicit_adapter == "residual"
+    self.training_only = () if told else ("text_encoder", "text_adapter", "gamma")
+    self.needs = self.adds = frozenset({"tokens"} if explicit or told else ())
+    read = {"label"} if of_names else {"class_id"} if "{}" in sentence else ()
+    self.prepare_reads = frozenset({"sentence"} if told else read if explicit else ())
+    count = num_queries + (token_length if told else 0)
     self.join = images.joined_maps(
-      unet, num_queries, use=attention_maps, max_size=attention_max_size, gradient=attention_gradient
+      unet, count, use=attention_maps, max_size=attention_max_size, gradient=attention_gradient
     )
     self.strides, self.widths = tuple(8 * 2**i for i in range(len(unet.widths))), self.join.widths
-    self.frame, self.tokens = "padded", (num_queries, unet.context_dim)
+    self.frame, self.tokens = "padded", (count, unet.context_dim)
+    self.sentence_tokens = (token_length, unet.context_dim) if told else None
     self.vae = VaeEncoder(vae, attention=attention, **kinds)
     self.unet = UNet(unet, with_out=False, attention=attention, remat=remat, **kinds)
     self.image_encoder = never_trained(ClipImage(image, projected=False, **towers))
@@ -213,7 +154,9 @@ class Iedp(nnx.Module):
     self.implicit = ImplicitText(
       image.width, unet.context_dim, output_norm=output_norm, attention=attention, **block, **kinds
     )
-    if self.explicit:
+    if told:
+      self.text_encoder = sentences.text_encoder(text, token_length, unet.context_dim, **towers)
+    elif self.explicit:
       self.text_encoder = never_trained(ClipText(text, **towers))
     if self.adapted:
       self.gamma = nnx.Param(jnp.full((unet.context_dim,), residual_scale, param_dtype))
@@ -232,6 +175,8 @@ class Iedp(nnx.Module):
     Raises:
       ValueError: there is none.
     """
+    if self.sentence_tokens:
+      return sentences.SentenceTokens(self._tokenize, self.sentence_tokens[0])
     if not self.explicit:
       return prompts.unchanged
     if self._sentence == prompts.NAMES:
@@ -244,6 +189,11 @@ class Iedp(nnx.Module):
     both = (Branch("implicit", 1.0), Branch("explicit", self._lambda_exp))
     return both if training and self.explicit else both[:1]
 
+  def latents(self, batch: Batch) -> Array:
+    """See Vpd.latents."""
+    image = images.padded(images.network_input(batch, self.dtype), self.pad_multiple, self.pad_value)
+    return self.vae(image).mean
+
   def implicit_context(self, image: Array) -> Array:
     """Implicit text embeddings of uint8 [B, H, W, 3] or float in [0, 1]: float [B, N, D]."""
     seen = pixels(image, self.image_encoder.image_size, dtype=self.dtype, resize=self.clip_resize)
@@ -253,8 +203,15 @@ class Iedp(nnx.Module):
   def explicit_context(self, tokens: Array) -> Array:
     """Adapted states of the text encoder for int [B, M]: float [B, M, D], or [B, 1, D] where pooled."""
     states = self.text_encoder(tokens)
-    text = states.last if self.text_output == "last" else states.pooled[:, None]
+    return self.adapt(states.last if self.text_output == "last" else states.pooled[:, None])
+
+  def adapt(self, text: Array) -> Array:
+    """text + gamma * adapter(text), float [B, N, D], or the text as it is."""
     return text + self.gamma[...].astype(self.dtype)[None, None] * self.text_adapter(text) if self.adapted else text
+
+  def text_states(self, batch: Batch) -> Array:
+    """See Vpd.text_states."""
+    return sentences.states(self.text_encoder, batch, self.dtype)
 
   def __call__(self, batch: Batch, *, training: bool) -> Features:
     """Four maps at strides 8 to 64 of the padded image; in training those of the explicit branch below the others.
@@ -268,12 +225,11 @@ class Iedp(nnx.Module):
       maps of len(branches(training)) * B rows. Where the branches have different numbers of tokens, the UNet runs once
       for each, and `context` is filled with zeros.
     """
-    latents = batch.get("latents")
-    if latents is None:
-      image = images.padded(images.network_input(batch, self.dtype), self.pad_multiple, self.pad_value)
-      latents = self.vae(image).mean  # [B, h, w, 4]
+    latents = batch["latents"] if "latents" in batch else self.latents(batch)
     latents, size = latents * self.latent_scale, tuple(batch["image"].shape[1:3])
     contexts = [self.implicit_context(batch["image"])]
+    if self.sentence_tokens:
+      contexts = [jnp.concatenate([self.adapt(self.text_states(batch)), *contexts], axis=1)]
     if training and self.explicit:
       contexts.append(self.explicit_context(batch["tokens"]))
     kept = self.join.positions(latents)
@@ -317,6 +273,8 @@ def _check(options: dict[str, Any], unet: UNetSizes, text: TextSizes, *, maps: b
       "them equal, method.branch_mode='implicit' does not."
     )
   explicit = 1 if options["text_output"] == "pooled" else text.positions
+  if options["prompt"] == "sentence+image" and options["branch_mode"] == "both":
+    problems.append("method.prompt='sentence+image' has one branch; set method.branch_mode='implicit'.")
   if maps and options["branch_mode"] == "both" and options["num_queries"] != explicit:
     problems.append(
       f"method.attention_maps needs as many tokens in both branches, but method.num_queries={options['num_queries']} "

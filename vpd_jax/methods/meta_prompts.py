@@ -5,28 +5,33 @@ noise); the UNet attends to learned prompts, told a learned vector where a diffu
 Diffusion's own last block turns the finest feature back into latents, with which the same UNet runs again, attending
 to the prompts of the next step; the four maps of the last step go on to the neck, which multiplies them with the
 prompts of that step. Gradients pass through all steps. Depth has prompts and an adapter for each step, neck "einsum"
-and head "deconv"; segmentation one set of prompts and no adapter, neck "einsum_levels" and head "upernet".
+and head "deconv"; segmentation one set of prompts and no adapter, neck "einsum_levels" and head "upernet". Referring
+segmentation, an experiment of ours, has the states of each image's sentence before segmentation's prompts, and head
+"lavt".
 
 Source: Wan et al. 2023, https://arxiv.org/abs/2312.14733; MetaPrompts depth/models_depth/model.py,
 meta_prompts/models.py.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from vpd_jax.backbones import layers
 from vpd_jax.backbones.attention import Implementation
-from vpd_jax.backbones.clip import never_trained
+from vpd_jax.backbones.clip import TextSizes, never_trained
 from vpd_jax.backbones.unet import UNet, UNetSizes
 from vpd_jax.backbones.vae import VaeEncoder, VaeSizes
-from vpd_jax.methods import images
+from vpd_jax.methods import images, sentences
 from vpd_jax.methods import prompts as sources
 from vpd_jax.methods.vpd import TextAdapter
 from vpd_jax.types import Array, Batch, Branch, Features
 
+PROMPTS = ("learned", "sentence+learned")
 REFINE_INITS = ("released", "fan_in")
 
 
@@ -38,6 +43,10 @@ class MetaPrompts(nnx.Module):
     *,
     unet: UNetSizes,
     vae: VaeSizes,
+    text: TextSizes | None = None,
+    tokenize: Callable[[tuple[str, ...]], np.ndarray] | None = None,
+    prompt: str = "learned",
+    token_length: int = 40,
     prompts: int = 50,
     refine_steps: int = 3,
     trained_steps: int = 0,
@@ -57,7 +66,10 @@ class MetaPrompts(nnx.Module):
     """Builds VAE, UNet, prompts, time vectors and adapters.
 
     Args:
-      unet, vae: sizes of the backbones.
+      unet, vae, text: sizes of the backbones; the text encoder's only count for prompt "sentence+learned".
+      tokenize, token_length: see Vpd.
+      prompt: what the UNet attends to: "learned", the prompts; "sentence+learned", the states of each image's sentence,
+        as CLIP's frozen text encoder gives them, and then the prompts. Ours, for referring segmentation.
       prompts: tokens the UNet attends to. Release: 50 in depth, 150 in segmentation.
       refine_steps: passes of the UNet. Release: 3.
       trained_steps: steps the weights hold, 0 for `refine_steps`. Evaluation may stop earlier; training may not.
@@ -80,6 +92,8 @@ class MetaPrompts(nnx.Module):
       ValueError: a number out of its range; an unknown time embedding or start.
     """
     timestep = re.fullmatch(r"timestep:(\d+)", time_embedding)
+    if prompt not in PROMPTS:
+      raise ValueError(f"method.prompt={prompt!r} is unknown to meta_prompts; choose one of {PROMPTS}.")
     if prompts < 1:
       raise ValueError(f"method.prompts={prompts} must be at least 1.")
     if refine_steps < 1:
@@ -101,9 +115,16 @@ class MetaPrompts(nnx.Module):
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     self.steps, self.trained_steps, self.resize_scale = refine_steps, held, resize_scale
     self.timestep, self.latent_scale, self.dtype = timestep and int(timestep[1]), latent_scale, dtype
-    self.needs, self.adds = frozenset(), frozenset()
+    told = prompt == "sentence+learned"
+    self.needs = self.adds = frozenset({"tokens"} if told else ())
+    self.prepare_reads = frozenset({"sentence"} if told else ())
+    self.prepare = sources.unchanged
+    self.sentence_tokens = (token_length, unet.context_dim) if told else None
+    if told:
+      self.text_encoder = sentences.text_encoder(text or TextSizes(), token_length, unet.context_dim, **kinds)
+      self.prepare = sentences.SentenceTokens(tokenize, token_length)
     self.strides, self.widths = tuple(8 * 2**i for i in range(len(unet.widths))), unet.widths
-    self.frame, self.tokens = "resized", (prompts, unet.context_dim)
+    self.frame, self.tokens = "resized", (prompts + (token_length if told else 0), unet.context_dim)
     normal = lambda *shape: nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), shape, param_dtype))
     self.meta_prompts = nnx.List([normal(prompts, unet.context_dim) for _ in range(1 if share_prompts else held)])
     if timestep is None:
@@ -122,8 +143,7 @@ class MetaPrompts(nnx.Module):
     if keep_unused and held == 1:
       self.unet.out = never_trained(self.unet.out)
 
-  notes, training_only, prepare_reads = (), (), frozenset()
-  prepare = staticmethod(sources.unchanged)
+  notes, training_only = (), ()
 
   def branches(self, training: bool) -> tuple[Branch, ...]:
     """One, in training and in evaluation."""
@@ -131,9 +151,18 @@ class MetaPrompts(nnx.Module):
     return (Branch("prompts", 1.0),)
 
   def context(self, step: int) -> Array:
-    """What the UNet attends to in a step, counted from 0: float [N, D]."""
+    """The prompts of a step, counted from 0: float [N, D]."""
     prompts = self.meta_prompts[min(step, len(self.meta_prompts) - 1)][...].astype(self.dtype)
     return self.text_adapter[step](prompts) if self.adapt_prompts else prompts
+
+  def text_states(self, batch: Batch) -> Array:
+    """See Vpd.text_states."""
+    return sentences.states(self.text_encoder, batch, self.dtype)
+
+  def latents(self, batch: Batch) -> Array:
+    """The VAE's mode of the resized images, float [B, h, w, 4], unscaled."""
+    image = images.network_input(batch, self.dtype)
+    return self.vae(layers.resize(image, self.size(*image.shape[1:3]))).mean
 
   def size(self, height: int, width: int) -> tuple[int, int]:
     """The (H, W) that an image of height x width is resized to.
@@ -167,14 +196,12 @@ class MetaPrompts(nnx.Module):
         f"training needs all {self.trained_steps} steps that the weights hold, but "
         f"method.refine_steps={self.steps}; fewer are for evaluation."
       )
-    latents = batch.get("latents")
-    if latents is None:
-      image = images.network_input(batch, self.dtype)
-      latents = self.vae(layers.resize(image, self.size(*image.shape[1:3]))).mean  # [B, h, w, 4]
-    latents = latents * self.latent_scale
+    latents = (batch["latents"] if "latents" in batch else self.latents(batch)) * self.latent_scale
+    before = [self.text_states(batch)] if self.sentence_tokens else []
     for step in range(self.steps):
       tokens = self.context(step)
-      context = jnp.broadcast_to(tokens, (latents.shape[0], *tokens.shape))  # [B, N, D]
+      context = jnp.broadcast_to(tokens, (latents.shape[0], *tokens.shape))
+      context = jnp.concatenate([*before, context], axis=1)  # [B, N, D]
       time = {"time_embedding": self.t[step][...]} if self.timestep is None else {"timesteps": self.timestep}
       out = self.unet(latents, context, predict_noise=step < self.steps - 1, **time)
       latents = out.noise

@@ -121,6 +121,7 @@ class Vpd(nnx.Module):
     )
     self.strides, self.widths = tuple(8 * 2**i for i in range(len(unet.widths))), self.join.widths
     self.frame, self.tokens = "padded", (tokens, unet.context_dim)
+    self.sentence_tokens = self.tokens if prompt == "sentence" else None
     self.gamma = nnx.Param(jnp.full((unet.context_dim,), residual_scale, param_dtype))
     if prompt == "sentence":
       self.adds, self.prepare_reads = frozenset({"tokens"}), frozenset({"sentence"})
@@ -152,7 +153,7 @@ class Vpd(nnx.Module):
   def context(self, batch: Batch) -> Array:
     """Adapted text: float [B, 1, D] of each image's class, [B, K, D] of all classes, or [B, N, D] of sentences."""
     if self.prompt == "sentence":
-      return self.adapted(sentences.states(self.text_encoder, batch, self.dtype))
+      return self.adapted(self.text_states(batch))
     vectors = self.class_vectors[...].astype(self.dtype)
     if self.prompt == "all_classes":
       return jnp.broadcast_to(self.adapted(vectors[None]), (batch["image"].shape[0], *vectors.shape))
@@ -162,6 +163,15 @@ class Vpd(nnx.Module):
   def adapted(self, text: Array) -> Array:
     """text + gamma * adapter(text), float [B, N, D]."""
     return text + self.gamma[...].astype(self.dtype)[None, None] * self.text_adapter(text)
+
+  def latents(self, batch: Batch) -> Array:
+    """The VAE's mode of the padded images, float [B, h, w, 4], unscaled."""
+    image = images.padded(images.network_input(batch, self.dtype), self.pad_multiple, self.pad_value)
+    return self.vae(image).mean
+
+  def text_states(self, batch: Batch) -> Array:
+    """The frozen text encoder's states of "tokens", float [B, N, D], or the ready ones."""
+    return sentences.states(self.text_encoder, batch, self.dtype)
 
   def class_ids(self, batch: Batch) -> Array:
     """The classes of a batch, told or predicted: int [B], -1 for the mean of all."""
@@ -180,11 +190,20 @@ class Vpd(nnx.Module):
       training: makes no difference here.
     """
     del training
-    latents = batch.get("latents")
-    if latents is None:
-      image = images.padded(images.network_input(batch, self.dtype), self.pad_multiple, self.pad_value)
-      latents = self.vae(image).mean  # [B, h, w, 4]
+    latents = batch["latents"] if "latents" in batch else self.latents(batch)
     context = self.context(batch)
     kept = self.join.positions(latents)
     out = self.unet(latents * self.latent_scale, context, timesteps=int(self.timestep), map_max_positions=kept)
     return Features(self.join(out), context, tuple(batch["image"].shape[1:3]))
+
+  @property
+  def attends_to_classes(self) -> bool:
+    """Whether there are attention maps, one for each class."""
+    return self.prompt == "all_classes" and bool(self.join.levels)
+
+  def class_attention(self, batch: Batch) -> Array:
+    """How much each place attends to each class: float [B, h, w, K] at the finest stride whose maps are joined.
+
+    Shares of all tokens, so that a place's add up to 1; mean over heads and layers.
+    """
+    return self(batch, training=False).maps[min(self.join.levels)][..., -self.tokens[0] :]

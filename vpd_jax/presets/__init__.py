@@ -3,7 +3,12 @@
 from vpd_jax.presets.backbones import clip_image, sd_tiny, sd_v1
 from vpd_jax.presets.depth import iedp_assumptions, iedp_depth, meta_prompts_depth, vpd_depth
 from vpd_jax.presets.recipe import adamw, evaluation, labelling, no_decay_for_vectors, run
-from vpd_jax.presets.referring import referring_optimizer, vpd_referring
+from vpd_jax.presets.referring import (
+  iedp_referring,
+  meta_prompts_referring,
+  referring_optimizer,
+  vpd_referring,
+)
 from vpd_jax.presets.segmentation import (
   iedp_segmentation,
   meta_prompts_segmentation,
@@ -17,9 +22,11 @@ __all__ = [
   "evaluation",
   "iedp_assumptions",
   "iedp_depth",
+  "iedp_referring",
   "iedp_segmentation",
   "labelling",
   "meta_prompts_depth",
+  "meta_prompts_referring",
   "meta_prompts_segmentation",
   "no_decay_for_vectors",
   "referring_optimizer",

@@ -1,9 +1,13 @@
-"""Method, neck, head, task and optimizer of referring segmentation."""
+"""Method, neck, head, task and optimizer of referring segmentation.
+
+VPD's is published. That of the two other methods is an experiment of ours: their context behind the sentence's.
+"""
 
 from typing import Any
 
-from vpd_jax.presets.depth import vpd_depth
+from vpd_jax.presets.depth import iedp_depth, vpd_depth
 from vpd_jax.presets.recipe import adamw
+from vpd_jax.presets.segmentation import meta_prompts_segmentation
 
 
 def vpd_referring(*, tiny: bool, token_length: int = 40) -> dict[str, Any]:
@@ -31,6 +35,29 @@ def vpd_referring(*, tiny: bool, token_length: int = 40) -> dict[str, Any]:
     "neck": {"name": "none"},
     "head": {"name": "lavt", "width": 64 if tiny else 640},
     "task": {"name": "referring", "class_weights": (0.9, 1.1), "eval_at": "network"},  # "original"
+  }
+
+
+def meta_prompts_referring(*, tiny: bool, token_length: int = 40) -> dict[str, Any]:
+  """As `vpd_referring`, for MetaPrompts: 50 learned prompts behind the sentence, else as in segmentation."""
+  vpd, segmentation = vpd_referring(tiny=tiny, token_length=token_length), meta_prompts_segmentation(tiny=tiny)
+  told = {name: vpd["method"][name] for name in ("token_length", "tokenizer")}
+  return {
+    **vpd,
+    "method": segmentation["method"] | told | {"prompt": "sentence+learned", "prompts": 50, "keep_unused": False},
+    "neck": segmentation["neck"],
+  }
+
+
+def iedp_referring(*, tiny: bool, token_length: int = 40) -> dict[str, Any]:
+  """As `vpd_referring`, for IEDP: one branch, with the implicit tokens of the image behind the sentence."""
+  vpd, depth = vpd_referring(tiny=tiny, token_length=token_length), iedp_depth(tiny=tiny, head_init="released")
+  names = ("token_length", "tokenizer", "attention_maps", "attention_max_size", "attention_gradient")
+  told = {name: vpd["method"][name] for name in names}
+  return {
+    **vpd,
+    "init": depth["init"],
+    "method": depth["method"] | told | {"prompt": "sentence+image", "branch_mode": "implicit"},
   }
 
 

@@ -1,5 +1,6 @@
 """Labels as pictures and files: palette, colours over the image, legend."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,10 +8,13 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from vpd_jax import panels
+
 UNLABELLED = (128, 128, 128)  # grey, in no published palette of the data sets here
 OPACITY = 0.5
 LINE = 18  # pixels of the legend per class
 SWATCH = 14
+MOST_MAPS = 16  # attention maps in a picture
 
 
 def voc_palette(classes: int) -> np.ndarray:
@@ -78,6 +82,30 @@ def legend(entries: list[tuple[str, np.ndarray, float]], width: int) -> np.ndarr
     picture[y + 2 : y + 2 + SWATCH, x + 2 : x + 2 + SWATCH] = colour
     cv2.putText(picture, text, (x + SWATCH + 6, y + SWATCH), font, scale, (0, 0, 0), 1, cv2.LINE_AA)
   return picture
+
+
+def attention(maps: list[tuple[str, np.ndarray]], image: np.ndarray) -> np.ndarray:
+  """Maps over the image, each from its least (dark) to its largest value (light), the name above.
+
+  Args:
+    maps: name and float [h, w] each, at least one.
+    image: uint8 [H, W, 3].
+
+  Returns:
+    uint8 [rows * (H + LINE), columns * W, 3], as square as it gets.
+  """
+  height, width = image.shape[:2]
+  tiles = []
+  for name, values in maps:
+    large = cv2.resize(values.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+    heat = panels.paint(large, float(large.min()), float(large.max()), "magma")
+    title = np.full((LINE, width, 3), 255, np.uint8)
+    cv2.putText(title, name, (2, SWATCH), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+    tiles.append(np.concatenate([title, cv2.addWeighted(image, 0.3, heat, 0.7, 0)]))
+  columns = math.ceil(math.sqrt(len(tiles) * (height + LINE) / width))
+  tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
+  rows = (tiles[i : i + columns] for i in range(0, len(tiles), columns))
+  return np.concatenate([np.concatenate(row, axis=1) for row in rows])
 
 
 def write(stem: Path, suffix: str, content: Callable[[Path], object]) -> Path:
