@@ -37,9 +37,10 @@ class Rows(NamedTuple):
   Attributes:
     task, methods: words of configs/rooms.py.
     steps: of every run.
-    score: name of the score below eval/rooms/.
+    score: name of the score below eval/<data>/.
     heading: name and unit of the score in the table.
     baselines: trivial predictors below eval/trivial/, and what the table calls them.
+    data: name of the data set.
   """
 
   task: str
@@ -48,6 +49,7 @@ class Rows(NamedTuple):
   score: str
   heading: str
   baselines: dict[str, str]
+  data: str = "rooms"
 
 
 TASKS = (
@@ -74,6 +76,15 @@ TASKS = (
       "position_mode": "most frequent class of each position",
       "linear_rgb_position": "linear classifier of colour and position",
     },
+  ),
+  Rows(
+    "pose",
+    ("vpd", "meta_prompts", "iedp"),
+    300,
+    "AP",
+    "AP",
+    {"mean_pose": "mean pose", "linear_crop": "linear regression on the crop"},
+    "room_figures",
   ),
 )
 
@@ -159,7 +170,7 @@ def read_scores(lines: list[dict[str, float]], rows: Rows) -> Record:
     score; trivial, scores of the trivial predictors by name; losses, {name: (mean over the first tenth of the logged
     steps, mean over the last tenth)}.
   """
-  last = next(line for line in reversed(lines) if f"eval/rooms/{rows.score}" in line)
+  last = next(line for line in reversed(lines) if f"eval/{rows.data}/{rows.score}" in line)
   losses = {}
   for name in sorted({name for line in lines for name in line if name.startswith("train/")}):
     values = [line[name] for line in lines if name in line]
@@ -167,7 +178,7 @@ def read_scores(lines: list[dict[str, float]], rows: Rows) -> Record:
     losses[name] = [round(statistics.fmean(part), 4) for part in (values[:tenth], values[-tenth:])]
   prefix = "eval/trivial/"
   trivial = {name.removeprefix(prefix): value for name, value in last.items() if name.startswith(prefix)}
-  return {"score": last[f"eval/rooms/{rows.score}"], "trivial": trivial, "losses": losses}
+  return {"score": last[f"eval/{rows.data}/{rows.score}"], "trivial": trivial, "losses": losses}
 
 
 def measure(rows: Rows, method: str) -> Record:

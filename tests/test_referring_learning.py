@@ -13,7 +13,7 @@ from vpd_jax.data import rooms
 
 pytestmark = pytest.mark.slow
 
-STEPS = 700
+STEPS = 1200
 
 
 def config_of():

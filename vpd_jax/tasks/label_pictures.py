@@ -84,19 +84,21 @@ def legend(entries: list[tuple[str, np.ndarray, float]], width: int) -> np.ndarr
   return picture
 
 
-def attention(maps: list[tuple[str, np.ndarray]], image: np.ndarray) -> np.ndarray:
-  """Maps over the image, each from its least (dark) to its largest value (light), the name above.
+def attention(maps: list[tuple[str, np.ndarray]], label: np.ndarray, image: np.ndarray) -> np.ndarray:
+  """Maps of the largest classes over the image, each from its least (dark) to its largest value (light), named above.
 
   Args:
-    maps: name and float [h, w] each, at least one.
+    maps: name and float [h, w] of each class.
+    label: int [H, W].
     image: uint8 [H, W, 3].
 
   Returns:
     uint8 [rows * (H + LINE), columns * W, 3], as square as it gets.
   """
   height, width = image.shape[:2]
+  counts = np.bincount(label.ravel(), minlength=len(maps))
   tiles = []
-  for name, values in maps:
+  for name, values in (maps[k] for k in np.argsort(-counts, kind="stable")[:MOST_MAPS] if counts[k]):
     large = cv2.resize(values.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
     heat = panels.paint(large, float(large.min()), float(large.max()), "magma")
     title = np.full((LINE, width, 3), 255, np.uint8)

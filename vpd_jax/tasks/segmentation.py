@@ -292,18 +292,9 @@ class Segmentation:
     return np.concatenate([label_pictures.as_bytes(example["image"]), *painted], axis=1)
 
   def save_attention(self, stem: Path, attention: np.ndarray, prediction: np.ndarray, image: np.ndarray) -> Path:
-    """Writes stem.attention.png: for each class of the prediction, largest first, where the network attends to it.
-
-    Args:
-      stem: path without suffix.
-      attention: float [h, w, K], before any merging of classes.
-      prediction: int [H, W] of `decide`.
-      image: uint8 [H, W, 3].
-    """
-    counts = np.bincount(prediction.ravel(), minlength=len(self.merge))
-    chosen = [k for k in np.argsort(-counts, kind="stable") if counts[k]][: label_pictures.MOST_MAPS]
-    maps = [(self.merge[k][0], sum(attention[..., part] for part in self.merge[k][1])) for k in chosen]
-    picture = label_pictures.attention(maps, image)
+    """Writes stem.attention.png: float [h, w, K] for each class of int [H, W] of `decide`, over uint8 [H, W, 3]."""
+    maps = [(name, sum(attention[..., part] for part in parts)) for name, parts in self.merge]
+    picture = label_pictures.attention(maps, prediction, image)
     return label_pictures.write(stem, ".attention.png", lambda path: label_pictures.write_colours(path, picture))
 
   def save(
