@@ -1,5 +1,6 @@
 """A small network learns from the embedded rooms to find what a sentence speaks of; minutes on two cores.
 
+Seen: oIoU 0.205, of the best constant mask 0.062; with the sentences of other rooms 0.090.
 python -m pytest -m slow -s tests/test_referring_learning.py
 """
 
