@@ -78,6 +78,14 @@ TASKS = (
     },
   ),
   Rows(
+    "referring",
+    ("vpd", "meta_prompts", "iedp"),
+    600,
+    "oIoU",
+    "oIoU",
+    {"constant_mask": "best constant mask", "everything": "all pixels"},
+  ),
+  Rows(
     "pose",
     ("vpd", "meta_prompts", "iedp"),
     300,
@@ -192,7 +200,8 @@ def measure(rows: Rows, method: str) -> Record:
   product = assemble.assemble(config, training=False)
   weights, _ = start.weights_on_mesh(config, product, sharding.make_mesh(1, 1), complete=False)
   image = np.random.default_rng(0).integers(0, 256, (1, *config.data.crop, 3), np.uint8)
-  batch = {"image": image, "class_id": np.zeros(1, np.int32)}
+  tokens = np.zeros((1, config.method.get("token_length", 1)), np.int32)
+  batch = {"image": image, "class_id": np.zeros(1, np.int32), "tokens": tokens}
   batch = {name: jax.device_put(batch[name]) for name in ("image", *sorted(product.method.needs))}
   forward = jax.jit(lambda weights, batch: product.parts.merge(*weights)(batch, training=False))
   compiled = forward.lower(weights, batch).compile()

@@ -32,7 +32,7 @@ SHIPPED = {
 # Stepped as well; what the others are made of is stepped here, in test_run.py or in the tests of the methods.
 STEPPED = (
   "configs/ade20k_seg.py:iedp",
-  "configs/coco_pose.py:meta_prompts",
+  pytest.param("configs/coco_pose.py:meta_prompts", marks=pytest.mark.slow),  # test_pose_run.py has VPD's
   pytest.param("configs/cityscapes_seg.py:meta_prompts", marks=pytest.mark.slow),
 )
 STRINGS = [f"configs/{name}.py:{words}" for name, arguments in SHIPPED.items() for words in arguments]

@@ -97,9 +97,17 @@ def test_evaluation_of_nothing_is_refused(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path):
+@pytest.mark.slow
+def test_a_run_whose_loss_is_not_finite_stops_and_names_the_step(tmp_path):
   with pytest.raises(FloatingPointError, match=r"the loss of step \d is nan"):
     train.run(rooms(**{"optim.lr": 1e30, "log_every": 4, "optim.schedule.warmup": 0}), str(tmp_path))
+
+
+@pytest.mark.parametrize("loss, norm", [(np.nan, 1.0), (np.inf, 1.0), (1.0, np.nan)])
+def test_a_loss_or_gradient_that_is_not_finite_is_named_by_its_first_step(loss, norm):
+  assert train.check_finite([(7, np.float32(0.5), np.float32(1))]) == []
+  with pytest.raises(FloatingPointError, match=r"step 8 "):
+    train.check_finite([(i, np.float32(loss), np.float32(norm)) for i in (8, 9)])
 
 
 def test_the_learning_rate_of_no_step_is_lost_by_a_resume(run, tmp_path):
