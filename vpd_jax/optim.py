@@ -55,7 +55,7 @@ def poly(*, lr: float, num_steps: int, power: float = 1.0, warmup: int = 0, warm
     step = jnp.asarray(count, jnp.promote_types(jnp.result_type(float), jnp.float32))
     fallen = lr * jnp.maximum(1 - step / num_steps, 0) ** power
     short = jnp.maximum(1 - step / warmup, 0) if warmup else 0
-    return fallen * ((1 - short) + short * warmup_ratio)
+    return fallen * (1 - short * (1 - warmup_ratio))
 
   return rate
 
@@ -74,7 +74,7 @@ def step(
     step = jnp.asarray(count, jnp.promote_types(jnp.result_type(float), jnp.float32))
     fallen = lr * factor ** sum((step >= drop).astype(step.dtype) for drop in drops)
     short = jnp.maximum(1 - step / warmup, 0) if warmup else 0
-    return fallen * ((1 - short) + short * warmup_ratio)
+    return fallen * (1 - short * (1 - warmup_ratio))
 
   return rate
 
