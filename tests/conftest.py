@@ -33,6 +33,9 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing makes objects by the million that live until their file is done, see _programs_are_dropped.
+gc.freeze()
+gc.set_threshold(200_000, 50, 50)
 
 REFERENCE = ("torch", "diffusers", "transformers")
 VIRTUAL_DEVICES = 8
