@@ -12,6 +12,8 @@ from flax import nnx
 
 from vpd_jax.types import Buffer, Named
 
+_WORTH_OPTIMIZING = 50_000_000  # fresh numbers
+
 
 class Keys:
   """Random keys for the constructors of modules, in place of nnx.Rngs: `rngs.params()` gives the next one.
@@ -89,9 +91,11 @@ def initialize(build: Callable[[], nnx.Module], names: Iterable[str]) -> Named:
   def init() -> Named:
     return {name: leaf.get_value() for name, _, leaf in _leaves(nnx.state(build())) if name in wanted}
 
-  # Hundreds of small programs that run once: on CPU, where compiling them takes the time, leave them as they are.
-  options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-  return jax.jit(init).lower().compile(options)()
+  lowered = jax.jit(init).lower()
+  count = sum(x.size for x in lowered.out_info.values())
+  # Hundreds of small programs that run once: on CPU leave them as they are, unless running takes longer than compiling.
+  hasty = jax.default_backend() == "cpu" and count < _WORTH_OPTIMIZING
+  return lowered.compile({"xla_backend_optimization_level": 0} if hasty else None)()
 
 
 def stats(model: nnx.Module) -> Named:

@@ -5,6 +5,7 @@ import glob
 import importlib.util
 import os
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -14,7 +15,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _FAILURE, _LISTEN = "vpd_jax/failure", 1.0  # where a process leaves its last words, and seconds between two looks
+_ALIVE, _DONE = "vpd_jax/alive", "done"  # where processes give signs of life, and the last of them
+_BEAT, _LOST = 5.0, 60.0  # seconds between two signs, and without one
+_REMEDY = "The same command goes on from the last checkpoint."
 _ended = threading.Event()  # the work of this process
+_witness: subprocess.Popen | None = None  # says that this process was ended by others
 
 
 @contextlib.contextmanager
@@ -32,14 +37,15 @@ def answered(debug: bool = False) -> Iterator[None]:
       raise
     text = " ".join(str(error).split())
     line = f"error: {text}" if known else traceback.format_exc()
-    if not alone and isinstance(error, _jax().errors.JaxRuntimeError):
-      line += f"error: another process may be lost: {text[:200]}; the same command goes on from the last checkpoint."
+    if not alone and isinstance(error, _jax().errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in text:
+      time.sleep(_LOST + 2 * _BEAT)  # where another process is lost, this one learns which, and ends here
+      line += f"error: another process may be lost: {text[:200]}. {_REMEDY}"
     if not alone:
       _leave_all(line)
     print(line, file=sys.stderr)
     sys.exit(2)
   finally:
-    _ended.set()
+    _finish()
 
 
 def _leave_all(line: str) -> None:
@@ -55,13 +61,57 @@ def _leave_all(line: str) -> None:
 
 
 def _listen() -> None:
-  """Body of a thread: ends this process when another one has told that it failed."""
+  """Body of a thread: ends this process when another one has told that it failed, or tells nothing any more.
+
+  Every process gives a sign of life, of which process 0 looks for new ones. jax would notice too, after longer, and
+  abort.
+  """
+  index, beats, next_beat = _jax().process_index(), 0, 0.0
+  seen: dict[str, tuple[str, float]] = {}  # key of a process to its last sign and when that was new
   while not _ended.wait(_LISTEN):
+    now = time.monotonic()
     try:
+      if now >= next_beat:
+        next_beat, beats = now + _BEAT, beats + 1
+        _client().key_value_set(f"{_ALIVE}/{index}", str(beats), allow_overwrite=True)
+        signs = _client().key_value_dir_get(_ALIVE) if index == 0 else []
+        seen |= {key: (sign, now) for key, sign in signs if seen.get(key, ("",))[0] != sign}
+      late = [key for key, (sign, when) in seen.items() if sign != _DONE and now - when > _LOST]
+      if late:
+        lost = ", ".join(sorted(key.split("/")[-1] for key in late))
+        _leave_all(f"error: process {lost} is lost: no sign of life for {_LOST:.0f} s. {_REMEDY}")
       line = _client().key_value_try_get(_FAILURE)
     except RuntimeError:  # nothing is told
       continue
-    _leave(f"process {_jax().process_index()}: {line}")
+    _leave(f"process {index}: {line}")
+
+
+def _finish() -> None:
+  """The work of this process is done; the others may still have some."""
+  _ended.set()
+  if "jax" in sys.modules and _jax().distributed.is_initialized():
+    with contextlib.suppress(RuntimeError):
+      _client().key_value_set(f"{_ALIVE}/{_jax().process_index()}", _DONE, allow_overwrite=True)
+  _dismiss_witness()
+
+
+def _call_witness() -> None:
+  """Starts a shell that speaks when this process ends without a word: jax aborts where process 0 is gone."""
+  global _witness
+  index = _jax().process_index()
+  line = (
+    f"process {index}: ended from outside"
+    + ("" if index == 0 else ", or, where jax says so above, because process 0 is lost, through which all speak")
+    + f". {_REMEDY}"
+  )
+  _witness = subprocess.Popen(
+    ["sh", "-c", 'trap "" INT TERM; read -r word || echo "$0" >&2', line], stdin=subprocess.PIPE, start_new_session=True
+  )
+
+
+def _dismiss_witness() -> None:
+  if _witness is not None and _witness.poll() is None:
+    _witness.communicate(b"\n")
 
 
 def _client() -> Any:
@@ -180,10 +230,12 @@ def connect(address: str | None, count: int | None, index: int | None, seconds: 
     timer.cancel()
   # A collective with a process that is gone may wait for ever, or until jax aborts without the reason.
   threading.Thread(target=_listen, daemon=True, name="listen").start()
+  _call_witness()
 
 
 def _leave(line: str) -> None:
   """Ends the process at once: an orderly end waits for the others, which wait for it in their next collective."""
+  _dismiss_witness()
   print(line, file=sys.stderr)
   sys.stdout.flush()
   sys.stderr.flush()
