@@ -3,22 +3,28 @@
 python -m vpd_jax.main --config=configs/my_refer.py --config.data.root=/data/mine \
     --config.init.pretrained=/weights/stable-diffusion-v1-5
 
-The argument is a list of words: a method (vpd), and "tiny" for the small network of the tests. The file is described
-in vpd_jax/data/refer_list.py.
+The argument is a list of words: a method (vpd; as experiments of ours meta_prompts and iedp), and "tiny" for the small
+network of the tests. The file is described in vpd_jax/data/refer_list.py.
 """
 
 import ml_collections
 
 from vpd_jax import config_file, presets
 
+METHODS = {
+  "vpd": presets.vpd_referring,
+  "meta_prompts": presets.meta_prompts_referring,
+  "iedp": presets.iedp_referring,
+}
+
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = config_file.words(argument, method=("vpd",), size=("full", "tiny"))
+  words = config_file.words(argument, method=tuple(METHODS), size=("full", "tiny"))
   tiny = words["size"] == "tiny"
   config = ml_collections.ConfigDict(presets.run(num_steps=20_000, log_every=50, eval_every=1000, save_every=1000))
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
-  config.update(presets.vpd_referring(tiny=tiny, token_length=40))
+  config.update(METHODS[words["method"]](tiny=tiny, token_length=40))
   config.data = {"name": "refer_list", "root": "", "file": "sentences.json", "holdout": 0.1}
   config.data.update({"crop": (128, 128) if tiny else (512, 512), "canvas": (640, 640)})
   config.data.update({"cache": "off", "cache_folder": "", "batch_size": 32, "workers": 8, "on_bad_record": "stop"})

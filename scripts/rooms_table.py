@@ -68,7 +68,7 @@ TASKS = (
   Rows(
     "segmentation",
     ("vpd", "meta_prompts", "iedp"),
-    100,
+    300,
     "mIoU",
     "mIoU",
     {

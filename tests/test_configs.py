@@ -17,7 +17,7 @@ SHIPPED = {
   "cityscapes_seg": ("vpd,tiny", "meta_prompts,extra", "iedp,tiny"),
   "my_segmentation": ("vpd,tiny", "meta_prompts,tiny", "iedp,tiny"),
   "refcoco_refer": ("refcoco", "refcoco_plus,as_intended,meta_prompts", "refcocog,iedp,tiny"),
-  "my_refer": ("tiny",),
+  "my_refer": ("tiny", "meta_prompts,tiny", "iedp,tiny"),
   "coco_pose": ("meta_prompts", "vpd,384x288", "iedp,tiny"),
   "my_pose": ("vpd,tiny", "meta_prompts,tiny", "iedp,tiny"),
   "rooms": (

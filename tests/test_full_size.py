@@ -126,13 +126,20 @@ def test_two_steps_of_one_picture(command, tmp_path):
   assert (tmp_path / "run" / "checkpoints" / "2" / "state").is_dir()
 
 
+def random_weights(config) -> None:
+  """Nothing is looked for on disk, and the result depends on the image."""
+  if "class_vectors" in config.method:
+    config.method.class_vectors = "random:0"
+  if "refine_init" in config.method:
+    config.method.refine_init = "fan_in"  # zeros, which weights would replace, hide the image from the second step
+  config.init.clip = "random:0" if config.method.name == "iedp" else ""
+
+
 def forward(words: str, picture: str, scene: str) -> None:
   """Prints what a network of random weights takes for one picture; called in a process of its own."""
   name, method = words.split(":")
   config = config_file.load(f"configs/{name}_depth.py:{method}").unlock()
-  if "class_vectors" in config.method:
-    config.method.class_vectors = "random:0"
-  config.init.clip = "random:0" if method == "iedp" else ""
+  random_weights(config)
   config.head.init = "fan_in"  # the released one, beside random weights, gives the same depth everywhere
   image = cv2.imread(picture)[..., ::-1]
   if "kb_crop" in config.data:
@@ -147,7 +154,7 @@ def forward(words: str, picture: str, scene: str) -> None:
     seconds.append(time.monotonic() - clock)
     clock = time.monotonic()
   assert depth.shape == (1, *image.shape[:2]) and depth.dtype == np.float32
-  assert 0 < depth.min() < depth.max() < config.task.max_depth
+  assert 0 < depth.min() < depth.max() < config.task.max_depth, (depth.min(), depth.max())
   count = sum(x.size for part in predictor.weights for x in part.values())
   made, first = seconds
   size = "x".join(map(str, image.shape[:2]))
@@ -172,9 +179,7 @@ def test_every_network_runs_forward_on_a_real_picture(data, method, real, tmp_pa
 def forward_segmentation(data: str, method: str, path: str) -> None:
   """As `forward`, for a crop of the published size of a real picture."""
   config = config_file.load(f"configs/{data}.py:{method}").unlock()
-  if "class_vectors" in config.method:
-    config.method.class_vectors = "random:0"
-  config.init.clip = "random:0" if method == "iedp" else ""
+  random_weights(config)
   image = cv2.resize(cv2.imread(path)[..., ::-1], tuple(config.data.crop)[::-1])
   clock = time.monotonic()
   predictor = vpd_jax.Predictor.load(config.lock())
@@ -209,9 +214,7 @@ def forward_pose(method: str, root: str) -> None:
   """As `forward`, for the crop of a real person at 256 x 192."""
   config = config_file.load(f"configs/coco_pose.py:{method}").unlock()
   config.data.update(root=root, complete=False, boxes="annotated")
-  if "class_vectors" in config.method:
-    config.method.class_vectors = "random:0"
-  config.init.clip = "random:0" if method == "iedp" else ""
+  random_weights(config)
   data = CocoPose(root=root, complete=False, boxes="annotated")
   crop = data.eval_transform(data.source("eval")[0])["image"]
   clock = time.monotonic()

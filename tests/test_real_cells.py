@@ -1,4 +1,6 @@
-"""Every method on real pictures of NYU Depth v2, KITTI and ADE20K: trained, scored and predicting, tiny networks.
+"""Every method on real pictures and on the rooms, as on NYU Depth v2, KITTI, ADE20K and Cityscapes; tiny networks.
+
+Each is trained, scored and predicts.
 
 VPD_REAL=FOLDER must name a folder with `nyu_depth_v2/` and `kitti/` in it, a few frames of each with their lists, and
 `ADEChallengeData2016/` with a few pictures:
@@ -15,10 +17,12 @@ import numpy as np
 import pytest
 
 from vpd_jax import config_file, evaluate, predict_folder, train
+from vpd_jax.data.rooms import Rooms
 
 pytestmark = pytest.mark.slow
 
 STEPS = 8
+ROOMS, SIZE = 4, (96, 128)  # embedded rooms and pixels of each
 ROOTS = {"nyu": "nyu_depth_v2", "kitti": "kitti"}
 PICTURES = {"nyu": "official_splits/test/*/rgb_*.jpg", "kitti": "raw_data/*/*/image_02/data/*.png"}
 PNG_SCALE = {"nyu": 1000, "kitti": 256}  # units per metre of the files that are written
@@ -46,14 +50,33 @@ def config_of(data: str, method: str, root: pathlib.Path):
   return config.lock()
 
 
+def logged_losses(workdir: pathlib.Path) -> list[float]:
+  """Of every step."""
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+def rooms(task: str, *, batch_size: int):
+  """The section data of a few embedded rooms."""
+  data = config_file.load(f"configs/rooms.py:{task},tiny").data
+  data.update(train_count=64, eval_count=ROOMS, size=SIZE, batch_size=batch_size, workers=0)
+  return data
+
+
+def write_rooms(folder: pathlib.Path, task: str) -> None:
+  """The rooms of the evaluation as pictures."""
+  folder.mkdir()
+  shown = Rooms(task=task, size=SIZE, eval_count=ROOMS).source("eval")
+  for i in range(len(shown)):
+    cv2.imwrite(str(folder / f"{i}.png"), shown[i]["image"][..., ::-1])
+
+
 @pytest.mark.parametrize("method", ["vpd", "meta_prompts", "iedp"])
 @pytest.mark.parametrize("data", ["nyu", "kitti"])
 def test_trains_scores_and_predicts(data, method, real, tmp_path):
   begin, root = time.monotonic(), real / ROOTS[data]
   config, workdir = config_of(data, method, root), tmp_path / "run"
-  scores = train.run(config, str(workdir))
-  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  losses = [line["train/loss"] for line in lines if "train/loss" in line]
+  scores, losses = train.run(config, str(workdir)), logged_losses(workdir)
   assert len(losses) == STEPS and np.mean(losses[-4:]) < np.mean(losses[:4])
   again = evaluate.run(config, str(workdir))
   assert again == pytest.approx(scores, rel=1e-5)
@@ -80,10 +103,40 @@ def test_trains_scores_and_predicts(data, method, real, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["vpd", "meta_prompts", "iedp"])
-def test_segments_trained_and_scored(method, real, tmp_path):
+@pytest.mark.parametrize("data", ["nyu", "kitti"])
+def test_trains_scores_and_predicts_on_the_rooms(data, method, tmp_path):
+  """The cells of both data sets, with the rooms in place of the frames."""
+  config = config_of(data, method, pathlib.Path()).unlock()
+  config.data = rooms("depth", batch_size=3)
+  config.task.update(eval_crop="none", max_depth=10.0)
+  config.eval.test_time = ("flip", "shift:2")
+  workdir, config = tmp_path / "run", config.lock()
+  scores, losses = train.run(config, str(workdir)), logged_losses(workdir)
+  assert len(losses) == STEPS and np.mean(losses[-4:]) < np.mean(losses[:4])
+  assert evaluate.run(config, str(workdir)) == pytest.approx(scores, rel=1e-5)
+  source, output = tmp_path / "pictures", tmp_path / "depth"
+  write_rooms(source, "depth")
+  assert predict_folder.run(config, str(workdir), source=str(source), output=str(output)) == ROOMS
+  for path in source.iterdir():
+    metres = np.load(output / f"{path.stem}.npy")
+    assert metres.shape == SIZE and 0 < metres.min() < metres.max() <= 10
+  print(f"\n{data} {method} on rooms: loss {losses[0]:.3f} to {losses[-1]:.3f}, rmse {scores['eval/rooms/rmse']:.3f} m")
+
+
+@pytest.mark.parametrize("method", ["vpd", "meta_prompts", "iedp"])
+@pytest.mark.parametrize("cell", ["ade20k", "cityscapes"])
+@pytest.mark.parametrize("data", ["photos", "rooms"])
+def test_segments_trained_scored_and_predicting(data, cell, method, real, tmp_path):
+  """The cells of both data sets, on the photos of ADE20K and on the embedded rooms."""
   begin, root = time.monotonic(), real / "ADEChallengeData2016"
-  config = config_file.load(f"configs/ade20k_seg.py:{method},tiny").unlock()
-  config.data.update(root=str(root), batch_size=2, workers=0, complete=False)
+  config = config_file.load(f"configs/{cell}_seg.py:{method},tiny").unlock()
+  if data == "photos":
+    config.data = config_file.load("configs/ade20k_seg.py:tiny").data
+    config.data.update(root=str(root), complete=False)
+  else:
+    config.data = rooms("segmentation", batch_size=2)
+    config.eval.test_time = ("slide:96:32",)
+  config.data.update(batch_size=2, workers=0)
   config.update(num_steps=STEPS, eval_every=STEPS, save_every=STEPS, log_every=1)
   config.optim.lr, config.optim.schedule.warmup = 1e-3, 0
   config.optim.lr_groups = ((r"/vae/", None), (r"", 1.0))  # nothing here is pretrained
@@ -93,19 +146,23 @@ def test_segments_trained_and_scored(method, real, tmp_path):
     config.method.class_vectors = "random:0"
   config.eval.batch_size = 1
   workdir, config = tmp_path / "run", config.lock()
-  scores = train.run(config, str(workdir))
-  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  losses = [line["train/loss"] for line in lines if "train/loss" in line]
+  scores, losses = train.run(config, str(workdir)), logged_losses(workdir)
   assert len(losses) == STEPS and np.mean(losses[-4:]) < np.mean(losses[:4])
   again = evaluate.run(config, str(workdir))
   assert again == pytest.approx(scores, rel=1e-5) and all(np.isfinite(value) for value in again.values())
-  source, output = root / "images" / "validation", tmp_path / "labels"
+  source, output = tmp_path / "pictures", tmp_path / "labels"
+  if data == "rooms":
+    write_rooms(source, "segmentation")
+  else:
+    source.mkdir()
+    for path in (root / "images" / "validation").iterdir():
+      (source / path.name).write_bytes(path.read_bytes())
   count = predict_folder.run(config, str(workdir), source=str(source), output=str(output))
-  assert count == again["eval/ade20k/images"] == len(list(source.iterdir()))
+  assert count == again[f"eval/{config.data.name}/images"] == len(list(source.iterdir()))
   for path in source.iterdir():
     label = cv2.imread(str(output / f"{path.stem}.label.png"), cv2.IMREAD_UNCHANGED)
     assert label.shape[:2] == cv2.imread(str(path)).shape[:2]
   print(
-    f"\nade20k {method}: {time.monotonic() - begin:.0f} s, loss {losses[0]:.3f} to {losses[-1]:.3f}, "
-    f"mIoU {again['eval/ade20k/mIoU']:.3f}"
+    f"\n{cell} {method} on {data}: {time.monotonic() - begin:.0f} s, loss {losses[0]:.3f} to {losses[-1]:.3f}, "
+    f"mIoU {again[f'eval/{config.data.name}/mIoU']:.3f}"
   )
