@@ -1,6 +1,6 @@
 """All three methods learn where the joints of the rooms' figures are, with the smallest network; minutes each.
 
-python -m pytest -m slow -s tests/test_pose_learning.py
+XLA_FLAGS=--xla_backend_optimization_level=3 python -m pytest -m slow -s tests/test_pose_learning.py
 """
 
 import json
