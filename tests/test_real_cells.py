@@ -140,6 +140,7 @@ def test_segments_trained_scored_and_predicting(data, cell, method, real, tmp_pa
   if data == "photos":
     config.data = config_file.load("configs/ade20k_seg.py:tiny").data
     config.data.update(root=str(root), complete=False, crop=(64, 64))
+    config.task.avg_non_ignore = True  # only people are labelled
   else:
     config.data = rooms("segmentation", batch_size=2)
     config.eval.test_time = ("slide:96:32",)
@@ -153,7 +154,9 @@ def test_segments_trained_scored_and_predicting(data, cell, method, real, tmp_pa
   config.eval.batch_size = 1
   workdir, config = tmp_path / "run", config.lock()
   scores, losses = train.run(config, str(workdir)), logged_losses(workdir)
-  assert len(losses) == steps and np.mean(losses[-steps // 2 :]) < np.mean(losses[: steps // 2])
+  # A crop without people counts as 0 where each image has a loss of its own: the largest values tell.
+  level = max if data == "photos" else np.mean
+  assert len(losses) == steps and level(losses[steps // 2 :]) < level(losses[: steps // 2])
   again = evaluate.run(config, str(workdir))
   assert again == pytest.approx(scores, rel=1e-5) and all(np.isfinite(value) for value in again.values())
   source, output = tmp_path / "pictures", tmp_path / "labels"
