@@ -145,18 +145,15 @@ def forward(words: str, picture: str, scene: str) -> None:
   if "kb_crop" in config.data:
     empty = {"image": image, "depth": np.zeros(image.shape[:2], np.float32)}
     image = transforms.kb_crop(empty, size=config.data.kb_crop)["image"]
-  seconds, clock = [], time.monotonic()
+  clock = time.monotonic()
   predictor = vpd_jax.Predictor.load(config.lock())
-  for step in range(2):
-    if step:
-      class_id = predictor.class_id(scene) if predictor.takes_class else None
-      depth = predictor.forward(image[None].astype(np.float32) / 255, class_id=class_id)["depth"]
-    seconds.append(time.monotonic() - clock)
-    clock = time.monotonic()
+  made, clock = time.monotonic() - clock, time.monotonic()
+  class_id = predictor.class_id(scene) if predictor.takes_class else None
+  depth = predictor.forward(image[None].astype(np.float32) / 255, class_id=class_id)["depth"]
+  first = time.monotonic() - clock
   assert depth.shape == (1, *image.shape[:2]) and depth.dtype == np.float32
   assert 0 < depth.min() < depth.max() < config.task.max_depth, (depth.min(), depth.max())
   count = sum(x.size for part in predictor.weights for x in part.values())
-  made, first = seconds
   size = "x".join(map(str, image.shape[:2]))
   print(f"{count / 1e6:.0f} M parameters, image {size}: made in {made:.0f} s, compiled and run in {first:.0f} s")
 

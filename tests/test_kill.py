@@ -76,8 +76,8 @@ def unfinished(workdir):
   return list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
 
 
-def assert_final(workdir, expected):
-  found = arrays(workdir, STEPS)
+def assert_final(workdir, expected, step=STEPS):
+  found = arrays(workdir, step)
   assert expected.keys() == found.keys() and len(expected) > 300
   for name, value in expected.items():
     np.testing.assert_array_equal(value, found[name], err_msg=name)

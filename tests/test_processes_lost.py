@@ -5,17 +5,18 @@ import re
 import subprocess
 import time
 
-import numpy as np
 import pytest
 
-from tests.test_kill import command
+from tests.test_kill import assert_final, command
 from tests.test_processes import ROOT, free_port
 from tests.test_run import arrays
 from vpd_jax.checkpoint import Checkpoints
 
 STEPS = 12
-TRAINING = {"num_steps": STEPS, "save_every": 2, "eval_every": STEPS, "data.batch_size": 8, "eval.batch_size": 8}
-FIELDS = TRAINING | {"mesh.fsdp": 4, "eval.test_time": (), "log_every": 1}
+FIELDS = {
+  **{"num_steps": STEPS, "save_every": 2, "eval_every": STEPS, "log_every": 1, "mesh.fsdp": 4},
+  **{"data.batch_size": 8, "eval.batch_size": 8, "eval.test_time": ()},
+}
 SECONDS = 180  # within which the process that is left must end
 WHOLE = 400  # after which a run is ended
 
@@ -73,7 +74,4 @@ def test_the_other_process_ends_and_names_the_lost_one(lost, undisturbed, tmp_pa
   with Checkpoints(workdir, read_only=True) as held:
     assert 4 <= held.latest_step() < STEPS
   end(tmp_path, "run", begin(tmp_path, "run"))
-  found = arrays(workdir, STEPS)
-  assert undisturbed.keys() == found.keys()
-  for name, value in undisturbed.items():
-    np.testing.assert_array_equal(value, found[name], err_msg=name)
+  assert_final(workdir, undisturbed, STEPS)

@@ -139,12 +139,11 @@ def test_segments_trained_scored_and_predicting(data, cell, method, real, tmp_pa
   config = tiny.shrunk(config_file.load(f"configs/{cell}_seg.py:{method},tiny")).unlock()
   if data == "photos":
     config.data = config_file.load("configs/ade20k_seg.py:tiny").data
-    config.data.update(root=str(root), complete=False, crop=(64, 64))
+    config.data.update(root=str(root), complete=False, crop=(64, 64), batch_size=2, workers=0)
     config.task.avg_non_ignore = True  # only people are labelled
   else:
     config.data = rooms("segmentation", batch_size=2)
     config.eval.test_time = ("slide:96:32",)
-  config.data.update(batch_size=2, workers=0)
   steps = STEPS if data == "photos" else ROOM_STEPS
   of_length(config, steps)
   config.optim.lr, config.optim.schedule.warmup = 1e-3, 0
