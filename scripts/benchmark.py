@@ -1,7 +1,7 @@
 """Speed and memory of a config's training step, and of what one would take in its place.
 
 python scripts/benchmark.py --config=configs/nyu_depth.py:vpd --made_up --batch=24 --config.dtype=bfloat16 \
-    [--steps=30] [--forward] [--versus=torch] [--json=FILE] [--config.backbone.attention=cudnn ...]
+    [--steps=30] [--forward] [--versus=torch] [--json=FILE] [--config.mesh.fsdp=8 ...]
 
 Prints compile seconds, step time (median, p95), images and model TFLOP a second and chip, share of the chip's peak,
 peak memory, and how long a step waited for its input. Batches come from the config's data set, or are made up with
@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from vpd_jax import assemble, chips, config_file, plan, plan_search, programs, sharding, start, train
+from vpd_jax import assemble, chips, config_file, evaluate, plan, plan_search, programs, sharding, start, train
 from vpd_jax.data import pipeline
 
 FLAGS = flags.FlagValues()  # of its own: vpd_jax.main has flags of the same names
@@ -114,8 +114,8 @@ def ours(config: ConfigDict) -> Result:
   state = made_up_state(config, product, mesh)
   if FORWARD.value:
     weights = state.params, state.frozen, state.stats
-    model = lambda weights, b: product.task.predict(product.parts.merge(*weights)(b, training=False))
-    forward = jax.jit(model).lower(weights, batch).compile()
+    forward = evaluate.on_mesh(evaluate.make_scores(product), config, product, mesh)
+    forward = jax.jit(forward).lower(weights, batch).compile()
     times = timed(lambda b: forward(weights, b), again, STEPS.value, WARM_UP.value)
     result["forward_ms"] = statistics.median(times)
     del forward, weights  # the step takes the memory of its state over

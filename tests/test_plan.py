@@ -60,13 +60,6 @@ def test_keys_without_a_shape_are_named():
     plan.batch_shapes(config_of(), ("image", "sound"), "train")
 
 
-def test_auto_attention_is_that_of_the_platform():
-  config = config_of(**{"backbone.attention": "auto"})
-  assert plan.for_platform(config, "cpu").backbone.attention == "auto"  # this process knows
-  assert plan.for_platform(config, "tpu").backbone.attention == "xla"
-  assert plan.for_platform(config_of(**{"backbone.attention": "chunked"}), "tpu").backbone.attention == "chunked"
-
-
 @pytest.mark.parametrize(
   "message, asked",
   [

@@ -1,13 +1,15 @@
 """A run from start to end: train, stop, resume, evaluate, predict; in small, on the embedded rooms."""
 
+import contextlib
 import json
+import logging
 
 import jax
 import numpy as np
 import pytest
 
 from tests import tiny
-from vpd_jax import assemble, config_file, evaluate, predict_folder, start, train
+from vpd_jax import assemble, config_file, evaluate, plan, predict_folder, sharding, start, train
 from vpd_jax.checkpoint import Checkpoints
 
 
@@ -33,10 +35,44 @@ def arrays(workdir, step):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def compilations():
+  """What jax says of each program that it compiles while this file's undisturbed run runs."""
+  return []
+
+
+@contextlib.contextmanager
+def listening(messages):
+  """Puts what jax says of compiling into `messages`."""
+  handler = logging.Handler()
+  handler.emit = lambda record: messages.append(record.getMessage())
+  logging.getLogger("jax").addHandler(handler)
+  try:
+    with jax.log_compiles():
+      yield
+  finally:
+    logging.getLogger("jax").removeHandler(handler)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, compilations):
   """(workdir, scores) of an undisturbed run of four steps."""
   workdir = tmp_path_factory.mktemp("undisturbed")
-  return workdir, train.run(rooms(), str(workdir))
+  with listening(compilations):
+    return workdir, train.run(rooms(), str(workdir))
+
+
+def test_a_run_compiles_its_step_once(run, compilations):
+  made = [message for message in compilations if "Finished XLA compilation of jit(train_step)" in message]
+  assert len(made) == 1, made
+
+
+def test_a_second_start_finds_its_step_compiled(run):
+  config, messages = rooms(), []
+  product, mesh = assemble.assemble(config), sharding.make_mesh()
+  jax.clear_caches()
+  with listening(messages):
+    train.compile_step(config, product, mesh, plan.batch_shapes(config, product.keys, "train"))
+  assert any("compilation cache hit for 'jit_train_step'" in message for message in messages), messages
 
 
 def test_a_finished_run_has_nothing_to_do(run, capsys):

@@ -21,6 +21,7 @@ from vpd_jax.data import pipeline
 from vpd_jax.types import Array, Batch, Named, Rows
 
 Weights = tuple[Named, Named, Named]  # params, frozen, stats
+Step = Callable[[Weights, Batch], Any]
 
 
 class Evaluation(NamedTuple):
@@ -63,6 +64,17 @@ def make_step(config: ConfigDict, product: Product) -> Callable[[Weights, Batch]
   return step
 
 
+def on_mesh(step: Step, config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> Step:
+  """A step as a program for this mesh: weights that are split are gathered, kernels run on each device's rows."""
+  gather = start.gather(config, product, mesh)
+
+  def run(weights: Weights, batch: Batch) -> Any:
+    with sharding.tracing(mesh):
+      return step(tuple(map(gather, weights)), batch)
+
+  return run
+
+
 def lower_step(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh, batch: Batch) -> jax.stages.Lowered:
   """The network's part of evaluation before it is compiled, of a batch of pictures, or of windows for any size.
 
@@ -72,7 +84,7 @@ def lower_step(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh, ba
   spread = sharding.batch_sharding(mesh)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread), batch)
   step = make_scores(product) if product.task.way == "sliding" else make_step(config, product)
-  return jax.jit(step).lower((state.params, state.frozen, state.stats), shapes)
+  return jax.jit(on_mesh(step, config, product, mesh)).lower((state.params, state.frozen, state.stats), shapes)
 
 
 class _Batches:
@@ -84,7 +96,7 @@ class _Batches:
     self._batch_size, self._product, self._dataset = config.eval.batch_size, product, dataset
     self._encodings = encodings
     self._sharding = sharding.batch_sharding(mesh)
-    self._step = jax.jit(make_step(config, product))
+    self._step = jax.jit(on_mesh(make_step(config, product), config, product, mesh))
 
   def __call__(self, weights: Weights, panels: int) -> Iterator[tuple[Rows, np.ndarray]]:
     """Rows of each batch, all processes together, with "real"; and the predictions, none once there are `panels`."""
@@ -113,7 +125,7 @@ class _Pictures:
     # The devices of one process work together, and wait for no other.
     self._local = mesh if jax.process_count() == 1 else sharding.make_mesh(devices=jax.local_devices())
     self._labelling = labelling.Labelling(
-      make_scores(product),
+      on_mesh(make_scores(product), config, product, self._local),
       labelling.parse(config.eval.test_time),
       at_once=config.eval.batch_size // jax.process_count(),
       small=config.eval.small,

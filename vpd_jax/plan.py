@@ -35,8 +35,12 @@ KEYS = {
 }
 EFFORTS = {
   "default": {},
-  # A tenth of the time and less; the program is slower and takes more memory than what a run would use.
-  "low": {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0},
+  # A hundredth of the time; the program is slower and takes more memory than what a run would use. The levels are
+  # XLA's EFFORT_O0: the two efforts alone took five times as long for VPD on v5e:2x4, and saved no memory.
+  "low": {
+    **{"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0},
+    **{"optimization_level": 9, "memory_fitting_level": 9},
+  },
 }
 # libtpu asks a server in Google's cloud otherwise, writes a page of text, and lets one process in only.
 QUIET = {
@@ -70,7 +74,6 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
     raise ValueError(f"--effort={effort!r} is unknown; choose one of {sorted(EFFORTS)}.")
   config = start.complete(config, config.init.run or config.init.pretrained)
   devices = slice_of(topology) if topology else jax.devices()
-  config = for_platform(config, devices[0].platform)
   limit = limit or memory_of(devices[0])
   kept = _Kept(workdir)
   measure = lambda config, step: kept.report(config, step, devices, topology, effort if topology else "default", limit)
@@ -118,17 +121,6 @@ def slice_of(topology: str) -> list[jax.Device]:
       f"--topology={topology!r} cannot be planned for ({reason}); names are like v5e:2x4, v5p:2x2x1, v6e:16x16."
     ) from error
   return devices
-
-
-def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
-  """The config with what "auto" means there, for it looks at the backend of this process.
-
-  On accelerators `backbone.attention="auto"` is "xla", see backbones/attention.py.
-  """
-  config = config.copy_and_resolve_references().unlock()
-  if platform != jax.default_backend() and config.backbone.attention == "auto":
-    config.backbone.attention = "chunked" if platform == "cpu" else "xla"
-  return config.lock()
 
 
 def memory_of(device: jax.Device) -> int:

@@ -1,15 +1,19 @@
 """Where each array of the training state lives: one mesh, one rule."""
 
+import contextlib
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from vpd_jax.types import Named
 
 AXES = ("data", "fsdp")
 Rules = Sequence[tuple[str, Sequence[str | None]]]
@@ -127,6 +131,11 @@ def place(arrays: Any, shardings: Any) -> Any:
   )
 
 
+def tracing(mesh: Mesh) -> contextlib.AbstractContextManager:
+  """To be entered where a program for this mesh is traced: attention asks it for its platform and devices."""
+  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The first axis of every array of a Batch is split over all devices."""
   return NamedSharding(mesh, P(AXES))
@@ -147,6 +156,36 @@ def on_devices_of_one_process(arrays: Any, mesh: Mesh, local: Mesh) -> Any:
   """
   whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(arrays)
   return jax.tree.map(lambda x: jax.device_put(x.addressable_data(0), replicated(local)), whole)
+
+
+def gathered(arrays: Named, shardings: Mapping[str, NamedSharding], dtype: Any) -> Named:
+  """The arrays that are split, whole on every device in the dtype of computation; the others as they are.
+
+  To be called where a step uses them. Left alone, the partitioner splits activations along the axes of the weights and
+  carries them to and fro between the layers; so it carries the weights, and nothing else. Gradients come back split.
+
+  Args:
+    arrays: by name, in a traced function.
+    shardings: where they lie, by name.
+    dtype: in which the layers take them anyway: it is cast first, so that less is carried.
+  """
+  split = {name: where for name, where in shardings.items() if any(axis is not None for axis in where.spec)}
+  return {name: _whole(x, split[name], dtype) if name in split else x for name, x in arrays.items()}
+
+
+def _whole(x: jax.Array, where: NamedSharding, dtype: Any) -> jax.Array:
+  """One array of `gathered`."""
+  kept = x.dtype
+
+  @jax.custom_vjp
+  def gather(x: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x.astype(dtype), replicated(where.mesh))
+
+  def backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(gradient, where).astype(kept),)
+
+  gather.defvjp(lambda x: (gather(x), None), backward)
+  return gather(x) if jnp.issubdtype(kept, jnp.floating) else x
 
 
 def array_name(path: Any) -> str:

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ from vpd_jax.assemble import Product
 from vpd_jax.checkpoint import Checkpoints, is_workdir
 from vpd_jax.convert import clip, load, stable_diffusion, towers
 from vpd_jax.types import Named, TrainState
+
+Gather = Callable[[Named], Named]
 
 CLASS_VECTORS = "method/class_vectors"
 TEXT_ENCODER, IMAGE_ENCODER = "method/text_encoder/", "method/image_encoder/"
@@ -225,6 +227,13 @@ def state_shapes(config: ConfigDict, product: Product) -> TrainState:
 def state_shardings(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> TrainState:
   """Where each array of the state lies."""
   return sharding.state_shardings(mesh, state_shapes(config, product), rules=config.mesh.rules)
+
+
+def gather(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> Gather:
+  """Makes the model's arrays whole where a program for this mesh uses them, see sharding.gathered."""
+  where = state_shardings(config, product, mesh)
+  lying = {**where.params, **where.frozen, **where.stats}
+  return lambda named: sharding.gathered(named, lying, assemble.dtype(config, "dtype"))
 
 
 def resume_or_start(

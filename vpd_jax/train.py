@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,12 @@ def group_losses(task: Task, outputs: Outputs, batch: Batch, branches: tuple[Bra
 
 
 def make_gradients(
-  product: Product, *, loss_group: int, accumulation: int, mesh: Mesh | None = None
+  product: Product,
+  *,
+  loss_group: int,
+  accumulation: int,
+  mesh: Mesh | None = None,
+  gather: start.Gather = lambda named: named,
 ) -> Callable[..., Any]:
   """(params, frozen, stats, batch, key) -> (gradients, loss, logs, new stats); the key is for dropout.
 
@@ -66,7 +72,7 @@ def make_gradients(
   branches = product.method.branches(True)
 
   def loss_fn(params: Named, frozen: Named, stats: Named, batch: Batch, key: Array | None):
-    model = parts.merge(params, frozen, stats)
+    model = parts.merge(gather(params), gather(frozen), stats)
     loss = group_losses(task, model(batch, training=True, key=key), batch, branches, loss_group)
     return loss.value, (loss, params_lib.stats(model))
 
@@ -118,12 +124,13 @@ def make_step(
   ema_decay: float = 0.0,
   seed: int = 0,
   mesh: Mesh | None = None,
+  gather: start.Gather = lambda named: named,
 ) -> Step:
   """The training step: pure, from state and batch to state and logs, to be jitted once with the state donated.
 
   Dropout's random numbers come from `seed` and the number of the step, so that a run that goes on draws the same ones.
   """
-  gradients = make_gradients(product, loss_group=loss_group, accumulation=accumulation, mesh=mesh)
+  gradients = make_gradients(product, loss_group=loss_group, accumulation=accumulation, mesh=mesh, gather=gather)
   update = make_update(product, ema_decay=ema_decay)
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -191,10 +198,12 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     encode = lambda local: evaluator.encodings(local, state.frozen)
     batches = stack.enter_context(contextlib.closing(_batches(config, product, dataset, mesh, begin, encode)))
     batch = next(batches)
+    clock = time.monotonic()
     compiled = compile_step(config, product, mesh, batch)
+    clock = time.monotonic() - clock
     # XLA counts the body of a loop once: the parts of an accumulated batch are one.
     flops = (compiled.cost_analysis() or {}).get("flops", 0.0) * config.optim.accumulation
-    log(f"compiled; {flops / 1e9:.1f} GFLOP and {_memory(compiled)} per device and step")
+    log(f"compiled; {flops / 1e9:.1f} GFLOP and {_memory(compiled)} per device and step; {clock:.0f} s")
     progress = writers.Progress(end, config.data.batch_size, start=begin, devices=mesh.size)
     trace = stack.enter_context(Trace(config.profile, workdir, log))
     pending = []
@@ -259,14 +268,15 @@ def lower_step(config: ConfigDict, product: Product, mesh: Mesh, batch: Batch) -
   """The jitted step before it is compiled; `batch` and the devices of `mesh` may be mere descriptions."""
   where = start.state_shardings(config, product, mesh)
   options = {field: config.optim[field] for field in ("loss_group", "accumulation", "ema_decay")}
-  step = make_step(product, **options, seed=config.seed, mesh=mesh)
+  step = make_step(product, **options, seed=config.seed, mesh=mesh, gather=start.gather(config, product, mesh))
   spread = sharding.batch_sharding(mesh)
   jitted = jax.jit(
     step, donate_argnums=0, in_shardings=(where, spread), out_shardings=(where, sharding.replicated(mesh))
   )
   abstract = sharding.abstract(start.state_shapes(config, product), where)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread), batch)
-  return jitted.lower(abstract, shapes)
+  with sharding.tracing(mesh):
+    return jitted.lower(abstract, shapes)
 
 
 def check_finite(pending: list[tuple[int, Array, Array]]) -> list:

@@ -1,11 +1,14 @@
 """Every implementation of attention gives the same numbers and gradients; the chunked one takes less memory."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.golden import fill
+from vpd_jax import sharding
 from vpd_jax.backbones import attention as module
 from vpd_jax.backbones.attention import attention, attention_with_map, masked_attention
 
@@ -71,6 +74,24 @@ def test_gradients_of_the_splash_kernel_interpreted_are_those_of_xla(monkeypatch
     np.testing.assert_allclose(kernel, xla, rtol=0, atol=1e-5 * np.abs(xla).max())
 
 
+@pytest.mark.multidevice
+@pytest.mark.parametrize("batch", [8, 3], ids=["a row each", "rows that do not divide"])
+def test_on_a_mesh_every_device_runs_the_splash_kernel_on_its_rows(batch, monkeypatch):
+  seen, here = [], module._splash_here
+  monkeypatch.setattr(module, "_splash_here", lambda *args, **kw: seen.append(args[0].shape) or here(*args, **kw))
+  mesh = sharding.make_mesh(2, 4)
+  args = inputs(200, 140, batch=batch, heads=2)
+
+  def attend(*args):
+    with sharding.tracing(mesh):
+      return module._splash(*args, interpret=True)
+
+  expected = attention(*args, implementation="xla")
+  placed = jax.device_put(args, sharding.batch_sharding(mesh) if batch == 8 else sharding.replicated(mesh))
+  np.testing.assert_allclose(jax.jit(attend)(*placed), expected, rtol=1e-5, atol=1e-5)
+  assert [shape[0] for shape in seen] == [1 if batch == 8 else batch]
+
+
 @pytest.mark.x64
 @pytest.mark.parametrize("implementation", ["xla", "chunked", "auto"])
 def test_float64_stays_float64(implementation):
@@ -96,19 +117,28 @@ def test_bfloat16_has_a_float32_softmax_and_a_bfloat16_result(implementation):
   np.testing.assert_allclose(np.asarray(actual, np.float32), restated(*args)[0], atol=2e-2)
 
 
-def chosen(tokens, backend, monkeypatch):
-  """The implementation that "auto" takes."""
-  monkeypatch.setattr(jax, "default_backend", lambda: backend)
-  monkeypatch.setattr(module, "_chunked", lambda *args: "chunked")
-  monkeypatch.setattr(module, "_weighted", lambda *args: "xla")
-  return attention(*inputs(tokens, 1))
-
-
-@pytest.mark.parametrize("tokens, backend, expected", [
-  (1023, "cpu", "xla"), (1024, "cpu", "chunked"), (4096, "cpu", "chunked"), (1024, "gpu", "xla"), (4096, "tpu", "xla"),
+# On CPU few keys are cut too; the fused kernels are for long self-attention.
+@pytest.mark.parametrize("tokens, keys, width, backend, expected", [
+  (1023, 1023, 40, "cpu", "xla"), (1024, 1024, 40, "cpu", "chunked"), (4096, 1, 40, "cpu", "chunked"),
+  (1023, 1023, 40, "gpu", "xla"), (1024, 1024, 80, "gpu", "cudnn"), (4096, 50, 40, "gpu", "xla"),
+  (4096, 4096, 512, "gpu", "xla"), (1024, 1024, 80, "tpu", "xla"), (4096, 4096, 40, "tpu", "splash"),
+  (4096, 50, 40, "tpu", "xla"), (4096, 4096, 40, "something new", "xla"),
 ])  # fmt: skip
-def test_auto_cuts_the_queries_on_cpu_from_1024_tokens(tokens, backend, expected, monkeypatch):
-  assert chosen(tokens, backend, monkeypatch) == expected
+def test_auto_takes_the_kernel_of_the_platform_for_long_self_attention(
+  tokens, keys, width, backend, expected, monkeypatch
+):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability="9.0")])
+  query, key = (jax.ShapeDtypeStruct((1, n, 8, width), jnp.bfloat16) for n in (tokens, keys))
+  assert module._best(query, key) == expected
+
+
+@pytest.mark.parametrize("dtype, capability", [(jnp.float32, "9.0"), (jnp.bfloat16, "7.0"), (jnp.bfloat16, None)])
+def test_auto_leaves_what_the_fused_kernel_does_not_take(dtype, capability, monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+  query = jax.ShapeDtypeStruct((1, 4096, 8, 40), dtype)
+  assert module._best(query, query) == "xla"
 
 
 def test_an_unknown_implementation_names_the_known_ones():

@@ -67,6 +67,20 @@ def test_vae_encoder_gives_the_authors_latents_and_taps():
     oracle.compare(oracle.nchw(value), arrays, name, 1e-5)
 
 
+def test_latents_in_bfloat16_are_the_authors_within_its_rounding():
+  """Twenty layers of 8 bits each, norms and softmax in float32: 1.8 % of the latents' spread was seen."""
+  kinds = {"dtype": jnp.bfloat16, "param_dtype": jnp.float32}
+  parts = params_lib.describe(lambda: vae.VaeEncoder(TINY_VAE, rngs=nnx.Rngs(0), **kinds))
+  _, named = network("sd_vae_encoder", lambda **k: vae.VaeEncoder(TINY_VAE, **k))
+  arrays = oracle.golden("sd_vae_encoder.tiny.npz")
+  mean = jax.jit(lambda a, x: parts.merge(a)(x).mean)(named, nhwc(arrays["input/image"]))
+  assert mean.dtype == jnp.bfloat16
+  expected = arrays["output/latents"]
+  error = np.abs(oracle.nchw(mean.astype(jnp.float32)) - expected)
+  assert np.sqrt((error**2).mean()) <= 0.025 * expected.std()
+  assert error.max() <= 0.05 * np.abs(expected).max()
+
+
 def test_clip_text_gives_the_authors_states():
   parts, named = network("clip_text", lambda **k: clip.ClipText(TINY_TEXT, **k))
   arrays = oracle.golden("clip_text.tiny.npz")

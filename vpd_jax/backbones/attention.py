@@ -1,18 +1,25 @@
 """Scaled dot-product attention: one function, four implementations."""
 
+import functools
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, PartitionSpec
 
 from vpd_jax.types import Array
 
 Implementation = Literal["auto", "xla", "chunked", "cudnn", "splash"]
 IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn", "splash")
+OF_PLATFORM = {"cpu": "chunked", "gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}
 CHUNK = 256  # queries per scan step: 8 heads x 256 x 4096 float32 scores are 32 MiB per image
 CUDNN_WIDTH = 128  # widest head the fused kernel takes on every GPU; SD's coarsest levels and its VAE are wider
-CHUNKED_FROM = 1024  # tokens from which "auto" cuts the queries on CPU
+CUDNN_FROM = 8.0  # compute capability: Ampere
+# Tokens, queries and keys alike, from which "auto" leaves "xla": below, all scores are small and its products fast.
+LONG = {"chunked": 1024, "cudnn": 1024, "splash": 2048}
+BLOCK = 512  # queries and keys that the kernel on TPUs holds at a time
 
 
 def attention(query: Array, key: Array, value: Array, *, implementation: Implementation = "auto") -> Array:
@@ -22,9 +29,9 @@ def attention(query: Array, key: Array, value: Array, *, implementation: Impleme
     query: float [B, N, heads, D].
     key, value: float [B, M, heads, D].
     implementation: "xla" keeps all scores; "chunked" scans over blocks of queries and recomputes them in the backward
-      pass, so that memory grows with N and not N^2; "cudnn" is the fused kernel on NVIDIA GPUs (float16, bfloat16), in
-      whose place "auto" serves heads that are too wide for it; "splash" the Pallas kernel on TPUs; "auto" takes
-      "chunked" on CPU from 1024 queries on, else "xla".
+      pass, so that memory grows with N and not N^2; "cudnn" is the fused kernel on NVIDIA GPUs (float16, bfloat16);
+      "splash" the Pallas kernel on TPUs; "auto" takes "chunked", "cudnn" or "splash" by the platform for long
+      self-attention, where it can, else "xla". "cudnn" leaves heads that are too wide for it to "xla" too.
 
   Returns:
     float [B, N, heads, D], the dtype of `query`.
@@ -34,16 +41,36 @@ def attention(query: Array, key: Array, value: Array, *, implementation: Impleme
   """
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"attention={implementation!r} is unknown; choose one of {IMPLEMENTATIONS}.")
-  if implementation == "auto" or (implementation == "cudnn" and query.shape[-1] > CUDNN_WIDTH):
-    long = query.shape[1] >= CHUNKED_FROM
-    implementation = "chunked" if long and jax.default_backend() == "cpu" else "xla"
+  if implementation == "auto":
+    implementation = _best(query, key)
   if implementation == "chunked":
     return _chunked(query, key, value)
   if implementation == "splash":
     return _splash(query, key, value)
-  if implementation == "cudnn":
+  if implementation == "cudnn" and query.shape[-1] <= CUDNN_WIDTH:
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
   return _weighted(_probabilities(query, key), value)
+
+
+def _best(query: Array, key: Array) -> Implementation:
+  """What "auto" takes: the platform is that of the mesh that is traced for (sharding.tracing), else of this process."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  best = OF_PLATFORM.get(device.platform if device else jax.default_backend(), "xla")
+  able = best != "cudnn" or _cudnn_takes(query)
+  # On CPU few keys are no reason to keep the scores of many queries.
+  tokens = query.shape[1] if best == "chunked" else min(query.shape[1], key.shape[1])
+  return best if able and tokens >= LONG.get(best, 0) else "xla"
+
+
+def _cudnn_takes(query: Array) -> bool:
+  """Whether the fused kernel knows this dtype and width, and this GPU."""
+  capability = getattr(jax.devices()[0], "compute_capability", None)
+  return (
+    query.dtype in (jnp.bfloat16, jnp.float16)
+    and query.shape[-1] <= CUDNN_WIDTH
+    and query.shape[-1] % 8 == 0
+    and float(capability or 0) >= CUDNN_FROM
+  )
 
 
 def attention_with_map(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
@@ -96,16 +123,41 @@ def _chunked(query: Array, key: Array, value: Array) -> Array:
 
 
 def _splash(query: Array, key: Array, value: Array, *, interpret: bool = False) -> Array:
-  """The Pallas kernel for TPUs: no scores in memory. Widths and tokens are filled with zeros to multiples of 128."""
+  """The kernel below; on a mesh each device runs it on its own rows, for XLA cannot cut a kernel itself."""
+  call = functools.partial(_splash_here, interpret=interpret)
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual)
+  count = math.prod(mesh.shape[name] for name in axes)
+  if count == 1:
+    return call(query, key, value)
+  rows = PartitionSpec(axes) if query.shape[0] % count == 0 else PartitionSpec()
+  return jax.shard_map(call, in_specs=rows, out_specs=rows, check_vma=False)(query, key, value)
+
+
+def _splash_here(query: Array, key: Array, value: Array, *, interpret: bool) -> Array:
+  """The Pallas kernel for TPUs: no scores in memory. Tokens are filled with zeros to whole blocks, widths to 128."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
   tokens, heads, width = query.shape[1:]
-  fill = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % 128), (0, 0), (0, -width % 128)))
-  q, k, v = (fill(x).swapaxes(1, 2) for x in (query * width**-0.5, key, value))  # [B, heads, N, lanes]
+  q_block, kv_block = (min(BLOCK, n + -n % 128) for n in (tokens, key.shape[1]))
+  fill = lambda x, block: jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, -width % 128))).swapaxes(1, 2)
+  q = fill(query * width**-0.5, q_block)  # [B, heads, N, lanes]
+  k, v = fill(key, kv_block), fill(value, kv_block)
   full = masks.MultiHeadMask([masks.FullMask((q.shape[2], k.shape[2])) for _ in range(heads)])
-  attend = kernel.make_splash_mha_single_device(mask=full, interpret=interpret)
+  sizes = {name: q_block if name.startswith("block_q") else kv_block for name in _BLOCKS}
+  attend = kernel.make_splash_mha_single_device(mask=full, block_sizes=kernel.BlockSizes(**sizes), interpret=interpret)
   # A query sees the keys of its own segment: the added queries see the real keys too, so that no softmax is empty.
-  segments = kernel.SegmentIds(np.zeros(q.shape[2], np.int32), (np.arange(k.shape[2]) >= key.shape[1]).astype(np.int32))
+  segments = None
+  if k.shape[2] > key.shape[1]:
+    real = np.arange(k.shape[2]) < key.shape[1]
+    segments = kernel.SegmentIds(np.zeros(q.shape[2], np.int32), (~real).astype(np.int32))
   out = jax.vmap(lambda *qkv: attend(*qkv, segments))(q, k, v)
   return out.swapaxes(1, 2)[:, :tokens, :, :width].astype(query.dtype)  # [B, N, heads, D]
+
+
+# Of forward pass, gradient by keys and values, gradient by queries.
+_BLOCKS = (
+  *("block_q", "block_kv", "block_kv_compute"),
+  *("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"),
+)

@@ -1,0 +1,192 @@
+"""The tables of docs/tpu.md: what the compiler says of whole networks on slices of TPUs that are not there.
+
+python benchmarks/tpu_plans.py              # every cell that benchmarks/tpu_plans.json does not hold yet
+python benchmarks/tpu_plans.py --only vpd/v5e:2x4 vpd/v6e:8x8
+python benchmarks/tpu_plans.py --write      # docs/tpu.md from that file, without any compilation
+
+Each cell is the command `--mode=plan` in a process of its own; ended from outside, it goes on where it was.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "tpu_plans.json"
+PAGE = ROOT / "docs" / "tpu.md"
+BEGIN, END = "<!-- tpu_plans.py: begin -->", "<!-- tpu_plans.py: end -->"
+CONFIGS = {
+  "vpd": ("VPD depth NYU", "configs/nyu_depth.py:vpd"),
+  "ade20k": ("MetaPrompts ADE20K", "configs/ade20k_seg.py:meta_prompts"),
+  "cityscapes": ("MetaPrompts Cityscapes", "configs/cityscapes_seg.py:meta_prompts"),
+}
+Report = dict[str, Any]
+
+
+class Cell(NamedTuple):
+  """One command.
+
+  Attributes:
+    config: key of CONFIGS.
+    slice: of TPUs.
+    flags: beside bfloat16, which is that of all.
+    effort: of the compiler.
+  """
+
+  config: str
+  slice: str
+  flags: tuple[str, ...] = ()
+  effort: str = "low"
+
+  @property
+  def name(self) -> str:
+    return "/".join([self.config, self.slice, *([self.effort] if self.effort != "low" else [])])
+
+  @property
+  def command(self) -> list[str]:
+    words = [f"--topology={self.slice}", f"--config={CONFIGS[self.config][1]}", "--config.dtype=bfloat16", *self.flags]
+    return ["-m", "vpd_jax.main", "--mode=plan", *words, *([f"--effort={self.effort}"] if self.effort != "low" else [])]
+
+
+def split(devices: int) -> str:
+  return f"--config.mesh.fsdp={devices}"
+
+
+# The published batch of all chips together: 24, 8 and 8. 256 chips take 3 images each, as 8 do of 24.
+PLANS = (
+  *(Cell("vpd", name, (split(n),)) for name, n in {"v5e:2x4": 8, "v5p:2x2x1": 4, "v6e:2x4": 8}.items()),
+  *(Cell("ade20k", name, (split(n),)) for name, n in {"v5e:2x4": 8, "v5p:2x2x1": 4, "v6e:2x4": 8}.items()),
+  *(Cell("cityscapes", name, (split(n),)) for name, n in {"v5e:2x4": 8, "v5p:2x2x1": 4, "v6e:2x4": 8}.items()),
+  Cell("vpd", "v5e:16x16", (split(8), "--config.data.batch_size=768", "--config.eval.batch_size=256")),
+  Cell("vpd", "v5e:2x4", (split(8),), "default"),
+)
+# At 3 images a chip, the state on 8 chips where there are as many.
+SCALING = (
+  Cell("vpd", "v6e:1x1", ("--config.data.batch_size=3", "--config.eval.batch_size=1")),
+  Cell("vpd", "v6e:2x4", (split(8),)),
+  Cell("vpd", "v6e:8x8", (split(8), "--config.data.batch_size=192", "--config.eval.batch_size=64")),
+  Cell("vpd", "v6e:16x16", (split(8), "--config.data.batch_size=768", "--config.eval.batch_size=256")),
+)
+CELLS = {cell.name: cell for cell in (*PLANS, *SCALING)}
+
+
+def held() -> dict[str, list[Report]]:
+  """The reports of each finished cell, in the order in which they were made."""
+  return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def measure(cell: Cell, minutes: float) -> None:
+  """Runs the command and keeps its reports; one that is not finished in time leaves those that are."""
+  folder = ROOT / "runs" / "tpu_plans" / cell.name.replace("/", "_").replace(":", "_")
+  command = [sys.executable, *cell.command, f"--workdir={folder}"]
+  try:
+    ended = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, timeout=60 * minutes or None)
+    if ended.returncode:
+      sys.exit(ended.returncode)
+    finished = True
+  except subprocess.TimeoutExpired:
+    finished = False
+  path = folder / "plan.json"
+  reports = list(json.loads(path.read_text()).values()) if path.exists() else []
+  if not finished:
+    reports.append({"unfinished_minutes": minutes})
+  unfinished = RESULTS.with_suffix(".unfinished")
+  unfinished.write_text(json.dumps(held() | {cell.name: reports}, indent=1) + "\n")
+  unfinished.replace(RESULTS)
+
+
+def tables(results: dict[str, list[Report]]) -> str:
+  """Both tables in Markdown; a cell without reports is "not yet run"."""
+  head = "| config, images of all chips | slice | settings | state a chip | peak of | operations | collectives | {} |"
+  lines = [head.format("compiler's estimate | compiled in"), "|---" * 9 + "|"]
+  for cell in PLANS:
+    lines += _rows(cell, results.get(cell.name, []))
+  steps = [_train(results.get(cell.name, [])) for cell in SCALING]
+  lines += [
+    "",
+    "| chips (v6e) | images | mesh | operations a chip | of 1 chip | collectives a chip |",
+    "|---" * 6 + "|",
+  ]
+  one = steps[0]["flops"] if steps[0] else None
+  for cell, step in zip(SCALING, steps, strict=True):
+    if not step or "flops" not in step:
+      lines.append(f"| {cell.slice} | | | not yet run | | |")
+      continue
+    share = f"{100 * step['flops'] / one:.1f} %" if one else "-"
+    mesh = f"{step['mesh']['data']} x {step['mesh']['fsdp']}"
+    words = f"{step['devices']} | {step['batch']} | {mesh} | {step['flops'] / 1e12:.3f} TFLOP | {share}"
+    lines.append(f"| {words} | {_collectives(step)} |")
+  return "\n".join(lines)
+
+
+def _train(reports: list[Report]) -> Report:
+  """The first report on a training step; empty where there is none."""
+  return next((r for r in reports if r.get("step") == "train"), {})
+
+
+def _rows(cell: Cell, reports: list[Report]) -> list[str]:
+  """A line for each compilation of a cell."""
+  title = CONFIGS[cell.config][0]
+  at = cell.slice + (f", {cell.effort} effort" if cell.effort != "low" else "")
+  if not reports:
+    return [f"| {title} | {at} | | | not yet run | | | | |"]
+  return [_row(title, at, report) for report in reports]
+
+
+def _row(title: str, at: str, report: Report) -> str:
+  if "unfinished_minutes" in report:
+    return f"| {title} | {at} | | | not finished after {report['unfinished_minutes']:g} minutes | | | | |"
+  gib = lambda value: f"{value / 2**30:.2f}"
+  peak = "?" if report.get("peak") is None else gib(report["peak"])
+  settings = [f"{report['mesh']['data']} x {report['mesh']['fsdp']}"] + ["remat"] * bool(report["remat"])
+  settings += [f"accumulation {report['accumulation']}"] * (report["accumulation"] > 1)
+  cells = [
+    f"{title}, {report['step']}, {report['batch']}",
+    at,
+    ", ".join(settings),
+    gib(sum(report["state"].values())) + " GiB",
+    f"{peak} of {gib(report['limit'])} GiB, {'fits' if report['fits'] else '**does not fit**'}",
+    f"{report['flops'] / 1e12:.2f} TFLOP" if "flops" in report else "",
+    _collectives(report),
+    f"{1e3 * report['optimal_seconds']:.0f} ms" if report.get("optimal_seconds", 0) > 0 else "",
+    f"{report['compile_seconds']:.0f} s",
+  ]
+  return f"| {' | '.join(cells)} |"
+
+
+def _collectives(report: Report) -> str:
+  found = sorted(report.get("collectives", {}).items(), key=lambda item: -item[1][1])
+  if not found:
+    return "none" if "collectives" in report else ""
+  kinds = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, (_, size) in found)
+  return f"{sum(size for _, (_, size) in found) / 1e9:.2f} GB: {kinds}"
+
+
+def write(page: str, results: dict[str, list[Report]]) -> str:
+  """The page with what stands between the two markers replaced."""
+  before, begin, rest = page.partition(BEGIN)
+  _, end, after = rest.partition(END)
+  if not (begin and end):
+    raise ValueError(f"the page must hold {BEGIN!r} and behind it {END!r}.")
+  return "\n".join([before + begin, tables(results), end + after])
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description="What the compiler says of training on slices of TPUs.")
+  parser.add_argument("--only", nargs="+", choices=CELLS, help="default: all that are not there")
+  parser.add_argument("--minutes", type=float, default=0, help="after which a cell is given up; 0: never")
+  parser.add_argument("--write", action="store_true", help="only write docs/tpu.md")
+  options = parser.parse_args()
+  if options.write:
+    PAGE.write_text(write(PAGE.read_text(), held()))
+    return
+  for name in options.only or [name for name in CELLS if name not in held()]:
+    measure(CELLS[name], options.minutes)
+
+
+if __name__ == "__main__":
+  main()

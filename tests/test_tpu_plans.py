@@ -1,0 +1,70 @@
+"""The tables of docs/tpu.md are those of benchmarks/tpu_plans.json."""
+
+import importlib.util
+import sys
+
+import pytest
+
+from vpd_jax import config_file
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def tpu_plans():
+  spec = importlib.util.spec_from_file_location("tpu_plans", config_file.PROJECT / "benchmarks" / "tpu_plans.py")
+  module = importlib.util.module_from_spec(spec)
+  sys.modules["tpu_plans"] = module
+  spec.loader.exec_module(module)
+  return module
+
+
+def report(step="train", **changes):
+  made = {
+    **{"step": step, "devices": 8, "mesh": {"data": 1, "fsdp": 8}, "batch": 24, "accumulation": 1, "remat": False},
+    **{"state": {"params": GIB, "opt_state": 2 * GIB}, "peak": 5 * GIB, "limit": 16 * GIB, "fits": True},
+    **{"flops": 2.5e12, "collectives": {"all-gather": (3, 2e9), "all-reduce": (1, 5e8)}, "optimal_seconds": 0.25},
+    "compile_seconds": 100.2,
+  }
+  return made | changes
+
+
+def test_the_page_holds_what_was_compiled(tpu_plans):
+  page = tpu_plans.PAGE.read_text()
+  assert tpu_plans.write(page, tpu_plans.held()) == page
+
+
+def test_each_compilation_is_a_line(tpu_plans):
+  too_large = report(peak=20 * GIB, fits=False, remat=True, accumulation=3)
+  del too_large["flops"], too_large["collectives"], too_large["optimal_seconds"]
+  lines = tpu_plans.tables({"vpd/v5e:2x4": [too_large, report("eval", batch=8), {"unfinished_minutes": 60}]}).split(
+    "\n"
+  )
+  assert lines[2] == (
+    "| VPD depth NYU, train, 24 | v5e:2x4 | 1 x 8, remat, accumulation 3 | 3.00 GiB | 20.00 of 16.00 GiB, "
+    "**does not fit** |  |  |  | 100 s |"
+  )
+  assert lines[3] == (
+    "| VPD depth NYU, eval, 8 | v5e:2x4 | 1 x 8 | 3.00 GiB | 5.00 of 16.00 GiB, fits | 2.50 TFLOP | "
+    "2.50 GB: all-gather 2.00, all-reduce 0.50 | 250 ms | 100 s |"
+  )
+  assert "not finished after 60 minutes" in lines[4]
+  assert "not yet run" in lines[5]
+
+
+def test_operations_are_compared_with_those_of_one_chip(tpu_plans):
+  results = {"vpd/v6e:1x1": [report(devices=1, flops=2e12, collectives={})], "vpd/v6e:2x4": [report(flops=2.02e12)]}
+  lines = tpu_plans.tables(results).split("\n")[-4:]
+  assert "| 2.000 TFLOP | 100.0 % | none |" in lines[0]
+  assert "| 2.020 TFLOP | 101.0 % | 2.50 GB" in lines[1]
+  assert "not yet run" in lines[2]
+
+
+def test_a_page_without_the_markers_is_refused(tpu_plans):
+  with pytest.raises(ValueError, match="the page must hold"):
+    tpu_plans.write("# TPUs", {})
+
+
+def test_every_cell_is_a_config_that_loads(tpu_plans):
+  for cell in tpu_plans.CELLS.values():
+    assert config_file.load(tpu_plans.CONFIGS[cell.config][1]).data.batch_size in (8, 24), cell
