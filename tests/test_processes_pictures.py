@@ -61,10 +61,10 @@ def test_two_processes_score_pictures_as_one_does(tmp_path):
   run(tmp_path, "train", 2, 2)
   (tmp_path / "run" / "eval.json").unlink(missing_ok=True)
   together = run(tmp_path, "eval", 2, 2)
-  scores = json.loads((tmp_path / "run" / "eval.json").read_text())
+  scores = json.loads((tmp_path / "run" / "eval.json").read_text())["scores"]
   (tmp_path / "run" / "eval.json").unlink()
   run(tmp_path, "eval", 1, 4)
-  alone = json.loads((tmp_path / "run" / "eval.json").read_text())
+  alone = json.loads((tmp_path / "run" / "eval.json").read_text())["scores"]
   print(scores, together[0])
   assert scores.keys() == alone.keys() and 0 < alone["eval/rooms/mIoU"] < 1
   for name, value in alone.items():
