@@ -8,7 +8,7 @@ import pytest
 
 from tests import tiny
 from tests.test_configs import batch_for
-from vpd_jax import assemble, config_file, plan, start
+from vpd_jax import assemble, config_file, plan, sharding, start
 
 MIB = 2**20
 
@@ -184,3 +184,9 @@ def test_a_slice_that_is_not_there(capsys):
   assert found["train"]["optimal_seconds"] > 0 and found["train"]["collectives"]
   with pytest.raises(ValueError, match="cannot be planned for"):
     plan.run(config, "v5e:3x5")
+
+
+def test_weights_can_be_split_over_part_of_a_side_of_the_network():
+  pytest.importorskip("libtpu")
+  devices = plan.slice_of("v6e:16x16")
+  assert dict(sharding.make_mesh(-1, 8, devices=devices).shape) == {"data": 32, "fsdp": 8}
