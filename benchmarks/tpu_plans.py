@@ -165,7 +165,7 @@ def _row(title: str, at: str, report: Report) -> str:
 def _collectives(report: Report) -> str:
   found = sorted(report.get("collectives", {}).items(), key=lambda item: -item[1][1])
   if not found:
-    return "none" if "collectives" in report else ""
+    return "none" if "collectives" in report else "not told" if "flops" in report else ""
   kinds = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, (_, size) in found)
   return f"{sum(size for _, (_, size) in found) / 1e9:.2f} GB: {kinds}"
 

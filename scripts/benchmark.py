@@ -203,7 +203,9 @@ def main() -> None:
     config.data.batch_size = BATCH.value
   groups = {name: config.optim[name] for name in ("loss_group", "norm_group") if config.optim.get(name)}
   if wrong := [f"config.optim.{name}={n}" for name, n in groups.items() if config.data.batch_size % n]:
-    print(f"error: a batch of {config.data.batch_size} is not cut by {', '.join(wrong)}; 0 is one group", file=sys.stderr)
+    print(
+      f"error: a batch of {config.data.batch_size} is not cut by {', '.join(wrong)}; 0 is one group", file=sys.stderr
+    )
     sys.exit(2)
   # The other side first: on a GPU, JAX takes most of the memory with the first thing it does, and keeps it.
   sides = {"torch": torch_side(config)} if VERSUS.value else {}

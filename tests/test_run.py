@@ -66,15 +66,6 @@ def test_a_run_compiles_its_step_once(run, compilations):
   assert len(made) == 1, made
 
 
-def test_a_second_start_finds_its_step_compiled(run):
-  config, messages = rooms(), []
-  product, mesh = assemble.assemble(config), sharding.make_mesh()
-  jax.clear_caches()
-  with listening(messages):
-    train.compile_step(config, product, mesh, plan.batch_shapes(config, product.keys, "train"))
-  assert any("compilation cache hit for 'jit_train_step'" in message for message in messages), messages
-
-
 def test_a_finished_run_has_nothing_to_do(run, capsys):
   assert train.run(rooms(), str(run[0])) == {}
   assert "nothing to do: step 4 of 4" in capsys.readouterr().out
@@ -152,3 +143,12 @@ def test_the_learning_rate_of_no_step_is_lost_by_a_resume(run, tmp_path):
   rates = [line["lr/rest"] for line in lines if "lr/rest" in line]
   product = assemble.assemble(rooms())
   np.testing.assert_allclose(rates, [float(product.rate(np.int32(i))) for i in range(4)], rtol=1e-5, atol=1e-12)
+
+
+def test_a_second_start_finds_its_step_compiled(run):
+  config, messages = rooms(), []
+  product, mesh = assemble.assemble(config), sharding.make_mesh()
+  jax.clear_caches()  # the last test of this file
+  with listening(messages):
+    train.compile_step(config, product, mesh, plan.batch_shapes(config, product.keys, "train"))
+  assert any("compilation cache hit for 'jit_train_step'" in message for message in messages), messages

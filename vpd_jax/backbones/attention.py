@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
+from vpd_jax.backbones.platform import platform
 from vpd_jax.types import Array
 
 Implementation = Literal["auto", "xla", "chunked", "cudnn", "splash"]
 IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn", "splash")
-OF_PLATFORM = {"cpu": "chunked", "gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}
+OF_PLATFORM = {"cpu": "chunked", "gpu": "cudnn", "tpu": "splash"}
 CHUNK = 256  # queries per scan step: 8 heads x 256 x 4096 float32 scores are 32 MiB per image
 CUDNN_WIDTH = 128  # widest head the fused kernel takes on every GPU; SD's coarsest levels and its VAE are wider
 CUDNN_FROM = 8.0  # compute capability: Ampere
@@ -53,9 +54,8 @@ def attention(query: Array, key: Array, value: Array, *, implementation: Impleme
 
 
 def _best(query: Array, key: Array) -> Implementation:
-  """What "auto" takes: the platform is that of the mesh that is traced for (sharding.tracing), else of this process."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  best = OF_PLATFORM.get(device.platform if device else jax.default_backend(), "xla")
+  """What "auto" takes."""
+  best = OF_PLATFORM.get(platform(), "xla")
   able = best != "cudnn" or _cudnn_takes(query)
   # On CPU few keys are no reason to keep the scores of many queries.
   tokens = query.shape[1] if best == "chunked" else min(query.shape[1], key.shape[1])

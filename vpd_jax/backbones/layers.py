@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from vpd_jax.backbones.convolution import convolve
 from vpd_jax.types import Array
 
 zeros = nnx.initializers.zeros_init()
@@ -57,7 +58,10 @@ def conv(
 ) -> nnx.Conv:
   """A square convolution with PyTorch's symmetric padding, by default the one that keeps the size at stride 1."""
   pad = (size - 1) // 2 if padding is None else padding
-  return nnx.Conv(in_width, out_width, (size, size), strides=stride, padding=((pad, pad), (pad, pad)), **kinds)
+  pads = ((pad, pad), (pad, pad))
+  return nnx.Conv(
+    in_width, out_width, (size, size), strides=stride, padding=pads, conv_general_dilated=convolve, **kinds
+  )
 
 
 class GroupNorm(nnx.Module):
