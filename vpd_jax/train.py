@@ -199,12 +199,14 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     encode = lambda local: evaluator.encodings(local, state.frozen)
     batches = stack.enter_context(contextlib.closing(_batches(config, product, dataset, mesh, begin, encode)))
     batch = next(batches)
-    clock = time.monotonic()
-    compiled = compile_step(config, product, mesh, batch)
-    clock = time.monotonic() - clock
+    begun = time.monotonic()
+    lowered = lower_step(config, product, mesh, batch)
+    traced = time.monotonic()
+    compiled = lowered.compile(programs.compiler_options(mesh))
+    seconds = f"traced in {traced - begun:.1f} s, compiled in {time.monotonic() - traced:.1f} s"
     # XLA counts the body of a loop once: the parts of an accumulated batch are one.
     flops = (compiled.cost_analysis() or {}).get("flops", 0.0) * config.optim.accumulation
-    log(f"compiled; {flops / 1e9:.1f} GFLOP and {_memory(compiled)} per device and step; {clock:.0f} s")
+    log(f"compiled; {flops / 1e9:.1f} GFLOP and {_memory(compiled)} per device and step; {seconds}")
     progress = writers.Progress(end, config.data.batch_size, start=begin, devices=mesh.size)
     trace = stack.enter_context(Trace(config.profile, workdir, log))
     pending = []
