@@ -52,6 +52,17 @@ def memory(compiled: jax.stages.Compiled) -> Memory | None:
   return Memory(arguments, analysis.alias_size_in_bytes, temporaries, max(peak, total))
 
 
+def in_words(compiled: jax.stages.Compiled) -> str:
+  """XLA's own account of a program's memory."""
+  analysis = compiled.memory_analysis()
+  if analysis is None:
+    return "unknown memory"
+  total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+  return (
+    f"{(total - analysis.alias_size_in_bytes) / 2**30:.2f} GiB ({analysis.temp_size_in_bytes / 2**30:.2f} temporary)"
+  )
+
+
 def costs(compiled: jax.stages.Compiled) -> dict[str, float]:
   """The compiler's "flops", "bytes accessed" and "optimal_seconds" on one device, as far as it tells them.
 

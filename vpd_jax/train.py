@@ -206,7 +206,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     seconds = f"traced in {traced - begun:.1f} s, compiled in {time.monotonic() - traced:.1f} s"
     # XLA counts the body of a loop once: the parts of an accumulated batch are one.
     flops = (compiled.cost_analysis() or {}).get("flops", 0.0) * config.optim.accumulation
-    log(f"compiled; {flops / 1e9:.1f} GFLOP and {_memory(compiled)} per device and step; {seconds}")
+    log(f"compiled; {flops / 1e9:.1f} GFLOP and {programs.in_words(compiled)} per device and step; {seconds}")
     progress = writers.Progress(end, config.data.batch_size, start=begin, devices=mesh.size)
     trace = stack.enter_context(Trace(config.profile, workdir, log))
     pending = []
@@ -323,14 +323,3 @@ def _describe(
     texts = {"config": start.to_json(config), "groups": groups, "parameters": overview}
     writer.write_texts(0, {name: f"```\n{text}\n```" for name, text in texts.items()})
     (epath.Path(workdir) / "parameters.txt").write_text(overview + "\n")
-
-
-def _memory(compiled: jax.stages.Compiled) -> str:
-  """XLA's own account of the step."""
-  analysis = compiled.memory_analysis()
-  if analysis is None:
-    return "unknown memory"
-  total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + analysis.output_size_in_bytes
-  return (
-    f"{(total - analysis.alias_size_in_bytes) / 2**30:.2f} GiB ({analysis.temp_size_in_bytes / 2**30:.2f} temporary)"
-  )
