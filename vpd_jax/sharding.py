@@ -171,7 +171,7 @@ def gathered(arrays: Named, shardings: Mapping[str, NamedSharding], dtype: Any) 
   Args:
     arrays: by name, in a traced function.
     shardings: where they lie, by name.
-    dtype: in which the layers take them anyway: it is cast first, so that less is carried.
+    dtype: in which the layers take them anyway: a wider one is cast first, so that less is carried.
   """
   split = {name: where for name, where in shardings.items() if any(axis is not None for axis in where.spec)}
   return {name: _whole(x, split[name], dtype) if name in split else x for name, x in arrays.items()}
@@ -180,10 +180,11 @@ def gathered(arrays: Named, shardings: Mapping[str, NamedSharding], dtype: Any) 
 def _whole(x: jax.Array, where: NamedSharding, dtype: Any) -> jax.Array:
   """One array of `gathered`."""
   kept = x.dtype
+  carried = min(kept, jnp.dtype(dtype), key=lambda kind: kind.itemsize)
 
   @jax.custom_vjp
   def gather(x: jax.Array) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x.astype(dtype), replicated(where.mesh))
+    return jax.lax.with_sharding_constraint(x.astype(carried), replicated(where.mesh))
 
   def backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
     return (jax.lax.with_sharding_constraint(gradient, where).astype(kept),)
