@@ -36,7 +36,7 @@ KEYS = {
 }
 EFFORTS = {
   "default": {},
-  # A hundredth of the time; the program is slower and takes more memory than what a run would use. The levels are
+  # Minutes; the program is slower and takes more memory than what a run would use. The levels are
   # XLA's EFFORT_O0: the two efforts alone took five times as long for VPD on v5e:2x4, and saved no memory.
   "low": {
     **{"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0},
