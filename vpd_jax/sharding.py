@@ -136,7 +136,7 @@ def place(arrays: Any, shardings: Any) -> Any:
 
 
 def tracing(mesh: Mesh) -> contextlib.AbstractContextManager:
-  """To be entered where a program for this mesh is traced: attention and convolutions ask it for platform and devices."""
+  """To be entered where a program for this mesh is traced: layers ask it for their platform and devices."""
   return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
