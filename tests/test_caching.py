@@ -1,5 +1,6 @@
 """Latents and text states ahead of the network: the same bits whatever is kept, computed as often as needed."""
 
+import inspect
 import itertools
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 
 from tests import tiny
 from tests.test_referring_run import small
-from vpd_jax import assemble, caching, sharding
+from vpd_jax import assemble, caching, config_file, plan, sharding
 from vpd_jax.data import pipeline, referring
 
 
@@ -139,3 +140,32 @@ def test_a_folder_that_cannot_be_made(made, mesh, tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(ValueError, match="cannot be made or written to"):
     encodings(made, mesh, "disk", tmp_path / "file")(iter(()), made[2].frozen)
+
+
+def test_what_a_step_is_given_is_known_without_the_data(made, plain):
+  config, product, state = made
+  raw = plan.batch_shapes(config, (*product.keys, "image"), "eval")
+  batch, held = caching.planned(config, product, raw)
+  seen = plain[0][0]
+  names = {"latents", "text_states", "image"}
+  assert "tokens" in raw and "tokens" not in batch and names <= batch.keys()
+  assert all(batch[n].shape[1:] == seen[n].shape[1:] and batch[n].dtype == seen[n].dtype for n in names)
+  encoders = tuple(caching.ENCODERS.values())
+  assert held == sum(np.asarray(x).nbytes for n, x in state.frozen.items() if n.startswith(encoders)) > 0
+
+
+def test_a_network_that_encodes_its_pictures_itself_is_planned_so():
+  config = tiny.shrunk(config_file.load("configs/rooms.py:depth,tiny"))
+  product = assemble.assemble(config)
+  raw = plan.batch_shapes(config, product.keys, "train")
+  assert caching.planned(config, product, raw) == (raw, 0)
+
+
+def test_data_sets_say_alike_whether_pictures_are_encoded_ahead(made, mesh):
+  depth = tiny.shrunk(config_file.load("configs/rooms.py:depth,tiny"))
+  for config, product in ((made[0], made[1]), (depth, assemble.assemble(depth))):
+    dataset = assemble.dataset(config, product)
+    assert dataset.only_resizes(config.data) == (dataset.cache is not None)
+  for name, kind in assemble.DATASETS.items():
+    if name != "rooms":
+      assert hasattr(kind, "only_resizes") == ("cache" in inspect.signature(kind.__init__).parameters), name

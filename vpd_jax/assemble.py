@@ -308,6 +308,12 @@ def batch_keys(product: Product, made: Any) -> tuple[str, ...]:
   return (*product.keys, *sorted(made.provides & {"valid_size"}))
 
 
+def only_resizes(config: ConfigDict) -> bool:
+  """Whether the data set does nothing to a picture but resize it to `data.crop`, in training and in evaluation."""
+  made = DATASETS[config.data.name]
+  return hasattr(made, "only_resizes") and made.only_resizes(config.data)
+
+
 def sentence_lines(product: Product, made: Any, splits: tuple[str, ...] = ("train", "eval")) -> list[str]:
   """For the start of a run: how many sentences are cut, of data sets that can tell without drawing or reading all."""
   sources = {split: made.source(split) for split in splits} if hasattr(product.method.prepare, "census") else {}

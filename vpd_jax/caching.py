@@ -15,7 +15,9 @@ disk also by the weights, the program, the version of jax and the kind of device
 is whole, and one that is damaged is made anew.
 """
 
+import functools
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,8 +28,9 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from vpd_jax import sharding
+from vpd_jax import assemble, sharding
 from vpd_jax.assemble import Product
+from vpd_jax.params import Parts
 from vpd_jax.types import Array, Batch, Named
 
 Numpy = dict[str, np.ndarray]
@@ -120,7 +123,7 @@ class Encodings:
       ValueError: results are to be kept of a VAE that is trained.
     """
     self._cache, self._product, self._mesh = getattr(dataset, "cache", None), product, mesh
-    trained = any(name.startswith(ENCODERS["latents"]) for name in product.groups.lr)
+    trained = _vae_is_trained(product)
     if trained and self._cache is not None and self._cache.kind != "off":
       raise ValueError(
         f"data.cache={self._cache.kind!r} keeps what the VAE makes of pictures, but config.optim.lr_groups trains it; "
@@ -150,7 +153,7 @@ class Encodings:
     """
     if not self.active:
       return batches
-    names = [name for name in ENCODERS if name == "latents" or self._product.method.sentence_tokens]
+    names = _results(self._product)
     for name in names:
       self._ready(name, {n: x for n, x in frozen.items() if n.startswith(ENCODERS[name])})
     return Encoded(batches, [self._encoders[name] for name in names])
@@ -173,8 +176,7 @@ class Encodings:
       "tokens": ((self._product.method.sentence_tokens or (0,))[:1], np.int32),
     }
     row = jax.ShapeDtypeStruct((1, *shapes[key][0]), shapes[key][1])
-    function = lambda weights, rows: getattr(parts.partial(weights).method, name)({key: rows})
-    encoder = _Encoder(name, function, arrays, row, self._local)
+    encoder = _Encoder(name, functools.partial(_encode, parts, name), arrays, row, self._local)
     if self._cache.kind == "memory":
       encoder.store = Memory()
     elif self._cache.kind == "disk":
@@ -272,6 +274,42 @@ class _Encoder:
       chosen = rows[np.minimum(np.arange(begin, begin + count), len(rows) - 1)]
       waiting.append(self._run(self._weights, jax.device_put(chosen, sharding.batch_sharding(self._mesh))))
     return [row for made in waiting for row in np.asarray(made)][: len(rows)]
+
+
+def _encode(parts: Parts, name: str, weights: Named, rows: Array) -> Array:
+  """Rows to results of this name, by the method that has these weights."""
+  return getattr(parts.partial(weights).method, name)({READ[name]: rows})
+
+
+def _results(product: Product) -> list[str]:
+  """The names of what is made ahead."""
+  return [name for name in ENCODERS if name == "latents" or product.method.sentence_tokens]
+
+
+def _vae_is_trained(product: Product) -> bool:
+  return any(name.startswith(ENCODERS["latents"]) for name in product.groups.lr)
+
+
+def planned(config: ConfigDict, product: Product, batch: Batch) -> tuple[Batch, int]:
+  """What `Encodings` would make of a batch, without the data set: for --mode=plan and benchmarks.
+
+  Args:
+    config: of the run; its data set says by `only_resizes` whether results are made ahead.
+    product: of it.
+    batch: ShapeDtypeStructs of what the pipeline gives.
+
+  Returns:
+    ShapeDtypeStructs of what the step is given, and the bytes of the encoders' weights, a copy of which lies on every
+    device beside the state.
+  """
+  if not assemble.only_resizes(config) or _vae_is_trained(product):
+    return batch, 0
+  encoded, held = {key: x for key, x in batch.items() if key != "tokens"}, 0
+  for name in _results(product):
+    arrays = {n: x for n, x in product.parts.shapes.items() if n.startswith(ENCODERS[name])}
+    encoded[name] = jax.eval_shape(functools.partial(_encode, product.parts, name), arrays, batch[READ[name]])
+    held += sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays.values())
+  return encoded, held
 
 
 def inputs(batch: Batch, product: Product) -> Batch:

@@ -19,7 +19,7 @@ from etils import epath
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from vpd_jax import assemble, chips, evaluate, plan_search, programs, sharding, start, train, writers
+from vpd_jax import assemble, caching, chips, evaluate, plan_search, programs, sharding, start, train, writers
 from vpd_jax.data import pipeline
 from vpd_jax.types import Batch
 
@@ -168,8 +168,10 @@ def picture_size(config: ConfigDict) -> tuple[int, int]:
   """(H, W) of a picture in evaluation.
 
   The first that is there: the window it is cut into, `data.resize`, `data.size`, `data.kb_crop`, the size of the
-  published data, `data.crop`.
+  published data, `data.crop`; the last alone where pictures are only resized.
   """
+  if assemble.only_resizes(config):
+    return tuple(config.data.crop)
   windows = [tuple(map(int, word.split(":")[1:])) for word in config.eval.test_time if word.startswith("slide:")]
   if windows:
     return windows[0][0], windows[0][0]
@@ -212,7 +214,7 @@ def compiled_report(
   rows = config.data.batch_size // accumulation if step == "train" else config.eval.batch_size
   pipeline.check_batch_size(rows, mesh.size, "devices")
   held = assemble.DATASETS[config.data.name].provides & {"valid_size"}  # as assemble.batch_keys, without the files
-  batch = batch_shapes(config, (*product.keys, *held), step)
+  batch, encoders = caching.planned(config, product, batch_shapes(config, (*product.keys, *held), step))
   begin = time.perf_counter()
   lower = train.lower_step if step == "train" else evaluate.lower_step
   lowered = lower(config, product, mesh, batch)
@@ -222,6 +224,7 @@ def compiled_report(
     **{"mesh": dict(mesh.shape), "batch": rows * accumulation, "accumulation": accumulation, "limit": limit or None},
     **{"attention": config.backbone.attention, "remat": config.backbone.remat, "dtype": config.dtype},
     "state": state_bytes(config, product, mesh),
+    "encoders": encoders,
     "trace_seconds": round(traced - begin, 1),
   }
   options = EFFORTS[effort] if topology else None
@@ -230,9 +233,10 @@ def compiled_report(
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
+    asked = asked_for(str(error), sum(report["state"].values()))
     return report | {
       "compile_seconds": round(time.perf_counter() - traced, 1),
-      "peak": asked_for(str(error), sum(report["state"].values())),
+      "peak": asked and asked + encoders,
       "fits": False,
     }
   report["compile_seconds"] = round(time.perf_counter() - traced, 1)
@@ -241,7 +245,8 @@ def compiled_report(
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     report["collectives"] = programs.collectives(compiled.as_text())
   if (memory := programs.memory(compiled)) is not None:
-    report |= memory._asdict() | {"fits": memory.peak <= limit if limit else None}
+    peak = memory.peak + encoders
+    report |= memory._asdict() | {"peak": peak, "fits": peak <= limit if limit else None}
   return report | {"fits": report.get("fits")}
 
 
@@ -309,6 +314,7 @@ def describe(report: Report) -> str:
   names = {"params": "parameters", "frozen": "frozen", "stats": "statistics", "opt_state": "optimizer state"}
   names["ema"] = "moving average"
   rows += [(f"  {names[part]}", amount(value)) for part, value in report["state"].items() if value]
+  rows += [("  encoders ahead of it", amount(report["encoders"]))] if report.get("encoders") else []
   rows += [("  activations, gradients", amount(report["temporaries"]))] if "temporaries" in report else []
   rows += [("  peak", in_short(report) + bound)]
   if "flops" in report:

@@ -112,6 +112,11 @@ class RefCoco:
     if format == "files":
       files.require_folder(root, f"that holds {variant}/: {SOURCE}")
 
+  @staticmethod
+  def only_resizes(options: Mapping[str, Any]) -> bool:
+    """Whether a picture is always seen alike, so that it can be encoded ahead of the network, see caching.planned."""
+    return True
+
   def source(self, split: str) -> Any:
     """The objects of "train", in the order of the file, or the sentences of "eval", those of a picture together.
 

@@ -9,7 +9,7 @@ object is where it is not 0. Where one file holds several objects, "value" says 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,11 @@ class ReferList:
     self.made_with = {"file": file, "holdout": holdout}
     if format == "files":
       files.require_folder(root, "that holds the pictures, the masks and the JSON file data.file.")
+
+  @staticmethod
+  def only_resizes(options: Mapping[str, Any]) -> bool:
+    """Whether a picture is always seen alike, so that it can be encoded ahead of the network, see caching.planned."""
+    return True
 
   def source(self, split: str) -> Any:
     """The objects of "train" in the order of the file, or the sentences of "eval", those of a picture together.

@@ -124,6 +124,11 @@ class Rooms:
       raise ValueError(f"task={task!r} is unknown to the rooms; choose one of {TASKS}.")
     return {"depth": nyu.CLASSES, "segmentation": CLASSES, "referring": ()}[task]
 
+  @staticmethod
+  def only_resizes(options: Mapping[str, Any]) -> bool:
+    """Whether a picture is always seen alike, so that it can be encoded ahead of the network, see caching.planned."""
+    return options.get("task", "depth") == "referring"
+
   def source(self, split: str) -> "DrawnRooms | room_expressions.RoomExpressions | records.Shards":
     """The rooms of "train" or "eval", drawn at `[]`, or read from shards; for "referring" the sentences of "eval"."""
     if split not in SPLITS:
