@@ -106,7 +106,7 @@ def measure(cell: Cell, minutes: float) -> None:
 def tables(results: dict[str, list[Report]]) -> str:
   """Both tables in Markdown; a cell without reports is "not yet run"."""
   head = "| config, images of all chips | slice | settings | state a chip | peak of | operations | collectives | {} |"
-  lines = [head.format("compiler's estimate | compiled in"), "|---" * 9 + "|"]
+  lines = [head.format("compiler's estimate | compiled in, by libtpu"), "|---" * 9 + "|"]
   for cell in PLANS:
     lines += _rows(cell, results.get(cell.name, []))
   steps = [_train(results.get(cell.name, [])) for cell in SCALING]
@@ -157,7 +157,7 @@ def _row(title: str, at: str, report: Report) -> str:
     f"{report['flops'] / 1e12:.2f} TFLOP" if "flops" in report else "",
     _collectives(report),
     f"{1e3 * report['optimal_seconds']:.0f} ms" if report.get("optimal_seconds", 0) > 0 else "",
-    f"{report['compile_seconds']:.0f} s",
+    f"{report['compile_seconds']:.0f} s, {report.get('compiler', '-').removeprefix('libtpu ')}",
   ]
   return f"| {' | '.join(cells)} |"
 

@@ -1,12 +1,14 @@
 """Speed and memory of a config's training step, and of what one would take in its place.
 
 python scripts/benchmark.py --config=configs/nyu_depth.py:vpd --made_up --batch=24 --config.dtype=bfloat16 \
-    [--steps=30] [--forward] [--versus=torch] [--json=FILE] [--config.mesh.fsdp=8 ...]
+    [--steps=30] [--forward] [--versus=torch] [--top=10] [--json=FILE] [--config.mesh.fsdp=8 ...]
 
 Prints compile seconds, step time (median, p95), images and model TFLOP a second and chip, share of the chip's peak,
 peak memory, and how long a step waited for its input. Batches come from the config's data set, or are made up with
---made_up, which needs no files. Weights are made up: they change no time. --versus=torch runs, before and in a process
-of its own, the same work by benchmarks/torch_depth.py on the same device, and prints the ratio.
+--made_up, which needs no files; either way the step is that of a run, to which latents and text states come ready
+where it keeps them. Weights are made up: they change no time. --top traces three more steps and tells the operations
+that took longest. --versus=torch runs, before and in a process of its own, the same work by benchmarks/torch_depth.py
+on the same device, and prints the ratio.
 """
 
 import json
@@ -25,7 +27,21 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from vpd_jax import assemble, chips, config_file, evaluate, plan, plan_search, programs, sharding, start, train
+from vpd_jax import (
+  assemble,
+  caching,
+  chips,
+  config_file,
+  evaluate,
+  plan,
+  plan_search,
+  programs,
+  sharding,
+  start,
+  trace,
+  train,
+)
+from vpd_jax.assemble import Product
 from vpd_jax.data import pipeline
 
 FLAGS = flags.FlagValues()  # of its own: vpd_jax.main has flags of the same names
@@ -41,6 +57,7 @@ VERSUS = flags.DEFINE_enum("versus", "", ["", "torch"], "what to compare with", 
 COMPILE = flags.DEFINE_enum(
   "torch_compile", "auto", ["auto", "on", "off"], "torch.compile; auto: on a GPU", flag_values=FLAGS
 )
+TOP = flags.DEFINE_integer("top", 0, "operations that took longest", lower_bound=0, flag_values=FLAGS)
 JSON = flags.DEFINE_string("json", "", "file for the numbers", flag_values=FLAGS)
 
 Result = dict[str, Any]
@@ -61,7 +78,7 @@ def timed(work: Callable[[Any], Any], batches: Iterator[Any], steps: int, warm_u
   return times[warm_up:]
 
 
-def made_up_state(config: ConfigDict, product: Any, mesh: Any) -> Any:
+def made_up_state(config: ConfigDict, product: Product, mesh: Any) -> Any:
   """A TrainState on the mesh of numbers that keep signals at their size."""
   shapes, where = start.state_shapes(config, product), start.state_shardings(config, product, mesh)
   block = np.random.default_rng(0).standard_normal(2**16).astype(np.float32)
@@ -81,13 +98,21 @@ def made_up_state(config: ConfigDict, product: Any, mesh: Any) -> Any:
   return shapes.replace(step=step, params=params, frozen=frozen, stats=stats, opt_state=opt_state, ema=ema)
 
 
-def made_up_batch(config: ConfigDict, product: Any, mesh: Any) -> dict[str, Any]:
+def step_shapes(config: ConfigDict, product: Product) -> dict[str, Any]:
+  """What a training step of this config is given, as ShapeDtypeStructs."""
+  return caching.planned(config, product, plan.batch_shapes(config, product.keys, "train"))[0]
+
+
+def made_up_batch(config: ConfigDict, product: Product, mesh: Any) -> dict[str, Any]:
   """A batch on the mesh: noise, depth of 0.5 to 9.5 m, classes 0 and 1."""
   rng, batch = np.random.default_rng(0), {}
-  for key, x in plan.batch_shapes(config, product.keys, "train").items():
-    high = 256 if key == "image" else 2
-    whole = np.issubdtype(x.dtype, np.integer)
-    batch[key] = rng.integers(0, high, x.shape, x.dtype) if whole else rng.uniform(0.5, 9.5, x.shape).astype(x.dtype)
+  for key, x in step_shapes(config, product).items():
+    if np.issubdtype(x.dtype, np.integer):
+      batch[key] = rng.integers(0, 256 if key == "image" else 2, x.shape, x.dtype)
+    elif key in caching.ENCODERS:
+      batch[key] = rng.standard_normal(x.shape, np.float32).astype(x.dtype)
+    else:
+      batch[key] = rng.uniform(0.5, 9.5, x.shape).astype(x.dtype)
     if key == "valid_size":
       batch[key] = np.broadcast_to(np.array(config.data.crop, x.dtype), x.shape)
   return pipeline.to_mesh(batch, sharding.batch_sharding(mesh))
@@ -98,20 +123,36 @@ def model_flops(config: ConfigDict) -> float:
   plain = plan_search.changed(config, {"backbone.attention": "xla", "backbone.remat": False, "optim.accumulation": 1})
   product = assemble.assemble(plain)
   step = train.make_step(product, loss_group=plain.optim.loss_group)
-  batch = plan.batch_shapes(plain, product.keys, "train")
-  return programs.model_flops(step, start.state_shapes(plain, product), batch)
+  return programs.model_flops(step, start.state_shapes(plain, product), step_shapes(plain, product))
+
+
+def read(config: ConfigDict, product: Product, mesh: Any, state: Any) -> pipeline.Prefetch:
+  """The training batches of a run."""
+  dataset = assemble.dataset(config, product)
+  encodings = caching.Encodings(config, product, dataset, mesh)
+  return train._batches(config, product, dataset, mesh, 0, lambda local: encodings(local, state.frozen))
+
+
+def longest(step: Callable[[Any], Any], batches: Iterator[Any], text: str, steps: int = 3) -> list[dict[str, Any]]:
+  """The operations of `steps` steps that took longest, see trace.Operation."""
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      for _ in range(steps):
+        result = step(next(batches))
+      jax.block_until_ready(result)
+    return [operation._asdict() for operation in trace.longest(folder, steps, text, TOP.value)]
 
 
 def ours(config: ConfigDict) -> Result:
   """Times and memory of the step that `train.run` compiles, on the devices at hand; see `report`."""
   product = assemble.assemble(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  input_ = None if MADE_UP.value else train._batches(config, product, assemble.dataset(config, product), mesh, 0)
+  state = made_up_state(config, product, mesh)
+  input_ = None if MADE_UP.value else read(config, product, mesh, state)
   batch = next(input_) if input_ else made_up_batch(config, product, mesh)
   again = iter(lambda: batch, None)
   result: Result = {"side": f"vpd_jax, jax {jax.__version__}, attention {config.backbone.attention}"}
   result |= {"device": jax.devices()[0].device_kind, "devices": mesh.size, "mesh": dict(mesh.shape)}
-  state = made_up_state(config, product, mesh)
   if FORWARD.value:
     weights = state.params, state.frozen, state.stats
     forward = evaluate.on_mesh(evaluate.make_scores(product), config, product, mesh)
@@ -133,6 +174,9 @@ def ours(config: ConfigDict) -> Result:
   result["step_times_ms"] = timed(step, input_ or again, STEPS.value, WARM_UP.value)
   if input_:
     result["input_wait_ms"] = input_.mean_wait_ms()
+  if TOP.value:
+    result["longest"] = longest(step, input_ or again, programs.text(compiled))
+  if input_:
     input_.close()
   memory, used = programs.memory(compiled), jax.local_devices()[0].memory_stats() or {}
   return result | {
@@ -193,7 +237,10 @@ def report(result: Result) -> str:
     lines["forward"] = f"{result['forward_ms']:.1f} ms"
   if "input_wait_ms" in result:
     lines["input"] = f"waited {result['input_wait_ms']:.1f} ms a step"
-  return "\n".join(f"{name:8} {line}" for name, line in lines.items())
+  text = "\n".join(f"{name:8} {line}" for name, line in lines.items())
+  if "longest" in result:
+    text += "\n" + trace.table([trace.Operation(**operation) for operation in result["longest"]])
+  return text
 
 
 def main() -> None:

@@ -19,7 +19,10 @@ def config_of(**changes):
   return config.lock()
 
 
-@pytest.mark.parametrize("string", ["configs/nyu_depth.py:vpd,tiny", "configs/nyu_depth.py:iedp,tiny"])
+STRINGS = ("nyu_depth.py:vpd,tiny", "nyu_depth.py:iedp,tiny", "coco_pose.py:vpd,tiny", "refcoco_refer.py:refcoco,tiny")
+
+
+@pytest.mark.parametrize("string", [f"configs/{name}" for name in STRINGS])
 def test_a_batch_has_the_shapes_of_the_pipelines(string):
   config = tiny.shrunk(config_file.load(string))
   product = assemble.assemble(config)
@@ -53,6 +56,20 @@ def test_a_batch_of_rooms_is_as_it_is_drawn():
 )
 def test_pictures_of_an_evaluation_have_the_size_of_the_data(string, size):
   assert plan.picture_size(config_file.load(string)) == size
+
+
+@pytest.mark.parametrize("task", ["pose", "referring"])
+def test_crops_and_squeezed_pictures_have_the_size_of_the_crop_in_evaluation_too(task):
+  config = config_file.load(f"configs/rooms.py:{task},tiny")
+  assert plan.picture_size(config) == tuple(config.data.crop) != tuple(config.data.size)
+
+
+@pytest.mark.parametrize("path", sorted(config_file.PROJECT.glob("configs/[!_]*.py")), ids=lambda path: path.stem)
+def test_every_config_can_be_planned(path):
+  config = config_file.load(f"configs/{path.name}")
+  product = assemble.assemble(config)
+  for step in ("train", "eval"):
+    assert plan.batch_shapes(config, product.keys, step).keys() == {*product.keys}
 
 
 def test_keys_without_a_shape_are_named():

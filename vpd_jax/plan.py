@@ -6,6 +6,7 @@ the devices at hand, and reads what the compiler says of them. No array is alloc
 
 import contextlib
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -23,7 +24,7 @@ from vpd_jax import assemble, caching, chips, evaluate, plan_search, programs, s
 from vpd_jax.data import pipeline
 from vpd_jax.types import Batch
 
-# Of an Example, by key of a Batch: shape, where "HW" stands for the size of the picture, and dtype.
+# Of an Example, by key of a Batch: shape, where words stand for sizes that the config says, and dtype.
 KEYS = {
   "image": (("HW", 3), np.uint8),
   "depth": (("HW",), np.float32),
@@ -33,7 +34,13 @@ KEYS = {
   "index": ((), np.int32),
   "valid_size": ((2,), np.int32),
   "tokens": (("tokens",), np.int32),
+  "keypoints": (("keypoints", 3), np.float32),
+  "centre": ((2,), np.float32),
+  "extent": ((2,), np.float32),
+  "box_score": ((), np.float32),
+  "image_index": ((), np.int32),
 }
+CROPPED = ("squeezed", "crops")  # ways of a task whose pictures are crops in evaluation, too
 EFFORTS = {
   "default": {},
   # Minutes; the program is slower and takes more memory than what a run would use. The levels are
@@ -124,6 +131,14 @@ def slice_of(topology: str) -> list[jax.Device]:
   return devices
 
 
+def compiler_of(topology: str) -> str:
+  """Name and version of what compiles for a named slice, or for the devices at hand."""
+  name = "libtpu" if topology else "jaxlib"
+  with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    return f"{name} {importlib.metadata.version(name)}"
+  return name
+
+
 def memory_of(device: jax.Device) -> int:
   """Bytes that a program can use on a device; 0 where neither the table nor the device says."""
   chip = chips.of(device.device_kind)
@@ -146,7 +161,7 @@ def batch_shapes(config: ConfigDict, keys: tuple[str, ...], step: str) -> Batch:
   Args:
     config: of the run.
     keys: of Product.keys.
-    step: "train": `data.batch_size` crops; "eval": `eval.batch_size` whole pictures.
+    step: "train": `data.batch_size` crops; "eval": `eval.batch_size` pictures, see `picture_size`.
 
   Raises:
     ValueError: a key that is not in KEYS.
@@ -156,6 +171,8 @@ def batch_shapes(config: ConfigDict, keys: tuple[str, ...], step: str) -> Batch:
   size = tuple(config.data.crop) if step == "train" else picture_size(config)
   rows = config.data.batch_size if step == "train" else config.eval.batch_size
   sides = {"HW": size, "tokens": (config.method.get("token_length", config.backbone.text.positions),)}
+  if "keypoints" in keys:
+    sides["keypoints"] = (len(assemble.DATASETS[config.data.name].facts_of(config.data)["keypoints"].names),)
   shapes = {}
   for key in keys:
     named, dtype = KEYS[key]
@@ -168,9 +185,9 @@ def picture_size(config: ConfigDict) -> tuple[int, int]:
   """(H, W) of a picture in evaluation.
 
   The first that is there: the window it is cut into, `data.resize`, `data.size`, `data.kb_crop`, the size of the
-  published data, `data.crop`; the last alone where pictures are only resized.
+  published data, `data.crop`; the last alone where the task looks at crops in evaluation, too.
   """
-  if assemble.only_resizes(config):
+  if assemble.TASKS[config.task.name].way in CROPPED:
     return tuple(config.data.crop)
   windows = [tuple(map(int, word.split(":")[1:])) for word in config.eval.test_time if word.startswith("slide:")]
   if windows:
@@ -221,6 +238,7 @@ def compiled_report(
   traced = time.perf_counter()
   report = {
     **{"step": step, "devices": len(devices), "kind": devices[0].device_kind, "topology": topology, "effort": effort},
+    "compiler": compiler_of(topology),
     **{"mesh": dict(mesh.shape), "batch": rows * accumulation, "accumulation": accumulation, "limit": limit or None},
     **{"attention": config.backbone.attention, "remat": config.backbone.remat, "dtype": config.dtype},
     "state": state_bytes(config, product, mesh),
@@ -241,9 +259,8 @@ def compiled_report(
     }
   report["compile_seconds"] = round(time.perf_counter() - traced, 1)
   report |= {name.replace(" ", "_"): value * accumulation for name, value in programs.costs(compiled).items()}
-  # Some programs for TPUs cannot be written down: "RET_CHECK failure ... async-update instruction".
-  with contextlib.suppress(jax.errors.JaxRuntimeError):
-    report["collectives"] = programs.collectives(compiled.as_text())
+  if text := programs.text(compiled):
+    report["collectives"] = programs.collectives(text)
   if (memory := programs.memory(compiled)) is not None:
     peak = memory.peak + encoders
     report |= memory._asdict() | {"peak": peak, "fits": peak <= limit if limit else None}
@@ -272,6 +289,7 @@ class _Kept:
   def report(self, config: ConfigDict, step: str, devices: list[jax.Device], *facts: Any) -> Report:
     """The report of an earlier command, or a new one, which is kept."""
     words = [start.to_json(config), step, devices[0].device_kind, len(devices), jax.__version__, *facts]
+    words.append(compiler_of(facts[0]))
     key = hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
     if key not in self._held:
       self._held[key] = compiled_report(config, step, devices, *facts)
@@ -328,5 +346,7 @@ def describe(report: Report) -> str:
     rows += [(f"  {kind}", f"{number}, {size / 1e6:.1f} MB")]
   if "optimal_seconds" in report:
     rows += [("  compiler's estimate", f"{1e3 * report['optimal_seconds']:.1f} ms a step")]
-  rows += [("compiled in", f"{report['compile_seconds']} s, traced in {report['trace_seconds']} s")]
+  rows += [
+    ("compiled in", f"{report['compile_seconds']} s, traced in {report['trace_seconds']} s; {report['compiler']}")
+  ]
   return writers.table(rows)

@@ -72,11 +72,19 @@ def costs(compiled: jax.stages.Compiled) -> dict[str, float]:
   return {name: float(found[name]) for name in ("flops", "bytes accessed", "optimal_seconds") if found.get(name, 0) > 0}
 
 
+def text(compiled: jax.stages.Compiled) -> str:
+  """The compiled program in words; empty where jaxlib cannot read it, as of a newer libtpu's."""
+  try:
+    return compiled.as_text() or ""
+  except jax.errors.JaxRuntimeError:
+    return ""
+
+
 def collectives(text: str) -> dict[str, tuple[int, int]]:
   """How often each kind of collective runs on one device, and the bytes of its results there.
 
   Args:
-    text: of a compiled program, `compiled.as_text()`. The body of a loop counts as often as it runs, where the program
+    text: of a compiled program, see `text`. The body of a loop counts as often as it runs, where the program
       says how often; else once.
 
   Returns:

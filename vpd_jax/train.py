@@ -208,10 +208,10 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     flops = (compiled.cost_analysis() or {}).get("flops", 0.0) * config.optim.accumulation
     log(f"compiled; {flops / 1e9:.1f} GFLOP and {programs.in_words(compiled)} per device and step; {seconds}")
     progress = writers.Progress(end, config.data.batch_size, start=begin, devices=mesh.size)
-    trace = stack.enter_context(Trace(config.profile, workdir, log))
-    pending = []
+    trace = stack.enter_context(Trace(config.profile, workdir, log, lambda: programs.text(compiled)))
+    pending, logs = [], {}
     for step in range(begin + 1, end + 1):
-      trace.before(step - begin)
+      trace.before(step - begin, logs)
       state, logs = compiled(state, batch)
       pending.append((step, logs["train/loss"], logs["norm/gradients"]))
       last = stop.now() or step == end
