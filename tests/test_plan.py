@@ -153,7 +153,14 @@ def made_up(config, step, devices, topology, effort, limit):
     **{"step": step, "devices": len(devices), "kind": "cpu", "topology": topology, "effort": effort, "limit": limit},
     **{"mesh": {"data": 1, "fsdp": 1}, "batch": config.data.batch_size, "accumulation": config.optim.accumulation},
     **{"attention": "xla", "remat": config.backbone.remat, "dtype": "float32", "state": {"params": 0}},
-    **{"trace_seconds": 0, "compile_seconds": 0, "peak": peak, "fits": peak <= limit},
+    **{
+      "trace_seconds": 0,
+      "compile_seconds": 0,
+      "compiler": "none",
+      "encoders": 0,
+      "peak": peak,
+      "fits": peak <= limit,
+    },
   }
 
 

@@ -332,7 +332,7 @@ def describe(report: Report) -> str:
   names = {"params": "parameters", "frozen": "frozen", "stats": "statistics", "opt_state": "optimizer state"}
   names["ema"] = "moving average"
   rows += [(f"  {names[part]}", amount(value)) for part, value in report["state"].items() if value]
-  rows += [("  encoders ahead of it", amount(report["encoders"]))] if report.get("encoders") else []
+  rows += [("  encoders ahead of it", amount(report["encoders"]))] if report["encoders"] else []
   rows += [("  activations, gradients", amount(report["temporaries"]))] if "temporaries" in report else []
   rows += [("  peak", in_short(report) + bound)]
   if "flops" in report:
