@@ -34,7 +34,6 @@ from vpd_jax import (
   config_file,
   evaluate,
   plan,
-  plan_search,
   programs,
   sharding,
   start,
@@ -116,14 +115,6 @@ def made_up_batch(config: ConfigDict, product: Product, mesh: Any) -> dict[str, 
     if key == "valid_size":
       batch[key] = np.broadcast_to(np.array(config.data.crop, x.dtype), x.shape)
   return pipeline.to_mesh(batch, sharding.batch_sharding(mesh))
-
-
-def model_flops(config: ConfigDict) -> float:
-  """Operations of one training step without recomputation, the same on every device and for every attention kernel."""
-  plain = plan_search.changed(config, {"backbone.attention": "xla", "backbone.remat": False, "optim.accumulation": 1})
-  product = assemble.assemble(plain)
-  step = train.make_step(product, loss_group=plain.optim.loss_group)
-  return programs.model_flops(step, start.state_shapes(plain, product), step_shapes(plain, product))
 
 
 def read(config: ConfigDict, product: Product, mesh: Any, state: Any) -> pipeline.Prefetch:
@@ -257,7 +248,7 @@ def main() -> None:
   # The other side first: on a GPU, JAX takes most of the memory with the first thing it does, and keeps it.
   sides = {"torch": torch_side(config)} if VERSUS.value else {}
   sides["ours"] = ours(config)
-  flops = model_flops(config)
+  flops = train.model_flops(config, step_shapes(config, assemble.assemble(config)))
   results: Result = {name: with_rates(side, config.data.batch_size, flops) for name, side in sides.items()}
   print("\n".join(report(result) for result in results.values()), flush=True)
   if VERSUS.value:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests import test_plan, tiny
-from vpd_jax import assemble, config_file
+from vpd_jax import assemble, config_file, sharding, train
 
 QUICK = {"xla_backend_optimization_level": 0}
 ROOT = pathlib.Path(__file__).parent.parent
@@ -37,6 +37,10 @@ def config_of(**changes):
   return config.lock()
 
 
+def model_flops(benchmark, config):
+  return train.model_flops(config, benchmark.step_shapes(config, assemble.assemble(config)))
+
+
 def test_rates_follow_from_the_times(benchmark):
   result = {"step_times_ms": [10.0, 20.0, 30.0], "device": "TPU v5 lite", "devices": 2}
   result = benchmark.with_rates(result, batch=8, flops=4e12)
@@ -54,10 +58,10 @@ def test_times_are_those_of_the_steps_after_the_warm_up(benchmark, monkeypatch):
 
 @pytest.mark.slow
 def test_the_work_of_a_step_does_not_depend_on_how_it_is_done(benchmark):
-  plain = benchmark.model_flops(config_of())
+  plain = model_flops(benchmark, config_of())
   other = {"backbone.remat": True, "backbone.attention": "chunked", "dtype": "bfloat16", "optim.accumulation": 2}
-  assert benchmark.model_flops(config_of(**other)) == plain
-  assert benchmark.model_flops(config_of(**{"data.batch_size": 12})) == pytest.approx(2 * plain, rel=1e-3)
+  assert model_flops(benchmark, config_of(**other)) == plain
+  assert model_flops(benchmark, config_of(**{"data.batch_size": 12})) == pytest.approx(2 * plain, rel=1e-3)
 
 
 @pytest.mark.slow
@@ -142,13 +146,33 @@ class TestTorchSide:
     model.train()
     with FlopCounterMode(display=False) as counter:
       side.silog(model(batch["image"], batch["class_id"]), batch["depth"], 3).backward()
-    assert counter.get_total_flops() == pytest.approx(benchmark.model_flops(config), rel=0.01)
+    assert counter.get_total_flops() == pytest.approx(model_flops(benchmark, config), rel=0.01)
 
   def test_it_measures_steps(self, sides, tmp_path):
     side, config, *_ = sides
     settings = {"config": config.to_dict(), "batch": 3, "steps": 1, "warm_up": 1, "forward": True, "compile": "off"}
     result = side.measure(json.loads(json.dumps(settings)))
     assert len(result["step_times_ms"]) == 1 and np.isfinite(result["losses"]).all() and result["forward_ms"] > 0
+
+
+def test_a_step_of_referring_is_given_latents_and_text_states(benchmark):
+  config = tiny.shrunk(config_file.load("configs/refcoco_refer.py:refcoco,tiny"))
+  product = assemble.assemble(config)
+  batch = benchmark.made_up_batch(config, product, sharding.make_mesh(1, 1, devices=jax.devices()[:1]))
+  rows = config.data.batch_size
+  assert batch["latents"].shape[0] == batch["text_states"].shape[0] == rows and "tokens" not in batch
+  assert abs(np.asarray(batch["latents"]).std() - 1) < 0.1
+
+
+def test_a_batch_that_groups_cut_is_refused_in_one_line(monkeypatch, capsys):
+  script = load("scripts/benchmark.py")
+  words = ["--config=configs/nyu_depth.py:vpd,tiny", "--made_up", "--batch=4"]
+  monkeypatch.setattr(script.sys, "argv", ["benchmark", *words])
+  with pytest.raises(SystemExit) as ended:
+    script.main()
+  error = capsys.readouterr().err
+  assert ended.value.code == 2 and error.count("\n") == 1
+  assert "a batch of 4 is not cut by config.optim.loss_group=3, config.optim.norm_group=3" in error
 
 
 @pytest.mark.parametrize(

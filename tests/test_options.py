@@ -9,7 +9,6 @@ from tests import tiny
 from tests.test_configs import batch_for
 from tests.test_multidevice import forward
 from vpd_jax import assemble, config_file, train
-from vpd_jax import trace as trace_lib
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +49,6 @@ def test_bfloat16_computes_in_it_and_keeps_parameters_in_float32():
     losses[dtype] = float(jax.jit(forward(product, config.optim.loss_group))(state, batch).value)
   np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.05)
   assert losses["bfloat16"] != losses["float32"]
-
-
-def test_a_trace_covers_the_steps_asked_for(tmp_path):
-  with trace_lib.Trace(2, str(tmp_path), print) as trace:
-    for step in range(1, 14):
-      trace.before(step)
-      jnp.ones(3).sum().block_until_ready()
-  assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
-
-
-def test_no_trace_without_being_asked(tmp_path):
-  with trace_lib.Trace(0, str(tmp_path), print) as trace:
-    for step in range(1, 14):
-      trace.before(step)
-  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

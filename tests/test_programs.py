@@ -1,5 +1,7 @@
 """Operations, memory and collectives of programs, against numbers known by hand."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -126,3 +128,12 @@ def test_every_chip_is_found_under_the_name_it_gives_itself(kind, name):
 def test_an_unknown_device_has_no_peak():
   assert chips.of("cpu") is None and chips.share_of_peak(1e12, "NVIDIA L40S") is None
   assert chips.share_of_peak(98.5e12, "TPU v5 lite") == pytest.approx(0.5)
+
+
+def test_rates_of_a_step_tell_what_the_device_does(monkeypatch):
+  found = programs.rates(0.5, 1e12, 0)
+  assert found == {"perf/tflops_per_sec_per_chip": 2}  # a CPU knows neither its peak nor its memory
+  device = types.SimpleNamespace(device_kind="NVIDIA H200", memory_stats=lambda: {"peak_bytes_in_use": 3 * 2**30})
+  monkeypatch.setattr(programs.jax, "local_devices", lambda: [device])
+  found = programs.rates(0.5, 1e12, 989e12 / 4)
+  assert found == {"perf/tflops_per_sec_per_chip": 2, "perf/share_of_peak": 0.5, "perf/peak_memory_gib": 3}

@@ -173,6 +173,13 @@ def workdir(config: str) -> str:
   return f"runs/{name(config)}"
 
 
+def changed(config: ml_collections.ConfigDict, fields: Mapping[str, Any]) -> ml_collections.ConfigDict:
+  """A locked copy with these fields set, by dotted name."""
+  config = config.copy_and_resolve_references().unlock()
+  config.update_from_flattened_dict(fields)
+  return config.lock()
+
+
 def differences(
   old: Mapping[str, Any] | ml_collections.ConfigDict,
   new: Mapping[str, Any] | ml_collections.ConfigDict,

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from vpd_jax import config_file
+
 ATTEMPTS = 3  # compilations; each takes minutes
 REMAT_LEAVES = 0.35  # share of the activations that recomputation keeps, until a compilation has told
 
@@ -50,13 +52,6 @@ def candidates(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
           }
 
 
-def changed(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
-  """A locked copy with these fields set."""
-  config = config.copy_and_resolve_references().unlock()
-  config.update_from_flattened_dict(fields)
-  return config.lock()
-
-
 def as_flags(config: ConfigDict, fields: dict[str, Any]) -> str:
   """The fields that differ from the config's, as words of a command line."""
   given = {name: config[name.split(".")[0]][name.split(".")[1]] for name in fields}
@@ -88,9 +83,9 @@ def nearest(
   share = {False: 0.0, True: 0.0}  # activations of one image, without and with recomputation
   _learn(share, config, report, state(config), devices)
   while left and len(tried) < attempts:
-    expected = [_expected(share, changed(config, fields), state, devices) for fields in left]
+    expected = [_expected(share, config_file.changed(config, fields), state, devices) for fields in left]
     chosen = next((i for i, peak in enumerate(expected) if peak <= report["limit"]), expected.index(min(expected)))
-    fields, settings = left[chosen], changed(config, left[chosen])
+    fields, settings = left[chosen], config_file.changed(config, left[chosen])
     left = left[chosen + 1 :]
     words = as_flags(config, fields)
     try:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from vpd_jax import chips
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _NO_MODEL = ("_resize",)  # jax.image.resize: it interpolates by products with matrices
 _BYTES = {"pred": 1, "s4": 1, "u4": 1, "c64": 8, "c128": 16}  # a name with a number of bits says the rest
@@ -70,6 +72,29 @@ def costs(compiled: jax.stages.Compiled) -> dict[str, float]:
   """
   found = compiled.cost_analysis() or {}
   return {name: float(found[name]) for name in ("flops", "bytes accessed", "optimal_seconds") if found.get(name, 0) > 0}
+
+
+def rates(seconds: float, flops: float, model: float) -> dict[str, float]:
+  """What a step that took so long says of the devices, as scalars: operations a second, share of the peak, memory.
+
+  Args:
+    seconds: of a step.
+    flops: of it on one device, by the compiler's count.
+    model: of it on one device, by `model_flops`; 0 where nobody counted.
+
+  Returns:
+    "perf/tflops_per_sec_per_chip"; "perf/share_of_peak" of chips that the table of chips.py holds;
+    "perf/peak_memory_gib" of devices that tell.
+  """
+  device = jax.local_devices()[0]
+  share = chips.share_of_peak(model / seconds, device.device_kind) if model else None
+  peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+  found = {
+    "perf/tflops_per_sec_per_chip": flops / seconds / 1e12,
+    "perf/share_of_peak": share,
+    "perf/peak_memory_gib": peak and peak / 2**30,
+  }
+  return {name: value for name, value in found.items() if value is not None}
 
 
 def text(compiled: jax.stages.Compiled) -> str:

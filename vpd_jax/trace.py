@@ -55,6 +55,7 @@ class Trace:
     if self._begun:
       jax.profiler.stop_trace()
       self._begun = 0
+      self._log(f"a trace of fewer than {self._steps} steps is in {self._workdir}/plugins/profile")
 
   def before(self, step: int, last: Any = None) -> None:
     """Starts or ends the trace before the given step of this process, counted from 1.
@@ -67,7 +68,8 @@ class Trace:
       self._begun = step
     elif self._begun and step == self._begun + self._steps:
       jax.block_until_ready(last)
-      self.__exit__()
+      jax.profiler.stop_trace()
+      self._begun = 0
       self._log(f"a trace of {self._steps} steps is in {self._workdir}/plugins/profile")
       self._log(table(longest(self._workdir, self._steps, self._text())))
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from vpd_jax import assemble, evaluate, optim, programs, sharding, start, writers
+from vpd_jax import assemble, chips, config_file, evaluate, optim, programs, sharding, start, writers
 from vpd_jax import params as params_lib
 from vpd_jax.assemble import Product
 from vpd_jax.data import pipeline
@@ -206,6 +206,8 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     seconds = f"traced in {traced - begun:.1f} s, compiled in {time.monotonic() - traced:.1f} s"
     # XLA counts the body of a loop once: the parts of an accumulated batch are one.
     flops = (compiled.cost_analysis() or {}).get("flops", 0.0) * config.optim.accumulation
+    # Counting takes seconds of tracing, and a share of the peak is known on accelerators only.
+    model = model_flops(config, batch) if chips.of(mesh.devices.flat[0].device_kind) else 0.0
     log(f"compiled; {flops / 1e9:.1f} GFLOP and {programs.in_words(compiled)} per device and step; {seconds}")
     progress = writers.Progress(end, config.data.batch_size, start=begin, devices=mesh.size)
     trace = stack.enter_context(Trace(config.profile, workdir, log, lambda: programs.text(compiled)))
@@ -218,7 +220,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
       if last or step % config.log_every == 0:
         pending = check_finite(pending)
         line, speed = progress.report(step, float(logs["train/loss"]))
-        speed["perf/tflops_per_sec_per_chip"] = flops / 1e9 / max(speed.get("perf/step_ms", math.inf), 1e-9)
+        speed |= programs.rates(speed.get("perf/step_ms", math.inf) / 1e3, flops, model / mesh.size)
         speed |= {"perf/input_wait_ms": batches.mean_wait_ms(), "data/skipped_rows": batches.skipped}
         writer.write_scalars(step, jax.device_get(logs) | speed)
         log(line)
@@ -280,6 +282,22 @@ def lower_step(config: ConfigDict, product: Product, mesh: Mesh, batch: Batch) -
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread), batch)
   with sharding.tracing(mesh):
     return jitted.lower(abstract, shapes)
+
+
+def model_flops(config: ConfigDict, batch: Batch) -> float:
+  """Operations of one training step, all devices together, see programs.model_flops: recomputation is left out, and
+  every kernel of attention counts alike.
+
+  Args:
+    config: of the run.
+    batch: that of a step, arrays or descriptions.
+  """
+  plain = {"backbone.attention": "xla", "backbone.remat": False, "optim.accumulation": 1}
+  config = config_file.changed(config, plain)
+  product = assemble.assemble(config)
+  step = make_step(product, loss_group=config.optim.loss_group)
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+  return programs.model_flops(step, start.state_shapes(config, product), shapes)
 
 
 def check_finite(pending: list[tuple[int, Array, Array]]) -> list:
