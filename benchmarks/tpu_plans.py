@@ -15,10 +15,12 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
+import kept
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "tpu_plans.json"
 PAGE = ROOT / "docs" / "tpu.md"
-BEGIN, END = "<!-- tpu_plans.py: begin -->", "<!-- tpu_plans.py: end -->"
+SCRIPT = "tpu_plans.py"
 CONFIGS = {
   "vpd": ("VPD depth NYU", "configs/nyu_depth.py:vpd"),
   "ade20k": ("MetaPrompts ADE20K", "configs/ade20k_seg.py:meta_prompts"),
@@ -78,11 +80,6 @@ SCALING = (
 CELLS = {cell.name: cell for cell in (*PLANS, *SCALING)}
 
 
-def held() -> dict[str, list[Report]]:
-  """The reports of each finished cell, in the order in which they were made."""
-  return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-
-
 def measure(cell: Cell, minutes: float) -> None:
   """Runs the command and keeps its reports; one that is not finished in time leaves those that are."""
   folder = ROOT / "runs" / "tpu_plans" / cell.name.replace("/", "_").replace(":", "_")
@@ -98,9 +95,7 @@ def measure(cell: Cell, minutes: float) -> None:
   reports = list(json.loads(path.read_text()).values()) if path.exists() else []
   if not finished:
     reports.append({"unfinished_minutes": minutes})
-  unfinished = RESULTS.with_suffix(".unfinished")
-  unfinished.write_text(json.dumps(held() | {cell.name: reports}, indent=1) + "\n")
-  unfinished.replace(RESULTS)
+  kept.keep(RESULTS, cell.name, reports)
 
 
 def tables(results: dict[str, list[Report]]) -> str:
@@ -170,15 +165,6 @@ def _collectives(report: Report) -> str:
   return f"{sum(size for _, (_, size) in found) / 1e9:.2f} GB: {kinds}"
 
 
-def write(page: str, results: dict[str, list[Report]]) -> str:
-  """The page with what stands between the two markers replaced."""
-  before, begin, rest = page.partition(BEGIN)
-  _, end, after = rest.partition(END)
-  if not (begin and end):
-    raise ValueError(f"the page must hold {BEGIN!r} and behind it {END!r}.")
-  return "\n".join([before + begin, tables(results), end + after])
-
-
 def main() -> None:
   parser = argparse.ArgumentParser(description="What the compiler says of training on slices of TPUs.")
   parser.add_argument("--only", nargs="+", choices=CELLS, help="default: all that are not there")
@@ -186,9 +172,9 @@ def main() -> None:
   parser.add_argument("--write", action="store_true", help="only write docs/tpu.md")
   options = parser.parse_args()
   if options.write:
-    PAGE.write_text(write(PAGE.read_text(), held()))
+    PAGE.write_text(kept.write(PAGE.read_text(), SCRIPT, tables(kept.held(RESULTS))))
     return
-  for name in options.only or [name for name in CELLS if name not in held()]:
+  for name in options.only or [name for name in CELLS if name not in kept.held(RESULTS)]:
     measure(CELLS[name], options.minutes)
 
 

@@ -1,7 +1,6 @@
 """The tables of docs/tpu.md are those of benchmarks/tpu_plans.json."""
 
-import importlib.util
-import sys
+import importlib
 
 import pytest
 
@@ -12,11 +11,9 @@ GIB = 2**30
 
 @pytest.fixture(scope="module")
 def tpu_plans():
-  spec = importlib.util.spec_from_file_location("tpu_plans", config_file.PROJECT / "benchmarks" / "tpu_plans.py")
-  module = importlib.util.module_from_spec(spec)
-  sys.modules["tpu_plans"] = module
-  spec.loader.exec_module(module)
-  return module
+  with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(config_file.PROJECT / "benchmarks")
+    return importlib.import_module("tpu_plans")
 
 
 def report(step="train", **changes):
@@ -24,14 +21,14 @@ def report(step="train", **changes):
     **{"step": step, "devices": 8, "mesh": {"data": 1, "fsdp": 8}, "batch": 24, "accumulation": 1, "remat": False},
     **{"state": {"params": GIB, "opt_state": 2 * GIB}, "peak": 5 * GIB, "limit": 16 * GIB, "fits": True},
     **{"flops": 2.5e12, "collectives": {"all-gather": (3, 2e9), "all-reduce": (1, 5e8)}, "optimal_seconds": 0.25},
-    "compile_seconds": 100.2,
+    **{"compile_seconds": 100.2, "compiler": "libtpu 0.0.42.1"},
   }
   return made | changes
 
 
 def test_the_page_holds_what_was_compiled(tpu_plans):
-  page = tpu_plans.PAGE.read_text()
-  assert tpu_plans.write(page, tpu_plans.held()) == page
+  page, kept = tpu_plans.PAGE.read_text(), tpu_plans.kept
+  assert kept.write(page, tpu_plans.SCRIPT, tpu_plans.tables(kept.held(tpu_plans.RESULTS))) == page
 
 
 def test_each_compilation_is_a_line(tpu_plans):
@@ -42,11 +39,11 @@ def test_each_compilation_is_a_line(tpu_plans):
   )
   assert lines[2] == (
     "| VPD depth NYU, train, 24 | v5e:2x4 | 1 x 8, remat, accumulation 3 | 3.00 GiB | 20.00 of 16.00 GiB, "
-    "**does not fit** |  |  |  | 100 s |"
+    "**does not fit** |  |  |  | 100 s, 0.0.42.1 |"
   )
   assert lines[3] == (
     "| VPD depth NYU, eval, 8 | v5e:2x4 | 1 x 8 | 3.00 GiB | 5.00 of 16.00 GiB, fits | 2.50 TFLOP | "
-    "2.50 GB: all-gather 2.00, all-reduce 0.50 | 250 ms | 100 s |"
+    "2.50 GB: all-gather 2.00, all-reduce 0.50 | 250 ms | 100 s, 0.0.42.1 |"
   )
   assert "not finished after 60 minutes" in lines[4]
   assert "not yet run" in lines[5]
