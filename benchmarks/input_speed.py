@@ -1,49 +1,91 @@
-"""Images per second of the input, from files and from ArrayRecord shards, in one run.
+"""Images per second of the training input of every data set, per worker, from files and from ArrayRecord shards.
 
-python benchmarks/input_speed.py --folder=/tmp/input_speed
+python benchmarks/input_speed.py --folder=/tmp/inputs                                 # made-up pictures of all sets
+python benchmarks/input_speed.py --folder=/tmp/inputs --only nyu --workers 0 2        # and batches, with workers
+python benchmarks/input_speed.py --config=configs/nyu_depth.py --root=/data/nyu --shards=/data/nyu_shards --workers 0 8
 
-Writes noisy 480x640 pictures (PNG) with 16-bit depth in NYU's layout and their shards, then takes training batches with
-the released augmentation. Files and shards take turns, and the best of the rounds counts, for other programs disturb.
-Everything is in the page cache: this is the cost of decoding, not of a disk or a bucket.
+`--shards` is a folder that scripts/prepare_data.py wrote from the same data; without it only the files are read. First
+comes what one core does in a second of processor time: reading and decoding alone, then with the augmentation of
+training. Batches with N workers are timed by the clock; with 0, threads of this process read. Files and shards take
+turns, and the best of the rounds counts, for other programs disturb. All is in the page cache: this is the cost of
+computing, not of a disk or a bucket.
 """
 
 import argparse
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import cv2
+import made_up_data
 import numpy as np
+from ml_collections import ConfigDict
 
-from vpd_jax.data import builders, nyu, pipeline
+from vpd_jax import assemble, config_file
+from vpd_jax.data import builders, pipeline
 
-SIZE = (480, 640)
-KEYS = ("class_id", "depth", "image")
-
-
-def write_files(root: Path, count: int) -> None:
-  """Smooth pictures with noise on top, about as hard to compress as photographs."""
-  rng = np.random.default_rng(0)
-  for split, folder in nyu.FOLDERS.items():
-    lines = []
-    for index in range(count if split == "train" else 1):
-      names = [f"kitchen_0001/{kind}_{index:05}.png" for kind in ("rgb", "sync_depth")]
-      (root / folder / names[0]).parent.mkdir(parents=True, exist_ok=True)
-      coarse = rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)
-      smooth = cv2.resize(coarse, SIZE[::-1], interpolation=cv2.INTER_CUBIC).astype(np.int16)
-      picture = np.clip(smooth + rng.integers(-6, 7, smooth.shape), 0, 255).astype(np.uint8)
-      depth = cv2.resize(rng.uniform(500, 9500, (30, 40)).astype(np.float32), SIZE[::-1]).astype(np.uint16)
-      cv2.imwrite(str(root / folder / names[0]), picture)
-      cv2.imwrite(str(root / folder / names[1]), depth)
-      lines.append(" ".join(names))
-    (root / nyu.LISTS[split][0]).write_text("\n".join(lines) + "\n")
+CONFIGS = {
+  "nyu": "configs/nyu_depth.py:vpd",
+  "kitti": "configs/kitti_depth.py:vpd",
+  "ade20k": "configs/ade20k_seg.py:vpd",
+  "cityscapes": "configs/cityscapes_seg.py:meta_prompts",
+  "refcoco": "configs/refcoco_refer.py:refcoco",
+  "coco_pose": "configs/coco_pose.py:vpd",
+}
 
 
-def batches_per_second(dataset: nyu.Nyu, workers: int, batch_size: int, batches: int) -> float:
+def made_up(name: str, folder: Path, count: int) -> tuple[ConfigDict, dict[str, str]]:
+  """The config of a made-up data set, and where its files and shards are, written where they are not."""
+  config = config_file.load(CONFIGS[name]).unlock()
+  if "complete" in config.data:
+    config.data.complete = False
+  if "tokenizer" in config.method:
+    config.method.tokenizer = "words"  # CLIP's needs its files
+  places = {form: folder / f"{name}_{count}_{form}" for form in ("files", "tfds")}
+  if not places["files"].exists():
+    unfinished = places["files"].with_suffix(".unfinished")
+    unfinished.mkdir(parents=True)
+    made_up_data.WRITERS[name](unfinished, count)
+    unfinished.rename(places["files"])
+  config.data.root = str(places["files"])
+  builders.prepare(assemble.dataset(config, assemble.assemble(config)), places["tfds"], name=name, splits=("train",))
+  return config.lock(), {form: str(place) for form, place in places.items()}
+
+
+def datasets(config: ConfigDict, product: assemble.Product, places: dict[str, str]) -> dict[str, Any]:
+  """The config's data set by form: "files", "tfds"."""
+  made = {}
+  for form, place in places.items():
+    changed = config.copy_and_resolve_references().unlock()
+    changed.data.root = place or changed.data.root
+    if "format" in changed.data:
+      changed.data.format = form
+    elif form != "files":
+      raise ValueError(f"data set {changed.data.name!r} is read from its files only; leave --shards out.")
+    made[form] = assemble.dataset(changed.lock(), product)
+  return made
+
+
+def per_core(work: Callable[[int], Any], count: int) -> float:
+  """Calls per second of processor time, in one thread."""
+  start = time.process_time()
+  for index in range(count):
+    work(index)
+  return count / (time.process_time() - start)
+
+
+def batches_per_second(
+  config: ConfigDict, product: assemble.Product, dataset: Any, workers: int, batches: int
+) -> float:
   """Images per second of training batches; those made while the workers start do not count."""
-  iterator = pipeline.train_batches(dataset, batch_size=batch_size, seed=0, workers=workers, keys=KEYS)
+  size = min(config.data.batch_size, 32)
+  iterator = pipeline.train_batches(
+    dataset, batch_size=size, seed=0, workers=workers, keys=product.keys, prepare=product.method.prepare
+  )
   for _ in range(4 * max(workers, 1)):
     next(iterator)
   start = time.perf_counter()
@@ -51,47 +93,76 @@ def batches_per_second(dataset: nyu.Nyu, workers: int, batch_size: int, batches:
     next(iterator)
   seconds = time.perf_counter() - start
   iterator.close()
-  return batches * batch_size / seconds
+  return batches * size / seconds
 
 
-def reads_per_second(dataset: nyu.Nyu) -> float:
-  """Examples per second of processor time, one thread, without augmentation."""
-  source = dataset.source("train")
-  start = time.process_time()
-  for index in range(len(source)):
-    source[index]
-  return len(source) / (time.process_time() - start)
+def measure(
+  config: ConfigDict, places: dict[str, str], *, count: int, workers: list[int], batches: int, rounds: int
+) -> list[list[str]]:
+  """A row of Markdown for each form; see the columns in `main`."""
+  product = assemble.assemble(config)
+  made = datasets(config, product, places)
+  works: dict[str, Callable[[Any], float]] = {"decoding": _decoding(count), "all": _whole(count)}
+  for n in workers:
+    works[str(n)] = lambda dataset, n=n: batches_per_second(config, product, dataset, n, batches)
+  best = {form: dict.fromkeys(works, 0.0) for form in made}
+  for _ in range(rounds):
+    for form, dataset in made.items():
+      best[form] = {name: max(best[form][name], work(dataset)) for name, work in works.items()}
+  words = {"files": "files", "tfds": "ArrayRecord"}
+  crop = "{} x {}".format(*config.data.crop)
+  return [[config.data.name, crop, words[form], *(f"{rate:.0f}" for rate in best[form].values())] for form in made]
+
+
+def _decoding(count: int) -> Callable[[Any], float]:
+  def work(dataset: Any) -> float:
+    source = dataset.source("train")
+    return per_core(source.__getitem__, min(count, len(source)))
+
+  return work
+
+
+def _whole(count: int) -> Callable[[Any], float]:
+  def work(dataset: Any) -> float:
+    source, rng = dataset.source("train"), np.random.default_rng(0)
+    return per_core(lambda index: dataset.train_transform(source[index], rng, index), min(count, len(source)))
+
+  return work
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--folder", type=Path, required=True, help="for files and shards; kept for the next call")
-  parser.add_argument("--count", type=int, default=96, help="pictures")
-  parser.add_argument("--batch_size", type=int, default=8)
-  parser.add_argument("--batches", type=int, default=40, help="that are timed")
-  parser.add_argument("--workers", type=int, nargs="+", default=(0, 2))
-  parser.add_argument("--rounds", type=int, default=2)
+  parser.add_argument("--folder", type=Path, help="for made-up files and shards; kept for the next call")
+  parser.add_argument("--only", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="made-up data sets")
+  parser.add_argument("--config", help="config file and words, in place of made-up data")
+  parser.add_argument("--root", default="", help="of its files; default: the config's")
+  parser.add_argument("--shards", default="", help="folder of its shards")
+  parser.add_argument("--count", type=int, default=60, help="examples; made up, and timed in one thread")
+  parser.add_argument("--workers", type=int, nargs="*", default=[], help="also batches, with so many workers")
+  parser.add_argument("--batches", type=int, default=20, help="that are timed")
+  parser.add_argument("--rounds", type=int, default=3)
   options = parser.parse_args()
-  root, shards = options.folder / f"files_{options.count}", options.folder / f"shards_{options.count}"
-  if not (root / nyu.LISTS["eval"][0]).exists():
-    write_files(root, options.count)
-  builders.prepare(nyu.Nyu(root=str(root)), shards, name="nyu")
-  formats = {"files": nyu.Nyu(root=str(root)), "tfds": nyu.Nyu(root=str(shards), format="tfds")}
-  sizes = [sum(path.stat().st_size for path in (root / "sync").rglob(f"{kind}*")) for kind in ("rgb", "sync_depth")]
-  print(
-    f"{options.count} pictures, {sizes[0] / options.count / 1e3:.0f} kB, depth {sizes[1] / options.count / 1e3:.0f} kB"
-  )
-  tests = {"reading only, per CPU second": lambda dataset: reads_per_second(dataset)}
-  for workers in options.workers:
-    tests[f"training batches, {workers} workers"] = lambda dataset, workers=workers: batches_per_second(
-      dataset, workers, options.batch_size, options.batches
-    )
-  print(f"{'images/s':32}" + "".join(f"{name:>10}" for name in formats))
-  for name, test in tests.items():
-    best = dict.fromkeys(formats, 0.0)
-    for _ in range(options.rounds):
-      best = {name: max(best[name], test(dataset)) for name, dataset in formats.items()}
-    print(f"{name:32}" + "".join(f"{rate:10.1f}" for rate in best.values()), flush=True)
+  if bool(options.folder) == bool(options.config):
+    parser.error("give --folder=DIR for made-up data, or --config=FILE for data of your own")
+  cv2.setNumThreads(0)
+  heads = [
+    "data set",
+    "crop",
+    "from",
+    "decoding",
+    "with augmentation",
+    *(f"batches, {n} workers" for n in options.workers),
+  ]
+  print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|", flush=True)
+  times = {name: getattr(options, name) for name in ("count", "workers", "batches", "rounds")}
+  for name in options.only if options.folder else [""]:
+    if options.folder:
+      config, places = made_up(name, options.folder, options.count)
+    else:
+      config = config_file.load(options.config)
+      places = {"files": options.root} | ({"tfds": options.shards} if options.shards else {})
+    for row in measure(config, places, **times):
+      print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -137,3 +137,19 @@ def test_rates_of_a_step_tell_what_the_device_does(monkeypatch):
   monkeypatch.setattr(programs.jax, "local_devices", lambda: [device])
   found = programs.rates(0.5, 1e12, 989e12 / 4)
   assert found == {"perf/tflops_per_sec_per_chip": 2, "perf/share_of_peak": 0.5, "perf/peak_memory_gib": 3}
+
+
+@pytest.mark.parametrize(
+  "seconds, traffic, expected",
+  [
+    (0.25, 0.2 * 819e9, 0.25),  # nothing is missing
+    (-2.75, 0.2 * 819e9, 0.25),  # three kernels of unknown cost
+    (-0.5, 1.2 * 819e9, 1.5),
+    (0.3, 1.2 * 819e9, 1.3),
+    (0.0, 1e9, 0.0),  # no estimate at all
+  ],
+)
+def test_seconds_that_the_compiler_took_off_are_given_back(seconds, traffic, expected):
+  v5e = chips.of("TPU v5 lite")
+  assert programs.whole_seconds(seconds, traffic, v5e) == pytest.approx(expected)
+  assert programs.whole_seconds(seconds, traffic, None) == seconds

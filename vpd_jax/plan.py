@@ -20,8 +20,9 @@ from etils import epath
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from vpd_jax import assemble, caching, chips, evaluate, plan_search, programs, sharding, start, train, writers
+from vpd_jax import assemble, caching, chips, evaluate, plan_report, plan_search, programs, sharding, start, train
 from vpd_jax.data import pipeline
+from vpd_jax.plan_report import Report
 from vpd_jax.types import Batch
 
 # Of an Example, by key of a Batch: shape, where words stand for sizes that the config says, and dtype.
@@ -55,7 +56,6 @@ QUIET = {
   **{"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"},
   **{"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
 }
-Report = dict[str, Any]
 
 
 def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: str = "low", limit: int = 0) -> Report:
@@ -88,7 +88,7 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
   reports = {}
   for step in ("train", "eval"):
     reports[step] = measure(config, step)
-    train.log(describe(reports[step]))
+    train.log(plan_report.describe(reports[step]))
   if reports["train"]["fits"] is False:
     product = assemble.assemble(config)  # the settings that are tried leave its arrays as they are
     state = lambda changed: state_bytes(changed, product, mesh_for(changed, devices))
@@ -96,13 +96,13 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
       config, reports["train"], lambda changed: measure(changed, "train"), state, len(devices)
     )
     for words, report in found.tried:
-      train.log(f"tried {words}: {in_short(report)}")
+      train.log(f"tried {words}: {plan_report.in_short(report)}")
     train.log(
       f"fits with {found.words}" if found.report else "nothing that was tried fits: take more or larger devices"
     )
     if found.report:
       reports["fitting"] = found.report
-      train.log(describe(found.report))
+      train.log(plan_report.describe(found.report))
   return reports
 
 
@@ -258,7 +258,8 @@ def compiled_report(
       "fits": False,
     }
   report["compile_seconds"] = round(time.perf_counter() - traced, 1)
-  report |= {name.replace(" ", "_"): value * accumulation for name, value in programs.costs(compiled).items()}
+  costs = programs.costs(compiled, devices[0].device_kind)
+  report |= {name.replace(" ", "_"): value * accumulation for name, value in costs.items()}
   if text := programs.text(compiled):
     report["collectives"] = programs.collectives(text)
   if (memory := programs.memory(compiled)) is not None:
@@ -297,56 +298,3 @@ class _Kept:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_text(json.dumps(self._held, indent=1) + "\n")
     return self._held[key]
-
-
-def amount(count: float) -> str:
-  """Bytes for the reader."""
-  power = next((p for p in (30, 20) if count >= 2**p / 10), 10)
-  return f"{count / 2**power:.2f} {({30: 'GiB', 20: 'MiB', 10: 'KiB'})[power]}"
-
-
-def in_short(report: Report) -> str:
-  """Peak and verdict in a few words."""
-  peak = "more than there is" if report.get("peak") is None else amount(report["peak"])
-  verdict = {True: "fits", False: "does not fit", None: "no limit known"}[report["fits"]]
-  return f"{peak} of {amount(report['limit'])}, {verdict}" if report["limit"] else f"{peak}, {verdict}"
-
-
-def describe(report: Report) -> str:
-  """A report as a table."""
-  where = report["topology"] or "devices at hand"
-  mesh = report["mesh"]
-  bound = ", an upper bound: the compiler was in a hurry" if report["effort"] == "low" else ""
-  rows = [
-    (
-      f"{report['step']} step",
-      f"{where}: {report['devices']} x {report['kind']}, mesh {mesh['data']} x {mesh['fsdp']}",
-    ),
-    (
-      "images",
-      f"{report['batch']} in all, {report['batch'] / report['devices']:g} a device, accumulation "
-      f"{report['accumulation']}, {report['dtype']}, attention {report['attention']}, remat {report['remat']}",
-    ),
-    ("on one device", ""),
-  ]
-  names = {"params": "parameters", "frozen": "frozen", "stats": "statistics", "opt_state": "optimizer state"}
-  names["ema"] = "moving average"
-  rows += [(f"  {names[part]}", amount(value)) for part, value in report["state"].items() if value]
-  rows += [("  encoders ahead of it", amount(report["encoders"]))] if report["encoders"] else []
-  rows += [("  activations, gradients", amount(report["temporaries"]))] if "temporaries" in report else []
-  rows += [("  peak", in_short(report) + bound)]
-  if "flops" in report:
-    rows += [("  operations", f"{report['flops'] / 1e12:.3f} TFLOP a step")]
-  if "bytes_accessed" in report:
-    rows += [("  memory traffic", f"{report['bytes_accessed'] / 1e9:.1f} GB a step")]
-  rows += (
-    [] if "collectives" in report or "temporaries" not in report else [("  collectives", "the compiler tells none")]
-  )
-  for kind, (number, size) in sorted(report.get("collectives", {}).items()):
-    rows += [(f"  {kind}", f"{number}, {size / 1e6:.1f} MB")]
-  if "optimal_seconds" in report:
-    rows += [("  compiler's estimate", f"{1e3 * report['optimal_seconds']:.1f} ms a step")]
-  rows += [
-    ("compiled in", f"{report['compile_seconds']} s, traced in {report['trace_seconds']} s; {report['compiler']}")
-  ]
-  return writers.table(rows)
