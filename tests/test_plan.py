@@ -8,7 +8,7 @@ import pytest
 
 from tests import tiny
 from tests.test_configs import batch_for
-from vpd_jax import assemble, config_file, plan, sharding, start
+from vpd_jax import assemble, config_file, plan, sharding, slices, start
 
 MIB = 2**20
 
@@ -178,7 +178,7 @@ def test_settings_that_fit_are_found_and_told(monkeypatch, capsys):
 def test_what_cannot_be_planned_is_told_in_one_line(monkeypatch):
   with pytest.raises(ValueError, match="--effort='high' is unknown"):
     plan.run(config_of(), effort="high")
-  monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setattr(slices.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r"needs libtpu.*pip install 'vpd_jax\[plan\]'"):
     plan.run(config_of(), "v5e:2x4")
 
@@ -199,7 +199,7 @@ def test_a_spread_state_is_told_by_the_device():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not plan.importlib.util.find_spec("libtpu"), reason="needs libtpu: pip install 'vpd_jax[plan]'")
+@pytest.mark.skipif(not slices.importlib.util.find_spec("libtpu"), reason="needs libtpu: pip install 'vpd_jax[plan]'")
 def test_a_slice_that_is_not_there(capsys):
   """Minutes: TPUs compile slowly, however small the network."""
   config = config_of(**{"data.batch_size": 24, "eval.batch_size": 8, "mesh.fsdp": 4, "dtype": "bfloat16"})
@@ -212,5 +212,5 @@ def test_a_slice_that_is_not_there(capsys):
 
 def test_weights_can_be_split_over_part_of_a_side_of_the_network():
   pytest.importorskip("libtpu")
-  devices = plan.slice_of("v6e:16x16")
+  devices = slices.of("v6e:16x16")
   assert dict(sharding.make_mesh(-1, 8, devices=devices).shape) == {"data": 32, "fsdp": 8}

@@ -14,8 +14,9 @@ class Chip(NamedTuple):
     kind: regular expression, found in the lower-case `device_kind`.
     peak: dense bfloat16 operations a second of a chip, as its maker states; what a chip reaches is less.
     bandwidth: bytes a second between a chip and its memory, as its maker states.
-    memory: bytes of a device that a program can use; None where it is asked from the device. Those of TPUs are what the
-      compiler of libtpu 0.0.51 says when a program is too large.
+    memory: bytes of a device that a program can use, where the device itself does not say; None where it must. Those of
+      TPUs are what the compiler of libtpu 0.0.51 says when a program is too large, those of GPUs three quarters of all,
+      which is what JAX takes.
     devices: per chip, when all of a chip's cores are devices of their own.
   """
 
@@ -35,12 +36,12 @@ CHIPS = (
   Chip("TPU v6e", r"tpu v6 ?(lite|e)", 918e12, 1640e9, 31.25 * GIB),
   Chip("TPU7x", r"tpu ?v?7x", 2307e12, 7380e9, 94.75 * GIB, 2),
   Chip("V100", r"v100", 125e12, 900e9, None),  # float16: it has no bfloat16
-  Chip("A100 40 GB", r"a100.*40gb", 312e12, 1555e9, None),
-  Chip("A100 80 GB", r"a100.*80gb", 312e12, 2039e9, None),
+  Chip("A100 40 GB", r"a100.*40gb", 312e12, 1555e9, 31.8e9),
+  Chip("A100 80 GB", r"a100.*80gb", 312e12, 2039e9, 63.7e9),
   Chip("L4", r"\bl4\b", 121e12, 300e9, None),
-  Chip("H100 PCIe", r"h100 pcie", 756e12, 2000e9, None),
-  Chip("H100", r"h100", 989e12, 3350e9, None),
-  Chip("H200", r"h200", 989e12, 4800e9, None),
+  Chip("H100 PCIe", r"h100 pcie", 756e12, 2000e9, 63.7e9),
+  Chip("H100", r"h100", 989e12, 3350e9, 63.7e9),
+  Chip("H200", r"h200", 989e12, 4800e9, 112.6e9),
 )
 
 

@@ -25,8 +25,10 @@ SENTENCE = flags.DEFINE_string("sentence", "", "--mode=predict: what is to be fo
 SENTENCES = flags.DEFINE_string("sentences", "", "--mode=predict: JSON file with what is to be found in each picture.")
 BOXES = flags.DEFINE_string("boxes", "", "--mode=predict: JSON file with the boxes of the people in each picture.")
 ATTENTION = flags.DEFINE_bool("attention", False, "--mode=predict: also write attention maps of the classes.")
-TOPOLOGY = flags.DEFINE_string("topology", "", "--mode=plan: TPUs elsewhere, like v5e:2x4; or these devices.")
-EFFORT = flags.DEFINE_enum("effort", "low", ["low", "default"], "--mode=plan --topology: of the compiler.")
+TOPOLOGY = flags.DEFINE_string(
+  "topology", "", "--mode=plan: for TPUs like v5e:2x4 or GPUs like h200:8; or these devices."
+)
+EFFORT = flags.DEFINE_enum("effort", "low", ["low", "default"], "--mode=plan, TPUs: of the compiler.")
 ACCEPT = flags.DEFINE_bool("accept_config_changes", False, "Continue a workdir that was made with another config.")
 COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for several processes.")
 COUNT = flags.DEFINE_integer("process_count", None, "How many processes are one run; 1 joins nobody.", lower_bound=1)
@@ -47,7 +49,7 @@ def main(arguments: list[str]) -> None:
 
 def _run() -> None:
   if MODE.value == "plan" and TOPOLOGY.value:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is there to compile, not to be looked for devices
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing but compiling: no device is looked for
   processes.connect(COORDINATOR.value, COUNT.value, INDEX.value, TIMEOUT.value)
   # After the flags, so that a wrong flag answers at once.
   import jax

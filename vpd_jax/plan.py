@@ -1,15 +1,12 @@
 """--mode=plan: does a run fit, and what does a step cost, known before the first one and without the devices.
 
-Compiles the real steps of training and evaluation for a named slice of TPUs, which libtpu can do on any machine, or for
-the devices at hand, and reads what the compiler says of them. No array is allocated and no data set is opened.
+Compiles the real steps of training and evaluation for a named slice of TPUs or GPUs of a machine, which can be done on
+any machine, or for the devices at hand, and reads what the compiler says of them. No array is allocated and no data set
+is opened.
 """
 
-import contextlib
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
-import os
 import re
 import time
 from typing import Any
@@ -17,10 +14,21 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from vpd_jax import assemble, caching, chips, evaluate, plan_report, plan_search, programs, sharding, start, train
+from vpd_jax import (
+  assemble,
+  caching,
+  chips,
+  evaluate,
+  plan_report,
+  plan_search,
+  programs,
+  sharding,
+  slices,
+  start,
+  train,
+)
 from vpd_jax.data import pipeline
 from vpd_jax.plan_report import Report
 from vpd_jax.types import Batch
@@ -42,20 +50,6 @@ KEYS = {
   "image_index": ((), np.int32),
 }
 CROPPED = ("squeezed", "crops")  # ways of a task whose pictures are crops in evaluation, too
-EFFORTS = {
-  "default": {},
-  # Minutes; the program is slower and takes more memory than what a run would use. The levels are
-  # XLA's EFFORT_O0: the two efforts alone took five times as long for VPD on v5e:2x4, and saved no memory.
-  "low": {
-    **{"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0},
-    **{"optimization_level": 9, "memory_fitting_level": 9},
-  },
-}
-# libtpu asks a server in Google's cloud otherwise, writes a page of text, and lets one process in only.
-QUIET = {
-  **{"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"},
-  **{"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
-}
 
 
 def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: str = "low", limit: int = 0) -> Report:
@@ -65,9 +59,9 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
 
   Args:
     config: of the run.
-    topology: a slice of TPUs as libtpu names it, like "v5e:2x4", or empty for the devices at hand.
+    topology: of devices that are not there, see slices.of, or empty for the devices at hand.
     workdir: where plan.json keeps every finished compilation, so that the same command goes on; empty: nowhere.
-    effort: of the compiler for a named slice: "low", or "default" as in a run, which takes ten times as long. At low
+    effort: of the compiler for a slice of TPUs: "low", or "default" as in a run, which takes ten times as long. At low
       effort memory is more than a run would need: an upper bound.
     limit: bytes of memory of a device; 0: those of the device.
 
@@ -76,15 +70,17 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
     others were found.
 
   Raises:
-    ValueError: in one line: anything that cannot be assembled, batches that do not divide, an unknown slice, no libtpu.
+    ValueError: in one line: anything that cannot be assembled, batches that do not divide, an unknown topology, or what
+      compiles for it is not installed.
   """
-  if effort not in EFFORTS:
-    raise ValueError(f"--effort={effort!r} is unknown; choose one of {sorted(EFFORTS)}.")
+  if effort not in slices.EFFORTS:
+    raise ValueError(f"--effort={effort!r} is unknown; choose one of {sorted(slices.EFFORTS)}.")
   config = start.complete(config, config.init.run or config.init.pretrained)
-  devices = slice_of(topology) if topology else jax.devices()
+  devices = slices.of(topology) if topology else jax.devices()
   limit = limit or memory_of(devices[0])
   kept = _Kept(workdir)
-  measure = lambda config, step: kept.report(config, step, devices, topology, effort if topology else "default", limit)
+  effort = slices.effort(topology, effort)
+  measure = lambda config, step: kept.report(config, step, devices, topology, effort, limit)
   reports = {}
   for step in ("train", "eval"):
     reports[step] = measure(config, step)
@@ -106,48 +102,14 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
   return reports
 
 
-def slice_of(topology: str) -> list[jax.Device]:
-  """The devices of a slice that is not there.
-
-  Raises:
-    ValueError: libtpu is not installed or knows no such slice, or jax makes no mesh of it, as of v4's.
-  """
-  if not importlib.util.find_spec("libtpu"):
-    raise ValueError(
-      f"--topology={topology!r} needs libtpu, which also runs without a TPU: pip install 'vpd_jax[plan]'."
-    )
-  for name, value in QUIET.items():
-    os.environ.setdefault(name, value)
-  # A host has four chips if it is not told otherwise.
-  alone = {"chips_per_host_bounds": (1, 1, 1)} if re.search(r":1(x1)*$", topology) else {}
-  try:
-    devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **alone).devices)
-    sharding.make_mesh(devices=devices)
-  except Exception as error:
-    reason = " ".join(str(error).split())[:200]
-    raise ValueError(
-      f"--topology={topology!r} cannot be planned for ({reason}); names are like v5e:2x4, v5p:2x2x1, v6e:16x16."
-    ) from error
-  return devices
-
-
-def compiler_of(topology: str) -> str:
-  """Name and version of what compiles for a named slice, or for the devices at hand."""
-  name = "libtpu" if topology else "jaxlib"
-  with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-    return f"{name} {importlib.metadata.version(name)}"
-  return name
-
-
 def memory_of(device: jax.Device) -> int:
-  """Bytes that a program can use on a device; 0 where neither the table nor the device says."""
-  chip = chips.of(device.device_kind)
-  if chip is not None and chip.memory is not None:
-    return int(chip.memory)
+  """Bytes that a program can use on a device, as it says or else as the table does; 0 where neither says."""
   try:
-    return int((device.memory_stats() or {}).get("bytes_limit", 0))
-  except (jax.errors.JaxRuntimeError, NotImplementedError):
-    return 0
+    told = int((device.memory_stats() or {}).get("bytes_limit", 0))
+  except (jax.errors.JaxRuntimeError, NotImplementedError):  # it is not there
+    told = 0
+  chip = chips.of(device.device_kind)
+  return told or int((chip and chip.memory) or 0)
 
 
 def mesh_for(config: ConfigDict, devices: list[jax.Device]) -> jax.sharding.Mesh:
@@ -218,7 +180,7 @@ def compiled_report(
     step: "train" or "eval".
     devices: to compile for.
     topology: their name; empty for those at hand.
-    effort: see `run`.
+    effort: key of slices.OPTIONS.
     limit: bytes of memory of a device; 0 judges nothing.
 
   Returns:
@@ -238,16 +200,16 @@ def compiled_report(
   traced = time.perf_counter()
   report = {
     **{"step": step, "devices": len(devices), "kind": devices[0].device_kind, "topology": topology, "effort": effort},
-    "compiler": compiler_of(topology),
+    "compiler": slices.compiler(topology),
     **{"mesh": dict(mesh.shape), "batch": rows * accumulation, "accumulation": accumulation, "limit": limit or None},
     **{"attention": config.backbone.attention, "remat": config.backbone.remat, "dtype": config.dtype},
     "state": state_bytes(config, product, mesh),
     "encoders": encoders,
     "trace_seconds": round(traced - begin, 1),
   }
-  options = EFFORTS[effort] if topology else None
+  options = slices.OPTIONS[effort] if topology else programs.compiler_options(mesh)
   try:
-    compiled = lowered.compile(options or programs.compiler_options(mesh))
+    compiled = lowered.compile(options)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
@@ -290,7 +252,7 @@ class _Kept:
   def report(self, config: ConfigDict, step: str, devices: list[jax.Device], *facts: Any) -> Report:
     """The report of an earlier command, or a new one, which is kept."""
     words = [start.to_json(config), step, devices[0].device_kind, len(devices), jax.__version__, *facts]
-    words.append(compiler_of(facts[0]))
+    words.append(slices.compiler(facts[0]))
     key = hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
     if key not in self._held:
       self._held[key] = compiled_report(config, step, devices, *facts)

@@ -24,7 +24,7 @@ def describe(report: Report) -> str:
   """A report as a table."""
   where = report["topology"] or "devices at hand"
   mesh = report["mesh"]
-  bound = ", an upper bound: the compiler was in a hurry" if report["effort"] == "low" else ""
+  bound = {"low": ", an upper bound: the compiler was in a hurry", "untimed": ", kernels chosen without timing them"}
   rows = [
     (
       f"{report['step']} step",
@@ -42,7 +42,7 @@ def describe(report: Report) -> str:
   rows += [(f"  {names[part]}", amount(value)) for part, value in report["state"].items() if value]
   rows += [("  encoders ahead of it", amount(report["encoders"]))] if report["encoders"] else []
   rows += [("  activations, gradients", amount(report["temporaries"]))] if "temporaries" in report else []
-  rows += [("  peak", in_short(report) + bound)]
+  rows += [("  peak", in_short(report) + bound.get(report["effort"], ""))]
   if "flops" in report:
     rows += [("  operations", f"{report['flops'] / 1e12:.3f} TFLOP a step")]
   if "bytes_accessed" in report:

@@ -128,7 +128,7 @@ def test_auto_takes_the_kernel_of_the_platform_for_long_self_attention(
   tokens, keys, width, backend, expected, monkeypatch
 ):
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
-  monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability="9.0")])
+  monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="gpu", compute_capability="9.0")])
   query, key = (jax.ShapeDtypeStruct((1, n, 8, width), jnp.bfloat16) for n in (tokens, keys))
   assert module._best(query, key) == expected
 
@@ -136,7 +136,7 @@ def test_auto_takes_the_kernel_of_the_platform_for_long_self_attention(
 @pytest.mark.parametrize("dtype, capability", [(jnp.float32, "9.0"), (jnp.bfloat16, "7.0"), (jnp.bfloat16, None)])
 def test_auto_leaves_what_the_fused_kernel_does_not_take(dtype, capability, monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+  monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="gpu", compute_capability=capability)])
   query = jax.ShapeDtypeStruct((1, 4096, 8, 40), dtype)
   assert module._best(query, query) == "xla"
 

@@ -63,8 +63,9 @@ def _best(query: Array, key: Array) -> Implementation:
 
 
 def _cudnn_takes(query: Array) -> bool:
-  """Whether the fused kernel knows this dtype and width, and this GPU."""
-  capability = getattr(jax.devices()[0], "compute_capability", None)
+  """Whether the fused kernel knows this dtype and width, and this GPU; one that is only compiled for counts as new."""
+  here = jax.devices()[0]
+  capability = CUDNN_FROM if here.platform == "cpu" else getattr(here, "compute_capability", None)
   return (
     query.dtype in (jnp.bfloat16, jnp.float16)
     and query.shape[-1] <= CUDNN_WIDTH

@@ -1,0 +1,48 @@
+"""Devices that are not there: what is known of them, and what they need."""
+
+import importlib.util
+
+import pytest
+
+from tests.test_plan import config_of
+from vpd_jax import chips, plan, slices
+
+PLUGIN = any(map(importlib.util.find_spec, slices.PLUGINS)) and importlib.util.find_spec("nvidia")
+
+
+@pytest.mark.parametrize("name", slices.GPUS)
+def test_every_gpu_is_a_chip_of_the_table(name):
+  chip, described = chips.of(slices.GPUS[name]["name"]), slices.GPUS[name]
+  assert chip.memory == pytest.approx(0.75 * described["memory"], rel=0.01)
+  assert chip.bandwidth == pytest.approx(described["bandwidth"], rel=0.01)
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+  monkeypatch.setattr(slices.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match=r"'h200:8' needs JAX's CUDA plugin.*pip install 'vpd_jax\[cuda12\]'"):
+    slices.of("h200:8")
+  with pytest.raises(ValueError, match=r"'v5e:2x4' needs libtpu.*pip install 'vpd_jax\[plan\]'"):
+    slices.of("v5e:2x4")
+
+
+def test_effort_is_for_tpus():
+  efforts = [slices.effort(topology, "low") for topology in ("", "v5e:2x4", "a100-40gb:8", "h200:1")]
+  assert efforts == ["default", "low", "untimed", "untimed"]
+  assert all(effort in slices.OPTIONS for effort in (*efforts, *slices.EFFORTS))
+
+
+def test_compilers_are_told_apart(monkeypatch):
+  monkeypatch.setattr(slices.importlib.util, "find_spec", lambda name: name != "jax_cuda12_plugin")
+  monkeypatch.setattr(slices.importlib.metadata, "version", lambda name: "1.2")
+  found = [slices.compiler(topology) for topology in ("", "v5e:2x4", "h100:8")]
+  assert found == ["jaxlib 1.2", "libtpu 1.2", "jax_cuda13_plugin 1.2"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PLUGIN, reason="needs JAX's CUDA plugin and cuDNN: pip install 'vpd_jax[cuda12]'")
+def test_a_step_is_compiled_for_gpus_that_are_not_there(capsys):
+  config = config_of(**{"data.batch_size": 24, "eval.batch_size": 8, "mesh.fsdp": 4, "dtype": "bfloat16"})
+  found = plan.run(config, "h200:8")
+  assert found["train"]["fits"] and found["train"]["devices"] == 8 and found["train"]["kind"] == "NVIDIA H200"
+  assert found["train"]["effort"] == "untimed" and "all-reduce" in found["train"]["collectives"]
+  assert "kernels chosen without timing them" in capsys.readouterr().out
