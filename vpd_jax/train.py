@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from vpd_jax import assemble, chips, config_file, evaluate, optim, programs, sharding, start, writers
+from vpd_jax import assemble, chips, config_file, evaluate, opening, optim, programs, sharding, start, writers
 from vpd_jax import params as params_lib
 from vpd_jax.assemble import Product
 from vpd_jax.data import pipeline
@@ -176,7 +175,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     # Only now: a workdir that is refused stays as it was.
     writer = stack.enter_context(writers.create(workdir, just_logging=jax.process_index() > 0))
     begin, end = int(state.step), config.num_steps
-    _describe(config, product, mesh, writer, workdir, lines, begin)
+    opening.describe(config, product, mesh, writer, workdir, lines, begin, log)
 
     def score(step: int, state: TrainState) -> dict[str, float]:
       """Evaluates, writes and logs; empty where it was stopped."""
@@ -316,28 +315,3 @@ def log(line: str) -> None:
   """One line for the reader at the terminal, from the first process only."""
   if jax.process_index() == 0:
     print(line, flush=True)
-
-
-def _describe(
-  config: ConfigDict, product: Product, mesh: Mesh, writer: writers.Writer, workdir: str, lines: list[str], begin: int
-) -> None:
-  """What a run says of itself at the start: devices, weights, groups, parameters, config."""
-  devices = jax.devices()
-  local = config.data.batch_size // mesh.size
-  log(
-    f"jax {jax.__version__}, {len(devices)} {devices[0].device_kind} devices, mesh {dict(mesh.shape)}, "
-    f"batch {config.data.batch_size} = {mesh.size} x {local}, workdir {workdir}"
-  )
-  log("\n".join([*lines, *product.method.notes]))
-  groups = writers.table(
-    [("group", "lr x", "decay x", "arrays", "numbers", "first"), *optim.table(product.groups, product.parts.shapes)]
-  )
-  log(groups)
-  if jax.process_index() == 0:
-    (epath.Path(workdir) / "config.json").write_text(start.to_json(config) + "\n")
-  if jax.process_index() == 0 and begin == 0:
-    overview = writers.parameter_overview(product.parts.shapes)
-    writer.write_hparams(config.to_dict())
-    texts = {"config": start.to_json(config), "groups": groups, "parameters": overview}
-    writer.write_texts(0, {name: f"```\n{text}\n```" for name, text in texts.items()})
-    (epath.Path(workdir) / "parameters.txt").write_text(overview + "\n")
