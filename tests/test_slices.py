@@ -29,6 +29,10 @@ def test_effort_is_for_tpus():
   efforts = [slices.effort(topology, "low") for topology in ("", "v5e:2x4", "a100-40gb:8", "h200:1")]
   assert efforts == ["default", "low", "untimed", "untimed"]
   assert all(effort in slices.OPTIONS for effort in (*efforts, *slices.EFFORTS))
+  with pytest.raises(
+    ValueError, match="--effort='default' would have no effect with --topology='h200:8'; leave it out"
+  ):
+    slices.effort("h200:8", "default")
 
 
 def test_compilers_are_told_apart(monkeypatch):

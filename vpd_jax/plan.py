@@ -75,11 +75,11 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
   """
   if effort not in slices.EFFORTS:
     raise ValueError(f"--effort={effort!r} is unknown; choose one of {sorted(slices.EFFORTS)}.")
+  effort = slices.effort(topology, effort)
   config = start.complete(config, config.init.run or config.init.pretrained)
   devices = slices.of(topology) if topology else jax.devices()
   limit = limit or memory_of(devices[0])
   kept = _Kept(workdir)
-  effort = slices.effort(topology, effort)
   measure = lambda config, step: kept.report(config, step, devices, topology, effort, limit)
   reports = {}
   for step in ("train", "eval"):

@@ -101,7 +101,13 @@ def compiler(topology: str) -> str:
 
 
 def effort(topology: str, wished: str) -> str:
-  """Key of OPTIONS by which a program is compiled: on GPUs that are not there always "untimed"."""
+  """Key of OPTIONS by which a program is compiled: on GPUs that are not there always "untimed".
+
+  Raises:
+    ValueError: another effort than the first is wished where there is no choice.
+  """
+  if _gpu(topology) and wished != EFFORTS[0]:
+    raise ValueError(f"--effort={wished!r} would have no effect with --topology={topology!r}; leave it out.")
   return "default" if not topology else "untimed" if _gpu(topology) else wished
 
 
