@@ -18,6 +18,7 @@ from vpd_jax import params as params_lib
 from vpd_jax.backbones.attention import IMPLEMENTATIONS
 from vpd_jax.backbones.clip import TextSizes
 from vpd_jax.backbones.clip_image import ImageSizes
+from vpd_jax.backbones.initializers import InitKeys
 from vpd_jax.backbones.unet import UNetSizes
 from vpd_jax.backbones.vae import VaeSizes
 from vpd_jax.convert.tokenizer import Tokenize
@@ -196,7 +197,7 @@ def _builder(config: ConfigDict, task: Any, classes: tuple[str, ...], training: 
   types = {"dtype": dtype(config, "dtype"), "param_dtype": dtype(config, "param_dtype")}
 
   def build() -> nnx.Module:
-    kinds = {**types, "rngs": params_lib.Keys(config.seed)}
+    kinds = {**types, "rngs": InitKeys(config.seed)}
     m = method(**kinds)
     n = neck(m.widths, m.strides, tokens=m.tokens, frame=m.frame, **kinds)
     return PerceptionModel(m, n, head(n.widths, n.strides, frame=m.frame, **kinds))

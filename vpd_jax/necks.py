@@ -5,11 +5,11 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from vpd_jax.backbones import layers
+from vpd_jax.backbones import initializers, layers
 from vpd_jax.types import Array, Features
 
 # timm's trunc_normal_(std=0.02) of the release cuts at -2 and 2, a hundred deviations away.
-NORMAL = nnx.initializers.normal(0.02)
+NORMAL = initializers.normal(0.02)
 
 
 class NoNeck(nnx.Module):
@@ -84,7 +84,7 @@ class Fusion(nnx.Module):
       "dtype": dtype,
       "param_dtype": param_dtype,
       "rngs": rngs,
-      "kernel_init": nnx.initializers.truncated_normal(0.02),
+      "kernel_init": initializers.truncated_normal(0.02),
     }
     norms = {"groups": 16, "epsilon": 1e-5, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     half = lambda w: layers.conv(w, w, 3, stride=2, **kinds)
@@ -112,7 +112,7 @@ class _Raised(nnx.Module):
   def __init__(self, width: int, doublings: int, *, inner: int, norm_group: int, **kinds: Any):
     norm = lambda w: layers.BatchNorm(w, group=norm_group, **kinds)
     # PyTorch's default, whose fan of a transposed convolution counts the outputs: the release leaves it.
-    default = nnx.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
+    default = initializers.variance_scaling(1 / 3, "fan_out", "uniform")
     deconvs, last = [], width
     for _ in range(doublings):
       deconvs += [layers.ConvTranspose(last, inner, 4, padding=1, kernel_init=default, **kinds), norm(inner)]
@@ -164,7 +164,7 @@ class EinsumLevels(nnx.Module):
     if len(widths) != 4:
       raise ValueError(f"neck 'einsum_levels' takes four maps, but the method gives {len(widths)}.")
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    default = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's
+    default = initializers.torch_default
     norm = lambda w: layers.GroupNorm(w, groups=16, epsilon=1e-5, **kinds)
     level = lambda w: nnx.List(
       [layers.conv(w, tokens[1], 3, kernel_init=default, **kinds), norm(tokens[1]), layers.ReLU()]

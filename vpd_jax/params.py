@@ -8,27 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 
+from vpd_jax.backbones import initializers
 from vpd_jax.types import Buffer, Named
-
-_WORTH_OPTIMIZING = 50_000_000  # fresh numbers
-
-
-class Keys:
-  """Random keys for the constructors of modules, in place of nnx.Rngs: `rngs.params()` gives the next one.
-
-  nnx.Rngs counts in a Variable, which under tracing costs a walk through all operations so far at every key: half a
-  minute for a UNet. The "rbg" generator compiles faster than the default one, hundreds of times in one program here.
-  """
-
-  def __init__(self, seed: int):
-    self._key, self._count = jax.random.key(seed, impl="rbg"), 0
-
-  def params(self) -> jax.Array:
-    """The next key."""
-    self._count += 1
-    return jax.random.fold_in(self._key, self._count)
 
 
 class Parts(NamedTuple):
@@ -40,6 +24,7 @@ class Parts(NamedTuple):
     paths: nnx path of every array by name.
     shapes: shape and dtype of every array by name.
     params, buffers, stats: the names by kind: trainable, never trained, running statistics.
+    draws: how fresh values are drawn, by name, of the arrays that an Initializer with a HostKey made.
   """
 
   model: nnx.Module
@@ -49,6 +34,17 @@ class Parts(NamedTuple):
   params: frozenset[str]
   buffers: frozenset[str]
   stats: frozenset[str]
+  draws: dict[str, initializers.Draw]
+
+  def initialize(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Fresh values of the named arrays, on the host; the same ones whatever else is named or added to the model.
+
+    Raises:
+      ValueError: an array of a module that was not built with InitKeys.
+    """
+    if undrawn := sorted(set(names) - self.draws.keys()):
+      raise ValueError(f"nothing says how {undrawn[:5]} are drawn; build the model with InitKeys and Initializers.")
+    return {name: self.draws[name](name) for name in names}
 
   def merge(self, *arrays: Named) -> nnx.Module:
     """The model holding `arrays`, for one traced function; variables are copies, so statistics may change."""
@@ -70,7 +66,18 @@ def _leaves(state: nnx.State) -> list[tuple[str, tuple[Any, ...], nnx.Variable]]
 
 def describe(build: Callable[[], nnx.Module]) -> Parts:
   """Names, shapes and kinds of the arrays of the model that `build` makes, without allocating any of them."""
-  model = nnx.eval_shape(build)
+  drawn: dict[str, initializers.Draw] = {}
+
+  def recorded() -> nnx.Module:
+    with initializers.recording() as record:
+      model = build()
+    draws = {id(placeholder): draw for placeholder, draw in record}
+    for name, _, leaf in _leaves(nnx.state(model)):
+      if draw := draws.get(id(leaf.get_value())):
+        drawn[name] = draw
+    return model
+
+  model = nnx.eval_shape(recorded)
   graphdef, state = nnx.split(model)
   leaves = _leaves(state)
   known = (nnx.Param, Buffer, nnx.BatchStat)
@@ -79,23 +86,7 @@ def describe(build: Callable[[], nnx.Module]) -> Parts:
     raise TypeError(f"the model holds state that no checkpoint keeps: {strange}; use Param, Buffer or BatchStat.")
   params, buffers, stats = (frozenset(name for name, _, leaf in leaves if isinstance(leaf, kind)) for kind in known)
   shapes = {name: jax.ShapeDtypeStruct(leaf.get_value().shape, leaf.get_value().dtype) for name, _, leaf in leaves}
-  return Parts(model, graphdef, {name: path for name, path, _ in leaves}, shapes, params, buffers, stats)
-
-
-def initialize(build: Callable[[], nnx.Module], names: Iterable[str]) -> Named:
-  """Fresh values of the named arrays; what is not named is not computed."""
-  wanted = frozenset(names)
-  if not wanted:
-    return {}
-
-  def init() -> Named:
-    return {name: leaf.get_value() for name, _, leaf in _leaves(nnx.state(build())) if name in wanted}
-
-  lowered = jax.jit(init).lower()
-  count = sum(x.size for x in lowered.out_info.values())
-  # Hundreds of small programs that run once: on CPU leave them as they are, unless running takes longer than compiling.
-  hasty = jax.default_backend() == "cpu" and count < _WORTH_OPTIMIZING
-  return lowered.compile({"xla_backend_optimization_level": 0} if hasty else None)()
+  return Parts(model, graphdef, {name: path for name, path, _ in leaves}, shapes, params, buffers, stats, drawn)
 
 
 def stats(model: nnx.Module) -> Named:

@@ -11,7 +11,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vpd_jax import assemble, class_vectors, config_file, sharding
-from vpd_jax import params as params_lib
 from vpd_jax.assemble import Product
 from vpd_jax.checkpoint import Checkpoints, is_workdir
 from vpd_jax.convert import clip, load, stable_diffusion, towers
@@ -33,7 +32,7 @@ def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[dic
     source: a workdir of ours, or anything `convert.load.load_pretrained` takes.
 
   Returns:
-    Arrays by name in the dtypes of the model, on the host where they were read and on the device where they are fresh.
+    Arrays by name in the dtypes of the model, on the host.
 
   Raises:
     ValueError: a source that cannot be read or does not fit; no source of class vectors or of CLIP's towers.
@@ -56,7 +55,7 @@ def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[dic
   if rest:
     tops = sorted({"/".join(name.split("/")[:2]) for name in rest})
     lines.append(f"fresh, from seed {config.seed}: {len(rest)} arrays of {', '.join(tops)}")
-  return named | params_lib.initialize(product.build, rest), lines
+  return named | product.parts.initialize(sorted(rest)), lines
 
 
 def _prompts(config: ConfigDict, product: Product, named: Named, source: str) -> Iterator[tuple[dict[str, Any], str]]:

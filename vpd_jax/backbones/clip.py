@@ -64,7 +64,7 @@ class SelfAttention(nnx.Module):
 
   def __init__(self, width: int, heads: int, **kinds: Any):
     self.heads = heads
-    self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nnx.Linear(width, width, **kinds) for _ in range(4))
+    self.q_proj, self.k_proj, self.v_proj, self.out_proj = (layers.linear(width, width, **kinds) for _ in range(4))
 
   def __call__(self, x: Array, mask: np.ndarray | None) -> Array:
     split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # [B, N, heads, D]
@@ -78,7 +78,7 @@ class Mlp(nnx.Module):
 
   def __init__(self, width: int, hidden: int, activation: str, **kinds: Any):
     self.activation = activation
-    self.fc1, self.fc2 = nnx.Linear(width, hidden, **kinds), nnx.Linear(hidden, width, **kinds)
+    self.fc1, self.fc2 = layers.linear(width, hidden, **kinds), layers.linear(hidden, width, **kinds)
 
   def __call__(self, x: Array) -> Array:
     return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
@@ -89,9 +89,9 @@ class Layer(nnx.Module):
 
   def __init__(self, width: int, heads: int, mlp_width: int, activation: str, **kinds: Any):
     self.self_attn = SelfAttention(width, heads, **kinds)
-    self.layer_norm1 = layers.layer_norm(width, **kinds)
+    self.layer_norm1 = layers.LayerNorm(width, **kinds)
     self.mlp = Mlp(width, mlp_width, activation, **kinds)
-    self.layer_norm2 = layers.layer_norm(width, **kinds)
+    self.layer_norm2 = layers.LayerNorm(width, **kinds)
 
   def __call__(self, x: Array, mask: np.ndarray | None) -> Array:
     x = x + self.self_attn(self.layer_norm1(x), mask)
@@ -115,8 +115,8 @@ class TextEmbeddings(nnx.Module):
   """Token plus position."""
 
   def __init__(self, sizes: TextSizes, **kinds: Any):
-    self.token_embedding = nnx.Embed(sizes.vocab_size, sizes.width, **kinds)
-    self.position_embedding = nnx.Embed(sizes.positions, sizes.width, **kinds)
+    self.token_embedding = layers.embed(sizes.vocab_size, sizes.width, **kinds)
+    self.position_embedding = layers.embed(sizes.positions, sizes.width, **kinds)
 
   def __call__(self, tokens: Array) -> Array:
     return self.token_embedding(tokens) + self.position_embedding(jnp.arange(tokens.shape[1]))[None]
@@ -128,7 +128,7 @@ class TextModel(nnx.Module):
   def __init__(self, sizes: TextSizes, **kinds: Any):
     self.embeddings = TextEmbeddings(sizes, **kinds)
     self.encoder = Encoder(sizes.layers, sizes.width, sizes.heads, sizes.mlp_width, sizes.activation, **kinds)
-    self.final_layer_norm = layers.layer_norm(sizes.width, **kinds)
+    self.final_layer_norm = layers.LayerNorm(sizes.width, **kinds)
 
   def __call__(self, tokens: Array) -> TextStates:
     causal = np.tri(tokens.shape[1], dtype=bool)
@@ -148,7 +148,7 @@ class ClipText(nnx.Module):
     self.projected = projection > 0
     self.text_model = TextModel(sizes, **kinds)
     if self.projected:
-      self.text_projection = nnx.Linear(sizes.width, projection, use_bias=False, **kinds)
+      self.text_projection = layers.linear(sizes.width, projection, use_bias=False, **kinds)
 
   def __call__(self, tokens: Array) -> TextStates:
     """Encodes int [B, N] token ids, N at most `positions`, padded with the end-of-text id."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vpd_jax.backbones import layers
+from vpd_jax.backbones import initializers, layers
 from vpd_jax.backbones.clip import Encoder
 from vpd_jax.types import Array
 
@@ -91,10 +91,10 @@ class ImageEmbeddings(nnx.Module):
   def __init__(self, sizes: ImageSizes, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     self.dtype = dtype
-    self.class_embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (sizes.width,), param_dtype))
+    self.class_embedding = nnx.Param(initializers.normal(0.02)(rngs.params(), (sizes.width,), param_dtype))
     patch = sizes.patch
     self.patch_embedding = layers.conv(3, sizes.width, patch, stride=patch, padding=0, use_bias=False, **kinds)
-    self.position_embedding = nnx.Embed(sizes.tokens, sizes.width, **kinds)
+    self.position_embedding = layers.embed(sizes.tokens, sizes.width, **kinds)
 
   def __call__(self, image: Array) -> Array:
     patches = self.patch_embedding(image)
@@ -109,10 +109,10 @@ class VisionModel(nnx.Module):
 
   def __init__(self, sizes: ImageSizes, *, projected: bool, **kinds: Any):
     self.embeddings = ImageEmbeddings(sizes, **kinds)
-    self.pre_layrnorm = layers.layer_norm(sizes.width, **kinds)
+    self.pre_layrnorm = layers.LayerNorm(sizes.width, **kinds)
     self.encoder = Encoder(sizes.layers, sizes.width, sizes.heads, sizes.mlp_width, sizes.activation, **kinds)
     if projected:
-      self.post_layernorm = layers.layer_norm(sizes.width, **kinds)
+      self.post_layernorm = layers.LayerNorm(sizes.width, **kinds)
 
   def __call__(self, image: Array) -> tuple[Array, ...]:
     return self.encoder(self.pre_layrnorm(self.embeddings(image)), None)
@@ -126,7 +126,7 @@ class ClipImage(nnx.Module):
     self.image_size, self.projected, self.dtype = sizes.image_size, projected, dtype
     self.vision_model = VisionModel(sizes, projected=projected, **kinds)
     if projected:
-      self.visual_projection = nnx.Linear(sizes.width, sizes.projection, use_bias=False, **kinds)
+      self.visual_projection = layers.linear(sizes.width, sizes.projection, use_bias=False, **kinds)
 
   def __call__(self, image: Array) -> ImageStates:
     """Encodes float [B, image_size, image_size, 3], as `pixels` makes it."""

@@ -4,6 +4,7 @@ All take and return [B, H, W, C] or [B, N, C]. `kinds` stands for the keyword ar
 that every constructor takes.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -12,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from vpd_jax.backbones import initializers
 from vpd_jax.backbones.convolution import convolve
 from vpd_jax.types import Array
-
-zeros = nnx.initializers.zeros_init()
 
 
 class SiLU(nnx.Module):
@@ -53,6 +53,35 @@ def chain(layers: nnx.List, x: Array, *, training: bool = False) -> Array:
   return x
 
 
+def traced_once(module: nnx.Module, *arrays: Array, **options: Any) -> Any:
+  """module(*arrays, **options), traced a single time for all modules of one build and one shape of inputs.
+
+  The blocks of a UNet repeat: its sixteen transformers have four shapes. The compiled program is the same.
+
+  Args:
+    module: keeps no state; its attributes beside the parameters can be hashed.
+    arrays: what it is called with.
+    options: hashable keywords.
+  """
+  graphdef, state = nnx.split(module)
+  return _call(graphdef, tuple(options.items()), state, arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _call(graphdef: nnx.GraphDef, options: tuple, state: nnx.State, arrays: tuple[Array, ...]) -> Any:
+  return nnx.merge(graphdef, state)(*arrays, **dict(options))
+
+
+def linear(in_width: int, out_width: int, **kinds: Any) -> nnx.Linear:
+  """A linear layer; kernel from LeCun's initializer, bias from zeros, where nothing else is given."""
+  return nnx.Linear(in_width, out_width, **(_INITS | kinds))
+
+
+def embed(rows: int, width: int, **kinds: Any) -> nnx.Embed:
+  """A table of vectors, normal with variance 1 / width."""
+  return nnx.Embed(rows, width, embedding_init=initializers.normal(width**-0.5), **kinds)
+
+
 def conv(
   in_width: int, out_width: int, size: int, *, stride: int = 1, padding: int | None = None, **kinds: Any
 ) -> nnx.Conv:
@@ -60,8 +89,17 @@ def conv(
   pad = (size - 1) // 2 if padding is None else padding
   pads = ((pad, pad), (pad, pad))
   return nnx.Conv(
-    in_width, out_width, (size, size), strides=stride, padding=pads, conv_general_dilated=convolve, **kinds
+    in_width,
+    out_width,
+    (size, size),
+    strides=stride,
+    padding=pads,
+    conv_general_dilated=convolve,
+    **(_INITS | kinds),
   )
+
+
+_INITS = {"kernel_init": initializers.lecun_normal, "bias_init": initializers.zeros}
 
 
 class GroupNorm(nnx.Module):
@@ -73,29 +111,101 @@ class GroupNorm(nnx.Module):
 
   def __init__(self, width: int, *, groups: int = 32, epsilon: float, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
     """`groups` divides `width`."""
-    del rngs
     self.groups, self.epsilon, self.dtype = groups, epsilon, dtype
-    self.scale = nnx.Param(jnp.ones((width,), param_dtype))
-    self.bias = nnx.Param(jnp.zeros((width,), param_dtype))
+    self.scale = nnx.Param(initializers.ones(rngs.params(), (width,), param_dtype))
+    self.bias = nnx.Param(initializers.zeros(rngs.params(), (width,), param_dtype))
 
   def __call__(self, x: Array) -> Array:
     """Normalises [B, H, W, C]."""
-    x = x.astype(jnp.promote_types(self.dtype, jnp.float32))
-    repeats = x.shape[-1] // self.groups
-
-    def of_group(y: Array) -> Array:
-      """Mean over positions and the channels of a group: [B, H, W, C] to [B, C]."""
-      means = y.mean(axis=(1, 2)).reshape(y.shape[0], self.groups, repeats).mean(axis=-1)
-      return jnp.repeat(means, repeats, axis=-1)
-
-    x = x - of_group(x)[:, None, None]
-    factor = jax.lax.rsqrt(of_group(jnp.square(x)) + self.epsilon) * self.scale[...].astype(x.dtype)[None]
-    return (x * factor[:, None, None] + self.bias[...].astype(x.dtype)[None, None, None]).astype(self.dtype)
+    high = jnp.promote_types(self.dtype, jnp.float32)
+    scale, bias = self.scale[...].astype(high), self.bias[...].astype(high)
+    return _group_normalized(x, scale, bias, self.groups, self.epsilon).astype(self.dtype)
 
 
-def layer_norm(width: int, **kinds: Any) -> nnx.LayerNorm:
-  """LayerNorm with PyTorch's epsilon of 1e-5."""
-  return nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, **kinds)
+class LayerNorm(nnx.Module):
+  """Normalises the last axis with PyTorch's epsilon of 1e-5, statistics in float32 or wider whatever the dtype."""
+
+  def __init__(self, width: int, *, epsilon: float = 1e-5, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+    self.epsilon, self.dtype = epsilon, dtype
+    self.scale = nnx.Param(initializers.ones(rngs.params(), (width,), param_dtype))
+    self.bias = nnx.Param(initializers.zeros(rngs.params(), (width,), param_dtype))
+
+  def __call__(self, x: Array) -> Array:
+    """Normalises [..., C]."""
+    high = jnp.promote_types(self.dtype, jnp.float32)
+    scale, bias = self.scale[...].astype(high), self.bias[...].astype(high)
+    return _layer_normalized(x, scale, bias, self.epsilon).astype(self.dtype)
+
+
+# Both gradients are written out: what JAX derives from the formulas has three times the operations, which were two
+# thirds of all operations of a training step, and each of them is traced, compiled and, on CPU, run. With g the gradient
+# of y = z scale + bias, z = (x - mean) / std, and means over what shares a mean and a std:
+#   dx = (g scale - mean(g scale) - z mean(g scale z)) / std
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _group_normalized(x: Array, scale: Array, bias: Array, groups: int, epsilon: float) -> Array:
+  """[B, H, W, C] in the dtype of `scale`, [C]."""
+  return _group_forward(x, scale, bias, groups, epsilon)[0]
+
+
+def _group_forward(x: Array, scale: Array, bias: Array, groups: int, epsilon: float) -> tuple[Array, tuple]:
+  centered = x.astype(scale.dtype)
+  mean = _of_group(centered.mean(axis=(1, 2)), groups)  # [B, C]
+  centered = centered - mean[:, None, None]
+  inverse = jax.lax.rsqrt(_of_group(jnp.square(centered).mean(axis=(1, 2)), groups) + epsilon)  # [B, C]
+  y = centered * (inverse * scale[None])[:, None, None] + bias[None, None, None]
+  return y, (x, mean, inverse, scale)
+
+
+def _group_backward(groups: int, epsilon: float, kept: tuple, g: Array) -> tuple[Array, Array, Array]:
+  del epsilon
+  x, mean, inverse, scale = kept
+  normal = (x.astype(scale.dtype) - mean[:, None, None]) * inverse[:, None, None]
+  sums, products = g.sum(axis=(1, 2)), (g * normal).sum(axis=(1, 2))  # [B, C]
+  factor = scale[None] / math.prod(x.shape[1:3])
+  first, second = _of_group(sums * factor, groups), _of_group(products * factor, groups)
+  dx = (g * scale[None, None, None] - first[:, None, None] - normal * second[:, None, None]) * inverse[:, None, None]
+  return dx.astype(x.dtype), products.sum(axis=0), sums.sum(axis=0)
+
+
+def _of_group(x: Array, groups: int) -> Array:
+  """The mean over the channels of each group, for every channel: [B, C] to [B, C]."""
+  repeats = x.shape[1] // groups
+  means = x.reshape(x.shape[0], groups, repeats).mean(axis=-1, keepdims=True)
+  return jnp.broadcast_to(means, (x.shape[0], groups, repeats)).reshape(x.shape)
+
+
+_group_normalized.defvjp(_group_forward, _group_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _layer_normalized(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+  """[..., C] in the dtype of `scale`, [C]."""
+  return _layer_forward(x, scale, bias, epsilon)[0]
+
+
+def _layer_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, tuple]:
+  centered = x.astype(scale.dtype)
+  mean = centered.mean(axis=-1, keepdims=True)
+  centered = centered - mean
+  inverse = jax.lax.rsqrt(jnp.square(centered).mean(axis=-1, keepdims=True) + epsilon)
+  row = (1,) * (x.ndim - 1) + (-1,)
+  return centered * inverse * scale.reshape(row) + bias.reshape(row), (x, mean, inverse, scale)
+
+
+def _layer_backward(epsilon: float, kept: tuple, g: Array) -> tuple[Array, Array, Array]:
+  del epsilon
+  x, mean, inverse, scale = kept
+  normal = (x.astype(scale.dtype) - mean) * inverse
+  product, others = g * normal, tuple(range(x.ndim - 1))
+  row = scale.reshape((1,) * (x.ndim - 1) + (-1,)) / x.shape[-1]
+  first, second = (g * row).sum(axis=-1, keepdims=True), (product * row).sum(axis=-1, keepdims=True)
+  dx = (g * (row * x.shape[-1]) - first - normal * second) * inverse
+  return dx.astype(x.dtype), product.sum(axis=others), g.sum(axis=others)
+
+
+_layer_normalized.defvjp(_layer_forward, _layer_backward)
 
 
 class BatchNorm(nnx.Module):
@@ -120,12 +230,11 @@ class BatchNorm(nnx.Module):
     rngs: nnx.Rngs,
   ):
     """`group`: images per group, 0 for the whole batch; `momentum`: weight of the new statistics."""
-    del rngs
     self.group, self.momentum, self.epsilon, self.dtype = group, momentum, epsilon, dtype
-    self.scale = nnx.Param(jnp.ones((width,), param_dtype))
-    self.bias = nnx.Param(jnp.zeros((width,), param_dtype))
-    self.mean = nnx.BatchStat(jnp.zeros((width,), param_dtype))
-    self.var = nnx.BatchStat(jnp.ones((width,), param_dtype))
+    self.scale = nnx.Param(initializers.ones(rngs.params(), (width,), param_dtype))
+    self.bias = nnx.Param(initializers.zeros(rngs.params(), (width,), param_dtype))
+    self.mean = nnx.BatchStat(initializers.zeros(rngs.params(), (width,), param_dtype))
+    self.var = nnx.BatchStat(initializers.ones(rngs.params(), (width,), param_dtype))
 
   def __call__(self, x: Array, *, training: bool) -> Array:
     """Normalises [B, H, W, C]: with the statistics of each group in training, which also moves the running ones."""

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from vpd_jax.backbones import layers
+from vpd_jax.backbones import initializers, layers
 from vpd_jax.backbones.attention import Implementation, attention, attention_with_map
 from vpd_jax.types import Array
 
@@ -18,10 +18,10 @@ class CrossAttention(nnx.Module):
 
   def __init__(self, width: int, context_width: int, heads: int, implementation: Implementation, **kinds: Any):
     self.heads, self.implementation = heads, implementation
-    self.to_q = nnx.Linear(width, width, use_bias=False, **kinds)
-    self.to_k = nnx.Linear(context_width, width, use_bias=False, **kinds)
-    self.to_v = nnx.Linear(context_width, width, use_bias=False, **kinds)
-    self.to_out = nnx.List([nnx.Linear(width, width, **kinds)])
+    self.to_q = layers.linear(width, width, use_bias=False, **kinds)
+    self.to_k = layers.linear(context_width, width, use_bias=False, **kinds)
+    self.to_v = layers.linear(context_width, width, use_bias=False, **kinds)
+    self.to_out = nnx.List([layers.linear(width, width, **kinds)])
 
   def __call__(self, x: Array, context: Array, *, keep_map: bool = False) -> tuple[Array, Array | None]:
     split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # [B, N, heads, D]
@@ -38,7 +38,7 @@ class GEGLU(nnx.Module):
   """The first half of a projection times the exact GELU of the second."""
 
   def __init__(self, width: int, out_width: int, **kinds: Any):
-    self.proj = nnx.Linear(width, 2 * out_width, **kinds)
+    self.proj = layers.linear(width, 2 * out_width, **kinds)
 
   def __call__(self, x: Array) -> Array:
     value, gate = jnp.split(self.proj(x), 2, axis=-1)
@@ -49,7 +49,7 @@ class FeedForward(nnx.Module):
   """GEGLU to four times the width, and back."""
 
   def __init__(self, width: int, **kinds: Any):
-    self.net = nnx.List([GEGLU(width, 4 * width, **kinds), layers.Identity(), nnx.Linear(4 * width, width, **kinds)])
+    self.net = nnx.List([GEGLU(width, 4 * width, **kinds), layers.Identity(), layers.linear(4 * width, width, **kinds)])
 
   def __call__(self, x: Array) -> Array:
     return layers.chain(self.net, x)
@@ -62,7 +62,7 @@ class TransformerBlock(nnx.Module):
     self.attn1 = CrossAttention(width, width, heads, implementation, **kinds)
     self.ff = FeedForward(width, **kinds)
     self.attn2 = CrossAttention(width, context_width, heads, "xla", **kinds)
-    self.norm1, self.norm2, self.norm3 = (layers.layer_norm(width, **kinds) for _ in range(3))
+    self.norm1, self.norm2, self.norm3 = (layers.LayerNorm(width, **kinds) for _ in range(3))
 
   def __call__(self, x: Array, context: Array, *, keep_map: bool) -> tuple[Array, Array | None]:
     y = self.norm1(x)
@@ -81,12 +81,12 @@ class SpatialTransformer(nnx.Module):
     """`linear`: the projections are matrices (SD 2.x), not 1x1 convolutions."""
 
     def project(**more: Any) -> nnx.Module:
-      return nnx.Linear(width, width, **more) if linear else layers.conv(width, width, 1, **more)
+      return layers.linear(width, width, **more) if linear else layers.conv(width, width, 1, **more)
 
     self.norm = layers.GroupNorm(width, epsilon=1e-6, **kinds)
     self.proj_in = project(**kinds)
     self.transformer_blocks = nnx.List([TransformerBlock(width, context_width, heads, implementation, **kinds)])
-    self.proj_out = project(kernel_init=layers.zeros, **kinds)
+    self.proj_out = project(kernel_init=initializers.zeros, **kinds)
 
   def __call__(self, x: Array, context: Array, *, keep_map: bool) -> tuple[Array, Array | None]:
     # A 1x1 convolution and a matrix over the last axis are the same map: one order of reshapes serves both.

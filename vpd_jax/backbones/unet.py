@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
-from vpd_jax.backbones import layers
+from vpd_jax.backbones import initializers, layers
 from vpd_jax.backbones.attention import Implementation
 from vpd_jax.backbones.transformer import SpatialTransformer
 from vpd_jax.types import Array
@@ -85,8 +85,8 @@ class ResBlock(nnx.Module):
   def __init__(self, in_width: int, out_width: int, embedding_width: int, **kinds: Any):
     norm = lambda width: layers.GroupNorm(width, epsilon=1e-5, **kinds)
     self.in_layers = nnx.List([norm(in_width), layers.SiLU(), layers.conv(in_width, out_width, 3, **kinds)])
-    self.emb_layers = nnx.List([layers.SiLU(), nnx.Linear(embedding_width, out_width, **kinds)])
-    last = layers.conv(out_width, out_width, 3, kernel_init=layers.zeros, **kinds)
+    self.emb_layers = nnx.List([layers.SiLU(), layers.linear(embedding_width, out_width, **kinds)])
+    last = layers.conv(out_width, out_width, 3, kernel_init=initializers.zeros, **kinds)
     self.out_layers = nnx.List([norm(out_width), layers.SiLU(), layers.Identity(), last])
     self.skip_connection = layers.Identity() if in_width == out_width else layers.conv(in_width, out_width, 1, **kinds)
 
@@ -153,9 +153,9 @@ class UNet(nnx.Module):
     if with_time_embed:
       self.time_embed = nnx.List(
         [
-          nnx.Linear(width, embedding_width, **kinds),
+          layers.linear(width, embedding_width, **kinds),
           layers.SiLU(),
-          nnx.Linear(embedding_width, embedding_width, **kinds),
+          layers.linear(embedding_width, embedding_width, **kinds),
         ]
       )
     blocks, skips = [[layers.conv(sizes.in_channels, width, 3, **kinds)]], [width]
@@ -180,7 +180,7 @@ class UNet(nnx.Module):
         blocks.append(block)
     self.output_blocks = nnx.List([nnx.List(block) for block in blocks])
     if with_out:
-      last = layers.conv(width, sizes.out_channels, 3, kernel_init=layers.zeros, **kinds)
+      last = layers.conv(width, sizes.out_channels, 3, kernel_init=initializers.zeros, **kinds)
       self.out = nnx.List([layers.GroupNorm(width, epsilon=1e-5, **kinds), layers.SiLU(), last])
 
   def embed_time(self, timesteps: int | Array) -> Array:
@@ -245,10 +245,11 @@ class UNet(nnx.Module):
       maps = []
       for module in block:
         if isinstance(module, SpatialTransformer):
-          x, probabilities = module(x, context, keep_map=x.shape[1] * x.shape[2] <= max_positions)
+          keep_map = x.shape[1] * x.shape[2] <= max_positions
+          x, probabilities = layers.traced_once(module, x, context, keep_map=keep_map)
           maps += [] if probabilities is None else [probabilities]
         else:
-          x = module(x, embedding) if isinstance(module, ResBlock) else module(x)
+          x = layers.traced_once(module, x, embedding) if isinstance(module, ResBlock) else module(x)
       return x, maps
 
     return (nnx.remat(call) if self.remat else call)(block, x, embedding, context)

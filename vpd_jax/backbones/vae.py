@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
-from vpd_jax.backbones import layers
+from vpd_jax.backbones import initializers, layers
 from vpd_jax.backbones.attention import Implementation, attention
 from vpd_jax.types import Array, Buffer
 
@@ -89,7 +89,8 @@ class Level(nnx.Module):
       self.downsample = Downsample(out_width, **kinds)
 
   def __call__(self, x: Array) -> Array:
-    x = layers.chain(self.block, x)
+    for block in self.block:
+      x = layers.traced_once(block, x)
     return self.downsample(x) if hasattr(self, "downsample") else x
 
 
@@ -102,7 +103,8 @@ class Middle(nnx.Module):
     self.block_2 = ResBlock(width, width, **kinds)
 
   def __call__(self, x: Array) -> Array:
-    return self.block_2(self.attn_1(self.block_1(x)))
+    x = self.attn_1(layers.traced_once(self.block_1, x))
+    return layers.traced_once(self.block_2, x)
 
 
 class Encoder(nnx.Module):
@@ -132,8 +134,8 @@ class Ballast(nnx.Module):
 
   def __init__(self, width: int, *, param_dtype: Any, rngs: nnx.Rngs, dtype: Any):
     del dtype
-    self.kernel = Buffer(nnx.initializers.lecun_normal()(rngs.params(), (1, 1, width, width), param_dtype))
-    self.bias = Buffer(jnp.zeros((width,), param_dtype))
+    self.kernel = Buffer(initializers.lecun_normal(rngs.params(), (1, 1, width, width), param_dtype))
+    self.bias = Buffer(initializers.zeros(rngs.params(), (width,), param_dtype))
 
 
 class VaeEncoder(nnx.Module):

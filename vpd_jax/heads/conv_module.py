@@ -5,12 +5,12 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from vpd_jax.backbones import layers
+from vpd_jax.backbones import initializers, layers
 from vpd_jax.types import Array, Features
 
 # Starts of mmseg: He's normal over the outputs, and a normal of deviation 0.01 for the classifier.
-HE_FAN_OUT = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
-CLASSIFIER = nnx.initializers.normal(0.01)
+HE_FAN_OUT = initializers.variance_scaling(2.0, "fan_out", "normal")
+CLASSIFIER = initializers.normal(0.01)
 FRAMES = ("padded", "resized")
 
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vpd_jax.backbones import layers
+from vpd_jax.backbones import initializers, layers
 from vpd_jax.types import Array, Features, Outputs
 
-INITS = {"released": nnx.initializers.normal(0.001), "fan_in": nnx.initializers.he_normal()}
+INITS = {"released": initializers.normal(0.001), "fan_in": initializers.he_normal}
 
 
 class Deconv(nnx.Module):

@@ -9,12 +9,12 @@ from typing import Any
 
 from flax import nnx
 
-from vpd_jax.backbones import layers
+from vpd_jax.backbones import initializers, layers
 from vpd_jax.heads import conv_module
 from vpd_jax.heads.conv_module import ConvModule
 from vpd_jax.types import Array, Features, Outputs
 
-XAVIER = nnx.initializers.xavier_uniform()
+XAVIER = initializers.variance_scaling(1.0, "fan_avg", "uniform")
 
 
 class BiasedConv(nnx.Module):

@@ -16,12 +16,12 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from vpd_jax.backbones import layers
+from vpd_jax.backbones import initializers, layers
 from vpd_jax.heads import conv_module
 from vpd_jax.types import Array, Features, Outputs
 
 STRIDE = 4  # of heatmaps
-INITS = {"released": nnx.initializers.normal(0.001), "fan_in": nnx.initializers.he_normal()}
+INITS = {"released": initializers.normal(0.001), "fan_in": initializers.he_normal}
 
 
 def heatmap_size(image_size: tuple[int, int]) -> tuple[int, int]:

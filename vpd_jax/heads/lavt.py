@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vpd_jax.backbones import layers
+from vpd_jax.backbones import initializers, layers
 from vpd_jax.heads import conv_module
 from vpd_jax.types import Array, Features, Outputs
 
 # PyTorch's start of convolutions, for the release sets none of its own; biases start at 0 here.
-TORCH = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+TORCH = initializers.torch_default
 
 
 def resize_corners(x: Array, size: tuple[int, int]) -> Array:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from vpd_jax.backbones import initializers
 from vpd_jax.backbones.attention import Implementation
 from vpd_jax.backbones.clip import ClipText, TextSizes, never_trained
 from vpd_jax.backbones.clip_image import RESIZES, ClipImage, ImageSizes, pixels
@@ -159,7 +160,7 @@ class Iedp(nnx.Module):
     elif self.explicit:
       self.text_encoder = never_trained(ClipText(text, **towers))
     if self.adapted:
-      self.gamma = nnx.Param(jnp.full((unet.context_dim,), residual_scale, param_dtype))
+      self.gamma = nnx.Param(initializers.constant(residual_scale)(rngs.params(), (unet.context_dim,), param_dtype))
       self.text_adapter = TextAdapter(unet.context_dim, **kinds)
 
   @property

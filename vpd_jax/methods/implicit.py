@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from vpd_jax.backbones import layers
+from vpd_jax.backbones import initializers, layers
 from vpd_jax.backbones.attention import Implementation, attention
 from vpd_jax.types import Array
 
@@ -18,7 +18,7 @@ class Attention(nnx.Module):
 
   def __init__(self, width: int, heads: int, *, attention: Implementation, **kinds: Any):
     self.heads, self.attention = heads, attention
-    self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nnx.Linear(width, width, **kinds) for _ in range(4))
+    self.q_proj, self.k_proj, self.v_proj, self.out_proj = (layers.linear(width, width, **kinds) for _ in range(4))
 
   def __call__(self, x: Array, memory: Array) -> Array:
     """[B, N, D] reads [B, M, D]: [B, N, D]."""
@@ -31,11 +31,11 @@ class QueryBlock(nnx.Module):
   """Pre-norm block: queries attend to each other, then to the visual features, then pass two linear layers."""
 
   def __init__(self, width: int, heads: int, ffn_ratio: int, *, attention: Implementation, **kinds: Any):
-    self.norm1, self.norm2, self.norm_visual, self.norm3 = (layers.layer_norm(width, **kinds) for _ in range(4))
+    self.norm1, self.norm2, self.norm_visual, self.norm3 = (layers.LayerNorm(width, **kinds) for _ in range(4))
     self.self_attn = Attention(width, heads, attention=attention, **kinds)
     self.cross_attn = Attention(width, heads, attention=attention, **kinds)
     hidden = ffn_ratio * width
-    self.ffn = nnx.List([nnx.Linear(width, hidden, **kinds), layers.GELU(), nnx.Linear(hidden, width, **kinds)])
+    self.ffn = nnx.List([layers.linear(width, hidden, **kinds), layers.GELU(), layers.linear(hidden, width, **kinds)])
 
   def __call__(self, queries: Array, visual: Array) -> Array:
     """[B, N, D] and [B, L, D] to [B, N, D]."""
@@ -63,13 +63,15 @@ class ImplicitText(nnx.Module):
     **kinds: Any,
   ):
     rngs, param_dtype, self.dtype = kinds["rngs"], kinds["param_dtype"], kinds["dtype"]
-    self.projector = nnx.List([nnx.Linear(in_width, width, **kinds), layers.GELU(), nnx.Linear(width, width, **kinds)])
-    initial = nnx.initializers.normal(query_init)(rngs.params(), (num_queries, width), param_dtype)
+    self.projector = nnx.List(
+      [layers.linear(in_width, width, **kinds), layers.GELU(), layers.linear(width, width, **kinds)]
+    )
+    initial = initializers.normal(query_init)(rngs.params(), (num_queries, width), param_dtype)
     self.queries = nnx.Param(initial)
     self.blocks = nnx.List(
       [QueryBlock(width, num_heads, ffn_ratio, attention=attention, **kinds) for _ in range(num_blocks)]
     )
-    self.output_norm = layers.layer_norm(width, **kinds) if output_norm == "ln" else layers.Identity()
+    self.output_norm = layers.LayerNorm(width, **kinds) if output_norm == "ln" else layers.Identity()
 
   def __call__(self, features: Array) -> Array:
     """[B, L, Dv] to [B, N, D]."""

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vpd_jax.backbones import layers
+from vpd_jax.backbones import initializers, layers
 from vpd_jax.backbones.attention import Implementation
 from vpd_jax.backbones.clip import TextSizes, never_trained
 from vpd_jax.backbones.unet import UNet, UNetSizes
@@ -125,7 +125,7 @@ class MetaPrompts(nnx.Module):
       self.prepare = sentences.SentenceTokens(tokenize, token_length)
     self.strides, self.widths = tuple(8 * 2**i for i in range(len(unet.widths))), unet.widths
     self.frame, self.tokens = "resized", (prompts + (token_length if told else 0), unet.context_dim)
-    normal = lambda *shape: nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), shape, param_dtype))
+    normal = lambda *shape: nnx.Param(initializers.normal(1.0)(rngs.params(), shape, param_dtype))
     self.meta_prompts = nnx.List([normal(prompts, unet.context_dim) for _ in range(1 if share_prompts else held)])
     if timestep is None:
       self.t = nnx.List([normal(1, 4 * unet.model_channels) for _ in range(held)])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from vpd_jax.backbones import initializers
 from vpd_jax.backbones.clip import never_trained
 from vpd_jax.backbones.clip_image import ClipImage, ImageSizes, pixels
 from vpd_jax.types import Array, Buffer, Example
@@ -31,7 +32,7 @@ class ClassPredictor(nnx.Module):
   def __init__(self, sizes: ImageSizes, classes: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     self.dtype = dtype
-    self.names = Buffer(nnx.initializers.normal(1.0)(rngs.params(), (classes, sizes.projection), param_dtype))
+    self.names = Buffer(initializers.normal(1.0)(rngs.params(), (classes, sizes.projection), param_dtype))
     self.image_encoder = never_trained(ClipImage(sizes, projected=True, **kinds))
 
   def __call__(self, image: Array) -> Array:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vpd_jax.backbones import layers
+from vpd_jax.backbones import initializers, layers
 from vpd_jax.backbones.attention import Implementation
 from vpd_jax.backbones.clip import TextSizes, never_trained
 from vpd_jax.backbones.clip_image import ImageSizes
@@ -32,12 +32,12 @@ class TextAdapter(nnx.Module):
   """Two linear layers around an exact GELU."""
 
   def __init__(self, width: int, **kinds: Any):
-    torch_default = {"kernel_init": nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")}
+    torch_default = {"kernel_init": initializers.torch_default}
     self.fc = nnx.List(
       [
-        nnx.Linear(width, width, **torch_default, **kinds),
+        layers.linear(width, width, **torch_default, **kinds),
         layers.GELU(),
-        nnx.Linear(width, width, **torch_default, **kinds),
+        layers.linear(width, width, **torch_default, **kinds),
       ]
     )
 
@@ -122,13 +122,13 @@ class Vpd(nnx.Module):
     self.strides, self.widths = tuple(8 * 2**i for i in range(len(unet.widths))), self.join.widths
     self.frame, self.tokens = "padded", (tokens, unet.context_dim)
     self.sentence_tokens = self.tokens if prompt == "sentence" else None
-    self.gamma = nnx.Param(jnp.full((unet.context_dim,), residual_scale, param_dtype))
+    self.gamma = nnx.Param(initializers.constant(residual_scale)(rngs.params(), (unet.context_dim,), param_dtype))
     if prompt == "sentence":
       self.adds, self.prepare_reads = frozenset({"tokens"}), frozenset({"sentence"})
       self.text_encoder = sentences.text_encoder(text or TextSizes(), token_length, unet.context_dim, **kinds)
       self._prepare = sentences.SentenceTokens(tokenize, token_length)
     else:
-      vectors = nnx.initializers.normal(1.0)(rngs.params(), (classes, unet.context_dim), param_dtype)
+      vectors = initializers.normal(1.0)(rngs.params(), (classes, unet.context_dim), param_dtype)
       self.class_vectors, self._prepare = Buffer(vectors), prompts.unchanged
     self.vae = VaeEncoder(vae, attention=attention, **kinds)
     self.unet = UNet(unet, with_out=keep_unused, attention=attention, remat=remat, **kinds)
