@@ -4,12 +4,13 @@ Tests marked x64, multidevice, reference or accelerator are left out where the p
 everything not marked x64 is left out of a float64 process. `bash scripts/test.sh` starts the processes they need.
 """
 
-import atexit
 import gc
+import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
-import tempfile
+import platform
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -18,21 +19,38 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if "--xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
-    + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    + " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    # Halves it where it is known; an unknown flag ends the process.
+    + (" --xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else "")
   )
-
-# What one test has compiled, another one, in whatever process, need not compile again.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-  folder = tempfile.TemporaryDirectory(prefix="vpd_jax_compiled_")
-  atexit.register(folder.cleanup)
-  os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
 import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def compilation_cache() -> pathlib.Path:
+  """A folder for compiled programs that survives the run, one for each set of versions and kind of processor."""
+  parts = [f"{name}-{importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "flax", "numpy")]
+  parts.append(platform.python_version())
+  if pathlib.Path("/proc/cpuinfo").exists():
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    parts += sorted({line for line in lines if line.startswith(("model name", "flags"))})
+  key = hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+  return pathlib.Path(__file__).parent.parent / ".pytest_cache" / "compiled" / f"jax-{jax.__version__}-{key}"
+
+
+# What one test has compiled, another one, in whatever process and run, need not compile again.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compilation_cache())  # also for the processes that tests start
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+  jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+  jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
+  )
+
 # Tracing makes objects by the million that live until their file is done, see _programs_are_dropped.
 gc.freeze()
 gc.set_threshold(200_000, 50, 50)

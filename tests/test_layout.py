@@ -35,14 +35,15 @@ LAYERS = (
     "panels",
   ),
   ("params", "presets", "config_file", "processes", "programs"),
+  ("initializers",),
   ("types", "chips"),
 )
 ROW = {part: row for row, parts in enumerate(LAYERS) for part in parts}
 ONLY = {  # narrower than the rows
   "data": {"types"},  # knows no network
   "tasks": {"panels", "types"},  # knows no network either; shows its own results
-  "methods": {"backbones", "types"},
-  "backbones": {"types"},  # no paper-specific code
+  "methods": {"backbones", "initializers", "types"},
+  "backbones": {"initializers", "types"},  # no paper-specific code
   "presets": set(),
   "config_file": set(),
 }

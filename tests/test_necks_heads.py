@@ -9,6 +9,7 @@ from flax import nnx
 from tests import tiny
 from tests.golden import fill
 from vpd_jax import params
+from vpd_jax.initializers import InitKeys
 from vpd_jax.heads.deconv import Deconv
 from vpd_jax.necks import Fusion
 from vpd_jax.types import Features
@@ -30,7 +31,7 @@ def fusion():
 
 def head(**options):
   options = {"max_depth": 10.0, "filters": (8, 8, 8), "width": 12} | options
-  return lambda: Deconv((16,), (32,), **options, **KINDS, rngs=nnx.Rngs(jax.random.key(0, impl="rbg")))
+  return lambda: Deconv((16,), (32,), **options, **KINDS, rngs=InitKeys(0))
 
 
 def features(height, width, image_size, batch=2):
@@ -199,7 +200,7 @@ def test_more_doublings_than_the_stride_has_are_refused(strides, filters, most):
 def test_fresh_kernels_are_narrow():
   """The release's spread of 0.001, so that training starts at half of the largest depth everywhere."""
   parts = params.describe(head())
-  named = params.initialize(head(), parts.params) | {n: jnp.ones(parts.shapes[n].shape) for n in parts.stats}
+  named = parts.initialize(parts.params) | {n: jnp.ones(parts.shapes[n].shape) for n in parts.stats}
   for name in ("deconv_layers/0", "conv_layers/0", "last_layer_depth/0", "last_layer_depth/2"):
     np.testing.assert_allclose(np.std(named[f"{name}/kernel"]), 0.001, rtol=0.3)
   x = jnp.asarray(fill.normal("x", (1, 2, 2, 16), 0))

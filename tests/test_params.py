@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vpd_jax import params
+from vpd_jax import initializers, params
 from vpd_jax.types import Buffer
 
 
@@ -14,9 +14,9 @@ class Layer(nnx.Module):
   """A kernel, a running mean and a buffer."""
 
   def __init__(self, width, rngs):
-    self.kernel = nnx.Param(jax.random.normal(rngs.params(), (width, width)))
-    self.mean = nnx.BatchStat(jnp.zeros((width,)))
-    self.table = Buffer(jnp.arange(3))
+    self.kernel = nnx.Param(initializers.normal(1.0)(rngs.params(), (width, width), jnp.float32))
+    self.mean = nnx.BatchStat(initializers.zeros(rngs.params(), (width,), jnp.float32))
+    self.table = Buffer(initializers.constant(3)(rngs.params(), (3,), jnp.int32))
 
   def __call__(self, x):
     self.mean[...] = self.mean[...] + x.mean(axis=0)
@@ -38,7 +38,7 @@ PLACES = ("blocks/0", "blocks/1/0", "last")
 
 
 def build():
-  return Model(nnx.Rngs(0))
+  return Model(initializers.InitKeys(0))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def parts():
 
 @pytest.fixture
 def named(parts):
-  return params.initialize(build, parts.shapes)
+  return parts.initialize(parts.shapes)
 
 
 def test_names_are_paths_joined_by_slashes_and_sorted_by_kind(parts):
@@ -86,15 +86,21 @@ def test_state_of_an_unknown_kind_is_refused():
     params.describe(Bad)
 
 
-def test_fresh_arrays_are_those_of_the_built_model(named):
-  model = build()
-  np.testing.assert_array_equal(named["blocks/1/0/kernel"], model.blocks[1][0].kernel[...])
-  np.testing.assert_array_equal(named["last/table"], [0, 1, 2])
+def test_fresh_arrays_follow_their_initializers(named):
+  np.testing.assert_array_equal(named["last/table"], np.full(3, 3, np.int32))
+  kernels = np.stack([named[f"{place}/kernel"] for place in PLACES])
+  assert len(np.unique(kernels)) == kernels.size, "every array has numbers of its own"
 
 
-def test_a_part_of_the_arrays_has_the_same_fresh_values(named):
-  assert params.initialize(build, ()) == {}
-  part = params.initialize(build, ["last/kernel", "blocks/0/mean"])
+def test_an_array_that_nothing_draws_is_named():
+  parts = params.describe(lambda: Model(nnx.Rngs(0)))
+  with pytest.raises(ValueError, match=r"nothing says how \['last/kernel'\] are drawn"):
+    parts.initialize(["last/kernel"])
+
+
+def test_a_part_of_the_arrays_has_the_same_fresh_values(parts, named):
+  assert parts.initialize(()) == {}
+  part = parts.initialize(["last/kernel", "blocks/0/mean"])
   assert part.keys() == {"last/kernel", "blocks/0/mean"}
   for name, value in part.items():
     np.testing.assert_array_equal(value, named[name])

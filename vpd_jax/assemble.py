@@ -18,7 +18,6 @@ from vpd_jax import params as params_lib
 from vpd_jax.backbones.attention import IMPLEMENTATIONS
 from vpd_jax.backbones.clip import TextSizes
 from vpd_jax.backbones.clip_image import ImageSizes
-from vpd_jax.backbones.initializers import InitKeys
 from vpd_jax.backbones.unet import UNetSizes
 from vpd_jax.backbones.vae import VaeSizes
 from vpd_jax.convert.tokenizer import Tokenize
@@ -38,6 +37,7 @@ from vpd_jax.data import (
   rooms,
 )
 from vpd_jax.heads import deconv, fpn, keypoints, lavt, upernet
+from vpd_jax.initializers import InitKeys
 from vpd_jax.methods import iedp, meta_prompts, vpd
 from vpd_jax.model import PerceptionModel
 from vpd_jax.tasks import depth, pose, referring, segmentation

@@ -5,7 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from vpd_jax.backbones import initializers, layers
+from vpd_jax import initializers
+from vpd_jax.backbones import layers, normalization
 from vpd_jax.types import Array, Features
 
 # timm's trunc_normal_(std=0.02) of the release cuts at -2 and 2, a hundred deviations away.
@@ -89,10 +90,12 @@ class Fusion(nnx.Module):
     norms = {"groups": 16, "epsilon": 1e-5, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     half = lambda w: layers.conv(w, w, 3, stride=2, **kinds)
     self.strides, self.widths = (strides[2],), (width,)
-    self.layer1 = nnx.List([half(widths[0]), layers.GroupNorm(widths[0], **norms), layers.ReLU(), half(widths[0])])
+    self.layer1 = nnx.List(
+      [half(widths[0]), normalization.GroupNorm(widths[0], **norms), layers.ReLU(), half(widths[0])]
+    )
     self.layer2 = nnx.List([half(widths[1])])
     self.out_layer = nnx.List(
-      [layers.conv(sum(widths), width, 1, **kinds), layers.GroupNorm(width, **norms), layers.ReLU()]
+      [layers.conv(sum(widths), width, 1, **kinds), normalization.GroupNorm(width, **norms), layers.ReLU()]
     )
 
   def __call__(self, features: Features, *, training: bool = False) -> Features:
@@ -110,7 +113,7 @@ class _Raised(nnx.Module):
   """Transposed convolutions, each doubling the size, then a 3x3 convolution back to the width; all normalised."""
 
   def __init__(self, width: int, doublings: int, *, inner: int, norm_group: int, **kinds: Any):
-    norm = lambda w: layers.BatchNorm(w, group=norm_group, **kinds)
+    norm = lambda w: normalization.BatchNorm(w, group=norm_group, **kinds)
     # PyTorch's default, whose fan of a transposed convolution counts the outputs: the release leaves it.
     default = initializers.variance_scaling(1 / 3, "fan_out", "uniform")
     deconvs, last = [], width
@@ -165,7 +168,7 @@ class EinsumLevels(nnx.Module):
       raise ValueError(f"neck 'einsum_levels' takes four maps, but the method gives {len(widths)}.")
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     default = initializers.torch_default
-    norm = lambda w: layers.GroupNorm(w, groups=16, epsilon=1e-5, **kinds)
+    norm = lambda w: normalization.GroupNorm(w, groups=16, epsilon=1e-5, **kinds)
     level = lambda w: nnx.List(
       [layers.conv(w, tokens[1], 3, kernel_init=default, **kinds), norm(tokens[1]), layers.ReLU()]
     )
@@ -228,7 +231,7 @@ class Einsum(nnx.Module):
     if tuple(strides) != tuple(strides[0] * 2**i for i in range(4)):
       raise ValueError(f"neck 'einsum' joins maps whose strides double, but the method's are {tuple(strides)}.")
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    norm = lambda w: layers.GroupNorm(w, groups=16, epsilon=1e-5, **kinds)
+    norm = lambda w: normalization.GroupNorm(w, groups=16, epsilon=1e-5, **kinds)
     mixed = lambda i, o: nnx.List([layers.conv(i, o, 3, kernel_init=NORMAL, **kinds), norm(o), layers.ReLU()])
     self.strides, self.widths = (strides[0],), (tokens[0],)
     self.layer1 = mixed(widths[0], widths[0])

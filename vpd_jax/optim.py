@@ -164,9 +164,7 @@ def optimizer(
     count = optax.safe_increment(adam.count)
     scales = (1 - b1**count, 1 - b2**count, -rate(schedule.count))
     done = {
-      n: update_one(
-        g, adam.mu[n], adam.nu[n], params[n], scales, lr=float(groups.lr[n]), decay=decay * groups.decay[n]
-      )
+      n: update_one(g, adam.mu[n], adam.nu[n], params[n], scales, lr=float(groups.lr[n]), decay=decay * groups.decay[n])
       for n, g in updates.items()
     }
     updates, mu, nu = ({n: results[i] for n, results in done.items()} for i in range(3))

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from vpd_jax.backbones import initializers
+from vpd_jax import initializers
 from vpd_jax.types import Buffer, Named
 
 

@@ -178,7 +178,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     lines += dataset.describe() if hasattr(dataset, "describe") else []
     lines += [*assemble.sentence_lines(product, dataset), *evaluator.encodings.lines()]
     # Only now: a workdir that is refused stays as it was.
-    writer = stack.enter_context(writers.create(workdir, just_logging=jax.process_index() > 0))
+    writer = stack.enter_context(writers.create(workdir, just_logging=jax.process_index() > 0, backend=config.writer))
     begin, end = int(state.step), config.num_steps
     opening.describe(config, product, mesh, writer, workdir, lines, begin, log)
 

@@ -1,7 +1,8 @@
 """What a run tells: event files for TensorBoard, metrics.jsonl, the line of progress, tables.
 
-Event files are written by clu.metric_writers where tensorflow is installed, and by tensorboardX, with the same
-methods, where it is not. Neither is imported before `create` needs it.
+Event files in local folders are written by tensorboardX, those in buckets by clu.metric_writers with the same methods.
+clu needs TensorFlow, whose import costs a start eight seconds of a core; `config.writer` chooses it for folders too.
+Neither is imported before `create` needs it.
 """
 
 import contextlib
@@ -38,22 +39,24 @@ def create(workdir: str | epath.PathLike, *, just_logging: bool = False, backend
   Args:
     workdir: a local folder or a bucket. metrics.jsonl, one object per call of `write_scalars`, needs a local one.
     just_logging: scalars to the log only, as on every process but the first.
-    backend: 'clu', 'tensorboardX', or 'auto': clu where tensorflow is installed.
+    backend: 'clu', 'tensorboardX', or 'auto': clu for a bucket where TensorFlow is installed, else tensorboardX.
 
   Raises:
     ValueError: for an unknown backend, or clu without tensorflow.
   """
   if backend not in BACKENDS:
-    raise ValueError(f"backend={backend!r} is unknown; choose one of {BACKENDS}.")
+    raise ValueError(f"config.writer={backend!r} is unknown; choose one of {BACKENDS}.")
   if just_logging:
     return Writer(_Log())
-  has_tensorflow = all(importlib.util.find_spec(package) for package in ("tensorflow", "tensorboard"))
+  has_tensorflow = importlib.util.find_spec("tensorflow") is not None
   if backend == "clu" and not has_tensorflow:
-    raise ValueError("backend='clu' needs tensorflow: pip install 'vpd_jax[tensorboard]', or use 'tensorboardX'.")
+    raise ValueError("config.writer='clu' needs TensorFlow: pip install 'vpd_jax[clu]', or use 'tensorboardX'.")
   folder = epath.Path(workdir)
   folder.mkdir(parents=True, exist_ok=True)
-  chosen = _clu(folder) if has_tensorflow and backend != "tensorboardX" else _TensorboardX(folder)
-  return Writer(chosen, None if "://" in str(workdir) else folder / "metrics.jsonl")
+  bucket = "://" in str(workdir)
+  use_clu = backend == "clu" or (backend == "auto" and bucket and has_tensorflow)
+  chosen = _clu(folder) if use_clu else _TensorboardX(folder)
+  return Writer(chosen, None if bucket else folder / "metrics.jsonl")
 
 
 class Writer:

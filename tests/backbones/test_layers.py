@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from tests.golden import fill
-from vpd_jax.backbones import layers
+from vpd_jax.backbones import layers, normalization
 
 KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 NORMAL = nnx.initializers.normal(1.0)
@@ -23,7 +23,7 @@ def image(*shape, scale=1.0, offset=0.0):
 
 def batch_norm(width=3, **options):
   """A layer whose parameters and statistics are all different from their fresh values."""
-  norm = layers.BatchNorm(width, **options, **kinds())
+  norm = normalization.BatchNorm(width, **options, **kinds())
   norm.scale[...] = jnp.linspace(0.5, 1.5, width)
   norm.bias[...] = jnp.linspace(-1, 1, width)
   norm.mean[...] = jnp.linspace(-2, 2, width)
@@ -75,7 +75,7 @@ def test_batch_norm_of_a_single_value_stays_finite():
 
 
 def test_batch_norm_keeps_float32_statistics_of_bfloat16_images():
-  norm = layers.BatchNorm(3, dtype=jnp.bfloat16, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+  norm = normalization.BatchNorm(3, dtype=jnp.bfloat16, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
   x = jnp.asarray(image(4, 8, 8, 3, offset=100.0), jnp.bfloat16)
   assert norm(x, training=True).dtype == jnp.bfloat16
   assert norm.mean[...].dtype == norm.var[...].dtype == jnp.float32
@@ -166,7 +166,7 @@ def test_transposed_convolution_is_its_definition(size, stride, padding):
 
 @pytest.mark.parametrize("epsilon", [1e-5, 1e-6])
 def test_group_norm_divides_by_the_root_of_variance_plus_epsilon(epsilon):
-  norm = layers.GroupNorm(6, groups=2, epsilon=epsilon, **kinds())
+  norm = normalization.GroupNorm(6, groups=2, epsilon=epsilon, **kinds())
   x = image(2, 3, 4, 6, scale=1e-3)  # a variance of 1e-6: a wrong epsilon changes the result by a factor
   parts = x.astype(np.float64).reshape(2, 12, 2, 3)
   mean, var = (f(axis=(1, 3), keepdims=True) for f in (parts.mean, parts.var))
@@ -175,14 +175,16 @@ def test_group_norm_divides_by_the_root_of_variance_plus_epsilon(epsilon):
 
 
 def test_layer_norm_has_torch_epsilon():
-  norm = layers.layer_norm(6, **kinds())
+  norm = normalization.LayerNorm(6, **kinds())
   x = image(2, 3, 6, scale=1e-3)
   wide = x.astype(np.float64)
   expected = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5)
   np.testing.assert_allclose(norm(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("norm", [layers.layer_norm, lambda w, **k: layers.GroupNorm(w, groups=2, epsilon=1e-5, **k)])
+@pytest.mark.parametrize(
+  "norm", [normalization.LayerNorm, lambda w, **k: normalization.GroupNorm(w, groups=2, epsilon=1e-5, **k)]
+)
 def test_norms_do_not_lose_digits_to_a_large_mean(norm):
   x = image(2, 3, 4, 6)
   layer = norm(6, **kinds())
@@ -270,7 +272,7 @@ class TestAgainstTorch:
 
     x = image(2, 3, 4, 6, scale=1e-3)
     expected = torch.nn.functional.group_norm(self.nchw(x), 2, eps=epsilon)
-    self.check(layers.GroupNorm(6, groups=2, epsilon=epsilon, **kinds())(jnp.asarray(x)), expected)
+    self.check(normalization.GroupNorm(6, groups=2, epsilon=epsilon, **kinds())(jnp.asarray(x)), expected)
 
   def test_gelu_and_layer_norm(self):
     import torch
@@ -279,7 +281,7 @@ class TestAgainstTorch:
     wide = torch.from_numpy(x)
     np.testing.assert_allclose(layers.GELU()(jnp.asarray(x)), torch.nn.functional.gelu(wide), rtol=1e-5, atol=1e-6)
     expected = torch.nn.functional.layer_norm(wide, (6,))
-    np.testing.assert_allclose(layers.layer_norm(6, **kinds())(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(normalization.LayerNorm(6, **kinds())(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-6)
 
   @pytest.mark.parametrize("size, stride", [(1, 1), (3, 1), (3, 2)])
   def test_convolution(self, size, stride):

@@ -10,6 +10,7 @@ from tests.golden import fill
 from vpd_jax import params
 from vpd_jax.backbones import layers
 from vpd_jax.heads import keypoints
+from vpd_jax.initializers import InitKeys
 from vpd_jax.types import Features
 
 KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
@@ -26,7 +27,7 @@ MAPS = (32, 64, 128, 128), (8, 16, 32, 64)  # of the UNet itself
 def made(name, widths, strides, **options):
   build, own = HEADS[name]
   options = {"keypoints": 17} | own | options
-  return params.describe(lambda: build(widths, strides, **options, **KINDS, rngs=params.Keys(0)))
+  return params.describe(lambda: build(widths, strides, **options, **KINDS, rngs=InitKeys(0)))
 
 
 def features(widths, strides, size, shown, batch=2):
@@ -72,9 +73,7 @@ def test_direct_is_the_finest_map():
 
 
 def test_heatmaps_are_float32_whatever_the_dtype():
-  build = lambda: keypoints.Simple(
-    *MAPS, keypoints=17, dtype=jnp.bfloat16, param_dtype=jnp.float32, rngs=params.Keys(0)
-  )
+  build = lambda: keypoints.Simple(*MAPS, keypoints=17, dtype=jnp.bfloat16, param_dtype=jnp.float32, rngs=InitKeys(0))
   parts = params.describe(build)
   given = features(*MAPS, (64, 48), (64, 64))
   out = parts.merge(tiny.filled(parts.shapes))(given, training=False)["heatmaps"]
@@ -94,8 +93,10 @@ def test_statistics_move_in_training_only():
 
 
 def test_both_starts_are_as_named():
-  build = lambda init: keypoints.Classic(*MAPS, keypoints=17, width=16, init=init, **KINDS, rngs=params.Keys(0))
-  spread = {init: float(np.std(build(init).deconv_layers[0].kernel[...])) for init in ("released", "fan_in")}
+  build = lambda init: keypoints.Classic(*MAPS, keypoints=17, width=16, init=init, **KINDS, rngs=InitKeys(0))
+  name = "deconv_layers/0/kernel"
+  fresh = {init: params.describe(lambda init=init: build(init)).initialize([name]) for init in ("released", "fan_in")}
+  spread = {init: float(np.std(values[name])) for init, values in fresh.items()}
   assert abs(spread["released"] - 0.001) < 1e-4
   np.testing.assert_allclose(spread["fan_in"], (2 / (16 * 64)) ** 0.5, rtol=0.05)
 

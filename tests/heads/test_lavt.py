@@ -8,6 +8,7 @@ from tests import oracle, tiny
 from tests.golden import fill
 from vpd_jax import params
 from vpd_jax.heads import lavt
+from vpd_jax.initializers import InitKeys
 from vpd_jax.types import Features
 
 KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
@@ -15,7 +16,7 @@ WIDTHS, STRIDES = (4, 10, 14, 8), (8, 16, 32, 64)
 
 
 def head(**options):
-  return lavt.Lavt(WIDTHS, STRIDES, **{"width": 6} | options, **KINDS, rngs=params.Keys(0))
+  return lavt.Lavt(WIDTHS, STRIDES, **{"width": 6} | options, **KINDS, rngs=InitKeys(0))
 
 
 def features(size, batch=2):
@@ -88,7 +89,7 @@ def test_names_are_the_authors():
 
 @pytest.mark.parametrize("build, message", [
   (lambda: head(frame="all"), r"^head\.frame='all' is unknown; choose one of \('padded', 'resized'\)"),
-  (lambda: lavt.Lavt((8,), (8,), **KINDS, rngs=params.Keys(0)), r"^head 'lavt' joins maps of several strides, but wid"),
+  (lambda: lavt.Lavt((8,), (8,), **KINDS, rngs=InitKeys(0)), r"^head 'lavt' joins maps of several strides, but wid"),
 ])  # fmt: skip
 def test_options_that_do_not_fit_are_refused(build, message):
   with pytest.raises(ValueError, match=message):

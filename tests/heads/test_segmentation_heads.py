@@ -11,6 +11,7 @@ from vpd_jax import params
 from vpd_jax.backbones import layers
 from vpd_jax.heads.fpn import Fpn, SemanticFpn
 from vpd_jax.heads.upernet import UperNet
+from vpd_jax.initializers import InitKeys
 from vpd_jax.types import Features
 
 KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
@@ -19,17 +20,17 @@ UPER_WIDTHS, UPER_STRIDES = (150,) * 4, (4, 8, 16, 32)
 
 
 def fpn_neck():
-  return Fpn(FPN_WIDTHS, FPN_STRIDES, width=32, **KINDS, rngs=params.Keys(0))
+  return Fpn(FPN_WIDTHS, FPN_STRIDES, width=32, **KINDS, rngs=InitKeys(0))
 
 
 def fpn_head(**options):
   options = {"classes": 150, "width": 32} | options
-  return SemanticFpn((32,) * 4, FPN_STRIDES, **options, **KINDS, rngs=params.Keys(0))
+  return SemanticFpn((32,) * 4, FPN_STRIDES, **options, **KINDS, rngs=InitKeys(0))
 
 
 def upernet(**options):
   options = {"classes": 19, "width": 32} | options
-  return UperNet(UPER_WIDTHS, UPER_STRIDES, **options, **KINDS, rngs=params.Keys(0))
+  return UperNet(UPER_WIDTHS, UPER_STRIDES, **options, **KINDS, rngs=InitKeys(0))
 
 
 def authors(build, prefixes=("",)):
@@ -248,7 +249,7 @@ def test_the_auxiliary_head_can_be_left_out():
   (lambda: fpn_head(dropout=1.0), r"^head\.dropout=1\.0 must be at least 0 and below 1"),
   (lambda: upernet(frame="all"), r"^head\.frame='all' is unknown; choose one of \('padded', 'resized'\)"),
   (lambda: upernet(auxiliary_map=4), r"^head\.auxiliary_map=4 must be the number of one of 4 maps"),
-  (lambda: SemanticFpn((8, 8), (8, 24), classes=3, **KINDS, rngs=params.Keys(0)), r"^head 'fpn' doubles every map"),
+  (lambda: SemanticFpn((8, 8), (8, 24), classes=3, **KINDS, rngs=InitKeys(0)), r"^head 'fpn' doubles every map"),
 ])  # fmt: skip
 def test_options_that_do_not_fit_are_refused(build, message):
   with pytest.raises(ValueError, match=message):

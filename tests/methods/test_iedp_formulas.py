@@ -13,6 +13,7 @@ from tests.golden import fill
 from tests.methods.test_iedp import BATCH, TOKENS, WIDTH, batch, iedp_config
 from vpd_jax import assemble, params
 from vpd_jax.backbones.clip_image import pixels
+from vpd_jax.initializers import InitKeys
 from vpd_jax.methods.iedp import ImplicitText
 
 
@@ -63,7 +64,7 @@ def implicit_by_hand(named, features, heads, blocks):
 @pytest.mark.parametrize(("heads", "blocks", "norm", "ratio"), [(2, 1, "none", 4), (4, 1, "ln", 2), (1, 2, "none", 1)])
 def test_implicit_text_is_the_formula(heads, blocks, norm, ratio):
   options = {"num_queries": 5, "query_init": 0.02, "num_heads": heads, "num_blocks": blocks, "ffn_ratio": ratio}
-  kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": params.Keys(0)}
+  kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": InitKeys(0)}
   parts = params.describe(lambda: ImplicitText(12, 8, **options, output_norm=norm, attention="auto", **kinds))
   assert parts.shapes["blocks/0/ffn/0/kernel"].shape == (8, 8 * ratio)
   named = tiny.filled(parts.shapes)
@@ -77,8 +78,8 @@ def test_implicit_text_is_the_formula(heads, blocks, norm, ratio):
 def test_queries_start_normal_with_the_given_deviation():
   kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32}
   options = {"num_queries": 77, "num_heads": 2, "num_blocks": 1, "ffn_ratio": 1, "output_norm": "none"}
-  make = lambda: ImplicitText(8, 64, query_init=0.02, attention="auto", rngs=params.Keys(0), **options, **kinds)
-  queries = np.asarray(params.initialize(make, ["queries"])["queries"])
+  make = lambda: ImplicitText(8, 64, query_init=0.02, attention="auto", rngs=InitKeys(0), **options, **kinds)
+  queries = params.describe(make).initialize(["queries"])["queries"]
   assert queries.shape == (77, 64) and abs(queries.std() - 0.02) < 1e-3 and abs(queries.mean()) < 1e-3
 
 

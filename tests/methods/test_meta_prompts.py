@@ -16,6 +16,7 @@ from vpd_jax.backbones import layers
 from vpd_jax.backbones.unet import UNet, UNetOutput, UNetSizes
 from vpd_jax.backbones.vae import VaeEncoder, VaeSizes
 from vpd_jax.convert import rules, stable_diffusion
+from vpd_jax.initializers import InitKeys
 from vpd_jax.methods.meta_prompts import MetaPrompts
 from vpd_jax.types import Branch
 
@@ -50,13 +51,13 @@ def network():
 def make(**options):
   """A method with shapes in place of arrays."""
   kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32}
-  return nnx.eval_shape(lambda: MetaPrompts(**(SIZES | options), **kinds, rngs=params.Keys(0)))
+  return params.describe(lambda: MetaPrompts(**(SIZES | options), **kinds, rngs=InitKeys(0))).model
 
 
 def names(**options):
   """Names of the method's own arrays."""
   kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32}
-  parts = params.describe(lambda: MetaPrompts(**(SIZES | options), **kinds, rngs=params.Keys(0)))
+  parts = params.describe(lambda: MetaPrompts(**(SIZES | options), **kinds, rngs=InitKeys(0)))
   return {name: shape.shape for name, shape in parts.shapes.items() if not name.startswith("vae/")}
 
 
@@ -280,7 +281,7 @@ def test_the_block_between_passes_is_the_unets_own_and_absent_for_one_pass():
 def test_fresh_prompts_and_times_are_standard_normal():
   product = assemble.assemble(smallest())
   wanted = [n for n in product.parts.shapes if n.startswith(("method/t/", "method/meta_prompts/"))]
-  fresh = params.initialize(product.build, wanted)
+  fresh = product.parts.initialize(wanted)
   values = np.concatenate([np.ravel(fresh[name]) for name in wanted])
   assert values.size == 3 * (128 + PROMPTS * 16)
   np.testing.assert_allclose([values.mean(), values.std()], [0, 1], atol=0.15)

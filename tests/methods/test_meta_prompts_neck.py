@@ -12,6 +12,7 @@ from tests.methods.test_meta_prompts import bilinear
 from tests.test_necks_heads import convolved, group_normed
 from vpd_jax import params
 from vpd_jax.heads.deconv import Deconv
+from vpd_jax.initializers import InitKeys
 from vpd_jax.necks import Einsum, Fusion
 from vpd_jax.types import Features
 
@@ -21,7 +22,7 @@ KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 
 def neck(**options):
   options = {"frame": "resized", "tokens": (PROMPTS, WIDTH), "inner": 8} | options
-  return lambda: Einsum(WIDTHS, STRIDES, **options, **KINDS, rngs=params.Keys(0))
+  return lambda: Einsum(WIDTHS, STRIDES, **options, **KINDS, rngs=InitKeys(0))
 
 
 def features(height, width, image_size, batch=2):
@@ -78,7 +79,7 @@ def test_einsum_is_its_formula(made):
 
 
 def test_einsum_states_what_it_gives_and_takes_groups_for_its_norms():
-  module = nnx.eval_shape(neck(norm_group=3))
+  module = params.describe(neck(norm_group=3)).model
   assert (module.widths, module.strides) == ((PROMPTS,), (8,))
   norms = [layer for name in ("layer2", "layer3", "layer4") for part in ("deconv_layers", "conv_layers")
            for layer in getattr(getattr(module, name), part) if hasattr(layer, "group")]  # fmt: skip
@@ -87,7 +88,7 @@ def test_einsum_states_what_it_gives_and_takes_groups_for_its_norms():
 
 def test_fresh_kernels_are_the_releases():
   wanted = ["layer1/0/kernel", "layer2/deconv_layers/0/kernel", "layer4/conv_layers/0/kernel", "out_layer/0/kernel"]
-  fresh = params.initialize(neck(), wanted)
+  fresh = params.describe(neck()).initialize(wanted)
   # PyTorch's default of a transposed convolution: uniform up to 1 / sqrt(outputs x 16).
   bound = 1 / np.sqrt(8 * 16)
   deconv = np.asarray(fresh.pop("layer2/deconv_layers/0/kernel"))

@@ -17,6 +17,7 @@ from vpd_jax.backbones.unet import UNetSizes
 from vpd_jax.backbones.vae import VaeSizes
 from vpd_jax.convert import released_refer, rules
 from vpd_jax.heads.lavt import Lavt
+from vpd_jax.initializers import InitKeys
 from vpd_jax.methods.vpd import Vpd
 from vpd_jax.model import PerceptionModel
 from vpd_jax.presets import referring
@@ -47,7 +48,7 @@ def describe(tokens, dtype=jnp.float32, unet_sizes=None, vae_sizes=None, width=6
   vae_sizes = vae_sizes or VaeSizes(channels=32)
 
   def build():
-    kinds = {"dtype": dtype, "param_dtype": dtype, "rngs": params_lib.Keys(0)}
+    kinds = {"dtype": dtype, "param_dtype": dtype, "rngs": InitKeys(0)}
     options = {"prompt": "all_classes", "attention_maps": True, "keep_unused": True}
     method = OfSentences(unet=unet_sizes, vae=vae_sizes, classes=tokens, **options, **kinds)
     return PerceptionModel(method, NoNeck(), Lavt(method.widths, method.strides, width=width, **kinds))

@@ -9,10 +9,11 @@ from tests import tiny
 from tests.golden import fill
 from tests.test_class_vectors import VOCABULARY, write_tokenizer
 from vpd_jax import assemble, config_file, labelling, params
-from vpd_jax.backbones import transformer
+from vpd_jax.backbones import layers, transformer
 from vpd_jax.backbones.unet import UNetOutput, UNetSizes
 from vpd_jax.backbones.vae import VaeSizes
 from vpd_jax.convert.tokenizer import Tokenize
+from vpd_jax.initializers import InitKeys
 from vpd_jax.methods import images, prompts
 from vpd_jax.methods.vpd import Vpd
 from vpd_jax.tasks.segmentation import Segmentation
@@ -29,7 +30,7 @@ def method(**options):
   """The smallest VPD with maps, described, and made-up values of its arrays."""
   vae = VaeSizes(channels=32, channel_mult=(1,) * 4, num_res_blocks=1)
   kinds = {"classes": CLASSES, "prompt": "all_classes", "attention_maps": True, **options}
-  parts = params.describe(lambda: Vpd(unet=UNET, vae=vae, **kinds, **KINDS, rngs=params.Keys(0)))
+  parts = params.describe(lambda: Vpd(unet=UNET, vae=vae, **kinds, **KINDS, rngs=InitKeys(0)))
   return parts, {name: jnp.asarray(x) for name, x in tiny.filled(parts.shapes).items()}
 
 
@@ -54,6 +55,7 @@ def plain():
 
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(transformer.CrossAttention, "__call__", call)
+      patch.setattr(layers, "traced_once", lambda module, *arrays, **options: module(*arrays, **options))
       return parts.merge(named)(batch, training=False).maps, given
 
   return parts, named, *run(named, batch(64, 128))

@@ -11,6 +11,7 @@ from tests import tiny
 from vpd_jax import params
 from vpd_jax.backbones.clip import TextSizes
 from vpd_jax.convert.tokenizer import Tokenize
+from vpd_jax.initializers import InitKeys
 from vpd_jax.methods import sentences
 
 SIZES = TextSizes(vocab_size=100, width=16, layers=1, heads=2, mlp_width=32, positions=12)
@@ -61,7 +62,7 @@ def test_an_example_gets_its_tokens_and_the_transform_travels():
 
 
 def test_ready_states_go_before_tokens():
-  parts = params.describe(lambda: sentences.text_encoder(SIZES, 8, 16, **KINDS, rngs=params.Keys(0)))
+  parts = params.describe(lambda: sentences.text_encoder(SIZES, 8, 16, **KINDS, rngs=InitKeys(0)))
   assert not parts.params and parts.buffers  # never trained, whatever the config says
   encoder = parts.merge(tiny.filled(parts.shapes))
   tokens = jnp.asarray(tokens_of(8).rows(("ab", "cd"))[0])

@@ -11,7 +11,7 @@ from scipy.special import erf
 
 from tests import tiny
 from tests.golden import fill
-from vpd_jax import assemble, config_file, params
+from vpd_jax import assemble, config_file
 from vpd_jax.backbones.unet import UNetSizes
 from vpd_jax.backbones.vae import VaeSizes
 from vpd_jax.methods import images
@@ -219,7 +219,7 @@ def test_the_defaults_are_the_release_and_there_is_one_branch():
 def test_gamma_starts_at_the_residual_scale():
   config = tiny.shrunk(config_file.load("configs/nyu_depth.py:tiny")).unlock()
   config.method.residual_scale = 0.25
-  gamma = params.initialize(assemble.assemble(config).build, ["method/gamma"])["method/gamma"]
+  gamma = assemble.assemble(config).parts.initialize(["method/gamma"])["method/gamma"]
   np.testing.assert_array_equal(gamma, np.full(16, 0.25, np.float32))
 
 

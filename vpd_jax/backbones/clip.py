@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vpd_jax.backbones import layers
+from vpd_jax.backbones import layers, normalization
 from vpd_jax.backbones.attention import attention, masked_attention
 from vpd_jax.types import Array, Buffer
 
@@ -89,9 +89,9 @@ class Layer(nnx.Module):
 
   def __init__(self, width: int, heads: int, mlp_width: int, activation: str, **kinds: Any):
     self.self_attn = SelfAttention(width, heads, **kinds)
-    self.layer_norm1 = layers.LayerNorm(width, **kinds)
+    self.layer_norm1 = normalization.LayerNorm(width, **kinds)
     self.mlp = Mlp(width, mlp_width, activation, **kinds)
-    self.layer_norm2 = layers.LayerNorm(width, **kinds)
+    self.layer_norm2 = normalization.LayerNorm(width, **kinds)
 
   def __call__(self, x: Array, mask: np.ndarray | None) -> Array:
     x = x + self.self_attn(self.layer_norm1(x), mask)
@@ -128,7 +128,7 @@ class TextModel(nnx.Module):
   def __init__(self, sizes: TextSizes, **kinds: Any):
     self.embeddings = TextEmbeddings(sizes, **kinds)
     self.encoder = Encoder(sizes.layers, sizes.width, sizes.heads, sizes.mlp_width, sizes.activation, **kinds)
-    self.final_layer_norm = layers.LayerNorm(sizes.width, **kinds)
+    self.final_layer_norm = normalization.LayerNorm(sizes.width, **kinds)
 
   def __call__(self, tokens: Array) -> TextStates:
     causal = np.tri(tokens.shape[1], dtype=bool)

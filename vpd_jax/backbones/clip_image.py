@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vpd_jax.backbones import initializers, layers
+from vpd_jax import initializers
+from vpd_jax.backbones import layers, normalization
 from vpd_jax.backbones.clip import Encoder
 from vpd_jax.types import Array
 
@@ -109,10 +110,10 @@ class VisionModel(nnx.Module):
 
   def __init__(self, sizes: ImageSizes, *, projected: bool, **kinds: Any):
     self.embeddings = ImageEmbeddings(sizes, **kinds)
-    self.pre_layrnorm = layers.LayerNorm(sizes.width, **kinds)
+    self.pre_layrnorm = normalization.LayerNorm(sizes.width, **kinds)
     self.encoder = Encoder(sizes.layers, sizes.width, sizes.heads, sizes.mlp_width, sizes.activation, **kinds)
     if projected:
-      self.post_layernorm = layers.LayerNorm(sizes.width, **kinds)
+      self.post_layernorm = normalization.LayerNorm(sizes.width, **kinds)
 
   def __call__(self, image: Array) -> tuple[Array, ...]:
     return self.encoder(self.pre_layrnorm(self.embeddings(image)), None)

@@ -8,7 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from vpd_jax.backbones import initializers, layers
+from vpd_jax import initializers
+from vpd_jax.backbones import layers, normalization
 from vpd_jax.backbones.attention import Implementation, attention, attention_with_map
 from vpd_jax.types import Array
 
@@ -62,7 +63,7 @@ class TransformerBlock(nnx.Module):
     self.attn1 = CrossAttention(width, width, heads, implementation, **kinds)
     self.ff = FeedForward(width, **kinds)
     self.attn2 = CrossAttention(width, context_width, heads, "xla", **kinds)
-    self.norm1, self.norm2, self.norm3 = (layers.LayerNorm(width, **kinds) for _ in range(3))
+    self.norm1, self.norm2, self.norm3 = (normalization.LayerNorm(width, **kinds) for _ in range(3))
 
   def __call__(self, x: Array, context: Array, *, keep_map: bool) -> tuple[Array, Array | None]:
     y = self.norm1(x)
@@ -83,7 +84,7 @@ class SpatialTransformer(nnx.Module):
     def project(**more: Any) -> nnx.Module:
       return layers.linear(width, width, **more) if linear else layers.conv(width, width, 1, **more)
 
-    self.norm = layers.GroupNorm(width, epsilon=1e-6, **kinds)
+    self.norm = normalization.GroupNorm(width, epsilon=1e-6, **kinds)
     self.proj_in = project(**kinds)
     self.transformer_blocks = nnx.List([TransformerBlock(width, context_width, heads, implementation, **kinds)])
     self.proj_out = project(kernel_init=initializers.zeros, **kinds)

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
-from vpd_jax.backbones import initializers, layers
+from vpd_jax import initializers
+from vpd_jax.backbones import layers, normalization
 from vpd_jax.backbones.attention import Implementation
 from vpd_jax.backbones.transformer import SpatialTransformer
 from vpd_jax.types import Array
@@ -83,7 +84,7 @@ class ResBlock(nnx.Module):
   """GN-SiLU-conv, + Linear(SiLU(time embedding)), GN-SiLU-conv, + skip."""
 
   def __init__(self, in_width: int, out_width: int, embedding_width: int, **kinds: Any):
-    norm = lambda width: layers.GroupNorm(width, epsilon=1e-5, **kinds)
+    norm = lambda width: normalization.GroupNorm(width, epsilon=1e-5, **kinds)
     self.in_layers = nnx.List([norm(in_width), layers.SiLU(), layers.conv(in_width, out_width, 3, **kinds)])
     self.emb_layers = nnx.List([layers.SiLU(), layers.linear(embedding_width, out_width, **kinds)])
     last = layers.conv(out_width, out_width, 3, kernel_init=initializers.zeros, **kinds)
@@ -181,7 +182,7 @@ class UNet(nnx.Module):
     self.output_blocks = nnx.List([nnx.List(block) for block in blocks])
     if with_out:
       last = layers.conv(width, sizes.out_channels, 3, kernel_init=initializers.zeros, **kinds)
-      self.out = nnx.List([layers.GroupNorm(width, epsilon=1e-5, **kinds), layers.SiLU(), last])
+      self.out = nnx.List([normalization.GroupNorm(width, epsilon=1e-5, **kinds), layers.SiLU(), last])
 
   def embed_time(self, timesteps: int | Array) -> Array:
     """The time embedding of diffusion timesteps: float [1, 4C] for one whole number, [B, 4C] for int [B]."""

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
-from vpd_jax.backbones import initializers, layers
+from vpd_jax import initializers
+from vpd_jax.backbones import layers, normalization
 from vpd_jax.backbones.attention import Implementation, attention
 from vpd_jax.types import Array, Buffer
 
@@ -42,9 +43,9 @@ class ResBlock(nnx.Module):
   """GN-SiLU-conv twice, + skip."""
 
   def __init__(self, in_width: int, out_width: int, **kinds: Any):
-    self.norm1 = layers.GroupNorm(in_width, epsilon=1e-6, **kinds)
+    self.norm1 = normalization.GroupNorm(in_width, epsilon=1e-6, **kinds)
     self.conv1 = layers.conv(in_width, out_width, 3, **kinds)
-    self.norm2 = layers.GroupNorm(out_width, epsilon=1e-6, **kinds)
+    self.norm2 = normalization.GroupNorm(out_width, epsilon=1e-6, **kinds)
     self.conv2 = layers.conv(out_width, out_width, 3, **kinds)
     if in_width != out_width:
       self.nin_shortcut = layers.conv(in_width, out_width, 1, **kinds)
@@ -60,7 +61,7 @@ class AttentionBlock(nnx.Module):
 
   def __init__(self, width: int, implementation: Implementation, **kinds: Any):
     self.implementation = implementation
-    self.norm = layers.GroupNorm(width, epsilon=1e-6, **kinds)
+    self.norm = normalization.GroupNorm(width, epsilon=1e-6, **kinds)
     self.q, self.k, self.v, self.proj_out = (layers.conv(width, width, 1, **kinds) for _ in range(4))
 
   def __call__(self, x: Array) -> Array:
@@ -121,7 +122,7 @@ class Encoder(nnx.Module):
       ]
     )
     self.mid = Middle(widths[-1], implementation, **kinds)
-    self.norm_out = layers.GroupNorm(widths[-1], epsilon=1e-6, **kinds)
+    self.norm_out = normalization.GroupNorm(widths[-1], epsilon=1e-6, **kinds)
     self.conv_out = layers.conv(widths[-1], 2 * sizes.z_channels, 3, **kinds)
 
   def __call__(self, x: Array) -> Array:

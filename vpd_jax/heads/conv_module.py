@@ -5,7 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from vpd_jax.backbones import initializers, layers
+from vpd_jax import initializers
+from vpd_jax.backbones import layers, normalization
 from vpd_jax.types import Array, Features
 
 # Starts of mmseg: He's normal over the outputs, and a normal of deviation 0.01 for the classifier.
@@ -22,7 +23,7 @@ class ConvModule(nnx.Module):
 
   def __init__(self, in_width: int, out_width: int, size: int, *, norm_group: int = 0, **kinds: Any):
     self.conv = layers.conv(in_width, out_width, size, use_bias=False, kernel_init=HE_FAN_OUT, **kinds)
-    self.bn = layers.BatchNorm(out_width, group=norm_group, **kinds)
+    self.bn = normalization.BatchNorm(out_width, group=norm_group, **kinds)
 
   def __call__(self, x: Array, *, training: bool) -> Array:
     return layers.ReLU()(self.bn(self.conv(x), training=training))

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vpd_jax.backbones import initializers, layers
+from vpd_jax import initializers
+from vpd_jax.backbones import layers, normalization
 from vpd_jax.types import Array, Features, Outputs
 
 INITS = {"released": initializers.normal(0.001), "fan_in": initializers.he_normal}
@@ -58,7 +59,7 @@ class Deconv(nnx.Module):
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     small = {"kernel_init": INITS[init]}
     self.max_depth, self.doublings = max_depth, int(doublings)
-    norm = lambda w: layers.BatchNorm(w, group=norm_group, **kinds)
+    norm = lambda w: normalization.BatchNorm(w, group=norm_group, **kinds)
     deconvs, last = [], widths[0]
     for filter_width in filters:
       deconvs += [layers.ConvTranspose(last, filter_width, 2, **small, **kinds), norm(filter_width), layers.ReLU()]

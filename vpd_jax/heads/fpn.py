@@ -9,7 +9,8 @@ from typing import Any
 
 from flax import nnx
 
-from vpd_jax.backbones import initializers, layers
+from vpd_jax import initializers
+from vpd_jax.backbones import layers
 from vpd_jax.heads import conv_module
 from vpd_jax.heads.conv_module import ConvModule
 from vpd_jax.types import Array, Features, Outputs

@@ -16,7 +16,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from vpd_jax.backbones import initializers, layers
+from vpd_jax import initializers
+from vpd_jax.backbones import layers, normalization
 from vpd_jax.heads import conv_module
 from vpd_jax.types import Array, Features, Outputs
 
@@ -94,7 +95,7 @@ class Fused(nnx.Module):
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     self.stride, self.frame = strides[0], frame
     self.conv = layers.conv(sum(widths), width, 3, use_bias=False, kernel_init=_init(init), **kinds)
-    self.bn = layers.BatchNorm(width, group=norm_group, **kinds)
+    self.bn = normalization.BatchNorm(width, group=norm_group, **kinds)
     self.final_layer = layers.conv(width, keypoints, 1, kernel_init=_init(init), **kinds)
 
   def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
@@ -183,7 +184,7 @@ class Classic(nnx.Module):
     steps, last = [], widths[self.map]
     for _ in range(int(doublings)):
       steps.append(layers.ConvTranspose(last, width, 4, padding=1, kernel_init=_init(init), **kinds))
-      steps += [layers.BatchNorm(width, group=norm_group, **kinds), layers.ReLU()]
+      steps += [normalization.BatchNorm(width, group=norm_group, **kinds), layers.ReLU()]
       last = width
     self.deconv_layers = nnx.List(steps)
     self.final_layer = layers.conv(last, keypoints, 1, kernel_init=_init(init), **kinds)

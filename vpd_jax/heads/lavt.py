@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vpd_jax.backbones import initializers, layers
+from vpd_jax import initializers
+from vpd_jax.backbones import layers, normalization
 from vpd_jax.heads import conv_module
 from vpd_jax.types import Array, Features, Outputs
 
@@ -99,7 +100,7 @@ class Lavt(nnx.Module):
       for part, in_width in ((1, below + widths[level - 2]), (2, width)):
         conv = layers.conv(in_width, width, 3, use_bias=False, kernel_init=TORCH, **kinds)
         setattr(self, f"conv{part}_{level}", conv)
-        setattr(self, f"bn{part}_{level}", layers.BatchNorm(width, group=norm_group, **kinds))
+        setattr(self, f"bn{part}_{level}", normalization.BatchNorm(width, group=norm_group, **kinds))
       below = width
     self.conv1_1 = layers.conv(width, classes, 1, kernel_init=TORCH, **kinds)
 

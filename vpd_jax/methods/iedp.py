@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vpd_jax.backbones import initializers
+from vpd_jax import initializers
 from vpd_jax.backbones.attention import Implementation
 from vpd_jax.backbones.clip import ClipText, TextSizes, never_trained
 from vpd_jax.backbones.clip_image import RESIZES, ClipImage, ImageSizes, pixels

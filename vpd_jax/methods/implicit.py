@@ -8,7 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from vpd_jax.backbones import initializers, layers
+from vpd_jax import initializers
+from vpd_jax.backbones import layers, normalization
 from vpd_jax.backbones.attention import Implementation, attention
 from vpd_jax.types import Array
 
@@ -31,7 +32,7 @@ class QueryBlock(nnx.Module):
   """Pre-norm block: queries attend to each other, then to the visual features, then pass two linear layers."""
 
   def __init__(self, width: int, heads: int, ffn_ratio: int, *, attention: Implementation, **kinds: Any):
-    self.norm1, self.norm2, self.norm_visual, self.norm3 = (layers.LayerNorm(width, **kinds) for _ in range(4))
+    self.norm1, self.norm2, self.norm_visual, self.norm3 = (normalization.LayerNorm(width, **kinds) for _ in range(4))
     self.self_attn = Attention(width, heads, attention=attention, **kinds)
     self.cross_attn = Attention(width, heads, attention=attention, **kinds)
     hidden = ffn_ratio * width
@@ -71,7 +72,7 @@ class ImplicitText(nnx.Module):
     self.blocks = nnx.List(
       [QueryBlock(width, num_heads, ffn_ratio, attention=attention, **kinds) for _ in range(num_blocks)]
     )
-    self.output_norm = layers.LayerNorm(width, **kinds) if output_norm == "ln" else layers.Identity()
+    self.output_norm = normalization.LayerNorm(width, **kinds) if output_norm == "ln" else layers.Identity()
 
   def __call__(self, features: Array) -> Array:
     """[B, L, Dv] to [B, N, D]."""

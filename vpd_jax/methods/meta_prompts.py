@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vpd_jax.backbones import initializers, layers
+from vpd_jax import initializers
+from vpd_jax.backbones import layers
 from vpd_jax.backbones.attention import Implementation
 from vpd_jax.backbones.clip import TextSizes, never_trained
 from vpd_jax.backbones.unet import UNet, UNetSizes

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vpd_jax.backbones import initializers
+from vpd_jax import initializers
 from vpd_jax.backbones.clip import never_trained
 from vpd_jax.backbones.clip_image import ClipImage, ImageSizes, pixels
 from vpd_jax.types import Array, Buffer, Example

@@ -89,8 +89,8 @@ def run(*, num_steps: int, log_every: int, eval_every: int, save_every: int) -> 
 
   Returns:
     seed; dtype of computation and param_dtype of parameters and optimizer state; the lengths, in steps; checkpoints
-    kept (newest, best); profile: number of steps to trace from the tenth on, 0 for none; init: weights to start from;
-    mesh: devices along ("data", "fsdp"), -1 for the rest.
+    kept (newest, best); profile: number of steps to trace from the tenth on, 0 for none; writer: of event files, see
+    writers.create; init: weights to start from; mesh: devices along ("data", "fsdp"), -1 for the rest.
   """
   return {
     "seed": 0,
@@ -103,6 +103,7 @@ def run(*, num_steps: int, log_every: int, eval_every: int, save_every: int) -> 
     "keep": 2,
     "keep_best": 1,
     "profile": 0,
+    "writer": "auto",
     "init": {"pretrained": "", "run": "", "clip": ""},
     "mesh": {"data": -1, "fsdp": 1, "rules": ()},
   }
