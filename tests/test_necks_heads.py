@@ -9,8 +9,8 @@ from flax import nnx
 from tests import tiny
 from tests.golden import fill
 from vpd_jax import params
-from vpd_jax.initializers import InitKeys
 from vpd_jax.heads.deconv import Deconv
+from vpd_jax.initializers import InitKeys
 from vpd_jax.necks import Fusion
 from vpd_jax.types import Features
 

@@ -46,7 +46,7 @@ def assert_lines(folder):
 
 
 def test_clu_writes_scalars_images_texts_and_hyperparameters(tmp_path):
-  write_all(tmp_path, "auto")
+  write_all(tmp_path, "clu")
   read = events(tmp_path)
   loss = [(e.step, tensor_util.make_ndarray(e.tensor_proto).item()) for e in read.Tensors("train/loss")]
   assert loss == [(1, 1.0), (2, 0.5)]
@@ -76,6 +76,16 @@ def test_without_tensorflow_training_can_log(tmp_path):
   assert events(tmp_path).Scalars("train/loss")[0].value == 0.5
 
 
+def test_local_folders_do_without_tensorflow_and_buckets_take_it(tmp_path, monkeypatch):
+  chosen = []
+  monkeypatch.setattr(writers, "_clu", lambda folder: chosen.append("clu"))
+  monkeypatch.setattr(writers, "_TensorboardX", lambda folder: chosen.append("tensorboardX"))
+  for workdir in (tmp_path, f"memory://{tmp_path}"):
+    monkeypatch.setattr(writers.epath, "Path", lambda path: tmp_path)
+    writers.create(workdir)
+  assert chosen == ["tensorboardX", "clu"]
+
+
 def test_a_resumed_run_adds_to_its_lines(tmp_path):
   for step in (1, 2):
     with writers.create(tmp_path, backend="tensorboardX") as writer:
@@ -93,10 +103,10 @@ def test_just_logging_writes_no_file(tmp_path):
 
 
 def test_wrong_backends_are_refused(tmp_path, monkeypatch):
-  with pytest.raises(ValueError, match=r"backend='tensorboard' is unknown; choose one of"):
+  with pytest.raises(ValueError, match=r"config.writer='tensorboard' is unknown; choose one of"):
     writers.create(tmp_path, backend="tensorboard")
   monkeypatch.setitem(sys.modules, "tensorflow", None)
-  with pytest.raises(ValueError, match=r"backend='clu' needs tensorflow: pip install 'vpd_jax\[tensorboard\]'"):
+  with pytest.raises(ValueError, match=r"config.writer='clu' needs TensorFlow: pip install 'vpd_jax\[clu\]'"):
     writers.create(tmp_path, backend="clu")
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import ml_collections
 
-PROJECT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGE = pathlib.Path(__file__).resolve().parent
+PROJECT = PACKAGE.parent  # of a checkout; a wheel has its configs/ in the package
 STRUCTURE = ("method", "neck", "head", "task", "data", "optim", "backbone", "seed", "dtype")
 INDIFFERENT = (
   "data.workers",
@@ -65,7 +66,7 @@ def words(argument: str | None, **kinds: Sequence[str]) -> dict[str, str]:
 def resolve(config: str) -> str:
   """'path:words' with the path made absolute.
 
-  A relative path is looked up in the working directory, then beside the package; '.py' may be left out.
+  A relative path is looked up in the working directory, then in the package and beside it; '.py' may be left out.
 
   Raises:
     ValueError: where neither file exists; the message names both.
@@ -74,11 +75,12 @@ def resolve(config: str) -> str:
   if not path:
     raise ValueError(f"config={config!r} names no file; give one like 'configs/nyu_depth.py:vpd'.")
   file = pathlib.Path(path if path.endswith(".py") else f"{path}.py").expanduser()
-  candidates = list(dict.fromkeys([pathlib.Path.cwd() / file, PROJECT / file]))
+  candidates = list(dict.fromkeys(folder / file for folder in (pathlib.Path.cwd(), PACKAGE, PROJECT)))
   for candidate in candidates:
     if candidate.is_file():
       return f"{candidate.resolve()}{colon}{argument}"
-  shipped = ", ".join(f"configs/{held.name}" for held in sorted((PROJECT / "configs").glob("*.py")))
+  names = sorted({held.name for folder in (PACKAGE, PROJECT) for held in (folder / "configs").glob("*.py")})
+  shipped = ", ".join(f"configs/{name}" for name in names)
   raise ValueError(
     f"config file {path!r} was not found: no file {' and no file '.join(map(str, candidates))}; give one that exists, "
     f"like {shipped or 'configs/mine.py'}."

@@ -54,8 +54,10 @@ def _run() -> None:
   # After the flags, so that a wrong flag answers at once.
   import jax
 
-  from vpd_jax import evaluate, plan, predict_folder, train
+  from vpd_jax import accelerators, evaluate, plan, predict_folder, train
 
+  if line := accelerators.unused():
+    print(line, file=sys.stderr, flush=True)
   given = {"input": INPUT.value, "output": OUTPUT.value, "class": CLASS.value}
   given |= {
     "sentence": SENTENCE.value,

@@ -2,6 +2,7 @@
 
 import collections
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,9 +92,12 @@ def longest(folder: str, steps: int, text: str = "", count: int = LONGEST) -> li
     raise ValueError(f"there is no trace below {Path(folder) / 'plugins' / 'profile'}.")
   data = jax.profiler.ProfileData.from_serialized_xspace(found[-1].read_bytes())
   places, times = set(), collections.Counter()
-  for place, name, nanoseconds in _on_devices(data):
-    places.add(place)
-    times[name] += nanoseconds
+  with warnings.catch_warnings():
+    # Since Python 3.13 jaxlib's types bring one; where warnings are errors it ends the process, raised inside C++.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    for place, name, nanoseconds in _on_devices(data):
+      places.add(place)
+      times[name] += nanoseconds
   total = sum(times.values())
   made = {name: (result, _origin(origin)) for name, result, origin in _WRITTEN.findall(text)}
   return [

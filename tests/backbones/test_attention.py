@@ -121,7 +121,7 @@ def test_bfloat16_has_a_float32_softmax_and_a_bfloat16_result(implementation):
 @pytest.mark.parametrize("tokens, keys, width, backend, expected", [
   (1023, 1023, 40, "cpu", "xla"), (1024, 1024, 40, "cpu", "chunked"), (4096, 1, 40, "cpu", "chunked"),
   (1023, 1023, 40, "gpu", "xla"), (1024, 1024, 80, "gpu", "cudnn"), (4096, 50, 40, "gpu", "xla"),
-  (4096, 4096, 512, "gpu", "xla"), (1024, 1024, 80, "tpu", "xla"), (4096, 4096, 40, "tpu", "splash"),
+  (4096, 4096, 512, "gpu", "chunked"), (1024, 1024, 80, "tpu", "xla"), (4096, 4096, 40, "tpu", "splash"),
   (4096, 50, 40, "tpu", "xla"), (4096, 4096, 40, "something new", "xla"),
 ])  # fmt: skip
 def test_auto_takes_the_kernel_of_the_platform_for_long_self_attention(
@@ -134,11 +134,12 @@ def test_auto_takes_the_kernel_of_the_platform_for_long_self_attention(
 
 
 @pytest.mark.parametrize("dtype, capability", [(jnp.float32, "9.0"), (jnp.bfloat16, "7.0"), (jnp.bfloat16, None)])
-def test_auto_leaves_what_the_fused_kernel_does_not_take(dtype, capability, monkeypatch):
+def test_auto_cuts_long_self_attention_where_the_fused_kernel_does_not_take_it(dtype, capability, monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="gpu", compute_capability=capability)])
-  query = jax.ShapeDtypeStruct((1, 4096, 8, 40), dtype)
-  assert module._best(query, query) == "xla"
+  query, short = (jax.ShapeDtypeStruct((1, tokens, 8, 40), dtype) for tokens in (4096, 256))
+  assert module._best(query, query) == "chunked"
+  assert module._best(short, short) == module._best(query, short) == "xla"
 
 
 def test_an_unknown_implementation_names_the_known_ones():

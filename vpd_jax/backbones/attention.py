@@ -32,7 +32,8 @@ def attention(query: Array, key: Array, value: Array, *, implementation: Impleme
     implementation: "xla" keeps all scores; "chunked" scans over blocks of queries and recomputes them in the backward
       pass, so that memory grows with N and not N^2; "cudnn" is the fused kernel on NVIDIA GPUs (float16, bfloat16);
       "splash" the Pallas kernel on TPUs; "auto" takes "chunked", "cudnn" or "splash" by the platform for long
-      self-attention, where it can, else "xla". "cudnn" leaves heads that are too wide for it to "xla" too.
+      self-attention, and "chunked" on a GPU where the fused kernel does not take it, else "xla". "cudnn" leaves heads
+      that are too wide for it to "xla" too.
 
   Returns:
     float [B, N, heads, D], the dtype of `query`.
@@ -55,11 +56,13 @@ def attention(query: Array, key: Array, value: Array, *, implementation: Impleme
 
 def _best(query: Array, key: Array) -> Implementation:
   """What "auto" takes."""
-  best = OF_PLATFORM.get(platform(), "xla")
-  able = best != "cudnn" or _cudnn_takes(query)
+  here = platform()
+  best = OF_PLATFORM.get(here, "xla")
+  if best == "cudnn" and not _cudnn_takes(query):
+    best = "chunked"
   # On CPU few keys are no reason to keep the scores of many queries.
-  tokens = query.shape[1] if best == "chunked" else min(query.shape[1], key.shape[1])
-  return best if able and tokens >= LONG.get(best, 0) else "xla"
+  tokens = query.shape[1] if here == "cpu" else min(query.shape[1], key.shape[1])
+  return best if tokens >= LONG.get(best, 0) else "xla"
 
 
 def _cudnn_takes(query: Array) -> bool:
