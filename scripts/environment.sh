@@ -37,7 +37,11 @@ make_environment() {
   wanted="$(pwd) $(cksum < pyproject.toml)"
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "== installing vpd_jax[$extras] into $folder"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
+    if command -v uv > /dev/null; then
+      uv pip install --quiet --python "$PYTHON" --editable ".[$extras]"
+    else
+      "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
+    fi
     echo "$wanted" > "$stamp"
   fi
 }
