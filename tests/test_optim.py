@@ -69,6 +69,31 @@ def test_an_unknown_schedule_names_the_known_ones():
     optim.schedule("linear")
 
 
+@pytest.mark.parametrize(
+  "config, steps, end",
+  [
+    ("ade20k_seg.py", 160_000, 80_000),
+    ("cityscapes_seg.py:meta_prompts", 80_001, 80_000),
+    ("nyu_depth.py", 50 * 1009, 36 * 1009),
+    ("kitti_depth.py:meta_prompts", 50 * 965, 36 * 965),
+  ],
+)
+def test_a_schedule_that_ends_before_the_run_is_refused_with_both_numbers(config, steps, end):
+  longer = config_file.changed(config_file.load(f"configs/{config}"), {"num_steps": steps})
+  with pytest.raises(
+    ValueError, match=rf"ends at step {end}, the run at config\.num_steps={steps}: .*; set .*"
+  ) as told:
+    assemble.check_schedule(longer)
+  assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("path", sorted((config_file.PROJECT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_the_schedule_of_a_shipped_config_reaches_the_end_also_of_a_shorter_run(path):
+  config = config_file.load(str(path))
+  assemble.check_schedule(config)
+  assemble.check_schedule(config_file.changed(config, {"num_steps": 10}))
+
+
 def test_step_falls_at_its_drops_and_warms_up_linearly():
   rate = optim.schedule("step", lr=2.0, drops=(10, 20), warmup=4, warmup_ratio=0.001)
   rates = [rate(step) for step in (0, 2, 4, 9, 10, 19, 20, 99)]

@@ -225,10 +225,7 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Product:
   _check_test_time(config, task)
   _check_groups(config, parts)
   groups = optim.groups(parts.params, config.optim.lr_groups, config.optim.decay_groups)
-  schedule = dict(config.optim.schedule)
-  if "num_steps" in schedule:
-    schedule["num_steps"] = schedule["num_steps"] or config.num_steps
-  rate = optim.schedule(**schedule, lr=config.optim.lr)
+  rate = optim.schedule(**config_file.schedule(config), lr=config.optim.lr)
   optimizer = optim.optimizer(
     rate, groups, **{k: config.optim[k] for k in ("decay", "b1", "b2", "epsilon", "clip_norm")}
   )
@@ -263,6 +260,17 @@ def _check_test_time(config: ConfigDict, task: Any) -> None:
     option, choices = "coverage", inference.COVERAGES
   if config.eval.get(option) not in choices:
     raise ValueError(f"eval.{option}={config.eval.get(option)!r} is unknown; choose one of {choices}.")
+
+
+def check_schedule(config: ConfigDict) -> None:
+  """Raises ValueError where the schedule ends before the run does: the rest would train at the lowest rate."""
+  options = config_file.schedule(config)
+  end, remedy = optim.last_step(**options)
+  if end is not None and end < config.num_steps:
+    raise ValueError(
+      f"config.optim.schedule of name {options['name']!r} ends at step {end}, the run at config.num_steps="
+      f"{config.num_steps}: the steps between would learn at its lowest rate; set {remedy}."
+    )
 
 
 def _check_groups(config: ConfigDict, parts: params_lib.Parts) -> None:

@@ -93,6 +93,18 @@ def schedule(name: str, **options: Any) -> Schedule:
   return SCHEDULES[name](**options)
 
 
+def last_step(name: str, **options: Any) -> tuple[int | None, str]:
+  """The last step of a run that a schedule is made for, and how to make it longer; None where it has no end.
+
+  triangular_poly: 3 * half, for in the release half is that of epochs // 2, which may be a third of all.
+  """
+  if name == "triangular_poly":
+    return 3 * options["half"], "config.optim.schedule.half to half of config.num_steps"
+  if name in ("cosine", "poly"):
+    return options["num_steps"], "config.optim.schedule.num_steps=0, which is as long as the run"
+  return None, ""
+
+
 class Groups(NamedTuple):
   """What the rules say of every trainable array.
 
