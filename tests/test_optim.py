@@ -83,15 +83,15 @@ def test_a_schedule_that_ends_before_the_run_is_refused_with_both_numbers(config
   with pytest.raises(
     ValueError, match=rf"ends at step {end}, the run at config\.num_steps={steps}: .*; set .*"
   ) as told:
-    assemble.check_schedule(longer)
+    optim.check_length(steps, **config_file.schedule(longer))
   assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize("path", sorted((config_file.PROJECT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_the_schedule_of_a_shipped_config_reaches_the_end_also_of_a_shorter_run(path):
   config = config_file.load(str(path))
-  assemble.check_schedule(config)
-  assemble.check_schedule(config_file.changed(config, {"num_steps": 10}))
+  for steps in (config.num_steps, 10):
+    optim.check_length(steps, **config_file.schedule(config_file.changed(config, {"num_steps": steps})))
 
 
 def test_step_falls_at_its_drops_and_warms_up_linearly():

@@ -262,17 +262,6 @@ def _check_test_time(config: ConfigDict, task: Any) -> None:
     raise ValueError(f"eval.{option}={config.eval.get(option)!r} is unknown; choose one of {choices}.")
 
 
-def check_schedule(config: ConfigDict) -> None:
-  """Raises ValueError where the schedule ends before the run does: the rest would train at the lowest rate."""
-  options = config_file.schedule(config)
-  end, remedy = optim.last_step(**options)
-  if end is not None and end < config.num_steps:
-    raise ValueError(
-      f"config.optim.schedule of name {options['name']!r} ends at step {end}, the run at config.num_steps="
-      f"{config.num_steps}: the steps between would learn at its lowest rate; set {remedy}."
-    )
-
-
 def _check_groups(config: ConfigDict, parts: params_lib.Parts) -> None:
   """Groups of batch statistics and loss must cut every micro-batch into whole groups."""
   batch, accumulation = config.data.batch_size, config.optim.accumulation

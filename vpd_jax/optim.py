@@ -79,6 +79,7 @@ def step(
   return rate
 
 
+_AS_THE_RUN = ("num_steps", 1, "num_steps=0, which is as long as the run")
 SCHEDULES = {"triangular_poly": triangular_poly, "cosine": cosine, "poly": poly, "step": step}
 
 
@@ -93,16 +94,21 @@ def schedule(name: str, **options: Any) -> Schedule:
   return SCHEDULES[name](**options)
 
 
-def last_step(name: str, **options: Any) -> tuple[int | None, str]:
-  """The last step of a run that a schedule is made for, and how to make it longer; None where it has no end.
+def check_length(run_steps: int, name: str, **options: Any) -> None:
+  """Raises ValueError where a schedule ends before the run does: the rest would train at the lowest rate.
 
-  triangular_poly: 3 * half, for in the release half is that of epochs // 2, which may be a third of all.
+  Args:
+    run_steps: config.num_steps.
+    name, **options: as for `schedule`. The end of triangular_poly is 3 * half: in the release half is that of
+      epochs // 2, which may be a third of all. step has none.
   """
-  if name == "triangular_poly":
-    return 3 * options["half"], "config.optim.schedule.half to half of config.num_steps"
-  if name in ("cosine", "poly"):
-    return options["num_steps"], "config.optim.schedule.num_steps=0, which is as long as the run"
-  return None, ""
+  ends = {"triangular_poly": ("half", 3, f"half={run_steps // 2}"), **dict.fromkeys(("cosine", "poly"), _AS_THE_RUN)}
+  field, times, remedy = ends.get(name, ("", 0, ""))
+  if field and times * options[field] < run_steps:
+    raise ValueError(
+      f"config.optim.schedule of name {name!r} ends at step {times * options[field]}, the run at config.num_steps="
+      f"{run_steps}: the steps between would learn at its lowest rate; set config.optim.schedule.{remedy}."
+    )
 
 
 class Groups(NamedTuple):
