@@ -169,6 +169,17 @@ def test_groups_name_what_they_freeze_and_label_the_rest():
   assert set(groups.label.values()) == {"unet"}
 
 
+def test_patterns_that_read_alike_have_labels_of_their_own():
+  groups = optim.groups(SHAPES, ((r"/unet/b", 0.1), (r"[unet/b]", 0.2)), ((r"", 1.0),))
+  assert groups.label == {
+    "unet/bias": "unet_b",
+    "unet/kernel": "unet_b_2",
+    "head/kernel": "unet_b_2",
+    "head/scale": "unet_b_2",
+  }
+  assert optim._labels(["a", "/a/", "a_2", "(a)", "", "rest"]) == ["a", "a_2", "a_2_2", "a_3", "rest", "rest_2"]
+
+
 def test_a_decay_rule_for_frozen_arrays_alone_is_idle():
   with pytest.raises(ValueError, match=r"config\.optim\.decay_groups: 0 arrays match no rule .*: \['/head/'\]"):
     optim.groups(SHAPES, ((r"/head/", None), (r"", 1.0)), ((r"/head/", 0.0), (r"", 1.0)))
