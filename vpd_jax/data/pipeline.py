@@ -280,7 +280,7 @@ def _source(dataset: DataSet, split: str, batch_size: int, process_count: int) -
   source = dataset.source(split)
   if not len(source):
     raise ValueError(f"the {split} split has no records.")
-  return source
+  return records.Unending(source)
 
 
 def _with_place(place: int, example: Example) -> tuple[int, Example]:
@@ -297,7 +297,9 @@ class _TrainTransform:
   prepare: Callable[[Example], Example] | None
 
   def __call__(self, placed: tuple[int, Example], rng: np.random.Generator) -> Example:
-    place, example = placed
+    return records.without_stop(self._transformed, *placed, rng)
+
+  def _transformed(self, place: int, example: Example, rng: np.random.Generator) -> Example:
     skipped = {key: example[key] for key in (records.SKIPPED,) if key in example}
     example = self.dataset.train_transform(example, rng, place % self.records)
     return {**(self.prepare(example) if self.prepare else example), **skipped}
@@ -311,7 +313,9 @@ class _EvalTransform:
   prepare: Callable[[Example], Example] | None
 
   def __call__(self, row: tuple[Example, bool]) -> Example:
-    example, real = row
+    return records.without_stop(self._transformed, *row)
+
+  def _transformed(self, example: Example, real: bool) -> Example:
     example = self.dataset.eval_transform(example)
     return dict(self.prepare(example) if self.prepare else example, real=np.asarray(real))
 

@@ -104,6 +104,30 @@ class Shards:
     return info
 
 
+def without_stop(function: Callable[..., Any], *arguments: Any) -> Any:
+  """The function's result; its StopIteration becomes a RuntimeError: grain would take it for the end of the data."""
+  try:
+    return function(*arguments)
+  except StopIteration as error:
+    raise RuntimeError(
+      "reading or transforming a record raised StopIteration, as next() does on an empty iterator: the data would end "
+      "there without a word. Give next() a default, or raise a ValueError that names the file."
+    ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Unending:
+  """A source whose records never end an iteration, see `without_stop`."""
+
+  source: Any
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitem__(self, index: int) -> Example:
+    return without_stop(self.source.__getitem__, index)
+
+
 class Readable:
   """A source that gives the next readable record in place of one that is not.
 
