@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
@@ -58,10 +59,30 @@ def make_step(config: ConfigDict, product: Product) -> Callable[[Weights, Batch]
   predict = make_predict(product, config.eval.test_time, config.eval.coverage)
 
   def step(weights: Weights, batch: Batch) -> tuple[dict[str, Array], Array]:
+    check_coverage(config, product, batch["image"].shape[1:3])
     prediction = predict(weights, caching.inputs(batch, product))
-    return product.task.measure(prediction, batch), prediction
+    return {"not_finite": not_finite(prediction)} | product.task.measure(prediction, batch), prediction
 
   return step
+
+
+def check_coverage(config: ConfigDict, product: Product, size: tuple[int, int]) -> None:
+  """Raises ValueError where windows leave pixels of images of this size without a prediction that are scored."""
+  if product.task.way == "windows":
+    inference.check_coverage(size, config.eval.test_time, config.eval.coverage, product.task.region(size))
+
+
+def not_finite(prediction: Array) -> Array:
+  """Pixels of each image that hold a NaN or an infinity: [B, H, W] or [B, H, W, K] to int32 [B]."""
+  finite = jnp.isfinite(prediction)
+  finite = finite.all(axis=-1) if prediction.ndim == 4 else finite
+  return (~finite).sum(axis=(1, 2), dtype=jnp.int32)
+
+
+def _not_finite_inside(scores: Array, height: Array, width: Array) -> Array:
+  """As `not_finite`, of the upper left height x width of a canvas [H, W, K]: int32 []."""
+  inside = (jnp.arange(scores.shape[0]) < height)[:, None] & (jnp.arange(scores.shape[1]) < width)[None]
+  return (inside & ~jnp.isfinite(scores).all(axis=-1)).sum(dtype=jnp.int32)
 
 
 def on_mesh(step: Step, config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> Step:
@@ -131,7 +152,7 @@ class _Pictures:
       small=config.eval.small,
       place=lambda x: jax.device_put(x, sharding.batch_sharding(self._local)),
     )
-    self._measure = jax.jit(product.task.measure)
+    self._measure, self._not_finite = jax.jit(product.task.measure), jax.jit(_not_finite_inside)
 
   def __call__(self, weights: Weights, panels: int) -> Iterator[tuple[Rows, np.ndarray]]:
     """As _Batches, picture by picture, which is a batch of one for each process."""
@@ -155,8 +176,10 @@ class _Pictures:
       for shown, scores in enumerate(self._labelling(weights, views())):
         example = waiting.popleft()
         batch = {name: labelling.on_canvas(example[name], labelling.NOWHERE)[None] for name in self._product.task.needs}
-        measured = jax.device_get(self._measure(scores[None], batch)) | {"real": np.asarray(example["real"])[None]}
         height, width = example["image"].shape[:2]
+        count = self._not_finite(scores, height, width)[None]
+        measured = jax.device_get({"not_finite": count} | self._measure(scores[None], batch))
+        measured |= {"real": np.asarray(example["real"])[None]}
         chosen = labelling.most_probable(scores)[None, :height, :width] if shown < panels else ()
         yield _gathered(measured), np.asarray(chosen)
 
@@ -178,6 +201,8 @@ class Evaluator:
     pipeline.check_batch_size(config.eval.batch_size, mesh.size, "devices")
     self.config, self.product, self.dataset = config, product, dataset
     self.source = dataset.source("eval")
+    if product.task.way == "windows" and config.eval.coverage != "full" and len(self.source):
+      check_coverage(config, product, dataset.eval_transform(self.source[0])["image"].shape[:2])  # told at the start
     self._truth = {"truth": dataset.truth("eval")} if product.task.needs_truth else {}
     self.encodings = caching.Encodings(config, product, dataset, mesh)
     self._measured = (
@@ -190,7 +215,11 @@ class Evaluator:
   def run(self, weights: Weights, stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
     """Scores "eval/<data set>/<name>" of the given weights, and panels of the first samples.
 
+    "not_finite" among the scores counts the pixels that were predicted as NaN or infinity and are scored nevertheless.
     `stop` is asked after each batch, or each picture; None where it said so.
+
+    Raises:
+      ValueError: not every record of the split was scored.
     """
     rows, shown = [], []
     with contextlib.closing(self._measured(weights, self.config.eval.panels)) as measured:
@@ -199,10 +228,17 @@ class Evaluator:
           return None
         rows.append(row)
         shown += list(predictions)
+    scored, expected = sum(int(row["real"].sum()) for row in rows), len(self.source)
+    if scored != expected:
+      raise ValueError(
+        f"the evaluation scored {scored} of the {expected} records of data set {self.config.data.name!r}: their "
+        "iteration ended early, or the length of the data set changed; mend the data set."
+      )
     joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     real = joined.pop("real")
     joined = {name: values[real] for name, values in joined.items()}
-    scores = self.product.task.summarize(joined, **self._truth)
+    bad = float(joined.pop("not_finite").sum(dtype=np.int64))
+    scores = self.product.task.summarize(joined, **self._truth) | {"not_finite": bad}
     prefix = f"eval/{self.config.data.name}"
     return Evaluation({f"{prefix}/{name}": value for name, value in scores.items()}, self._panels(shown), joined)
 
@@ -226,6 +262,8 @@ class Evaluator:
     """The scores in one line, with the best of the trivial predictors beside."""
     prefix = f"eval/{self.config.data.name}/"
     line = "  ".join(f"{name.removeprefix(prefix)} {value:.4f}" for name, value in scores.items())
+    if bad := scores.get(f"{prefix}not_finite"):
+      line += f"\n  {bad:.0f} pixels were predicted as NaN or infinity: do not trust these scores"
     baselines = self.baselines()
     if not baselines:
       return line

@@ -38,6 +38,30 @@ def offsets(size: tuple[int, int], count: int, *, coverage: str = "released") ->
   return [(start, 0) if size[0] > size[1] else (0, start) for start in starts]
 
 
+def check_coverage(
+  size: tuple[int, int], words: tuple[str, ...], coverage: str, region: tuple[int, int, int, int]
+) -> None:
+  """Raises ValueError where windows leave pixels of a region without a prediction.
+
+  Args:
+    size: (H, W) of the images.
+    words, coverage: of the config.
+    region: (top, bottom, left, right) rows and columns.
+  """
+  windows, side = parse(words)[1], min(size)
+  if windows == 1:
+    return
+  covered = np.zeros(size, bool)
+  for y, x in offsets(size, windows, coverage=coverage):
+    covered[y : y + side, x : x + side] = True
+  top, bottom, left, right = region
+  if holes := int((~covered[top:bottom, left:right]).sum()):
+    raise ValueError(
+      f"eval.coverage={coverage!r} with eval.test_time={tuple(words)} leaves {holes} pixels of each image of "
+      f"{size[0]} x {size[1]} without a prediction that the scores count; set config.eval.coverage='full'."
+    )
+
+
 def cut(images: Array, corners: list[tuple[int, int]]) -> Array:
   """[B, H, W, ...] to the windows at `corners`, window by window: [len(corners) * B, S, S, ...]."""
   side = min(images.shape[1:3])
