@@ -20,9 +20,7 @@ from vpd_jax import (
   assemble,
   caching,
   chips,
-  config_file,
   evaluate,
-  optim,
   plan_report,
   plan_search,
   programs,
@@ -79,7 +77,7 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
     raise ValueError(f"--effort={effort!r} is unknown; choose one of {sorted(slices.EFFORTS)}.")
   effort = slices.effort(topology, effort)
   config = start.complete(config, config.init.run or config.init.pretrained)
-  optim.check_length(config.num_steps, **config_file.schedule(config))
+  start.check_training(config)
   devices = slices.of(topology) if topology else jax.devices()
   limit = limit or memory_of(devices[0])
   kept = _Kept(workdir)

@@ -161,7 +161,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
   """
   config = start.complete(config, config.init.run or config.init.pretrained)
   product = assemble.assemble(config)
-  optim.check_length(config.num_steps, **config_file.schedule(config))
+  start.check_training(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   pipeline.check_batch_size(config.data.batch_size // config.optim.accumulation, mesh.size, "devices")
   dataset = assemble.dataset(config, product)

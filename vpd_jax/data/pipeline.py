@@ -90,8 +90,7 @@ def train_batches(
   """
   if on_bad_record not in records.ON_BAD_RECORD:
     raise ValueError(f"on_bad_record={on_bad_record!r} is unknown; choose one of {records.ON_BAD_RECORD}.")
-  source = _source(dataset, "train", batch_size, process_count)
-  report, keys = None, tuple(sorted(keys))
+  source, report = _source(dataset, "train", batch_size, process_count), None
   if on_bad_record == "skip":
     source, report, keys = records.Readable(source), records.Report(source), (*keys, records.SKIPPED)
   order_seed, transform_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(2))
@@ -102,7 +101,7 @@ def train_batches(
     .repeat(_EPOCHS)
     .random_map(_TrainTransform(dataset, len(source), prepare), seed=transform_seed)
   )
-  batches = examples.batch(batch_size // process_count, batch_fn=records.Stack(keys))
+  batches = examples.batch(batch_size // process_count, batch_fn=records.Stack(tuple(sorted(keys))))
   return Batches(batches[start_step * process_count + process_index :: process_count], workers, report)
 
 
@@ -296,10 +295,9 @@ class _TrainTransform:
   records: int
   prepare: Callable[[Example], Example] | None
 
+  @records.unending
   def __call__(self, placed: tuple[int, Example], rng: np.random.Generator) -> Example:
-    return records.without_stop(self._transformed, *placed, rng)
-
-  def _transformed(self, place: int, example: Example, rng: np.random.Generator) -> Example:
+    place, example = placed
     skipped = {key: example[key] for key in (records.SKIPPED,) if key in example}
     example = self.dataset.train_transform(example, rng, place % self.records)
     return {**(self.prepare(example) if self.prepare else example), **skipped}
@@ -312,11 +310,9 @@ class _EvalTransform:
   dataset: DataSet
   prepare: Callable[[Example], Example] | None
 
+  @records.unending
   def __call__(self, row: tuple[Example, bool]) -> Example:
-    return records.without_stop(self._transformed, *row)
-
-  def _transformed(self, example: Example, real: bool) -> Example:
-    example = self.dataset.eval_transform(example)
+    example, real = self.dataset.eval_transform(row[0]), row[1]
     return dict(self.prepare(example) if self.prepare else example, real=np.asarray(real))
 
 

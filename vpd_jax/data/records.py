@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -104,28 +105,34 @@ class Shards:
     return info
 
 
-def without_stop(function: Callable[..., Any], *arguments: Any) -> Any:
-  """The function's result; its StopIteration becomes a RuntimeError: grain would take it for the end of the data."""
-  try:
-    return function(*arguments)
-  except StopIteration as error:
-    raise RuntimeError(
-      "reading or transforming a record raised StopIteration, as next() does on an empty iterator: the data would end "
-      "there without a word. Give next() a default, or raise a ValueError that names the file."
-    ) from error
+def unending(function: Callable[..., Any]) -> Callable[..., Any]:
+  """The function, its StopIteration made a RuntimeError: grain would take it for the end of the data."""
+
+  @functools.wraps(function)
+  def call(*arguments: Any) -> Any:
+    try:
+      return function(*arguments)
+    except StopIteration as error:
+      raise RuntimeError(
+        "reading or transforming a record raised StopIteration, as next() does on an empty iterator: the data would "
+        "end there without a word. Give next() a default, or raise a ValueError that names the file."
+      ) from error
+
+  return call
 
 
 @dataclasses.dataclass(frozen=True)
 class Unending:
-  """A source whose records never end an iteration, see `without_stop`."""
+  """A source whose records never end an iteration, see `unending`."""
 
   source: Any
 
   def __len__(self) -> int:
     return len(self.source)
 
+  @unending
   def __getitem__(self, index: int) -> Example:
-    return without_stop(self.source.__getitem__, index)
+    return self.source[index]
 
 
 class Readable:
