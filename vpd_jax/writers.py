@@ -83,8 +83,9 @@ class Writer:
         lines.write(json.dumps({"step": int(step), "time": round(time.time(), 3)} | values) + "\n")
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-    """uint8 [N, H, W, 3] under each name."""
-    self._backend.write_images(int(step), {name: np.asarray(image) for name, image in images.items()})
+    """uint8 [N, H, W, 3] under each name; nothing where N is 0, which not every backend takes."""
+    if shown := {name: np.asarray(image) for name, image in images.items() if len(image)}:
+      self._backend.write_images(int(step), shown)
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
     """Markdown under each name."""
