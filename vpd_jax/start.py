@@ -15,6 +15,7 @@ from vpd_jax import params as params_lib
 from vpd_jax.assemble import Product
 from vpd_jax.checkpoint import Checkpoints, is_workdir
 from vpd_jax.convert import clip, load, stable_diffusion, towers
+from vpd_jax.data import records
 from vpd_jax.types import Named, TrainState
 
 Gather = Callable[[Named], Named]
@@ -138,9 +139,10 @@ def complete(config: ConfigDict, source: str) -> ConfigDict:
 def check_training(config: ConfigDict) -> None:
   """Raises ValueError for what can be evaluated, but would not be trained as it is told.
 
-  The schedule ends before the run does; or parameters are kept in bfloat16, of whose 8 bits most updates are rounded
-  away: those of parameters, of their moments and of a moving average alike.
+  An unknown word of data.on_bad_record; a schedule that ends before the run does; parameters in bfloat16, of whose 8
+  bits most updates are rounded away: those of parameters, of their moments and of a moving average alike.
   """
+  records.check_on_bad_record(config.data.on_bad_record)
   optim.check_length(config.num_steps, **config_file.schedule(config))
   if config.param_dtype == "bfloat16":
     raise ValueError(

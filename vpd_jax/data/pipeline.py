@@ -88,8 +88,7 @@ def train_batches(
   Raises:
     ValueError: batch_size is no multiple of process_count, the split is empty, or on_bad_record is unknown.
   """
-  if on_bad_record not in records.ON_BAD_RECORD:
-    raise ValueError(f"on_bad_record={on_bad_record!r} is unknown; choose one of {records.ON_BAD_RECORD}.")
+  records.check_on_bad_record(on_bad_record)
   source, report = _source(dataset, "train", batch_size, process_count), None
   if on_bad_record == "skip":
     source, report, keys = records.Readable(source), records.Report(source), (*keys, records.SKIPPED)

@@ -29,6 +29,12 @@ def check_format(format: str) -> str:
   return format
 
 
+def check_on_bad_record(word: str) -> None:
+  """A ValueError with the list of them for an unknown way to answer a record that cannot be read."""
+  if word not in ON_BAD_RECORD:
+    raise ValueError(f"on_bad_record={word!r} is unknown; choose one of {ON_BAD_RECORD}.")
+
+
 class Shards:
   """Random access to one split of prepared ArrayRecord shards: the Examples of the files, in their order.
 
