@@ -1,5 +1,6 @@
 """Scores of an evaluation: nothing is scored that was not predicted, and everything is scored."""
 
+import json
 import types
 
 import jax
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpd_jax import config_file, evaluate
+from vpd_jax import config_file, evaluate, inference
 from vpd_jax.tasks.depth import Depth
+from vpd_jax.tasks.segmentation import Segmentation
 
 
 def evaluator(rows, records=3, task=None):
@@ -56,10 +58,30 @@ def test_predictions_that_are_not_finite_are_counted_beside_the_scores():
 def test_pixels_that_are_not_finite_are_counted_once_each():
   prediction = np.ones((2, 3, 4, 5), np.float32)
   prediction[1, 0, 0], prediction[1, 2, 3, 4] = np.nan, np.inf
-  np.testing.assert_array_equal(evaluate.not_finite(jnp.asarray(prediction)), [0, 2])
-  np.testing.assert_array_equal(evaluate.not_finite(jnp.asarray(prediction[..., 4])), [0, 2])
-  inside = jax.jit(evaluate._not_finite_inside)
+  np.testing.assert_array_equal(inference.not_finite(jnp.asarray(prediction)), [0, 2])
+  np.testing.assert_array_equal(inference.not_finite(jnp.asarray(prediction[..., 4])), [0, 2])
+  inside = jax.jit(inference.not_finite_inside)
   assert [int(inside(prediction[1], *size)) for size in ((3, 4), (2, 4), (3, 3))] == [2, 1, 1]
+
+
+def test_the_scores_of_every_class_are_in_the_report_and_in_the_result():
+  task = Segmentation(classes=3, class_names=("wall", "sky", "cat"))
+  label = jnp.asarray([[[0, 0, 1, 1]]])
+  rows = jax.device_get(task.measure(jnp.asarray([[[0, 1, 1, 1]]]), {"label": label}))
+  made = evaluator([rows | {"not_finite": np.zeros(1, np.int32), "real": np.array([True])}], records=1, task=task)
+  result = made.run(None)
+  lines = made.report(result.scores, result.rows).splitlines()
+  assert [line.split() for line in lines[:-1]] == [
+    ["class", "IoU", "Acc"],
+    ["-----", "------", "------"],
+    ["wall", "0.5000", "0.5000"],
+    ["sky", "0.6667", "1.0000"],
+    ["cat", "-", "-"],
+  ]
+  assert lines[-1].startswith("mIoU 0.5833")
+  told = json.loads(json.dumps(evaluate.class_scores(task, result.rows), allow_nan=False))
+  assert told[0] == {"class": "wall", "IoU": 0.5, "Acc": 0.5} and told[2] == {"class": "cat", "IoU": None, "Acc": None}
+  assert evaluate.class_scores(Depth(max_depth=10.0), {}) == []  # depth has no classes
 
 
 def depth_step(size, **changes):

@@ -42,7 +42,7 @@ class Scored:
   def baselines(self):
     return {}
 
-  def report(self, scores):
+  def report(self, scores, rows):
     return str(scores)
 
 

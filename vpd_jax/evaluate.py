@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vpd_jax import assemble, caching, inference, labelling, sharding, start
+from vpd_jax import assemble, caching, inference, labelling, sharding, start, writers
 from vpd_jax import panels as panels_lib
 from vpd_jax.assemble import Product
 from vpd_jax.checkpoint import is_workdir
@@ -61,7 +60,7 @@ def make_step(config: ConfigDict, product: Product) -> Callable[[Weights, Batch]
   def step(weights: Weights, batch: Batch) -> tuple[dict[str, Array], Array]:
     check_coverage(config, product, batch["image"].shape[1:3])
     prediction = predict(weights, caching.inputs(batch, product))
-    return {"not_finite": not_finite(prediction)} | product.task.measure(prediction, batch), prediction
+    return {"not_finite": inference.not_finite(prediction)} | product.task.measure(prediction, batch), prediction
 
   return step
 
@@ -70,19 +69,6 @@ def check_coverage(config: ConfigDict, product: Product, size: tuple[int, int]) 
   """Raises ValueError where windows leave pixels of images of this size without a prediction that are scored."""
   if product.task.way == "windows":
     inference.check_coverage(size, config.eval.test_time, config.eval.coverage, product.task.region(size))
-
-
-def not_finite(prediction: Array) -> Array:
-  """Pixels of each image that hold a NaN or an infinity: [B, H, W] or [B, H, W, K] to int32 [B]."""
-  finite = jnp.isfinite(prediction)
-  finite = finite.all(axis=-1) if prediction.ndim == 4 else finite
-  return (~finite).sum(axis=(1, 2), dtype=jnp.int32)
-
-
-def _not_finite_inside(scores: Array, height: Array, width: Array) -> Array:
-  """As `not_finite`, of the upper left height x width of a canvas [H, W, K]: int32 []."""
-  inside = (jnp.arange(scores.shape[0]) < height)[:, None] & (jnp.arange(scores.shape[1]) < width)[None]
-  return (inside & ~jnp.isfinite(scores).all(axis=-1)).sum(dtype=jnp.int32)
 
 
 def on_mesh(step: Step, config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> Step:
@@ -152,7 +138,7 @@ class _Pictures:
       small=config.eval.small,
       place=lambda x: jax.device_put(x, sharding.batch_sharding(self._local)),
     )
-    self._measure, self._not_finite = jax.jit(product.task.measure), jax.jit(_not_finite_inside)
+    self._measure, self._not_finite = jax.jit(product.task.measure), jax.jit(inference.not_finite_inside)
 
   def __call__(self, weights: Weights, panels: int) -> Iterator[tuple[Rows, np.ndarray]]:
     """As _Batches, picture by picture, which is a batch of one for each process."""
@@ -258,10 +244,11 @@ class Evaluator:
     if hasattr(self.product.task, "write_results"):
       self.product.task.write_results(folder / "results.json", rows, **self._truth)
 
-  def report(self, scores: dict[str, float]) -> str:
-    """The scores in one line, with the best of the trivial predictors beside."""
+  def report(self, scores: dict[str, float], rows: Rows | None = None) -> str:
+    """The scores in one line, the best of the trivial predictors beside; with `rows`, first those of every class."""
     prefix = f"eval/{self.config.data.name}/"
-    line = "  ".join(f"{name.removeprefix(prefix)} {value:.4f}" for name, value in scores.items())
+    line = writers.class_table(class_scores(self.product.task, rows) if rows else [])
+    line += "  ".join(f"{name.removeprefix(prefix)} {value:.4f}" for name, value in scores.items())
     if bad := scores.get(f"{prefix}not_finite"):
       line += f"\n  {bad:.0f} pixels were predicted as NaN or infinity: do not trust these scores"
     baselines = self.baselines()
@@ -283,6 +270,18 @@ class Evaluator:
     examples = itertools.islice(self._examples("eval"), 0, None, step)
     pairs = zip(predictions[: self.config.eval.panels], examples, strict=False)
     return panels_lib.stacked([self.product.task.panel(example, prediction) for prediction, example in pairs])
+
+
+def class_scores(task: Any, rows: Rows) -> list[dict[str, Any]]:
+  """{"class": name, "IoU", "Acc"} of every class, None where it does not occur; empty where the task has no classes."""
+  if not hasattr(task, "per_class"):
+    return []
+  number = lambda value: None if np.isnan(value) else float(value)
+  of_class = task.per_class(rows)
+  return [
+    {"class": name, **{score: number(values[k]) for score, values in of_class.items()}}
+    for k, name in enumerate(task.class_names)
+  ]
 
 
 def _gathered(values: dict[str, Array]) -> Rows:
@@ -312,10 +311,11 @@ def run(config: ConfigDict, workdir: str) -> dict[str, float]:
     print("\n".join([*lines, *lines_of_data, *evaluator.encodings.lines()]), flush=True)
   result = evaluator.run(weights)
   if first:
-    print(evaluator.report(result.scores), flush=True)
+    print(evaluator.report(result.scores, result.rows), flush=True)
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"weights": lines, "scores": result.scores, "trivial predictors": evaluator.baselines()}
+    content |= {"classes": classes} if (classes := class_scores(product.task, result.rows)) else {}
     evaluator.write_results(folder, result.rows)
     (folder / "eval.json").write_text(json.dumps(content, indent=1) + "\n")
   return result.scores

@@ -187,7 +187,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
         trivial = {f"eval/trivial/{name}": value for name, value in evaluator.baselines().items()}
         writer.write_scalars(step, result.scores | trivial)
         writer.write_images(step, {f"panels/{config.data.name}": result.panels})
-        log(evaluator.report(result.scores))
+        log(evaluator.report(result.scores, result.rows))
       return result.scores if result is not None else {}
 
     scores = {}

@@ -195,6 +195,12 @@ def table(rows: Sequence[Sequence[Any]]) -> str:
   return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
+def class_table(rows: Sequence[Mapping[str, Any]]) -> str:
+  """A text table of the scores of classes, "-" for None, and a line break; empty where there are no rows."""
+  told = lambda value: "-" if value is None else f"{value:.4f}" if isinstance(value, float) else value
+  return table([tuple(rows[0]), *(tuple(map(told, row.values())) for row in rows)]) + "\n" if rows else ""
+
+
 def parameter_overview(arrays: Mapping[str, Any], max_lines: int | None = None) -> str:
   """Name, shape, dtype and size of every array of a Named dict (or of its shapes), and their total, as a table."""
   from clu import parameter_overview as overview
