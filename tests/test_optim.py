@@ -74,8 +74,8 @@ def test_an_unknown_schedule_names_the_known_ones():
   [
     ("ade20k_seg.py", 160_000, 80_000),
     ("cityscapes_seg.py:meta_prompts", 80_001, 80_000),
-    ("nyu_depth.py", 50 * 1009, 36 * 1009),
-    ("kitti_depth.py:meta_prompts", 50 * 965, 36 * 965),
+    ("nyu_depth.py", 50 * 1009, 24 * 1009),
+    ("kitti_depth.py:meta_prompts", 30 * 965, 24 * 965),
   ],
 )
 def test_a_schedule_that_ends_before_the_run_is_refused_with_both_numbers(config, steps, end):

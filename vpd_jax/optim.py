@@ -80,7 +80,6 @@ def step(
   return rate
 
 
-_AS_THE_RUN = ("num_steps", 1, "num_steps=0, which is as long as the run")
 SCHEDULES = {"triangular_poly": triangular_poly, "cosine": cosine, "poly": poly, "step": step}
 
 
@@ -100,15 +99,19 @@ def check_length(run_steps: int, name: str, **options: Any) -> None:
 
   Args:
     run_steps: config.num_steps.
-    name, **options: as for `schedule`. The end of triangular_poly is 3 * half: in the release half is that of
-      epochs // 2, which may be a third of all. step has none.
+    name, **options: as for `schedule`. triangular_poly ends at 2 * half, and a run may be an eighth longer: in the
+      release the last of 25 epochs is. step has no end.
   """
-  ends = {"triangular_poly": ("half", 3, f"half={run_steps // 2}"), **dict.fromkeys(("cosine", "poly"), _AS_THE_RUN)}
-  field, times, remedy = ends.get(name, ("", 0, ""))
-  if field and times * options[field] < run_steps:
+  if name == "triangular_poly":
+    end, longest, remedy = 2 * options["half"], 9 * options["half"] // 4, f"half={run_steps // 2}"
+  elif name in ("cosine", "poly"):
+    end, longest, remedy = *(options["num_steps"],) * 2, "num_steps=0, which is as long as the run"
+  else:
+    return
+  if longest < run_steps:
     raise ValueError(
-      f"config.optim.schedule of name {name!r} ends at step {times * options[field]}, the run at config.num_steps="
-      f"{run_steps}: the steps between would learn at its lowest rate; set config.optim.schedule.{remedy}."
+      f"config.optim.schedule of name {name!r} ends at step {end}, the run at config.num_steps={run_steps}: the steps "
+      f"between would learn at its lowest rate; set config.optim.schedule.{remedy}."
     )
 
 
