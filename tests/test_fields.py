@@ -73,6 +73,13 @@ def test_a_section_without_what_it_needs_is_refused(section, left, message):
     assemble.assemble(config_file.ml_collections.ConfigDict(made))
 
 
+def test_a_head_of_another_task_is_refused():
+  made = config_file.load(ROOMS.format("segmentation")).to_dict()
+  made["head"] = {"name": "deconv"}
+  with pytest.raises(ValueError, match=r"^config\.head of name 'deconv' is not made for .*\['classes'\]"):
+    assemble.assemble(config_file.ml_collections.ConfigDict(made))
+
+
 def test_the_table_holds_what_the_configs_of_the_package_have():
   for path in sorted((config_file.PROJECT / "configs").glob("*.py")):
     config = config_file.load(str(path))

@@ -186,10 +186,8 @@ def _builder(config: ConfigDict, task: Any, classes: tuple[str, ...], training: 
     remat=config.backbone.remat,
     **_rest(config.method, NOT_OF_THE_METHOD),
   )
-  neck, head = fields.look_up(NECKS, config.neck, "neck"), fields.look_up(HEADS, config.head, "head", given=task.output)
+  neck, head = fields.look_up(NECKS, config.neck, "neck"), fields.look_up(HEADS, config.head, "head", told=task.output)
   neck = functools.partial(neck, norm_group=config.optim.norm_group, **_rest(config.neck))
-  if foreign := [name for name in task.output if name not in inspect.signature(head.__init__).parameters]:
-    raise ValueError(f"config.head of name {config.head.name!r} is not for task {config.task.name!r}: {foreign}.")
   head = functools.partial(head, norm_group=config.optim.norm_group, **_rest(config.head), **task.output)
   types = {"dtype": dtype(config, "dtype"), "param_dtype": dtype(config, "param_dtype")}
 

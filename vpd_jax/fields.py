@@ -58,8 +58,7 @@ def misfit(
     given: arguments that are not the section's to give, beside FILLED.
     more: fields of the section that are not the entry's, but read elsewhere.
   """
-  arguments = inspect.signature(entry.__init__ if inspect.isclass(entry) else entry).parameters
-  own = {key: value for key, value in arguments.items() if key not in (*FILLED, *given)}
+  own = {key: value for key, value in _arguments(entry).items() if key not in (*FILLED, *given)}
   if problem := unknown(section, (*more, *own), where):
     return problem
   absent = [key for key, value in own.items() if value.default is inspect.Parameter.empty and key not in section]
@@ -73,6 +72,7 @@ def look_up(
   *,
   given: Iterable[str] = (),
   more: Iterable[str] = (),
+  told: Iterable[str] = (),
 ) -> Any:
   """The entry of a table that a section names; the section's other fields are arguments of the entry.
 
@@ -81,6 +81,7 @@ def look_up(
     section: "name" and arguments.
     field: its name in the config.
     given, more: see `misfit`.
+    told: arguments that the task gives, which the entry must take.
 
   Raises:
     ValueError: an unknown name, unknown fields, fields that are needed and not there.
@@ -89,6 +90,13 @@ def look_up(
   if name not in table:
     raise ValueError(f"config.{field}.name={name!r} is unknown; choose one of {sorted(table)}.")
   where = f"config.{field} of name {name!r}"
-  if problem := misfit(table[name], section, where, given=given, more=("name", *more)):
+  if foreign := [key for key in told if key not in _arguments(table[name])]:
+    raise ValueError(f"{where} is not made for what config.task gives, {foreign}; choose one that takes it.")
+  if problem := misfit(table[name], section, where, given=(*given, *told), more=("name", *more)):
     raise ValueError(problem + ".")
   return table[name]
+
+
+def _arguments(entry: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+  """What a class, of which flax hides it, or a function takes."""
+  return inspect.signature(entry.__init__ if inspect.isclass(entry) else entry).parameters
