@@ -71,5 +71,5 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     loss_group=3,
   )
   # An image is 32 for the network: 16 windows, each mirrored too. eval.coverage="full" reaches the last 9 columns.
-  config.eval = presets.evaluation(batch_size=8, test_time=("flip", "shift:16"))
+  config.eval = presets.evaluation(batch_size=8, test_time=("flip", "shift:16"), coverage="released")
   return config

@@ -28,6 +28,6 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   config.data = {"name": "refer_list", "root": "", "file": "sentences.json", "holdout": 0.1}
   config.data.update({"crop": (128, 128) if tiny else (512, 512), "canvas": (640, 640)})
   config.data.update({"cache": "off", "cache_folder": "", "batch_size": 32, "workers": 8, "on_bad_record": "stop"})
-  config.optim = presets.referring_optimizer()
+  config.optim = presets.referring_optimizer()  # its loss_group 0 is the whole batch; the release takes 4
   config.eval = presets.evaluation(batch_size=32, test_time=(), baselines=1000)
   return config

@@ -49,5 +49,5 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     norm_group=0 if words["method"] == "iedp" else 3,  # both branches of IEDP share their statistics
     loss_group=3,
   )
-  config.eval = presets.evaluation(batch_size=8, test_time=("flip", "shift:2"))
+  config.eval = presets.evaluation(batch_size=8, test_time=("flip", "shift:2"), coverage="released")
   return config

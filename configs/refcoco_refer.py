@@ -61,5 +61,8 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     "on_bad_record": "stop",  # "skip"
   }
   config.optim = presets.referring_optimizer(unet_lr=0.01 if words["rate"] == "as_intended" else 1.0)
+  config.optim.loss_group = (
+    4  # the images of one GPU, whose weighted means the release averages; batch norm is over all
+  )
   config.eval = presets.evaluation(batch_size=32, test_time=())
   return config

@@ -127,3 +127,23 @@ def test_differences_names_fields_and_survives_json(folder):
   new.steps = 7
   assert config_file.differences(stored, new) == ["optim.decay: absent -> 0.1", "optim.lr: 0.0005 -> 0.001"]
   assert config_file.differences(stored, new, prefixes=("steps",)) == ["steps: absent -> 7"]
+
+
+def with_length(steps, run):
+  return {"num_steps": run, "optim": {"lr": 1.0, "schedule": {"name": "cosine", "num_steps": steps}}}
+
+
+@pytest.mark.parametrize(
+  "old, new, expected",
+  [
+    ((0, 400), (0, 800), ["optim.schedule.num_steps: 400 -> 800"]),
+    ((0, 400), (400, 800), []),
+    ((400, 200), (0, 400), []),
+    ((400, 200), (400, 300), []),
+    ((0, 400), (300, 400), ["optim.schedule.num_steps: 400 -> 300"]),
+  ],
+)
+def test_the_length_of_a_schedule_is_compared_as_the_run_takes_it(old, new, expected):
+  stored = json.loads(json.dumps(with_length(*old)))
+  assert config_file.differences(stored, with_length(*new)) == expected
+  assert config_file.differences(stored, ml_collections.ConfigDict(with_length(*new))) == expected

@@ -52,6 +52,45 @@ def test_assembles_at_its_real_size(string):
   assert product.groups.lr and product.keys[0] == "image"
 
 
+# Config and method: GPUs and images on each in the release, whether batch norm is over all GPUs, whether the loss of
+# all images is another number than the mean over the GPUs. No code of IEDP and of pose is published: they follow the
+# protocol of the data, with heads of our own.
+RELEASES = {
+  ("nyu_depth", "vpd"): (8, 3, "of a GPU", "grouped"),
+  ("nyu_depth", "meta_prompts"): (8, 3, "of a GPU", "grouped"),
+  ("nyu_depth", "iedp"): (8, 3, "of all", "grouped"),  # an assumption, see presets.iedp_assumptions
+  ("kitti_depth", "vpd"): (8, 3, "of a GPU", "grouped"),
+  ("kitti_depth", "meta_prompts"): (8, 3, "of a GPU", "grouped"),
+  ("kitti_depth", "iedp"): (8, 3, "of all", "grouped"),
+  ("ade20k_seg", "vpd"): (8, 2, "of all", "grouped"),
+  ("ade20k_seg", "meta_prompts"): (8, 1, "of all", "grouped"),
+  ("ade20k_seg", "iedp"): (8, 2, "of all", "grouped"),
+  ("cityscapes_seg", "vpd"): (8, 1, "of all", "grouped"),
+  ("cityscapes_seg", "meta_prompts"): (8, 1, "of all", "grouped"),
+  ("cityscapes_seg", "iedp"): (8, 1, "of all", "grouped"),
+  ("refcoco_refer", "vpd"): (8, 4, "of all", "grouped"),
+  ("refcoco_refer", "meta_prompts"): (8, 4, "of all", "grouped"),
+  ("refcoco_refer", "iedp"): (8, 4, "of all", "grouped"),
+  ("coco_pose", "vpd"): (8, 64, "of all", "a plain mean"),
+  ("coco_pose", "meta_prompts"): (8, 64, "of all", "a plain mean"),
+  ("coco_pose", "iedp"): (8, 64, "of all", "a plain mean"),
+}
+OF_ONES_OWN = {"my_depth", "my_segmentation", "my_refer", "my_pose", "rooms"}  # no release; the whole batch
+
+
+def test_every_config_has_a_release_or_is_of_ones_own():
+  assert {name for name, _ in RELEASES} | OF_ONES_OWN == set(SHIPPED)
+
+
+@pytest.mark.parametrize("config, method", RELEASES)
+def test_loss_and_statistics_are_grouped_as_on_the_gpus_of_the_release(config, method):
+  gpus, images, statistics, loss = RELEASES[config, method]
+  made = config_file.load(f"configs/{config}.py:{method}")
+  assert made.data.batch_size == gpus * images
+  assert made.optim.norm_group == (images if statistics == "of a GPU" else 0)
+  assert made.optim.loss_group == (images if loss == "grouped" else 0)
+
+
 def batch_for(product, config):
   """A made-up batch of the shapes the config asks for."""
   size, (height, width) = config.data.batch_size, config.data.crop

@@ -34,7 +34,7 @@ LAYERS = (
     "writers",
     "panels",
   ),
-  ("params", "presets", "config_file", "processes", "programs", "accelerators"),
+  ("params", "presets", "config_file", "fields", "processes", "programs", "accelerators"),
   ("initializers",),
   ("types", "chips"),
 )

@@ -69,6 +69,31 @@ def test_an_unknown_schedule_names_the_known_ones():
     optim.schedule("linear")
 
 
+@pytest.mark.parametrize(
+  "config, steps, end",
+  [
+    ("ade20k_seg.py", 160_000, 80_000),
+    ("cityscapes_seg.py:meta_prompts", 80_001, 80_000),
+    ("nyu_depth.py", 50 * 1009, 24 * 1009),
+    ("kitti_depth.py:meta_prompts", 30 * 965, 24 * 965),
+  ],
+)
+def test_a_schedule_that_ends_before_the_run_is_refused_with_both_numbers(config, steps, end):
+  longer = config_file.changed(config_file.load(f"configs/{config}"), {"num_steps": steps})
+  with pytest.raises(
+    ValueError, match=rf"ends at step {end}, the run at config\.num_steps={steps}: .*; set .*"
+  ) as told:
+    optim.check_length(steps, **config_file.schedule(longer))
+  assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("path", sorted((config_file.PROJECT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_the_schedule_of_a_shipped_config_reaches_the_end_also_of_a_shorter_run(path):
+  config = config_file.load(str(path))
+  for steps in (config.num_steps, 10):
+    optim.check_length(steps, **config_file.schedule(config_file.changed(config, {"num_steps": steps})))
+
+
 def test_step_falls_at_its_drops_and_warms_up_linearly():
   rate = optim.schedule("step", lr=2.0, drops=(10, 20), warmup=4, warmup_ratio=0.001)
   rates = [rate(step) for step in (0, 2, 4, 9, 10, 19, 20, 99)]
@@ -142,6 +167,17 @@ def test_groups_name_what_they_freeze_and_label_the_rest():
   assert groups.lr == {"unet/bias": 0.5, "unet/kernel": 0.5}
   assert groups.decay == {"unet/bias": 0.0, "unet/kernel": 1.0}
   assert set(groups.label.values()) == {"unet"}
+
+
+def test_patterns_that_read_alike_have_labels_of_their_own():
+  groups = optim.groups(SHAPES, ((r"/unet/b", 0.1), (r"[unet/b]", 0.2)), ((r"", 1.0),))
+  assert groups.label == {
+    "unet/bias": "unet_b",
+    "unet/kernel": "unet_b_2",
+    "head/kernel": "unet_b_2",
+    "head/scale": "unet_b_2",
+  }
+  assert optim._labels(["a", "/a/", "a_2", "(a)", "", "rest"]) == ["a", "a_2", "a_2_2", "a_3", "rest", "rest_2"]
 
 
 def test_a_decay_rule_for_frozen_arrays_alone_is_idle():

@@ -151,8 +151,28 @@ def test_a_leading_slash_names_a_whole_level():
   }  # fmt: skip
 
 
-def test_a_rule_is_used_if_it_matches_at_all_even_behind_others():
-  assert params.assign(["a/bias"], ((r"/a/", 1), (r"bias", 2)), field="x") == {"a/bias": 1}
+@pytest.mark.parametrize(
+  "rules, shadowed",
+  [
+    (((r"", 1.0), (r"/unet/", 0.01)), r"'/unet/' behind ''\."),
+    (((r"/unet/", 1.0), (r"/unet/", 0.1), (r"", 1.0)), r"'/unet/' behind '/unet/'\."),
+    (((r"kernel$", 1.0), (r"/unet/", 0.1), (r"unet/conv/bias", 0.0), (r"", 1.0)), r"'unet/conv/bias' behind '/unet/'"),
+    (((r"kernel", 1.0), (r"bias", 0.1), (r"/conv/", 0.0), (r"", 1.0)), r"'/conv/' behind 'kernel', 'bias'\."),
+    (((r"", 1.0), (r"", 0.5)), r"'' behind ''\."),
+  ],
+)
+def test_a_rule_whose_arrays_earlier_rules_all_take_is_refused(rules, shadowed):
+  with pytest.raises(ValueError, match=rf"^x: .*rules that come too late, .*: {shadowed}"):
+    params.assign(NAMES, rules, field="x")
+
+
+def test_a_rule_behind_others_may_share_arrays_with_them():
+  assert params.assign(["a/bias", "b/bias"], ((r"/a/", 1), (r"bias", 2)), field="x") == {"a/bias": 1, "b/bias": 2}
+
+
+def test_a_pattern_that_is_no_regular_expression_is_named():
+  with pytest.raises(ValueError, match=r"^x: '/unet\(' is no regular expression"):
+    params.assign(NAMES, ((r"/unet(", 1), (r"", 2)), field="x")
 
 
 def test_names_without_rule_and_rules_without_name_are_listed_together():

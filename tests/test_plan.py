@@ -1,6 +1,8 @@
 """--mode=plan: shapes without data, reports of compiled steps, what is kept, what is said."""
 
+import inspect
 import json
+import types
 
 import jax
 import numpy as np
@@ -70,6 +72,113 @@ def test_every_config_can_be_planned(path):
   product = assemble.assemble(config)
   for step in ("train", "eval"):
     assert plan.batch_shapes(config, product.keys, step).keys() == {*product.keys}
+
+
+# Options of each task that are words or choices, but for what its data set says.
+CHOICES = {
+  "depth": {
+    "max_depth": (10.0, 80.0),
+    "min_depth": (1e-3,),
+    "eval_crop": ("none", "eigen_nyu", "garg", "eigen_kitti"),
+    "variance_focus": (0.5, 0.85),
+    "png_scale": (0, 256),
+  },
+  "segmentation": {
+    "lovasz": (0.0, 1.0),
+    "auxiliary": (0.0, 0.4),
+    "avg_non_ignore": (False, True),
+    "ignore_label": (255, 254),
+    "merge": ((), ("front=floor+wall",)),
+  },
+  "referring": {"class_weights": ((0.9, 1.1),), "eval_at": ("network", "original")},
+  "pose": {
+    "sigma": (1, 2),
+    "blur": (0, 3),
+    "shift_flipped": (False, True),
+    "score_above": (0.2,),
+    "nms": (0.9,),
+  },
+}
+FACTS = {"classes", "class_names", "palette", "label_ids", "keypoints", "udp"}
+
+
+def test_the_choices_are_all_that_a_task_takes():
+  for name, maker in assemble.TASKS.items():
+    taken = set(inspect.signature(maker.__init__).parameters) - {"self"} - FACTS
+    assert taken == CHOICES[name].keys(), name
+
+
+@pytest.mark.parametrize(
+  "task, field, value",
+  [(task, field, value) for task, fields in CHOICES.items() for field, values in fields.items() for value in values],
+)
+def test_every_option_of_every_task_is_planned(task, field, value):
+  """What its measurements read in evaluation has a shape, and they can be traced."""
+  config = config_file.load(f"configs/rooms.py:{task},tiny").copy_and_resolve_references().unlock()
+  config.task[field] = value
+  data = assemble.DATASETS[config.data.name]
+  classes = data.classes_of(config.data) if hasattr(data, "classes_of") else data.classes
+  made = assemble._task(config.lock(), data, tuple(classes))
+  product = types.SimpleNamespace(task=made, keys=("image", *sorted(made.needs)))
+  rows, (height, width) = config.eval.batch_size, plan.picture_size(config)
+  shape = {
+    "windows": (height, width),
+    "sliding": (height, width, len(classes)),
+    "squeezed": (height, width, 2),
+    "crops": (height // 4, width // 4, 17),
+  }[made.way]
+  prediction = jax.ShapeDtypeStruct((rows, *shape), np.float32)
+  measured = jax.eval_shape(made.measure, prediction, plan.step_shapes(config, product, "eval"))
+  assert all(x.shape[0] == rows for x in measured.values())
+  assert plan.step_shapes(config, product, "train").keys() == {*product.keys}
+
+
+def test_the_evaluation_of_referring_at_the_size_of_the_pictures_is_planned():
+  config = tiny.shrunk(config_file.load("configs/rooms.py:referring,tiny")).unlock()
+  config.task.eval_at = "original"
+  product = assemble.assemble(config.lock(), training=False)
+  mesh = plan.mesh_for(config, jax.devices()[:1])
+  batch, _ = plan.caching.planned(config, product, plan.step_shapes(config, product, "eval"))
+  assert batch["full_mask"].shape == (2, *config.data.size) and batch["full_size"].shape == (2, 2)
+  rows, _ = plan.evaluate.lower_step(config, product, mesh, batch).out_info
+  assert rows["intersection"].shape == (2,)
+
+
+WRONG = {
+  "a side that is no whole number": ({"data.crop": (96.5, 96)}, r"crop=\(96\.5, 96\) must be \(height, width\)"),
+  "one number": ({"data.crop": 96}, r"crop=96 must be \(height, width\)"),
+  "one side": ({"data.crop": (96,)}, r"crop=\(96,\) must be \(height, width\)"),
+  "a word for bad records": ({"data.on_bad_record": "ignore"}, "on_bad_record='ignore' is unknown"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("path", sorted(config_file.PROJECT.glob("configs/*.py")), ids=lambda path: path.stem)
+def test_what_training_refuses_of_the_data_is_refused_without_its_files(path, wrong, monkeypatch):
+  monkeypatch.setattr(assemble, "assemble", lambda config, training=True: product)
+  needs = types.SimpleNamespace(prepare_reads=frozenset(), adds=frozenset())
+  task = types.SimpleNamespace(eval_needs=frozenset())
+  product = types.SimpleNamespace(keys=("image",), method=needs, task=task, groups=types.SimpleNamespace(lr={}))
+  config = config_file.load(str(path)).copy_and_resolve_references().unlock()
+  plan.check_data(config, product)
+  fields, message = WRONG[wrong]
+  for field, value in fields.items():
+    del config.data[field.split(".")[1]]
+    config.data[field.split(".")[1]] = value
+  with pytest.raises(ValueError, match=message) as told:
+    plan.run(config.lock())
+  assert "\n" not in str(told.value)
+
+
+def test_options_that_do_not_go_together_are_refused_as_in_training():
+  config = tiny.shrunk(config_file.load("configs/nyu_depth.py:tiny")).unlock()
+  config.data.crop = (128, 128)
+  with pytest.raises(ValueError, match=r"crop=\(128, 128\) does not fit into resize"):
+    plan.run(config.lock())
+  config = tiny.shrunk(config_file.load("configs/rooms.py:referring,tiny")).unlock()
+  config.data.cache = "memory"
+  with pytest.raises(ValueError, match=r"data\.cache='memory' keeps .*lr_groups trains it"):
+    plan.run(config.lock())
 
 
 def test_keys_without_a_shape_are_named():

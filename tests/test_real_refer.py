@@ -34,7 +34,7 @@ def test_trains_scores_and_predicts(root, tmp_path):
   config = config_file.load("configs/refcoco_refer.py:refcoco,tiny").unlock()
   config.data.update(root=str(root), complete=False, batch_size=2, workers=0, cache="memory")
   config.update(num_steps=STEPS, eval_every=STEPS, save_every=STEPS, log_every=1)
-  config.method.tokenizer, config.eval.batch_size = "words", 2
+  config.method.tokenizer, config.eval.batch_size, config.optim.loss_group = "words", 2, 2
   workdir, output = tmp_path / "run", tmp_path / "masks"
   scores = train.run(config.lock(), str(workdir))
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

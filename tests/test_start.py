@@ -8,7 +8,7 @@ import pytest
 
 from tests import oracle, test_class_vectors, tiny
 from tests.methods.test_iedp import iedp_config
-from vpd_jax import assemble, config_file, start
+from vpd_jax import assemble, config_file, plan, start, train
 from vpd_jax.convert import clip, tokenizer, towers, write
 
 
@@ -79,6 +79,24 @@ def test_a_diffusers_folder_brings_sizes_weights_and_class_vectors(tmp_path):
   assert named.keys() == product.parts.shapes.keys()
   assert any("27 x 16 from the names" in line for line in lines)
   assert named["method/class_vectors"].shape == (27, 16) and np.ptp(named["method/class_vectors"], axis=0).min() > 0
+
+
+def test_what_would_not_be_trained_as_it_is_told_is_refused():
+  config = config_file.load("configs/nyu_depth.py:tiny")
+  start.check_training(config)
+  start.check_training(config_file.changed(config, {"dtype": "bfloat16"}))
+  for changes, message in (
+    ({"param_dtype": "bfloat16"}, r"^config\.param_dtype='bfloat16' cannot be trained: .*param_dtype='float32'\.$"),
+    ({"param_dtype": "bfloat16", "optim.ema_decay": 0.9999}, "moving average would be rounded away"),
+    ({"num_steps": 10**6}, "ends at step"),
+  ):
+    changed = config_file.changed(config, changes)
+    for begin in (start.check_training, plan.run, lambda config: train.run(config, "nowhere")):
+      with pytest.raises(ValueError, match=message):
+        begin(changed)
+  for dtype in ("float32", "bfloat16"):  # what is evaluated may be kept in either
+    product = assemble.assemble(config_file.changed(config, {"param_dtype": dtype}), training=False)
+    assert {x.dtype.name for x in product.parts.shapes.values()} == {dtype}
 
 
 WORDS = {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -93,6 +93,13 @@ def test_a_resumed_run_adds_to_its_lines(tmp_path):
   assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 
+@pytest.mark.parametrize("backend", ["clu", "tensorboardX"])
+def test_no_pictures_are_nothing_to_write(tmp_path, backend):
+  """eval.panels=0."""
+  with writers.create(tmp_path, backend=backend) as writer:
+    writer.write_images(1, {"panels/rooms": np.zeros((0, 1, 1, 3), np.uint8)})
+
+
 def test_just_logging_writes_no_file(tmp_path):
   with writers.create(tmp_path / "none", just_logging=True) as writer:
     writer.write_scalars(1, {"train/loss": 1.0})

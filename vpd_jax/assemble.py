@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from vpd_jax import config_file, inference, labelling, necks, optim
+from vpd_jax import config_file, fields, inference, labelling, necks, optim
 from vpd_jax import params as params_lib
 from vpd_jax.backbones.attention import IMPLEMENTATIONS
 from vpd_jax.backbones.clip import TextSizes
@@ -85,6 +85,8 @@ DATASETS = {
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 NOT_OF_THE_DATASET = ("name", "batch_size", "workers", "on_bad_record")
 NOT_OF_THE_METHOD = ("name", "class_vectors", "tokenizer", "templates")
+# What is read of a method's section beside its constructor, where the prompts are made.
+OF_THE_PROMPTS = {"vpd": NOT_OF_THE_METHOD, "iedp": ("tokenizer",), "meta_prompts": ("tokenizer",)}
 
 
 class Product(NamedTuple):
@@ -116,15 +118,6 @@ class Product(NamedTuple):
     return self.parts.model.method
 
 
-def _look_up(table: dict[str, Any], section: ConfigDict, field: str) -> Any:
-  if section.name not in table:
-    raise ValueError(f"config.{field}.name={section.name!r} is unknown; choose one of {sorted(table)}.")
-  taken = (*NOT_OF_THE_DATASET, *NOT_OF_THE_METHOD, *inspect.signature(table[section.name].__init__).parameters)
-  if unknown := [key for key in section if key not in taken]:
-    raise ValueError(f"config.{field} of name {section.name!r} does not take {unknown}; remove or correct them.")
-  return table[section.name]
-
-
 def _rest(section: ConfigDict, without: tuple[str, ...] = ("name",)) -> dict[str, Any]:
   return {key: value for key, value in section.items() if key not in without}
 
@@ -150,10 +143,14 @@ def dtype(config: ConfigDict, field: str) -> Any:
 
 def sizes(config: ConfigDict) -> tuple[UNetSizes, VaeSizes, TextSizes, ImageSizes]:
   """Sizes of the four backbones; 0 heads, or a head width of 0, means "not this one"."""
-  unet = dict(config.backbone.unet) | {key: config.backbone.unet[key] or None for key in ("num_heads", "head_width")}
-  backbone = config.backbone
-  image = ImageSizes(**backbone.get("image", {}))
-  return UNetSizes(**unet), VaeSizes(**backbone.vae), TextSizes(**backbone.text), image
+  kinds = {"unet": UNetSizes, "vae": VaeSizes, "text": TextSizes, "image": ImageSizes}
+  held = {part: config.backbone.get(part, {}) for part in kinds}
+  problems = [fields.misfit(kind, held[part], f"config.backbone.{part}") for part, kind in kinds.items()]
+  if problems := list(filter(None, problems)):
+    raise ValueError("; ".join(problems) + ".")
+  made = {part: dict(section) for part, section in held.items()}
+  made["unet"] |= {key: made["unet"].get(key) or None for key in ("num_heads", "head_width")}
+  return tuple(kind(**made[part]) for part, kind in kinds.items())
 
 
 def _offered(config: ConfigDict, classes: tuple[str, ...], text: TextSizes, training: bool) -> dict[str, Any]:
@@ -177,23 +174,22 @@ def _builder(config: ConfigDict, task: Any, classes: tuple[str, ...], training: 
     raise ValueError(
       f"config.backbone.attention={config.backbone.attention!r} is unknown; choose one of {IMPLEMENTATIONS}."
     )
-  maker = _look_up(METHODS, config.method, "method")
+  offered = _offered(config, classes, text, training)
+  prompts = OF_THE_PROMPTS.get(config.method.get("name"), ())
+  maker = fields.look_up(METHODS, config.method, "method", given=offered, more=prompts)
   asked = inspect.signature(maker.__init__).parameters
   method = functools.partial(
     maker,
     unet=unet,
     vae=vae,
-    **{name: value for name, value in _offered(config, classes, text, training).items() if name in asked},
+    **{name: value for name, value in offered.items() if name in asked},
     attention=config.backbone.attention,
     remat=config.backbone.remat,
     **_rest(config.method, NOT_OF_THE_METHOD),
   )
-  neck = functools.partial(
-    _look_up(NECKS, config.neck, "neck"), norm_group=config.optim.norm_group, **_rest(config.neck)
-  )
-  head = functools.partial(
-    _look_up(HEADS, config.head, "head"), norm_group=config.optim.norm_group, **_rest(config.head), **task.output
-  )
+  neck, head = fields.look_up(NECKS, config.neck, "neck"), fields.look_up(HEADS, config.head, "head", told=task.output)
+  neck = functools.partial(neck, norm_group=config.optim.norm_group, **_rest(config.neck))
+  head = functools.partial(head, norm_group=config.optim.norm_group, **_rest(config.head), **task.output)
   types = {"dtype": dtype(config, "dtype"), "param_dtype": dtype(config, "param_dtype")}
 
   def build() -> nnx.Module:
@@ -217,19 +213,18 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Product:
       fit each other, groups that do not fit the batch.
   """
   config_file.check(config)
-  data = _look_up(DATASETS, config.data, "data")
+  fields.check(config)
+  fields.look_up(optim.SCHEDULES, config.optim.schedule, "optim.schedule")
+  data = fields.look_up(DATASETS, config.data, "data", more=NOT_OF_THE_DATASET)
   # Some data sets are told their classes by the config.
   classes = tuple(data.classes_of(config.data) if hasattr(data, "classes_of") else data.classes)
   task = _task(config, data, classes)
+  _check_test_time(config, task)
   build = _builder(config, task, classes, training=True)
   parts = params_lib.describe(build)
-  _check_test_time(config, task)
   _check_groups(config, parts)
   groups = optim.groups(parts.params, config.optim.lr_groups, config.optim.decay_groups)
-  schedule = dict(config.optim.schedule)
-  if "num_steps" in schedule:
-    schedule["num_steps"] = schedule["num_steps"] or config.num_steps
-  rate = optim.schedule(**schedule, lr=config.optim.lr)
+  rate = optim.schedule(**config_file.schedule(config), lr=config.optim.lr)
   optimizer = optim.optimizer(
     rate, groups, **{k: config.optim[k] for k in ("decay", "b1", "b2", "epsilon", "clip_norm")}
   )
@@ -242,13 +237,13 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Product:
 
 def _task(config: ConfigDict, data: Any, classes: tuple[str, ...]) -> Any:
   """The task, told of the data set's classes and their colours and numbers where it asks for them."""
-  maker = _look_up(TASKS, config.task, "task")
   facts = {"classes": len(classes), "class_names": classes}
   facts |= {name: getattr(data, name) for name in ("palette", "label_ids") if hasattr(data, name)}
   facts |= data.facts_of(config.data) if hasattr(data, "facts_of") else {}
-  asked = inspect.signature(maker.__init__).parameters
   if told := [name for name in facts if name in config.task]:
     raise ValueError(f"config.task.{told[0]} is a fact of the data set {config.data.name!r}; leave it out.")
+  maker = fields.look_up(TASKS, config.task, "task", given=("keypoints", *facts))
+  asked = inspect.signature(maker.__init__).parameters
   if "keypoints" in asked and "keypoints" not in facts:
     raise ValueError(f"task {config.task.name!r} needs keypoints, which data set {config.data.name!r} has not.")
   return maker(**_rest(config.task), **{name: value for name, value in facts.items() if name in asked})
@@ -264,6 +259,8 @@ def _check_test_time(config: ConfigDict, task: Any) -> None:
     option, choices = "coverage", inference.COVERAGES
   if config.eval.get(option) not in choices:
     raise ValueError(f"eval.{option}={config.eval.get(option)!r} is unknown; choose one of {choices}.")
+  if idle := [other for other in ("coverage", "small") if other != option and other in config.eval]:
+    raise ValueError(f"config.eval does not take {idle} with task {config.task.name!r}; remove or correct them.")
 
 
 def _check_groups(config: ConfigDict, parts: params_lib.Parts) -> None:

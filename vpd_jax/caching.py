@@ -122,16 +122,10 @@ class Encodings:
     Raises:
       ValueError: results are to be kept of a VAE that is trained.
     """
+    check(product, dataset)
     self._cache, self._product, self._mesh = getattr(dataset, "cache", None), product, mesh
-    trained = _vae_is_trained(product)
-    if trained and self._cache is not None and self._cache.kind != "off":
-      raise ValueError(
-        f"data.cache={self._cache.kind!r} keeps what the VAE makes of pictures, but config.optim.lr_groups trains it; "
-        "freeze it with (r\"/vae/\", None), or set data.cache='off'."
-      )
-    self.active = self._cache is not None and not trained
-    local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-    self._local = sharding.make_mesh(devices=local)
+    self.active = self._cache is not None and not _vae_is_trained(product)
+    self._local = sharding.make_mesh(devices=[d for d in mesh.devices.flat if d.process_index == jax.process_index()])
     self._size = tuple(config.data.crop)
     self._weights: dict[str, str] = {}
     self._encoders: dict[str, _Encoder] = {}
@@ -288,6 +282,16 @@ def _results(product: Product) -> list[str]:
 
 def _vae_is_trained(product: Product) -> bool:
   return any(name.startswith(ENCODERS["latents"]) for name in product.groups.lr)
+
+
+def check(product: Product, dataset: Any) -> None:
+  """Raises ValueError where results of a VAE are to be kept that is trained."""
+  cache = getattr(dataset, "cache", None)
+  if cache is not None and cache.kind != "off" and _vae_is_trained(product):
+    raise ValueError(
+      f"data.cache={cache.kind!r} keeps what the VAE makes of pictures, but config.optim.lr_groups trains it; "
+      "freeze it with (r\"/vae/\", None), or set data.cache='off'."
+    )
 
 
 def planned(config: ConfigDict, product: Product, batch: Batch) -> tuple[Batch, int]:

@@ -60,7 +60,7 @@ class Checkpoints:
       raise ValueError(
         f"keep={keep} and keep_best={keep_best}: keep at least one checkpoint, and no fewer than 0 best."
       )
-    self._best_metric = best_metric
+    self._best_metric, self._keep, self._keep_best = best_metric, keep, keep_best
     self._sign = 1 if best_mode == "max" else -1
     self._directory = _directory(workdir)
     # Orbax's own max_to_keep with best_fn would drop the newest checkpoint where it is not among the best.
@@ -136,12 +136,18 @@ class Checkpoints:
     return self._manager.metrics(step) or {}
 
   def add_scores(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Gives a saved step without scores its scores, as if they had been saved with it."""
+    """Gives a saved step without scores its scores, as if they had been saved with it; waits until it is on disk."""
+    self.wait()
     self._check_exists(step)
     scores = {name: float(value) for name, value in metrics.items()}
     with ocp.Checkpointer(ocp.JsonCheckpointHandler("metrics")) as writer:
       writer.save(self._directory / str(step) / "metrics", args=ocp.args.JsonSave(scores))
     self._manager.reload()
+    if self._best_metric is not None:
+      scored = sorted((s for s in self.steps() if self.scores(s)), key=lambda s: self._score(self.scores(s)))
+      kept = {*self.steps()[-self._keep :], *scored[len(scored) - min(self._keep_best, len(scored)) :]}
+      for other in set(self.steps()) - kept:  # the best of before, else kept until the next save
+        self._manager.delete(other)
 
   def steps(self) -> list[int]:
     """The steps on disk, rising."""

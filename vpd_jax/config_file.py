@@ -182,6 +182,14 @@ def changed(config: ml_collections.ConfigDict, fields: Mapping[str, Any]) -> ml_
   return config.lock()
 
 
+def schedule(config: Mapping[str, Any] | ml_collections.ConfigDict) -> dict[str, Any]:
+  """The section optim.schedule; its num_steps is the run's where it says 0. Empty where there is no such section."""
+  options = dict((config.get("optim") or {}).get("schedule") or {})
+  if "num_steps" in options:
+    options["num_steps"] = options["num_steps"] or config.get("num_steps", 0)
+  return options
+
+
 def differences(
   old: Mapping[str, Any] | ml_collections.ConfigDict,
   new: Mapping[str, Any] | ml_collections.ConfigDict,
@@ -190,7 +198,8 @@ def differences(
 ) -> list[str]:
   """What changed between two configs, one line a field: 'optim.lr: 0.0005 -> 0.001'.
 
-  Either may have gone through JSON: tuples and lists with equal items are equal.
+  Either may have gone through JSON: tuples and lists with equal items are equal. A schedule's length is compared as
+  the run takes it, see `schedule`.
 
   Args:
     old: the config stored in a checkpoint.
@@ -198,7 +207,10 @@ def differences(
     prefixes: sections, or fields of the top level, to compare.
     indifferent: fields among them that may change, since no number depends on them.
   """
-  old_fields, new_fields = _flat(old), _flat(new)
+  old_fields, new_fields = (
+    _flat(config) | {f"optim.schedule.{name}": _as_tuples(value) for name, value in schedule(config).items()}
+    for config in (old, new)
+  )
   lines = []
   for field in sorted(old_fields.keys() | new_fields.keys()):
     before, after = old_fields.get(field, _ABSENT), new_fields.get(field, _ABSENT)

@@ -13,7 +13,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vpd_jax import assemble, caching, inference, labelling, sharding, start
+from vpd_jax import assemble, caching, inference, labelling, sharding, start, writers
 from vpd_jax import panels as panels_lib
 from vpd_jax.assemble import Product
 from vpd_jax.checkpoint import is_workdir
@@ -58,10 +58,17 @@ def make_step(config: ConfigDict, product: Product) -> Callable[[Weights, Batch]
   predict = make_predict(product, config.eval.test_time, config.eval.coverage)
 
   def step(weights: Weights, batch: Batch) -> tuple[dict[str, Array], Array]:
+    check_coverage(config, product, batch["image"].shape[1:3])
     prediction = predict(weights, caching.inputs(batch, product))
-    return product.task.measure(prediction, batch), prediction
+    return {"not_finite": inference.not_finite(prediction)} | product.task.measure(prediction, batch), prediction
 
   return step
+
+
+def check_coverage(config: ConfigDict, product: Product, size: tuple[int, int]) -> None:
+  """Raises ValueError where windows leave pixels of images of this size without a prediction that are scored."""
+  if product.task.way == "windows":
+    inference.check_coverage(size, config.eval.test_time, config.eval.coverage, product.task.region(size))
 
 
 def on_mesh(step: Step, config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> Step:
@@ -131,7 +138,7 @@ class _Pictures:
       small=config.eval.small,
       place=lambda x: jax.device_put(x, sharding.batch_sharding(self._local)),
     )
-    self._measure = jax.jit(product.task.measure)
+    self._measure, self._not_finite = jax.jit(product.task.measure), jax.jit(inference.not_finite_inside)
 
   def __call__(self, weights: Weights, panels: int) -> Iterator[tuple[Rows, np.ndarray]]:
     """As _Batches, picture by picture, which is a batch of one for each process."""
@@ -155,8 +162,10 @@ class _Pictures:
       for shown, scores in enumerate(self._labelling(weights, views())):
         example = waiting.popleft()
         batch = {name: labelling.on_canvas(example[name], labelling.NOWHERE)[None] for name in self._product.task.needs}
-        measured = jax.device_get(self._measure(scores[None], batch)) | {"real": np.asarray(example["real"])[None]}
         height, width = example["image"].shape[:2]
+        count = self._not_finite(scores, height, width)[None]
+        measured = jax.device_get({"not_finite": count} | self._measure(scores[None], batch))
+        measured |= {"real": np.asarray(example["real"])[None]}
         chosen = labelling.most_probable(scores)[None, :height, :width] if shown < panels else ()
         yield _gathered(measured), np.asarray(chosen)
 
@@ -178,6 +187,8 @@ class Evaluator:
     pipeline.check_batch_size(config.eval.batch_size, mesh.size, "devices")
     self.config, self.product, self.dataset = config, product, dataset
     self.source = dataset.source("eval")
+    if product.task.way == "windows" and config.eval.coverage != "full" and len(self.source):
+      check_coverage(config, product, dataset.eval_transform(self.source[0])["image"].shape[:2])  # told at the start
     self._truth = {"truth": dataset.truth("eval")} if product.task.needs_truth else {}
     self.encodings = caching.Encodings(config, product, dataset, mesh)
     self._measured = (
@@ -190,7 +201,11 @@ class Evaluator:
   def run(self, weights: Weights, stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
     """Scores "eval/<data set>/<name>" of the given weights, and panels of the first samples.
 
+    "not_finite" among the scores counts the pixels that were predicted as NaN or infinity and are scored nevertheless.
     `stop` is asked after each batch, or each picture; None where it said so.
+
+    Raises:
+      ValueError: not every record of the split was scored.
     """
     rows, shown = [], []
     with contextlib.closing(self._measured(weights, self.config.eval.panels)) as measured:
@@ -199,10 +214,17 @@ class Evaluator:
           return None
         rows.append(row)
         shown += list(predictions)
+    scored, expected = sum(int(row["real"].sum()) for row in rows), len(self.source)
+    if scored != expected:
+      raise ValueError(
+        f"the evaluation scored {scored} of the {expected} records of data set {self.config.data.name!r}: their "
+        "iteration ended early, or the length of the data set changed; mend the data set."
+      )
     joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     real = joined.pop("real")
     joined = {name: values[real] for name, values in joined.items()}
-    scores = self.product.task.summarize(joined, **self._truth)
+    bad = float(joined.pop("not_finite").sum(dtype=np.int64))
+    scores = self.product.task.summarize(joined, **self._truth) | {"not_finite": bad}
     prefix = f"eval/{self.config.data.name}"
     return Evaluation({f"{prefix}/{name}": value for name, value in scores.items()}, self._panels(shown), joined)
 
@@ -222,10 +244,13 @@ class Evaluator:
     if hasattr(self.product.task, "write_results"):
       self.product.task.write_results(folder / "results.json", rows, **self._truth)
 
-  def report(self, scores: dict[str, float]) -> str:
-    """The scores in one line, with the best of the trivial predictors beside."""
+  def report(self, scores: dict[str, float], rows: Rows | None = None) -> str:
+    """The scores in one line, the best of the trivial predictors beside; with `rows`, first those of every class."""
     prefix = f"eval/{self.config.data.name}/"
-    line = "  ".join(f"{name.removeprefix(prefix)} {value:.4f}" for name, value in scores.items())
+    line = writers.class_table(class_scores(self.product.task, rows) if rows else [])
+    line += "  ".join(f"{name.removeprefix(prefix)} {value:.4f}" for name, value in scores.items())
+    if bad := scores.get(f"{prefix}not_finite"):
+      line += f"\n  {bad:.0f} pixels were predicted as NaN or infinity: do not trust these scores"
     baselines = self.baselines()
     if not baselines:
       return line
@@ -245,6 +270,18 @@ class Evaluator:
     examples = itertools.islice(self._examples("eval"), 0, None, step)
     pairs = zip(predictions[: self.config.eval.panels], examples, strict=False)
     return panels_lib.stacked([self.product.task.panel(example, prediction) for prediction, example in pairs])
+
+
+def class_scores(task: Any, rows: Rows) -> list[dict[str, Any]]:
+  """{"class": name, "IoU", "Acc"} of every class, None where it does not occur; empty where the task has no classes."""
+  if not hasattr(task, "per_class"):
+    return []
+  number = lambda value: None if np.isnan(value) else float(value)
+  of_class = task.per_class(rows)
+  return [
+    {"class": name, **{score: number(values[k]) for score, values in of_class.items()}}
+    for k, name in enumerate(task.class_names)
+  ]
 
 
 def _gathered(values: dict[str, Array]) -> Rows:
@@ -274,10 +311,11 @@ def run(config: ConfigDict, workdir: str) -> dict[str, float]:
     print("\n".join([*lines, *lines_of_data, *evaluator.encodings.lines()]), flush=True)
   result = evaluator.run(weights)
   if first:
-    print(evaluator.report(result.scores), flush=True)
+    print(evaluator.report(result.scores, result.rows), flush=True)
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"weights": lines, "scores": result.scores, "trivial predictors": evaluator.baselines()}
+    content |= {"classes": classes} if (classes := class_scores(product.task, result.rows)) else {}
     evaluator.write_results(folder, result.rows)
     (folder / "eval.json").write_text(json.dumps(content, indent=1) + "\n")
   return result.scores

@@ -38,6 +38,30 @@ def offsets(size: tuple[int, int], count: int, *, coverage: str = "released") ->
   return [(start, 0) if size[0] > size[1] else (0, start) for start in starts]
 
 
+def check_coverage(
+  size: tuple[int, int], words: tuple[str, ...], coverage: str, region: tuple[int, int, int, int]
+) -> None:
+  """Raises ValueError where windows leave pixels of a region without a prediction.
+
+  Args:
+    size: (H, W) of the images.
+    words, coverage: of the config.
+    region: (top, bottom, left, right) rows and columns.
+  """
+  windows, side = parse(words)[1], min(size)
+  if windows == 1:
+    return
+  covered = np.zeros(size, bool)
+  for y, x in offsets(size, windows, coverage=coverage):
+    covered[y : y + side, x : x + side] = True
+  top, bottom, left, right = region
+  if holes := int((~covered[top:bottom, left:right]).sum()):
+    raise ValueError(
+      f"eval.coverage={coverage!r} with eval.test_time={tuple(words)} leaves {holes} pixels of each image of "
+      f"{size[0]} x {size[1]} without a prediction that the scores count; set config.eval.coverage='full'."
+    )
+
+
 def cut(images: Array, corners: list[tuple[int, int]]) -> Array:
   """[B, H, W, ...] to the windows at `corners`, window by window: [len(corners) * B, S, S, ...]."""
   side = min(images.shape[1:3])
@@ -110,6 +134,19 @@ def parse(words: tuple[str, ...], way: str = "windows") -> tuple[bool, int]:
       known = " and ".join(map(repr, WORDS[way])) + (" with N at least 2" if "shift:N" in WORDS[way] else "")
       raise ValueError(f"eval.test_time has {word!r}; {f'known are {known}' if known else 'this task takes none: ()'}.")
   return flip, windows
+
+
+def not_finite(prediction: Array) -> Array:
+  """Pixels of each image that hold a NaN or an infinity: [B, H, W] or [B, H, W, K] to int32 [B]."""
+  finite = jnp.isfinite(prediction)
+  finite = finite.all(axis=-1) if prediction.ndim == 4 else finite
+  return (~finite).sum(axis=(1, 2), dtype=jnp.int32)
+
+
+def not_finite_inside(scores: Array, height: Array, width: Array) -> Array:
+  """As `not_finite`, of the upper left height x width of a canvas [H, W, K]: int32 []."""
+  inside = (jnp.arange(scores.shape[0]) < height)[:, None] & (jnp.arange(scores.shape[1]) < width)[None]
+  return (inside & ~jnp.isfinite(scores).all(axis=-1)).sum(dtype=jnp.int32)
 
 
 def test_time(

@@ -1,6 +1,7 @@
 """Schedules, and the one optax chain with a learning-rate and a decay multiplier per parameter."""
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -94,6 +95,27 @@ def schedule(name: str, **options: Any) -> Schedule:
   return SCHEDULES[name](**options)
 
 
+def check_length(run_steps: int, name: str, **options: Any) -> None:
+  """Raises ValueError where a schedule ends before the run does: the rest would train at the lowest rate.
+
+  Args:
+    run_steps: config.num_steps.
+    name, **options: as for `schedule`. triangular_poly ends at 2 * half, and a run may be an eighth longer: in the
+      release the last of 25 epochs is. step has no end.
+  """
+  if name == "triangular_poly":
+    end, longest, remedy = 2 * options["half"], 9 * options["half"] // 4, f"half={run_steps // 2}"
+  elif name in ("cosine", "poly"):
+    end, longest, remedy = *(options["num_steps"],) * 2, "num_steps=0, which is as long as the run"
+  else:
+    return
+  if longest < run_steps:
+    raise ValueError(
+      f"config.optim.schedule of name {name!r} ends at step {end}, the run at config.num_steps={run_steps}: the steps "
+      f"between would learn at its lowest rate; set config.optim.schedule.{remedy}."
+    )
+
+
 class Groups(NamedTuple):
   """What the rules say of every trainable array.
 
@@ -110,15 +132,22 @@ class Groups(NamedTuple):
   frozen: frozenset[str]
 
 
-def _label(pattern: str) -> str:
-  return re.sub(r"\W+", "_", pattern).strip("_") or "rest"
+def _labels(patterns: Iterable[str]) -> list[str]:
+  """A word for each pattern, no two alike: "/unet/" is "unet", and a later "unet" is "unet_2"."""
+  labels: list[str] = []
+  for pattern in patterns:
+    word = re.sub(r"\W+", "_", pattern).strip("_") or "rest"
+    choices = itertools.chain((word,), (f"{word}_{i}" for i in itertools.count(2)))
+    labels.append(next(choice for choice in choices if choice not in labels))
+  return labels
 
 
 def groups(names: Iterable[str], lr_groups: tuple, decay_groups: tuple) -> Groups:
   """Resolves `optim.lr_groups` (None freezes) and `optim.decay_groups` for the given parameter names."""
   names = sorted(names)
   lr = params_lib.assign(names, lr_groups, field="config.optim.lr_groups")
-  label = params_lib.assign(names, [(p, _label(p)) for p, _ in lr_groups], field="config.optim.lr_groups")
+  patterns = [pattern for pattern, _ in lr_groups]
+  label = params_lib.assign(names, list(zip(patterns, _labels(patterns), strict=True)), field="config.optim.lr_groups")
   trained = [n for n in names if lr[n] is not None]
   decay = params_lib.assign(trained, decay_groups, field="config.optim.decay_groups")
   return Groups({n: lr[n] for n in trained}, decay, {n: label[n] for n in trained}, frozenset(names) - set(trained))

@@ -94,6 +94,44 @@ def stats(model: nnx.Module) -> Named:
   return {name: leaf.get_value() for name, _, leaf in _leaves(nnx.state(model, nnx.BatchStat))}
 
 
+def first_rules(names: Iterable[str], rules: Sequence[tuple[str, Any]], *, field: str) -> tuple[dict[str, int], str]:
+  """The rule that counts for each name: the first whose pattern is found in "/" + name.
+
+  Args:
+    names: full names; the leading slash lets a pattern such as "/unet/" name a whole level.
+    rules: ordered (regular expression, value) pairs.
+    field: name of the config option that holds the rules, for the message.
+
+  Returns:
+    Numbers of rules by name, without the names that match none; and what is wrong with the rules that count for no
+    name, because they match none or because earlier rules take all that they match; empty where there are none. A last
+    rule for whatever is left, such as (r"", 1.0), may find nothing left.
+
+  Raises:
+    ValueError: a pattern that is no regular expression.
+  """
+  try:
+    patterns = [re.compile(pattern) for pattern, _ in rules]
+  except re.error as error:
+    raise ValueError(f"{field}: {error.pattern!r} is no regular expression: {error}; correct it.") from error
+  matching = {name: [i for i, pattern in enumerate(patterns) if pattern.search("/" + name)] for name in names}
+  first = {name: found[0] for name, found in matching.items() if found}
+  idle, shadowed = [], []
+  rest = [i for i, pattern in enumerate(patterns) if pattern.search("")]
+  allowed = set(rest[:1]) & {len(rules) - 1} & {i for found in matching.values() for i in found}
+  for i in sorted(set(range(len(rules))) - set(first.values()) - allowed):
+    before = sorted({first[name] for name, found in matching.items() if i in found})
+    if before:
+      shadowed.append(f"{rules[i][0]!r} behind {', '.join(repr(rules[j][0]) for j in before)}")
+    else:
+      idle.append(rules[i][0])
+  problems = [f"rules that match no array: {idle}"] if idle else []
+  problems += (
+    [f"rules that come too late, earlier ones match all they match: {', '.join(shadowed)}"] if shadowed else []
+  )
+  return first, "; ".join(problems)
+
+
 def assign(names: Iterable[str], rules: Sequence[tuple[str, Any]], *, field: str) -> dict[str, Any]:
   """One value per name: of the first rule whose pattern is found in "/" + name.
 
@@ -103,19 +141,14 @@ def assign(names: Iterable[str], rules: Sequence[tuple[str, Any]], *, field: str
     field: name of the config option that holds the rules, for the message.
 
   Raises:
-    ValueError: a name matches no rule or a rule matches no name; lists all of them.
+    ValueError: a name matches no rule, or a rule counts for no name; lists all of them.
   """
-  found, used = {}, set()
-  for name in names:
-    for pattern, value in rules:
-      if re.search(pattern, "/" + name):
-        found.setdefault(name, value)
-        used.add(pattern)
-  homeless = sorted(set(names) - found.keys())
-  idle = [pattern for pattern, _ in rules if pattern not in used]
+  names = list(names)
+  first, idle = first_rules(names, rules, field=field)
+  homeless = sorted(set(names) - first.keys())
   if homeless or idle:
     raise ValueError(
-      f"{field}: {len(homeless)} arrays match no rule {homeless[:10]}; rules that match no array: {idle}. "
+      f"{field}: {len(homeless)} arrays match no rule {homeless[:10]}; {idle or 'rules that match no array: []'}. "
       "Add a rule, or remove or correct the idle one."
     )
-  return found
+  return {name: rules[i][1] for name, i in first.items()}

@@ -6,8 +6,10 @@ is opened.
 """
 
 import hashlib
+import inspect
 import json
 import re
+import tempfile
 import time
 from typing import Any
 
@@ -20,6 +22,7 @@ from vpd_jax import (
   assemble,
   caching,
   chips,
+  config_file,
   evaluate,
   plan_report,
   plan_search,
@@ -29,7 +32,7 @@ from vpd_jax import (
   start,
   train,
 )
-from vpd_jax.data import pipeline
+from vpd_jax.data import pipeline, referring
 from vpd_jax.plan_report import Report
 from vpd_jax.types import Batch
 
@@ -48,6 +51,8 @@ KEYS = {
   "extent": ((2,), np.float32),
   "box_score": ((), np.float32),
   "image_index": ((), np.int32),
+  "full_mask": (("canvas",), np.uint8),
+  "full_size": ((2,), np.int32),
 }
 CROPPED = ("squeezed", "crops")  # ways of a task whose pictures are crops in evaluation, too
 
@@ -70,13 +75,15 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
     others were found.
 
   Raises:
-    ValueError: in one line: anything that cannot be assembled, batches that do not divide, an unknown topology, or what
-      compiles for it is not installed.
+    ValueError: in one line: anything that training refuses but for files of the data set, batches that do not divide,
+      an unknown topology, or what compiles for it is not installed.
   """
   if effort not in slices.EFFORTS:
     raise ValueError(f"--effort={effort!r} is unknown; choose one of {sorted(slices.EFFORTS)}.")
   effort = slices.effort(topology, effort)
   config = start.complete(config, config.init.run or config.init.pretrained)
+  start.check_training(config)
+  check_data(config, assemble.assemble(config))
   devices = slices.of(topology) if topology else jax.devices()
   limit = limit or memory_of(devices[0])
   kept = _Kept(workdir)
@@ -102,6 +109,16 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
   return reports
 
 
+def check_data(config: ConfigDict, product: assemble.Product) -> None:
+  """Raises ValueError for options of the data set that training would refuse; its files need not be there."""
+  maker = assemble.DATASETS[config.data.name]
+  needed = inspect.signature(maker.__init__).parameters["root"].default is inspect.Parameter.empty
+  with tempfile.TemporaryDirectory() as empty:
+    there = config.data.get("root", "") and epath.Path(config.data.root).expanduser().is_dir()
+    lent = {"data.root": empty} if needed and not there else {}
+    caching.check(product, assemble.dataset(config_file.changed(config, lent), product))
+
+
 def memory_of(device: jax.Device) -> int:
   """Bytes that a program can use on a device, as it says or else as the table does; 0 where neither says."""
   try:
@@ -115,6 +132,13 @@ def memory_of(device: jax.Device) -> int:
 def mesh_for(config: ConfigDict, devices: list[jax.Device]) -> jax.sharding.Mesh:
   """The mesh of the config over these devices."""
   return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices=devices)
+
+
+def step_shapes(config: ConfigDict, product: assemble.Product, step: str) -> Batch:
+  """`batch_shapes` of all that a step reads, "train" or "eval"."""
+  held = assemble.DATASETS[config.data.name].provides & {"valid_size"}  # as assemble.batch_keys, without the files
+  scored = product.task.eval_needs if step == "eval" else ()
+  return batch_shapes(config, (*product.keys, *sorted({*held, *scored})), step)
 
 
 def batch_shapes(config: ConfigDict, keys: tuple[str, ...], step: str) -> Batch:
@@ -132,7 +156,12 @@ def batch_shapes(config: ConfigDict, keys: tuple[str, ...], step: str) -> Batch:
     raise ValueError(f"the shapes of {unknown} in a batch are not known to --mode=plan; add them to plan.KEYS.")
   size = tuple(config.data.crop) if step == "train" else picture_size(config)
   rows = config.data.batch_size if step == "train" else config.eval.batch_size
-  sides = {"HW": size, "tokens": (config.method.get("token_length", config.backbone.text.positions),)}
+  canvas = config.data.get("canvas", ()) or config.data.get("size", ()) or referring.Transforms.canvas
+  sides = {
+    "HW": size,
+    "canvas": tuple(canvas),
+    "tokens": (config.method.get("token_length", config.backbone.text.positions),),
+  }
   if "keypoints" in keys:
     sides["keypoints"] = (len(assemble.DATASETS[config.data.name].facts_of(config.data)["keypoints"].names),)
   shapes = {}
@@ -192,8 +221,7 @@ def compiled_report(
   accumulation = config.optim.accumulation if step == "train" else 1
   rows = config.data.batch_size // accumulation if step == "train" else config.eval.batch_size
   pipeline.check_batch_size(rows, mesh.size, "devices")
-  held = assemble.DATASETS[config.data.name].provides & {"valid_size"}  # as assemble.batch_keys, without the files
-  batch, encoders = caching.planned(config, product, batch_shapes(config, (*product.keys, *held), step))
+  batch, encoders = caching.planned(config, product, step_shapes(config, product, step))
   begin = time.perf_counter()
   lower = train.lower_step if step == "train" else evaluate.lower_step
   lowered = lower(config, product, mesh, batch)

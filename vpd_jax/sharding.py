@@ -1,7 +1,6 @@
 """Where each array of the training state lives: one mesh, one rule."""
 
 import contextlib
-import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from vpd_jax import params as params_lib
 from vpd_jax.types import Named
 
 AXES = ("data", "fsdp")
@@ -85,23 +85,22 @@ def state_shardings(mesh: Mesh, state: Any, *, rules: Rules = (), min_bytes: int
     min_bytes: see `array_spec`.
 
   Raises:
-    ValueError: where a rule matches no name, or its spec does not fit an array it matches.
+    ValueError: where a rule counts for no name, or its spec does not fit an array it counts for.
   """
-  used: set[str] = set()
+  names = {array_name(path) for path, leaf in jax.tree.leaves_with_path(state) if leaf.ndim}
+  first, idle = params_lib.first_rules(names, rules, field="config.mesh.rules")
+  if idle:
+    raise ValueError(f"config.mesh.rules: {idle}; remove or correct them.")
 
   def place(path: Any, leaf: Any) -> NamedSharding:
     name = array_name(path)
-    matching = [rule for rule in rules if leaf.ndim and re.search(rule[0], "/" + name)]
-    used.update(pattern for pattern, _ in matching)
-    if matching:
-      _check_fits(mesh, name, leaf.shape, *matching[0])
-      return NamedSharding(mesh, P(*matching[0][1]))
+    if leaf.ndim and name in first:
+      pattern, spec = rules[first[name]]
+      _check_fits(mesh, name, leaf.shape, pattern, spec)
+      return NamedSharding(mesh, P(*spec))
     return NamedSharding(mesh, array_spec(leaf.shape, leaf.dtype.itemsize, mesh.shape["fsdp"], min_bytes=min_bytes))
 
-  shardings = jax.tree_util.tree_map_with_path(place, state)
-  if unused := [pattern for pattern, _ in rules if pattern not in used]:
-    raise ValueError(f"mesh rules {unused} match no array of the state; remove or correct them.")
-  return shardings
+  return jax.tree_util.tree_map_with_path(place, state)
 
 
 def abstract(state: Any, shardings: Any) -> Any:

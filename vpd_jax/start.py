@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpd_jax import assemble, class_vectors, config_file, sharding
+from vpd_jax import assemble, class_vectors, config_file, optim, sharding
+from vpd_jax import params as params_lib
 from vpd_jax.assemble import Product
 from vpd_jax.checkpoint import Checkpoints, is_workdir
 from vpd_jax.convert import clip, load, stable_diffusion, towers
+from vpd_jax.data import records
 from vpd_jax.types import Named, TrainState
 
 Gather = Callable[[Named], Named]
@@ -134,6 +136,22 @@ def complete(config: ConfigDict, source: str) -> ConfigDict:
   return config.lock()
 
 
+def check_training(config: ConfigDict) -> None:
+  """Raises ValueError for what can be evaluated, but would not be trained as it is told.
+
+  An unknown word of data.on_bad_record; a schedule that ends before the run does; parameters in bfloat16, of whose 8
+  bits most updates are rounded away: those of parameters, of their moments and of a moving average alike.
+  """
+  records.check_on_bad_record(config.data.on_bad_record)
+  optim.check_length(config.num_steps, **config_file.schedule(config))
+  if config.param_dtype == "bfloat16":
+    raise ValueError(
+      "config.param_dtype='bfloat16' cannot be trained: small updates of parameters, of their moments and of a moving "
+      "average would be rounded away. Set config.dtype='bfloat16', which computes in it, and "
+      "config.param_dtype='float32'."
+    )
+
+
 def predicting_class(config: ConfigDict) -> ConfigDict:
   """The config for pictures whose class nobody may tell: `init.clip`, where there is one, predicts it.
 
@@ -192,6 +210,7 @@ def _of_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[st
 
 def new_state(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> tuple[TrainState, list[str]]:
   """A state before the first step, on the mesh, and lines that say where its arrays came from."""
+  check_training(config)
   named, lines = weights(config, product)
   where = state_shardings(config, product, mesh)
   state = split(product, named)

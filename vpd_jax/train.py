@@ -166,6 +166,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
   """
   config = start.complete(config, config.init.run or config.init.pretrained)
   product = assemble.assemble(config)
+  start.check_training(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   pipeline.check_batch_size(config.data.batch_size // config.optim.accumulation, mesh.size, "devices")
   dataset = assemble.dataset(config, product)
@@ -183,20 +184,21 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     opening.describe(config, product, mesh, writer, workdir, lines, begin, log)
 
     def score(step: int, state: TrainState) -> dict[str, float]:
-      """Evaluates, writes and logs; empty where it was stopped."""
+      """Evaluates, adds the scores to the checkpoint, writes and logs; empty where it was stopped."""
       result = evaluator.run((state.ema or state.params, state.frozen, state.stats), stop.now)
+      if result is not None:
+        checkpoints.add_scores(step, result.scores)
       if result is not None and jax.process_index() == 0:
         trivial = {f"eval/trivial/{name}": value for name, value in evaluator.baselines().items()}
         writer.write_scalars(step, result.scores | trivial)
         writer.write_images(step, {f"panels/{config.data.name}": result.panels})
-        log(evaluator.report(result.scores))
+        log(evaluator.report(result.scores, result.rows))
       return result.scores if result is not None else {}
 
     scores = {}
     if 0 < begin <= end and (begin == end or begin % config.eval_every == 0) and not checkpoints.scores(begin):
       log(f"step {begin} was saved without its scores: it is evaluated now")
-      if scores := score(begin, state):
-        checkpoints.add_scores(begin, scores)
+      scores = score(begin, state)
     if begin >= end or stop.requested:
       log(f"nothing to do: step {begin} of {end} is reached" if begin >= end else f"stopped by SIGTERM at step {begin}")
       return scores
@@ -230,16 +232,18 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
         log(line)
       with progress.pause():
         due, new = step % config.eval_every == 0, {}
+        if due or last or step % config.save_every == 0:
+          pending = check_finite(pending)
+          # Before it is scored: a fault there costs no step.
+          checkpoints.save(step, state, start.to_json(config), force=last)
         if (due or step == end) and not stop.requested:
           new = score(step, state)
           scores, last = new or scores, last or stop.requested
-        if due or last or step % config.save_every == 0:
-          pending = check_finite(pending)
-          checkpoints.save(step, state, start.to_json(config), new, force=last)
       if last:
         break
       batch = next(batches)
     if stop.requested and (step < end or not new):
+      checkpoints.wait()
       log(f"stopped by SIGTERM after step {step}, which is saved; the same command goes on from there")
     return scores
 

@@ -86,8 +86,9 @@ class Writer:
         lines.write(json.dumps({"step": int(step), "time": round(time.time(), 3)} | values) + "\n")
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-    """uint8 [N, H, W, 3] under each name."""
-    self._backend.write_images(int(step), {name: np.asarray(image) for name, image in images.items()})
+    """uint8 [N, H, W, 3] under each name; nothing where N is 0, which not every backend takes."""
+    if shown := {name: np.asarray(image) for name, image in images.items() if len(image)}:
+      self._backend.write_images(int(step), shown)
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
     """Markdown under each name."""
@@ -195,6 +196,12 @@ def table(rows: Sequence[Sequence[Any]]) -> str:
     for row in cells
   ]
   return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def class_table(rows: Sequence[Mapping[str, Any]]) -> str:
+  """A text table of the scores of classes, "-" for None, and a line break; empty where there are no rows."""
+  told = lambda value: "-" if value is None else f"{value:.4f}" if isinstance(value, float) else value
+  return table([tuple(rows[0]), *(tuple(map(told, row.values())) for row in rows)]) + "\n" if rows else ""
 
 
 def parameter_overview(arrays: Mapping[str, Any], max_lines: int | None = None) -> str:

@@ -174,6 +174,46 @@ def test_a_bad_record_always_stops_an_evaluation():
     list(pipeline.eval_batches(Squares(10, bad=7), batch_size=4, keys=("index",)))
 
 
+class Ending(Squares):
+  """A data set of which one part raises StopIteration at the record 3."""
+
+  def __init__(self, where):
+    super().__init__()
+    self.where = where
+
+  def source(self, split):
+    return EndingRecords(self.records, None) if self.where == "source" else super().source(split)
+
+  def train_transform(self, example, rng, position):
+    return super().train_transform(self.eval_transform(example), rng, position)
+
+  def eval_transform(self, example):
+    return next(iter(())) if self.where == "transform" and example["index"] == 3 else example
+
+
+class EndingRecords(Records):
+  def __getitem__(self, index):
+    return next(iter(())) if index == 3 else super().__getitem__(index)
+
+
+def ending_prepare(example):
+  return next(iter(())) if example["index"] == 3 else example
+
+
+@pytest.mark.parametrize("where", ["source", "transform", "prepare"])
+def test_a_stop_inside_a_record_is_an_error_and_no_end(where):
+  prepare = ending_prepare if where == "prepare" else None
+  for on_bad_record in records.ON_BAD_RECORD:
+    with pytest.raises(RuntimeError, match="raised StopIteration, as next"):
+      take(2, Ending(where), prepare=prepare, on_bad_record=on_bad_record)
+  for batches in (
+    pipeline.eval_batches(Ending(where), batch_size=2, keys=("index",), prepare=prepare),
+    pipeline.eval_examples(Ending(where), prepare=prepare),
+  ):
+    with pytest.raises(RuntimeError, match="raised StopIteration, as next"):
+      list(batches)
+
+
 def test_prefetch_counts_what_the_batches_it_has_given_left_out(capsys):
   iterator = pipeline.train_batches(Squares(10, 4), batch_size=10, seed=0, keys=("index",), on_bad_record="skip")
   ahead = pipeline.prefetch(iterator, replicated())

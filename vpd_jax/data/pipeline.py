@@ -88,10 +88,8 @@ def train_batches(
   Raises:
     ValueError: batch_size is no multiple of process_count, the split is empty, or on_bad_record is unknown.
   """
-  if on_bad_record not in records.ON_BAD_RECORD:
-    raise ValueError(f"on_bad_record={on_bad_record!r} is unknown; choose one of {records.ON_BAD_RECORD}.")
-  source = _source(dataset, "train", batch_size, process_count)
-  report, keys = None, tuple(sorted(keys))
+  records.check_on_bad_record(on_bad_record)
+  source, report = _source(dataset, "train", batch_size, process_count), None
   if on_bad_record == "skip":
     source, report, keys = records.Readable(source), records.Report(source), (*keys, records.SKIPPED)
   order_seed, transform_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(2))
@@ -102,7 +100,7 @@ def train_batches(
     .repeat(_EPOCHS)
     .random_map(_TrainTransform(dataset, len(source), prepare), seed=transform_seed)
   )
-  batches = examples.batch(batch_size // process_count, batch_fn=records.Stack(keys))
+  batches = examples.batch(batch_size // process_count, batch_fn=records.Stack(tuple(sorted(keys))))
   return Batches(batches[start_step * process_count + process_index :: process_count], workers, report)
 
 
@@ -280,7 +278,7 @@ def _source(dataset: DataSet, split: str, batch_size: int, process_count: int) -
   source = dataset.source(split)
   if not len(source):
     raise ValueError(f"the {split} split has no records.")
-  return source
+  return records.Unending(source)
 
 
 def _with_place(place: int, example: Example) -> tuple[int, Example]:
@@ -296,6 +294,7 @@ class _TrainTransform:
   records: int
   prepare: Callable[[Example], Example] | None
 
+  @records.unending
   def __call__(self, placed: tuple[int, Example], rng: np.random.Generator) -> Example:
     place, example = placed
     skipped = {key: example[key] for key in (records.SKIPPED,) if key in example}
@@ -310,9 +309,9 @@ class _EvalTransform:
   dataset: DataSet
   prepare: Callable[[Example], Example] | None
 
+  @records.unending
   def __call__(self, row: tuple[Example, bool]) -> Example:
-    example, real = row
-    example = self.dataset.eval_transform(example)
+    example, real = self.dataset.eval_transform(row[0]), row[1]
     return dict(self.prepare(example) if self.prepare else example, real=np.asarray(real))
 
 

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,12 @@ def check_format(format: str) -> str:
   if format not in FORMATS:
     raise ValueError(f"format={format!r} is unknown; choose one of {FORMATS}.")
   return format
+
+
+def check_on_bad_record(word: str) -> None:
+  """A ValueError with the list of them for an unknown way to answer a record that cannot be read."""
+  if word not in ON_BAD_RECORD:
+    raise ValueError(f"on_bad_record={word!r} is unknown; choose one of {ON_BAD_RECORD}.")
 
 
 class Shards:
@@ -102,6 +109,36 @@ class Shards:
     if self._split in info.splits:
       self._records = builder.as_data_source(self._split, decoders=encoded)
     return info
+
+
+def unending(function: Callable[..., Any]) -> Callable[..., Any]:
+  """The function, its StopIteration made a RuntimeError: grain would take it for the end of the data."""
+
+  @functools.wraps(function)
+  def call(*arguments: Any) -> Any:
+    try:
+      return function(*arguments)
+    except StopIteration as error:
+      raise RuntimeError(
+        "reading or transforming a record raised StopIteration, as next() does on an empty iterator: the data would "
+        "end there without a word. Give next() a default, or raise a ValueError that names the file."
+      ) from error
+
+  return call
+
+
+@dataclasses.dataclass(frozen=True)
+class Unending:
+  """A source whose records never end an iteration, see `unending`."""
+
+  source: Any
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  @unending
+  def __getitem__(self, index: int) -> Example:
+    return self.source[index]
 
 
 class Readable:

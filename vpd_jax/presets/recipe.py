@@ -47,22 +47,25 @@ def no_decay_for_vectors() -> tuple:
   return ((r"/(bias|scale|gamma)$", 0.0), (r"", 1.0))
 
 
-def evaluation(*, batch_size: int, test_time: tuple[str, ...], baselines: int = 0) -> dict[str, Any]:
+def evaluation(
+  *, batch_size: int, test_time: tuple[str, ...], baselines: int = 0, coverage: str = "full"
+) -> dict[str, Any]:
   """How scores and predictions are made.
 
   Args:
     batch_size: images, all processes together, in one call of the network (times windows and mirroring).
     test_time: of "flip" and "shift:N", the mirrored image and N shifted square windows.
     baselines: training images to fit the trivial predictors on whose scores are printed beside; 0 for none.
+    coverage: "full" spreads shifted windows over the whole image; "released" may leave its end out, for the published
+      protocols of NYU and KITTI, which score nothing there.
 
   Returns:
-    also coverage of the windows ("released" or "full"), the checkpoint of a workdir that is read ("newest" or "best"),
-    and the number of samples shown as panels.
+    also the checkpoint of a workdir that is read ("newest" or "best"), and the number of samples shown as panels.
   """
   return {
     "batch_size": batch_size,
     "test_time": test_time,
-    "coverage": "released",
+    "coverage": coverage,
     "checkpoint": "newest",
     "baselines": baselines,
     "panels": 4,

@@ -111,18 +111,23 @@ class Depth:
     """Depth, float [B, H, W], metres."""
     return outputs["depth"]
 
+  def region(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) rows and columns of an image of this size that are scored."""
+    return EVAL_CROPS[self.eval_crop](*size)
+
   def measure(self, prediction: Array, batch: Batch) -> dict[str, Array]:
     """Scores of each image, float [B] each, and its number of scored pixels.
 
     Valid pixels have min_depth < truth < max_depth, both strict, inside the crop. The prediction is not clipped;
-    infinities become `max_depth`, NaN `min_depth`.
+    infinities become `max_depth`, NaN `min_depth`, as released; "not_finite" counts both.
 
     Source: VPD depth/utils_depth/metrics.py cropping_img, eval_depth.
     """
     truth = batch["depth"].astype(prediction.dtype)
+    finite = jnp.isfinite(prediction)
     prediction = jnp.where(jnp.isinf(prediction), self.max_depth, prediction)
     prediction = jnp.where(jnp.isnan(prediction), self.min_depth, prediction)
-    top, bottom, left, right = EVAL_CROPS[self.eval_crop](*truth.shape[1:])
+    top, bottom, left, right = self.region(truth.shape[1:])
     inside = np.zeros((1, *truth.shape[1:]), bool)
     inside[:, top:bottom, left:right] = True
     valid = (truth > self.min_depth) & (truth < self.max_depth) & jnp.asarray(inside)
@@ -139,6 +144,7 @@ class Depth:
       "log10": mean(jnp.abs(logs)) / jnp.log(jnp.asarray(10, p.dtype)),
       "silog": jnp.sqrt(mean(logs**2) - 0.5 * mean(logs) ** 2),
       "pixels": pixels,
+      "not_finite": (valid & ~finite).sum(axis=(1, 2), dtype=jnp.int32),
     }
 
   def summarize(self, rows: Rows) -> dict[str, float]:
@@ -161,7 +167,7 @@ class Depth:
     """RMSE, under the same protocol, of three predictors that learn nothing from the picture's content."""
     evaluation = iter(evaluation)
     first = next(evaluation)
-    region = EVAL_CROPS[self.eval_crop](*first["depth"].shape)
+    region = self.region(first["depth"].shape)
     evaluation = itertools.chain((first,), evaluation)  # not a list: KITTI's images together take 2 GB
     return depth_baselines(train, evaluation, min_depth=self.min_depth, max_depth=self.max_depth, region=region)
 

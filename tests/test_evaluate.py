@@ -1,0 +1,131 @@
+"""Scores of an evaluation: nothing is scored that was not predicted, and everything is scored."""
+
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vpd_jax import config_file, evaluate, inference
+from vpd_jax.tasks.depth import Depth
+from vpd_jax.tasks.segmentation import Segmentation
+
+
+def evaluator(rows, records=3, task=None):
+  """An Evaluator around made-up rows of measurements."""
+  made = object.__new__(evaluate.Evaluator)
+  made.config = config_file.load("configs/my_depth.py:tiny")
+  made.product = types.SimpleNamespace(task=task or Depth(max_depth=10.0))
+  made.dataset = types.SimpleNamespace(source=lambda split: range(records))
+  made.source, made._truth = range(records), {}
+  made._baselines = {}
+
+  def measured(weights, panels):
+    yield from ((row, ()) for row in rows)
+
+  made._measured = measured
+  return made
+
+
+def rows_of(predictions, real):
+  """Measurements of depths of 1 m, as a step of evaluation gives them."""
+  prediction = jnp.asarray(predictions, jnp.float32)[:, None, None] * jnp.ones((1, 4, 4))
+  rows = Depth(max_depth=10.0).measure(prediction, {"depth": jnp.ones_like(prediction)})
+  return jax.device_get(rows) | {"real": np.asarray(real)}
+
+
+@pytest.mark.parametrize("rows", [[], [([1.0, 1.0], [True, True])], [([1.0] * 4, [True] * 4)]])
+def test_an_evaluation_that_has_not_scored_every_record_is_an_error(rows):
+  made = evaluator([rows_of(*row) for row in rows])
+  with pytest.raises(ValueError, match=r"scored [024] of the 3 records of data set 'depth_list'") as told:
+    made.run(None)
+  assert "\n" not in str(told.value)
+
+
+def test_predictions_that_are_not_finite_are_counted_beside_the_scores():
+  rows = [rows_of([1.0, np.nan], [True, True]), rows_of([np.inf, np.nan], [True, False])]
+  made = evaluator(rows)
+  scores = made.run(None).scores
+  assert scores["eval/depth_list/not_finite"] == 32 and scores["eval/depth_list/images"] == 3
+  assert "\n  32 pixels were predicted as NaN or infinity" in made.report(scores)
+  sound = evaluator([rows_of([1.0] * 4, [True, True, True, False])])
+  scores = sound.run(None).scores
+  assert scores["eval/depth_list/not_finite"] == 0 and "infinity" not in sound.report(scores)
+
+
+def test_pixels_that_are_not_finite_are_counted_once_each():
+  prediction = np.ones((2, 3, 4, 5), np.float32)
+  prediction[1, 0, 0], prediction[1, 2, 3, 4] = np.nan, np.inf
+  np.testing.assert_array_equal(inference.not_finite(jnp.asarray(prediction)), [0, 2])
+  np.testing.assert_array_equal(inference.not_finite(jnp.asarray(prediction[..., 4])), [0, 2])
+  inside = jax.jit(inference.not_finite_inside)
+  assert [int(inside(prediction[1], *size)) for size in ((3, 4), (2, 4), (3, 3))] == [2, 1, 1]
+
+
+def test_the_scores_of_every_class_are_in_the_report_and_in_the_result():
+  task = Segmentation(classes=3, class_names=("wall", "sky", "cat"))
+  label = jnp.asarray([[[0, 0, 1, 1]]])
+  rows = jax.device_get(task.measure(jnp.asarray([[[0, 1, 1, 1]]]), {"label": label}))
+  made = evaluator([rows | {"not_finite": np.zeros(1, np.int32), "real": np.array([True])}], records=1, task=task)
+  result = made.run(None)
+  lines = made.report(result.scores, result.rows).splitlines()
+  assert [line.split() for line in lines[:-1]] == [
+    ["class", "IoU", "Acc"],
+    ["-----", "------", "------"],
+    ["wall", "0.5000", "0.5000"],
+    ["sky", "0.6667", "1.0000"],
+    ["cat", "-", "-"],
+  ]
+  assert lines[-1].startswith("mIoU 0.5833")
+  told = json.loads(json.dumps(evaluate.class_scores(task, result.rows), allow_nan=False))
+  assert told[0] == {"class": "wall", "IoU": 0.5, "Acc": 0.5} and told[2] == {"class": "cat", "IoU": None, "Acc": None}
+  assert evaluate.class_scores(Depth(max_depth=10.0), {}) == []  # depth has no classes
+
+
+def depth_step(size, **changes):
+  """The step of evaluation on pictures of this size, traced, of a network that is perfect on depths of 1 m."""
+  fields = {"eval.test_time": ("shift:2",), "eval.coverage": "released"} | changes
+  config = config_file.changed(config_file.load("configs/my_depth.py:tiny"), fields)
+  task = Depth(max_depth=10.0, eval_crop=config.task.eval_crop)
+  model = lambda batch, training: {"depth": jnp.ones(batch["image"].shape[:3])}
+  parts = types.SimpleNamespace(
+    merge=lambda *weights: model, model=types.SimpleNamespace(method=types.SimpleNamespace(needs=frozenset()))
+  )
+  product = types.SimpleNamespace(task=task, parts=parts, method=parts.model.method, keys=("image",))
+  batch = {"image": jnp.zeros((1, *size, 3)), "depth": jnp.ones((1, *size))}
+  return evaluate.make_step(config, product)((), batch)[0]
+
+
+@pytest.mark.parametrize("size, holes", [((352, 1216), 352 * 512), ((480, 1280), 480 * 320), ((1216, 352), 352 * 512)])
+def test_windows_that_leave_scored_pixels_out_are_refused(size, holes):
+  with pytest.raises(ValueError, match=rf"'released'.* leaves {holes} pixels .*set config\.eval\.coverage='full'"):
+    depth_step(size)
+  rows = depth_step(size, **{"eval.coverage": "full"})
+  assert float(rows["rmse"][0]) == 0 and int(rows["not_finite"][0]) == 0
+
+
+def test_pixels_that_no_score_counts_may_be_left_out():
+  kitti = {"eval.test_time": ("shift:16",), "task.eval_crop": "garg"}
+  rows = depth_step((352, 1216), **kitti)
+  assert float(rows["rmse"][0]) == 0 and int(rows["not_finite"][0]) == 0
+  with pytest.raises(ValueError, match="leaves 3168 pixels"):
+    depth_step((352, 1216), **kitti | {"task.eval_crop": "none"})
+
+
+def test_the_refusal_comes_before_the_first_step():
+  """An Evaluator looks at the first picture of the data set."""
+  config = config_file.changed(config_file.load("configs/my_depth.py:tiny"), {"eval.coverage": "released"})
+  picture = {"image": np.zeros((352, 1216, 3), np.uint8)}
+  dataset = types.SimpleNamespace(source=lambda split: [picture], eval_transform=lambda example: example)
+  product = types.SimpleNamespace(task=Depth(max_depth=10.0))
+  mesh = types.SimpleNamespace(size=1)
+  with pytest.raises(ValueError, match="leaves 180224 pixels of each image of 352 x 1216"):
+    evaluate.Evaluator(config, product, dataset, mesh)
+
+
+def test_only_the_published_protocols_leave_the_end_of_an_image_out():
+  paths = sorted((config_file.PROJECT / "configs").glob("*.py"))
+  chosen = {path.stem: config_file.load(str(path)).eval.get("coverage", "full") for path in paths}
+  assert {stem for stem, coverage in chosen.items() if coverage != "full"} == {"nyu_depth", "kitti_depth"}

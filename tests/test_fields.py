@@ -1,0 +1,89 @@
+"""Fields of a config that nothing reads."""
+
+import pytest
+
+from vpd_jax import assemble, config_file, fields
+
+NYU, ROOMS = "configs/nyu_depth.py:tiny", "configs/rooms.py:{}"
+
+
+@pytest.mark.parametrize(
+  "config, field, value",
+  [
+    (NYU, "clip_norm", 1.0),
+    (NYU, "optim.clip_nrom", 1.0),
+    (NYU, "optim.schedule.warm_up", 1),
+    (NYU, "optim.schedule.lr", 1.0),
+    (NYU, "eval.batchsize", 1),
+    (NYU, "eval.small", "whole"),  # of label maps
+    (ROOMS.format("segmentation"), "eval.coverage", "full"),  # of all others
+    (NYU, "mesh.fdsp", 2),
+    (NYU, "init.weights", "x"),
+    (NYU, "backbone.flash", True),
+    (NYU, "backbone.unet.heads", 8),
+    # Names that other sections have, or that the other parts give.
+    (NYU, "neck.batch_size", 1),
+    (NYU, "neck.norm_group", 3),
+    (NYU, "head.tokenizer", ""),
+    (NYU, "head.max_depth", 10.0),
+    (NYU, "task.workers", 1),
+    (NYU, "data.class_vectors", ""),
+    (NYU, "method.root", ""),
+    (NYU, "method.attention", "xla"),
+    (NYU, "method.rngs", 0),
+    (NYU + ",meta_prompts", "method.templates", "imagenet_80"),
+    (NYU + ",meta_prompts", "method.class_vectors", "random:0"),
+    (NYU + ",iedp", "method.templates", "imagenet_80"),
+    (NYU + ",iedp", "method.class_vectors", "random:0"),
+  ],
+)
+def test_a_field_that_nothing_reads_is_refused_in_one_line(config, field, value):
+  made = config_file.load(config).copy_and_resolve_references().unlock()
+  *sections, name = field.split(".")
+  section = made
+  for part in sections:
+    section = section[part]
+  section[name] = value
+  with pytest.raises(ValueError, match=rf"^config.*does not take \['{name}'\].*; remove or correct them\.$"):
+    assemble.assemble(made.lock())
+
+
+def test_what_may_be_meant_is_told_and_all_sections_at_once():
+  made = config_file.load(NYU).copy_and_resolve_references().unlock()
+  made.optim.clip_nrom, made.mesh.rule = 1.0, ()
+  with pytest.raises(ValueError, match=r"optim does not take \['clip_nrom'\] \(did you mean clip_norm\?\).*\['rule'\]"):
+    assemble.assemble(made.lock())
+
+
+@pytest.mark.parametrize(
+  "section, left, message",
+  [
+    ("task", {"name": "depth"}, r"^config\.task of name 'depth' needs \['max_depth'\]; set them\.$"),
+    ("optim.schedule", {"name": "poly"}, r"^config\.optim\.schedule of name 'poly' needs \['num_steps'\]"),
+    ("backbone.vae", "large", r"^config\.backbone\.vae='large' must be a section"),
+    ("head", "deconv", r"^config\.head\.name=None is unknown; choose one of"),
+  ],
+)
+def test_a_section_without_what_it_needs_is_refused(section, left, message):
+  made = config_file.load(NYU).to_dict()
+  *outer, name = section.split(".")
+  held = made[outer[0]] if outer else made
+  held[name] = left
+  with pytest.raises(ValueError, match=message):
+    assemble.assemble(config_file.ml_collections.ConfigDict(made))
+
+
+def test_a_head_of_another_task_is_refused():
+  made = config_file.load(ROOMS.format("segmentation")).to_dict()
+  made["head"] = {"name": "deconv"}
+  with pytest.raises(ValueError, match=r"^config\.head of name 'deconv' is not made for .*\['classes'\]"):
+    assemble.assemble(config_file.ml_collections.ConfigDict(made))
+
+
+def test_the_table_holds_what_the_configs_of_the_package_have():
+  for path in sorted((config_file.PROJECT / "configs").glob("*.py")):
+    config = config_file.load(str(path))
+    fields.check(config)
+    for name, known in fields.FIELDS.items():
+      optional = {"coverage", "small"} if name == "eval" else set()
+      assert set(known) - optional == set(config[name] if name else config) - optional, (path, name)

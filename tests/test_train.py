@@ -1,0 +1,139 @@
+"""The loop around the training step, with a state of two numbers in place of a network."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vpd_jax import checkpoint, config_file, evaluate, opening, sharding, start, train
+from vpd_jax.tasks.depth import Depth
+from vpd_jax.types import TrainState
+
+OPTIMIZER = optax.scale_by_adam()
+METRIC = "eval/rooms/rmse"
+
+
+def begun():
+  params = {"a/kernel": jnp.zeros(2)}
+  return TrainState(jnp.int32(0), params, {}, {}, OPTIMIZER.init(params))
+
+
+class Scored:
+  """In place of evaluate.Evaluator: the score of each step from a table; a missing one is a fault."""
+
+  encodings = types.SimpleNamespace(lines=lambda: [], __call__=None)
+  scores: dict[int, float]
+  held: list[list[int]]
+  folder = None
+
+  def __init__(self, *_):
+    pass
+
+  def run(self, weights, stop):
+    step = int(weights[0]["a/kernel"][0])
+    self.held.append([int(path.name) for path in (self.folder / "checkpoints").iterdir() if path.name.isdigit()])
+    if step not in self.scores:
+      raise OSError(f"step {step} cannot be scored")
+    return evaluate.Evaluation({METRIC: self.scores[step]}, np.zeros((0, 1, 1, 3), np.uint8), {})
+
+  def baselines(self):
+    return {}
+
+  def report(self, scores, rows):
+    return str(scores)
+
+
+class Batches:
+  skipped = 0
+
+  def __next__(self):
+    return {"image": jnp.zeros((6, 2, 2, 3))}
+
+  def mean_wait_ms(self):
+    return 0.0
+
+  def close(self):
+    pass
+
+
+class Step:
+  """In place of the compiled step: counts in the parameters."""
+
+  def compile(self, options):
+    del options
+    return self
+
+  def cost_analysis(self):
+    return {}
+
+  def __call__(self, state, batch):
+    params = {name: x + 1 for name, x in state.params.items()}
+    logs = {"train/loss": jnp.float32(1), "norm/gradients": jnp.float32(1)}
+    return state.replace(step=state.step + 1, params=params), logs
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+  """Runs the loop with the scores of its steps; gives the steps on disk at each evaluation."""
+  config = config_file.load("configs/rooms.py:depth,tiny").unlock()
+  config.update(num_steps=6, eval_every=2, save_every=3, log_every=1, keep=2, keep_best=1)
+  product = types.SimpleNamespace(
+    task=Depth(max_depth=10.0), method=types.SimpleNamespace(notes=(), prepare=None), keys=("image",)
+  )
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+
+  def resume(config, product, mesh, checkpoints, **_):
+    last = checkpoints.latest_step()
+    abstract = sharding.abstract(begun(), sharding.state_shardings(mesh, begun()))
+    return (checkpoints.restore(last, abstract) if last else begun()), []
+
+  for place, name, value in (
+    (train.assemble, "assemble", lambda config: product),
+    (train.assemble, "dataset", lambda *_: types.SimpleNamespace(source=lambda split: [0])),
+    (train.assemble, "sentence_lines", lambda *_: []),
+    (train.sharding, "make_mesh", lambda *_: mesh),
+    (evaluate, "Evaluator", Scored),
+    (opening, "describe", lambda *_: None),
+    (start, "resume_or_start", resume),
+    (train, "_batches", lambda *_: Batches()),
+    (train, "lower_step", lambda *_: Step()),
+    (train.programs, "in_words", lambda _: ""),
+  ):
+    monkeypatch.setattr(place, name, value)
+
+  def go(scores):
+    Scored.scores, Scored.held, Scored.folder = scores, [], tmp_path
+    return train.run(config.lock(), str(tmp_path)), Scored.held
+
+  return go
+
+
+def checkpoints_of(folder):
+  return checkpoint.Checkpoints(folder, keep=2, best_metric=METRIC, best_mode="min")
+
+
+def test_a_step_is_saved_before_it_is_scored_and_a_fault_in_scoring_costs_nothing(run, tmp_path):
+  with pytest.raises(OSError, match="step 2 cannot be scored"):
+    run({})
+  with checkpoints_of(tmp_path) as held:
+    assert (held.steps(), held.scores(2)) == ([2], {})
+  scores, on_disk = run({2: 0.5, 4: 0.25, 6: 0.75})
+  assert scores == {METRIC: 0.75} and on_disk[0] == [2]
+  with checkpoints_of(tmp_path) as held:
+    assert (held.steps(), held.best_step()) == ([4, 6], 4)
+    assert [held.scores(step)[METRIC] for step in (4, 6)] == [0.25, 0.75]
+
+
+def test_the_newest_and_the_best_are_kept_whichever_it_is(run, tmp_path):
+  run({2: 0.25, 4: 0.5, 6: 0.75})
+  with checkpoints_of(tmp_path) as held:
+    assert (held.steps(), held.best_step()) == ([2, 4, 6], 2)
+
+
+def test_the_best_of_before_goes_when_the_last_is_better(run, tmp_path):
+  run({2: 0.5, 4: 0.75, 6: 0.25})
+  with checkpoints_of(tmp_path) as held:
+    assert (held.steps(), held.best_step()) == ([4, 6], 6)

@@ -1,0 +1,102 @@
+"""Which fields a config may hold: a field that nothing reads is refused, since it would be a wish without effect."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+# Section, "" for the top: every field of it that the program reads. Of the sections that are not here, what they name
+# says it, see `look_up`.
+FIELDS = {
+  "": ("method", "neck", "head", "task", "data", "optim", "backbone", "eval", "init", "mesh", "seed", "dtype",
+       "param_dtype", "num_steps", "log_every", "eval_every", "save_every", "keep", "keep_best", "profile"),
+  "optim": ("lr", "decay", "b1", "b2", "epsilon", "clip_norm", "schedule", "lr_groups", "decay_groups", "norm_group",
+            "loss_group", "accumulation", "ema_decay"),
+  "backbone": ("unet", "vae", "text", "image", "attention", "remat"),
+  "eval": ("batch_size", "test_time", "coverage", "small", "checkpoint", "baselines", "panels"),
+  "init": ("pretrained", "run", "clip"),
+  "mesh": ("data", "fsdp", "rules"),
+}  # fmt: skip
+# Of sections that name a constructor: what the section does not give, but the other parts do.
+FILLED = ("self", "unet", "vae", "attention", "remat", "widths", "strides", "tokens", "frame", "norm_group", "dtype",
+          "param_dtype", "rngs", "lr")  # fmt: skip
+
+
+def check(config: Mapping[str, Any]) -> None:
+  """Raises ValueError where a section of FIELDS is none, or holds what is not there; names all of them."""
+  problems = [unknown(config, FIELDS[""], "config")]
+  problems += [unknown(config[name], known, f"config.{name}") for name, known in FIELDS.items() if name in config]
+  if problems := list(filter(None, problems)):
+    raise ValueError("; ".join(problems) + ".")
+
+
+def unknown(section: Any, known: Sequence[str], where: str) -> str:
+  """What is wrong with the fields of a section, and what may be meant; empty where nothing is.
+
+  Args:
+    section: a mapping.
+    known: the fields that are read.
+    where: name of the section, for the message.
+  """
+  if not hasattr(section, "keys"):
+    return f"{where}={section!r} must be a section with fields of {', '.join(known)}; correct it"
+  strange = [field for field in section if field not in known]
+  near = [match for field in strange for match in difflib.get_close_matches(str(field), known, n=1, cutoff=0.7)]
+  hint = f" (did you mean {', '.join(near)}?)" if near else ""
+  return f"{where} does not take {strange}{hint}; remove or correct them" if strange else ""
+
+
+def misfit(
+  entry: Callable[..., Any], section: Any, where: str, *, given: Iterable[str] = (), more: Iterable[str] = ()
+) -> str:
+  """What is wrong with the fields of a section that are the arguments of a class or function; empty where nothing is.
+
+  Args:
+    entry: what takes them.
+    section: a mapping, a "name" in it is none of them.
+    where: name of the section, for the message.
+    given: arguments that are not the section's to give, beside FILLED.
+    more: fields of the section that are not the entry's, but read elsewhere.
+  """
+  own = {key: value for key, value in _arguments(entry).items() if key not in (*FILLED, *given)}
+  if problem := unknown(section, (*more, *own), where):
+    return problem
+  absent = [key for key, value in own.items() if value.default is inspect.Parameter.empty and key not in section]
+  return f"{where} needs {absent}; set them" if absent else ""
+
+
+def look_up(
+  table: Mapping[str, Callable[..., Any]],
+  section: Mapping[str, Any],
+  field: str,
+  *,
+  given: Iterable[str] = (),
+  more: Iterable[str] = (),
+  told: Iterable[str] = (),
+) -> Any:
+  """The entry of a table that a section names; the section's other fields are arguments of the entry.
+
+  Args:
+    table: classes and functions by name.
+    section: "name" and arguments.
+    field: its name in the config.
+    given, more: see `misfit`.
+    told: arguments that the task gives, which the entry must take.
+
+  Raises:
+    ValueError: an unknown name, unknown fields, fields that are needed and not there.
+  """
+  name = section.get("name") if hasattr(section, "keys") else None
+  if name not in table:
+    raise ValueError(f"config.{field}.name={name!r} is unknown; choose one of {sorted(table)}.")
+  where = f"config.{field} of name {name!r}"
+  if foreign := [key for key in told if key not in _arguments(table[name])]:
+    raise ValueError(f"{where} is not made for what config.task gives, {foreign}; choose one that takes it.")
+  if problem := misfit(table[name], section, where, given=(*given, *told), more=("name", *more)):
+    raise ValueError(problem + ".")
+  return table[name]
+
+
+def _arguments(entry: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+  """What a class, of which flax hides it, or a function takes."""
+  return inspect.signature(entry.__init__ if inspect.isclass(entry) else entry).parameters
