@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.golden import fill
-from vpd_jax import labelling
+from vpd_jax import labelling, tiles
 from vpd_jax.labelling import Labelling, Procedure, Views
 
 CLASSES = 4
@@ -163,6 +163,59 @@ def test_what_is_smaller_than_the_window_is_taken_whole_or_padded(weights):
   np.testing.assert_allclose(padded[:20, :71], restated(weights, grown, SLIDE)[:20], rtol=0, atol=2e-6)
 
 
+LARGE = {
+  "enlarged": (SLIDE, [(40, 71)], (700, 530)),
+  "several tiles of views": (Procedure(300, 200), [(310, 560)], (290, 600)),
+  "reduced": (Procedure(300, 200, flip=True), [(310, 560), (64, 40)], (3, 20)),
+  "views larger than the result": (SLIDE._replace(flip=True), [(40, 71), (270, 480), (20, 36)], (33, 300)),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_labels_do_not_depend_on_where_tiles_end(case, weights):
+  procedure, sizes, size = LARGE[case]
+  views = Views([picture(i, s) for i, s in enumerate(sizes)], size, {})
+  expected = restated(weights, views, procedure)
+  options = {"decide": labelling.most_probable}, {}
+  label, probabilities = (next(Labelling(stand_in, procedure, at_once=3, **o)(weights, [views])) for o in options)
+  assert label.shape == size and label.dtype == np.int32
+  np.testing.assert_allclose(probabilities, expected, rtol=0, atol=2e-6)
+  np.testing.assert_array_equal(label, probabilities.argmax(-1))
+  lost = expected.max(-1) - np.take_along_axis(expected, label[..., None], -1)[..., 0]
+  assert lost.max() < 2e-6  # another label is a tie
+
+
+def test_a_large_picture_never_has_all_of_its_probabilities(weights):
+  """A quarter of 12 megapixels with 4 classes are 48 MB."""
+  engine = Labelling(stand_in, SLIDE, at_once=2, decide=labelling.most_probable)
+  views, held = Views([picture(0, (32, 43))], (1500, 2000), {}), []
+  gc.collect()
+  others = sum(x.nbytes for x in jax.live_arrays())
+  fold = engine._fold
+
+  def watched(*given):
+    held.append(sum(x.nbytes for x in jax.live_arrays()) - others)
+    return fold(*given)
+
+  engine._fold = watched
+  (label,) = engine(weights, [views])
+  assert label.shape == (1500, 2000) and len(held) == 6 * 8
+  assert max(held) < 4e6
+  shapes = lambda *given: jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), given)
+  tile, places = np.zeros((tiles.TILE, tiles.TILE, 150), np.float32), np.zeros(tiles.TILE, np.int32)
+  axis = (places, places, places.astype(np.float32), np.zeros(2 * tiles.TILE, np.float32))
+  lowered = fold.lower(*shapes(tile, [tile] * 4, (axis, axis), np.zeros(2, bool), np.float32(1)))
+  assert lowered.compile().memory_analysis().temp_size_in_bytes < 2**29
+
+
+def test_squares_hold_every_pixel_once():
+  image = np.arange(300 * 140).reshape(300, 140) % 7 + 1
+  squares = tiles.squares(image, 0)
+  assert squares.shape == (16, 128, 128)
+  np.testing.assert_array_equal(np.bincount(squares.ravel())[1:], np.bincount(image.ravel())[1:])
+  np.testing.assert_array_equal(squares[1, :, :12], image[:128, 128:])
+
+
 @pytest.mark.parametrize("size", [(32, 32), (33, 52), (31, 100), (5, 7), (52, 53), (512, 683)])
 @pytest.mark.parametrize("window, stride", [(32, 20), (32, 32), (40, 7)])
 def test_windows_cover_every_pixel_and_lie_inside(size, window, stride):
@@ -212,7 +265,7 @@ def test_an_unknown_word_names_the_known_ones(words, word):
 
 
 @pytest.mark.parametrize("options, message", [
-  (dict(small="crop"), r"^eval\.small='crop' is unknown; choose one of \('whole', 'padded'\)\."),
+  (dict(small="crop"), r"^eval\.small='crop' is unknown; choose one of \('whole', 'padded', 'few_shapes'\)\."),
   (dict(at_once=0), r"^at_once=0 must be at least 1\."),
 ])  # fmt: skip
 def test_options_that_do_not_fit_are_refused(options, message):

@@ -34,7 +34,7 @@ LAYERS = (
     "writers",
     "panels",
   ),
-  ("params", "presets", "config_file", "processes", "programs"),
+  ("params", "presets", "config_file", "processes", "programs", "tiles"),
   ("types", "chips"),
 )
 ROW = {part: row for row, parts in enumerate(LAYERS) for part in parts}
