@@ -1,12 +1,12 @@
 """Label maps of a large picture and of many sizes: memory above the network's own, and programs that are compiled.
 
 python benchmarks/large_pictures.py --measure=memory [--height=3000] [--width=4000] [--ratios=1] [--flip]
-python benchmarks/large_pictures.py --measure=programs [--small=few_shapes] [--count=2000] [--ratios=0.5,1] [--flip]
+python benchmarks/large_pictures.py --measure=programs [--small=few_shapes] [--ratios=0.5,1] [--flip] [--run=50]
 
 A stand-in network of one matrix under the windows of configs/ade20k_seg.py: everything but the network is what
 --mode=predict does. "memory" is the peak of resident memory while a picture of the given size is labelled, above that
-of the network's call alone. "programs" labels pictures whose sides are drawn evenly, on a logarithmic scale, from 256
-to 2048 pixels, and counts the shapes in which the network is called and all that XLA compiles.
+of the network's call alone. "programs" counts the shapes of windows of 2000 pictures whose sides are drawn
+evenly, on a logarithmic scale, from 256 to 2048 pixels; then it labels some and counts all that XLA compiles.
 """
 
 import resource
@@ -18,14 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from vpd_jax import config_file, procedures
+from vpd_jax import config_file, labelling, procedures, tiles
 from vpd_jax.tasks.segmentation import Segmentation
 
 MEASURE = flags.DEFINE_enum("measure", "memory", ("memory", "programs"), "what is measured")
 HEIGHT = flags.DEFINE_integer("height", 3000, "rows of the large picture")
 WIDTH = flags.DEFINE_integer("width", 4000, "columns of the large picture")
 CLASSES = flags.DEFINE_integer("classes", 0, "number of classes; 0: 150 for memory, 2 for programs")
-COUNT = flags.DEFINE_integer("count", 2000, "pictures whose programs are counted")
+COUNT = flags.DEFINE_integer("count", 2000, "pictures whose shapes are counted")
+RUN = flags.DEFINE_integer("run", 50, "how many of them are labelled")
 RATIOS = flags.DEFINE_list("ratios", ["1"], "scales of each picture")
 FLIP = flags.DEFINE_bool("flip", False, "mirrored too")
 SMALL = flags.DEFINE_string("small", "", "config.eval.small; empty: as the config says")
@@ -74,15 +75,19 @@ def main(_: list[str]) -> None:
       f"the {before:.2f} of the network's call, {time.perf_counter() - start:.0f} s, commonest class {share:.6f}"
     )
     return
+  rng = np.random.default_rng(0)
+  sizes = [tuple(int(256 * 8 ** rng.random()) for _ in range(2)) for _ in range(COUNT.value)]
+  procedure, small = labelling.parse(config.eval.test_time), config.eval.small
+  scaled = [tiles.scaled_size(size, procedure.scale, ratio) for size in sizes for ratio in procedure.ratios]
+  windows = {tiles.window_of(size, procedure.window, small) for size in scaled}
   jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
-  rng, start = np.random.default_rng(0), time.perf_counter()
-  for i in range(COUNT.value):
-    size = tuple(int(256 * 8 ** rng.random()) for _ in range(2))
+  start = time.perf_counter()
+  for i, size in enumerate(sizes[: RUN.value]):
     label(weights, [picture(i, size)], [{}])
   count = sum(name.endswith("backend_compile_duration") for name in compiled)
   print(
-    f"{config.eval.test_time}, small={config.eval.small}, {COUNT.value} pictures: {len(set(shapes))} shapes of "
-    f"windows, {count} programs in all, {time.perf_counter() - start:.0f} s"
+    f"{config.eval.test_time}, small={small}: {len(windows)} shapes of windows of {COUNT.value} pictures; {RUN.value} "
+    f"of them: {len(set(shapes))} shapes, {count} programs in all, {time.perf_counter() - start:.0f} s"
   )
 
 
