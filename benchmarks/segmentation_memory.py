@@ -32,7 +32,8 @@ def growth(count: int, size: tuple[int, int], classes: int) -> tuple[dict[str, f
   task = Segmentation(classes=classes)
   weights = jax.random.normal(jax.random.key(0), (3, classes))
   procedure = labelling.parse((f"slide:{min(size)}:{2 * min(size) // 3}",))
-  engine = labelling.Labelling(lambda w, batch: batch["image"] @ w, procedure, at_once=2)
+  options = {"at_once": 2, "decide": labelling.most_probable}
+  engine = labelling.Labelling(lambda w, batch: batch["image"] @ w, procedure, **options)
   measure = jax.jit(lambda prediction, label: task.measure(prediction[None], {"label": label[None]}))
   labels = []
 
@@ -41,11 +42,11 @@ def growth(count: int, size: tuple[int, int], classes: int) -> tuple[dict[str, f
       rng = np.random.default_rng(i)
       coarse = rng.integers(0, classes, (16, 16)).astype(np.uint8)
       label = coarse.repeat(-(-size[0] // 16), axis=0).repeat(-(-size[1] // 16), axis=1)[: size[0], : size[1]]
-      labels.append(labelling.on_canvas(label, 255))
+      labels.append(label)
       yield engine.views({"image": rng.integers(0, 256, (*size, 3), np.uint8)})
 
   rows, sizes, start = [], [], time.perf_counter()
-  for i, prediction in enumerate(map(labelling.most_probable, engine(weights, pictures()))):
+  for i, prediction in enumerate(engine(weights, pictures())):
     rows.append(jax.device_get(measure(prediction, labels.pop(0))))
     sizes.append(resident())
     if (i + 1) % max(count // 10, 1) == 0:

@@ -51,5 +51,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   }
   config.optim = presets.segmentation_optimizer()
   config.optim.loss_group = 1  # Lovász is a loss over the images of one GPU
-  config.eval = presets.labelling(batch_size=8, test_time=("slide:128:64",) if tiny else ("slide:1024:512",))
+  words = ("slide:128:64",) if tiny else ("slide:1024:512",)
+  # All pictures have one size: a shape for each scale, as released.
+  config.eval = presets.labelling(batch_size=8, test_time=words, small="whole")
   return config

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.golden import fill
-from vpd_jax import labelling
+from vpd_jax import labelling, tiles
 from vpd_jax.labelling import Labelling, Procedure, Views
 
 CLASSES = 4
@@ -163,6 +163,132 @@ def test_what_is_smaller_than_the_window_is_taken_whole_or_padded(weights):
   np.testing.assert_allclose(padded[:20, :71], restated(weights, grown, SLIDE)[:20], rtol=0, atol=2e-6)
 
 
+def sizes(count):
+  """Drawn evenly on a logarithmic scale, so that one in nine is more than four times as long as it is wide."""
+  rng = np.random.default_rng(0)
+  return [tuple(int(256 * 8 ** rng.random()) for _ in range(2)) for _ in range(count)]
+
+
+PUBLISHED = ("resize:2048:512", "slide:512:341", "ms:0.5:0.75:1:1.25:1.5:1.75:2", "flip")
+
+
+def test_few_shapes_of_windows_serve_a_whole_data_set():
+  procedure = labelling.parse(PUBLISHED)
+  scaled = [labelling.scaled_size(s, procedure.scale, ratio) for s in sizes(2000) for ratio in procedure.ratios]
+  shapes = {small: {tiles.window_of(s, 512, small) for s in scaled} for small in labelling.SMALL}
+  assert len(shapes["whole"]) > 1000 and len(shapes["few_shapes"]) == 9 and shapes["padded"] == {(512, 512)}
+  assert shapes["few_shapes"] == set(tiles.few_shapes(512))
+  assert all(side % 64 == 0 for shape in shapes["few_shapes"] for side in shape)
+  for size in scaled:
+    few, whole = (tiles.window_of(size, 512, small) for small in ("few_shapes", "whole"))
+    assert whole == tuple(min(512, side) for side in size)  # as released
+    assert few == whole or min(size) < 512
+    if min(size) >= 128 and (max(size) >= 512 or min(size) >= 256):  # all of the picture, nothing else
+      assert all(a <= b for a, b in zip(few, size, strict=True))
+
+
+@pytest.mark.parametrize("window, expected", [
+  (512, 9), (1024, 9), (256, 9), (128, 4), (64, 1), (32, 1), (500, 9),
+])  # fmt: skip
+def test_few_shapes_fit_the_network(window, expected):
+  shapes = tiles.few_shapes(window)
+  assert shapes[0] == (window, window) and len(shapes) == expected
+  assert all(side == window or side % 64 == 0 for shape in shapes for side in shape)
+
+
+def test_all_programs_of_a_data_set_are_at_most_twelve():
+  """Those of the network, one for each shape, and those that put its scores together."""
+  compiled, shapes = [], []
+
+  def network(weights, batch):
+    shapes.append(batch["image"].shape[1:3])
+    return stand_in(weights, batch)
+
+  procedure = labelling.parse(("resize:512:128", "slide:128:85", "ms:0.5:0.75:1", "flip"))
+  options = {"at_once": 4, "small": "few_shapes", "decide": labelling.most_probable}
+  engine, weights = Labelling(network, procedure, **options), fill.normal("weights", (5, CLASSES), 0)
+  pictures = [picture(i, size) for i, size in enumerate([(48, 64), (64, 47), (24, 130), (90, 91)])]
+  listener = lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
+  jax.monitoring.register_event_duration_secs_listener(listener)
+  try:
+    labels = list(engine(weights, (engine.views({"image": image}) for image in pictures)))
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listener)
+  assert [label.shape for label in labels] == [image.shape[:2] for image in pictures]
+  assert set(shapes) == engine.shapes == set(tiles.few_shapes(128)) and len(shapes) == 4
+  assert len(compiled) == len(shapes) + 2
+
+
+def test_few_shapes_change_nothing_but_what_the_network_sees(weights):
+  """A network of single pixels gives the same scores; where no side is short, every network does."""
+  pixels = lambda w, batch: batch["image"] @ w[:3]
+  for size in ((130, 400), (300, 64), (100, 90), (40, 300), (30, 20)):
+    views = Views([picture(0, size)], size, {})
+    few, whole = (
+      next(Labelling(pixels, Procedure(256, 171), at_once=2, small=small)(weights, [views]))
+      for small in ("few_shapes", "whole")
+    )
+    np.testing.assert_allclose(few, whole, rtol=0, atol=1e-6)
+  views = Views([picture(0, (70, 64))], (70, 64), {})
+  few, whole = (
+    next(Labelling(stand_in, Procedure(64, 40), small=s)(weights, [views])) for s in ("few_shapes", "whole")
+  )
+  np.testing.assert_array_equal(few, whole)
+
+
+LARGE = {
+  "enlarged": (SLIDE, [(40, 71)], (700, 530)),
+  "several tiles of views": (Procedure(300, 200), [(310, 560)], (290, 600)),
+  "reduced": (Procedure(300, 200, flip=True), [(310, 560), (64, 40)], (3, 20)),
+  "views larger than the result": (SLIDE._replace(flip=True), [(40, 71), (270, 480), (20, 36)], (33, 300)),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_labels_do_not_depend_on_where_tiles_end(case, weights):
+  procedure, sizes, size = LARGE[case]
+  views = Views([picture(i, s) for i, s in enumerate(sizes)], size, {})
+  expected = restated(weights, views, procedure)
+  options = {"decide": labelling.most_probable}, {}
+  label, probabilities = (next(Labelling(stand_in, procedure, at_once=3, **o)(weights, [views])) for o in options)
+  assert label.shape == size and label.dtype == np.int32
+  np.testing.assert_allclose(probabilities, expected, rtol=0, atol=2e-6)
+  np.testing.assert_array_equal(label, probabilities.argmax(-1))
+  lost = expected.max(-1) - np.take_along_axis(expected, label[..., None], -1)[..., 0]
+  assert lost.max() < 2e-6  # another label is a tie
+
+
+def test_a_large_picture_never_has_all_of_its_probabilities(weights):
+  """A quarter of 12 megapixels with 4 classes are 48 MB."""
+  engine = Labelling(stand_in, SLIDE, at_once=2, decide=labelling.most_probable)
+  views, held = Views([picture(0, (32, 43))], (1500, 2000), {}), []
+  gc.collect()
+  others = sum(x.nbytes for x in jax.live_arrays())
+  fold = engine._fold
+
+  def watched(*given):
+    held.append(sum(x.nbytes for x in jax.live_arrays()) - others)
+    return fold(*given)
+
+  engine._fold = watched
+  (label,) = engine(weights, [views])
+  assert label.shape == (1500, 2000) and len(held) == 6 * 8
+  assert max(held) < 4e6
+  shapes = lambda *given: jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), given)
+  tile, places = np.zeros((tiles.TILE, tiles.TILE, 150), np.float32), np.zeros(tiles.TILE, np.int32)
+  axis = (places, places, places.astype(np.float32), np.zeros(2 * tiles.TILE, np.float32))
+  lowered = fold.lower(*shapes(tile, [tile] * 4, (axis, axis), np.zeros(2, bool), np.float32(1)))
+  assert lowered.compile().memory_analysis().temp_size_in_bytes < 2**29
+
+
+def test_squares_hold_every_pixel_once():
+  image = np.arange(300 * 140).reshape(300, 140) % 7 + 1
+  squares = tiles.squares(image, 0)
+  assert squares.shape == (16, 128, 128)
+  np.testing.assert_array_equal(np.bincount(squares.ravel())[1:], np.bincount(image.ravel())[1:])
+  np.testing.assert_array_equal(squares[1, :, :12], image[:128, 128:])
+
+
 @pytest.mark.parametrize("size", [(32, 32), (33, 52), (31, 100), (5, 7), (52, 53), (512, 683)])
 @pytest.mark.parametrize("window, stride", [(32, 20), (32, 32), (40, 7)])
 def test_windows_cover_every_pixel_and_lie_inside(size, window, stride):
@@ -212,7 +338,7 @@ def test_an_unknown_word_names_the_known_ones(words, word):
 
 
 @pytest.mark.parametrize("options, message", [
-  (dict(small="crop"), r"^eval\.small='crop' is unknown; choose one of \('whole', 'padded'\)\."),
+  (dict(small="crop"), r"^eval\.small='crop' is unknown; choose one of \('whole', 'padded', 'few_shapes'\)\."),
   (dict(at_once=0), r"^at_once=0 must be at least 1\."),
 ])  # fmt: skip
 def test_options_that_do_not_fit_are_refused(options, message):

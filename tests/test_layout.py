@@ -34,7 +34,7 @@ LAYERS = (
     "writers",
     "panels",
   ),
-  ("params", "presets", "config_file", "fields", "processes", "programs", "accelerators"),
+  ("params", "presets", "config_file", "fields", "processes", "programs", "accelerators", "tiles"),
   ("initializers",),
   ("types", "chips"),
 )

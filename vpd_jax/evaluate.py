@@ -13,7 +13,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vpd_jax import assemble, caching, inference, labelling, sharding, start, writers
+from vpd_jax import assemble, caching, inference, labelling, sharding, start, tiles, writers
 from vpd_jax import panels as panels_lib
 from vpd_jax.assemble import Product
 from vpd_jax.checkpoint import is_workdir
@@ -136,7 +136,9 @@ class _Pictures:
       labelling.parse(config.eval.test_time),
       at_once=config.eval.batch_size // jax.process_count(),
       small=config.eval.small,
+      decide=labelling.most_probable,
       place=lambda x: jax.device_put(x, sharding.batch_sharding(self._local)),
+      gathered=sharding.replicated(self._local),
     )
     self._measure, self._not_finite = jax.jit(product.task.measure), jax.jit(inference.not_finite_inside)
 
@@ -159,8 +161,9 @@ class _Pictures:
         yield self._labelling.views(inputs)
 
     with contextlib.closing(examples):
-      for shown, scores in enumerate(self._labelling(weights, views())):
+      for shown, label in enumerate(self._labelling(weights, views())):
         example = waiting.popleft()
+<<<<<<< HEAD
         batch = {name: labelling.on_canvas(example[name], labelling.NOWHERE)[None] for name in self._product.task.needs}
         height, width = example["image"].shape[:2]
         count = self._not_finite(scores, height, width)[None]
@@ -168,6 +171,21 @@ class _Pictures:
         measured |= {"real": np.asarray(example["real"])[None]}
         chosen = labelling.most_probable(scores)[None, :height, :width] if shown < panels else ()
         yield _gathered(measured), np.asarray(chosen)
+=======
+        measured = self._areas(label, example) | {"real": np.asarray(example["real"])[None]}
+        yield _gathered(measured), label[None] if shown < panels else np.asarray(())
+
+  def _areas(self, label: np.ndarray, example: Any) -> Rows:
+    """The task's measurements of one picture, which are sums over its pixels: square by square, in one program."""
+    truth = {name: tiles.squares(example[name], tiles.NOWHERE) for name in self._product.task.needs}
+    label, count = tiles.squares(label, 0), tiles.SQUARES
+    rows = [
+      self._measure(label[i : i + count], {name: value[i : i + count] for name, value in truth.items()})
+      for i in range(0, len(label), count)
+    ]
+    joined = jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(rows))
+    return {name: value.sum(axis=0, keepdims=True, dtype=value.dtype) for name, value in joined.items()}
+>>>>>>> h4
 
 
 class Evaluator:

@@ -1,17 +1,19 @@
-"""Class probabilities of pictures of any size: sliding windows, scales and mirror images, as mmsegmentation takes them.
+"""The class of every pixel of pictures of any size: sliding windows, scales, mirror images, as in mmsegmentation.
 
 Every picture is a sum over its views (a scale, plain or mirrored). A view is cut into windows; windows of all pictures
 wait together until `at_once` of them fill one call of the network, which so has one shape and one program. Their scores
-are added where they belong on a canvas on the device, divided by the number of windows there, resized to the size of
-the picture, turned into probabilities, mirrored back, and added up. Canvases have sides of whole multiples of CANVAS,
-and how a size maps to another travels as arrays, so that few small programs serve all sizes. On the host nothing
-outlives its picture.
+are added where they belong in the view, divided by the number of windows there, resized to the size of the picture,
+turned into probabilities, mirrored back, and added up; then `decide` makes the result of them.
+
+Scores are kept in tiles of TILE x TILE pixels, on the device, of the views or of the result, whichever is smaller: a
+large picture never has all of its probabilities at once. All sizes share programs: where a tile lies, numbers say.
 
 Source: mmsegmentation 0.30 models/segmentors/encoder_decoder.py slide_inference, inference, aug_test; mmcv 1.7
 image/geometric.py imrescale.
 """
 
 import collections
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,12 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vpd_jax import tiles
+from vpd_jax.tiles import TILE, corners, scaled_size, taps, window_of
 from vpd_jax.types import Array, Example
 
-CANVAS = 128
-NOWHERE = 255  # as a label on a canvas: beyond the picture, neither right nor wrong
-SMALL = ("whole", "padded")
-Corners = list[tuple[int, int]]
+SMALL = ("whole", "padded", "few_shapes")
 Predict = Callable[[Any, dict[str, Array]], Array]  # weights and batch of n windows to scores [n, h, w, K]
 
 
@@ -86,122 +87,76 @@ def parse(words: tuple[str, ...]) -> Procedure:
   return Procedure(window, stride, found.get("resize"), found.get("ms", (1.0,)), "flip" in found)
 
 
-def scaled_size(size: tuple[int, int], scale: tuple[int, int] | None, ratio: float) -> tuple[int, int]:
-  """(H, W) of a picture whose sides fit into `ratio` times the scale, or are `ratio` times as long where it is None."""
-  if scale is None:
-    factor = ratio
-  else:
-    long, short = (int(side * ratio) for side in (max(scale), min(scale)))
-    factor = min(long / max(size), short / min(size))
-  return tuple(max(1, int(side * factor + 0.5)) for side in size)
-
-
-def corners(size: tuple[int, int], window: int, stride: int) -> tuple[list[int], list[int], tuple[int, int]]:
-  """Where windows begin along rows and along columns, and their size, which is at most that of the picture.
-
-  The last windows are moved back inside. A side that is shorter than the window has one window of its own length.
-  """
-  if not window:
-    return [0], [0], size
-  starts = []
-  for side in size:
-    count = max(side - window + stride - 1, 0) // stride + 1
-    starts.append([max(min(i * stride + window, side) - window, 0) for i in range(count)])
-  return *starts, tuple(min(window, side) for side in size)
-
-
-def canvas(size: tuple[int, int]) -> tuple[int, int]:
-  """The size of the array that holds an image of this size."""
-  return tuple(-(-side // CANVAS) * CANVAS for side in size)
-
-
-def on_canvas(image: np.ndarray, value: float) -> np.ndarray:
-  """[H, W, ...] grown at right and bottom to its canvas."""
-  grown = np.full((*canvas(image.shape[:2]), *image.shape[2:]), value, image.dtype)
-  grown[: image.shape[0], : image.shape[1]] = image
-  return grown
-
-
 class _View:
   """One scale of one picture, plain or mirrored, while its windows come in."""
 
   def __init__(self, picture: "_Picture", image: np.ndarray, mirrored: bool, procedure: Procedure, small: str):
     self.picture, self.mirrored, self.size = picture, mirrored, image.shape[:2]
     self.image = image[:, ::-1] if mirrored else image
-    if small == "padded" and procedure.window:
-      missing = [max(procedure.window - side, 0) for side in self.size]
-      # Mid grey, zero after scaling to [-1, 1].
-      self.image = np.pad(self.image, (*((0, m) for m in missing), (0, 0)), constant_values=0.5)
-    self.rows, self.columns, self.window = corners(self.image.shape[:2], procedure.window, procedure.stride)
+    self.window = window_of(self.size, procedure.window, small)
+    self._grown = tuple(max(pair) for pair in zip(self.size, self.window, strict=True))
+    # A shorter window moves on by as much less.
+    strides = tuple(max(procedure.stride * side // max(procedure.window, 1), 1) for side in self.window)
+    self.rows, self.columns, _ = corners(self._grown, self.window if procedure.window else 0, strides)
     self.left = len(self.rows) * len(self.columns)
-    self.total = None
+    self.tiles: dict[tuple[int, int], Array] = {}  # sums of scores, by number of rows and of columns of tiles before
 
   def windows(self) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Pixels and upper left corner of each window."""
+    """Pixels, float32 in [0, 1], and upper left corner of each window."""
     height, width = self.window
     for y in self.rows:
       for x in self.columns:
-        yield self.image[y : y + height, x : x + width], y, x
+        part = self.image[y : y + height, x : x + width]
+        part = part.astype(np.float32) / 255 if part.dtype == np.uint8 else part.astype(np.float32)
+        missing = [(0, full - side) for full, side in zip(self.window, part.shape, strict=False)]
+        # Mid grey, zero after scaling to [-1, 1].
+        yield np.pad(part, (*missing, (0, 0)), constant_values=0.5) if max(missing)[1] else part, y, x
 
-  def shares(self) -> tuple[np.ndarray, np.ndarray]:
-    """One over the number of windows on each row and on each column of the canvas."""
-    result = []
-    for starts, length, side in zip((self.rows, self.columns), self.window, canvas(self.image.shape[:2]), strict=True):
-      count = np.zeros(side)
-      for start in starts:
-        count[start : start + length] += 1
-      result.append((1 / np.maximum(count, 1)).astype(np.float32))
-    return tuple(result)
+  def axes(self) -> list[tuple[np.ndarray, ...]]:
+    """Of the picture's rows and columns, `taps` of the view, and its `shares`."""
+    sides = zip(self.size, self.picture.size, (False, self.mirrored), strict=True)
+    reads = [taps(old, new, mirrored=mirrored) for old, new, mirrored in sides]
+    starts = zip((self.rows, self.columns), self.window, self._grown, strict=True)
+    return [(*read, tiles.shares(*start)) for read, start in zip(reads, starts, strict=True)]
 
 
 class _Picture:
-  """What is still to come for one picture."""
+  """What is still to come for one picture.
+
+  Attributes:
+    held: its views are smaller than its result: they wait for each other, and the result is made tile by tile.
+    ready: views whose windows have all come in, and which are not added yet.
+    sums: tiles of what has been added up, by corner.
+    result: of `decide`, once there is one.
+  """
 
   def __init__(self, views: Views, procedure: Procedure, small: str):
-    self.size, self.extras, self.scores = tuple(views.size), views.extras, None
+    self.size, self.extras = tuple(views.size), views.extras
     mirrors = (False, True) if procedure.flip else (False,)
-    unit = lambda image: image.astype(np.float32) / 255 if image.dtype == np.uint8 else image.astype(np.float32)
-    self.views = [_View(self, unit(image), m, procedure, small) for image in views.images for m in mirrors]
+    self.views = [_View(self, image, m, procedure, small) for image in views.images for m in mirrors]
     self.count = self.left = len(self.views)
+    needed = lambda size: -(-size[0] // TILE) * -(-size[1] // TILE)
+    self.held = self.count == 1 or sum(needed(view.size) for view in self.views) < needed(self.size)
+    self.ready, self.sums, self.result = [], {}, None
+    # A tile of the result reads at most TILE + 1 rows and columns of each view.
+    factors = [max(view.size[axis] for view in self.views) / side for axis, side in enumerate(self.size)]
+    self.steps = [min(TILE, int((TILE - 1) / factor) + 1) for factor in factors]
 
-  def taken(self) -> Array:
+  def corners(self) -> Iterator[tuple[int, int]]:
+    """Where tiles of the result begin."""
+    return itertools.product(*(range(0, side, step) for side, step in zip(self.size, self.steps, strict=True)))
+
+  def put(self, decided: np.ndarray, corner: tuple[int, int]) -> None:
+    """Writes a tile into the result."""
+    if self.result is None:
+      self.result = np.empty((*self.size, *decided.shape[2:]), decided.dtype)
+    here = self.result[corner[0] :, corner[1] :][: self.steps[0], : self.steps[1]]
+    here[:] = decided[: here.shape[0], : here.shape[1]]
+
+  def taken(self) -> np.ndarray:
     """The result, which nothing here holds any more: picture and views refer to each other and would outlive it."""
-    scores, self.scores, self.views = self.scores, None, []
-    return scores
-
-
-def taps(old: int, new: int, length: int, *, mirrored: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Bilinear resizing of one axis, align_corners=False: the neighbours of each new place, and the share of the second.
-
-  Args:
-    old, new: true sizes.
-    length: entries of the result; those from `new` on read place 0.
-    mirrored: the result runs backwards.
-  """
-  place = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
-  low = np.floor(place).astype(np.int32)
-  parts = low, np.minimum(low + 1, old - 1), (place - low).astype(np.float32)
-  return tuple(np.pad(part[::-1] if mirrored else part, (0, length - new)) for part in parts)
-
-
-def _add(total: Array, scores: Array, i: Array, y: Array, x: Array) -> Array:
-  """The canvas with the scores of window i added at its corner."""
-  window = jax.lax.dynamic_index_in_dim(scores, i, keepdims=False).astype(total.dtype)
-  here = jax.lax.dynamic_slice(total, (y, x, jnp.zeros_like(y)), window.shape)
-  return jax.lax.dynamic_update_slice(total, here + window, (y, x, jnp.zeros_like(y)))
-
-
-def _between(x: Array, low: Array, high: Array, share: Array, axis: int) -> Array:
-  share = jnp.expand_dims(share, [a for a in range(3) if a != axis]).astype(x.dtype)
-  return x.take(low, axis) * (1 - share) + x.take(high, axis) * share
-
-
-def _finished(scores: Array | None, total: Array, shares: Any, rows: Any, columns: Any, softmax: bool, weight: float):
-  """`scores` with one view added: its means over windows, at the size of the picture; rows None: it has that size."""
-  total = total * shares[0][:, None, None] * shares[1][None, :, None]
-  resized = total if rows is None else _between(_between(total, *rows, axis=0), *columns, axis=1)
-  view = weight * (jax.nn.softmax(resized, axis=-1) if softmax else resized)
-  return view if scores is None else scores + view
+    result, self.result, self.views = self.result, None, []
+    return result
 
 
 @jax.jit
@@ -211,7 +166,11 @@ def most_probable(scores: Array) -> Array:
 
 
 class Labelling:
-  """Probabilities or scores of the classes of pictures, one after the other."""
+  """Labels, probabilities or scores of the classes of pictures, one after the other.
+
+  Attributes:
+    shapes: (H, W) of the windows that the network has been called with, each a program.
+  """
 
   def __init__(
     self,
@@ -221,7 +180,9 @@ class Labelling:
     at_once: int = 8,
     small: str = "whole",
     softmax: bool = True,
-    place: Callable[[np.ndarray], Array] = jnp.asarray,
+    decide: Callable[[Array], Array] = lambda scores: scores,
+    place: Callable[[np.ndarray], Array] = jax.device_put,
+    gathered: jax.sharding.Sharding | None = None,
   ):
     """Prepares the programs.
 
@@ -230,10 +191,13 @@ class Labelling:
       procedure: of `parse`.
       at_once: n, windows in one call.
       small: what a side shorter than the window does: "whole", as released, makes the window shorter there, which is
-        another shape and another program; "padded" fills with mid grey at right and bottom, so that all windows are
-        squares of one size.
+        another shape and another program; "few_shapes" takes windows of at most nine shapes, the largest that fits
+        into the view, as many as cover it; "padded" fills with mid grey at right and bottom, so that all windows are
+        squares of one size. Both give other scores there than "whole".
       softmax: False adds up scores in place of probabilities.
+      decide: scores [.., K] to what is wanted of each pixel, such as `most_probable`; traced.
       place: puts an array [n, ...] on the devices.
+      gathered: where the scores of all windows of a call are, None for where they are computed.
 
     Raises:
       ValueError: unknown word, or no window.
@@ -242,10 +206,18 @@ class Labelling:
       raise ValueError(f"eval.small={small!r} is unknown; choose one of {SMALL}.")
     if at_once < 1:
       raise ValueError(f"at_once={at_once} must be at least 1.")
-    self.procedure, self.at_once, self.small, self.softmax, self.place = procedure, at_once, small, softmax, place
-    self._predict = jax.jit(predict)
-    self._add = jax.jit(_add, donate_argnums=0)
-    self._finished = jax.jit(_finished, donate_argnums=0, static_argnums=(5, 6))
+    self.procedure, self.at_once, self.small, self.place = procedure, at_once, small, place
+    self.shapes, self._unused = set(), []  # the latter tiles, to be written over
+
+    def full(weights: Any, batch: dict[str, Array]) -> Array:
+      # Scores of smaller windows have the same shape, and so the same programs afterwards.
+      scores = predict(weights, batch)
+      missing = [(0, max(procedure.window - side, 0)) for side in scores.shape[1:3]]
+      return jnp.pad(scores, ((0, 0), *missing, (0, 0)))
+
+    self._predict = jax.jit(full, **({} if gathered is None else {"out_shardings": gathered}))
+    self._add = jax.jit(tiles.add, donate_argnums=0)
+    self._fold = jax.jit(lambda *given: tiles.fold(*given, softmax, decide), donate_argnums=0)
 
   def views(self, example: Example) -> Views:
     """A picture, "image" uint8 or float [H, W, 3], resized to every ratio; everything else goes to the method."""
@@ -253,19 +225,20 @@ class Labelling:
     images = []
     for ratio in self.procedure.ratios:
       size = scaled_size(image.shape[:2], self.procedure.scale, ratio)
-      same = size == image.shape[:2]
-      images.append(image if same else cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR))
+      images.append(image if size == image.shape[:2] else cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR))
     return Views(images, image.shape[:2], {name: x for name, x in example.items() if name != "image"})
 
-  def __call__(self, weights: Any, pictures: Iterable[Views]) -> Iterator[Array]:
-    """Probabilities of each picture, in order.
+  def __call__(self, weights: Any, pictures: Iterable[Views]) -> Iterator[np.ndarray]:
+    """What is decided of each picture, [H, W, ...] at the size of the result, in order; float32 [H, W, K] of `softmax`.
 
     Pictures are taken from the iterable as they are needed: at most `at_once` are open.
-
-    Returns:
-      float32 [H', W', K] each, on the devices: canvases whose upper left H x W is the picture; what lies beyond means
-      nothing.
     """
+    try:
+      yield from self._results(weights, pictures)
+    finally:
+      self._unused.clear()
+
+  def _results(self, weights: Any, pictures: Iterable[Views]) -> Iterator[np.ndarray]:
     waiting = collections.defaultdict(collections.deque)  # by size of the window: (view, pixels, y, x)
     opened: collections.deque[_Picture] = collections.deque()
     for views in pictures:
@@ -273,9 +246,10 @@ class Labelling:
       opened.append(picture)
       for view in picture.views:
         queue = waiting[view.window]
-        queue.extend((view, *window) for window in view.windows())
-        while len(queue) >= self.at_once:
-          self._run(weights, queue)
+        for window in view.windows():
+          queue.append((view, *window))
+          if len(queue) == self.at_once:
+            self._run(weights, queue)
       if len(opened) >= self.at_once:  # sizes that are rare would keep their pictures waiting
         self._complete(weights, opened[0], waiting)
       while opened and not opened[0].left:
@@ -297,24 +271,60 @@ class Labelling:
     batch = {"image": self.place(np.stack([pixels for _, pixels, _, _ in filled]))}
     for name in taken[0][0].picture.extras:
       batch[name] = self.place(np.stack([view.picture.extras[name] for view, _, _, _ in filled]))
+    self.shapes.add(filled[0][0].window)
     scores = self._predict(weights, batch)
     for i, (view, _, y, x) in enumerate(taken):
-      if view.total is None:
-        view.total = jnp.zeros(
-          (*canvas(view.image.shape[:2]), scores.shape[-1]), jnp.promote_types(scores, jnp.float32)
-        )
-      view.total = self._add(view.total, scores, np.int32(i), np.int32(y), np.int32(x))
+      self._keep(view, scores, i, y, x)
       view.left -= 1
       if not view.left:
         self._finish(view)
 
+  def _keep(self, view: _View, scores: Array, i: int, y: int, x: int) -> None:
+    """Adds the scores of window i, whose corner is (y, x), to the tiles of the view."""
+    height, width = view.window
+    for row in range(y // TILE, (y + height - 1) // TILE + 1):
+      for column in range(x // TILE, (x + width - 1) // TILE + 1):
+        first = (row, column) not in view.tiles
+        tile = self._tile(scores) if first else view.tiles.pop((row, column))
+        where = [i, row * TILE - y, column * TILE - x, height, width, first]
+        view.tiles[row, column] = self._add(tile, scores, np.array(where, np.int32))
+
+  def _tile(self, like: Array) -> Array:
+    """A tile of as many classes that nobody uses, whatever it holds."""
+    if self._unused:
+      return self._unused.pop()
+    shape, dtype = (TILE, TILE, like.shape[-1]), jnp.promote_types(like, jnp.float32)
+    return jax.device_put(np.zeros(shape, dtype), like.sharding)
+
   def _finish(self, view: _View) -> None:
-    picture, total = view.picture, view.total
-    sides = zip(view.size, picture.size, canvas(picture.size), (False, view.mirrored), strict=True)
-    rows, columns = (taps(old, new, length, mirrored=m) for old, new, length, m in sides)
-    if view.size == picture.size and not view.mirrored and total.shape[:2] == canvas(picture.size):
-      rows = columns = None  # all is where it belongs
-    options = self.softmax, 1 / picture.count
-    picture.scores = self._finished(picture.scores, total, view.shares(), rows, columns, *options)
-    view.total = view.image = None
+    """Adds a view, whose windows have all come in, to its picture, or leaves it until the others have."""
+    picture = view.picture
+    view.image = None
     picture.left -= 1
+    picture.ready.append(view)
+    if picture.left and picture.held:
+      return
+    ready, picture.ready = picture.ready, []
+    axes = [view.axes() for view in ready]
+    for corner in picture.corners():
+      for i, (view, reads) in enumerate(zip(ready, axes, strict=True)):
+        self._add_tile(view, corner, reads, last=not picture.left and i == len(ready) - 1)
+    for view in ready:
+      self._unused += view.tiles.values()
+      view.tiles = {}
+
+  def _add_tile(self, view: _View, corner: tuple[int, int], reads: Any, last: bool) -> None:
+    """One view's part of the tile of the result at `corner`."""
+    picture, first = view.picture, corner not in view.picture.sums
+    parts = zip(reads, corner, picture.steps, strict=True)
+    (row, rows), (column, columns) = (tiles.reading(*read, begin, step) for read, begin, step in parts)
+    near = view.tiles[row, column]  # also where there is no further tile, and nothing reads it
+    four = [view.tiles.get((row + down, column + right), near) for down in (0, 1) for right in (0, 1)]
+    total = self._tile(near) if first else picture.sums.pop(corner)
+    weight = np.dtype(near.dtype).type(1 / picture.count)
+    total, decided = self._fold(total, four, (rows, columns), np.array([first, last]), weight)
+    if last:
+      self._unused.append(total)
+      picture.put(np.asarray(decided), corner)
+    else:
+      picture.sums[corner] = total

@@ -1,7 +1,9 @@
 """--mode=predict: the predictions of a folder of pictures as files."""
 
+import collections
 import json
 import os
+import unicodedata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,18 +115,9 @@ def run(
     print(f"no --class given: {predicted if predictor.predicts_class else mean}", flush=True)
   for path in sorted(set(paths) - set(pictures)):
     print(f"skipped: {path.name} is no picture", flush=True)
-  names = [p.stem for p in pictures]
+  given = [_given(path.name, predictor, sentence, said, found) for path in pictures]
+  stems = result_names([(path.name, len(each)) for path, each in zip(pictures, given, strict=True)])
   damaged, waiting = [], []
-
-  def wanted(path: Path) -> list[Wanted]:
-    stem = path.stem if names.count(path.stem) == 1 else path.name.replace(".", "_")
-    if predictor.takes_sentence:
-      texts = [sentence] if said is None else said.get(path.name, [])
-      return [
-        Wanted(stem if len(texts) == 1 else f"{stem}_{number}", {"sentences": text})
-        for number, text in enumerate(texts)
-      ]
-    return [Wanted(stem, {} if found is None else {"boxes": found.get(path.name, [])})]
 
   def flush():
     target.mkdir(parents=True, exist_ok=True)
@@ -149,8 +142,8 @@ def run(
     waiting.clear()
 
   left_alone = 0
-  for path in pictures:
-    wants = wanted(path)
+  for path, names, each in zip(pictures, stems, given, strict=True):
+    wants = [Wanted(*pair) for pair in zip(names, each, strict=True)]
     left_alone += not wants
     try:
       image = pictures_lib.read_picture(path) if wants else None
@@ -177,6 +170,41 @@ def run(
       f"The other {done} are done; mend or remove these."
     )
   return done
+
+
+def _given(name: str, predictor: Predictor, sentence: str, said: Any, found: Any) -> list[dict[str, Any]]:
+  """What is given for each prediction of a picture."""
+  if predictor.takes_sentence:
+    return [{"sentences": text} for text in ([sentence] if said is None else said.get(name, []))]
+  return [{} if found is None else {"boxes": found.get(name, [])}]
+
+
+def result_names(pictures: list[tuple[str, int]]) -> list[list[str]]:
+  """Names of the results of each picture, no two alike, also where upper and lower case are not told apart.
+
+  A result is called as its picture is without its suffix, with _0, _1 .. where a picture has several; where results of
+  two pictures would have one name, "a_jpg" for a.jpg, or else "a.jpg", or else with the number of the picture.
+
+  Args:
+    pictures: name of the file, with a suffix, and how many results it has.
+  """
+  level = [0] * len(pictures)
+
+  def named(i: int) -> list[str]:
+    name, count = pictures[i]
+    stem = (Path(name).stem, name.replace(".", "_"), name, f"{name}_{i}")[level[i]]
+    return [f"{stem}_{number}" for number in range(count)] if count > 1 else [stem]
+
+  while True:
+    owners = collections.defaultdict(set)
+    for i in range(len(pictures)):
+      for name in named(i):
+        owners[unicodedata.normalize("NFC", name).casefold()].add(i)
+    shared = sorted({i for group in owners.values() if len(group) > 1 for i in group})
+    if not shared:
+      return [named(i)[:count] for i, (_, count) in enumerate(pictures)]
+    for i in shared:
+      level[i] += 1
 
 
 def read_sentences(path: str) -> dict[str, list[str]]:

@@ -63,18 +63,15 @@ class Sliding:
 
   def __init__(self, config: ConfigDict, product: Product):
     words, options = config.eval.test_time, {"at_once": config.eval.batch_size, "small": config.eval.small}
+    options["decide"] = product.task.decide
     self._labelling = labelling.Labelling(evaluate.make_scores(product), labelling.parse(words), **options)
-    self._decide, self._result, self._dtype = jax.jit(product.task.decide), product.task.result, _dtype(config)
+    self._result, self._dtype = product.task.result, _dtype(config)
 
   def __call__(self, weights: Any, images: Sequence[np.ndarray], known: Known) -> Results:
     # Bytes stay bytes until they are resized, as in the evaluation.
     given = [image if image.dtype == np.uint8 else pictures_lib.unit(image, self._dtype) for image in images]
     views = (self._labelling.views({"image": image, **own}) for image, own in zip(given, known, strict=True))
-    results = []
-    for image, scores in zip(given, self._labelling(weights, views), strict=True):
-      height, width = image.shape[:2]
-      results.append({self._result: np.asarray(self._decide(scores))[:height, :width]})
-    return results
+    return [{self._result: label} for label in self._labelling(weights, views)]
 
 
 class Squeezed:

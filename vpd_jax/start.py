@@ -11,7 +11,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vpd_jax import assemble, class_vectors, config_file, optim, sharding
-from vpd_jax import params as params_lib
 from vpd_jax.assemble import Product
 from vpd_jax.checkpoint import Checkpoints, is_workdir
 from vpd_jax.convert import clip, load, stable_diffusion, towers

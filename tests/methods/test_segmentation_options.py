@@ -8,7 +8,7 @@ import pytest
 from tests import tiny
 from tests.golden import fill
 from tests.test_class_vectors import VOCABULARY, write_tokenizer
-from vpd_jax import assemble, config_file, labelling, params
+from vpd_jax import assemble, config_file, params, tiles
 from vpd_jax.backbones import layers, transformer
 from vpd_jax.backbones.unet import UNetOutput, UNetSizes
 from vpd_jax.backbones.vae import VaeSizes
@@ -217,7 +217,7 @@ def test_what_lies_beyond_the_picture_does_not_count(ignored):
   label[:9] = ignored
   scores = fill.normal("scores", (128, 128, 4), 0)
   measured = task(ignore_label=ignored).measure
-  canvas = labelling.on_canvas(label, labelling.NOWHERE)
+  canvas = tiles.on_canvas(label, tiles.NOWHERE)
   assert canvas.shape == (128, 128)
   whole = measured(jnp.asarray(scores)[None], {"label": jnp.asarray(canvas)[None]})
   cut = measured(jnp.asarray(scores)[None, :50, :70], {"label": jnp.asarray(label)[None]})

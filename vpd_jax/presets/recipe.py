@@ -72,19 +72,23 @@ def evaluation(
   }
 
 
-def labelling(*, batch_size: int, test_time: tuple[str, ...], baselines: int = 0) -> dict[str, Any]:
+def labelling(
+  *, batch_size: int, test_time: tuple[str, ...], baselines: int = 0, small: str = "few_shapes"
+) -> dict[str, Any]:
   """How label maps are scored and predicted.
 
   Args:
     batch_size: windows, all processes together, in one call of the network.
     test_time: of "flip", "slide:WINDOW:STRIDE", "resize:LONG:SHORT" and "ms:RATIO:RATIO..", see labelling.py.
     baselines: see `evaluation`.
+    small: what a side shorter than the window does: "whole" makes the window shorter there, as released, and the
+      network is compiled for every shape; "few_shapes": windows of at most nine shapes; "padded" with grey, one shape.
 
   Returns:
-    also what a side shorter than the window does, small: "whole" (released) or "padded"; the rest as `evaluation`.
+    also small; the rest as `evaluation`.
   """
   common = evaluation(batch_size=batch_size, test_time=test_time, baselines=baselines)
-  return {name: value for name, value in common.items() if name != "coverage"} | {"small": "whole"}
+  return {name: value for name, value in common.items() if name != "coverage"} | {"small": small}
 
 
 def run(*, num_steps: int, log_every: int, eval_every: int, save_every: int) -> dict[str, Any]:

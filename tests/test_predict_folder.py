@@ -1,0 +1,70 @@
+"""Names of the results of a folder of pictures: no result is written over another."""
+
+import json
+import types
+
+import pytest
+from PIL import Image
+
+from vpd_jax import config_file, predict_folder
+
+FOLDERS = {
+  "all different": ([("a.jpg", 1), ("b.PNG", 1)], [["a"], ["b"]]),
+  "one stem": ([("a.jpg", 1), ("a.png", 1)], [["a_jpg"], ["a_png"]]),
+  "a name like the longer one": (
+    [("a.jpg", 1), ("a.png", 1), ("a_jpg.bmp", 1)],
+    [["a.jpg"], ["a_png"], ["a_jpg_bmp"]],
+  ),
+  "sentences": ([("car.jpg", 2), ("car_1.jpg", 1)], [["car_jpg_0", "car_jpg_1"], ["car_1_jpg"]]),
+  "sentences, no collision": ([("car.jpg", 2), ("car_2.jpg", 1)], [["car_0", "car_1"], ["car_2"]]),
+  "a picture without any": ([("a.jpg", 0), ("a.png", 2)], [[], ["a_0", "a_1"]]),
+  "upper and lower case": ([("A.jpg", 1), ("a.png", 1)], [["A_jpg"], ["a_png"]]),
+  "nothing but case": ([("A.jpg", 1), ("a.jpg", 1)], [["A.jpg_0"], ["a.jpg_1"]]),
+  "two ways of writing one letter": ([("\u00e9.jpg", 1), ("e\u0301.png", 1)], [["\u00e9_jpg"], ["e\u0301_png"]]),
+  "a suffix inside": ([("a.jpg", 1), ("a.jpg.png", 1), ("a.png", 1)], [["a_jpg"], ["a.jpg"], ["a_png"]]),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_no_two_results_have_one_name(case):
+  pictures, expected = FOLDERS[case]
+  names = predict_folder.result_names(pictures)
+  assert names == expected
+  flat = [name.casefold() for each in names for name in each]
+  assert len(set(flat)) == len(flat) == sum(count for _, count in pictures)
+
+
+class Labels:
+  """Stands for a network: the number of each picture's gray is its label."""
+
+  origin, takes_class, takes_sentence, takes_boxes = (), False, True, False
+
+  def __init__(self):
+    self.product = types.SimpleNamespace(method=None, task=self)
+    self.result = "label"
+
+  def predict(self, images, class_id, sentences):
+    return [{"label": (image, sentence)} for image, sentence in zip(images, sentences, strict=True)]
+
+  def save(self, stem, label, facts, image):
+    path = stem.with_name(f"{stem.name}.json")
+    assert not path.exists(), "written over"
+    path.write_text(f"{facts['source']}: {label[1]}")
+
+
+def test_as_many_results_are_written_as_are_told(tmp_path, monkeypatch, capsys):
+  source, output = tmp_path / "in", tmp_path / "out"
+  source.mkdir()
+  for name in ("a.jpg", "a.png", "a_jpg.bmp", "car.jpg", "car_1.jpg"):
+    Image.new("RGB", (8, 8)).save(source / name)
+  said = [{"image": name.name, "sentence": "it"} for name in source.iterdir()] + [{"image": "car.jpg", "sentence": "b"}]
+  (tmp_path / "said.json").write_text(json.dumps(said))
+  monkeypatch.setattr(predict_folder.Predictor, "load", lambda *_, **__: Labels())
+  config = config_file.load("configs/my_refer.py").unlock()
+  config.init.pretrained = "made-up"
+  options = {"source": str(source), "output": str(output), "sentences": str(tmp_path / "said.json")}
+  assert predict_folder.run(config, "", **options) == 5
+  assert sorted(p.read_text() for p in output.iterdir()) == [
+    "a.jpg: it", "a.png: it", "a_jpg.bmp: it", "car.jpg: b", "car.jpg: it", "car_1.jpg: it",
+  ]  # fmt: skip
+  assert "5 pictures written" in capsys.readouterr().out
