@@ -136,11 +136,11 @@ class _Pictures:
       labelling.parse(config.eval.test_time),
       at_once=config.eval.batch_size // jax.process_count(),
       small=config.eval.small,
-      decide=labelling.most_probable,
+      decide=labelling.label_or_not_finite,
       place=lambda x: jax.device_put(x, sharding.batch_sharding(self._local)),
       gathered=sharding.replicated(self._local),
     )
-    self._measure, self._not_finite = jax.jit(product.task.measure), jax.jit(inference.not_finite_inside)
+    self._measure = jax.jit(product.task.measure)
 
   def __call__(self, weights: Weights, panels: int) -> Iterator[tuple[Rows, np.ndarray]]:
     """As _Batches, picture by picture, which is a batch of one for each process."""
@@ -163,16 +163,10 @@ class _Pictures:
     with contextlib.closing(examples):
       for shown, label in enumerate(self._labelling(weights, views())):
         example = waiting.popleft()
-<<<<<<< HEAD
-        batch = {name: labelling.on_canvas(example[name], labelling.NOWHERE)[None] for name in self._product.task.needs}
-        height, width = example["image"].shape[:2]
-        count = self._not_finite(scores, height, width)[None]
-        measured = jax.device_get({"not_finite": count} | self._measure(scores[None], batch))
+        bad = label < 0
+        label = np.where(bad, ~label, label)
+        measured = self._areas(label, example) | {"not_finite": bad.sum()[None]}
         measured |= {"real": np.asarray(example["real"])[None]}
-        chosen = labelling.most_probable(scores)[None, :height, :width] if shown < panels else ()
-        yield _gathered(measured), np.asarray(chosen)
-=======
-        measured = self._areas(label, example) | {"real": np.asarray(example["real"])[None]}
         yield _gathered(measured), label[None] if shown < panels else np.asarray(())
 
   def _areas(self, label: np.ndarray, example: Any) -> Rows:
@@ -185,7 +179,6 @@ class _Pictures:
     ]
     joined = jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(rows))
     return {name: value.sum(axis=0, keepdims=True, dtype=value.dtype) for name, value in joined.items()}
->>>>>>> h4
 
 
 class Evaluator:

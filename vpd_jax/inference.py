@@ -143,12 +143,6 @@ def not_finite(prediction: Array) -> Array:
   return (~finite).sum(axis=(1, 2), dtype=jnp.int32)
 
 
-def not_finite_inside(scores: Array, height: Array, width: Array) -> Array:
-  """As `not_finite`, of the upper left height x width of a canvas [H, W, K]: int32 []."""
-  inside = (jnp.arange(scores.shape[0]) < height)[:, None] & (jnp.arange(scores.shape[1]) < width)[None]
-  return (inside & ~jnp.isfinite(scores).all(axis=-1)).sum(dtype=jnp.int32)
-
-
 def test_time(
   predict: Predict,
   words: tuple[str, ...],

@@ -165,6 +165,13 @@ def most_probable(scores: Array) -> Array:
   return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
 
+@jax.jit
+def label_or_not_finite(scores: Array) -> Array:
+  """The most probable class, as its complement (a negative number) where a score is NaN or infinity."""
+  label = most_probable(scores)
+  return jnp.where(jnp.isfinite(scores).all(axis=-1), label, ~label)
+
+
 class Labelling:
   """Labels, probabilities or scores of the classes of pictures, one after the other.
 
