@@ -64,7 +64,7 @@ CONFIGURED = {
   "presets",
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
-LONGEST = 330
+LONGEST = 400  # a file of one concern is rarely over 330
 
 
 def part_of(path: pathlib.Path) -> str:
