@@ -35,12 +35,12 @@ LAYERS = (
     "panels",
   ),
   ("params", "presets", "config_file", "processes", "programs"),
-  ("types", "chips"),
+  ("types", "chips", "atomic"),
 )
 ROW = {part: row for row, parts in enumerate(LAYERS) for part in parts}
 ONLY = {  # narrower than the rows
-  "data": {"types"},  # knows no network
-  "tasks": {"panels", "types"},  # knows no network either; shows its own results
+  "data": {"types", "atomic"},  # knows no network
+  "tasks": {"panels", "types", "atomic"},  # knows no network either; shows its own results
   "methods": {"backbones", "types"},
   "backbones": {"types"},  # no paper-specific code
   "presets": set(),

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from vpd_jax import atomic
 from vpd_jax.convert import files
 
 NETWORKS = ("unet", "vae", "text_encoder")
@@ -151,14 +152,8 @@ def _needed(folder: epath.Path, parts: tuple[str, ...]) -> list[epath.Path]:
 
 def _copy(source: epath.Path, target: pathlib.Path) -> None:
   """Copies one file; it appears under its name only when it is complete."""
-  target.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = target.with_name(f"{target.name}.{os.getpid()}.unfinished")
-  try:
-    with source.open("rb") as read, unfinished.open("wb") as write:
-      shutil.copyfileobj(read, write, 1 << 24)
-    os.replace(unfinished, target)
-  finally:
-    unfinished.unlink(missing_ok=True)
+  with atomic.beside(target) as unfinished, source.open("rb") as read, unfinished.open("wb") as write:
+    shutil.copyfileobj(read, write, 1 << 24)
 
 
 def _from_hub(source: str, found: HubId, parts: tuple[str, ...]) -> pathlib.Path:

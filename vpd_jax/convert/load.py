@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from vpd_jax import atomic
 from vpd_jax.convert import clip, fetch, files, released, stable_diffusion
 from vpd_jax.convert.rules import COUNTER, ConversionError, Report, Same, convert
 
@@ -132,13 +133,6 @@ def save(
   output = _absolute(output)
   if output.exists():
     raise ValueError(f"output={str(output)!r} exists already; choose another name or remove it.")
-  unfinished = output.parent / f"{output.name}.unfinished"
-  if unfinished.exists():
-    unfinished.rmtree()
-  (unfinished / "arrays").mkdir(parents=True)
-  for i, part in enumerate(_parts(named)):
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-      writer.save(unfinished / "arrays" / f"{i:03}", args=ocp.args.PyTreeSave(part))
   content = {
     "table": report.table,
     "step": report.step,
@@ -149,8 +143,12 @@ def save(
     "arrays": len(named),
     "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
   }
-  (unfinished / "manifest.json").write_text(json.dumps(content, indent=1))
-  unfinished.rename(output)
+  with atomic.beside(output) as unfinished:
+    (unfinished / "arrays").mkdir(parents=True)
+    for i, part in enumerate(_parts(named)):
+      with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+        writer.save(unfinished / "arrays" / f"{i:03}", args=ocp.args.PyTreeSave(part))
+    (unfinished / "manifest.json").write_text(atomic.to_json(content, indent=1))
 
 
 def manifest(path: str | epath.PathLike) -> dict[str, Any]:
