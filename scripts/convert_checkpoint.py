@@ -12,7 +12,7 @@ import argparse
 import json
 import pathlib
 
-from vpd_jax import assemble, checkpoint, config_file, start
+from vpd_jax import assemble, checkpoint, config_file, finite, start
 from vpd_jax.convert import load, released, write
 
 
@@ -57,7 +57,9 @@ def read(args: argparse.Namespace, shapes: dict) -> tuple[dict, int]:
   with checkpoint.Checkpoints(args.source, read_only=True) as checkpoints:
     step = checkpoints.latest_step() if args.step is None else args.step
     weights = checkpoints.restore_weights(step)
-  return weights["params"] | weights["frozen"] | weights["stats"], step
+  named = weights["params"] | weights["frozen"] | weights["stats"]
+  finite.check(named, f"checkpoint {step} of {args.source}")
+  return named, step
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ LAYERS = (
     "panels",
   ),
   ("params", "presets", "config_file", "processes", "programs"),
-  ("types", "chips", "atomic"),
+  ("types", "chips", "atomic", "finite"),
 )
 ROW = {part: row for row, parts in enumerate(LAYERS) for part in parts}
 ONLY = {  # narrower than the rows

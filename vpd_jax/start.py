@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpd_jax import assemble, class_vectors, config_file, sharding
+from vpd_jax import assemble, class_vectors, config_file, finite, sharding
 from vpd_jax import params as params_lib
 from vpd_jax.assemble import Product
 from vpd_jax.checkpoint import Checkpoints, is_workdir
@@ -166,7 +166,7 @@ def _of_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[st
   What the method has for training only is left out where the model does. What predicts the class may be missing.
 
   Raises:
-    ValueError: the names or shapes are not those of the model.
+    ValueError: the names or shapes are not those of the model; NaN or infinity.
   """
   which, shapes = config.eval.checkpoint, product.parts.shapes
   if which not in ("newest", "best"):
@@ -188,6 +188,7 @@ def _of_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[st
       f"of another shape, like {wrong[:3]}; give the config it was trained with."
     )
   named = {n: x.astype(shapes[n].dtype) for n, x in named.items()}
+  finite.check(named, f"checkpoint {step} of {workdir}")
   return named, f"weights: {workdir}, checkpoint of step {step}" + (", moving average" if saved.get("ema") else "")
 
 
@@ -254,7 +255,8 @@ def resume_or_start(
     accept_changes: go on although the config differs from the checkpoint's where it matters.
 
   Raises:
-    ValueError: the workdir was made with another method, neck, head, task, data, optim or backbone.
+    ValueError: the workdir was made with another method, neck, head, task, data, optim or backbone; its checkpoint
+      holds NaN or infinity.
   """
   step = checkpoints.latest_step()
   if step is None:
@@ -266,7 +268,10 @@ def resume_or_start(
       "go on all the same with --accept_config_changes."
     )
   abstract = sharding.abstract(state_shapes(config, product), state_shardings(config, product, mesh))
-  return checkpoints.restore(step, abstract), [
+  state = checkpoints.restore(step, abstract)
+  named = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(state)}
+  finite.check(named, f"checkpoint {step} of the workdir")
+  return state, [
     f"resumed: checkpoint of step {step}",
     *(f"changed: {c}" for c in changed),
   ]

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -17,6 +16,7 @@ from vpd_jax import assemble, chips, config_file, evaluate, opening, optim, prog
 from vpd_jax import params as params_lib
 from vpd_jax.assemble import Product
 from vpd_jax.data import pipeline
+from vpd_jax.finite import check_finite
 from vpd_jax.stop import StopRequest
 from vpd_jax.trace import Trace
 from vpd_jax.types import Array, Batch, Branch, Loss, Named, Outputs, Task, TrainState
@@ -211,13 +211,19 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     progress = writers.Progress(end, config.data.batch_size, start=begin, devices=mesh.size)
     trace = stack.enter_context(Trace(config.profile, workdir, log, lambda: programs.text(compiled)))
     pending, logs = [], {}
+
+    def batch_of(step: int) -> Batch:
+      """The batch of a step once more."""
+      with contextlib.closing(_batches(config, product, dataset, mesh, step - 1, encode)) as again:
+        return next(again)
+
     for step in range(begin + 1, end + 1):
       trace.before(step - begin, logs)
       state, logs = compiled(state, batch)
       pending.append((step, logs["train/loss"], logs["norm/gradients"]))
       last = stop.now() or step == end
       if last or step % config.log_every == 0:
-        pending = check_finite(pending)
+        pending = check_finite(pending, state, batch_of)
         line, speed = progress.report(step, float(logs["train/loss"]))
         speed |= programs.rates(speed.get("perf/step_ms", math.inf) / 1e3, flops, model / mesh.size)
         speed |= {"perf/input_wait_ms": batches.mean_wait_ms(), "data/skipped_rows": batches.skipped}
@@ -229,7 +235,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
           new = score(step, state)
           scores, last = new or scores, last or stop.requested
         if due or last or step % config.save_every == 0:
-          pending = check_finite(pending)
+          pending = check_finite(pending, state, batch_of)
           checkpoints.save(step, state, start.to_json(config), new, force=last)
       if last:
         break
@@ -297,18 +303,6 @@ def model_flops(config: ConfigDict, batch: Batch) -> float:
   step = make_step(product, loss_group=config.optim.loss_group)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
   return programs.model_flops(step, start.state_shapes(config, product), shapes)
-
-
-def check_finite(pending: list[tuple[int, Array, Array]]) -> list:
-  """An empty list; raises FloatingPointError naming the first step whose loss or gradient is not finite."""
-  for step, loss, norm in jax.device_get(pending):
-    if not np.isfinite(loss + norm):
-      raise FloatingPointError(
-        f"the loss of step {step} is {loss}, the norm of its gradients {norm}; nothing after the last checkpoint was "
-        "saved. "
-        "Lower config.optim.lr, set config.optim.clip_norm, or look at the data of that step."
-      )
-  return []
 
 
 def log(line: str) -> None:

@@ -18,7 +18,7 @@ from etils import epath
 
 from vpd_jax import atomic
 from vpd_jax.convert import clip, fetch, files, released, stable_diffusion
-from vpd_jax.convert.rules import COUNTER, ConversionError, Report, Same, convert
+from vpd_jax.convert.rules import COUNTER, ConversionError, NotFinite, Report, Same, convert
 
 KINDS = ("diffusers", "compvis", *(f"released:{name}" for name in released.TABLES), "ours")
 ACCEPTED = (
@@ -79,6 +79,8 @@ def load_pretrained(
     named, report = convert(weights.tensors, rules, targets, fresh=fresh, table=kind)
   except ConversionError as error:
     raise ConversionError(f"{path}: {error}; give weights of the network that the config describes.") from error
+  except NotFinite as error:
+    raise NotFinite(f"{path}: {error}") from error
   counts = [int(np.asarray(tensor)) for name, tensor in weights.tensors.items() if name.endswith(f".{COUNTER}")]
   return named, dataclasses.replace(_with_others(report, weights), step=max(counts, default=0))
 
@@ -103,7 +105,7 @@ def load_text_encoder(path: str | epath.PathLike, targets: Mapping[str, Any]) ->
     rules = clip.text(weights.tensors)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
-  named, report = convert(weights.tensors, rules, targets, table="text encoder")
+  named, report = convert(weights.tensors, rules, targets, table=f"text encoder of {path}")
   return named, _with_others(report, weights)
 
 
