@@ -35,16 +35,17 @@ LAYERS = (
     "panels",
   ),
   ("params", "presets", "config_file", "processes", "programs"),
-  ("types", "chips", "atomic", "finite"),
+  ("types", "chips", "atomic", "finite", "damage"),
+  ("errors",),
 )
 ROW = {part: row for row, parts in enumerate(LAYERS) for part in parts}
 ONLY = {  # narrower than the rows
-  "data": {"types", "atomic"},  # knows no network
-  "tasks": {"panels", "types", "atomic"},  # knows no network either; shows its own results
-  "methods": {"backbones", "types"},
-  "backbones": {"types"},  # no paper-specific code
-  "presets": set(),
-  "config_file": set(),
+  "data": {"types", "atomic", "errors"},  # knows no network
+  "tasks": {"panels", "types", "atomic", "errors"},  # knows no network either; shows its own results
+  "methods": {"backbones", "types", "errors"},
+  "backbones": {"types", "errors"},  # no paper-specific code
+  "presets": {"errors"},
+  "config_file": {"errors"},
 }
 CONFIGURED = {
   "main",

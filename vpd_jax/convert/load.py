@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from vpd_jax import atomic
+from vpd_jax import atomic, checkpoint, damage
 from vpd_jax.convert import clip, fetch, files, released, stable_diffusion
 from vpd_jax.convert.rules import COUNTER, ConversionError, NotFinite, Report, Same, convert
 
@@ -130,11 +130,12 @@ def save(
     sources: {file name: sha256}.
 
   Raises:
-    ValueError: where `output` exists.
+    ValueError: where `output` exists, or could not be read again.
   """
   output = _absolute(output)
   if output.exists():
     raise ValueError(f"output={str(output)!r} exists already; choose another name or remove it.")
+  checkpoint.check_name(output, "output")
   content = {
     "table": report.table,
     "step": report.step,
@@ -163,7 +164,7 @@ def manifest(path: str | epath.PathLike) -> dict[str, Any]:
   try:
     content = json.loads(file.read_text())
     return content | {"table": str(content["table"]), "step": int(content["step"])}
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{file} is not the manifest of converted weights ({error}); convert them again.") from error
 
 
@@ -208,9 +209,12 @@ def _parts(named: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
 def _restore(path: str | epath.PathLike) -> dict[str, np.ndarray]:
   """All arrays of a converted directory, on the host."""
   named = {}
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    for part in sorted((_absolute(path) / "arrays").iterdir()):
-      names = reader.metadata(part).item_metadata.tree
+  folder = _absolute(path)
+  checkpoint.check_name(folder, "weights")
+  told = damage.told(f"weights {path}", folder, "and convert them again")
+  with told, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    for part in sorted((folder / "arrays").iterdir()):
+      names = ocp.PyTreeCheckpointHandler().metadata(part).tree  # a Checkpointer hides why it cannot
       arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
       named |= reader.restore(part, args=ocp.args.PyTreeRestore(restore_args=arguments))
   return named

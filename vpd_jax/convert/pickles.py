@@ -160,6 +160,10 @@ def read(path: pathlib.Path) -> Any:
     return _read_zip(path) if is_zip else _read_legacy(path)
   except (_Refused, OSError):
     raise
+  except MemoryError as error:
+    raise ValueError(
+      f"{path} asks for more memory than there is: make room, or fetch it again where it is damaged."
+    ) from error
   except zipfile.BadZipFile as error:
     raise ValueError(
       f"{path} is damaged: its end, where the table of contents lies, is missing; fetch it again."
