@@ -145,7 +145,7 @@ def _needed(folder: epath.Path, parts: tuple[str, ...]) -> list[epath.Path]:
     if weights is None:
       raise ValueError(f"{folder} holds no weights of {part}/; give a diffusers folder.")
     needed.append(inner / weights)
-    if weights.endswith(files.INDEX):
+    if files.INDEX.search(weights):
       needed += [inner / shard for shard in files.shards(inner / weights)]
   return needed
 
@@ -186,8 +186,10 @@ def _from_hub(source: str, found: HubId, parts: tuple[str, ...]) -> pathlib.Path
 
 def _patterns(part: str, suffix: str) -> list[str]:
   """Names that the weights of a network may have in one form."""
-  names = [f"{part}/{stem}" for stem in files.STEMS]
-  return [f"{name}{end}" for name in names for end in (suffix, f"{suffix}{files.INDEX}", f"-*-of-*{suffix}")]
+  variant, _, form = suffix.removeprefix(".").rpartition(".")
+  numbered = [f"-*-of-*{suffix}"] + [f".{variant}-*-of-*.{form}"] * bool(variant)
+  ends = [(stem + suffix, *files.indices(stem, suffix), *(stem + end for end in numbered)) for stem in files.STEMS]
+  return [f"{part}/{name}" for names in ends for name in names]
 
 
 def _held(folder: pathlib.Path) -> bool:

@@ -75,14 +75,14 @@ def load_pretrained(
     rules = stable_diffusion.compvis(targets)
   else:
     rules = stable_diffusion.diffusers(weights.tensors, targets)
+  tensors = released.named_for(kind.removeprefix("released:"), weights.tensors, targets)
   try:
-    named, report = convert(weights.tensors, rules, targets, fresh=fresh, table=kind)
+    named, report = convert(tensors, rules, targets, fresh=fresh, table=kind)
   except ConversionError as error:
     raise ConversionError(f"{path}: {error}; give weights of the network that the config describes.") from error
   except NotFinite as error:
     raise NotFinite(f"{path}: {error}") from error
-  counts = [int(np.asarray(tensor)) for name, tensor in weights.tensors.items() if name.endswith(f".{COUNTER}")]
-  return named, dataclasses.replace(_with_others(report, weights), step=max(counts, default=0))
+  return named, dataclasses.replace(_with_others(report, weights), step=_steps(weights.tensors))
 
 
 def load_text_encoder(path: str | epath.PathLike, targets: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], Report]:
@@ -187,6 +187,12 @@ def _open(path: str | epath.PathLike) -> tuple[str, files.Weights | None]:
       return kind, weights
   held = list(weights.tensors)[:3]
   raise ValueError(f"weights {str(path)!r} holds names of no known kind, like {held}; give {ACCEPTED}.")
+
+
+def _steps(tensors: Mapping[str, Any]) -> int:
+  """Steps that the BatchNorms have counted; 0 where none did, or none in a number: cast to float16, it is infinite."""
+  counts = [np.asarray(x, np.float64).ravel() for name, x in tensors.items() if name.endswith(f".{COUNTER}")]
+  return max((int(x[0]) for x in counts if x.size == 1 and np.isfinite(x[0]) and x[0] >= 0), default=0)
 
 
 def _with_others(report: Report, weights: files.Weights) -> Report:

@@ -277,7 +277,9 @@ def export(
   arrays, problems, result = to_source(named, rules), collections.defaultdict(list), {}
   for entry in manifest:
     name, shape, origin = entry["name"], tuple(entry["shape"]), entry.get("alias_of") or entry["name"]
-    value = np.asarray(step) if origin.endswith(f".{COUNTER}") else arrays.get(origin)
+    # PyTorch's counter is a scalar; some tools store it as [1].
+    counter = np.full(shape if shape == (1,) else (), step)
+    value = counter if origin.endswith(f".{COUNTER}") else arrays.get(origin)
     if value is None:
       problems["are in the manifest, but not in the weights"].append(name)
     elif value.shape != shape:
