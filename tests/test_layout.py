@@ -16,7 +16,7 @@ LAYERS = (
   ("predict",),
   ("procedures",),
   ("evaluate", "opening"),
-  ("start", "caching"),
+  ("start", "caching", "claim"),
   ("assemble", "class_vectors"),
   ("convert",),
   ("methods", "necks", "heads", "tasks", "data", "model"),

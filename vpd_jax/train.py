@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from vpd_jax import assemble, chips, config_file, evaluate, opening, optim, programs, sharding, start, writers
+from vpd_jax import assemble, chips, claim, config_file, evaluate, opening, optim, programs, sharding, start, writers
 from vpd_jax import params as params_lib
 from vpd_jax.assemble import Product
 from vpd_jax.data import pipeline
@@ -156,7 +156,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     The last scores; empty where nothing was left to do.
 
   Raises:
-    ValueError: in one line, for anything that cannot be assembled, found or resumed.
+    ValueError: in one line, for anything that cannot be assembled, found or resumed; another run has the workdir.
     FloatingPointError: the loss is not finite; names the step.
   """
   config = start.complete(config, config.init.run or config.init.pretrained)
@@ -167,9 +167,12 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
   dataset.source("train")  # a file that is missing is told before anything is made
   evaluator = evaluate.Evaluator(config, product, dataset, mesh)
   with contextlib.ExitStack() as stack:
+    # Before the checkpoints, which remove what another run may be writing.
+    alone = [] if jax.process_index() else stack.enter_context(claim.claimed(workdir))
     checkpoints = stack.enter_context(start.checkpoints(config, product, workdir))
     stop = stack.enter_context(StopRequest())
     state, lines = start.resume_or_start(config, product, mesh, checkpoints, accept_changes=accept_changes)
+    lines += alone
     lines += dataset.describe() if hasattr(dataset, "describe") else []
     lines += [*assemble.sentence_lines(product, dataset), *evaluator.encodings.lines()]
     # Only now: a workdir that is refused stays as it was.
