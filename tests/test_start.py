@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -245,3 +246,19 @@ def test_nan_in_weights_is_refused_from_every_source(tmp_path, compvis, iedp_run
       start.resume_or_start(config, product, sharding.make_mesh(), held)
   with pytest.raises(ValueError, match=rf"checkpoint 1 of .*run: 1 arrays hold NaN or infinity: {name}"):
     start.weights(config, product, str(tmp_path / "run"))
+
+
+def test_the_start_places_all_arrays_in_one_call(iedp_run, monkeypatch):
+  """With several processes, one by one each of them is sent to all, and different ones would not be told."""
+  workdir, config, named = iedp_run
+  product, mesh = assemble.assemble(config), sharding.make_mesh()
+  calls, place = [], sharding.place
+  monkeypatch.setattr(sharding, "place", lambda arrays, where: calls.append(arrays) or place(arrays, where))
+  monkeypatch.setattr(start, "weights", lambda *_: (named, []))
+  state, _ = start.new_state(config, product, mesh)
+  (placed,) = calls
+  assert {n for field in ("params", "frozen", "stats") for n in placed[field]} == named.keys() and placed["step"] == 0
+  where = start.state_shardings(config, product, mesh)
+  assert all(jax.tree.leaves(jax.tree.map(lambda x, w: x.sharding == w, state, where)))
+  start.weights_on_mesh(config, product, mesh, workdir, complete=True)
+  assert {n for field in calls[1].values() for n in field} == named.keys() and len(calls) == 2

@@ -196,15 +196,13 @@ def new_state(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> 
   """A state before the first step, on the mesh, and lines that say where its arrays came from."""
   named, lines = weights(config, product)
   where = state_shardings(config, product, mesh)
-  state = split(product, named)
-  place = lambda arrays, target: {n: jax.device_put(x, target[n]) for n, x in arrays.items()}
-  params = place(state["params"], where.params)
+  fields = split(product, named) | {"step": np.zeros((), np.int32)}
+  placed = sharding.place(fields, {field: getattr(where, field) for field in fields})
   # A moving average of its own memory: the step donates both.
-  ema = place({n: jnp.copy(x) for n, x in params.items()}, where.ema) if config.optim.ema_decay else None
-  opt_state = jax.jit(product.optimizer.init, out_shardings=where.opt_state)(params)
-  step = jax.device_put(jnp.zeros((), jnp.int32), where.step)
-  frozen, stats = place(state["frozen"], where.frozen), place(state["stats"], where.stats)
-  return TrainState(step, params, frozen, stats, opt_state, ema), lines
+  copied = lambda n, x: jax.device_put(jnp.copy(x), where.ema[n])
+  ema = {n: copied(n, x) for n, x in placed["params"].items()} if config.optim.ema_decay else None
+  opt_state = jax.jit(product.optimizer.init, out_shardings=where.opt_state)(placed["params"])
+  return TrainState(**placed, opt_state=opt_state, ema=ema), lines
 
 
 def split(product: Product, named: Named) -> dict[str, Named]:
@@ -303,8 +301,5 @@ def weights_on_mesh(
       "checkpoint as config.init.pretrained."
     )
   where, fields = state_shardings(config, product, mesh), split(product, named)
-  placed = (
-    {n: jax.device_put(x, getattr(where, field)[n]) for n, x in fields[field].items()}
-    for field in ("params", "frozen", "stats")
-  )
-  return tuple(placed), lines
+  placed = sharding.place(fields, {field: getattr(where, field) for field in fields})
+  return (placed["params"], placed["frozen"], placed["stats"]), lines
