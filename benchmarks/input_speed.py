@@ -25,7 +25,7 @@ import made_up_data
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpd_jax import assemble, config_file
+from vpd_jax import assemble, atomic, config_file
 from vpd_jax.data import builders, pipeline
 
 CONFIGS = {
@@ -47,10 +47,9 @@ def made_up(name: str, folder: Path, count: int) -> tuple[ConfigDict, dict[str, 
     config.method.tokenizer = "words"  # CLIP's needs its files
   places = {form: folder / f"{name}_{count}_{form}" for form in ("files", "tfds")}
   if not places["files"].exists():
-    unfinished = places["files"].with_suffix(".unfinished")
-    unfinished.mkdir(parents=True)
-    made_up_data.WRITERS[name](unfinished, count)
-    unfinished.rename(places["files"])
+    with atomic.beside(places["files"]) as unfinished:
+      unfinished.mkdir()
+      made_up_data.WRITERS[name](unfinished, count)
   config.data.root = str(places["files"])
   builders.prepare(assemble.dataset(config, assemble.assemble(config)), places["tfds"], name=name, splits=("train",))
   return config.lock(), {form: str(place) for form, place in places.items()}

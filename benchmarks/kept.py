@@ -4,6 +4,8 @@ import json
 import pathlib
 from typing import Any
 
+from vpd_jax import atomic
+
 Results = dict[str, Any]
 
 
@@ -14,9 +16,7 @@ def held(path: pathlib.Path) -> Results:
 
 def keep(path: pathlib.Path, name: str, result: Any) -> None:
   """Adds or replaces one; the file is whole at any time."""
-  unfinished = path.with_suffix(".unfinished")
-  unfinished.write_text(json.dumps(held(path) | {name: result}, indent=1) + "\n")
-  unfinished.replace(path)
+  atomic.write_json(path, held(path) | {name: result})
 
 
 def marks(script: str) -> tuple[str, str]:

@@ -29,6 +29,7 @@ from ml_collections import ConfigDict, config_flags
 
 from vpd_jax import (
   assemble,
+  atomic,
   caching,
   chips,
   config_file,
@@ -259,7 +260,7 @@ def main() -> None:
     print("\n".join(f"{words[name]}: ours is {ratio:.2f} times as fast" for name, ratio in ratios.items()), flush=True)
     results["ratio"] = ratios
   if JSON.value:
-    Path(JSON.value).write_text(json.dumps(results, indent=1) + "\n")
+    atomic.write_json(Path(JSON.value), results)
 
 
 def parse(arguments: list[str]) -> None:

@@ -12,7 +12,7 @@ import argparse
 import json
 import pathlib
 
-from vpd_jax import assemble, checkpoint, config_file, start
+from vpd_jax import assemble, checkpoint, config_file, finite, start
 from vpd_jax.convert import load, released, write
 
 
@@ -36,13 +36,12 @@ def forward(args: argparse.Namespace) -> None:
 
 def reverse(args: argparse.Namespace) -> None:
   config = start.complete(config_file.load(args.config), args.source)
-  release = f"{config.method.name}_{config.task.name}"
-  if release not in released.TABLES:
-    raise ValueError(f"there is no table for {release!r}; there is one for each of {sorted(released.TABLES)}.")
-  shapes, table = assemble.model_shapes(config), released.TABLES[release]()
+  release = released.of(config.method.name, config.task.name)
+  shapes, table = released.inside(assemble.model_shapes(config), release), released.TABLES[release]()
   named, step = read(args, shapes)
+  named = released.inside(named, release)
   if args.manifest:
-    entries = json.loads(pathlib.Path(args.manifest).read_text())
+    entries = read_manifest(args.manifest)
   else:
     entries = released.manifest(shapes, table)
   exported = released.state_dict(named, table, entries, step)
@@ -57,7 +56,21 @@ def read(args: argparse.Namespace, shapes: dict) -> tuple[dict, int]:
   with checkpoint.Checkpoints(args.source, read_only=True) as checkpoints:
     step = checkpoints.latest_step() if args.step is None else args.step
     weights = checkpoints.restore_weights(step)
-  return weights["params"] | weights["frozen"] | weights["stats"], step
+  named = weights["params"] | weights["frozen"] | weights["stats"]
+  finite.check(named, f"checkpoint {step} of {args.source}")
+  return named, step
+
+
+def read_manifest(path: str) -> list[dict]:
+  """The entries of --manifest."""
+  try:
+    entries = json.loads(pathlib.Path(path).read_text())
+  except (OSError, ValueError) as error:
+    raise ValueError(f"--manifest={path!r} cannot be read ({error}).") from None
+  needed = {"name", "shape", "dtype"}
+  if not isinstance(entries, list) or not all(isinstance(e, dict) and needed <= e.keys() for e in entries):
+    raise ValueError(f"--manifest={path!r} must be a list of objects with {', '.join(sorted(needed))}.")
+  return entries
 
 
 def main() -> None:

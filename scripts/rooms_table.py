@@ -21,6 +21,8 @@ import sys
 import time
 from typing import Any, NamedTuple
 
+from vpd_jax import atomic
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "rooms_table.json"
 README = ROOT / "README.md"
@@ -232,9 +234,7 @@ def keep(kind: str, record: Record) -> None:
   key = lambda r: (r["task"], r["method"], r.get("seed", 0))
   results = held()
   results[kind] = sorted([r for r in results[kind] if key(r) != key(record)] + [record], key=key)
-  unfinished = RESULTS.with_suffix(".unfinished")
-  unfinished.write_text(json.dumps(results, indent=1) + "\n")
-  unfinished.replace(RESULTS)
+  atomic.write_json(RESULTS, results)
 
 
 def table(results: dict[str, list[Record]], rows: Rows) -> str:

@@ -4,10 +4,12 @@ import contextlib
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -283,3 +285,104 @@ with checkpoint.Checkpoints({str(tmp_path)!r}) as saved:
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
   assert "RuntimeError: stop" in done.stderr
   assert checkpoint.is_workdir(tmp_path)
+
+
+DAMAGE = {
+  "state/manifest.ocdbt": ("cut", "remove"),
+  "state/_METADATA": ("cut", "empty", "garble", "remove"),
+  "state/d/*": ("cut", "garble", "remove"),
+  "config/metadata": ("cut", "empty", "garble", "remove"),
+}
+HARM = {
+  "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+  "empty": lambda file: file.write_bytes(b""),
+  "garble": lambda file: file.write_bytes(b"\xeb" * file.stat().st_size),
+  "remove": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's threads, after the error
+def test_damage_is_called_damage(tmp_path):
+  with checkpoint.Checkpoints(tmp_path / "whole") as saved:
+    saved.save(1, start(), CONFIG, force=True)
+  for pattern, kinds in DAMAGE.items():
+    for kind in kinds:
+      shutil.rmtree(tmp_path / "run", ignore_errors=True)
+      shutil.copytree(tmp_path / "whole", tmp_path / "run")
+      (file,) = (tmp_path / "run" / "checkpoints" / "1").glob(pattern)
+      HARM[kind](file)
+      with (
+        checkpoint.Checkpoints(tmp_path / "run", read_only=True) as saved,
+        pytest.raises(ValueError, match=r"checkpoint 1 of .* is damaged .*remove .*checkpoints/1,"),
+      ):
+        saved.restore_config(1) if "config" in pattern else saved.restore_weights(1)
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    ConnectionResetError(104, "Connection reset by peer"),
+    PermissionError(13, "Permission denied"),
+    OSError(5, "Input/output error"),
+    MemoryError(),
+    ValueError('PERMISSION_DENIED: Error opening "zarr" driver: Error reading local file'),
+    ValueError("UNAVAILABLE: CURL error[6] Could not resolve hostname"),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"),
+  ],
+  ids=lambda error: type(error).__name__ + str(error)[:12],
+)
+def test_what_is_no_damage_is_not_called_so(tmp_path, monkeypatch, error):
+  with checkpoint.Checkpoints(tmp_path) as saved:
+    saved.save(1, start(), CONFIG, force=True)
+    monkeypatch.setattr(saved._manager, "restore", mock.Mock(side_effect=error))
+    monkeypatch.setattr(saved._manager, "metrics", mock.Mock(side_effect=error))
+    reads = (lambda: saved.restore_config(1), lambda: saved.restore(1, abstract(start())), lambda: saved.scores(1))
+    for read in reads:
+      with pytest.raises(ValueError, match=r"cannot be read now \(.* keep it, see to the connection") as caught:
+        read()
+      assert "remove" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_error_of_the_program_while_reading_stays_itself(tmp_path, monkeypatch):
+  with checkpoint.Checkpoints(tmp_path) as saved:
+    saved.save(1, start(), CONFIG, force=True)
+    for error in (TypeError("a bug"), ValueError("a bug"), KeyError("bug")):
+      monkeypatch.setattr(
+        saved._manager, "restore", lambda *_, error=error, **__: exec("raise error", {"error": error})
+      )
+      with pytest.raises(type(error)) as caught:
+        saved.restore_config(1)
+      assert caught.value is error
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a[", "b]", "[!a]", "a*", "a?", "a\\b"])
+def test_a_workdir_that_could_not_be_read_again_is_refused_before_anything_is_made(tmp_path, name):
+  with pytest.raises(ValueError, match=r"workdir=.* holds .*; choose one without them"):
+    checkpoint.Checkpoints(tmp_path / name / "run")
+  assert not list(tmp_path.iterdir())
+
+
+def test_the_first_save_of_a_run_is_read_back(tmp_path, monkeypatch):
+  seen = []
+  real = checkpoint.Checkpoints._saved
+  monkeypatch.setattr(checkpoint.Checkpoints, "_saved", lambda self, step: seen.append(step) or real(self, step))
+  with checkpoint.Checkpoints(tmp_path) as saved:
+    saved.save(1, start(), CONFIG)
+    assert seen == [1]
+    saved.save(2, start(), CONFIG)
+  assert seen == [1]
+  monkeypatch.setattr(checkpoint.Checkpoints, "_saved", lambda *_: {})
+  with (
+    checkpoint.Checkpoints(tmp_path / "other") as saved,
+    pytest.raises(ValueError, match=r"checkpoint 1 of .*other.* cannot be read back; choose another --workdir"),
+  ):
+    saved.save(1, start(), CONFIG)
+
+
+def test_a_folder_that_must_not_be_looked_into_is_not_taken_for_empty(tmp_path, monkeypatch):
+  def refuse(path, *_, **__):
+    raise PermissionError(13, "Permission denied", str(path))
+
+  monkeypatch.setattr(os, "stat", refuse)
+  with pytest.raises(ValueError, match=r"cannot be searched for checkpoints .*Permission denied"):
+    checkpoint.is_workdir(tmp_path)

@@ -16,7 +16,7 @@ LAYERS = (
   ("predict",),
   ("procedures",),
   ("evaluate", "opening"),
-  ("start", "caching"),
+  ("start", "caching", "claim"),
   ("assemble", "class_vectors"),
   ("convert",),
   ("methods", "necks", "heads", "tasks", "data", "model"),
@@ -36,16 +36,17 @@ LAYERS = (
   ),
   ("params", "presets", "config_file", "fields", "processes", "programs", "accelerators", "tiles"),
   ("initializers",),
-  ("types", "chips"),
+  ("types", "chips", "atomic", "finite", "damage"),
+  ("errors",),
 )
 ROW = {part: row for row, parts in enumerate(LAYERS) for part in parts}
 ONLY = {  # narrower than the rows
-  "data": {"types"},  # knows no network
-  "tasks": {"panels", "types"},  # knows no network either; shows its own results
-  "methods": {"backbones", "initializers", "types"},
-  "backbones": {"initializers", "types"},  # no paper-specific code
-  "presets": set(),
-  "config_file": set(),
+  "data": {"types", "atomic", "errors"},  # knows no network
+  "tasks": {"panels", "types", "atomic", "errors"},  # knows no network either; shows its own results
+  "methods": {"backbones", "initializers", "types", "errors"},
+  "backbones": {"initializers", "types", "errors"},  # no paper-specific code
+  "presets": {"errors"},
+  "config_file": {"errors"},
 }
 CONFIGURED = {
   "main",

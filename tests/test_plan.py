@@ -323,3 +323,13 @@ def test_weights_can_be_split_over_part_of_a_side_of_the_network():
   pytest.importorskip("libtpu")
   devices = slices.of("v6e:16x16")
   assert dict(sharding.make_mesh(-1, 8, devices=devices).shape) == {"data": 32, "fsdp": 8}
+
+
+@pytest.mark.parametrize("damaged", ['{"0123": {"st', "", "[]", "\x00\x00"])
+def test_a_damaged_plan_is_made_anew(tmp_path, monkeypatch, capsys, damaged):
+  (tmp_path / "plan.json").write_text(damaged)
+  monkeypatch.setattr(plan, "compiled_report", lambda *_: {"step": "train"})
+  kept = plan._Kept(str(tmp_path))
+  assert "plan.json is damaged" in capsys.readouterr().out
+  kept.report(config_of(), "train", jax.devices(), "", "default", 0)
+  assert list(json.loads((tmp_path / "plan.json").read_text()).values()) == [{"step": "train"}]

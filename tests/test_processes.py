@@ -52,6 +52,13 @@ if __name__ == "__main__":
   except ValueError as error:
     found["different"] = str(error)
 
+  seeds = test_processes.config(1000).unlock()
+  seeds.seed = index
+  try:
+    train.run(seeds.lock(), str(folder / "seeds"))
+  except ValueError as error:
+    found["seeds"] = str(error)
+
   if index == 1:  # the process that writes no file
     lines = folder / "stopped" / "metrics.jsonl"
     threading.Thread(target=terminate_when, args=[lines.exists], daemon=True).start()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vpd_jax import assemble, config_file, evaluate, plan, predict_folder, sharding, start, train
+from vpd_jax import assemble, claim, config_file, evaluate, plan, predict_folder, sharding, start, train
 from vpd_jax.checkpoint import Checkpoints
 
 
@@ -114,6 +114,16 @@ def test_evaluation_prints_the_scores_of_training_and_the_trivial_predictors(run
   text = capsys.readouterr().out
   assert "checkpoint of step 4" in text and "linear_rgb_position" in text
   assert json.loads((workdir / "eval.json").read_text())["scores"] == pytest.approx(again)
+
+
+def test_a_second_run_in_a_workdir_is_refused_and_an_evaluation_is_not(run):
+  workdir, scores = run
+  before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+  with claim.claimed(workdir):
+    with pytest.raises(ValueError, match="is in use by another run"):
+      train.run(rooms(), str(workdir))
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path != workdir / claim.LOCK} == before
+    assert evaluate.run(rooms(), str(workdir)) == pytest.approx(scores, rel=1e-6)
 
 
 def test_evaluation_of_nothing_is_refused(tmp_path):

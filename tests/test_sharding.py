@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import optax
 import pytest
@@ -106,3 +107,11 @@ def test_a_rule_goes_before_the_default_and_holds_for_moments():
 def test_a_batch_is_split_over_all_devices():
   batch = jax.device_put(jnp.zeros((16, 2)), sharding.batch_sharding(sharding.make_mesh(fsdp=2)))
   assert [shard.data.shape for shard in batch.addressable_shards] == [(2, 2)] * 8
+
+
+def test_checksums_tell_arrays_of_any_type_and_shape_apart():
+  for kind in (np.float32, np.int32, np.bool_, ml_dtypes.bfloat16):
+    zero, one = np.zeros((), kind), np.ones((), kind)
+    assert sharding._checksum(zero) == sharding._checksum(jnp.asarray(zero)) != sharding._checksum(one)
+    matrix = np.arange(6).reshape(2, 3).astype(kind)
+    assert sharding._checksum(matrix.T) == sharding._checksum(np.ascontiguousarray(matrix.T))

@@ -2,13 +2,14 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests import oracle, test_class_vectors, tiny
 from tests.methods.test_iedp import iedp_config
-from vpd_jax import assemble, config_file, plan, start, train
+from vpd_jax import assemble, config_file, plan, sharding, start, train
 from vpd_jax.convert import clip, tokenizer, towers, write
 
 
@@ -244,3 +245,38 @@ def test_a_run_that_was_told_the_class_may_predict_it(tmp_path, whole_clip):
   assert named.keys() == product.parts.shapes.keys()
   assert lines == [f"weights: {tmp_path}, checkpoint of step 1", f"classes predicted by CLIP: {whole_clip}"]
   assert jnp.asarray(named["method/class_predictor/names"]).dtype == jnp.float32
+
+
+def test_nan_in_weights_is_refused_from_every_source(tmp_path, compvis, iedp_run):
+  state = oracle.weights("sd_unet_hier") | oracle.weights("sd_vae_encoder")
+  name = "model.diffusion_model.input_blocks.0.0.bias"
+  write.write(tmp_path / "sd.safetensors", state | {name: np.full_like(state[name], np.nan)})
+  config = config_of(tmp_path / "sd.safetensors")
+  with pytest.raises(ValueError, match=rf"sd\.safetensors.*: 1 arrays hold NaN.*{name}"):
+    start.weights(config, assemble.assemble(config))
+  _, config, named = iedp_run
+  product = assemble.assemble(config)
+  name = next(n for n in product.groups.lr if n.startswith("head/"))
+  damaged = tiny.train_state(product, named | {name: np.full_like(named[name], np.inf)})
+  with start.checkpoints(config, product, str(tmp_path / "run")) as held:
+    held.save(1, damaged, start.to_json(config), {}, force=True)
+    with pytest.raises(ValueError, match=rf"checkpoint 1 of the workdir: 1 arrays hold NaN or infinity.*{name}"):
+      start.resume_or_start(config, product, sharding.make_mesh(), held)
+  with pytest.raises(ValueError, match=rf"checkpoint 1 of .*run: 1 arrays hold NaN or infinity: {name}"):
+    start.weights(config, product, str(tmp_path / "run"))
+
+
+def test_the_start_places_all_arrays_in_one_call(iedp_run, monkeypatch):
+  """With several processes, one by one each of them is sent to all, and different ones would not be told."""
+  workdir, config, named = iedp_run
+  product, mesh = assemble.assemble(config), sharding.make_mesh()
+  calls, place = [], sharding.place
+  monkeypatch.setattr(sharding, "place", lambda arrays, where: calls.append(arrays) or place(arrays, where))
+  monkeypatch.setattr(start, "weights", lambda *_: (named, []))
+  state, _ = start.new_state(config, product, mesh)
+  (placed,) = calls
+  assert {n for field in ("params", "frozen", "stats") for n in placed[field]} == named.keys() and placed["step"] == 0
+  where = start.state_shardings(config, product, mesh)
+  assert all(jax.tree.leaves(jax.tree.map(lambda x, w: x.sharding == w, state, where)))
+  start.weights_on_mesh(config, product, mesh, workdir, complete=True)
+  assert {n for field in calls[1].values() for n in field} == named.keys() and len(calls) == 2

@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from vpd_jax import assemble, sharding
+from vpd_jax import assemble, atomic, sharding
 from vpd_jax.assemble import Product
 from vpd_jax.params import Parts
 from vpd_jax.types import Array, Batch, Named
@@ -87,13 +87,9 @@ class Disk:
       ValueError: the disk is full.
     """
     path, held = self._path(key), np.ascontiguousarray(result).tobytes()
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
-      path.parent.mkdir(exist_ok=True)
-      unfinished.write_bytes(held + _digest(held).digest())
-      unfinished.replace(path)
+      atomic.write(path, held + _digest(held).digest())
     except OSError as error:
-      unfinished.unlink(missing_ok=True)
       raise ValueError(
         f"{path} cannot be written ({error.strerror}); make room for data.cache_folder, or set data.cache='off'."
       ) from None

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
+
+from vpd_jax import damage
 
 WEIGHTS = ("params", "frozen", "stats", "ema")
 FOLDER = "checkpoints"
@@ -30,7 +33,7 @@ class Checkpoints:
   """The checkpoints of one workdir: the newest `keep` and the best `keep_best` are kept.
 
   Saving runs in the background: `save` returns when the state has been copied, so that it may be donated; `close`
-  (or leaving the `with`) waits for the disk.
+  (or leaving the `with`) waits for the disk. So does the first `save`, which reads back what it has written.
 
   Args:
     workdir: a local folder or a bucket ('gs://...').
@@ -41,7 +44,7 @@ class Checkpoints:
     read_only: nothing is created, cleaned or written.
 
   Raises:
-    ValueError: for a bad option, or a workdir that cannot be made or read.
+    ValueError: for a bad option, or a workdir that cannot be made, read, or read again.
   """
 
   def __init__(
@@ -62,7 +65,8 @@ class Checkpoints:
       )
     self._best_metric, self._keep, self._keep_best = best_metric, keep, keep_best
     self._sign = 1 if best_mode == "max" else -1
-    self._directory = _directory(workdir)
+    self._directory, self._read_back = _directory(workdir), False
+    check_name(self._directory, "workdir")
     # Orbax's own max_to_keep with best_fn would drop the newest checkpoint where it is not among the best.
     kept = [policies.LatestN(keep)]
     if best_metric is not None:
@@ -127,13 +131,18 @@ class Checkpoints:
       scores = {name: float(value) for name, value in metrics.items()} if metrics else None
       with self._reported():
         saved = self._manager.save(step, args=items, metrics=scores)
-    if force:
+    if force or (saved and not self._read_back):
       self.wait()
+    if saved and not self._read_back:
+      self._read_back = True
+      if _described(self._saved(step)) != _described(state):
+        raise ValueError(f"checkpoint {step} of {self._directory} cannot be read back; choose another --workdir.")
     return saved
 
   def scores(self, step: int) -> dict[str, float]:
     """The scores of a saved step; empty where it has none."""
-    return self._manager.metrics(step) or {}
+    with self._read(step):
+      return self._manager.metrics(step) or {}
 
   def add_scores(self, step: int, metrics: Mapping[str, float]) -> None:
     """Gives a saved step without scores its scores, as if they had been saved with it; waits until it is on disk."""
@@ -172,13 +181,13 @@ class Checkpoints:
       ValueError: where names, shapes or dtypes differ; all of them are counted, the first ten listed.
     """
     self._check_same(step, state)
-    with self._damage(step):
+    with self._read(step):
       return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state)))["state"]
 
   def restore_config(self, step: int) -> dict[str, Any]:
     """The config this step was trained with, as plain values; tuples have become lists."""
     self._check_exists(step)
-    with self._damage(step):
+    with self._read(step):
       return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
 
   def restore_weights(self, step: int, skip: tuple[str, ...] = ()) -> dict[str, dict[str, np.ndarray]]:
@@ -189,7 +198,7 @@ class Checkpoints:
     saved = self._saved(step)
     wanted = {k: w for k in WEIGHTS if (w := {n: x for n, x in (saved.get(k) or {}).items() if not n.startswith(skip)})}
     arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    with self._damage(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    with self._read(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
       weights = reader.restore(
         self._directory / str(step) / "state",
         args=ocp.args.PyTreeRestore(item=wanted, restore_args=arguments, partial_restore=True),
@@ -244,21 +253,14 @@ class Checkpoints:
   def _saved(self, step: int) -> dict[str, Any]:
     """Names, shapes and dtypes of what is on disk."""
     self._check_exists(step)
-    with self._damage(step):
+    with self._read(step):
       return ocp.StandardCheckpointHandler().metadata(self._directory / str(step) / "state").tree
 
-  @contextlib.contextmanager
-  def _damage(self, step: int) -> Iterator[None]:
-    """An error of reading as one line: a damaged file can fail anywhere."""
-    try:
-      yield
-    except Exception as error:
-      older = max((other for other in self.steps() if other < step), default=None)
-      then = "start in another workdir" if older is None else f"step {older} is then used"
-      raise ValueError(
-        f"checkpoint {step} of {self._directory} is damaged ({' '.join(str(error).split())[:200]}); "
-        f"remove {self._directory / str(step)}, {then}."
-      ) from error
+  def _read(self, step: int) -> contextlib.AbstractContextManager:
+    """Errors of reading a step as damage.told tells them."""
+    older = max((other for other in self.steps() if other < step), default=None)
+    then = "start in another workdir" if older is None else f"step {older} is then used"
+    return damage.told(f"checkpoint {step} of {self._directory}", self._directory / str(step), then)
 
   def _check_same(self, step: int, state: Any) -> None:
     """Raises where the arrays on disk are not those of `state`: orbax would cast, cut or pad in silence."""
@@ -283,11 +285,27 @@ class _Manager(ocp.CheckpointManager):
     return False
 
 
+def check_name(path: epath.Path, option: str) -> None:
+  """Refuses a local path that orbax, which looks for the files of an array by pattern, would write and never find.
+
+  Raises:
+    ValueError: the path holds a character of patterns; `option` is what the user set.
+  """
+  if found := sorted(set(str(path)) & set("[]*?\\")):
+    raise ValueError(
+      f"{option}={str(path)!r} holds {' '.join(found)}, and arrays below such a name are never found again; choose one "
+      "without them, or rename the folder."
+    )
+
+
 def is_workdir(path: str | epath.PathLike) -> bool:
-  """Whether a folder holds at least one complete checkpoint of a run."""
+  """Whether a folder holds at least one complete checkpoint of a run; an error where it must not be looked into."""
   try:
     folder = _directory(path)
-    return folder.is_dir() and bool(ocp.utils.checkpoint_steps(folder))
+    there = folder.is_dir() if "://" in str(folder) else stat.S_ISDIR(os.stat(folder).st_mode)
+    return there and bool(ocp.utils.checkpoint_steps(folder))
+  except (PermissionError, ConnectionError, TimeoutError) as error:
+    raise ValueError(f"{path} cannot be searched for checkpoints ({error}); see to that and try again.") from error
   except Exception:  # a file system that cannot be asked, in any of many ways; whoever reads the source says why
     return False
 

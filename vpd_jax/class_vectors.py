@@ -76,6 +76,8 @@ def _read_numpy(path: pathlib.Path) -> np.ndarray:
       held = content.files
       name = IN_NPZ if IN_NPZ in held else held[0] if len(held) == 1 else None
       array = None if name is None else content[name]
+  except (OSError, MemoryError) as error:
+    raise ValueError(f"{path} cannot be read ({error or type(error).__name__}); see to that, and try again.") from error
   except Exception as error:  # A damaged archive can fail anywhere.
     raise ValueError(f"{path} is damaged or not a numpy file ({error}); make it again.") from error
   if array is None:

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vpd_jax import assemble, caching, inference, labelling, sharding, start, tiles, writers
+from vpd_jax import assemble, atomic, caching, inference, labelling, sharding, start, tiles, writers
 from vpd_jax import panels as panels_lib
 from vpd_jax.assemble import Product
 from vpd_jax.checkpoint import is_workdir
@@ -328,5 +327,5 @@ def run(config: ConfigDict, workdir: str) -> dict[str, float]:
     content = {"weights": lines, "scores": result.scores, "trivial predictors": evaluator.baselines()}
     content |= {"classes": classes} if (classes := class_scores(product.task, result.rows)) else {}
     evaluator.write_results(folder, result.rows)
-    (folder / "eval.json").write_text(json.dumps(content, indent=1) + "\n")
+    atomic.write_json(folder / "eval.json", content)
   return result.scores

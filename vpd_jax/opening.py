@@ -7,7 +7,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vpd_jax import optim, start, writers
+from vpd_jax import atomic, optim, start, writers
 from vpd_jax.assemble import Product
 
 
@@ -43,10 +43,10 @@ def describe(
   )
   log(groups)
   if jax.process_index() == 0:
-    (epath.Path(workdir) / "config.json").write_text(start.to_json(config) + "\n")
+    atomic.write(epath.Path(workdir) / "config.json", start.to_json(config) + "\n")
   if jax.process_index() == 0 and begin == 0:
     overview = writers.parameter_overview(product.parts.shapes)
     writer.write_hparams(config.to_dict())
     texts = {"config": start.to_json(config), "groups": groups, "parameters": overview}
     writer.write_texts(0, {name: f"```\n{text}\n```" for name, text in texts.items()})
-    (epath.Path(workdir) / "parameters.txt").write_text(overview + "\n")
+    atomic.write(epath.Path(workdir) / "parameters.txt", overview + "\n")

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from vpd_jax import (
   assemble,
+  atomic,
   caching,
   chips,
   config_file,
@@ -275,7 +276,7 @@ class _Kept:
 
   def __init__(self, workdir: str):
     self._path = epath.Path(workdir) / "plan.json" if workdir else None
-    self._held = json.loads(self._path.read_text()) if self._path and self._path.exists() else {}
+    self._held = _read(self._path) if self._path and self._path.exists() else {}
 
   def report(self, config: ConfigDict, step: str, devices: list[jax.Device], *facts: Any) -> Report:
     """The report of an earlier command, or a new one, which is kept."""
@@ -285,6 +286,17 @@ class _Kept:
     if key not in self._held:
       self._held[key] = compiled_report(config, step, devices, *facts)
       if self._path is not None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(json.dumps(self._held, indent=1) + "\n")
+        atomic.write_json(self._path, self._held)
     return self._held[key]
+
+
+def _read(path: epath.Path) -> dict[str, Report]:
+  """What plan.json holds; nothing, and a line, where it is damaged: all of it can be compiled again."""
+  try:
+    held = json.loads(path.read_text())
+    if isinstance(held, dict):
+      return held
+  except ValueError:  # no JSON, or no text
+    pass
+  train.log(f"{path} is damaged: what it held is compiled again")
+  return {}

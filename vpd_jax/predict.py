@@ -34,23 +34,30 @@ class Predictor:
   origin: list[str]
 
   @classmethod
-  def load(cls, config: ConfigDict | str, weights: str | Path = "") -> "Predictor":
+  def load(cls, config: ConfigDict | str, weights: str | Path = "", *, fresh: bool = False) -> "Predictor":
     """Builds the network and fills it.
 
     Args:
       config: a ConfigDict or the string of --config, e.g. "configs/nyu_depth.py:tiny"; a relative path is looked up in
         the working directory, then beside the package.
       weights: a workdir of ours, a released checkpoint (.pth), or converted weights; empty: `config.init`.
+      fresh: what the weights do not hold is random, as before training; all of it without weights.
 
     Raises:
-      ValueError: in one line, for a config or weights that cannot be used.
+      ValueError: in one line, for a config or weights that cannot be used, or weights of a part of the network only.
     """
     config = config_file.load(config)
-    config = start.complete(config, str(weights) or config.init.run or config.init.pretrained)
+    source = str(weights) or config.init.run or config.init.pretrained
+    if not (source or fresh):
+      raise ValueError(
+        "Predictor.load has no weights: give weights=WORKDIR or a released checkpoint, set config.init.pretrained, or "
+        "give fresh=True for a network of random numbers."
+      )
+    config = start.complete(config, source)
     config = start.predicting_class(config)
     product = assemble.assemble(config, training=False)
     mesh = sharding.make_mesh(1, 1, devices=jax.local_devices()[:1])
-    filled, lines = start.weights_on_mesh(config, product, mesh, str(weights), complete=bool(str(weights)))
+    filled, lines = start.weights_on_mesh(config, product, mesh, str(weights), complete=not fresh)
     return cls(config, product, filled, lines)
 
   def __post_init__(self):
@@ -111,8 +118,8 @@ class Predictor:
       {"heatmaps": float32 [B, h, w, K]}.
 
     Raises:
-      ValueError: images of another shape or type; a class id out of range; sentences missing, or for a method that
-        reads none.
+      ValueError: images of another shape or type; a class id out of range; sentences missing; a class id or sentences
+        for a method that reads none.
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3 or not np.issubdtype(images.dtype, np.floating):
@@ -148,8 +155,8 @@ class Predictor:
       takes one.
 
     Raises:
-      ValueError: an image of another shape or type; a class id out of range; sentences missing; sentences or boxes
-        where they would have no effect.
+      ValueError: an image of another shape or type; a class id out of range; sentences missing; a class id,
+        sentences or boxes where they would have no effect.
     """
     known = self._known(len(images), class_id, sentences, boxes)
     images = [np.asarray(image) for image in images]
@@ -184,6 +191,8 @@ class Predictor:
     self, count: int, class_id: Any, sentences: Any, boxes: Any, complete: bool = True
   ) -> list[dict[str, np.ndarray]]:
     """What is known of each image, by the name under which it is read."""
+    if class_id is not None and not self.takes_class:
+      raise ValueError(f"class_id has no effect on {self._what}; leave it out.")
     for name, value, taken in (("sentences", sentences, self.takes_sentence), ("boxes", boxes, self.takes_boxes)):
       if value is not None and not taken:
         raise ValueError(f"{name} have no effect on {self._what}; leave them out.")
@@ -223,7 +232,10 @@ class Predictor:
     )
 
   def _class_ids(self, class_id: Any, count: int) -> np.ndarray:
-    ids = np.broadcast_to(np.asarray(-1 if class_id is None else class_id, np.int32), (count,))
+    ids = np.asarray(-1 if class_id is None else class_id)
+    if ids.shape not in ((), (count,)) or (not np.issubdtype(ids.dtype, np.integer) and ids.size):
+      raise ValueError(f"class_id is {ids.dtype} {list(ids.shape)}; give one int, or one for each of {count} images.")
+    ids = np.broadcast_to(ids.astype(np.int32), (count,))
     if ids.size and (ids.min() < -1 or ids.max() >= len(self.product.classes)):
       raise ValueError(f"class_id {ids.tolist()} must lie between -1 (the mean) and {len(self.product.classes) - 1}.")
     return ids

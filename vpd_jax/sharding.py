@@ -113,16 +113,16 @@ def place(arrays: Any, shardings: Any) -> Any:
 
   Args:
     arrays: a tree; with several processes each of them holds all of it in full.
-    shardings: a tree like it of NamedShardings.
+    shardings: a tree like it of NamedShardings; where they name devices of several processes, all of these call.
 
   Raises:
     ValueError: the processes hold different arrays, e.g. were given different files.
   """
-  if jax.process_count() == 1:
+  if all(where.is_fully_addressable for where in jax.tree.leaves(shardings)):
     return jax.tree.map(jax.device_put, arrays, shardings)
-  named = [(jax.tree_util.keystr(path), np.asarray(x)) for path, x in jax.tree.leaves_with_path(arrays)]
+  named = [(jax.tree_util.keystr(path), x) for path, x in jax.tree.leaves_with_path(arrays)]
   # jax.device_put would send every array to every process to compare it.
-  sums = np.array([zlib.crc32(np.ascontiguousarray(x)) for _, x in named], np.uint32)
+  sums = np.array([_checksum(x) for _, x in named], np.uint32)
   everywhere = multihost_utils.process_allgather(sums)  # [P, arrays]
   if different := [name for (name, _), same in zip(named, (everywhere == sums).all(0), strict=True) if not same]:
     raise ValueError(
@@ -132,6 +132,11 @@ def place(arrays: Any, shardings: Any) -> Any:
   return jax.tree.map(
     lambda x, where: jax.make_array_from_callback(np.shape(x), where, np.asarray(x).__getitem__), arrays, shardings
   )
+
+
+def _checksum(x: Any) -> int:
+  """Of the bytes of an array of the host or of a device of this process."""
+  return zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
 
 
 def tracing(mesh: Mesh) -> contextlib.AbstractContextManager:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpd_jax import assemble, class_vectors, config_file, optim, sharding
+from vpd_jax import assemble, class_vectors, config_file, finite, optim, sharding
 from vpd_jax.assemble import Product
 from vpd_jax.checkpoint import Checkpoints, is_workdir
 from vpd_jax.convert import clip, load, stable_diffusion, towers
@@ -182,7 +182,7 @@ def _of_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[st
   What the method has for training only is left out where the model does. What predicts the class may be missing.
 
   Raises:
-    ValueError: the names or shapes are not those of the model.
+    ValueError: the names or shapes are not those of the model; NaN or infinity.
   """
   which, shapes = config.eval.checkpoint, product.parts.shapes
   if which not in ("newest", "best"):
@@ -204,6 +204,7 @@ def _of_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[st
       f"of another shape, like {wrong[:3]}; give the config it was trained with."
     )
   named = {n: x.astype(shapes[n].dtype) for n, x in named.items()}
+  finite.check(named, f"checkpoint {step} of {workdir}")
   return named, f"weights: {workdir}, checkpoint of step {step}" + (", moving average" if saved.get("ema") else "")
 
 
@@ -212,15 +213,13 @@ def new_state(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> 
   check_training(config)
   named, lines = weights(config, product)
   where = state_shardings(config, product, mesh)
-  state = split(product, named)
-  place = lambda arrays, target: {n: jax.device_put(x, target[n]) for n, x in arrays.items()}
-  params = place(state["params"], where.params)
+  fields = split(product, named) | {"step": np.zeros((), np.int32)}
+  placed = sharding.place(fields, {field: getattr(where, field) for field in fields})
   # A moving average of its own memory: the step donates both.
-  ema = place({n: jnp.copy(x) for n, x in params.items()}, where.ema) if config.optim.ema_decay else None
-  opt_state = jax.jit(product.optimizer.init, out_shardings=where.opt_state)(params)
-  step = jax.device_put(jnp.zeros((), jnp.int32), where.step)
-  frozen, stats = place(state["frozen"], where.frozen), place(state["stats"], where.stats)
-  return TrainState(step, params, frozen, stats, opt_state, ema), lines
+  copied = lambda n, x: jax.device_put(jnp.copy(x), where.ema[n])
+  ema = {n: copied(n, x) for n, x in placed["params"].items()} if config.optim.ema_decay else None
+  opt_state = jax.jit(product.optimizer.init, out_shardings=where.opt_state)(placed["params"])
+  return TrainState(**placed, opt_state=opt_state, ema=ema), lines
 
 
 def split(product: Product, named: Named) -> dict[str, Named]:
@@ -271,7 +270,8 @@ def resume_or_start(
     accept_changes: go on although the config differs from the checkpoint's where it matters.
 
   Raises:
-    ValueError: the workdir was made with another method, neck, head, task, data, optim or backbone.
+    ValueError: the workdir was made with another method, neck, head, task, data, optim or backbone; its checkpoint
+      holds NaN or infinity.
   """
   step = checkpoints.latest_step()
   if step is None:
@@ -283,7 +283,10 @@ def resume_or_start(
       "go on all the same with --accept_config_changes."
     )
   abstract = sharding.abstract(state_shapes(config, product), state_shardings(config, product, mesh))
-  return checkpoints.restore(step, abstract), [
+  state = checkpoints.restore(step, abstract)
+  named = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(state)}
+  finite.check(named, f"checkpoint {step} of the workdir")
+  return state, [
     f"resumed: checkpoint of step {step}",
     *(f"changed: {c}" for c in changed),
   ]
@@ -315,8 +318,5 @@ def weights_on_mesh(
       "checkpoint as config.init.pretrained."
     )
   where, fields = state_shardings(config, product, mesh), split(product, named)
-  placed = (
-    {n: jax.device_put(x, getattr(where, field)[n]) for n, x in fields[field].items()}
-    for field in ("params", "frozen", "stats")
-  )
-  return tuple(placed), lines
+  placed = sharding.place(fields, {field: getattr(where, field) for field in fields})
+  return (placed["params"], placed["frozen"], placed["stats"]), lines

@@ -8,15 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from vpd_jax import assemble, chips, config_file, evaluate, opening, optim, programs, sharding, start, writers
+from vpd_jax import assemble, chips, claim, config_file, evaluate, opening, optim, programs, sharding, start, writers
 from vpd_jax import params as params_lib
 from vpd_jax.assemble import Product
 from vpd_jax.data import pipeline
+from vpd_jax.finite import check_finite
 from vpd_jax.stop import StopRequest
 from vpd_jax.trace import Trace
 from vpd_jax.types import Array, Batch, Branch, Loss, Named, Outputs, Task, TrainState
@@ -161,7 +161,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     The last scores; empty where nothing was left to do.
 
   Raises:
-    ValueError: in one line, for anything that cannot be assembled, found or resumed.
+    ValueError: in one line, for anything that cannot be assembled, found or resumed; another run has the workdir.
     FloatingPointError: the loss is not finite; names the step.
   """
   config = start.complete(config, config.init.run or config.init.pretrained)
@@ -173,9 +173,12 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
   dataset.source("train")  # a file that is missing is told before anything is made
   evaluator = evaluate.Evaluator(config, product, dataset, mesh)
   with contextlib.ExitStack() as stack:
+    # Before the checkpoints, which remove what another run may be writing.
+    alone = [] if jax.process_index() else stack.enter_context(claim.claimed(workdir))
     checkpoints = stack.enter_context(start.checkpoints(config, product, workdir))
     stop = stack.enter_context(StopRequest())
     state, lines = start.resume_or_start(config, product, mesh, checkpoints, accept_changes=accept_changes)
+    lines += alone
     lines += dataset.describe() if hasattr(dataset, "describe") else []
     lines += [*assemble.sentence_lines(product, dataset), *evaluator.encodings.lines()]
     # Only now: a workdir that is refused stays as it was.
@@ -218,13 +221,19 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     progress = writers.Progress(end, config.data.batch_size, start=begin, devices=mesh.size)
     trace = stack.enter_context(Trace(config.profile, workdir, log, lambda: programs.text(compiled)))
     pending, logs = [], {}
+
+    def batch_of(step: int) -> Batch:
+      """The batch of a step once more."""
+      with contextlib.closing(_batches(config, product, dataset, mesh, step - 1, encode)) as again:
+        return next(again)
+
     for step in range(begin + 1, end + 1):
       trace.before(step - begin, logs)
       state, logs = compiled(state, batch)
       pending.append((step, logs["train/loss"], logs["norm/gradients"]))
       last = stop.now() or step == end
       if last or step % config.log_every == 0:
-        pending = check_finite(pending)
+        pending = check_finite(pending, state, batch_of)
         line, speed = progress.report(step, float(logs["train/loss"]))
         speed |= programs.rates(speed.get("perf/step_ms", math.inf) / 1e3, flops, model / mesh.size)
         speed |= {"perf/input_wait_ms": batches.mean_wait_ms(), "data/skipped_rows": batches.skipped}
@@ -233,7 +242,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
       with progress.pause():
         due, new = step % config.eval_every == 0, {}
         if due or last or step % config.save_every == 0:
-          pending = check_finite(pending)
+          pending = check_finite(pending, state, batch_of)
           # Before it is scored: a fault there costs no step.
           checkpoints.save(step, state, start.to_json(config), force=last)
         if (due or step == end) and not stop.requested:
@@ -306,18 +315,6 @@ def model_flops(config: ConfigDict, batch: Batch) -> float:
   step = make_step(product, loss_group=config.optim.loss_group)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
   return programs.model_flops(step, start.state_shapes(config, product), shapes)
-
-
-def check_finite(pending: list[tuple[int, Array, Array]]) -> list:
-  """An empty list; raises FloatingPointError naming the first step whose loss or gradient is not finite."""
-  for step, loss, norm in jax.device_get(pending):
-    if not np.isfinite(loss + norm):
-      raise FloatingPointError(
-        f"the loss of step {step} is {loss}, the norm of its gradients {norm}; nothing after the last checkpoint was "
-        "saved. "
-        "Lower config.optim.lr, set config.optim.clip_norm, or look at the data of that step."
-      )
-  return []
 
 
 def log(line: str) -> None:

@@ -8,7 +8,6 @@ Neither is imported before `create` needs it.
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import os
 import statistics
 import time
@@ -18,6 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 from absl import logging
 from etils import epath
+
+from vpd_jax import atomic
 
 BACKENDS = ("auto", "clu", "tensorboardX")
 
@@ -83,7 +84,7 @@ class Writer:
     self._backend.write_scalars(int(step), values)
     if self._lines is not None:
       with self._lines.open("a") as lines:
-        lines.write(json.dumps({"step": int(step), "time": round(time.time(), 3)} | values) + "\n")
+        lines.write(atomic.to_json({"step": int(step), "time": round(time.time(), 3)} | values) + "\n")
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
     """uint8 [N, H, W, 3] under each name; nothing where N is 0, which not every backend takes."""

@@ -1,9 +1,11 @@
 """The readers and writers of foreign files, without torch."""
 
+import fnmatch
 import io
 import json
 import os
 import pickle
+import struct
 import tracemalloc
 import zipfile
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.convert import pth
-from vpd_jax.convert import files, pickles, write
+from vpd_jax.convert import fetch, files, pickles, write
 
 LAYOUTS = pytest.mark.parametrize("save", [pth.write_zip, pth.write_legacy])
 
@@ -216,3 +218,75 @@ def test_a_folder_without_readable_weights_says_what_it_holds(tmp_path):
     files.open_folder(tmp_path, ("unet",))
   with pytest.raises(ValueError, match="does not exist"):
     files.open_folder(tmp_path, ("vae",))
+
+
+@pytest.mark.parametrize("stem, form", [("diffusion_pytorch_model", "safetensors"), ("model", "safetensors")])
+@pytest.mark.parametrize("older", [False, True])
+def test_shards_of_a_variant_are_found(tmp_path, stem, form, older):
+  """diffusers' and transformers' own names: `_add_variant` puts the variant before the last part."""
+  (tmp_path / "unet").mkdir()
+  shard = f"{stem}-00001-of-00001.fp16.{form}" if older else f"{stem}.fp16-00001-of-00001.{form}"
+  index = f"{stem}.fp16.{form}.index.json" if older else f"{stem}.{form}.index.fp16.json"
+  write.write(tmp_path / "unet" / shard, arrays())
+  (tmp_path / "unet" / index).write_text(json.dumps({"weight_map": dict.fromkeys(arrays(), shard)}))
+  opened = files.open_folder(tmp_path, ("unet",))
+  assert_same(opened.tensors, {f"unet.{name}": value for name, value in arrays().items()})
+  patterns = fetch._patterns("unet", ".fp16.safetensors")
+  assert all(any(fnmatch.fnmatch(f"unet/{name}", pattern) for pattern in patterns) for name in (shard, index))
+
+
+def safetensors(path, header, data=b"\0" * 64):
+  text = json.dumps(header).encode()
+  path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+  return path
+
+
+@pytest.mark.parametrize("kind", ["F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2", "C64", "NEW"])
+def test_types_of_safetensors_that_are_not_read_are_named(tmp_path, kind):
+  header = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+  header["w"] = {"dtype": kind, "shape": [4], "data_offsets": [8, 12]}
+  with pytest.raises(ValueError, match=rf"holds 1 tensors of type {kind}, like 'w', .* save them in float32") as caught:
+    files.open_file(safetensors(tmp_path / "w.safetensors", header))
+  assert "damaged" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def typed(kind, array):
+  """A tensor as torch pickles those of types without a storage of their own."""
+  storage = pth.Storage(array.view(np.uint8))
+  args = (storage, 0, array.shape, (1,), False, pth.Call("collections", "OrderedDict"), pth.foreign("torch", kind))
+  return pth.Call("torch._utils", "_rebuild_tensor_v3", *args)
+
+
+@LAYOUTS
+def test_types_of_pickled_files_that_are_not_read_are_named(tmp_path, save, monkeypatch):
+  monkeypatch.setitem(pth.TYPES, "uint8", "UntypedStorage")
+  monkeypatch.setitem(pth.TYPES, "complex64", "ComplexFloatStorage")
+  whole = pth.tensor(np.ones(2, np.float32))
+  for kind in ("float8_e4m3fn", "float8_e5m2fnuz", "float4_e2m1fn_x2", "complex32", "bits8"):
+    path = save(tmp_path / "w.ckpt", {"state_dict": {"a": whole, "w": typed(kind, np.ones(4, np.uint8))}})
+    with pytest.raises(ValueError, match=rf"holds 1 tensors of type {kind}, like 'w', .* save them in float32"):
+      files.open_file(path)
+  path = save(tmp_path / "w.ckpt", {"w": pth.tensor(np.ones(3, np.complex64)), "a": whole})
+  with pytest.raises(ValueError, match="1 tensors of type ComplexFloat, like 'w'"):
+    files.open_file(path)
+  read = files.open_file(save(tmp_path / "w.ckpt", {"w": typed("uint16", np.arange(4, dtype=np.uint16))})).tensors
+  assert_same(read, {"w": np.arange(4, dtype=np.uint16)})
+
+
+@pytest.mark.parametrize(
+  "form", ["module._orig_mod.{}", "_orig_mod.module.{}", "_orig_mod.{}", "_fsdp_wrapped_module.{}"]
+)
+def test_what_torch_puts_before_names_is_taken_off(tmp_path, form):
+  write.write(tmp_path / "w.safetensors", {form.format(name): value for name, value in arrays().items()})
+  assert_same(files.open_file(tmp_path / "w.safetensors").tensors, arrays())
+  inner = {"a._orig_mod.weight": np.ones(2, np.float32), "b._checkpoint_wrapped_module.bias": np.ones(3, np.float32)}
+  write.write(tmp_path / "w.pth", inner)
+  assert list(files.open_file(tmp_path / "w.pth").tensors) == ["a.weight", "b.bias"]
+
+
+def test_tensors_of_several_names_that_are_stored_once_have_all_of_them(tmp_path):
+  """As safetensors.torch.save_model writes them."""
+  header = {"__metadata__": {"format": "pt", "z.weight": "a.weight"}}
+  header["a.weight"] = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+  tensors = files.open_file(safetensors(tmp_path / "w.safetensors", header)).tensors
+  assert list(tensors) == ["a.weight", "z.weight"] and tensors["z.weight"] == tensors["a.weight"]

@@ -114,6 +114,7 @@ def bad_files(tmp_path):
   yield made("longer", whole + b"more"), "it goes on after its end, 4 bytes"
   yield made("strange", b"\x81\xa1a\xc1"), "byte 0xc1 begins nothing"
   yield made("object", array((1,), "object", b"12345678")), "it holds an array of object"
+  yield made("type", array((8,), "float8_e4m3fn", b"12345678")), "holds 1 tensors of type float8_e4m3fn, like"
   yield made("short", array((2,), "float32", b"1234")), r"shape \[2\] does not fit the 4 bytes"
   yield made("negative", array((-2, -1), "float32", b"12345678")), "does not fit"
   yield made("deep", b"\x81\xa1a" * 100000), "damaged or not a file of Flax"

@@ -163,3 +163,22 @@ def test_the_script_fails_in_one_line(tmp_path, monkeypatch):
 def test_every_kind_has_its_table():
   assert {kind.removeprefix("released:") for kind in load.KINDS if ":" in kind} == set(released.TABLES)
   assert released.SIGNS.keys() == released.TABLES.keys()
+
+
+def test_a_directory_that_could_not_be_read_again_is_not_written(tmp_path):
+  with pytest.raises(ValueError, match=r"output=.* holds \[ \], and arrays below such a name are never found again"):
+    load.save(tmp_path / "w[1]", named_arrays(), report("compvis"), {})
+  assert not list(tmp_path.iterdir())
+  load.save(tmp_path / "w", named_arrays(), report("compvis"), {})
+  (tmp_path / "w").rename(tmp_path / "w[1]")
+  with pytest.raises(ValueError, match=r"weights=.*rename the folder"):
+    load.load_pretrained(tmp_path / "w[1]", described(named_arrays()))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's threads, after the error
+def test_damaged_arrays_are_told_in_one_line(tmp_path):
+  load.save(tmp_path / "w", named_arrays(), report("compvis"), {})
+  (tmp_path / "w" / "arrays" / "000" / "manifest.ocdbt").write_bytes(b"")
+  with pytest.raises(ValueError, match=r"weights .* is damaged .*remove .*w, and convert them again") as caught:
+    load.load_pretrained(tmp_path / "w", described(named_arrays()))
+  assert "\n" not in str(caught.value)

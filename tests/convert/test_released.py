@@ -265,3 +265,57 @@ def skeleton(torch, entries):
       owner, _, last = entry["alias_of"].rpartition(".")
       setattr(module, leaf, getattr(root.get_submodule(owner), last))
   return root
+
+
+ALIASES = {
+  "meta_depth": ("encoder.cross_unet_conv2", "encoder.cross_unet_conv3", "encoder.unet.unet.diffusion_model.out"),
+  "meta_seg_ade": ("cross_unet_conv2", "cross_unet_conv3", "unet.unet.diffusion_model.out"),
+}
+
+
+@pytest.mark.parametrize("setup, kept", [(setup, name) for setup, names in ALIASES.items() for name in names])
+def test_a_block_with_several_names_may_be_stored_under_any_one_of_them(tmp_path, setup, kept):
+  """safetensors' save_model keeps one name of each shared tensor; so does who saves distinct tensors only."""
+  state = state_dict(setup=setup)
+  others = tuple(f"{name}." for name in ALIASES[setup] if name != kept)
+  alone = {name: value for name, value in state.items() if not name.startswith(others)}
+  assert len(state) - len(alone) == 8
+  release = {"meta_depth": "meta_prompts_depth", "meta_seg_ade": "meta_prompts_segmentation"}[setup]
+  targets = shapes_of(release, state)
+  write.write(tmp_path / "once.safetensors", alone)
+  named, report = load.load_pretrained(tmp_path / "once.safetensors", targets)
+  np.testing.assert_array_equal(named["method/unet/out/2/kernel"], layout("x", state[f"{kept}.2.weight"]))
+  assert named.keys() == targets.keys() and report.fresh == ()
+
+
+@pytest.mark.parametrize(
+  "count, step",
+  [
+    (None, 0),
+    (np.array([7]), 7),
+    (np.float16(np.inf), 0),
+    (np.float16(9), 9),
+    (np.array([1, 2]), 0),
+    (np.int32(-1), 0),
+  ],
+)
+def test_counters_may_be_absent_or_of_any_form(tmp_path, count, step):
+  state = {name: value for name, value in state_dict().items() if not name.endswith(rules.COUNTER)}
+  counters = [name for name in state_dict() if name.endswith(rules.COUNTER)]
+  assert len(counters) == 4
+  given = state | ({} if count is None else dict.fromkeys(counters, np.asarray(count)))
+  write.write(tmp_path / "w.safetensors", given)
+  _, report = load.load_pretrained(tmp_path / "w.safetensors", shapes_of("vpd_depth", state))
+  assert report.step == step
+
+
+def test_every_table_takes_a_file_without_counters():
+  for release, table in released.TABLES.items():
+    (row,) = (row for row in table() if isinstance(row, rules.Drop) and rules.COUNTER in row.pattern)
+    assert row.optional, release
+
+
+def test_counters_of_shape_one_are_written_as_a_list_of_names_says():
+  entries = [{"name": "net.num_batches_tracked", "shape": [1], "dtype": "int64"}]
+  exported = rules.export({}, [], entries, 5)
+  np.testing.assert_array_equal(exported["net.num_batches_tracked"], [5])

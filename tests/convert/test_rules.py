@@ -164,3 +164,15 @@ def test_everything_an_export_lacks_is_reported_at_once():
 def test_names_without_a_way_back_are_reported():
   with pytest.raises(rules.ConversionError, match=r"2 match no rule: a/b \[1\], c \[\]"):
     rules.to_source({"a/b": np.ones(1), "c": np.ones(())}, TABLE)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, 1e300])
+def test_tensors_that_hold_no_finite_numbers_are_named_all_at_once(wrong):
+  given = source()
+  for name in ("net.blocks.0.bias", "net.up.1.running_var"):
+    given[name] = given[name].astype(np.float64)
+    given[name][2] = wrong
+  with pytest.raises(rules.NotFinite, match="2 arrays hold NaN or infinity") as caught:
+    rules.convert(given, TABLE, targets())
+  assert "net.blocks.0.bias as float32 (1 numbers)" in str(caught.value)
+  assert "net.up.1.running_var" in str(caught.value) and "\n" not in str(caught.value)

@@ -241,3 +241,13 @@ def test_an_incomplete_config_is_named(tmp_path):
   (tmp_path / "vae").mkdir()
   with pytest.raises(ValueError, match=r"vae.config\.json cannot be read"):
     stable_diffusion.sizes(folder(tmp_path, {"unet": SD1["unet"]}))
+
+
+@pytest.mark.parametrize(
+  "channels, model", [(9, "inpainting"), (5, "depth2img"), (8, "InstructPix2Pix, Marigold"), (6, "another model")]
+)
+def test_a_model_whose_unet_reads_more_than_latents_is_refused_by_name(tmp_path, channels, model):
+  made = folder(tmp_path, {"unet": SD1["unet"] | {"in_channels": channels}, "vae": SD1["vae"]})
+  (tmp_path / "model_index.json").write_text('{"_class_name": "SomePipeline"}')
+  with pytest.raises(ValueError, match=rf"UNet takes {channels} channels, its VAE gives 4: .*{model}.*SomePipeline"):
+    stable_diffusion.sizes(made)

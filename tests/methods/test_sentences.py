@@ -1,6 +1,7 @@
 """Sentences as token ids and as states: what is cut, what is counted, what is refused."""
 
 import dataclasses
+import json
 import pickle
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tests.test_class_vectors import VOCABULARY, write_tokenizer
 from vpd_jax import params
 from vpd_jax.backbones.clip import TextSizes
 from vpd_jax.convert.tokenizer import Tokenize
@@ -32,6 +34,27 @@ def test_a_longer_sentence_keeps_its_first_tokens_and_ends():
   tokens, cut = tokens_of(8).rows(("abcdefg", "abcdef"))
   np.testing.assert_array_equal(tokens[0], tokens[1])
   assert cut.tolist() == [True, False] and tokens[0, -1] == 99
+
+
+@pytest.mark.parametrize("padding", ["!", "<|endoftext|>"])
+def test_padding_is_that_of_the_tokenizer(tmp_path, padding):
+  """Stable Diffusion 2.x pads with "!", id 0, in place of the end."""
+  folder = tmp_path / "tokenizer"
+  vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["!", *VOCABULARY]))}
+  write_tokenizer(folder, vocabulary)
+  settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"pad_token": padding}
+  (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+  end, begin = vocabulary["<|endoftext|>"], vocabulary["<|startoftext|>"]
+  whole = Tokenize((str(folder),), len(vocabulary), 77)(("a bed",))[0].tolist()
+  length = whole.index(end) + 1  # that of the sentence
+  how = lambda length: sentences.SentenceTokens(Tokenize((str(folder),), len(vocabulary), length + 1), length)
+  for more in (0, 1, 5):
+    tokens, cut = how(length + more).rows(("a bed",))
+    assert tokens[0].tolist() == whole[:length] + [vocabulary[padding]] * more and not cut.any()
+  tokens, cut = how(length - 1).rows(("a bed", "a"))
+  assert tokens[0].tolist() == [*whole[: length - 2], end] and cut.tolist() == [True, False]
+  assert how(length - 1).census(["a bed " * 9]).startswith("1 sentences, 1 of them cut")
+  assert how(length).census(["a bed"]).startswith("1 sentences, 0 of them cut") and tokens[0, 0] == begin
 
 
 def test_the_census_counts_what_is_cut_and_names_it():
@@ -76,8 +99,6 @@ def test_ready_states_go_before_tokens():
 @pytest.mark.reference
 def test_tokens_are_transformers(tmp_path):
   """A small vocabulary in CLIP's form: cut and padded as the release calls CLIPTokenizer."""
-  import json
-
   from transformers import CLIPTokenizer
 
   letters = "abcdefgh"

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from vpd_jax import atomic
 from vpd_jax.convert import files
 
 NETWORKS = ("unet", "vae", "text_encoder")
@@ -144,21 +145,15 @@ def _needed(folder: epath.Path, parts: tuple[str, ...]) -> list[epath.Path]:
     if weights is None:
       raise ValueError(f"{folder} holds no weights of {part}/; give a diffusers folder.")
     needed.append(inner / weights)
-    if weights.endswith(files.INDEX):
+    if files.INDEX.search(weights):
       needed += [inner / shard for shard in files.shards(inner / weights)]
   return needed
 
 
 def _copy(source: epath.Path, target: pathlib.Path) -> None:
   """Copies one file; it appears under its name only when it is complete."""
-  target.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = target.with_name(f"{target.name}.{os.getpid()}.unfinished")
-  try:
-    with source.open("rb") as read, unfinished.open("wb") as write:
-      shutil.copyfileobj(read, write, 1 << 24)
-    os.replace(unfinished, target)
-  finally:
-    unfinished.unlink(missing_ok=True)
+  with atomic.beside(target) as unfinished, source.open("rb") as read, unfinished.open("wb") as write:
+    shutil.copyfileobj(read, write, 1 << 24)
 
 
 def _from_hub(source: str, found: HubId, parts: tuple[str, ...]) -> pathlib.Path:
@@ -191,8 +186,10 @@ def _from_hub(source: str, found: HubId, parts: tuple[str, ...]) -> pathlib.Path
 
 def _patterns(part: str, suffix: str) -> list[str]:
   """Names that the weights of a network may have in one form."""
-  names = [f"{part}/{stem}" for stem in files.STEMS]
-  return [f"{name}{end}" for name in names for end in (suffix, f"{suffix}{files.INDEX}", f"-*-of-*{suffix}")]
+  variant, _, form = suffix.removeprefix(".").rpartition(".")
+  numbered = [f"-*-of-*{suffix}"] + [f".{variant}-*-of-*.{form}"] * bool(variant)
+  ends = [(stem + suffix, *files.indices(stem, suffix), *(stem + end for end in numbered)) for stem in files.STEMS]
+  return [f"{part}/{name}" for names in ends for name in names]
 
 
 def _held(folder: pathlib.Path) -> bool:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import pathlib
+import re
 import struct
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from vpd_jax.convert import flax_folder, pickles
-from vpd_jax.convert.raw import RawTensor, contiguous
+from vpd_jax.convert.raw import NotRead, RawTensor, contiguous
 
 SAFETENSORS = {
   "F64": np.float64,
@@ -40,7 +41,8 @@ WRAPPERS = ("state_dict", "model")
 # What a folder of diffusers or transformers may call its weights, in order of preference.
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "diffusion_flax_model", "flax_model")
 SUFFIXES = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin", ".msgpack")
-INDEX = ".index.json"  # Behind the name of a file that is divided into shards.
+INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # How the name of the list of shards of a divided file ends.
+WRAPPING = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # By torch.compile and the like.
 NOT_WEIGHTS = {
   b"version https://git-lfs": "a git-lfs pointer; run 'git lfs pull' beside it",
   b"<": "a web page, left by a failed download; fetch the file again",
@@ -51,7 +53,8 @@ class Weights(NamedTuple):
   """What a source holds.
 
   Attributes:
-    tensors: by their own names, `module.` in front of all of them removed; those of Flax by PyTorch's names.
+    tensors: by their own names, without what DistributedDataParallel, torch.compile and FSDP add to them; those of Flax
+      by PyTorch's names.
     files: the files they lie in.
     others: entries beside the tensors that are none, with what they are.
   """
@@ -73,10 +76,10 @@ def open_file(path: str | pathlib.Path) -> Weights:
   with path.open("rb") as file:
     head = file.read(64)
   if head[8:9] == b"{":
-    return Weights(_without_module(_read_safetensors(path)), (path,), {})
+    return Weights(_unwrapped(_read_safetensors(path)), (path,), {})
   if head[:2] in (b"PK", b"\x80\x02"):
     tensors, others = _unwrap(pickles.read(path), path)
-    return Weights(_without_module(tensors), (path,), others)
+    return Weights(_unwrapped(tensors), (path,), others)
   if head[:1] and head[0] in flax_folder.STARTS:
     tensors, others = flax_folder.read(path)
     return Weights(tensors, (path,), others)
@@ -106,9 +109,9 @@ def open_folder(path: str | pathlib.Path, parts: tuple[str, ...]) -> Weights:
   return Weights(tensors, tuple(files), others)
 
 
-def read_config(path: str | pathlib.Path) -> dict[str, Any]:
-  """A network's config.json."""
-  path = pathlib.Path(path) / "config.json"
+def read_config(path: str | pathlib.Path, name: str = "config.json") -> dict[str, Any]:
+  """A network's config.json, or another file of one JSON object."""
+  path = pathlib.Path(path) / name
   try:
     config = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
@@ -126,8 +129,15 @@ def sha256(path: str | pathlib.Path) -> str:
 
 def weights_name(names: Collection[str]) -> str | None:
   """Which file of a network's folder holds its weights, or the index of their shards; None where none does."""
-  known = (stem + suffix + end for suffix in SUFFIXES for stem in STEMS for end in ("", INDEX))
+  known = (name for suffix in SUFFIXES for stem in STEMS for name in (stem + suffix, *indices(stem, suffix)))
   return next((name for name in known if name in names), None)
+
+
+def indices(stem: str, suffix: str) -> tuple[str, ...]:
+  """What the list of shards of a divided file may be called: "model.safetensors.index.fp16.json", or the older form."""
+  variant, _, form = suffix.removeprefix(".").rpartition(".")
+  older = f"{stem}{suffix}.index.json"
+  return (f"{stem}.{form}.index.{variant}.json", older) if variant else (older,)
 
 
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -140,7 +150,7 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
       f"{folder} holds no weights ({found}); complete it with a {STEMS[0]}{SUFFIXES[0]} or one of the other files "
       "that diffusers saves."
     )
-  return [folder / shard for shard in shards(folder / name)] if name.endswith(INDEX) else [folder / name]
+  return [folder / shard for shard in shards(folder / name)] if INDEX.search(name) else [folder / name]
 
 
 def shards(index: epath.Path | pathlib.Path) -> list[str]:
@@ -164,10 +174,15 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, RawTensor]:
       if length > size - 8:
         raise ValueError("its header is cut off")
       header = json.loads(file.read(length))
-    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    return {name: _entry(path, 8 + length, size, entry) for name, entry in entries.items()}
+    shared = header.pop("__metadata__", None) or {}
+    strange = {name: entry["dtype"] for name, entry in header.items() if entry["dtype"] not in SAFETENSORS}
+    if not strange:
+      tensors = {name: _entry(path, 8 + length, size, entry) for name, entry in header.items()}
+      # Of several names of one tensor save_model keeps one, and tells the others: {other: kept}.
+      return tensors | {name: tensors[kept] for name, kept in shared.items() if kept in tensors and name not in tensors}
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(f"{path} is damaged or not a safetensors file ({error}); fetch it again.") from error
+  raise NotRead(path, strange)
 
 
 def _entry(path: pathlib.Path, base: int, size: int, entry: dict[str, Any]) -> RawTensor:
@@ -186,6 +201,9 @@ def _unwrap(content: Any, path: pathlib.Path) -> tuple[dict[str, RawTensor], dic
   if isinstance(content, dict):
     found = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
   entries = found if isinstance(found, dict) else {}
+  strange = {str(name): value.kind for name, value in entries.items() if isinstance(value, pickles.Strange)}
+  if strange:
+    raise NotRead(path, strange)
   tensors = {str(name): value for name, value in entries.items() if isinstance(value, RawTensor)}
   if not tensors:
     held = list(entries)[:5] if entries else type(content).__name__
@@ -197,8 +215,17 @@ def _unwrap(content: Any, path: pathlib.Path) -> tuple[dict[str, RawTensor], dic
   return tensors, others
 
 
-def _without_module(tensors: dict[str, RawTensor]) -> dict[str, RawTensor]:
-  """Names without the `module.` that DistributedDataParallel puts before every one."""
-  if all(name.startswith("module.") for name in tensors):
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-  return tensors
+def _unwrapped(tensors: dict[str, RawTensor]) -> dict[str, RawTensor]:
+  """Names without the `module.` that DistributedDataParallel puts before every one, and without WRAPPING anywhere."""
+  plain = {_plain(name): tensor for name, tensor in tensors.items()}
+  if len(plain) < len(tensors):
+    return tensors  # two names would become one
+  if all(name.startswith("module.") for name in plain):
+    return {name.removeprefix("module."): tensor for name, tensor in plain.items()}
+  return plain
+
+
+def _plain(name: str) -> str:
+  for word in WRAPPING:
+    name = name.replace(word, "")
+  return name

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from vpd_jax.convert.raw import RawTensor, contiguous
+from vpd_jax.convert.raw import NotRead, RawTensor, contiguous
 
 # First bytes of a file that is a map with something in it.
 STARTS = (*range(0x81, 0x90), 0xDE, 0xDF)
@@ -57,6 +57,8 @@ def read(path: pathlib.Path) -> tuple[dict[str, RawTensor], dict[str, str]]:
       end, size = file.tell(), path.stat().st_size
     if end != size:
       raise ValueError(f"it goes on after its end, {size - end} bytes")
+  except NotRead:
+    raise
   except (ValueError, TypeError, struct.error, RecursionError, MemoryError) as error:
     raise ValueError(f"{path} is damaged or not a file of Flax ({error}); fetch it again.") from error
   tensors, others = {}, {}
@@ -109,6 +111,8 @@ def _array(file: BinaryIO, path: pathlib.Path, end: int) -> RawTensor:
   """An array of Flax: its shape, the name of its dtype and its bytes."""
   shape, name, place = _item(file, path)
   if name not in DTYPES:
+    if hasattr(ml_dtypes, str(name)) or str(name).startswith("complex"):
+      raise NotRead(path, {f"the array at byte {place.offset}": name})
     raise ValueError(f"it holds an array of {name}")
   tensor = RawTensor(path, place.offset, DTYPES[name], tuple(shape), contiguous(shape))
   if min(shape, default=0) < 0 or place.count != math.prod(shape) * tensor.dtype.itemsize or file.tell() != end:

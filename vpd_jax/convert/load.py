@@ -16,8 +16,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from vpd_jax import atomic, checkpoint, damage
 from vpd_jax.convert import clip, fetch, files, released, stable_diffusion
-from vpd_jax.convert.rules import COUNTER, ConversionError, Report, Same, convert
+from vpd_jax.convert.rules import COUNTER, ConversionError, NotFinite, Report, Same, convert
 
 KINDS = ("diffusers", "compvis", *(f"released:{name}" for name in released.TABLES), "ours")
 ACCEPTED = (
@@ -74,12 +75,14 @@ def load_pretrained(
     rules = stable_diffusion.compvis(targets)
   else:
     rules = stable_diffusion.diffusers(weights.tensors, targets)
+  tensors = released.named_for(kind.removeprefix("released:"), weights.tensors, targets)
   try:
-    named, report = convert(weights.tensors, rules, targets, fresh=fresh, table=kind)
+    named, report = convert(tensors, rules, targets, fresh=fresh, table=kind)
   except ConversionError as error:
     raise ConversionError(f"{path}: {error}; give weights of the network that the config describes.") from error
-  counts = [int(np.asarray(tensor)) for name, tensor in weights.tensors.items() if name.endswith(f".{COUNTER}")]
-  return named, dataclasses.replace(_with_others(report, weights), step=max(counts, default=0))
+  except NotFinite as error:
+    raise NotFinite(f"{path}: {error}") from error
+  return named, dataclasses.replace(_with_others(report, weights), step=_steps(weights.tensors))
 
 
 def load_text_encoder(path: str | epath.PathLike, targets: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], Report]:
@@ -102,7 +105,7 @@ def load_text_encoder(path: str | epath.PathLike, targets: Mapping[str, Any]) ->
     rules = clip.text(weights.tensors)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
-  named, report = convert(weights.tensors, rules, targets, table="text encoder")
+  named, report = convert(weights.tensors, rules, targets, table=f"text encoder of {path}")
   return named, _with_others(report, weights)
 
 
@@ -127,18 +130,12 @@ def save(
     sources: {file name: sha256}.
 
   Raises:
-    ValueError: where `output` exists.
+    ValueError: where `output` exists, or could not be read again.
   """
   output = _absolute(output)
   if output.exists():
     raise ValueError(f"output={str(output)!r} exists already; choose another name or remove it.")
-  unfinished = output.parent / f"{output.name}.unfinished"
-  if unfinished.exists():
-    unfinished.rmtree()
-  (unfinished / "arrays").mkdir(parents=True)
-  for i, part in enumerate(_parts(named)):
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-      writer.save(unfinished / "arrays" / f"{i:03}", args=ocp.args.PyTreeSave(part))
+  checkpoint.check_name(output, "output")
   content = {
     "table": report.table,
     "step": report.step,
@@ -149,8 +146,12 @@ def save(
     "arrays": len(named),
     "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
   }
-  (unfinished / "manifest.json").write_text(json.dumps(content, indent=1))
-  unfinished.rename(output)
+  with atomic.beside(output) as unfinished:
+    (unfinished / "arrays").mkdir(parents=True)
+    for i, part in enumerate(_parts(named)):
+      with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+        writer.save(unfinished / "arrays" / f"{i:03}", args=ocp.args.PyTreeSave(part))
+    (unfinished / "manifest.json").write_text(atomic.to_json(content, indent=1))
 
 
 def manifest(path: str | epath.PathLike) -> dict[str, Any]:
@@ -163,7 +164,7 @@ def manifest(path: str | epath.PathLike) -> dict[str, Any]:
   try:
     content = json.loads(file.read_text())
     return content | {"table": str(content["table"]), "step": int(content["step"])}
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{file} is not the manifest of converted weights ({error}); convert them again.") from error
 
 
@@ -188,6 +189,12 @@ def _open(path: str | epath.PathLike) -> tuple[str, files.Weights | None]:
   raise ValueError(f"weights {str(path)!r} holds names of no known kind, like {held}; give {ACCEPTED}.")
 
 
+def _steps(tensors: Mapping[str, Any]) -> int:
+  """Steps that the BatchNorms have counted; 0 where none did, or none in a number: cast to float16, it is infinite."""
+  counts = [np.asarray(x, np.float64).ravel() for name, x in tensors.items() if name.endswith(f".{COUNTER}")]
+  return max((int(x[0]) for x in counts if x.size == 1 and np.isfinite(x[0]) and x[0] >= 0), default=0)
+
+
 def _with_others(report: Report, weights: files.Weights) -> Report:
   """The report, with the entries that are no tensors among what was dropped."""
   others = {name: f"not a tensor, but {kind}" for name, kind in weights.others.items()}
@@ -208,9 +215,12 @@ def _parts(named: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
 def _restore(path: str | epath.PathLike) -> dict[str, np.ndarray]:
   """All arrays of a converted directory, on the host."""
   named = {}
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    for part in sorted((_absolute(path) / "arrays").iterdir()):
-      names = reader.metadata(part).item_metadata.tree
+  folder = _absolute(path)
+  checkpoint.check_name(folder, "weights")
+  told = damage.told(f"weights {path}", folder, "and convert them again")
+  with told, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    for part in sorted((folder / "arrays").iterdir()):
+      names = ocp.PyTreeCheckpointHandler().metadata(part).tree  # a Checkpointer hides why it cannot
       arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
       named |= reader.restore(part, args=ocp.args.PyTreeRestore(restore_args=arguments))
   return named

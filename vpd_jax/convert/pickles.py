@@ -9,6 +9,7 @@ Source of both layouts: PyTorch, torch/serialization.py (the zip archive since 1
 import functools
 import pathlib
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Callable
@@ -32,6 +33,10 @@ STORAGES = {
   "BoolStorage": np.bool_,
   "UntypedStorage": np.uint8,
 }
+# Bytes of a number in storages that are not read.
+STRANGE = {"ComplexFloat": 8, "ComplexDouble": 16, "QInt8": 1, "QUInt8": 1, "QInt32": 4, "QUInt4x2": 1, "QUInt2x4": 1}
+# Those that only the newer form of a tensor names, with a storage of bytes.
+DTYPES = {"uint16": np.uint16, "uint32": np.uint32, "uint64": np.uint64}
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
@@ -69,6 +74,18 @@ class StorageType(NamedTuple):
   dtype: np.dtype
 
 
+class NumberType(NamedTuple):
+  """PyTorch's float8_e4m3fn and the like."""
+
+  name: str
+
+
+class Strange(NamedTuple):
+  """A tensor of numbers that are not read."""
+
+  kind: str
+
+
 class Storage(NamedTuple):
   """A run of `count` numbers in the file; a tensor is a view of it."""
 
@@ -92,26 +109,37 @@ class _Unpickler(pickle.Unpickler):
   def __init__(self, file: BinaryIO):
     super().__init__(file, encoding="utf-8", errors="replace")
     self.storages: list[Storage] = []
+    self.sizes: dict[str, int] = {}  # bytes of a number of each storage
 
   def find_class(self, module: str, name: str) -> Any:
     if module in ("torch", "torch.storage") and name in STORAGES:
       return StorageType(np.dtype(STORAGES[name]))
+    if module in ("torch", "torch.storage") and name.endswith("Storage"):
+      return Strange(name.removesuffix("Storage"))
+    if module == "torch" and re.fullmatch(r"(q?u?int|b?float|complex|bits)\d+.*", name):
+      return NumberType(name)
     known: dict[str, Callable[..., Any]] = {
       "collections.OrderedDict": functools.partial(_ordered_dict),
       "torch.Size": functools.partial(_size),
       "torch._utils._rebuild_tensor": functools.partial(_view),
       "torch._utils._rebuild_tensor_v2": functools.partial(_view),
+      "torch._utils._rebuild_tensor_v3": functools.partial(_typed_view),
+      "torch._utils._rebuild_qtensor": functools.partial(_quantized),
       "torch._utils._rebuild_parameter": functools.partial(_first),
       "torch._utils._rebuild_parameter_with_state": functools.partial(_first),
       "torch._tensor._rebuild_from_type_v2": functools.partial(_from_type),
     }
     return known.get(f"{module}.{name}") or type(name, (Inert,), {"__module__": module})
 
-  def persistent_load(self, pid: Any) -> Storage:
+  def persistent_load(self, pid: Any) -> Storage | Strange:
     kind, storage_type, key, _, count, *view = pid
+    if isinstance(storage_type, Strange):
+      self.sizes[str(key)] = STRANGE.get(storage_type.kind, 1)
+      return storage_type
     if kind != "storage" or not isinstance(storage_type, StorageType) or count < 0 or view not in ([], [None]):
       raise pickle.UnpicklingError("it refers to something that is not a plain storage")
     self.storages.append(Storage(str(key), storage_type.dtype, int(count)))
+    self.sizes[str(key)] = storage_type.dtype.itemsize
     return self.storages[-1]
 
 
@@ -138,8 +166,23 @@ def _from_type(rebuild: Any, _: Any, args: tuple[Any, ...], __: Any = None) -> A
   return rebuild(*args)
 
 
+def _typed_view(storage: Any, offset: int, shape: Any, strides: Any, grad: Any, hooks: Any, kind: Any, *_: Any) -> Any:
+  """A tensor of a type that has no storage of its own: the storage is one of bytes."""
+  name = kind.name if isinstance(kind, NumberType) else "unknown"
+  if name not in DTYPES:
+    return Strange(name)
+  dtype = np.dtype(DTYPES[name])
+  return _view(Storage(storage.key, dtype, storage.count // dtype.itemsize), offset, shape, strides)
+
+
+def _quantized(storage: Any, *_: Any) -> Any:
+  return storage if isinstance(storage, Strange) else Strange("quantized numbers")
+
+
 def _view(storage: Any, offset: int, shape: Any, strides: Any, *_: Any) -> Any:
   """Checks that a tensor lies inside its storage."""
+  if isinstance(storage, Strange):
+    return storage
   shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
   view = View(storage, int(offset), shape, strides)
   extent = RawTensor(pathlib.Path(), 0, storage.dtype, shape, strides).extent
@@ -160,6 +203,10 @@ def read(path: pathlib.Path) -> Any:
     return _read_zip(path) if is_zip else _read_legacy(path)
   except (_Refused, OSError):
     raise
+  except MemoryError as error:
+    raise ValueError(
+      f"{path} asks for more memory than there is: make room, or fetch it again where it is damaged."
+    ) from error
   except zipfile.BadZipFile as error:
     raise ValueError(
       f"{path} is damaged: its end, where the table of contents lies, is missing; fetch it again."
@@ -206,12 +253,11 @@ def _read_legacy(path: pathlib.Path) -> Any:
     unpickler = _Unpickler(file)
     content = unpickler.load()
     keys = _Unpickler(file).load()
-    dtypes = {storage.key: storage.dtype for storage in unpickler.storages}
     places, position, end = {}, file.tell(), path.stat().st_size
     for key in keys:
       file.seek(position)
       places[key] = position + 8
-      position += 8 + struct.unpack("<q", file.read(8))[0] * dtypes[key].itemsize
+      position += 8 + struct.unpack("<q", file.read(8))[0] * unpickler.sizes[key]
     if position > end:
       raise ValueError(f"{position - end} bytes are missing at its end")
   return _locate(content, path, places)

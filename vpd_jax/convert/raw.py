@@ -3,8 +3,24 @@
 import dataclasses
 import math
 import pathlib
+from collections.abc import Mapping
 
 import numpy as np
+
+
+class NotRead(ValueError):
+  """Tensors of number types that are not read, {name: type}: the file is whole all the same."""
+
+  def __init__(self, path: pathlib.Path, kinds: Mapping[str, str]):
+    self.path, self.kinds = path, dict(kinds)
+    super().__init__(path, kinds)
+
+  def __str__(self) -> str:
+    kinds = ", ".join(sorted(set(self.kinds.values())))
+    return (
+      f"{self.path} holds {len(self.kinds)} tensors of type {kinds}, like {next(iter(self.kinds))!r}, which is not "
+      "read; save them in float32, float16 or bfloat16, in PyTorch by x.to(torch.float16) of each tensor x."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,7 +52,7 @@ def vpd_depth() -> list[Rule | Drop]:
     *stable_diffusion.unet(_UNET, out=False),
     Rule("encoder.text_adapter", "method/text_adapter"),
     *_depth_head(),
-    drop(rf".*\.{COUNTER}", "our state counts the steps once"),
+    drop(rf".*\.{COUNTER}", "our state counts the steps once", optional=True),
   ]
 
 
@@ -80,10 +80,15 @@ def meta_prompts_depth() -> list[Rule | Drop]:
     drop(r"encoder\.cross_unet_conv([3-9]|[1-9]\d+)\..*", repeated, optional=True),
     drop(rf"{re.escape(_UNET)}\.out\..*", repeated, optional=True),
     *_depth_head(),
-    drop(rf".*\.{COUNTER}", "our state counts the steps once"),
+    drop(rf".*\.{COUNTER}", "our state counts the steps once", optional=True),
   ]
 
 
+# Of one module with several names, the one that the table reads, and the others. A file may hold any of them alone.
+SHARED = {
+  "meta_prompts_depth": (_LAST_BLOCK, rf"encoder\.cross_unet_conv\d+|{re.escape(_UNET)}\.out"),
+  "meta_prompts_segmentation": released_segmentation.SHARED,
+}
 TABLES = {
   "meta_prompts_depth": meta_prompts_depth,
   "vpd_depth": vpd_depth,
@@ -91,6 +96,7 @@ TABLES = {
   "vpd_segmentation": released_segmentation.vpd_segmentation,
   "vpd_refer": released_refer.vpd_refer,
 }
+TASKS = {"referring": "refer"}  # Names of tasks in TABLES where they differ from ours.
 # A prefix by which a release is known; the first that is found decides.
 SIGNS = {
   "meta_prompts_depth": "encoder.meta_prompts1",
@@ -98,8 +104,9 @@ SIGNS = {
   **released_segmentation.SIGNS,
   "vpd_refer": released_refer.SIGN,
 }
-# What the file of a release need not hold, found in "/" + name; nothing where it is not listed.
-OUTSIDE = {"vpd_refer": released_refer.OUTSIDE}
+# What of a model no release holds, whatever its config: CLIP's towers, which come from CLIP.
+CLIP = (r"^/method/text_encoder/", r"^/method/class_predictor/")
+OUTSIDE = dict.fromkeys(TABLES, CLIP)  # What the file of a release need not hold, found in "/" + name.
 # Under which key of a .pth the authors' code looks for weights, where not under "model".
 WRAPPERS = dict.fromkeys(released_segmentation.SIGNS, released_segmentation.WRAPPER)
 
@@ -121,6 +128,38 @@ _ORDER = (
   "weight bias running_mean running_var num_batches_tracked "
 )
 _RANK = {word: rank for rank, word in enumerate(_ORDER.split())}
+
+
+def of(method: str, task: str) -> str:
+  """The key of TABLES for the names of a config.
+
+  Raises:
+    ValueError: there is no release of this method on this task.
+  """
+  release = f"{method}_{TASKS.get(task, task)}"
+  if release not in TABLES:
+    raise ValueError(f"there is no released checkpoint of {release!r}; there is one of each of {sorted(TABLES)}.")
+  return release
+
+
+def inside(named: Mapping[str, Any], release: str) -> dict[str, Any]:
+  """The arrays of a model, or their shapes, that a file of the release holds."""
+  return {name: x for name, x in named.items() if not any(re.search(p, "/" + name) for p in OUTSIDE[release])}
+
+
+def named_for(release: str, source: Mapping[str, Any], targets: Mapping[str, Any]) -> dict[str, Any]:
+  """The tensors of a file, those of a module with several names also under the name that the table reads.
+
+  Args:
+    release: key of TABLES.
+    source: tensors by name.
+    targets: arrays of the model by our names: one without the module needs no name for it.
+  """
+  name, others = SHARED.get(release, ("", ""))
+  if not name or not any(target.startswith("method/unet/out/") for target in targets):
+    return dict(source)
+  found = {f"{name}.{match[2]}": x for n, x in source.items() if (match := re.fullmatch(rf"({others})\.(.+)", n))}
+  return found | dict(source)
 
 
 def manifest(shapes: Mapping[str, Any], rules: list[Rule | Drop]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """The authors' checkpoints of referring segmentation: VPD on RefCOCO, RefCOCO+ (40 tokens) and RefCOCOg (77).
 
-They hold no text encoder: CLIP's stays as it was and is loaded by itself.
+They hold no text encoder: CLIP's stays as it was and is loaded by itself, see released.OUTSIDE.
 
 Source: VPD refer/models_refer/model.py, class VPDRefer; refer/train.py (entry "model").
 """
@@ -9,8 +9,6 @@ from vpd_jax.convert import stable_diffusion
 from vpd_jax.convert.rules import BATCH_NORM, COUNTER, LAYER, Drop, Rule, drop, plain
 
 SIGN = "classifier.conv1_4."  # a prefix that no other release has
-# What a file need not hold, found in "/" + name.
-OUTSIDE = (r"^/method/text_encoder/",)
 # The order in which the decoder registers its layers.
 ORDER = (
   "classifier "
@@ -27,5 +25,5 @@ def vpd_refer() -> list[Rule | Drop]:
     *stable_diffusion.unet("unet.unet.diffusion_model", out=True),
     Rule("text_adapter", "method/text_adapter"),
     Rule("classifier", "head", (*LAYER, *BATCH_NORM)),
-    drop(rf".*\.{COUNTER}", "our state counts the steps once"),
+    drop(rf".*\.{COUNTER}", "our state counts the steps once", optional=True),
   ]

@@ -24,6 +24,8 @@ SIGNS = {"meta_prompts_segmentation": "upconv1.", "vpd_segmentation": "class_emb
 MOST_STEPS = 9  # of refinement; each has a rule of its own
 _UNET = "unet.unet.diffusion_model"
 _LAST_BLOCK = f"{_UNET}.out"
+# The UNet's last block, and its further names.
+SHARED = (_LAST_BLOCK, rf"cross_unet_conv\d+|{re.escape(_LAST_BLOCK)}")
 _SHELL = "sd_model"
 
 # The order in which the models and mmseg's heads register their children.
@@ -44,7 +46,7 @@ def _mmseg_head(name: str) -> Rule:
 def _not_ours() -> list[Drop]:
   return [
     drop(rf"{_SHELL}\..*", "constants of the noise schedule", optional=True),
-    drop(rf".*\.{COUNTER}", "our state counts the steps once"),
+    drop(rf".*\.{COUNTER}", "our state counts the steps once", optional=True),
   ]
 
 

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vpd_jax import finite
+
 
 class Leaf(NamedTuple):
   """How one kind of tensor is called and laid out on both sides.
@@ -120,6 +122,10 @@ class ConversionError(ValueError):
   """Everything that does not fit, in one message."""
 
 
+class NotFinite(ValueError):
+  """Weights with NaN or infinity among them."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
   """What a conversion did.
@@ -168,6 +174,7 @@ def convert(
   Raises:
     ConversionError: source names no rule or two rules match, unknown, doubly filled, unfilled or misshapen targets and
       rules without effect, all of them at once. Nothing has been read by then.
+    NotFinite: tensors that hold NaN or infinity, as they are or in the dtype of their target; all at once.
   """
   plan, dropped, problems = _plan(source, rules)
   for name, (target, leaf) in plan.items():
@@ -186,9 +193,14 @@ def convert(
     target for target in absent if not any(re.search(pattern, "/" + target) for pattern in patterns)
   ]
   _raise_all(problems, f"{table}: the weights do not fit")
-  named = {}
+  named, wrong = {}, {}
   for name, (target, leaf) in plan.items():
-    named[target] = np.array(leaf.forward(np.asarray(source[name])), targets[target].dtype, order="C", copy=None)
+    with np.errstate(over="ignore"):  # counted below
+      named[target] = np.array(leaf.forward(np.asarray(source[name])), targets[target].dtype, order="C", copy=None)
+    if found := finite.missing({name: named[target]}):
+      wrong |= {f"{name} as {named[target].dtype}": found[name]}
+  if wrong:
+    raise NotFinite(f"{table}: {finite.in_words(wrong)}; {finite.REMEDY}.")
   return named, Report(table, {name: target for name, (target, _) in plan.items()}, dropped, tuple(absent))
 
 
@@ -265,7 +277,9 @@ def export(
   arrays, problems, result = to_source(named, rules), collections.defaultdict(list), {}
   for entry in manifest:
     name, shape, origin = entry["name"], tuple(entry["shape"]), entry.get("alias_of") or entry["name"]
-    value = np.asarray(step) if origin.endswith(f".{COUNTER}") else arrays.get(origin)
+    # PyTorch's counter is a scalar; some tools store it as [1].
+    counter = np.full(shape if shape == (1,) else (), step)
+    value = counter if origin.endswith(f".{COUNTER}") else arrays.get(origin)
     if value is None:
       problems["are in the manifest, but not in the weights"].append(name)
     elif value.shape != shape:

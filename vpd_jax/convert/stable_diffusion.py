@@ -4,6 +4,7 @@ Our names are CompVis' own, so its table is four prefixes. diffusers numbers blo
 count through all levels, hence the loops.
 """
 
+import pathlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,6 +16,13 @@ from vpd_jax.convert.rules import Drop, Rule, bias, conv, drop, linear_as_conv
 
 DECODER = "the VAE's decoder is not used"
 NOT_IN_ALL = {"time_embed": "the model learns its time vectors", "out": "the model ends at the features"}
+# Models by the channels of their UNet and of their VAE.
+OTHER_INPUTS = {
+  (9, 4): "Stable Diffusion for inpainting",
+  (5, 4): "Stable Diffusion with depth (depth2img)",
+  (8, 4): "InstructPix2Pix, Marigold or another model of two pictures",
+  (7, 4): "Stable Diffusion's upscaler",
+}
 UNET_PARTS = ("time_embed", "input_blocks", "middle_block", "output_blocks", "out")
 SCHEDULE = (
   r"(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|betas|posterior_\w+"
@@ -177,7 +185,24 @@ def sizes(path: str | epath.PathLike) -> dict[str, dict[str, Any]] | None:
       raise ValueError(f"{path / folder / 'config.json'} lacks {error.args[0]!r}; complete the folder.") from error
     except ValueError as error:
       raise ValueError(f"{path / folder / 'config.json'} {error}") from error
+  _check_latents(path, result)
   return result
+
+
+def _check_latents(path: pathlib.Path, found: Mapping[str, Mapping[str, Any]]) -> None:
+  """Raises where the UNet reads something else than the latents of the VAE, and says which model that is."""
+  if not {"unet", "vae"} <= found.keys():
+    return
+  taken, given = found["unet"]["in_channels"], found["vae"]["z_channels"]
+  if taken == given:
+    return
+  named = OTHER_INPUTS.get((taken, given), "another model")
+  if (path / "model_index.json").is_file():
+    named += f" ({files.read_config(path, 'model_index.json').get('_class_name')})"
+  raise ValueError(
+    f"{path}: its UNet takes {taken} channels, its VAE gives {given}: this is {named}; give a Stable Diffusion 1.x or "
+    "2.x that makes pictures from text alone."
+  )
 
 
 def _refuse(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:

@@ -1,17 +1,16 @@
 """A state dict written in PyTorch's own file formats, tensor by tensor and in the order given, without PyTorch."""
 
-import contextlib
 import functools
 import json
-import os
 import pathlib
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
+from vpd_jax import atomic
 from vpd_jax.convert.files import SAFETENSORS
 from vpd_jax.convert.pickles import STORAGES
 from vpd_jax.convert.raw import contiguous
@@ -32,20 +31,7 @@ def write(path: str | pathlib.Path, state: Mapping[str, np.ndarray], *, wrapper:
   writers = {".pth": functools.partial(_write_pth, wrapper=wrapper), ".safetensors": _write_safetensors}
   if path.suffix not in writers:
     raise ValueError(f"output={str(path)!r} must end in one of {sorted(writers)}.")
-  with _complete(path) as unfinished:
-    writers[path.suffix](unfinished, state)
-
-
-@contextlib.contextmanager
-def _complete(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A name beside `path` to write to; renamed at the end, removed on failure."""
-  unfinished = path.with_name(f"{path.name}.unfinished")
-  path.parent.mkdir(parents=True, exist_ok=True)
-  try:
-    yield unfinished
-    os.replace(unfinished, path)
-  finally:
-    unfinished.unlink(missing_ok=True)
+  atomic.write(path, lambda unfinished: writers[path.suffix](unfinished, state))
 
 
 def _write_safetensors(path: pathlib.Path, state: Mapping[str, np.ndarray]) -> None:

@@ -22,6 +22,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tqdm import tqdm
 
+from vpd_jax import atomic
 from vpd_jax.data import records
 from vpd_jax.data.files import Record
 
@@ -263,7 +264,7 @@ def _continue(staging: Path, state: dict[str, Any], say: Callable[[str], None]) 
   for left in itertools.chain(staging.glob("*.part"), staging.parent.glob("tmp*"), staging.parent.glob("tfds")):
     left.unlink() if left.is_file() else shutil.rmtree(left)
   staging.mkdir(parents=True, exist_ok=True)
-  noted.write_text(json.dumps(state))
+  atomic.write_json(noted, state)
 
 
 def _identity(value: Any) -> Any:

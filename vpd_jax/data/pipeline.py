@@ -33,10 +33,7 @@ _EPOCHS = 2**32  # without end; grain's own endless repetition has a length that
 
 
 class Source(Protocol):
-  """Random access to the records of one split. Must be picklable: worker processes are spawned.
-
-  A record that cannot be read is a ValueError that names its file.
-  """
+  """The records of one split, picklable for worker processes; one that cannot be read is a UserError with its file."""
 
   def __len__(self) -> int: ...
   def __getitem__(self, index: int) -> Example: ...

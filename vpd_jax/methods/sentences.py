@@ -1,7 +1,7 @@
 """Sentences as what the UNet attends to: token ids on the host, states of CLIP's text encoder on the device.
 
-All positions of a sentence count, those of the padding too, which is the end-of-text token: the release reads the
-encoder's last states whole and uses no attention mask.
+All positions of a sentence count, those of the padding too, which is what the tokenizer says (in Stable Diffusion 1.x
+the end-of-text token, in 2.x the id 0): the release reads the encoder's last states whole and uses no attention mask.
 
 Source: VPD refer/data/dataset_refer_clip.py, refer/train.py.
 """
@@ -24,8 +24,8 @@ class SentenceTokens:
   """A method's host transform: adds the token ids of an example's sentence; also tells which sentences are cut.
 
   Attributes:
-    tokenize: sentences to int32 [sentences, length + 1], each begun, ended and filled up with the end of text, which
-      is the largest id. The one token more tells whether a sentence is cut.
+    tokenize: sentences to int32 [sentences, length + 1], each begun, ended by the largest id, and filled up with any id
+      below or with the end again. The one token more tells whether a sentence is cut.
     length: tokens a sentence keeps, begin and end included. Release: 40 on RefCOCO and RefCOCO+, 77 on RefCOCOg.
   """
 
@@ -50,9 +50,10 @@ class SentenceTokens:
       raise ValueError(f"{which} empty; say in words what is to be found, such as 'the red box on the left'.")
     tokens = self.tokenize(tuple(texts))
     end = tokens.max(axis=1)
-    cut = tokens[:, self.length - 1] != end
+    # Behind the first end there is padding: the end again in Stable Diffusion 1.x, another id in 2.x.
+    cut = (tokens == end[:, None]).argmax(axis=1) > self.length - 1
     tokens = tokens[:, : self.length].astype(np.int32)
-    tokens[:, -1] = end
+    tokens[cut, -1] = end[cut]
     return tokens, cut
 
   def __call__(self, example: Example) -> Example:

@@ -1,7 +1,6 @@
 """Metric depth: scale-invariant loss, the scores of NYU and KITTI, pictures and files of the result."""
 
 import itertools
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import cv2
 import jax.numpy as jnp
 import numpy as np
 
-from vpd_jax import panels
+from vpd_jax import atomic, panels
 from vpd_jax.tasks.baselines import depth_baselines
 from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
 
@@ -208,16 +207,12 @@ class Depth:
       _write(stem, ".colour.png", lambda path: _png(path, colour[..., ::-1])),
       _write(stem, ".depth.png", lambda path: _png(path, stored)),
       _write(stem, ".npy", lambda path: np.save(path, depth)),
-      _write(stem, ".json", lambda path: path.write_text(json.dumps(described, indent=1) + "\n")),
+      _write(stem, ".json", lambda path: path.write_text(atomic.to_json(described, indent=1) + "\n")),
     ]
 
 
 def _write(stem: Path, suffix: str, write: Any) -> Path:
-  """Writes beside the final name first, then renames."""
-  path = stem.with_name(stem.name + suffix)
-  unfinished = stem.with_name(f".unfinished.{stem.name}{suffix}")
-  write(unfinished)
-  return unfinished.replace(path)
+  return atomic.write(stem.with_name(stem.name + suffix), write)
 
 
 def _png(path: Path, image: np.ndarray) -> None:

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from vpd_jax import panels
+from vpd_jax import atomic, panels
 
 UNLABELLED = (128, 128, 128)  # grey, in no published palette of the data sets here
 OPACITY = 0.5
@@ -111,11 +111,8 @@ def attention(maps: list[tuple[str, np.ndarray]], label: np.ndarray, image: np.n
 
 
 def write(stem: Path, suffix: str, content: Callable[[Path], object]) -> Path:
-  """Writes beside the final name first, then renames."""
-  path = stem.with_name(stem.name + suffix)
-  unfinished = stem.with_name(f".unfinished.{stem.name}{suffix}")
-  content(unfinished)
-  return unfinished.replace(path)
+  """A file of one picture, see atomic.write."""
+  return atomic.write(stem.with_name(stem.name + suffix), content)
 
 
 def write_indexed(path: Path, label: np.ndarray, palette: np.ndarray) -> None:

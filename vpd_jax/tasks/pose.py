@@ -4,7 +4,6 @@ Source: ViTPose configs/body/2d_kpt_sview_rgb_img/topdown_heatmap/coco; mmpose 0
 models/heads/topdown_heatmap_base_head.py, datasets/datasets/top_down/topdown_coco_dataset.py.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from vpd_jax import atomic
 from vpd_jax.tasks import heatmaps, oks, pose_baselines, pose_pictures
 from vpd_jax.tasks.label_pictures import write, write_colours
 from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
@@ -184,7 +184,7 @@ class Pose:
   def write_results(self, path: Path, rows: Rows, truth: dict[str, Any]) -> Path:
     """Writes `results` as COCO's servers and tools take them; the file appears only when complete."""
     entries = self.results(rows, truth)
-    return write(path.with_suffix(""), path.suffix, lambda to: to.write_text(json.dumps(entries)))
+    return write(path.with_suffix(""), path.suffix, lambda to: to.write_text(atomic.to_json(entries)))
 
   def baselines(
     self, train: Iterable[Example], evaluation: Iterable[Example], truth: dict[str, Any]
@@ -240,7 +240,7 @@ class Pose:
     if image is not None:
       image = image if image.dtype == np.uint8 else np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
       parts[".skeleton.png"] = lambda path: write_colours(path, self._drawn(image, prediction))
-    parts[".json"] = lambda path: path.write_text(json.dumps(described, indent=1) + "\n")
+    parts[".json"] = lambda path: path.write_text(atomic.to_json(described, indent=1) + "\n")
     return [write(stem, suffix, content) for suffix, content in parts.items()]
 
   def _drawn(self, image: np.ndarray, people: Iterable[np.ndarray]) -> np.ndarray:

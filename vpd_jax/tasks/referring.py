@@ -5,7 +5,6 @@ One example is one sentence: its mask is 1 on the object it speaks of and 0 else
 Source: VPD refer/train.py criterion, refer/test.py evaluate.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vpd_jax import atomic
 from vpd_jax.tasks import label_pictures, mask_baselines, mask_pictures
 from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
 
@@ -204,7 +204,7 @@ class Referring:
     parts = {
       ".mask.png": lambda path: label_pictures.write_colours(path, mask.astype(np.uint8) * 255),
       ".overlay.png": lambda path: label_pictures.write_colours(path, picture),
-      ".json": lambda path: path.write_text(json.dumps({**described, **facts}, indent=1) + "\n"),
+      ".json": lambda path: path.write_text(atomic.to_json({**described, **facts}, indent=1) + "\n"),
     }
     return [label_pictures.write(stem, suffix, write) for suffix, write in parts.items()]
 

@@ -3,7 +3,6 @@
 Source: mmsegmentation 0.30 models/losses, models/decode_heads/decode_head.py losses, core/evaluation/metrics.py.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vpd_jax import atomic
 from vpd_jax.tasks import label_baselines, label_pictures
 from vpd_jax.tasks.lovasz import lovasz_softmax
 from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
@@ -325,5 +325,5 @@ class Segmentation:
     }
     if self.label_ids.size:
       parts[".label_ids.png"] = lambda path: label_pictures.write_colours(path, self.label_ids[label])
-    parts[".json"] = lambda path: path.write_text(json.dumps(described, indent=1) + "\n")
+    parts[".json"] = lambda path: path.write_text(atomic.to_json(described, indent=1) + "\n")
     return [label_pictures.write(stem, suffix, write) for suffix, write in parts.items()]

@@ -1,0 +1,46 @@
+"""Errors meant for users are told from errors of the program."""
+
+import ast
+import pathlib
+
+import pytest
+
+from vpd_jax import errors, processes
+from vpd_jax.convert import raw, rules
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def test_an_error_for_users_is_one_line_and_exit_code_2(capsys):
+  for error in (errors.UserError("give another\nname"), errors.NotFiniteError("the loss"), OSError(28, "disk full")):
+    with pytest.raises(SystemExit) as caught, processes.answered():
+      raise error
+    assert caught.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1 and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("error", [ValueError("shapes (2,) and (3,)"), FloatingPointError("a bug"), TypeError("a bug")])
+def test_any_other_error_keeps_its_traceback(error):
+  with pytest.raises(type(error)) as caught, processes.answered():
+    raise error
+  assert caught.value is error
+
+
+def test_users_errors_are_value_errors_as_before():
+  assert issubclass(errors.UserError, ValueError)
+  assert issubclass(errors.NotFiniteError, (errors.UserError, FloatingPointError))
+  assert issubclass(rules.ConversionError, errors.UserError) and issubclass(raw.NotRead, errors.UserError)
+
+
+def test_our_checks_raise_errors_for_users():
+  """A plain ValueError in our own code would be shown to the user as a fault of the program."""
+  found = []
+  for path in [*ROOT.glob("vpd_jax/**/*.py"), *ROOT.glob("scripts/*.py")]:
+    for node in ast.walk(ast.parse(path.read_text())):
+      made = node.exc if isinstance(node, ast.Raise) else node.value if isinstance(node, ast.Return) else None
+      name = made.func if isinstance(made, ast.Call) else made
+      bases = node.bases if isinstance(node, ast.ClassDef) and path.name != "errors.py" else []
+      if any(isinstance(x, ast.Name) and x.id == "ValueError" for x in (name, *bases)):
+        found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+  assert not found
