@@ -6,7 +6,8 @@ Files, below `root`:
 Images are of any kind OpenCV reads and of any size; a depth file has the size of its image and one channel:
   .png             16 bits
   .tif, .tiff      16 bits, or 32-bit floats
-  .pfm, .npy       floats; .npy also whole numbers
+  .pfm             floats as stored: of the number in the header only the sign counts, which is the byte order
+  .npy             floats, or whole numbers
 Depth in metres is the file's value / `factor`. What is not finite, not above 0 or beyond `max_depth` is no measurement.
 """
 
@@ -25,6 +26,11 @@ from vpd_jax.data import files, nyu, transforms
 from vpd_jax.types import Example
 
 SUFFIXES = (".png", ".tif", ".tiff", ".pfm", ".npy")
+_SPACE = rb"(?:\s|#[^\n]*\n)+"  # between the words of a header, comments too
+_PFM = re.compile(
+  rb"(?P<kind>P[Ff])%b(?P<width>[1-9]\d{0,8})%b(?P<height>[1-9]\d{0,8})%b"
+  rb"(?P<scale>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?=\s)(?P<line>[^\S\n]*(?:#[^\n]*)?\n)?" % ((_SPACE,) * 3)
+)
 
 
 class DepthList:
@@ -236,7 +242,7 @@ def read_depth(path: Path, *, factor: float, max_depth: float) -> np.ndarray:
   if suffix == ".png":
     metres = files.read_depth(path, scale=factor)
   else:
-    values = _read_npy(path) if suffix == ".npy" else _read_floats(path)
+    values = {".npy": _read_npy, ".pfm": _read_pfm}.get(suffix, _read_tiff)(path)
     if values.ndim != 2 or values.dtype.kind not in "uif" or values.dtype.itemsize < 2:
       raise ValueError(
         f"depth file {path} holds {values.dtype} {list(values.shape)}; [height, width] of at least 16 bits is needed."
@@ -261,8 +267,34 @@ def _read_npy(path: Path) -> np.ndarray:
     raise ValueError(f"depth file {path} cannot be read ({reason}); write it with numpy.save.") from None
 
 
-def _read_floats(path: Path) -> np.ndarray:
-  """A TIFF or PFM as stored."""
+def _read_pfm(path: Path) -> np.ndarray:
+  """A portable float map, float32 [H, W] as stored, or [H, W, 3].
+
+  Not by OpenCV, which divides by the header's number and knows no comments. Source: Debevec's HDRShop, Netpbm's pfm(5).
+  """
+  raw = files.read_bytes(path)
+  header = _PFM.match(raw)
+  if header is None or not float(header["scale"]):
+    raise ValueError(
+      f"depth file {path} does not begin as a PFM: Pf, width and height, a number not 0; write it again."
+    )
+  width, height, channels = int(header["width"]), int(header["height"]), 3 if header["kind"] == b"PF" else 1
+  size, begin = 4 * width * height * channels, header.end("scale") + 1
+  if len(raw) - begin != size and header["line"]:  # more than one byte ends the header
+    begin = header.end("line")
+  content = raw[begin:]
+  if len(content) < size or content[size:].strip():
+    raise ValueError(
+      f"depth file {path} has {len(content)} bytes behind its header, {width} x {height} pixels need {size}; copy or "
+      "write it again."
+    )
+  order = "<" if float(header["scale"]) < 0 else ">"
+  values = np.frombuffer(content, f"{order}f4", size // 4).reshape(height, width, *(3,) * (channels == 3))
+  return values[::-1].astype(np.float32)  # rows come from the lowest to the highest
+
+
+def _read_tiff(path: Path) -> np.ndarray:
+  """A TIFF as stored."""
   try:
     values = cv2.imdecode(np.frombuffer(path.read_bytes() or b"\0", np.uint8), cv2.IMREAD_UNCHANGED)
   except OSError as error:
