@@ -9,10 +9,8 @@ workdir of a run (its newest checkpoint, or --step), or any checkpoint that fill
 """
 
 import argparse
-import json
-import pathlib
 
-from vpd_jax import assemble, checkpoint, config_file, start
+from vpd_jax import assemble, checkpoint, config_file, reading, start
 from vpd_jax.convert import load, released, write
 
 
@@ -42,7 +40,7 @@ def reverse(args: argparse.Namespace) -> None:
   shapes, table = assemble.model_shapes(config), released.TABLES[release]()
   named, step = read(args, shapes)
   if args.manifest:
-    entries = json.loads(pathlib.Path(args.manifest).read_text())
+    entries = reading.read_json(args.manifest)
   else:
     entries = released.manifest(shapes, table)
   exported = released.state_dict(named, table, entries, step)

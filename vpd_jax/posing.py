@@ -1,12 +1,12 @@
 """Keypoints of people in pictures of any size: one crop for each box, crops in calls of few shapes."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from vpd_jax import reading
 from vpd_jax.types import Array, Example
 
 Predict = Callable[[Any, dict[str, Array]], Array]  # weights and batch of n crops to heatmaps [n, h, w, K]
@@ -67,10 +67,7 @@ def read_boxes(path: str | Path) -> dict[str, list[list[float]]]:
   Raises:
     ValueError: missing, or of another form; names the file.
   """
-  try:
-    content = json.loads(Path(path).expanduser().read_bytes())
-  except (OSError, ValueError) as error:
-    raise ValueError(f"boxes {str(path)!r} cannot be read ({error}).") from None
+  content = reading.read_json(path, called=f"boxes {str(path)!r}")
   if isinstance(content, list) and all(isinstance(e, dict) and {"file_name", "bbox"} <= e.keys() for e in content):
     result: dict[str, list[list[float]]] = {}
     for entry in content:

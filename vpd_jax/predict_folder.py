@@ -1,6 +1,5 @@
 """--mode=predict: the predictions of a folder of pictures as files."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from vpd_jax import pictures as pictures_lib
-from vpd_jax import posing
+from vpd_jax import posing, reading
 from vpd_jax.checkpoint import is_workdir
 from vpd_jax.predict import Predictor
 
@@ -185,10 +184,7 @@ def read_sentences(path: str) -> dict[str, list[str]]:
   Raises:
     ValueError: missing, or of another form; names the file.
   """
-  try:
-    entries = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise ValueError(f"--sentences={path!r} cannot be read ({' '.join(str(error).split())}).") from None
+  entries = reading.read_json(path, called=f"--sentences={path!r}")
   result: dict[str, list[str]] = {}
   for entry in entries if isinstance(entries, list) else ():
     texts = entry.get("sentences", [entry.get("sentence")]) if isinstance(entry, dict) else [None]

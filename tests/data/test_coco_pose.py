@@ -139,7 +139,7 @@ def test_files_of_another_kind_are_refused(root, tmp_path):
   names = keypoints.COCO.names
   path = tmp_path / "x.json"
   path.write_text("{")
-  check_message(f"{path} is no JSON, or cut off", lambda: coco_json.annotations(path, names))
+  check_message(f"{path} cannot be read: it is no JSON, or cut off", lambda: coco_json.annotations(path, names))
   path.write_text("[]")
   check_message(f"{path} is no annotation file", lambda: coco_json.annotations(path, names))
   path.write_text(json.dumps({"images": [], "annotations": [], "categories": [{"id": 1, "name": "person"}]}))

@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from vpd_jax import reading
 from vpd_jax.convert import clip, fetch, files, released, stable_diffusion
 from vpd_jax.convert.rules import COUNTER, ConversionError, Report, Same, convert
 
@@ -161,7 +162,7 @@ def manifest(path: str | epath.PathLike) -> dict[str, Any]:
   """
   file = _absolute(path) / "manifest.json"
   try:
-    content = json.loads(file.read_text())
+    content = reading.read_json(file)
     return content | {"table": str(content["table"]), "step": int(content["step"])}
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{file} is not the manifest of converted weights ({error}); convert them again.") from error

@@ -5,7 +5,6 @@ keypoints as x, y, visibility for each, area, iscrowd), and "categories", one of
 file is a list of image_id, category_id, bbox, score.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vpd_jax import reading
 from vpd_jax.data import files
 
 
@@ -51,26 +51,13 @@ class Samples(NamedTuple):
   notes: list[str]
 
 
-def read(path: str | Path) -> Any:
-  """The content of a JSON file.
-
-  Raises:
-    ValueError: missing, or no JSON; names the file.
-  """
-  raw = files.read_bytes(Path(path).expanduser())
-  try:
-    return json.loads(raw)
-  except ValueError as error:
-    raise ValueError(f"{path} is no JSON, or cut off ({error}); copy or download it again.") from None
-
-
 def keypoint_names(path: str | Path) -> tuple[str, ...]:
   """The names that the annotation file gives its keypoints.
 
   Raises:
     ValueError: no such file; no category with keypoints, or several.
   """
-  return tuple(_category(read(path), path)["keypoints"])
+  return tuple(_category(reading.read_json(path), path)["keypoints"])
 
 
 def annotations(path: str | Path, names: Sequence[str]) -> Annotations:
@@ -80,7 +67,7 @@ def annotations(path: str | Path, names: Sequence[str]) -> Annotations:
     ValueError: in one line, everything that is wrong: not an annotation file, other keypoints than `names`, entries
       without what is needed or of images that are not there (counted, the first ten named).
   """
-  path, content = Path(path).expanduser(), read(path)
+  path, content = Path(path).expanduser(), reading.read_json(path)
   category = _category(content, path)
   if tuple(category["keypoints"]) != tuple(names):
     raise ValueError(
@@ -169,7 +156,7 @@ def detected(path: str | Path, found: Annotations, chosen: Sequence[int], *, oth
 
   Source: mmpose 0.x topdown_coco_dataset.py _load_coco_person_detection_results.
   """
-  content = read(path)
+  content = reading.read_json(path)
   if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
     raise ValueError(f"{path} must be a list of detections: image_id, category_id, bbox, score.")
   number = {found.images[i]["id"]: place for place, i in enumerate(chosen)}

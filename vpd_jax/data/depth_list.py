@@ -12,7 +12,6 @@ Depth in metres is the file's value / `factor`. What is not finite, not above 0 
 """
 
 import functools
-import gzip
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from vpd_jax import reading
 from vpd_jax.data import files, nyu, transforms
 from vpd_jax.types import Example
 
@@ -209,11 +209,7 @@ def read_columns(path: str | Path, *, columns: tuple[int, ...]) -> list[list[str
   Raises:
     ValueError: the file cannot be read, is empty, or has lines of another number of columns (named).
   """
-  try:
-    raw = Path(path).read_bytes()
-    text = (gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw).decode("utf-8-sig")
-  except (OSError, EOFError, UnicodeDecodeError) as error:
-    raise ValueError(f"list file {path} cannot be read ({error}).") from None
+  text = reading.read_text(path, called=f"list file {path}")
   lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
   table = [
     (number, [name.strip() for name in (line.split("\t") if "\t" in line else line.split())]) for number, line in lines

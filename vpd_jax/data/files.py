@@ -4,7 +4,6 @@ A record is what is stored of an Example: the bytes of its files as they are, th
 and prepared shards (records.py) give the same records, and one function makes Examples of them.
 """
 
-import gzip
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+
+from vpd_jax import reading
 
 SHOWN = 10  # names per error message
 Record = dict[str, Any]
@@ -45,11 +46,7 @@ def read_list(path: str | Path) -> list[tuple[str, str]]:
   Raises:
     ValueError: the file cannot be read, is empty, or has lines of fewer than two columns (named).
   """
-  try:
-    raw = Path(path).read_bytes()
-    text = (gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw).decode("utf-8-sig")
-  except (OSError, EOFError, UnicodeDecodeError) as error:
-    raise ValueError(f"list file {path} cannot be read ({error}).") from None
+  text = reading.read_text(path, called=f"list file {path}")
   lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
   wrong = [number for number, columns in lines if len(columns) < 2]
   if wrong or not lines:

@@ -8,13 +8,13 @@ object is where it is not 0. Where one file holds several objects, "value" says 
 "split": "train" or "eval" says what an entry is for. Without any "eval" the last pictures are held out.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vpd_jax import reading
 from vpd_jax.data import files, labels, records, referring
 from vpd_jax.data.referring import Item
 from vpd_jax.types import Example
@@ -129,10 +129,7 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
   Raises:
     ValueError: it cannot be read, or entries are wrong: how many, and for the first ones what.
   """
-  try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise ValueError(f"{path} is no JSON file that can be read ({' '.join(str(error).split())}).") from None
+  content = reading.read_json(path)
   if not isinstance(content, list) or not content:
     raise ValueError(f"{path} must hold a list of entries like {EXAMPLE}.")
   wrong = [f"number {place} {what}" for place, entry in enumerate(content, 1) if (what := _problem(entry))]
