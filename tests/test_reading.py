@@ -82,6 +82,10 @@ def test_every_reader_takes_a_file_with_a_mark(tmp_path, name):
   assert read(path) == expected
 
 
+def test_hidden_names_are_no_data():
+  assert reading.visible(["b", "._b", ".DS_Store", "__MACOSX", "a.png", "_c"]) == ["_c", "a.png", "b"]
+
+
 # Files of our own making, or of the package itself.
 OWN = {
   "plan.py",

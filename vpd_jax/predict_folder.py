@@ -78,7 +78,7 @@ def run(
     raise ValueError(
       f"--workdir={workdir!r} holds no checkpoint and config.init.pretrained is empty; give one of them."
     )
-  paths = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+  paths = [p for name in reading.visible(os.listdir(folder)) if (p := folder / name).is_file()]
   pictures = [path for path in paths if pictures_lib.is_picture(path)]
   if not pictures:
     raise ValueError(f"--input={source!r} holds no picture, only {len(paths)} other files; give a folder that does.")

@@ -1,9 +1,10 @@
-"""Files that people bring: text and JSON. Whatever is wrong with one is one line that names it."""
+"""Files that people bring: text, JSON, folders. Whatever is wrong with one is one line that names it."""
 
 import gzip
 import json
 import os
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +44,8 @@ def read_json(path: str | os.PathLike, *, called: str = "") -> Any:
   except (ValueError, RecursionError) as error:
     reason = " ".join(str(error).split())
     raise ValueError(f"{called} cannot be read: it is no JSON, or cut off ({reason}); correct or copy it.") from None
+
+
+def visible(names: Iterable[str]) -> list[str]:
+  """The names in a folder that are data, sorted: not hidden ones, of which macOS puts a ._NAME beside every file."""
+  return sorted(name for name in names if not name.startswith(".") and name != "__MACOSX")

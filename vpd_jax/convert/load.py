@@ -210,7 +210,8 @@ def _restore(path: str | epath.PathLike) -> dict[str, np.ndarray]:
   """All arrays of a converted directory, on the host."""
   named = {}
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    for part in sorted((_absolute(path) / "arrays").iterdir()):
+    arrays = _absolute(path) / "arrays"
+    for part in (arrays / name for name in reading.visible(part.name for part in arrays.iterdir())):
       names = reader.metadata(part).item_metadata.tree
       arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
       named |= reader.restore(part, args=ocp.args.PyTreeRestore(restore_args=arguments))

@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from vpd_jax import reading
 from vpd_jax.data import files
 from vpd_jax.types import Example
 
@@ -182,10 +183,11 @@ def pair_files(
     raise ValueError(f"{folder} is not a folder; {source}")
   found = []
   for place, inner, names in os.walk(folder):
-    if not nested:
-      inner.clear()
+    inner[:] = reading.visible(inner) if nested else []
     within = Path(place).relative_to(folder)
-    found += [(within / name).as_posix() for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    found += [
+      (within / name).as_posix() for name in reading.visible(names) if Path(name).suffix.lower() in IMAGE_SUFFIXES
+    ]
   if not found:
     raise ValueError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)}); {source}")
   pairs = [(f"{images}/{name}", f"{labels}/{Path(name).with_suffix('').as_posix()}{ending}") for name in sorted(found)]
