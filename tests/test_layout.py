@@ -35,11 +35,11 @@ LAYERS = (
     "panels",
   ),
   ("params", "presets", "config_file", "processes", "programs"),
-  ("types", "chips", "reading"),
+  ("types", "chips", "reading", "decoding"),
 )
 ROW = {part: row for row, parts in enumerate(LAYERS) for part in parts}
 ONLY = {  # narrower than the rows
-  "data": {"types", "reading"},  # knows no network
+  "data": {"types", "reading", "decoding"},  # knows no network
   "tasks": {"panels", "types"},  # knows no network either; shows its own results
   "methods": {"backbones", "types"},
   "backbones": {"types"},  # no paper-specific code

@@ -6,7 +6,9 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
+
+from vpd_jax import decoding
 
 LONGEST = 16  # times the shorter side; longer pictures are squeezed to it
 
@@ -53,17 +55,13 @@ def read_picture(path: Path) -> np.ndarray:
   Raises:
     ValueError: it is not an image, or is damaged.
   """
-  try:
-    with Image.open(path) as picture:
-      turned = ImageOps.exif_transpose(picture)
-      if turned.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
-        grey = np.asarray(turned, np.float64)
-        top = 65535.0 if turned.mode != "F" else max(grey.max(), 1e-12)
-        turned = Image.fromarray(np.clip(grey / top * 255, 0, 255).astype(np.uint8))
-      return np.asarray(turned.convert("RGB"))
-  except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-    why = "unknown format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
-    raise ValueError(f"{path.name} is damaged or no picture ({why})") from error
+  with decoding.faults(path.name, remedy=""), Image.open(path) as picture:
+    turned = ImageOps.exif_transpose(picture)
+    if turned.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
+      grey = np.asarray(turned, np.float64)
+      top = 65535.0 if turned.mode != "F" else max(grey.max(), 1e-12)
+      turned = Image.fromarray(np.clip(grey / top * 255, 0, 255).astype(np.uint8))
+    return np.asarray(turned.convert("RGB"))
 
 
 def is_picture(path: Path) -> bool:
@@ -71,7 +69,7 @@ def is_picture(path: Path) -> bool:
   if (mimetypes.guess_type(path.name, strict=False)[0] or "").startswith("image/"):
     return True
   try:
-    with Image.open(path):
+    with decoding.faults(path), Image.open(path):
       return True
-  except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+  except ValueError:
     return False

@@ -171,8 +171,9 @@ def run(
   done = len(pictures) - len(damaged) - left_alone
   print(f"{done} pictures written to {output}, {len(paths) - done} files skipped", flush=True)
   if damaged:
+    told = "; ".join(message.rstrip(".") for message in damaged[:10])
     raise ValueError(
-      f"{len(damaged)} of {len(pictures)} pictures in {source} cannot be read: {'; '.join(damaged[:10])}. "
+      f"{len(damaged)} of {len(pictures)} pictures in {source} cannot be read: {told}. "
       f"The other {done} are done; mend or remove these."
     )
   return done

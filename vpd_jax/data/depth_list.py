@@ -12,7 +12,6 @@ Depth in metres is the file's value / `factor`. What is not finite, not above 0 
 """
 
 import functools
-import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from vpd_jax import reading
+from vpd_jax import decoding, reading
 from vpd_jax.data import files, nyu, transforms
 from vpd_jax.types import Example
 
@@ -256,11 +255,10 @@ def read_depth(path: Path, *, factor: float, max_depth: float) -> np.ndarray:
 
 
 def _read_npy(path: Path) -> np.ndarray:
-  try:
-    return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-  except (OSError, ValueError, EOFError) as error:
-    reason = " ".join(str(error).split())
-    raise ValueError(f"depth file {path} cannot be read ({reason}); write it with numpy.save.") from None
+  if not path.is_file():
+    raise ValueError(f"depth file {path} cannot be read: it is not a file.")
+  with decoding.faults(f"depth file {path}", "an array", "write it with numpy.save"):
+    return np.array(np.lib.format.open_memmap(path, mode="r"))  # compares the size that a header claims with the file's
 
 
 def _read_pfm(path: Path) -> np.ndarray:
@@ -291,10 +289,4 @@ def _read_pfm(path: Path) -> np.ndarray:
 
 def _read_tiff(path: Path) -> np.ndarray:
   """A TIFF as stored."""
-  try:
-    values = cv2.imdecode(np.frombuffer(path.read_bytes() or b"\0", np.uint8), cv2.IMREAD_UNCHANGED)
-  except OSError as error:
-    raise ValueError(f"depth file {path} cannot be read ({error.strerror}).") from None
-  if values is None:
-    raise ValueError(f"depth file {path} is not a picture that can be read, or damaged; copy or write it again.")
-  return values
+  return decoding.decode(files.read_bytes(path), path, cv2.IMREAD_UNCHANGED)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from vpd_jax import reading
+from vpd_jax import decoding, reading
 
 SHOWN = 10  # names per error message
 Record = dict[str, Any]
@@ -137,7 +137,7 @@ def read_depth(path: str | Path, *, scale: float) -> np.ndarray:
 
 def decode_image(raw: bytes, path: str | Path) -> np.ndarray:
   """A picture file's bytes as uint8 [H, W, 3], RGB; `path` is for the message of the ValueError."""
-  return cv2.cvtColor(_decode(raw, path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+  return cv2.cvtColor(decoding.decode(raw, path), cv2.COLOR_BGR2RGB)
 
 
 def decode_depth(raw: bytes, path: str | Path, *, scale: float) -> np.ndarray:
@@ -151,7 +151,7 @@ def decode_depth(raw: bytes, path: str | Path, *, scale: float) -> np.ndarray:
   Raises:
     ValueError: truncated, not a picture, or not of one channel and 16 bits; the message names the file.
   """
-  values = _decode(raw, path, cv2.IMREAD_UNCHANGED)
+  values = decoding.decode(raw, path, cv2.IMREAD_UNCHANGED)
   if values.dtype != np.uint16 or values.ndim != 2:
     channels = 1 if values.ndim == 2 else values.shape[2]
     raise ValueError(
@@ -190,25 +190,6 @@ def decode_frame(record: Record, folder: Path | None = None, *, scale: float) ->
       f"depth file {paths[1]} is {sizes[0]}, but its image {paths[0]} is {sizes[1]}; bring both to one size."
     )
   return {"image": image, "depth": depth}
-
-
-def _decode(raw: bytes, path: str | Path, mode: int) -> np.ndarray:
-  """Decodes a whole file; half a picture is an error."""
-  if _is_truncated(raw):
-    raise ValueError(f"{path} is truncated ({len(raw)} bytes); copy or download it again.")
-  picture = cv2.imdecode(np.frombuffer(raw, np.uint8), mode)
-  if picture is None:
-    raise ValueError(f"{path} is not a picture that can be read, or damaged; copy or download it again.")
-  return picture
-
-
-def _is_truncated(raw: bytes) -> bool:
-  """Whether the end of a PNG or JPEG is missing, which some versions of OpenCV fill with grey."""
-  if raw.startswith(b"\x89PNG"):
-    return b"IEND" not in raw
-  if raw.startswith(b"\xff\xd8"):
-    return raw.rfind(b"\xff\xd9") < raw.rfind(b"\xff\xda")  # no end of image after the last start of scan
-  return not raw
 
 
 def _entries(folder: Path) -> set[str]:

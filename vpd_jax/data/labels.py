@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from vpd_jax import reading
+from vpd_jax import decoding, reading
 from vpd_jax.data import files
 from vpd_jax.types import Example
 
@@ -260,8 +260,6 @@ def _decode_png(raw: bytes, path: str | Path) -> np.ndarray:
   if not raw.startswith(b"\x89PNG") or len(raw) < 33:
     kind = "a JPEG, which changes class numbers" if raw.startswith(b"\xff\xd8") else "no PNG, or damaged"
     raise ValueError(f"label file {path} is {kind}; a PNG of one channel is needed.")
-  if b"IEND" not in raw:
-    raise ValueError(f"{path} is truncated ({len(raw)} bytes); copy or download it again.")
   depth, colour = raw[24], raw[25]  # of the header chunk, which comes first
   if colour not in (0, 3):
     names = {2: "three channels (RGB)", 4: "two channels (grey and alpha)", 6: "four channels (RGBA)"}
@@ -269,17 +267,14 @@ def _decode_png(raw: bytes, path: str | Path) -> np.ndarray:
       f"label file {path} has {names.get(colour, 'unknown channels')}; one is needed, grey or with a palette, whose "
       "numbers are classes: replace each colour by the number of its class."
     )
+  decoding.check_whole(raw, path)
   if colour == 0 and depth >= 8:
-    numbers = cv2.imdecode(np.frombuffer(raw, np.uint8), cv2.IMREAD_UNCHANGED)
+    numbers = decoding.decode(raw, path, cv2.IMREAD_UNCHANGED)
   else:
-    try:
-      numbers = np.asarray(Image.open(io.BytesIO(raw)))
-    except (OSError, SyntaxError, ValueError):
-      numbers = None
-    if numbers is not None and colour == 0 and depth > 1:
+    with decoding.faults(path), Image.open(io.BytesIO(raw)) as picture:
+      numbers = np.asarray(picture)
+    if colour == 0 and depth > 1:
       numbers = numbers // (255 // (2**depth - 1))  # PIL stretches grey of 2 and 4 bits to 0..255
-  if numbers is None:
-    raise ValueError(f"{path} is not a picture that can be read, or damaged; copy or download it again.")
   return numbers.astype(np.uint8) if numbers.dtype == bool else numbers
 
 

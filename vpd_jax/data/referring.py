@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from vpd_jax import decoding
 from vpd_jax.data import files, nyu
 from vpd_jax.types import Example
 
@@ -131,7 +132,7 @@ def decode(record: files.Record) -> Example:
     "index" int32 [], numbers of the picture and of the item.
   """
   image = files.decode_image(record["image"], record["image_path"])
-  mask = cv2.imdecode(np.frombuffer(record["mask"], np.uint8), cv2.IMREAD_GRAYSCALE)
+  mask = decoding.decode(record["mask"], f"the mask of {record['image_path']}", cv2.IMREAD_GRAYSCALE)
   return _example(image, mask, record["sentences"], record["image_id"], record["index"])
 
 
