@@ -109,3 +109,82 @@ def test_every_error_of_a_decoder_becomes_ours(error):
 def test_a_lack_of_memory_is_no_fault_of_a_file():
   with pytest.raises(MemoryError), decoding.faults("a"):
     raise MemoryError
+
+
+def photo(size=(150, 210)):
+  noise = np.random.default_rng(1).normal(0, 6, (*size, 3))
+  return np.clip(picture(size=size) + noise, 0, 255).astype(np.uint8)
+
+
+JPEGS = {
+  "default": {},
+  "best": {"quality": 98, "subsampling": 0},
+  "poor": {"quality": 8, "optimize": True},
+  "progressive": {"progressive": True},
+  "restarts": {"restart_marker_blocks": 5},
+  "rows": {"restart_marker_rows": 1},
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_what_stands_behind_a_jpeg_does_not_matter(kind):
+  raw = encoded("JPEG", photo(), **JPEGS[kind])
+  whole = files.decode_image(raw, "a")
+  rng = np.random.default_rng(0)
+  tails = [rng.integers(0, 256, 5000, dtype=np.uint8).tobytes() for _ in range(20)]
+  for tail in (*tails, b"\xff\xd8\xff\xda", raw[:-2], raw[: len(raw) // 2], bytes(3000), b"ftypmp42" + tails[0]):
+    np.testing.assert_array_equal(files.decode_image(raw + tail, "a"), whole)
+
+
+def test_a_jpeg_within_a_jpeg_does_not_end_it(tmp_path):
+  thumbnail = encoded("JPEG", photo((40, 40)))
+  raw = encoded("JPEG", photo())
+  inner = b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
+  raw = raw[:2] + inner + raw[2:]
+  assert files.decode_image(raw, "a").shape == (150, 210, 3)
+  for end in (-2, -3, -500, 2 + len(inner) + 300, 2 + len(inner)):
+    (tmp_path / "a.jpg").write_bytes(raw[:end])
+    for read in (lambda path: files.read_image(path), pictures.read_picture):
+      with pytest.raises(ValueError, match=r"a\.jpg is truncated"):
+        read(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("options", [{}, {"quality": 5}, {"quality": 98, "subsampling": 0}, {"optimize": True}])
+@pytest.mark.parametrize("colours", ["photo", "flat", "grey"])
+def test_whole_jpegs_are_taken(options, colours):
+  for seed in range(20):
+    rng = np.random.default_rng(seed)
+    size = tuple(rng.integers(1, 200, 2))
+    image = np.full((*size, 3), 200, np.uint8) if colours == "flat" else photo(size)
+    raw = encoded("JPEG", image[..., 0] if colours == "grey" else image, **options)
+    for whole in (raw, raw[:-2] + bytes(500) + raw[-2:], raw[:-2] + b"\xff\xff" + raw[-2:]):
+      decoding.check_whole(whole, "a")
+
+
+@pytest.mark.parametrize("damage", ["cut", "grey", "zeros", "restart", "marker"])
+def test_a_jpeg_whose_rest_would_be_filled_with_grey_is_damaged(tmp_path, damage):
+  raw = encoded("JPEG", photo(), quality=90)
+  scan = decoding.jpeg_scans(raw)[0]
+  place, size = (scan.begin + scan.end) // 2, (scan.end - scan.begin) // 4
+  changed = {
+    "cut": raw[:place] + raw[place + size :],
+    "grey": raw[:place] + raw[scan.end :],
+    "zeros": raw[:place] + bytes(size) + raw[place + size :],
+    "restart": raw[:place] + b"\xff\xd0" + raw[place + 2 :],
+    "marker": raw[:place] + b"\xff\x42" + raw[place + 2 :],
+  }[damage]
+  (tmp_path / "a.jpg").write_bytes(changed)
+  for read in (lambda path: files.read_image(path), pictures.read_picture):
+    with pytest.raises(ValueError, match=r"a\.jpg is (damaged: its data do not fill|truncated .* or damaged)"):
+      read(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("kind", ["restarts", "rows"])
+def test_a_jpeg_that_lost_restart_markers_is_damaged(kind):
+  raw = encoded("JPEG", photo(), **JPEGS[kind])
+  decoding.check_whole(raw, "a")
+  scan = decoding.jpeg_scans(raw)[0]
+  third = raw.index(b"\xff\xd2", scan.begin)
+  for changed in (raw[: third + 2] + raw[raw.index(b"\xff\xd3", third) + 2 :], raw[:third] + raw[scan.end :]):
+    with pytest.raises(ValueError, match="a is damaged: its data do not fill the picture"):
+      decoding.check_whole(changed, "a")

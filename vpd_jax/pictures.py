@@ -1,5 +1,6 @@
 """Pictures as people have them: files of any kind, arrays of any size."""
 
+import io
 import mimetypes
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,10 @@ def read_picture(path: Path) -> np.ndarray:
   Raises:
     ValueError: it is not an image, or is damaged.
   """
-  with decoding.faults(path.name, remedy=""), Image.open(path) as picture:
+  with decoding.faults(path.name, remedy=""):
+    raw = path.read_bytes()
+  decoding.check_whole(raw, path.name)
+  with decoding.faults(path.name, remedy=""), Image.open(io.BytesIO(raw)) as picture:
     turned = ImageOps.exif_transpose(picture)
     if turned.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
       grey = np.asarray(turned, np.float64)
