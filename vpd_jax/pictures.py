@@ -1,7 +1,6 @@
 """Pictures as people have them: files of any kind, arrays of any size."""
 
 import io
-import mimetypes
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,24 @@ from PIL import Image, ImageOps
 
 from vpd_jax import decoding
 
+# Pictures of one layer of pixels, as Pillow calls them; not icons, layered files or vectors.
+FORMATS = (
+  "JPEG",
+  "MPO",
+  "PNG",
+  "WEBP",
+  "TIFF",
+  "BMP",
+  "DIB",
+  "GIF",
+  "PPM",
+  "JPEG2000",
+  "AVIF",
+  "TGA",
+  "PCX",
+  "SGI",
+  "QOI",
+)
 LONGEST = 16  # times the shorter side; longer pictures are squeezed to it
 
 
@@ -69,11 +86,14 @@ def read_picture(path: Path) -> np.ndarray:
 
 
 def is_picture(path: Path) -> bool:
-  """Whether a file is meant to be a picture, by its name or by how it begins."""
-  if (mimetypes.guess_type(path.name, strict=False)[0] or "").startswith("image/"):
+  """Whether a file is meant to be a picture of FORMATS, by its name, or else by how it begins."""
+  Image.init()
+  kind = Image.registered_extensions().get(path.suffix.lower())
+  if kind in FORMATS and (kind in Image.OPEN or kind == "MPO"):
     return True
+  known = [name for name in FORMATS if name in Image.OPEN and name != "TGA"]  # which begins with nothing of its own
   try:
-    with decoding.faults(path), Image.open(path):
+    with decoding.faults(path), Image.open(path, formats=known):
       return True
   except ValueError:
     return False

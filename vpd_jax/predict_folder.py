@@ -111,7 +111,7 @@ def run(
     mean = "the mean of all class vectors stands in for the scene's (config.init.clip would predict it)"
     print(f"no --class given: {predicted if predictor.predicts_class else mean}", flush=True)
   for path in sorted(set(paths) - set(pictures)):
-    print(f"skipped: {path.name} is no picture", flush=True)
+    print(f"skipped: {path.name} is not a picture we read", flush=True)
   names = [p.stem for p in pictures]
   damaged, waiting = [], []
 
