@@ -30,7 +30,7 @@ def parse() -> argparse.Namespace:
 
 def read_names(argument: str) -> list[str]:
   """The names of a file or of the argument itself, none empty."""
-  if argument.endswith(".txt"):
+  if argument.lower().endswith(".txt"):
     listed = reading.read_text(argument, called=f"names={argument!r}").splitlines()
   else:
     listed = argument.split(",")

@@ -105,6 +105,16 @@ def test_a_pfm_that_cannot_be_is_named(tmp_path, content, message):
   check_message(message, lambda: depth_list.read_depth(tmp_path / "a.pfm", factor=1.0, max_depth=10.0))
 
 
+@pytest.mark.parametrize("ending", [".PNG", ".TIF", ".Tiff", ".PFM", ".NPY"])
+def test_endings_of_depth_in_capitals_are_known(root, ending):
+  metres = np.ones((72, 100), np.float32)
+  name = next(name for name in WRITERS if name.endswith(ending.lower()))
+  WRITERS[name](root / name, metres)
+  (root / name).rename(root / f"1{ending}")
+  (root / "train_list.txt").write_text(f"0 a.png\t1{ending}\n" * 2)
+  np.testing.assert_allclose(data(root).source("train")[0]["depth"], 1, rtol=1e-6)
+
+
 def test_what_is_infinite_or_negative_is_no_measurement(tmp_path):
   np.save(tmp_path / "a.npy", np.array([[np.inf, -np.inf, np.nan], [-1, 0, 2]], np.float32))
   read = depth_list.read_depth(tmp_path / "a.npy", factor=1.0, max_depth=10.0)

@@ -30,10 +30,10 @@ def write(path: str | pathlib.Path, state: Mapping[str, np.ndarray], *, wrapper:
   """
   path = pathlib.Path(path)
   writers = {".pth": functools.partial(_write_pth, wrapper=wrapper), ".safetensors": _write_safetensors}
-  if path.suffix not in writers:
+  if path.suffix.lower() not in writers:
     raise ValueError(f"output={str(path)!r} must end in one of {sorted(writers)}.")
   with _complete(path) as unfinished:
-    writers[path.suffix](unfinished, state)
+    writers[path.suffix.lower()](unfinished, state)
 
 
 @contextlib.contextmanager

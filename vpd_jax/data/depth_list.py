@@ -123,7 +123,7 @@ class DepthList:
         raise ValueError(f"list file {path} has {len(records)} picture and one is held out; add more, or an eval_list.")
       records = records[:kept] if split == "train" else records[kept:]
     files.require_files(self.root, (name for pair in records for name in pair), f"they are named in {path}.")
-    unknown = sorted({Path(depth).suffix for _, depth in records} - set(SUFFIXES))
+    unknown = sorted({suffix for _, depth in records if (suffix := Path(depth).suffix).lower() not in SUFFIXES})
     if unknown:
       raise ValueError(f"list file {path} names depth files ending in {', '.join(unknown)}; known are {SUFFIXES}.")
     read = functools.partial(read_depth, factor=self.factor, max_depth=self.max_depth)

@@ -98,7 +98,7 @@ def require_files(folder: Path, names: Iterable[str], source: str) -> None:
   for name in names:
     directory, file = os.path.split(name)
     if directory not in present:
-      present[directory] = _entries(folder / directory)
+      present[directory] = entries(folder / directory)
     if file not in present[directory]:
       missing.append(name)
   if missing:
@@ -192,7 +192,7 @@ def decode_frame(record: Record, folder: Path | None = None, *, scale: float) ->
   return {"image": image, "depth": depth}
 
 
-def _entries(folder: Path) -> set[str]:
+def entries(folder: Path) -> set[str]:
   """Names in a directory; none where it does not exist."""
   try:
     return set(os.listdir(folder))

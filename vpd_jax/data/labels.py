@@ -5,6 +5,7 @@ picture. Examples hold it as uint8: the class from 0, and IGNORE where there is 
 """
 
 import collections
+import functools
 import importlib.resources
 import io
 import json
@@ -172,7 +173,7 @@ def pair_files(
     images: folder of pictures, of IMAGE_SUFFIXES.
     labels: folder of label files, named as the picture but for `ending`.
     source: where the files are obtained, for messages.
-    ending: of a label file, after the picture's name without suffix.
+    ending: of a label file, after the picture's name without suffix; those of the suffix in either case.
     nested: whether folders in `images` are looked through too.
 
   Raises:
@@ -190,7 +191,15 @@ def pair_files(
     ]
   if not found:
     raise ValueError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)}); {source}")
-  pairs = [(f"{images}/{name}", f"{labels}/{Path(name).with_suffix('').as_posix()}{ending}") for name in sorted(found)]
+  entries = functools.cache(lambda directory: files.entries(root / labels / directory))
+
+  def label(name: str) -> str:
+    stem = Path(name).with_suffix("").as_posix()
+    directory, file = os.path.split(stem)
+    spelt = (ending, f"{ending[:-4]}{ending[-4:].swapcase()}")
+    return f"{labels}/{stem}{next((end for end in spelt if f'{file}{end}' in entries(directory)), ending)}"
+
+  pairs = [(f"{images}/{name}", label(name)) for name in sorted(found)]
   twice = [label for label, count in collections.Counter(label for _, label in pairs).items() if count > 1]
   if twice:
     raise ValueError(f"{len(twice)} label files belong to two pictures each: {', '.join(twice[: files.SHOWN])}.")

@@ -30,7 +30,7 @@ class MaskFolder:
     eval_images, eval_masks: the same for evaluation; empty holds out the last `holdout` of the sorted pictures, which
       are then not trained on. They are the last ones because neighbours are often frames of one video.
     holdout: share that is held out, rounded, at least one picture.
-    mask_ending: of a mask's name after its picture's name without suffix.
+    mask_ending: of a mask's name after its picture's name without suffix; the suffix in either case.
     values: number in the masks by class, such as (0, 255) for black and white masks or (1, 2, 3) where 0 is nothing;
       () takes 0, 1, 2 and so on.
     ignored: numbers of no class, neither learned nor scored. Those that are of a class are not ignored.
@@ -79,8 +79,8 @@ class MaskFolder:
       wrong.append("eval_images and eval_masks must be given together, or neither")
     if not 0 < holdout < 1:
       wrong.append(f"holdout={holdout} must lie between 0 and 1, both excluded")
-    if not mask_ending.endswith(".png"):
-      wrong.append(f"mask_ending={mask_ending!r} must end in '.png'")
+    if not mask_ending.lower().endswith(".png"):
+      wrong.append(f"mask_ending={mask_ending!r} must end in '.png', the kind of file that keeps numbers")
     if wrong:
       raise ValueError(f"data: {'; '.join(wrong)}.")
     mapped = {number: index for index, number in enumerate(numbers)}
