@@ -247,7 +247,7 @@ def read_instances(path: Path) -> tuple[dict[int, tuple[str, int, int]], dict[in
     facts = lambda entry: (str(entry["file_name"]), int(entry["height"]), int(entry["width"]))
     pictures = {int(entry["id"]): facts(entry) for entry in content["images"]}
     return pictures, {int(entry["id"]): entry.get("segmentation") for entry in content["annotations"]}
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
     reason = " ".join(str(error).split())
     raise ValueError(f"{path} is damaged or not COCO's instances ({type(error).__name__} {reason}); {SOURCE}") from None
 
