@@ -7,7 +7,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vpd_jax import decoding, pictures
 from vpd_jax.data import depth_list, files, labels, referring
@@ -188,3 +188,51 @@ def test_a_jpeg_that_lost_restart_markers_is_damaged(kind):
   for changed in (raw[: third + 2] + raw[raw.index(b"\xff\xd3", third) + 2 :], raw[:third] + raw[scan.end :]):
     with pytest.raises(ValueError, match="a is damaged: its data do not fill the picture"):
       decoding.check_whole(changed, "a")
+
+
+ORIENTATIONS = range(1, 9)
+
+
+def tagged(kind, array, orientation, **options):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  return encoded(kind, array, exif=exif, **options)
+
+
+def shown(array, orientation):
+  """As Pillow shows it, of arrays of three channels."""
+  picture = Image.open(io.BytesIO(tagged("PNG", array, orientation)))
+  return np.asarray(ImageOps.exif_transpose(picture))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_pictures_are_read_as_stored_or_turned_whatever_their_kind(kind, orientation):
+  image = picture(size=(24, 40))
+  options = {"lossless": True} if kind == "WEBP" else {}
+  raw = tagged(kind, image, orientation, **options)
+  stored = files.decode_image(tagged(kind, image, 1, **options), "a")
+  np.testing.assert_array_equal(files.decode_image(raw, "a"), stored)
+  np.testing.assert_array_equal(files.decode_image(raw, "a", "turned"), shown(stored, orientation))
+  assert decoding.orientation(io.BytesIO(raw)) == orientation
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_labels_and_depth_are_never_turned(tmp_path, orientation):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  for number, array in enumerate((GREY // 2, GREY.astype(np.uint16) + 300, GREY.astype(np.float32) + 1)):
+    if number:
+      path = tmp_path / "a.tif"
+      path.write_bytes(encoded("TIFF", array, tiffinfo={0x0112: orientation}))
+      np.testing.assert_array_equal(depth_list.read_depth(path, factor=1.0, max_depth=1e6), array)
+    if number < 2:
+      raw = encoded("PNG", array, exif=exif)
+      read = labels.decode_labels(raw, "a", ANY) if not number else files.decode_depth(raw, "a", scale=1)
+      np.testing.assert_array_equal(read, array)
+
+
+def test_pictures_without_orientation_are_not_turned(tmp_path):
+  for raw in (b"", b"text", encoded("JPEG", picture()), tagged("JPEG", picture(), 0), tagged("PNG", picture(), 9)):
+    assert decoding.orientation(io.BytesIO(raw)) == 1
+  assert decoding.orientation(tmp_path / "none.jpg") == 1

@@ -15,18 +15,67 @@ from PIL.JpegImagePlugin import JpegImageFile
 AGAIN = "copy or download it again"
 
 
-def decode(raw: bytes, path: str | Path, mode: int = cv2.IMREAD_COLOR) -> np.ndarray:
-  """A whole picture file by OpenCV, as `mode` says; half a picture is an error.
+def decode(raw: bytes, path: str | Path, mode: int = cv2.IMREAD_COLOR, *, turned: bool = False) -> np.ndarray:
+  """A whole picture file by OpenCV; half a picture is an error.
+
+  Args:
+    raw: the file.
+    path: for messages.
+    mode: of cv2.imdecode.
+    turned: whether the picture is turned as its EXIF data say; False: as it is stored, whatever its kind.
 
   Raises:
     ValueError: the bytes are cut off, damaged, too many pixels, or not a picture; names `path`.
   """
   check_whole(raw, path)
+  mode = mode if mode == cv2.IMREAD_UNCHANGED else mode | cv2.IMREAD_IGNORE_ORIENTATION
   with faults(path):
-    picture = cv2.imdecode(np.frombuffer(raw, np.uint8), mode)
+    picture = cv2.imdecode(np.frombuffer(_without_orientation(raw), np.uint8), mode)
   if picture is None:
     raise ValueError(f"{path} is not a picture that can be read, or damaged; {AGAIN}.")
-  return picture
+  return _turned(picture, orientation(io.BytesIO(raw))) if turned else picture
+
+
+def orientation(file: Path | io.BytesIO) -> int:
+  """How a picture is to be turned, 1 to 8 as in EXIF; 1, as it is, where it does not say or cannot be read."""
+  try:
+    with Image.open(file) as picture:
+      if picture.format == "PNG" and "exif" not in picture.info:
+        return 1  # Pillow would decode all of it to look behind the pixels
+      found = picture.getexif().get(_ORIENTATION, 1)
+  except Exception:  # a damaged picture is told when it is decoded
+    return 1
+  return int(found) if found in range(2, 9) else 1
+
+
+_ORIENTATION = 0x0112  # of EXIF and TIFF
+
+
+def _turned(picture: np.ndarray, orientation: int) -> np.ndarray:
+  """[H, W, ...] turned and mirrored as an orientation of EXIF says."""
+  if orientation >= 5:
+    picture = picture.swapaxes(0, 1)
+  if orientation in (3, 4, 7, 8):
+    picture = picture[::-1]
+  if orientation in (2, 3, 6, 7):
+    picture = picture[:, ::-1]
+  return np.ascontiguousarray(picture)
+
+
+def _without_orientation(raw: bytes) -> bytes:
+  """A TIFF that says it is not turned, since OpenCV turns it in every mode; any other file as it is.
+
+  Source: TIFF 6.0, sections 2 and 8.
+  """
+  order = {b"II*\0": "little", b"MM\0*": "big"}.get(raw[:4])
+  if order is None:
+    return raw
+  number = lambda at, size: int.from_bytes(raw[at : at + size], order)
+  first = number(4, 4)
+  for at in range(first + 2, min(first + 2 + 12 * number(first, 2), len(raw) - 11), 12):
+    if number(at, 2) == _ORIENTATION:
+      return raw[: at + 8] + (1).to_bytes(2, order) + raw[at + 10 :]
+  return raw
 
 
 @contextlib.contextmanager

@@ -51,6 +51,7 @@ class DepthList:
     crop: (height, width) of a training example.
     cut_depth: "released", "scaled" or "off", see transforms.vertical_cut_depth.
     colour: False trains without the changes of colour.
+    exif: "stored" or "turned", see files.EXIF.
 
   Attributes:
     provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "depth" float32 [H, W] metres (0 is no measurement),
@@ -75,6 +76,7 @@ class DepthList:
     resize: tuple[int, int] = (),
     cut_depth: str = "scaled",
     colour: bool = True,
+    exif: str = "stored",
   ):
     """Checks the options; files are looked for by `source`.
 
@@ -97,7 +99,7 @@ class DepthList:
     if wrong:
       raise ValueError(f"data: {'; '.join(wrong)}.")
     self.train_list, self.eval_list, self.holdout = train_list, eval_list, holdout
-    self.cut_depth, self.colour = cut_depth, colour
+    self.cut_depth, self.colour, self.exif = cut_depth, colour, files.check_exif(exif)
     self.classes, self.provides = one_scene(scene, DepthList.provides)
 
   @staticmethod
@@ -127,7 +129,12 @@ class DepthList:
     if unknown:
       raise ValueError(f"list file {path} names depth files ending in {', '.join(unknown)}; known are {SUFFIXES}.")
     read = functools.partial(read_depth, factor=self.factor, max_depth=self.max_depth)
-    return Frames([(self.root / image, self.root / depth) for image, depth in records], read, self.provides)
+    pairs = [(self.root / image, self.root / depth) for image, depth in records]
+    return Frames(pairs, read, self.provides, self.exif)
+
+  def describe(self) -> list[str]:
+    """Lines on what to look at, for the start of a run."""
+    return files.split_notes(self)
 
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
     """The released augmentation of one picture, see transforms.depth_training."""
@@ -151,15 +158,17 @@ class Frames:
   """Random access to images with a depth file each; reading starts with `[]`."""
 
   def __init__(
-    self, records: Sequence[tuple[Path, Path]], read: Callable[[Path], np.ndarray], provides: frozenset[str]
+    self, records: Sequence[tuple[Path, Path]], read: Callable[[Path], np.ndarray], provides: frozenset[str], exif: str
   ):
     """
     Args:
       records: (image, depth) files.
       read: depth file to float32 [H, W] metres; it travels to the data workers.
       provides: keys of an Example, among "image", "depth", "class_id" and "index".
+      exif: see files.EXIF.
     """
-    self.records, self.read, self.provides = records, read, provides
+    self.records, self.read, self.provides, self.exif = records, read, provides, exif
+    self.notes = files.exif_notes((image for image, _ in records), exif)
 
   def __len__(self) -> int:
     return len(self.records)
@@ -172,11 +181,12 @@ class Frames:
         the message names it.
     """
     image_path, depth_path = self.records[index]
-    image, depth = files.read_image(image_path), self.read(depth_path)
+    image, depth = files.read_image(image_path, self.exif), self.read(depth_path)
     if image.shape[:2] != depth.shape:
       sizes = ["{}x{}".format(*array.shape[:2]) for array in (depth, image)]
       raise ValueError(
-        f"depth file {depth_path} is {sizes[0]}, but its image {image_path} is {sizes[1]}; bring both to one size."
+        f"depth file {depth_path} is {sizes[0]}, but its image {image_path} is {sizes[1]}; bring both to one size"
+        f"{files.turned_hint(image, depth, self.exif)}."
       )
     example = {"image": image, "depth": depth, "class_id": np.zeros((), np.int32), "index": np.asarray(index, np.int32)}
     return {name: value for name, value in example.items() if name in self.provides}

@@ -6,6 +6,7 @@ Files, below `root`:
   images/      the pictures that they name, of any kind OpenCV reads and of any sizes
 """
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class KeypointList:
     keypoints: the names, in the order of the files; empty: as the training file names them, which must then be there.
     pairs, skeleton, sigmas, upper: see keypoints.described.
     udp, padding, centre_jitter, flip, half_body, scale, rotation, rotation_chance: see keypoints.Augmentation.
+    exif: "stored" or "turned", see files.EXIF.
     format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
 
   Attributes:
@@ -68,6 +70,7 @@ class KeypointList:
     scale: float = 0.5,
     rotation: float = 40.0,
     rotation_chance: float = 0.6,
+    exif: str = "stored",
     format: str = "files",
   ):
     """Checks the options; pictures are looked for by `source`.
@@ -83,6 +86,7 @@ class KeypointList:
     if not 0 < holdout < 1:
       raise ValueError(f"data.holdout={holdout} must lie between 0 and 1, both excluded.")
     self.root, self.format, self.images, self.holdout = root, records.check_format(format), images, holdout
+    self.exif = files.check_exif(exif)
     self.json_root = Path(json_root or root).expanduser()
     self.files = {"train": train_json, "eval": eval_json or train_json}
     self.held_out, self.detections, self.classes = not eval_json, detections, found.names
@@ -124,7 +128,8 @@ class KeypointList:
         shards are not there or not whole.
     """
     if self.format == "tfds":
-      return records.Shards(self.root, "keypoint_list", split, decode=people.decode, made_with=self.made_with)
+      decode = functools.partial(people.decode, exif=self.exif)
+      return records.Shards(self.root, "keypoint_list", split, decode=decode, made_with=self.made_with)
     found, chosen = self._chosen(split)
     if split == "eval" and self.detections:
       path = files.find_list(self.json_root, self.detections, (), "name it in data.detections.")
@@ -134,7 +139,8 @@ class KeypointList:
     else:
       samples = coco_json.annotated(found, chosen)
     folder = Path(self.root).expanduser() / self.images
-    return people.open_split(folder, found, chosen, samples, f"{found.path} names them, data.images their folder.")
+    source = f"{found.path} names them, data.images their folder."
+    return people.open_split(folder, found, chosen, samples, source, self.exif)
 
   def describe(self) -> list[str]:
     """Lines on how many people there are and what was left out, for the start of a run."""

@@ -106,13 +106,16 @@ def decode_labels(raw: bytes, path: str | Path, meaning: Values) -> np.ndarray:
   return found
 
 
-def decode(record: files.Record, folder: Path | None = None, *, kinds: Mapping[str, Values]) -> Example:
+def decode(
+  record: files.Record, folder: Path | None = None, *, kinds: Mapping[str, Values], exif: str | None = None
+) -> Example:
   """The Example of a record, be it from files or from shards.
 
   Args:
     record: see STORED.
     folder: where the files lie, for messages.
     kinds: meaning of the numbers by the end of the label file's name; the first that fits counts, "" fits all.
+    exif: see files.EXIF; None for published data.
 
   Returns:
     "image" uint8 [H, W, 3] RGB, "label" uint8 [H, W], "index" int32 [].
@@ -121,14 +124,13 @@ def decode(record: files.Record, folder: Path | None = None, *, kinds: Mapping[s
     ValueError: as for the two files, or they are of different size; names them.
   """
   image_path, label_path = (record[key] if folder is None else folder / record[key] for key in _PATHS)
-  image = files.decode_image(record["image"], image_path)
+  image = files.decode_image(record["image"], image_path, exif)
   label = decode_labels(record["label"], label_path, _meaning(label_path, kinds))
   if image.shape[:2] != label.shape:
     sizes = ["{}x{}".format(*array.shape[:2]) for array in (label, image)]
-    turned = "; EXIF data may turn the image" if image.shape[:2] == label.shape[::-1] else ""
     raise ValueError(
       f"label file {label_path} is {sizes[0]}, but its image {image_path} is {sizes[1]}; "
-      f"bring both to one size{turned}."
+      f"bring both to one size{files.turned_hint(image, label, exif)}."
     )
   return {"image": image, "label": label, "index": np.asarray(record["index"], np.int32)}
 
@@ -136,14 +138,16 @@ def decode(record: files.Record, folder: Path | None = None, *, kinds: Mapping[s
 class Pictures:
   """Random access to pictures with a label map each; reading starts with `[]`."""
 
-  def __init__(self, folder: Path, pairs: Sequence[tuple[str, str]], kinds: Mapping[str, Values]):
+  def __init__(
+    self, folder: Path, pairs: Sequence[tuple[str, str]], kinds: Mapping[str, Values], exif: str | None = None
+  ):
     """
     Args:
       folder: the names start from.
       pairs: (image, label) files.
-      kinds: see `decode`.
+      kinds, exif: see `decode`.
     """
-    self.folder, self.pairs, self.kinds = folder, list(pairs), dict(kinds)
+    self.folder, self.pairs, self.kinds, self.exif = folder, list(pairs), dict(kinds), exif
 
   def __len__(self) -> int:
     return len(self.pairs)
@@ -155,7 +159,7 @@ class Pictures:
     return {**read, **dict(zip(_PATHS, paths, strict=True)), "index": np.int32(index)}
 
   def __getitem__(self, index: int) -> Example:
-    return decode(self.record(index), self.folder, kinds=self.kinds)
+    return decode(self.record(index), self.folder, kinds=self.kinds, exif=self.exif)
 
   def label(self, index: int) -> np.ndarray:
     """The label map alone, uint8 [H, W]."""
