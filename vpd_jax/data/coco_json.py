@@ -5,6 +5,7 @@ keypoints as x, y, visibility for each, area, iscrowd), and "categories", one of
 file is a list of image_id, category_id, bbox, score.
 """
 
+import collections
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +27,14 @@ class Annotations(NamedTuple):
     people: annotations by image, in the order of the file; each has "bbox", "keypoints", "area", "iscrowd" and
       "num_keypoints", filled in where the file leaves the last three out.
     category: {"id", "name", "keypoints"}.
+    others: number of annotations of other categories, which are left out.
   """
 
   path: Path
   images: list[dict[str, Any]]
   people: list[list[dict[str, Any]]]
   category: dict[str, Any]
+  others: int = 0
 
 
 class Samples(NamedTuple):
@@ -85,11 +88,12 @@ def annotations(path: str | Path, names: Sequence[str]) -> Annotations:
     raise ValueError(f"{path} lists {len(ids)} images with {len(set(ids))} different ids; each needs its own.")
   number = {image["id"]: i for i, image in enumerate(images) if _whole(image["id"])}
   people: list[list[dict[str, Any]]] = [[] for _ in images]
+  others = 0
   for i, entry in enumerate(content["annotations"]):
     if not isinstance(entry, dict):
       wrong.append(f"annotation {i}")
     elif entry.get("category_id", category["id"]) != category["id"]:
-      continue
+      others += 1
     elif _known(entry, number) and _numbers(entry.get("bbox"), 4) and _described(entry, len(names)):
       people[number[entry["image_id"]]].append(_completed(entry, len(names)))
     else:
@@ -100,7 +104,12 @@ def annotations(path: str | Path, names: Sequence[str]) -> Annotations:
       f"an annotation the image_id of a listed image, a bbox of 4 and keypoints of {3 * len(names)} finite numbers; "
       "its area, if it says one, is a number, and iscrowd 0 or 1."
     )
-  return Annotations(path, images, people, category)
+  if others and others == len(content["annotations"]):
+    raise ValueError(
+      f"{path}: none of {others} annotations is of category {category['id']}, which has the keypoints; their "
+      f"category_id is {_counted(content['annotations'])}. Make them agree."
+    )
+  return Annotations(path, images, people, category, others)
 
 
 def truth(found: Annotations, chosen: Sequence[int]) -> dict[str, Any]:
@@ -134,7 +143,8 @@ def annotated(found: Annotations, chosen: Sequence[int]) -> Samples:
         empty += 1
       else:
         rows.append((place, box, entry["keypoints"]))
-  notes = [f"{without} people without a labelled keypoint are left out"] if without else []
+  notes = [f"{found.others} annotations of other categories are left out"] if found.others else []
+  notes += [f"{without} people without a labelled keypoint are left out"] if without else []
   notes += [f"{empty} boxes without an area inside their image are left out"] if empty else []
   count = len(found.category["keypoints"])
   return Samples(
@@ -146,7 +156,9 @@ def annotated(found: Annotations, chosen: Sequence[int]) -> Samples:
   )
 
 
-def detected(path: str | Path, found: Annotations, chosen: Sequence[int], *, others: str, threshold: float) -> Samples:
+def detected(
+  path: str | Path, found: Annotations, chosen: Sequence[int], *, others: str, threshold: float, category: int = -1
+) -> Samples:
   """The boxes of a detector in the chosen images. `image` counts within `chosen`.
 
   Args:
@@ -155,9 +167,10 @@ def detected(path: str | Path, found: Annotations, chosen: Sequence[int], *, oth
     chosen: numbers of images.
     others: what boxes of images that are not chosen do: "error", or "skip".
     threshold: boxes whose score is not above it are left out.
+    category: the category_id of people in that file; -1: as in the annotations.
 
   Raises:
-    ValueError: no detection file, entries without what is needed, or boxes of other images.
+    ValueError: no detection file, entries without what is needed, boxes of other images, or none of people.
 
   Source: mmpose 0.x topdown_coco_dataset.py _load_coco_person_detection_results.
   """
@@ -165,9 +178,16 @@ def detected(path: str | Path, found: Annotations, chosen: Sequence[int], *, oth
   if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
     raise ValueError(f"{path} must be a list of detections: image_id, category_id, bbox, score.")
   number = {found.images[i]["id"]: place for place, i in enumerate(chosen)}
+  category = found.category["id"] if category < 0 else category
+  foreign = [entry for entry in content if entry.get("category_id") != category]
+  if foreign and len(foreign) == len(content):
+    raise ValueError(
+      f"{path}: none of {len(content)} detections is of category {category}; their category_id is {_counted(foreign)}. "
+      "Set data.person_category to the one of people: many programs count from 0."
+    )
   rows, wrong, unknown, low, empty = [], [], [], 0, 0
   for i, entry in enumerate(content):
-    if entry.get("category_id") != found.category["id"]:
+    if entry.get("category_id") != category:
       continue
     if not (_numbers(entry.get("bbox"), 4) and _numbers([entry.get("score")], 1) and _whole(entry.get("image_id"))):
       wrong.append(str(i))
@@ -191,7 +211,9 @@ def detected(path: str | Path, found: Annotations, chosen: Sequence[int], *, oth
       f"{_first(sorted(set(unknown), key=str))}; take the detections of this split, or set data.complete=False to "
       "leave them out."
     )
-  notes = [f"{len(unknown)} detections of images outside the split are left out"] if unknown else []
+  told = f"people are category {category}, see data.person_category"
+  notes = [f"{len(foreign)} detections of categories {_counted(foreign)} are left out, {told}"] if foreign else []
+  notes += [f"{len(unknown)} detections of images outside the split are left out"] if unknown else []
   notes += [f"{low} detections with a score of {threshold:g} or below are left out"] if low else []
   notes += [f"{empty} detected boxes without an area inside their image are left out"] if empty else []
   empties = sorted(set(range(len(chosen))) - {row[0] for row in rows})
@@ -281,6 +303,12 @@ def _numbers(values: Any, count: int) -> bool:
 def _whole(value: Any) -> bool:
   """Whether this is a whole number, as ids are."""
   return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _counted(entries: Sequence[dict[str, Any]]) -> str:
+  """Their category_id and how often, as in "0 (5), 3 (1)", the most frequent first."""
+  counts = collections.Counter(str(entry.get("category_id"))[:20] for entry in entries)
+  return _first([f"{name} ({count})" for name, count in counts.most_common()])
 
 
 def _first(items: Sequence[Any]) -> str:

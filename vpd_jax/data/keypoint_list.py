@@ -32,6 +32,7 @@ class KeypointList:
     holdout: share that is held out, rounded, at least one picture.
     detections: boxes of a detector in which people are scored, a file of COCO's format from here or below `root`;
       empty: the annotated boxes.
+    person_category: the category_id of people in the detections; -1: as in the annotations. Many programs count from 0.
     keypoints: the names, in the order of the files; empty: as the training file names them, which must then be there.
     pairs, skeleton, sigmas, upper: see keypoints.described.
     udp, padding, centre_jitter, flip, half_body, scale, rotation, rotation_chance: see keypoints.Augmentation.
@@ -57,6 +58,7 @@ class KeypointList:
     images: str = "images",
     holdout: float = 0.1,
     detections: str = "",
+    person_category: int = -1,
     keypoints: tuple[str, ...] = (),
     pairs: tuple[tuple[str, str], ...] = (),
     skeleton: tuple[tuple[str, str], ...] = (),
@@ -90,6 +92,7 @@ class KeypointList:
     self.json_root = Path(json_root or root).expanduser()
     self.files = {"train": train_json, "eval": eval_json or train_json}
     self.held_out, self.detections, self.classes = not eval_json, detections, found.names
+    self.person_category = person_category
     self.made_with = {"train_json": train_json, "eval_json": eval_json, "holdout": holdout, "detections": detections}
     if format == "files":
       files.require_folder(root, f"that holds {train_json} and {images}/.")
@@ -135,7 +138,7 @@ class KeypointList:
       path = files.find_list(self.json_root, self.detections, (), "name it in data.detections.")
       # With a part held out, one file of detections may be of all pictures.
       others = "skip" if self.held_out else "error"
-      samples = coco_json.detected(path, found, chosen, others=others, threshold=0.0)
+      samples = coco_json.detected(path, found, chosen, others=others, threshold=0.0, category=self.person_category)
     else:
       samples = coco_json.annotated(found, chosen)
     folder = Path(self.root).expanduser() / self.images
