@@ -102,6 +102,7 @@ class Cityscapes:
     if format == "files":
       files.require_folder(root, f"that holds leftImg8bit/ and gtFine/ of Cityscapes: {SOURCES['leftImg8bit']}")
 
+  @records.read_once
   def source(self, split: str) -> Any:
     """The frames of "train" or "eval", sorted by name, whose labels are all there.
 

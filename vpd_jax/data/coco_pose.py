@@ -108,6 +108,7 @@ class CocoPose:
     """What the task is told of a data set with these options, which may exist without its files."""
     return {"keypoints": keypoints.COCO, "udp": options.get("udp", True)}
 
+  @records.read_once
   def source(self, split: str) -> Any:
     """The people of "train" or "eval", in the order of their pictures, whose pictures are all there.
 
@@ -157,6 +158,7 @@ class CocoPose:
     """The crop of the box."""
     return self.augmentation.evaluation(example)
 
+  @records.read_once
   def _annotations(self, split: str) -> coco_json.Annotations:
     name = f"{self.annotations}/person_keypoints_{YEARS[split]}.json"
     return coco_json.annotations(

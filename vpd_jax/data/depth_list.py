@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 
 from vpd_jax import decoding, reading
-from vpd_jax.data import files, nyu, transforms
+from vpd_jax.data import files, nyu, records, transforms
 from vpd_jax.types import Example
 
 SUFFIXES = (".png", ".tif", ".tiff", ".pfm", ".npy")
@@ -107,6 +107,7 @@ class DepthList:
     """The classes for these options, known before any file is."""
     return one_scene(options.get("scene", "scene"), frozenset())[0]
 
+  @records.read_once
   def source(self, split: str) -> "Frames":
     """The pictures of "train" or "eval", in the order of their list, whose files are all there.
 

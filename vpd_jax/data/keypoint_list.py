@@ -123,6 +123,7 @@ class KeypointList:
     """The names of the keypoints, which are the classes."""
     return cls.keypoints_of(options).names
 
+  @records.read_once
   def source(self, split: str) -> Any:
     """The people of "train" or "eval", in the order of their pictures, whose pictures are all there.
 
@@ -162,6 +163,7 @@ class KeypointList:
     """The crop of the box."""
     return self.augmentation.evaluation(example)
 
+  @records.read_once
   def _chosen(self, split: str) -> tuple[coco_json.Annotations, range]:
     """The annotations of a split and the numbers of its images in them."""
     if split not in self.files:

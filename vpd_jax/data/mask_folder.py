@@ -114,6 +114,7 @@ class MaskFolder:
       raise ValueError(f"data.classes {what}; give at most {labels.MOST_CLASSES} different ones.")
     return given
 
+  @records.read_once
   def source(self, split: str) -> Any:
     """The pictures of "train" or "eval", sorted by name, whose masks are all there.
 

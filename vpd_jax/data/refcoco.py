@@ -117,6 +117,7 @@ class RefCoco:
     """Whether a picture is always seen alike, so that it can be encoded ahead of the network, see caching.planned."""
     return True
 
+  @records.read_once
   def source(self, split: str) -> Any:
     """The objects of "train", in the order of the file, or the sentences of "eval", those of a picture together.
 
