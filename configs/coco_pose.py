@@ -44,6 +44,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     "boxes": "detections",  # "annotated"
     "detections": "person_detection_results/COCO_val2017_detections_AP_H_56_person.json",
     "box_threshold": 0.0,
+    "person_category": -1,  # in the detections; -1: as in the annotations
     "annotations": "annotations",
     "udp": True,
     "padding": 1.25,

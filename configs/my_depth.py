@@ -23,7 +23,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   config.update(METHODS[words["method"]](tiny=tiny, head_init="released"))
   config.task = {"name": "depth", "max_depth": MAX_DEPTH, "min_depth": 1e-3, "eval_crop": "none"}
   config.data = {"name": "depth_list", "root": "", "factor": 1000.0, "max_depth": MAX_DEPTH, "scene": "room"}
-  config.data.update({"train_list": "train_list.txt", "eval_list": "", "holdout": 0.1})
+  config.data.update({"train_list": "train_list.txt", "eval_list": "", "holdout": 0.1, "exif": "stored"})
   config.data.update({"resize": (96, 128) if tiny else (480, 640), "crop": (96, 96) if tiny else (480, 480)})
   config.data.update({"cut_depth": "scaled", "colour": True, "batch_size": 24, "workers": 8, "on_bad_record": "stop"})
   config.optim = presets.adamw(

@@ -26,7 +26,8 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   config.task = pose.pose_task(sigma=1 if tiny else 2)
   config.data = {"name": "keypoint_list", "root": "", "train_json": "train.json", "eval_json": "", "images": "images"}
   config.data.update({"keypoints": KEYPOINTS, "skeleton": SKELETON, "pairs": (), "sigmas": (), "upper": ()})
-  config.data.update({"holdout": 0.1, "detections": "", "crop": (128, 96) if tiny else (256, 192), "udp": True})
+  config.data.update({"holdout": 0.1, "crop": (128, 96) if tiny else (256, 192), "udp": True, "exif": "stored"})
+  config.data.update({"detections": "", "person_category": -1})  # -1: as the annotations number it
   config.data.update({"rotation": 40.0, "scale": 0.5, "batch_size": 64, "workers": 8, "on_bad_record": "stop"})
   config.optim = pose.pose_optimizer(lr=6e-5, drops=(steps * 8 // 10, steps * 19 // 20))  # 5e-4 at 512
   config.eval = presets.evaluation(batch_size=32, test_time=("flip",), baselines=256)

@@ -26,7 +26,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
   config.update(METHODS[words["method"]](tiny=tiny))
   config.data = {"name": "mask_folder", "root": "", "classes": CLASSES, "images": "images", "masks": "masks"}
-  config.data.update({"eval_images": "", "eval_masks": "", "holdout": 0.1, "values": (), "ignored": (255,)})
+  config.data.update(
+    {"eval_images": "", "eval_masks": "", "holdout": 0.1, "values": (), "ignored": (255,), "exif": "stored"}
+  )
   config.data.update({"crop": (128, 128) if tiny else (512, 512), "scale": (512, 128) if tiny else (2048, 512)})
   config.data.update({"batch_size": 16, "workers": 8, "on_bad_record": "stop"})
   config.optim = presets.segmentation_optimizer(num_steps=0, warmup=500)  # 0: as long as the run

@@ -9,10 +9,8 @@ workdir of a run (its newest checkpoint, or --step), or any checkpoint that fill
 """
 
 import argparse
-import json
-import pathlib
 
-from vpd_jax import assemble, checkpoint, config_file, finite, start
+from vpd_jax import assemble, checkpoint, config_file, finite, reading, start
 from vpd_jax.convert import load, released, write
 
 
@@ -63,10 +61,7 @@ def read(args: argparse.Namespace, shapes: dict) -> tuple[dict, int]:
 
 def read_manifest(path: str) -> list[dict]:
   """The entries of --manifest."""
-  try:
-    entries = json.loads(pathlib.Path(path).read_text())
-  except (OSError, ValueError) as error:
-    raise ValueError(f"--manifest={path!r} cannot be read ({error}).") from None
+  entries = reading.read_json(path)
   needed = {"name", "shape", "dtype"}
   if not isinstance(entries, list) or not all(isinstance(e, dict) and needed <= e.keys() for e in entries):
     raise ValueError(f"--manifest={path!r} must be a list of objects with {', '.join(sorted(needed))}.")

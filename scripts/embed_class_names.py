@@ -13,7 +13,7 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 
-from vpd_jax import class_vectors
+from vpd_jax import class_vectors, reading
 from vpd_jax.backbones.clip import TextSizes
 
 
@@ -30,11 +30,8 @@ def parse() -> argparse.Namespace:
 
 def read_names(argument: str) -> list[str]:
   """The names of a file or of the argument itself, none empty."""
-  if argument.endswith(".txt"):
-    try:
-      listed = pathlib.Path(argument).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-      raise ValueError(f"names={argument!r} cannot be read ({error}).") from error
+  if argument.lower().endswith(".txt"):
+    listed = reading.read_text(argument, called=f"names={argument!r}").splitlines()
   else:
     listed = argument.split(",")
   return [name.strip() for name in listed if name.strip()]

@@ -70,12 +70,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   return options
 
 
-def make(name: str, root: str, settings: list[str]) -> Any:
+def make(name: str, root: str, settings: list[str], *, check_only: bool) -> Any:
   """The data set with the given options.
 
   Raises:
-    ValueError: an option it does not have, or that it refuses.
+    ValueError: an option it does not have, or that it refuses; shards are wanted, and it reads none.
   """
+  if "format" not in inspect.signature(DATASETS[name]).parameters and not check_only:
+    raise ValueError(f"{name} is read from its files only, so shards of it are of no use; give --check_only.")
   known = [option for option in inspect.signature(DATASETS[name]).parameters if option not in ("root", "format")]
   given = dict(setting.partition("=")[::2] for setting in settings)
   unknown = sorted(set(given) - set(known))
@@ -195,7 +197,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = lambda line: p
   Raises:
     ValueError: in one line, everything that is wrong.
   """
-  dataset = make(options.name, options.root, options.set)
+  dataset = make(options.name, options.root, options.set, check_only=options.check_only)
   write = {"name": options.name, "splits": options.splits, "shard_bytes": max(int(options.shard_mb * 2**20), 1)}
   if not options.check_only:
     output = builders.check_output(options.output)

@@ -186,7 +186,10 @@ VECTORS = np.random.default_rng(1).normal(size=(3, 16)).astype(np.float32)
 
 def write_vectors(path, **arrays):
   """One array of any name, or several, in the format of the suffix."""
-  if path.suffix == ".npy":
+  if path.suffix == ".NPY":
+    with path.open("wb") as file:  # numpy would add an ending
+      np.save(file, next(iter(arrays.values())))
+  elif path.suffix == ".npy":
     np.save(path, next(iter(arrays.values())))
   elif path.suffix == ".npz":
     np.savez(path, **arrays)
@@ -199,6 +202,7 @@ def write_vectors(path, **arrays):
   ("file", "arrays"),
   [
     ("a.npy", {"x": VECTORS.astype(np.float64)}),
+    ("a.NPY", {"x": VECTORS}),
     ("a.npz", {"anything": VECTORS}),
     ("a.npz", {"names": np.array(NAMES), "class_vectors": VECTORS}),
     ("a.pth", {"class_embeddings": VECTORS}),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpd_jax import config_file, evaluate, inference, labelling
+from vpd_jax import config_file, evaluate, labelling
 from vpd_jax.tasks.depth import Depth
 from vpd_jax.tasks.segmentation import Segmentation
 
@@ -55,14 +55,11 @@ def test_predictions_that_are_not_finite_are_counted_beside_the_scores():
   assert scores["eval/depth_list/not_finite"] == 0 and "infinity" not in sound.report(scores)
 
 
-def test_pixels_that_are_not_finite_are_counted_once_each():
-  prediction = np.ones((2, 3, 4, 5), np.float32)
-  prediction[1, 0, 0], prediction[1, 2, 3, 4] = np.nan, np.inf
-  np.testing.assert_array_equal(inference.not_finite(jnp.asarray(prediction)), [0, 2])
-  np.testing.assert_array_equal(inference.not_finite(jnp.asarray(prediction[..., 4])), [0, 2])
-  label = np.asarray(labelling.label_or_not_finite(jnp.asarray(prediction[1])))
-  assert (label < 0).sum() == 2 and label[0, 0] == ~0 and label[2, 3] == ~4
-  assert (np.asarray(labelling.label_or_not_finite(jnp.asarray(prediction[0]))) == 0).all()
+def test_a_pixel_that_is_not_finite_has_no_class():
+  scores = np.ones((3, 4, 5), np.float32)
+  scores[0, 0], scores[2, 3, 4] = np.nan, np.inf
+  label = np.asarray(labelling.finite_label(jnp.asarray(scores)))
+  assert (label == 5).sum() == 2 and label[0, 0] == label[2, 3] == 5 and label[1, 1] == 0
 
 
 def test_the_scores_of_every_class_are_in_the_report_and_in_the_result():

@@ -36,12 +36,12 @@ LAYERS = (
   ),
   ("params", "presets", "config_file", "fields", "processes", "programs", "accelerators", "tiles"),
   ("initializers",),
-  ("types", "chips", "atomic", "finite", "damage"),
+  ("types", "chips", "atomic", "finite", "damage", "reading", "decoding"),
   ("errors",),
 )
 ROW = {part: row for row, parts in enumerate(LAYERS) for part in parts}
 ONLY = {  # narrower than the rows
-  "data": {"types", "atomic", "errors"},  # knows no network
+  "data": {"types", "atomic", "errors", "reading", "decoding"},  # knows no network
   "tasks": {"panels", "types", "atomic", "errors"},  # knows no network either; shows its own results
   "methods": {"backbones", "initializers", "types", "errors"},
   "backbones": {"initializers", "types", "errors"},  # no paper-specific code

@@ -50,6 +50,16 @@ def test_published_numbers_of_nyu():
   assert nyu.Nyu.published.size == (480, 640)
 
 
+def test_a_data_set_without_shards_is_only_checked(script, tmp_path):
+  arguments = ["depth_list", f"--root={tmp_path}"]
+  arguments += [f"--set={option}" for option in ("factor=1000", "max_depth=10", "crop=(8,8)")]
+  with pytest.raises(ValueError, match=r"^depth_list is read from its files only, .*; give --check_only\.$"):
+    script.run(script.parse([*arguments, f"--output={tmp_path}/out"]))
+  assert not (tmp_path / "out").exists()
+  with pytest.raises(ValueError, match=r"train: list file 'train_list\.txt'"):
+    script.run(script.parse([*arguments, "--check_only"]))
+
+
 def test_a_good_data_set_is_described_and_written(script, root, tmp_path):
   arguments = (f"--root={root}", f"--output={tmp_path}/out")
   said = run(script, *arguments, "--check_only")

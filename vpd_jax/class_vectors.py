@@ -53,12 +53,13 @@ def read(path: str | epath.PathLike) -> np.ndarray:
     ValueError: a missing, unknown or damaged file, or not K x D finite numbers; one line.
   """
   readers = {".npy": _read_numpy, ".npz": _read_numpy, ".pth": _read_pth}
-  if pathlib.PurePath(path).suffix not in readers:
+  suffix = pathlib.PurePath(path).suffix.lower()
+  if suffix not in readers:
     raise ValueError(f"class vectors {str(path)!r} must end in one of {sorted(readers)}.")
   path = fetch.local(path)
   if not path.is_file():
     raise ValueError(f"class vectors {str(path)!r} are not a file; {CHOICES}.")
-  array = readers[path.suffix](path)
+  array = readers[suffix](path)
   if array.ndim != 2 or 0 in array.shape or not jnp.issubdtype(array.dtype, jnp.floating):
     raise ValueError(f"{path} holds {array.dtype} {list(array.shape)}; class vectors are floats [classes, width].")
   vectors = array.astype(np.float32)

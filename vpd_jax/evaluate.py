@@ -59,7 +59,7 @@ def make_step(config: ConfigDict, product: Product) -> Callable[[Weights, Batch]
   def step(weights: Weights, batch: Batch) -> tuple[dict[str, Array], Array]:
     check_coverage(config, product, batch["image"].shape[1:3])
     prediction = predict(weights, caching.inputs(batch, product))
-    return {"not_finite": inference.not_finite(prediction)} | product.task.measure(prediction, batch), prediction
+    return product.task.measure(prediction, batch), prediction
 
   return step
 
@@ -135,7 +135,7 @@ class _Pictures:
       labelling.parse(config.eval.test_time),
       at_once=config.eval.batch_size // jax.process_count(),
       small=config.eval.small,
-      decide=labelling.label_or_not_finite,
+      decide=labelling.finite_label,
       place=lambda x: jax.device_put(x, sharding.batch_sharding(self._local)),
       gathered=sharding.replicated(self._local),
     )
@@ -162,8 +162,7 @@ class _Pictures:
     with contextlib.closing(examples):
       for shown, label in enumerate(self._labelling(weights, views())):
         example = waiting.popleft()
-        bad = label < 0
-        label = np.where(bad, ~label, label)
+        bad = label == len(self._product.classes)
         measured = self._areas(label, example) | {"not_finite": bad.sum()[None]}
         measured |= {"real": np.asarray(example["real"])[None]}
         yield _gathered(measured), label[None] if shown < panels else np.asarray(())
@@ -233,8 +232,7 @@ class Evaluator:
     joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     real = joined.pop("real")
     joined = {name: values[real] for name, values in joined.items()}
-    bad = float(joined.pop("not_finite").sum(dtype=np.int64))
-    scores = self.product.task.summarize(joined, **self._truth) | {"not_finite": bad}
+    scores = self.product.task.summarize(joined, **self._truth)
     prefix = f"eval/{self.config.data.name}"
     return Evaluation({f"{prefix}/{name}": value for name, value in scores.items()}, self._panels(shown), joined)
 

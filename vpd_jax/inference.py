@@ -136,13 +136,6 @@ def parse(words: tuple[str, ...], way: str = "windows") -> tuple[bool, int]:
   return flip, windows
 
 
-def not_finite(prediction: Array) -> Array:
-  """Pixels of each image that hold a NaN or an infinity: [B, H, W] or [B, H, W, K] to int32 [B]."""
-  finite = jnp.isfinite(prediction)
-  finite = finite.all(axis=-1) if prediction.ndim == 4 else finite
-  return (~finite).sum(axis=(1, 2), dtype=jnp.int32)
-
-
 def test_time(
   predict: Predict,
   words: tuple[str, ...],

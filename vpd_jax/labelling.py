@@ -166,10 +166,9 @@ def most_probable(scores: Array) -> Array:
 
 
 @jax.jit
-def label_or_not_finite(scores: Array) -> Array:
-  """The most probable class, as its complement (a negative number) where a score is NaN or infinity."""
-  label = most_probable(scores)
-  return jnp.where(jnp.isfinite(scores).all(axis=-1), label, ~label)
+def finite_label(scores: Array) -> Array:
+  """As `most_probable`, but K, which is no class, where a score is NaN or infinity."""
+  return jnp.where(jnp.isfinite(scores).all(axis=-1), most_probable(scores), scores.shape[-1])
 
 
 class Labelling:

@@ -1,13 +1,33 @@
 """Pictures as people have them: files of any kind, arrays of any size."""
 
-import mimetypes
+import io
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from vpd_jax import decoding
+
+# Pictures of one layer of pixels, as Pillow calls them; not icons, layered files or vectors.
+FORMATS = (
+  "JPEG",
+  "MPO",
+  "PNG",
+  "WEBP",
+  "TIFF",
+  "BMP",
+  "DIB",
+  "GIF",
+  "PPM",
+  "JPEG2000",
+  "AVIF",
+  "TGA",
+  "PCX",
+  "SGI",
+  "QOI",
+)
 LONGEST = 16  # times the shorter side; longer pictures are squeezed to it
 
 
@@ -53,25 +73,27 @@ def read_picture(path: Path) -> np.ndarray:
   Raises:
     ValueError: it is not an image, or is damaged.
   """
-  try:
-    with Image.open(path) as picture:
-      turned = ImageOps.exif_transpose(picture)
-      if turned.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
-        grey = np.asarray(turned, np.float64)
-        top = 65535.0 if turned.mode != "F" else max(grey.max(), 1e-12)
-        turned = Image.fromarray(np.clip(grey / top * 255, 0, 255).astype(np.uint8))
-      return np.asarray(turned.convert("RGB"))
-  except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-    why = "unknown format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
-    raise ValueError(f"{path.name} is damaged or no picture ({why})") from error
+  with decoding.faults(path.name, remedy=""):
+    raw = path.read_bytes()
+  decoding.check_whole(raw, path.name)
+  with decoding.faults(path.name, remedy=""), Image.open(io.BytesIO(raw)) as picture:
+    turned = ImageOps.exif_transpose(picture)
+    if turned.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
+      grey = np.asarray(turned, np.float64)
+      top = 65535.0 if turned.mode != "F" else max(grey.max(), 1e-12)
+      turned = Image.fromarray(np.clip(grey / top * 255, 0, 255).astype(np.uint8))
+    return np.asarray(turned.convert("RGB"))
 
 
 def is_picture(path: Path) -> bool:
-  """Whether a file is meant to be a picture, by its name or by how it begins."""
-  if (mimetypes.guess_type(path.name, strict=False)[0] or "").startswith("image/"):
+  """Whether a file is meant to be a picture of FORMATS, by its name, or else by how it begins."""
+  Image.init()
+  kind = Image.registered_extensions().get(path.suffix.lower())
+  if kind in FORMATS and (kind in Image.OPEN or kind == "MPO"):
     return True
+  known = [name for name in FORMATS if name in Image.OPEN and name != "TGA"]  # which begins with nothing of its own
   try:
-    with Image.open(path):
+    with decoding.faults(path), Image.open(path, formats=known):
       return True
-  except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+  except ValueError:
     return False

@@ -1,12 +1,12 @@
 """Keypoints of people in pictures of any size: one crop for each box, crops in calls of few shapes."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from vpd_jax import reading
 from vpd_jax.types import Array, Example
 
 Predict = Callable[[Any, dict[str, Array]], Array]  # weights and batch of n crops to heatmaps [n, h, w, K]
@@ -42,10 +42,14 @@ def check_boxes(boxes: Any, size: tuple[int, int], what: str) -> np.ndarray:
   Raises:
     ValueError: other shapes, numbers that are not finite, boxes without area or outside the picture (all are named).
   """
+  number = lambda value: isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
   try:
+    rows = [box.tolist() if isinstance(box, np.ndarray | Array) else list(box) for box in boxes]
+    if not all(number(value) for row in rows for value in row):
+      raise TypeError
     # One may have a score and another not.
-    array = np.asarray([[*box, *(1.0,) * (len(box) == 4)] for box in boxes] or np.zeros((0, 5)), np.float32)
-  except (TypeError, ValueError):
+    array = np.asarray([[*row, *(1.0,) * (len(row) == 4)] for row in rows] or np.zeros((0, 5)), np.float32)
+  except (TypeError, ValueError, OverflowError):
     array = np.zeros(0)
   if array.ndim != 2 or array.shape[1] != 5 or not np.isfinite(array).all():
     raise ValueError(f"boxes of {what} must be lists of x, y, width, height and, if known, a score: finite numbers.")
@@ -67,11 +71,8 @@ def read_boxes(path: str | Path) -> dict[str, list[list[float]]]:
   Raises:
     ValueError: missing, or of another form; names the file.
   """
-  try:
-    content = json.loads(Path(path).expanduser().read_bytes())
-  except (OSError, ValueError) as error:
-    raise ValueError(f"boxes {str(path)!r} cannot be read ({error}).") from None
-  if isinstance(content, list) and all(isinstance(e, dict) and {"file_name", "bbox"} <= e.keys() for e in content):
+  content = reading.read_json(path, called=f"boxes {str(path)!r}")
+  if isinstance(content, list) and all(map(_is_entry, content)):
     result: dict[str, list[list[float]]] = {}
     for entry in content:
       result.setdefault(entry["file_name"], []).append([*entry["bbox"], entry.get("score", 1.0)])
@@ -82,6 +83,11 @@ def read_boxes(path: str | Path) -> dict[str, list[list[float]]]:
     f'boxes {str(path)!r} must be an object {{"name.jpg": [[x, y, width, height], ..]}}, or a list of objects with '
     "file_name, bbox and score."
   )
+
+
+def _is_entry(entry: Any) -> bool:
+  """Whether this is one of {"file_name", "bbox", "score"}; the numbers are checked with their picture."""
+  return isinstance(entry, dict) and isinstance(entry.get("file_name"), str) and isinstance(entry.get("bbox"), list)
 
 
 class Posing:

@@ -1,7 +1,6 @@
 """--mode=predict: the predictions of a folder of pictures as files."""
 
 import collections
-import json
 import os
 import unicodedata
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from vpd_jax import pictures as pictures_lib
-from vpd_jax import posing
+from vpd_jax import posing, reading
 from vpd_jax.checkpoint import is_workdir
 from vpd_jax.predict import Predictor
 
@@ -81,7 +80,7 @@ def run(
     raise ValueError(
       f"--workdir={workdir!r} holds no checkpoint and config.init.pretrained is empty; give one of them."
     )
-  paths = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+  paths = [p for name in reading.visible(os.listdir(folder)) if (p := folder / name).is_file()]
   pictures = [path for path in paths if pictures_lib.is_picture(path)]
   if not pictures:
     raise ValueError(f"--input={source!r} holds no picture, only {len(paths)} other files; give a folder that does.")
@@ -114,7 +113,7 @@ def run(
     mean = "the mean of all class vectors stands in for the scene's (config.init.clip would predict it)"
     print(f"no --class given: {predicted if predictor.predicts_class else mean}", flush=True)
   for path in sorted(set(paths) - set(pictures)):
-    print(f"skipped: {path.name} is no picture", flush=True)
+    print(f"skipped: {path.name} is not a picture we read", flush=True)
   given = [_given(path.name, predictor, sentence, said, found) for path in pictures]
   stems = result_names([(path.name, len(each)) for path, each in zip(pictures, given, strict=True)])
   damaged, waiting = [], []
@@ -165,8 +164,9 @@ def run(
   done = len(pictures) - len(damaged) - left_alone
   print(f"{done} pictures written to {output}, {len(paths) - done} files skipped", flush=True)
   if damaged:
+    told = "; ".join(message.rstrip(".") for message in damaged[:10])
     raise ValueError(
-      f"{len(damaged)} of {len(pictures)} pictures in {source} cannot be read: {'; '.join(damaged[:10])}. "
+      f"{len(damaged)} of {len(pictures)} pictures in {source} cannot be read: {told}. "
       f"The other {done} are done; mend or remove these."
     )
   return done
@@ -213,10 +213,7 @@ def read_sentences(path: str) -> dict[str, list[str]]:
   Raises:
     ValueError: missing, or of another form; names the file.
   """
-  try:
-    entries = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise ValueError(f"--sentences={path!r} cannot be read ({' '.join(str(error).split())}).") from None
+  entries = reading.read_json(path, called=f"--sentences={path!r}")
   result: dict[str, list[str]] = {}
   for entry in entries if isinstance(entries, list) else ():
     texts = entry.get("sentences", [entry.get("sentence")]) if isinstance(entry, dict) else [None]

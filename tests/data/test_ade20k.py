@@ -24,6 +24,16 @@ def write_pairs(images, masks, numbers, names, size=(40, 60), grey=False):
     cv2.imwrite(str(masks / f"{name}.png"), cv2.resize(blocks, size[::-1], interpolation=cv2.INTER_NEAREST))
 
 
+def add_companions(root):
+  """What a disk that was in a Mac holds: a ._NAME beside every file, .DS_Store, folders of its own."""
+  for path in [path for path in root.rglob("*") if path.is_file()]:
+    path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    (path.parent / ".DS_Store").write_bytes(b"\0")
+    for name in ("__MACOSX", ".ipynb_checkpoints"):
+      (path.parent / name).mkdir(exist_ok=True)
+      (path.parent / name / path.name).write_bytes(path.read_bytes())
+
+
 @pytest.fixture
 def root(tmp_path):
   root = tmp_path / "ADEChallengeData2016"
@@ -57,6 +67,12 @@ def test_examples_hold_classes_from_zero_and_255_for_none(root, small):
   ends = np.array([[0, 1, 150, 255]], np.uint8)
   raw = cv2.imencode(".png", ends)[1].tobytes()
   assert labels.decode_labels(raw, "x", ade20k.KINDS[""]).tolist() == [[255, 0, 149, 255]]
+
+
+def test_companions_of_macos_are_no_pictures(root, small):
+  before = [ade20k.Ade20k(root=str(root)).source(split).pairs for split in ("train", "eval")]
+  add_companions(root)
+  assert [ade20k.Ade20k(root=str(root)).source(split).pairs for split in ("train", "eval")] == before
 
 
 def test_published_numbers_are_checked_unless_told_otherwise(root):

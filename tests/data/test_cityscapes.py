@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tests.data.test_ade20k import write_pairs
+from tests.data.test_ade20k import add_companions, write_pairs
 from tests.data.test_nyu import check_message
 from vpd_jax.data import builders, cityscapes, labels, mapillary
 
@@ -91,6 +91,13 @@ def test_extra_frames_come_last_without_the_corrupt_one(root, extra, place):
   assert len(made(root, extra=extra).source("eval")) == 1
 
 
+def test_companions_of_macos_are_no_frames(root):
+  before = [made(root, extra="coarse").source(split).pairs for split in ("train", "eval")]
+  add_companions(root)
+  (root / "leftImg8bit/train/.hidden").mkdir()
+  assert [made(root, extra="coarse").source(split).pairs for split in ("train", "eval")] == before
+
+
 def test_cities_choose_the_training_frames_only(root):
   data = made(root, cities=("ulm",))
   assert names(data.source("train")) == ["ulm_000000_000019"] and len(data.source("eval")) == 1
@@ -153,6 +160,7 @@ def test_mapillary_is_mapped_to_the_nineteen_classes(tmp_path):
   root = tmp_path / "mapillary"
   for split in ("training", "validation"):
     write_pairs(root / split / "images", root / split / "v1.2/labels", range(66), ["b", "a"])
+  add_companions(root)
   data = mapillary.Mapillary(root=str(root), complete=False)
   for split, folder in (("train", "training"), ("eval", "validation")):
     source = data.source(split)

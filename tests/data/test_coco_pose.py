@@ -54,12 +54,52 @@ def test_boxes_of_a_detector_are_taken_as_they_are(root):
   np.testing.assert_array_equal(source[4]["box"], [19, 6, 52, 78])
   assert source[4]["box_score"] == np.float32(0.95) and not source[4]["keypoints"].any()
   assert source.notes == [
+    "1 detections of categories 3 (1) are left out, people are category 1, see data.person_category",
     "2 detected boxes without an area inside their image are left out",
     "1 images have no detection and count as such",
   ]
   fewer = data(root, box_threshold=0.75).source("eval")
   assert len(fewer) == 3 and "4 detections with a score of 0.75 or below are left out" in fewer.notes
   assert len(data(root, boxes="annotated").source("eval")) == 4
+
+
+def renumbered(change):
+  return [entry | {"category_id": change.get(entry["category_id"], entry["category_id"])} for entry in
+          coco_people.detections()]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [data, lambda root, **options: KeypointList(
+  root=str(root), crop=CROP, train_json="annotations/person_keypoints_val2017.json", images="val2017",
+  eval_json="annotations/person_keypoints_val2017.json", **options)])  # fmt: skip
+def test_a_detector_that_counts_from_0_is_told_and_can_be_read(root, tmp_path, make):
+  path, options = tmp_path / "boxes.json", {"detections": str(tmp_path / "boxes.json")}
+  path.write_text(json.dumps(renumbered({1: 0})))
+  message = check_message(
+    "none of 8 detections is of category 1; their category_id is 0 (7), 3 (1).",
+    lambda: make(root, **options).source("eval"),
+  )
+  assert message.startswith(str(path)) and "Set data.person_category to the one of people" in message
+  source = make(root, person_category=0, **options).source("eval")
+  assert len(source) == 5
+  assert "1 detections of categories 3 (1) are left out, people are category 0" in source.notes[0]
+  path.write_text(json.dumps(coco_people.detections() + renumbered({1: 0, 3: 90})))
+  source = make(root, **options).source("eval")
+  assert len(source) == 5
+  assert source.notes[0].startswith(
+    "9 detections of categories 0 (7), 3 (1), 90 (1) are left out, people are category 1"
+  )
+
+
+def test_annotations_of_other_categories_are_counted(tmp_path):
+  def other(content, count):
+    for entry in content["annotations"][:count]:
+      entry["category_id"] = 0
+
+  made = rewritten(tmp_path / "some", lambda content: other(content, 2))
+  assert "2 annotations of other categories are left out" in data(made, boxes="annotated").source("eval").notes
+  made = rewritten(tmp_path / "all", lambda content: other(content, 8))
+  check_message("none of 8 annotations is of category 1, which has the keypoints; their category_id is 0 (8)",
+                lambda: data(made, boxes="annotated").source("eval"))  # fmt: skip
 
 
 def test_the_truth_holds_every_picture_and_everybody(root):
@@ -139,7 +179,7 @@ def test_files_of_another_kind_are_refused(root, tmp_path):
   names = keypoints.COCO.names
   path = tmp_path / "x.json"
   path.write_text("{")
-  check_message(f"{path} is no JSON, or cut off", lambda: coco_json.annotations(path, names))
+  check_message(f"{path} cannot be read: it is no JSON, or cut off", lambda: coco_json.annotations(path, names))
   path.write_text("[]")
   check_message(f"{path} is no annotation file", lambda: coco_json.annotations(path, names))
   path.write_text(json.dumps({"images": [], "annotations": [], "categories": [{"id": 1, "name": "person"}]}))

@@ -69,6 +69,52 @@ def test_every_format_gives_metres_and_0_where_nothing_valid_is(tmp_path, name):
   np.testing.assert_allclose(read, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+  "header",
+  [
+    "Pf\n7 5\n-0.003922\n",
+    "Pf\n# by a camera\n7 5\n# and more\n-1\n",
+    "Pf 7 5 -250.0 ",
+    "Pf 7 5 -1 # a word\n",
+    "Pf\r\n7 5\r\n-1.0\r\n",
+  ],
+)
+def test_a_pfm_is_read_as_stored_whatever_its_header_says(tmp_path, header):
+  metres = np.random.default_rng(0).uniform(1, 9, (5, 7)).astype(np.float32)
+  metres[-1, 0] = np.frombuffer(b"\n\r\n@", "<f4")[0]  # bytes that look like the end of a header
+  (tmp_path / "a.pfm").write_bytes(header.encode() + metres[::-1].astype("<f4").tobytes())
+  np.testing.assert_array_equal(depth_list.read_depth(tmp_path / "a.pfm", factor=1.0, max_depth=10.0), metres)
+  big = header.replace("-", "").encode() + metres[::-1].astype(">f4").tobytes()
+  (tmp_path / "b.pfm").write_bytes(big)
+  np.testing.assert_array_equal(depth_list.read_depth(tmp_path / "b.pfm", factor=1.0, max_depth=10.0), metres)
+
+
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    (b"Pf\n2 2\n-1\n" + bytes(15), "15 bytes behind its header"),
+    (b"Pf\n2 2\n-1\n" + bytes(16) + b"more", "20 bytes behind its header"),
+    (b"Pf\n2 2\n0\n" + bytes(16), "does not begin as a PFM"),
+    (b"Pf\n2\n" + bytes(16), "does not begin as a PFM"),
+    (b"PF\n1 1\n-1\n" + bytes(12), "holds float32 [1, 1, 3]"),
+    (b"", "does not begin as a PFM"),
+  ],
+)
+def test_a_pfm_that_cannot_be_is_named(tmp_path, content, message):
+  (tmp_path / "a.pfm").write_bytes(content)
+  check_message(message, lambda: depth_list.read_depth(tmp_path / "a.pfm", factor=1.0, max_depth=10.0))
+
+
+@pytest.mark.parametrize("ending", [".PNG", ".TIF", ".Tiff", ".PFM", ".NPY"])
+def test_endings_of_depth_in_capitals_are_known(root, ending):
+  metres = np.ones((72, 100), np.float32)
+  name = next(name for name in WRITERS if name.endswith(ending.lower()))
+  WRITERS[name](root / name, metres)
+  (root / name).rename(root / f"1{ending}")
+  (root / "train_list.txt").write_text(f"0 a.png\t1{ending}\n" * 2)
+  np.testing.assert_allclose(data(root).source("train")[0]["depth"], 1, rtol=1e-6)
+
+
 def test_what_is_infinite_or_negative_is_no_measurement(tmp_path):
   np.save(tmp_path / "a.npy", np.array([[np.inf, -np.inf, np.nan], [-1, 0, 2]], np.float32))
   read = depth_list.read_depth(tmp_path / "a.npy", factor=1.0, max_depth=10.0)

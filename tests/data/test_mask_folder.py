@@ -1,8 +1,10 @@
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
 
-from tests.data.test_ade20k import write_pairs
+from tests.data.test_ade20k import add_companions, write_pairs
 from tests.data.test_nyu import check_message
 from vpd_jax.data import builders, labels, mask_folder, pipeline
 
@@ -45,6 +47,25 @@ def test_folders_endings_and_inner_folders_may_be_named(root):
   data = made(root, eval_images="val/pictures", eval_masks="val/truth", mask_ending="_mask.png")
   assert len(data.source("train")) == 10  # nothing is held out
   assert data.source("eval").pairs[0] == ("val/pictures/day/a.jpg", "val/truth/day/a_mask.png")
+
+
+@pytest.mark.parametrize("ending", [".png", ".PNG", "_mask.PNG", "_mask.png"])
+def test_endings_in_capitals_are_found(root, ending):
+  for index, path in enumerate(sorted((root / "masks").iterdir())):
+    path.rename(path.with_name(f"{path.stem}{ending[:-4]}{('.png', '.PNG')[index % 2]}"))
+  for path in sorted((root / "images").iterdir())[::3]:
+    path.rename(path.with_suffix(".JPG"))
+  source = made(root, mask_ending=ending).source("train")
+  assert len(source) == 9 and {Path(mask).suffix for _, mask in source.pairs} == {".png", ".PNG"}
+  assert all(source[index]["label"].shape == (40, 60) for index in range(9))
+
+
+def test_companions_of_macos_and_hidden_folders_are_no_data(root):
+  add_companions(root)
+  found = made(root).source("train"), made(root).source("eval")
+  assert [pair for source in found for pair in source.pairs] == [
+    (f"images/{index:02}.jpg", f"masks/{index:02}.png") for index in range(10)
+  ]
 
 
 def test_numbers_of_the_masks_may_be_others(root):

@@ -217,7 +217,7 @@ def test_scores_of_classes_are_taken_at_their_largest():
   label = jnp.asarray(fill.integers("truth", (2, 6, 9), 5, 0))
   task = Segmentation(classes=5)
   first, second = (task.measure(p, {"label": label}) for p in (scores, scores.argmax(-1)))
-  for name in first:
+  for name in second:
     np.testing.assert_array_equal(first[name], second[name])
 
 

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from vpd_jax import reading
 from vpd_jax.convert import flax_folder, pickles
 from vpd_jax.convert.raw import NotRead, RawTensor, contiguous
 
@@ -112,10 +113,7 @@ def open_folder(path: str | pathlib.Path, parts: tuple[str, ...]) -> Weights:
 def read_config(path: str | pathlib.Path, name: str = "config.json") -> dict[str, Any]:
   """A network's config.json, or another file of one JSON object."""
   path = pathlib.Path(path) / name
-  try:
-    config = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise ValueError(f"{path} cannot be read ({error}); complete the folder.") from error
+  config = reading.read_json(path)
   if not isinstance(config, dict):
     raise ValueError(f"{path} holds no JSON object; complete the folder.")
   return config
@@ -159,8 +157,9 @@ def shards(index: epath.Path | pathlib.Path) -> list[str]:
   Raises:
     ValueError: a damaged index; one line.
   """
+  content = reading.read_json(index)
   try:
-    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return sorted(set(content["weight_map"].values()))
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(f"{index} is not an index of shards ({error!r}); fetch it again.") from error
 

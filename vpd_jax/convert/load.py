@@ -7,7 +7,6 @@ A converted directory holds `arrays/<part>` (orbax) and `manifest.json`: where t
 
 import dataclasses
 import importlib.metadata
-import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from vpd_jax import atomic, checkpoint, damage
+from vpd_jax import atomic, checkpoint, damage, reading
 from vpd_jax.convert import clip, fetch, files, released, stable_diffusion
 from vpd_jax.convert.rules import COUNTER, ConversionError, NotFinite, Report, Same, convert
 
@@ -162,7 +161,7 @@ def manifest(path: str | epath.PathLike) -> dict[str, Any]:
   """
   file = _absolute(path) / "manifest.json"
   try:
-    content = json.loads(file.read_text())
+    content = reading.read_json(file)
     return content | {"table": str(content["table"]), "step": int(content["step"])}
   except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{file} is not the manifest of converted weights ({error}); convert them again.") from error
@@ -219,7 +218,8 @@ def _restore(path: str | epath.PathLike) -> dict[str, np.ndarray]:
   checkpoint.check_name(folder, "weights")
   told = damage.told(f"weights {path}", folder, "and convert them again")
   with told, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    for part in sorted((folder / "arrays").iterdir()):
+    arrays = folder / "arrays"
+    for part in (arrays / name for name in reading.visible(part.name for part in arrays.iterdir())):
       names = ocp.PyTreeCheckpointHandler().metadata(part).tree  # a Checkpointer hides why it cannot
       arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
       named |= reader.restore(part, args=ocp.args.PyTreeRestore(restore_args=arguments))

@@ -29,9 +29,9 @@ def write(path: str | pathlib.Path, state: Mapping[str, np.ndarray], *, wrapper:
   """
   path = pathlib.Path(path)
   writers = {".pth": functools.partial(_write_pth, wrapper=wrapper), ".safetensors": _write_safetensors}
-  if path.suffix not in writers:
+  if path.suffix.lower() not in writers:
     raise ValueError(f"output={str(path)!r} must end in one of {sorted(writers)}.")
-  atomic.write(path, lambda unfinished: writers[path.suffix](unfinished, state))
+  atomic.write(path, lambda unfinished: writers[path.suffix.lower()](unfinished, state))
 
 
 def _write_safetensors(path: pathlib.Path, state: Mapping[str, np.ndarray]) -> None:

@@ -70,6 +70,7 @@ class Ade20k:
     if format == "files":
       files.require_folder(root, f"ADEChallengeData2016: {SOURCE}")
 
+  @records.read_once
   def source(self, split: str) -> Any:
     """The pictures of "train" or "eval", sorted by name, whose annotations are all there.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from vpd_jax import reading
 from vpd_jax.data import files, labels, records, segmentation_transforms
 from vpd_jax.types import Example
 
@@ -101,6 +102,7 @@ class Cityscapes:
     if format == "files":
       files.require_folder(root, f"that holds leftImg8bit/ and gtFine/ of Cityscapes: {SOURCES['leftImg8bit']}")
 
+  @records.read_once
   def source(self, split: str) -> Any:
     """The frames of "train" or "eval", sorted by name, whose labels are all there.
 
@@ -152,7 +154,7 @@ def frames(root: Path, images: str, labelled: str, kind: str, cities: tuple[str,
     ValueError: the folder of pictures or a city is not there, or label files are missing.
   """
   folder = root / "leftImg8bit" / images
-  there = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+  there = reading.visible(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
   if not there:
     raise ValueError(f"{folder} holds no cities; {SOURCES['leftImg8bit']}")
   if unknown := sorted(set(cities) - set(there)):
@@ -161,7 +163,7 @@ def frames(root: Path, images: str, labelled: str, kind: str, cities: tuple[str,
   for city in there if not cities else [city for city in there if city in cities]:
     place = root / labelled / city
     ready = set(os.listdir(place)) if place.is_dir() else set()
-    for name in sorted(os.listdir(folder / city)):
+    for name in reading.visible(os.listdir(folder / city)):
       frame = name.removesuffix(IMAGE)
       if frame != name and frame != CORRUPT:
         ids = next((f"{frame}_{kind}{end}" for end in KINDS if f"{frame}_{kind}{end}" in ready), "")

@@ -5,15 +5,17 @@ keypoints as x, y, visibility for each, area, iscrowd), and "categories", one of
 file is a list of image_id, category_id, bbox, score.
 """
 
-import json
-import math
+import collections
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from vpd_jax import reading
 from vpd_jax.data import files
+
+LARGEST = 1e9  # beyond which no number is a place in a picture
 
 
 class Annotations(NamedTuple):
@@ -25,12 +27,14 @@ class Annotations(NamedTuple):
     people: annotations by image, in the order of the file; each has "bbox", "keypoints", "area", "iscrowd" and
       "num_keypoints", filled in where the file leaves the last three out.
     category: {"id", "name", "keypoints"}.
+    others: number of annotations of other categories, which are left out.
   """
 
   path: Path
   images: list[dict[str, Any]]
   people: list[list[dict[str, Any]]]
   category: dict[str, Any]
+  others: int = 0
 
 
 class Samples(NamedTuple):
@@ -51,26 +55,13 @@ class Samples(NamedTuple):
   notes: list[str]
 
 
-def read(path: str | Path) -> Any:
-  """The content of a JSON file.
-
-  Raises:
-    ValueError: missing, or no JSON; names the file.
-  """
-  raw = files.read_bytes(Path(path).expanduser())
-  try:
-    return json.loads(raw)
-  except ValueError as error:
-    raise ValueError(f"{path} is no JSON, or cut off ({error}); copy or download it again.") from None
-
-
 def keypoint_names(path: str | Path) -> tuple[str, ...]:
   """The names that the annotation file gives its keypoints.
 
   Raises:
     ValueError: no such file; no category with keypoints, or several.
   """
-  return tuple(_category(read(path), path)["keypoints"])
+  return tuple(_category(reading.read_json(path), path)["keypoints"])
 
 
 def annotations(path: str | Path, names: Sequence[str]) -> Annotations:
@@ -80,35 +71,45 @@ def annotations(path: str | Path, names: Sequence[str]) -> Annotations:
     ValueError: in one line, everything that is wrong: not an annotation file, other keypoints than `names`, entries
       without what is needed or of images that are not there (counted, the first ten named).
   """
-  path, content = Path(path).expanduser(), read(path)
+  path, content = Path(path).expanduser(), reading.read_json(path)
   category = _category(content, path)
   if tuple(category["keypoints"]) != tuple(names):
     raise ValueError(
       f"{path} has the keypoints {', '.join(category['keypoints'])}, but the config {', '.join(names)}; make them "
       "agree in number and order."
     )
-  images = [{key: image.get(key) for key in ("id", "file_name", "width", "height")} for image in content["images"]]
-  whole = lambda value: isinstance(value, int) and not isinstance(value, bool)
-  named = lambda image: whole(image["id"]) and isinstance(image["file_name"], str)
-  sized = lambda image: whole(image["width"]) and whole(image["height"]) and min(image["width"], image["height"]) > 0
+  listed = [image if isinstance(image, dict) else {} for image in content["images"]]
+  images = [{key: image.get(key) for key in ("id", "file_name", "width", "height")} for image in listed]
+  named = lambda image: _whole(image["id"]) and isinstance(image["file_name"], str) and image["file_name"]
+  sized = lambda image: all(_whole(image[side]) and 0 < image[side] < LARGEST for side in ("width", "height"))
   wrong = [f"image {i}" for i, image in enumerate(images) if not (named(image) and sized(image))]
-  number = {image["id"]: i for i, image in enumerate(images)}
-  if len(number) < len(images):
-    raise ValueError(f"{path} lists {len(images)} images with {len(number)} different ids; each needs its own.")
+  ids = [image["id"] for image in images if _whole(image["id"])]
+  if len(set(ids)) < len(ids):
+    raise ValueError(f"{path} lists {len(ids)} images with {len(set(ids))} different ids; each needs its own.")
+  number = {image["id"]: i for i, image in enumerate(images) if _whole(image["id"])}
   people: list[list[dict[str, Any]]] = [[] for _ in images]
+  others = 0
   for i, entry in enumerate(content["annotations"]):
-    if entry.get("category_id", category["id"]) != category["id"]:
-      continue
-    if entry.get("image_id") in number and _numbers(entry.get("bbox"), 4) and _points(entry, len(names)):
+    if not isinstance(entry, dict):
+      wrong.append(f"annotation {i}")
+    elif entry.get("category_id", category["id"]) != category["id"]:
+      others += 1
+    elif _known(entry, number) and _numbers(entry.get("bbox"), 4) and _described(entry, len(names)):
       people[number[entry["image_id"]]].append(_completed(entry, len(names)))
     else:
-      wrong.append(f"annotation {entry.get('id', i)}")
+      wrong.append(f"annotation {str(entry.get('id', i))[:50]}")
   if wrong:
     raise ValueError(
       f"{path}: {len(wrong)} entries cannot be used: {_first(wrong)}; an image needs id, file_name, width and height, "
-      f"an annotation the image_id of a listed image, a bbox of 4 and keypoints of {3 * len(names)} finite numbers."
+      f"an annotation the image_id of a listed image, a bbox of 4 and keypoints of {3 * len(names)} finite numbers; "
+      "its area, if it says one, is a number, and iscrowd 0 or 1."
     )
-  return Annotations(path, images, people, category)
+  if others and others == len(content["annotations"]):
+    raise ValueError(
+      f"{path}: none of {others} annotations is of category {category['id']}, which has the keypoints; their "
+      f"category_id is {_counted(content['annotations'])}. Make them agree."
+    )
+  return Annotations(path, images, people, category, others)
 
 
 def truth(found: Annotations, chosen: Sequence[int]) -> dict[str, Any]:
@@ -142,7 +143,8 @@ def annotated(found: Annotations, chosen: Sequence[int]) -> Samples:
         empty += 1
       else:
         rows.append((place, box, entry["keypoints"]))
-  notes = [f"{without} people without a labelled keypoint are left out"] if without else []
+  notes = [f"{found.others} annotations of other categories are left out"] if found.others else []
+  notes += [f"{without} people without a labelled keypoint are left out"] if without else []
   notes += [f"{empty} boxes without an area inside their image are left out"] if empty else []
   count = len(found.category["keypoints"])
   return Samples(
@@ -154,7 +156,9 @@ def annotated(found: Annotations, chosen: Sequence[int]) -> Samples:
   )
 
 
-def detected(path: str | Path, found: Annotations, chosen: Sequence[int], *, others: str, threshold: float) -> Samples:
+def detected(
+  path: str | Path, found: Annotations, chosen: Sequence[int], *, others: str, threshold: float, category: int = -1
+) -> Samples:
   """The boxes of a detector in the chosen images. `image` counts within `chosen`.
 
   Args:
@@ -163,21 +167,29 @@ def detected(path: str | Path, found: Annotations, chosen: Sequence[int], *, oth
     chosen: numbers of images.
     others: what boxes of images that are not chosen do: "error", or "skip".
     threshold: boxes whose score is not above it are left out.
+    category: the category_id of people in that file; -1: as in the annotations.
 
   Raises:
-    ValueError: no detection file, entries without what is needed, or boxes of other images.
+    ValueError: no detection file, entries without what is needed, boxes of other images, or none of people.
 
   Source: mmpose 0.x topdown_coco_dataset.py _load_coco_person_detection_results.
   """
-  content = read(path)
+  content = reading.read_json(path)
   if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
     raise ValueError(f"{path} must be a list of detections: image_id, category_id, bbox, score.")
   number = {found.images[i]["id"]: place for place, i in enumerate(chosen)}
+  category = found.category["id"] if category < 0 else category
+  foreign = [entry for entry in content if entry.get("category_id") != category]
+  if foreign and len(foreign) == len(content):
+    raise ValueError(
+      f"{path}: none of {len(content)} detections is of category {category}; their category_id is {_counted(foreign)}. "
+      "Set data.person_category to the one of people: many programs count from 0."
+    )
   rows, wrong, unknown, low, empty = [], [], [], 0, 0
   for i, entry in enumerate(content):
-    if entry.get("category_id") != found.category["id"]:
+    if entry.get("category_id") != category:
       continue
-    if not (_numbers(entry.get("bbox"), 4) and _numbers([entry.get("score")], 1) and "image_id" in entry):
+    if not (_numbers(entry.get("bbox"), 4) and _numbers([entry.get("score")], 1) and _whole(entry.get("image_id"))):
       wrong.append(str(i))
     elif entry["image_id"] not in number:
       unknown.append(entry["image_id"])
@@ -190,8 +202,8 @@ def detected(path: str | Path, found: Annotations, chosen: Sequence[int], *, oth
       rows += [(number[entry["image_id"]], entry["bbox"], entry["score"])] if inside else []
   if wrong:
     raise ValueError(
-      f"{path}: {len(wrong)} detections cannot be used: numbers {_first(wrong)}; each needs image_id, a bbox of 4 "
-      "finite numbers and a score."
+      f"{path}: {len(wrong)} detections cannot be used: numbers {_first(wrong)}; each needs image_id, a whole number, "
+      "a bbox of 4 finite numbers and a score."
     )
   if unknown and others == "error":
     raise ValueError(
@@ -199,7 +211,9 @@ def detected(path: str | Path, found: Annotations, chosen: Sequence[int], *, oth
       f"{_first(sorted(set(unknown), key=str))}; take the detections of this split, or set data.complete=False to "
       "leave them out."
     )
-  notes = [f"{len(unknown)} detections of images outside the split are left out"] if unknown else []
+  told = f"people are category {category}, see data.person_category"
+  notes = [f"{len(foreign)} detections of categories {_counted(foreign)} are left out, {told}"] if foreign else []
+  notes += [f"{len(unknown)} detections of images outside the split are left out"] if unknown else []
   notes += [f"{low} detections with a score of {threshold:g} or below are left out"] if low else []
   notes += [f"{empty} detected boxes without an area inside their image are left out"] if empty else []
   empties = sorted(set(range(len(chosen))) - {row[0] for row in rows})
@@ -238,20 +252,31 @@ def _category(content: Any, path: str | Path) -> dict[str, Any]:
   parts = ("images", "annotations", "categories")
   if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in parts):
     raise ValueError(f"{path} is no annotation file: it needs the lists {', '.join(parts)}.")
-  named = [category for category in content["categories"] if category.get("keypoints")]
+  named = [category for category in content["categories"] if isinstance(category, dict) and category.get("keypoints")]
   if len(named) != 1:
     raise ValueError(
       f"{path} has {len(named)} categories with keypoints; one is needed, whose 'keypoints' are their names "
       "(person_keypoints_*.json has it, instances_*.json has not)."
     )
+  names = named[0]["keypoints"]
+  if not _whole(named[0].get("id")) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+    raise ValueError(
+      f"{path}: the category with keypoints needs an id, a whole number, and 'keypoints', a list of names."
+    )
   return {key: named[0][key] for key in ("id", "name", "keypoints", "skeleton") if key in named[0]}
 
 
-def _points(entry: dict[str, Any], count: int) -> bool:
-  """Whether the annotation's keypoints can be used; a crowd may have none."""
-  if entry.get("iscrowd") and "keypoints" not in entry:
-    return True
-  return _numbers(entry.get("keypoints"), 3 * count)
+def _known(entry: dict[str, Any], number: dict[int, int]) -> bool:
+  """Whether an entry is of an image that is there."""
+  return _whole(entry.get("image_id")) and entry["image_id"] in number
+
+
+def _described(entry: dict[str, Any], count: int) -> bool:
+  """Whether the annotation's keypoints can be used, which a crowd may leave out, its area, its iscrowd."""
+  crowd, area = entry.get("iscrowd"), entry.get("area")
+  if crowd not in (None, 0, 1) or not (area is None or _numbers([area], 1)):
+    return False
+  return bool(crowd and "keypoints" not in entry) or _numbers(entry.get("keypoints"), 3 * count)
 
 
 def _completed(entry: dict[str, Any], count: int) -> dict[str, Any]:
@@ -260,18 +285,30 @@ def _completed(entry: dict[str, Any], count: int) -> dict[str, Any]:
   return {
     "image_id": entry["image_id"],
     "bbox": entry["bbox"],
-    "area": entry.get("area", entry["bbox"][2] * entry["bbox"][3]),
-    "iscrowd": int(bool(entry.get("iscrowd", 0))),
+    "area": entry["bbox"][2] * entry["bbox"][3] if entry.get("area") is None else entry["area"],
+    "iscrowd": int(bool(entry.get("iscrowd"))),
     "keypoints": points,
     "num_keypoints": sum(visible > 0 for visible in points[2::3]),
   }
 
 
 def _numbers(values: Any, count: int) -> bool:
-  """Whether this is a list of that many finite numbers."""
+  """Whether this is a list of that many numbers that float32 holds."""
   if not isinstance(values, list | tuple) or len(values) != count:
     return False
-  return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+  number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
+  return all(number(value) and -LARGEST < value < LARGEST for value in values)  # NaN is not
+
+
+def _whole(value: Any) -> bool:
+  """Whether this is a whole number, as ids are."""
+  return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _counted(entries: Sequence[dict[str, Any]]) -> str:
+  """Their category_id and how often, as in "0 (5), 3 (1)", the most frequent first."""
+  counts = collections.Counter(str(entry.get("category_id"))[:20] for entry in entries)
+  return _first([f"{name} ({count})" for name, count in counts.most_common()])
 
 
 def _first(items: Sequence[Any]) -> str:

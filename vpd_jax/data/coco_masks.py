@@ -9,6 +9,7 @@ import numpy as np
 from pycocotools import mask as coco
 
 OVERLAPS = ("released", "union")
+FARTHEST = 1e5  # pixels
 Outline = Any  # [[x, y, x, y, ...], ...], or {"size": [H, W], "counts": [...] or text}, or a list of such
 
 
@@ -25,6 +26,8 @@ def problem(outline: Outline) -> str:
     return next((found for part in parts if (found := _problem_of_runs(part))), "")
   if any(not isinstance(part, list) or len(part) < 6 or len(part) % 2 for part in parts):
     return "has a polygon of less than three points"
+  if not all(isinstance(x, int | float) and -FARTHEST < x < FARTHEST for part in parts for x in part):
+    return "has a polygon of what are no places in a picture"
   return ""
 
 
@@ -32,6 +35,8 @@ def _problem_of_runs(outline: dict) -> str:
   size, counts = outline.get("size"), outline.get("counts")
   if not isinstance(size, list) or len(size) != 2 or not isinstance(counts, list | str):
     return "is a run-length code without size and counts"
+  if isinstance(counts, list) and not all(isinstance(count, int) and count >= 0 for count in counts):
+    return "is a run-length code of what are no counts"
   return "" if counts else "is empty"
 
 
@@ -49,16 +54,48 @@ def decode(outline: Outline, size: tuple[int, int], *, overlap: str = "released"
 
   Source: VPD refer/data/dataset_refer_clip.py, `annot[ref_mask == 1] = 1`.
   """
+  if what := problem(outline):
+    raise ValueError(f"the outline of an object {what}; fetch the annotations again.")
   parts = [part for part in outline if part] if isinstance(outline, list) else [outline]
   height, width = size
+  for other in (part["size"] for part in parts if isinstance(part, dict)):
+    if other != [height, width]:
+      told = "x".join(map(str, other))
+      raise ValueError(f"the outline of an object is {told}, its picture {height}x{width}.")
   try:
     if isinstance(parts[0], list):
       codes = coco.frPyObjects([[float(x) for x in part] for part in parts], height, width)
+      counts = coco.decode(codes).sum(axis=2, dtype=np.int64)
     else:
-      codes = [coco.frPyObjects(p, *p["size"]) if isinstance(p["counts"], list) else p for p in parts]
-    counts = coco.decode(codes).sum(axis=2, dtype=np.int64)
+      counts = sum(_of_runs(part) for part in parts)
   except Exception as error:  # pycocotools raises whatever Python does
     raise ValueError(f"the outline of an object cannot be read ({error}); fetch the annotations again.") from None
-  if counts.shape != (height, width):
-    raise ValueError(f"the outline of an object is {counts.shape[0]}x{counts.shape[1]}, its picture {height}x{width}.")
   return (counts == 1 if overlap == "released" else counts > 0).astype(np.uint8)
+
+
+def _of_runs(code: dict) -> np.ndarray:
+  """int64 [H, W], 0 or 1, of a run-length code: columns first, beginning with zeros.
+
+  Not by pycocotools 2.0.11, which leaves what the runs do not reach as the memory happens to be.
+
+  Source: pycocotools common/maskApi.c rleDecode, rleFrString.
+  """
+  height, width = code["size"]
+  runs = _runs_of_text(code["counts"]) if isinstance(code["counts"], str) else code["counts"]
+  if sum(runs) != height * width or min(runs) < 0:
+    raise ValueError(f"its runs are {sum(runs)} pixels, its size is {height}x{width}")
+  return np.repeat(np.arange(len(runs)) % 2, runs).reshape(width, height).T
+
+
+def _runs_of_text(text: str) -> list[int]:
+  """The counts of a compressed code: groups of five bits, lowest first; from the fourth on less the one but last."""
+  runs, value, shift = [], 0, 0
+  for letter in text.encode("ascii"):
+    bits = letter - 48
+    value |= (bits & 31) << shift
+    shift += 5
+    if not bits & 32:
+      value -= (bits & 16) >> 4 << shift
+      runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+      value, shift = 0, 0
+  return runs

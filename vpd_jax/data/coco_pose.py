@@ -35,6 +35,7 @@ class CocoPose:
     boxes: in which people are scored: "detections" of a detector (as published), or "annotated".
     detections: the detector's file, from here or below `root`. Scores with boxes of another file cannot be compared.
     box_threshold: detections whose score is not above it are left out. Release: 0.
+    person_category: the category_id of people in the detections; -1: as in the annotations. Many programs count from 0.
     annotations: folder of the annotation files, from here or below `root`. Evaluation reads its file with
       format="tfds" too: it is the ground truth of pictures in which nobody was detected.
     train_images, eval_images: folders of the pictures, below `root`.
@@ -65,6 +66,7 @@ class CocoPose:
     boxes: str = "detections",
     detections: str = "person_detection_results/COCO_val2017_detections_AP_H_56_person.json",
     box_threshold: float = 0.0,
+    person_category: int = -1,
     annotations: str = "annotations",
     train_images: str = YEARS["train"],
     eval_images: str = YEARS["eval"],
@@ -92,6 +94,7 @@ class CocoPose:
     self.augmentation = keypoints.Augmentation(crop, keypoints.COCO, **options)
     self.root, self.format, self.complete = root, records.check_format(format), complete
     self.boxes, self.detections, self.box_threshold = boxes, detections, box_threshold
+    self.person_category = person_category
     self.annotations, self.folders = annotations, {"train": train_images, "eval": eval_images}
     self.made_with = {"boxes": boxes, "box_threshold": box_threshold}
     # A threshold of one's own leaves fewer.
@@ -105,6 +108,7 @@ class CocoPose:
     """What the task is told of a data set with these options, which may exist without its files."""
     return {"keypoints": keypoints.COCO, "udp": options.get("udp", True)}
 
+  @records.read_once
   def source(self, split: str) -> Any:
     """The people of "train" or "eval", in the order of their pictures, whose pictures are all there.
 
@@ -122,6 +126,7 @@ class CocoPose:
       if split == "eval" and self.boxes == "detections":
         path = files.find_list(Path(self.root).expanduser(), self.detections, (), DETECTIONS)
         options = {"others": "error" if self.complete else "skip", "threshold": self.box_threshold}
+        options["category"] = self.person_category
         samples = coco_json.detected(path, annotations, chosen, **options)
       else:
         samples = coco_json.annotated(annotations, chosen)
@@ -153,6 +158,7 @@ class CocoPose:
     """The crop of the box."""
     return self.augmentation.evaluation(example)
 
+  @records.read_once
   def _annotations(self, split: str) -> coco_json.Annotations:
     name = f"{self.annotations}/person_keypoints_{YEARS[split]}.json"
     return coco_json.annotations(

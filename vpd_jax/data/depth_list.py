@@ -6,13 +6,12 @@ Files, below `root`:
 Images are of any kind OpenCV reads and of any size; a depth file has the size of its image and one channel:
   .png             16 bits
   .tif, .tiff      16 bits, or 32-bit floats
-  .pfm, .npy       floats; .npy also whole numbers
+  .pfm             floats as stored: of the number in the header only the sign counts, which is the byte order
+  .npy             floats, or whole numbers
 Depth in metres is the file's value / `factor`. What is not finite, not above 0 or beyond `max_depth` is no measurement.
 """
 
 import functools
-import gzip
-import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,10 +20,16 @@ from typing import Any
 import cv2
 import numpy as np
 
-from vpd_jax.data import files, nyu, transforms
+from vpd_jax import decoding, reading
+from vpd_jax.data import files, nyu, records, transforms
 from vpd_jax.types import Example
 
 SUFFIXES = (".png", ".tif", ".tiff", ".pfm", ".npy")
+_SPACE = rb"(?:\s|#[^\n]*\n)+"  # between the words of a header, comments too
+_PFM = re.compile(
+  rb"(?P<kind>P[Ff])%b(?P<width>[1-9]\d{0,8})%b(?P<height>[1-9]\d{0,8})%b"
+  rb"(?P<scale>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?=\s)(?P<line>[^\S\n]*(?:#[^\n]*)?\n)?" % ((_SPACE,) * 3)
+)
 
 
 class DepthList:
@@ -46,6 +51,7 @@ class DepthList:
     crop: (height, width) of a training example.
     cut_depth: "released", "scaled" or "off", see transforms.vertical_cut_depth.
     colour: False trains without the changes of colour.
+    exif: "stored" or "turned", see files.EXIF.
 
   Attributes:
     provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "depth" float32 [H, W] metres (0 is no measurement),
@@ -70,6 +76,7 @@ class DepthList:
     resize: tuple[int, int] = (),
     cut_depth: str = "scaled",
     colour: bool = True,
+    exif: str = "stored",
   ):
     """Checks the options; files are looked for by `source`.
 
@@ -92,7 +99,7 @@ class DepthList:
     if wrong:
       raise ValueError(f"data: {'; '.join(wrong)}.")
     self.train_list, self.eval_list, self.holdout = train_list, eval_list, holdout
-    self.cut_depth, self.colour = cut_depth, colour
+    self.cut_depth, self.colour, self.exif = cut_depth, colour, files.check_exif(exif)
     self.classes, self.provides = one_scene(scene, DepthList.provides)
 
   @staticmethod
@@ -100,6 +107,7 @@ class DepthList:
     """The classes for these options, known before any file is."""
     return one_scene(options.get("scene", "scene"), frozenset())[0]
 
+  @records.read_once
   def source(self, split: str) -> "Frames":
     """The pictures of "train" or "eval", in the order of their list, whose files are all there.
 
@@ -118,11 +126,16 @@ class DepthList:
         raise ValueError(f"list file {path} has {len(records)} picture and one is held out; add more, or an eval_list.")
       records = records[:kept] if split == "train" else records[kept:]
     files.require_files(self.root, (name for pair in records for name in pair), f"they are named in {path}.")
-    unknown = sorted({Path(depth).suffix for _, depth in records} - set(SUFFIXES))
+    unknown = sorted({suffix for _, depth in records if (suffix := Path(depth).suffix).lower() not in SUFFIXES})
     if unknown:
       raise ValueError(f"list file {path} names depth files ending in {', '.join(unknown)}; known are {SUFFIXES}.")
     read = functools.partial(read_depth, factor=self.factor, max_depth=self.max_depth)
-    return Frames([(self.root / image, self.root / depth) for image, depth in records], read, self.provides)
+    pairs = [(self.root / image, self.root / depth) for image, depth in records]
+    return Frames(pairs, read, self.provides, self.exif)
+
+  def describe(self) -> list[str]:
+    """Lines on what to look at, for the start of a run."""
+    return files.split_notes(self)
 
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
     """The released augmentation of one picture, see transforms.depth_training."""
@@ -146,15 +159,17 @@ class Frames:
   """Random access to images with a depth file each; reading starts with `[]`."""
 
   def __init__(
-    self, records: Sequence[tuple[Path, Path]], read: Callable[[Path], np.ndarray], provides: frozenset[str]
+    self, records: Sequence[tuple[Path, Path]], read: Callable[[Path], np.ndarray], provides: frozenset[str], exif: str
   ):
     """
     Args:
       records: (image, depth) files.
       read: depth file to float32 [H, W] metres; it travels to the data workers.
       provides: keys of an Example, among "image", "depth", "class_id" and "index".
+      exif: see files.EXIF.
     """
-    self.records, self.read, self.provides = records, read, provides
+    self.records, self.read, self.provides, self.exif = records, read, provides, exif
+    self.notes = files.exif_notes((image for image, _ in records), exif)
 
   def __len__(self) -> int:
     return len(self.records)
@@ -167,11 +182,12 @@ class Frames:
         the message names it.
     """
     image_path, depth_path = self.records[index]
-    image, depth = files.read_image(image_path), self.read(depth_path)
+    image, depth = files.read_image(image_path, self.exif), self.read(depth_path)
     if image.shape[:2] != depth.shape:
       sizes = ["{}x{}".format(*array.shape[:2]) for array in (depth, image)]
       raise ValueError(
-        f"depth file {depth_path} is {sizes[0]}, but its image {image_path} is {sizes[1]}; bring both to one size."
+        f"depth file {depth_path} is {sizes[0]}, but its image {image_path} is {sizes[1]}; bring both to one size"
+        f"{files.turned_hint(image, depth, self.exif)}."
       )
     example = {"image": image, "depth": depth, "class_id": np.zeros((), np.int32), "index": np.asarray(index, np.int32)}
     return {name: value for name, value in example.items() if name in self.provides}
@@ -203,11 +219,7 @@ def read_columns(path: str | Path, *, columns: tuple[int, ...]) -> list[list[str
   Raises:
     ValueError: the file cannot be read, is empty, or has lines of another number of columns (named).
   """
-  try:
-    raw = Path(path).read_bytes()
-    text = (gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw).decode("utf-8-sig")
-  except (OSError, EOFError, UnicodeDecodeError) as error:
-    raise ValueError(f"list file {path} cannot be read ({error}).") from None
+  text = reading.read_text(path, called=f"list file {path}")
   lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
   table = [
     (number, [name.strip() for name in (line.split("\t") if "\t" in line else line.split())]) for number, line in lines
@@ -236,7 +248,7 @@ def read_depth(path: Path, *, factor: float, max_depth: float) -> np.ndarray:
   if suffix == ".png":
     metres = files.read_depth(path, scale=factor)
   else:
-    values = _read_npy(path) if suffix == ".npy" else _read_floats(path)
+    values = {".npy": _read_npy, ".pfm": _read_pfm}.get(suffix, _read_tiff)(path)
     if values.ndim != 2 or values.dtype.kind not in "uif" or values.dtype.itemsize < 2:
       raise ValueError(
         f"depth file {path} holds {values.dtype} {list(values.shape)}; [height, width] of at least 16 bits is needed."
@@ -254,19 +266,38 @@ def read_depth(path: Path, *, factor: float, max_depth: float) -> np.ndarray:
 
 
 def _read_npy(path: Path) -> np.ndarray:
-  try:
-    return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-  except (OSError, ValueError, EOFError) as error:
-    reason = " ".join(str(error).split())
-    raise ValueError(f"depth file {path} cannot be read ({reason}); write it with numpy.save.") from None
+  if not path.is_file():
+    raise ValueError(f"depth file {path} cannot be read: it is not a file.")
+  with decoding.faults(f"depth file {path}", "an array", "write it with numpy.save"):
+    return np.array(np.lib.format.open_memmap(path, mode="r"))  # compares the size that a header claims with the file's
 
 
-def _read_floats(path: Path) -> np.ndarray:
-  """A TIFF or PFM as stored."""
-  try:
-    values = cv2.imdecode(np.frombuffer(path.read_bytes() or b"\0", np.uint8), cv2.IMREAD_UNCHANGED)
-  except OSError as error:
-    raise ValueError(f"depth file {path} cannot be read ({error.strerror}).") from None
-  if values is None:
-    raise ValueError(f"depth file {path} is not a picture that can be read, or damaged; copy or write it again.")
-  return values
+def _read_pfm(path: Path) -> np.ndarray:
+  """A portable float map, float32 [H, W] as stored, or [H, W, 3].
+
+  Not by OpenCV, which divides by the header's number and knows no comments. Source: Debevec's HDRShop, Netpbm's pfm(5).
+  """
+  raw = files.read_bytes(path)
+  header = _PFM.match(raw)
+  if header is None or not float(header["scale"]):
+    raise ValueError(
+      f"depth file {path} does not begin as a PFM: Pf, width and height, a number not 0; write it again."
+    )
+  width, height, channels = int(header["width"]), int(header["height"]), 3 if header["kind"] == b"PF" else 1
+  size, begin = 4 * width * height * channels, header.end("scale") + 1
+  if len(raw) - begin != size and header["line"]:  # more than one byte ends the header
+    begin = header.end("line")
+  content = raw[begin:]
+  if len(content) < size or content[size:].strip():
+    raise ValueError(
+      f"depth file {path} has {len(content)} bytes behind its header, {width} x {height} pixels need {size}; copy or "
+      "write it again."
+    )
+  order = "<" if float(header["scale"]) < 0 else ">"
+  values = np.frombuffer(content, f"{order}f4", size // 4).reshape(height, width, *(3,) * (channels == 3))
+  return values[::-1].astype(np.float32)  # rows come from the lowest to the highest
+
+
+def _read_tiff(path: Path) -> np.ndarray:
+  """A TIFF as stored."""
+  return decoding.decode(files.read_bytes(path), path, cv2.IMREAD_UNCHANGED)

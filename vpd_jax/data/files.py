@@ -4,17 +4,23 @@ A record is what is stored of an Example: the bytes of its files as they are, th
 and prepared shards (records.py) give the same records, and one function makes Examples of them.
 """
 
-import gzip
 import os
 from collections.abc import Iterable
+from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
+from vpd_jax import decoding, reading
+
 SHOWN = 10  # names per error message
 Record = dict[str, Any]
+# What is done with pictures that EXIF data turn. What belongs to a picture, be it a label map, a mask, depth, keypoints
+# or outlines, is never turned: it was made on the picture as it is stored, or as a program shows it, turned. Data sets
+# that are published are read as they are stored.
+EXIF = ("stored", "turned")
 # What a picture and its depth map are in a record, by key; the kinds are those of builders.KINDS.
 FRAME = {"image": "picture", "depth": "depth16", "image_path": "text", "depth_path": "text"}
 
@@ -45,11 +51,7 @@ def read_list(path: str | Path) -> list[tuple[str, str]]:
   Raises:
     ValueError: the file cannot be read, is empty, or has lines of fewer than two columns (named).
   """
-  try:
-    raw = Path(path).read_bytes()
-    text = (gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw).decode("utf-8-sig")
-  except (OSError, EOFError, UnicodeDecodeError) as error:
-    raise ValueError(f"list file {path} cannot be read ({error}).") from None
+  text = reading.read_text(path, called=f"list file {path}")
   lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
   wrong = [number for number, columns in lines if len(columns) < 2]
   if wrong or not lines:
@@ -101,7 +103,7 @@ def require_files(folder: Path, names: Iterable[str], source: str) -> None:
   for name in names:
     directory, file = os.path.split(name)
     if directory not in present:
-      present[directory] = _entries(folder / directory)
+      present[directory] = entries(folder / directory)
     if file not in present[directory]:
       missing.append(name)
   if missing:
@@ -120,13 +122,13 @@ def read_bytes(path: str | Path) -> bytes:
     raise ValueError(f"{path} cannot be read ({error.strerror}).") from None
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path, exif: str | None = None) -> np.ndarray:
   """Reads a picture as uint8 [H, W, 3], RGB, whatever its own channels.
 
   Raises:
     ValueError: the file is missing, truncated or not a picture; the message names it.
   """
-  return decode_image(read_bytes(path), path)
+  return decode_image(read_bytes(path), path, exif)
 
 
 def read_depth(path: str | Path, *, scale: float) -> np.ndarray:
@@ -138,9 +140,45 @@ def read_depth(path: str | Path, *, scale: float) -> np.ndarray:
   return decode_depth(read_bytes(path), path, scale=scale)
 
 
-def decode_image(raw: bytes, path: str | Path) -> np.ndarray:
-  """A picture file's bytes as uint8 [H, W, 3], RGB; `path` is for the message of the ValueError."""
-  return cv2.cvtColor(_decode(raw, path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+def decode_image(raw: bytes, path: str | Path, exif: str | None = None) -> np.ndarray:
+  """A picture file's bytes as uint8 [H, W, 3], RGB; `path` is for the message of the ValueError, `exif` see EXIF."""
+  return cv2.cvtColor(decoding.decode(raw, path, turned=exif == "turned"), cv2.COLOR_BGR2RGB)
+
+
+def check_exif(exif: str) -> str:
+  """The given one of EXIF, or a ValueError with the list of them."""
+  if exif not in EXIF:
+    raise ValueError(f"data.exif={exif!r} is unknown; choose one of {EXIF}.")
+  return exif
+
+
+def exif_notes(paths: Iterable[Path], exif: str) -> list[str]:
+  """A warning, for the start of a run, of pictures that EXIF data turn; nothing where there are none."""
+  paths = list(dict.fromkeys(paths))
+  with futures.ThreadPoolExecutor(8) as pool:
+    count = sum(found > 1 for found in pool.map(decoding.orientation, paths))
+  if not count:
+    return []
+  done, other = {"stored": ("are read as they are stored", "turned"), "turned": ("are turned", "stored")}[exif]
+  return [
+    f"WARNING: {count} of {len(paths)} pictures are turned by their EXIF data. They {done} (data.exif={exif!r}), their "
+    f"masks, labels, depth and annotations always are as stored; set data.exif={other!r} where they do not lie on each "
+    "other."
+  ]
+
+
+def split_notes(dataset: Any) -> list[str]:
+  """The notes of both splits, for the start of a run; shards have none."""
+  sources = {split: dataset.source(split) for split in ("train", "eval")}
+  return [f"{split}: {note}" for split, source in sources.items() for note in getattr(source, "notes", ())]
+
+
+def turned_hint(image: np.ndarray, other: np.ndarray, exif: str | None) -> str:
+  """What to try where a picture and what belongs to it differ in height and width."""
+  if image.shape[:2] != other.shape[1::-1]:
+    return ""
+  remedy = "" if exif is None else f": try data.exif={'stored' if exif == 'turned' else 'turned'!r}"
+  return f"; EXIF data may turn the image{remedy}"
 
 
 def decode_depth(raw: bytes, path: str | Path, *, scale: float) -> np.ndarray:
@@ -154,7 +192,7 @@ def decode_depth(raw: bytes, path: str | Path, *, scale: float) -> np.ndarray:
   Raises:
     ValueError: truncated, not a picture, or not of one channel and 16 bits; the message names the file.
   """
-  values = _decode(raw, path, cv2.IMREAD_UNCHANGED)
+  values = decoding.decode(raw, path, cv2.IMREAD_UNCHANGED)
   if values.dtype != np.uint16 or values.ndim != 2:
     channels = 1 if values.ndim == 2 else values.shape[2]
     raise ValueError(
@@ -195,26 +233,7 @@ def decode_frame(record: Record, folder: Path | None = None, *, scale: float) ->
   return {"image": image, "depth": depth}
 
 
-def _decode(raw: bytes, path: str | Path, mode: int) -> np.ndarray:
-  """Decodes a whole file; half a picture is an error."""
-  if _is_truncated(raw):
-    raise ValueError(f"{path} is truncated ({len(raw)} bytes); copy or download it again.")
-  picture = cv2.imdecode(np.frombuffer(raw, np.uint8), mode)
-  if picture is None:
-    raise ValueError(f"{path} is not a picture that can be read, or damaged; copy or download it again.")
-  return picture
-
-
-def _is_truncated(raw: bytes) -> bool:
-  """Whether the end of a PNG or JPEG is missing, which some versions of OpenCV fill with grey."""
-  if raw.startswith(b"\x89PNG"):
-    return b"IEND" not in raw
-  if raw.startswith(b"\xff\xd8"):
-    return raw.rfind(b"\xff\xd9") < raw.rfind(b"\xff\xda")  # no end of image after the last start of scan
-  return not raw
-
-
-def _entries(folder: Path) -> set[str]:
+def entries(folder: Path) -> set[str]:
   """Names in a directory; none where it does not exist."""
   try:
     return set(os.listdir(folder))

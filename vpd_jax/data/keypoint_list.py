@@ -6,6 +6,7 @@ Files, below `root`:
   images/      the pictures that they name, of any kind OpenCV reads and of any sizes
 """
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,11 @@ class KeypointList:
     holdout: share that is held out, rounded, at least one picture.
     detections: boxes of a detector in which people are scored, a file of COCO's format from here or below `root`;
       empty: the annotated boxes.
+    person_category: the category_id of people in the detections; -1: as in the annotations. Many programs count from 0.
     keypoints: the names, in the order of the files; empty: as the training file names them, which must then be there.
     pairs, skeleton, sigmas, upper: see keypoints.described.
     udp, padding, centre_jitter, flip, half_body, scale, rotation, rotation_chance: see keypoints.Augmentation.
+    exif: "stored" or "turned", see files.EXIF.
     format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
 
   Attributes:
@@ -55,6 +58,7 @@ class KeypointList:
     images: str = "images",
     holdout: float = 0.1,
     detections: str = "",
+    person_category: int = -1,
     keypoints: tuple[str, ...] = (),
     pairs: tuple[tuple[str, str], ...] = (),
     skeleton: tuple[tuple[str, str], ...] = (),
@@ -68,6 +72,7 @@ class KeypointList:
     scale: float = 0.5,
     rotation: float = 40.0,
     rotation_chance: float = 0.6,
+    exif: str = "stored",
     format: str = "files",
   ):
     """Checks the options; pictures are looked for by `source`.
@@ -83,9 +88,11 @@ class KeypointList:
     if not 0 < holdout < 1:
       raise ValueError(f"data.holdout={holdout} must lie between 0 and 1, both excluded.")
     self.root, self.format, self.images, self.holdout = root, records.check_format(format), images, holdout
+    self.exif = files.check_exif(exif)
     self.json_root = Path(json_root or root).expanduser()
     self.files = {"train": train_json, "eval": eval_json or train_json}
     self.held_out, self.detections, self.classes = not eval_json, detections, found.names
+    self.person_category = person_category
     self.made_with = {"train_json": train_json, "eval_json": eval_json, "holdout": holdout, "detections": detections}
     if format == "files":
       files.require_folder(root, f"that holds {train_json} and {images}/.")
@@ -116,6 +123,7 @@ class KeypointList:
     """The names of the keypoints, which are the classes."""
     return cls.keypoints_of(options).names
 
+  @records.read_once
   def source(self, split: str) -> Any:
     """The people of "train" or "eval", in the order of their pictures, whose pictures are all there.
 
@@ -124,17 +132,19 @@ class KeypointList:
         shards are not there or not whole.
     """
     if self.format == "tfds":
-      return records.Shards(self.root, "keypoint_list", split, decode=people.decode, made_with=self.made_with)
+      decode = functools.partial(people.decode, exif=self.exif)
+      return records.Shards(self.root, "keypoint_list", split, decode=decode, made_with=self.made_with)
     found, chosen = self._chosen(split)
     if split == "eval" and self.detections:
       path = files.find_list(self.json_root, self.detections, (), "name it in data.detections.")
       # With a part held out, one file of detections may be of all pictures.
       others = "skip" if self.held_out else "error"
-      samples = coco_json.detected(path, found, chosen, others=others, threshold=0.0)
+      samples = coco_json.detected(path, found, chosen, others=others, threshold=0.0, category=self.person_category)
     else:
       samples = coco_json.annotated(found, chosen)
     folder = Path(self.root).expanduser() / self.images
-    return people.open_split(folder, found, chosen, samples, f"{found.path} names them, data.images their folder.")
+    source = f"{found.path} names them, data.images their folder."
+    return people.open_split(folder, found, chosen, samples, source, self.exif)
 
   def describe(self) -> list[str]:
     """Lines on how many people there are and what was left out, for the start of a run."""
@@ -153,6 +163,7 @@ class KeypointList:
     """The crop of the box."""
     return self.augmentation.evaluation(example)
 
+  @records.read_once
   def _chosen(self, split: str) -> tuple[coco_json.Annotations, range]:
     """The annotations of a split and the numbers of its images in them."""
     if split not in self.files:

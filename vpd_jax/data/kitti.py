@@ -130,6 +130,7 @@ class Kitti:
     height, width = options.get("kb_crop") or (0, 0)
     return size[0] - height if height <= size[0] <= 1.1 * height and width <= size[1] <= 1.1 * width else 0
 
+  @records.read_once
   def source(self, split: str) -> "Frames | records.Shards":
     """The frames of "train" or "eval" that have depth, in the order of the list file, whose files are all there.
 

@@ -5,6 +5,7 @@ picture. Examples hold it as uint8: the class from 0, and IGNORE where there is 
 """
 
 import collections
+import functools
 import importlib.resources
 import io
 import json
@@ -17,6 +18,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from vpd_jax import decoding, reading
 from vpd_jax.data import files
 from vpd_jax.types import Example
 
@@ -104,13 +106,16 @@ def decode_labels(raw: bytes, path: str | Path, meaning: Values) -> np.ndarray:
   return found
 
 
-def decode(record: files.Record, folder: Path | None = None, *, kinds: Mapping[str, Values]) -> Example:
+def decode(
+  record: files.Record, folder: Path | None = None, *, kinds: Mapping[str, Values], exif: str | None = None
+) -> Example:
   """The Example of a record, be it from files or from shards.
 
   Args:
     record: see STORED.
     folder: where the files lie, for messages.
     kinds: meaning of the numbers by the end of the label file's name; the first that fits counts, "" fits all.
+    exif: see files.EXIF; None for published data.
 
   Returns:
     "image" uint8 [H, W, 3] RGB, "label" uint8 [H, W], "index" int32 [].
@@ -119,14 +124,13 @@ def decode(record: files.Record, folder: Path | None = None, *, kinds: Mapping[s
     ValueError: as for the two files, or they are of different size; names them.
   """
   image_path, label_path = (record[key] if folder is None else folder / record[key] for key in _PATHS)
-  image = files.decode_image(record["image"], image_path)
+  image = files.decode_image(record["image"], image_path, exif)
   label = decode_labels(record["label"], label_path, _meaning(label_path, kinds))
   if image.shape[:2] != label.shape:
     sizes = ["{}x{}".format(*array.shape[:2]) for array in (label, image)]
-    turned = "; EXIF data may turn the image" if image.shape[:2] == label.shape[::-1] else ""
     raise ValueError(
       f"label file {label_path} is {sizes[0]}, but its image {image_path} is {sizes[1]}; "
-      f"bring both to one size{turned}."
+      f"bring both to one size{files.turned_hint(image, label, exif)}."
     )
   return {"image": image, "label": label, "index": np.asarray(record["index"], np.int32)}
 
@@ -134,14 +138,16 @@ def decode(record: files.Record, folder: Path | None = None, *, kinds: Mapping[s
 class Pictures:
   """Random access to pictures with a label map each; reading starts with `[]`."""
 
-  def __init__(self, folder: Path, pairs: Sequence[tuple[str, str]], kinds: Mapping[str, Values]):
+  def __init__(
+    self, folder: Path, pairs: Sequence[tuple[str, str]], kinds: Mapping[str, Values], exif: str | None = None
+  ):
     """
     Args:
       folder: the names start from.
       pairs: (image, label) files.
-      kinds: see `decode`.
+      kinds, exif: see `decode`.
     """
-    self.folder, self.pairs, self.kinds = folder, list(pairs), dict(kinds)
+    self.folder, self.pairs, self.kinds, self.exif = folder, list(pairs), dict(kinds), exif
 
   def __len__(self) -> int:
     return len(self.pairs)
@@ -153,7 +159,7 @@ class Pictures:
     return {**read, **dict(zip(_PATHS, paths, strict=True)), "index": np.int32(index)}
 
   def __getitem__(self, index: int) -> Example:
-    return decode(self.record(index), self.folder, kinds=self.kinds)
+    return decode(self.record(index), self.folder, kinds=self.kinds, exif=self.exif)
 
   def label(self, index: int) -> np.ndarray:
     """The label map alone, uint8 [H, W]."""
@@ -171,7 +177,7 @@ def pair_files(
     images: folder of pictures, of IMAGE_SUFFIXES.
     labels: folder of label files, named as the picture but for `ending`.
     source: where the files are obtained, for messages.
-    ending: of a label file, after the picture's name without suffix.
+    ending: of a label file, after the picture's name without suffix; those of the suffix in either case.
     nested: whether folders in `images` are looked through too.
 
   Raises:
@@ -182,13 +188,22 @@ def pair_files(
     raise ValueError(f"{folder} is not a folder; {source}")
   found = []
   for place, inner, names in os.walk(folder):
-    if not nested:
-      inner.clear()
+    inner[:] = reading.visible(inner) if nested else []
     within = Path(place).relative_to(folder)
-    found += [(within / name).as_posix() for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    found += [
+      (within / name).as_posix() for name in reading.visible(names) if Path(name).suffix.lower() in IMAGE_SUFFIXES
+    ]
   if not found:
     raise ValueError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)}); {source}")
-  pairs = [(f"{images}/{name}", f"{labels}/{Path(name).with_suffix('').as_posix()}{ending}") for name in sorted(found)]
+  entries = functools.cache(lambda directory: files.entries(root / labels / directory))
+
+  def label(name: str) -> str:
+    stem = Path(name).with_suffix("").as_posix()
+    directory, file = os.path.split(stem)
+    spelt = (ending, f"{ending[:-4]}{ending[-4:].swapcase()}")
+    return f"{labels}/{stem}{next((end for end in spelt if f'{file}{end}' in entries(directory)), ending)}"
+
+  pairs = [(f"{images}/{name}", label(name)) for name in sorted(found)]
   twice = [label for label, count in collections.Counter(label for _, label in pairs).items() if count > 1]
   if twice:
     raise ValueError(f"{len(twice)} label files belong to two pictures each: {', '.join(twice[: files.SHOWN])}.")
@@ -258,8 +273,6 @@ def _decode_png(raw: bytes, path: str | Path) -> np.ndarray:
   if not raw.startswith(b"\x89PNG") or len(raw) < 33:
     kind = "a JPEG, which changes class numbers" if raw.startswith(b"\xff\xd8") else "no PNG, or damaged"
     raise ValueError(f"label file {path} is {kind}; a PNG of one channel is needed.")
-  if b"IEND" not in raw:
-    raise ValueError(f"{path} is truncated ({len(raw)} bytes); copy or download it again.")
   depth, colour = raw[24], raw[25]  # of the header chunk, which comes first
   if colour not in (0, 3):
     names = {2: "three channels (RGB)", 4: "two channels (grey and alpha)", 6: "four channels (RGBA)"}
@@ -267,17 +280,14 @@ def _decode_png(raw: bytes, path: str | Path) -> np.ndarray:
       f"label file {path} has {names.get(colour, 'unknown channels')}; one is needed, grey or with a palette, whose "
       "numbers are classes: replace each colour by the number of its class."
     )
+  decoding.check_whole(raw, path)
   if colour == 0 and depth >= 8:
-    numbers = cv2.imdecode(np.frombuffer(raw, np.uint8), cv2.IMREAD_UNCHANGED)
+    numbers = decoding.decode(raw, path, cv2.IMREAD_UNCHANGED)
   else:
-    try:
-      numbers = np.asarray(Image.open(io.BytesIO(raw)))
-    except (OSError, SyntaxError, ValueError):
-      numbers = None
-    if numbers is not None and colour == 0 and depth > 1:
+    with decoding.faults(path), Image.open(io.BytesIO(raw)) as picture:
+      numbers = np.asarray(picture)
+    if colour == 0 and depth > 1:
       numbers = numbers // (255 // (2**depth - 1))  # PIL stretches grey of 2 and 4 bits to 0..255
-  if numbers is None:
-    raise ValueError(f"{path} is not a picture that can be read, or damaged; copy or download it again.")
   return numbers.astype(np.uint8) if numbers.dtype == bool else numbers
 
 

@@ -62,6 +62,7 @@ class Mapillary:
     if format == "files":
       files.require_folder(root, f"that holds training/ and validation/ of Mapillary Vistas: {SOURCE}")
 
+  @records.read_once
   def source(self, split: str) -> Any:
     """The pictures of "train" or "eval", sorted by name; raises as ade20k.Ade20k.source."""
     if split not in SPLITS:

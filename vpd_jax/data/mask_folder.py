@@ -30,10 +30,11 @@ class MaskFolder:
     eval_images, eval_masks: the same for evaluation; empty holds out the last `holdout` of the sorted pictures, which
       are then not trained on. They are the last ones because neighbours are often frames of one video.
     holdout: share that is held out, rounded, at least one picture.
-    mask_ending: of a mask's name after its picture's name without suffix.
+    mask_ending: of a mask's name after its picture's name without suffix; the suffix in either case.
     values: number in the masks by class, such as (0, 255) for black and white masks or (1, 2, 3) where 0 is nothing;
       () takes 0, 1, 2 and so on.
     ignored: numbers of no class, neither learned nor scored. Those that are of a class are not ignored.
+    exif: "stored" or "turned", see files.EXIF.
     crop, scale, ratio_range, cat_max_ratio, colour: see segmentation_transforms.Augmentation.
     format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
 
@@ -58,6 +59,7 @@ class MaskFolder:
     mask_ending: str = ".png",
     values: tuple[int, ...] = (),
     ignored: tuple[int, ...] = (255,),
+    exif: str = "stored",
     crop: tuple[int, int] = (512, 512),
     scale: tuple[int, int] = (2048, 512),
     ratio_range: tuple[float, float] = (0.5, 2.0),
@@ -71,7 +73,7 @@ class MaskFolder:
       ValueError: in one line, for everything that is wrong with them.
     """
     self.classes, wrong = self.classes_of({"classes": classes}), []
-    self.root, self.format = root, records.check_format(format)
+    self.root, self.format, self.exif = root, records.check_format(format), files.check_exif(exif)
     numbers = tuple(values) or tuple(range(len(self.classes)))
     if len(numbers) != len(self.classes) or len(set(numbers)) != len(numbers):
       wrong.append(f"values={values} must be {len(self.classes)} different numbers, one for each of data.classes")
@@ -79,8 +81,8 @@ class MaskFolder:
       wrong.append("eval_images and eval_masks must be given together, or neither")
     if not 0 < holdout < 1:
       wrong.append(f"holdout={holdout} must lie between 0 and 1, both excluded")
-    if not mask_ending.endswith(".png"):
-      wrong.append(f"mask_ending={mask_ending!r} must end in '.png'")
+    if not mask_ending.lower().endswith(".png"):
+      wrong.append(f"mask_ending={mask_ending!r} must end in '.png', the kind of file that keeps numbers")
     if wrong:
       raise ValueError(f"data: {'; '.join(wrong)}.")
     mapped = {number: index for index, number in enumerate(numbers)}
@@ -112,6 +114,7 @@ class MaskFolder:
       raise ValueError(f"data.classes {what}; give at most {labels.MOST_CLASSES} different ones.")
     return given
 
+  @records.read_once
   def source(self, split: str) -> Any:
     """The pictures of "train" or "eval", sorted by name, whose masks are all there.
 
@@ -122,7 +125,7 @@ class MaskFolder:
     if split not in self.folders:
       raise ValueError(f"split={split!r} is unknown; choose one of {sorted(self.folders)}.")
     if self.format == "tfds":
-      decode = functools.partial(labels.decode, kinds=self.kinds)
+      decode = functools.partial(labels.decode, kinds=self.kinds, exif=self.exif)
       return records.Shards(self.root, "mask_folder", split, decode=decode, made_with=self.made_with)
     root = Path(self.root).expanduser()
     prefix = "eval_" if split == "eval" and not self.holdout else ""
@@ -133,11 +136,13 @@ class MaskFolder:
       if kept < 1:
         raise ValueError(f"{root / self.folders[split][0]} has {len(pairs)} picture and one is held out; add more.")
       pairs = pairs[:kept] if split == "train" else pairs[kept:]
-    return labels.Pictures(root, pairs, self.kinds)
+    found = labels.Pictures(root, pairs, self.kinds, self.exif)
+    found.notes = files.exif_notes((root / image for image, _ in pairs), self.exif)
+    return found
 
   def describe(self) -> list[str]:
     """Which labels occur in training, for the start of a run; see labels.histogram."""
-    return labels.histogram(self.source("train"), self.classes)
+    return [*labels.histogram(self.source("train"), self.classes), *files.split_notes(self)]
 
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
     """The augmentation of the releases."""

@@ -93,6 +93,7 @@ class Nyu:
     else:
       files.require_folder(root, f"that holds sync/ and official_splits/ of NYU Depth v2: {FILES_SOURCE['train']}")
 
+  @records.read_once
   def source(self, split: str) -> "Frames | records.Shards":
     """The frames of "train" or "eval", in the order of the list file, whose files are all there.
 

@@ -24,14 +24,17 @@ class People:
     notes: lines on what was left out, for the start of a run.
   """
 
-  def __init__(self, folder: Path, images: Sequence[dict[str, Any]], samples: coco_json.Samples):
+  def __init__(
+    self, folder: Path, images: Sequence[dict[str, Any]], samples: coco_json.Samples, exif: str | None = None
+  ):
     """
     Args:
       folder: the pictures' names start from.
       images: {"file_name", "width", "height"} of the split's pictures.
       samples: the people.
+      exif: see files.EXIF; None for published data.
     """
-    self.folder, self.notes = folder, samples.notes
+    self.folder, self.notes, self.exif = folder, samples.notes, exif
     self.names = [image["file_name"] for image in images]
     self.sizes = np.array([[image["height"], image["width"]] for image in images], np.int32).reshape(-1, 2)
     self.image, self.box, self.box_score, self.keypoints = samples[:4]
@@ -57,7 +60,7 @@ class People:
     }
 
   def __getitem__(self, index: int) -> Example:
-    return decode(self.record(index), self.folder)
+    return decode(self.record(index), self.folder, exif=self.exif)
 
 
 def describe(dataset: Any) -> list[str]:
@@ -67,18 +70,20 @@ def describe(dataset: Any) -> list[str]:
   return [f"{split}: {'; '.join(parts)}" for split, parts in told.items()]
 
 
-def decode(record: files.Record, folder: Path | None = None) -> Example:
-  """The Example of a record, what keypoints.Augmentation begins with.
+def decode(record: files.Record, folder: Path | None = None, *, exif: str | None = None) -> Example:
+  """The Example of a record, what keypoints.Augmentation begins with; `exif` see files.EXIF.
 
   Raises:
     ValueError: the picture is missing, damaged, or of another size than the annotations say; names it.
   """
   path = record["image_path"] if folder is None else folder / record["image_path"]
-  image, person = files.decode_image(record["image"], path), json.loads(record["person"])
+  image, person = files.decode_image(record["image"], path, exif), json.loads(record["person"])
   if image.shape[:2] != tuple(person["size"]):
     sizes = ["{}x{}".format(*size) for size in (image.shape[:2], person["size"])]
+    hint = files.turned_hint(image, np.empty(person["size"]), exif)
     raise ValueError(
-      f"{path} is {sizes[0]}, but the annotations say {sizes[1]}; it was resized or turned after it was annotated."
+      f"{path} is {sizes[0]}, but the annotations say {sizes[1]}; it was resized or turned after it was "
+      f"annotated{hint}."
     )
   return {
     "image": image,
@@ -91,7 +96,12 @@ def decode(record: files.Record, folder: Path | None = None) -> Example:
 
 
 def open_split(
-  folder: Path, found: coco_json.Annotations, chosen: Sequence[int], samples: coco_json.Samples, source: str
+  folder: Path,
+  found: coco_json.Annotations,
+  chosen: Sequence[int],
+  samples: coco_json.Samples,
+  source: str,
+  exif: str | None = None,
 ) -> People:
   """The people of the chosen images, whose files are all there.
 
@@ -101,6 +111,7 @@ def open_split(
     chosen: numbers of images.
     samples: their people.
     source: where pictures are obtained, for messages.
+    exif: see files.EXIF; None for published data.
 
   Raises:
     ValueError: nobody is left, or pictures are missing (all are counted).
@@ -111,4 +122,6 @@ def open_split(
   images = [found.images[i] for i in chosen]
   needed = sorted({images[picture]["file_name"] for picture in samples.image.tolist()})
   files.require_files(folder, needed, source)
-  return People(folder, images, samples)
+  if exif is not None:
+    samples = samples._replace(notes=[*samples.notes, *files.exif_notes((folder / name for name in needed), exif)])
+  return People(folder, images, samples, exif)

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from vpd_jax.data import records
+from vpd_jax.data import lost_workers, records
 from vpd_jax.types import Batch, Example
 
 NumpyBatch = dict[str, np.ndarray]
@@ -168,7 +168,7 @@ class Batches:
   def __next__(self) -> NumpyBatch:
     if not self._open:
       raise StopIteration
-    batch = next(self._open[0])
+    batch = lost_workers.following(self._open[0])
     # Out of the memory shared with the worker, which must not outlive the iterator.
     batch = {key: np.array(array) for key, array in batch.items()} if self._shared else batch
     return self._report(batch) if self._report else batch

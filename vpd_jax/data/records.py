@@ -6,6 +6,7 @@
 import dataclasses
 import functools
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,22 @@ INFO = "dataset_info.json"  # written last: a folder that has it is whole
 ON_BAD_RECORD = ("stop", "skip")
 SKIPPED = "skipped"  # key of an Example: int32 [2], the record asked for and how many were passed over for it
 MOST = 10  # unreadable records in a row; more than that is a lost disk rather than a bad file
+
+
+_READ: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()  # by data set; never pickled
+
+
+def read_once(method: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+  """A method of a data set whose result for a split is kept as long as the data set; what it raises is not."""
+
+  @functools.wraps(method)
+  def once(dataset: Any, split: str) -> Any:
+    held, key = _READ.setdefault(dataset, {}), (method.__qualname__, split)
+    if key not in held:
+      held[key] = method(dataset, split)
+    return held[key]
+
+  return once
 
 
 def check_format(format: str) -> str:

@@ -11,13 +11,13 @@ Source: Yu et al. 2016, https://arxiv.org/abs/1608.00272; VPD refer/data/dataset
 """
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vpd_jax import reading
 from vpd_jax.data import coco_masks, files, plain_pickle, records, referring
 from vpd_jax.data.referring import Item
 from vpd_jax.types import Example
@@ -117,6 +117,7 @@ class RefCoco:
     """Whether a picture is always seen alike, so that it can be encoded ahead of the network, see caching.planned."""
     return True
 
+  @records.read_once
   def source(self, split: str) -> Any:
     """The objects of "train", in the order of the file, or the sentences of "eval", those of a picture together.
 
@@ -242,12 +243,12 @@ def read_instances(path: Path) -> tuple[dict[int, tuple[str, int, int]], dict[in
   Raises:
     ValueError: it is damaged or another file; one line.
   """
+  content = reading.read_json(path)
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
     facts = lambda entry: (str(entry["file_name"]), int(entry["height"]), int(entry["width"]))
     pictures = {int(entry["id"]): facts(entry) for entry in content["images"]}
     return pictures, {int(entry["id"]): entry.get("segmentation") for entry in content["annotations"]}
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
     reason = " ".join(str(error).split())
     raise ValueError(f"{path} is damaged or not COCO's instances ({type(error).__name__} {reason}); {SOURCE}") from None
 

@@ -8,13 +8,14 @@ object is where it is not 0. Where one file holds several objects, "value" says 
 "split": "train" or "eval" says what an entry is for. Without any "eval" the last pictures are held out.
 """
 
-import json
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vpd_jax import reading
 from vpd_jax.data import files, labels, records, referring
 from vpd_jax.data.referring import Item
 from vpd_jax.types import Example
@@ -38,6 +39,7 @@ class ReferList:
     canvas: see referring.Transforms.
     cache, cache_folder: what is kept of the VAE's and the text encoder's work: "off", "memory", or "disk" with a
       folder; see caching.py.
+    exif: "stored" or "turned", see files.EXIF.
     format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
 
   Attributes:
@@ -58,6 +60,7 @@ class ReferList:
     canvas: tuple[int, int] = (640, 640),
     cache: str = "off",
     cache_folder: str = "",
+    exif: str = "stored",
     format: str = "files",
   ):
     """Checks the options; files are looked for by `source`.
@@ -69,7 +72,7 @@ class ReferList:
       raise ValueError(f"data.holdout={holdout} must lie between 0 and 1, both excluded.")
     self.root, self.file, self.holdout, self.format = root, file, holdout, records.check_format(format)
     self.transforms, self.cache = referring.Transforms(crop, canvas), referring.check_cache(cache, cache_folder)
-    self.made_with = {"file": file, "holdout": holdout}
+    self.made_with, self.exif = {"file": file, "holdout": holdout}, files.check_exif(exif)
     if format == "files":
       files.require_folder(root, "that holds the pictures, the masks and the JSON file data.file.")
 
@@ -78,6 +81,7 @@ class ReferList:
     """Whether a picture is always seen alike, so that it can be encoded ahead of the network, see caching.planned."""
     return True
 
+  @records.read_once
   def source(self, split: str) -> Any:
     """The objects of "train" in the order of the file, or the sentences of "eval", those of a picture together.
 
@@ -88,7 +92,8 @@ class ReferList:
     if split not in SPLITS:
       raise ValueError(f"split={split!r} is unknown; choose one of {sorted(SPLITS)}.")
     if self.format == "tfds":
-      return records.Shards(self.root, "refer_list", split, decode=referring.decode, made_with=self.made_with)
+      decode = functools.partial(referring.decode, exif=self.exif)
+      return records.Shards(self.root, "refer_list", split, decode=decode, made_with=self.made_with)
     root = Path(self.root).expanduser()
     path = files.find_list(root, self.file, (), "name it in data.file.")
     entries = read_entries(path)
@@ -107,7 +112,10 @@ class ReferList:
       Item(entry["image"], numbers[entry["image"]], (entry["mask"], entry.get("value")), tuple(entry["sentences"]))
       for entry in chosen
     ]
-    return referring.Expressions(root, items if split == "train" else referring.by_sentence(items), _read_mask)
+    items = items if split == "train" else referring.by_sentence(items)
+    found = referring.Expressions(root, items, functools.partial(_read_mask, exif=self.exif), self.exif)
+    found.notes = files.exif_notes((root / item.image for item in items), self.exif)
+    return found
 
   def describe(self) -> list[str]:
     """Lines on how much there is, for the start of a run."""
@@ -129,10 +137,7 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
   Raises:
     ValueError: it cannot be read, or entries are wrong: how many, and for the first ones what.
   """
-  try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise ValueError(f"{path} is no JSON file that can be read ({' '.join(str(error).split())}).") from None
+  content = reading.read_json(path)
   if not isinstance(content, list) or not content:
     raise ValueError(f"{path} must hold a list of entries like {EXAMPLE}.")
   wrong = [f"number {place} {what}" for place, entry in enumerate(content, 1) if (what := _problem(entry))]
@@ -161,13 +166,14 @@ def _problem(entry: Any) -> str:
   return "" if entry.get("split", "train") in SPLITS else f"has the split {entry['split']!r}, not one of {SPLITS}"
 
 
-def _read_mask(outline: tuple[str, int | None], folder: Path, size: tuple[int, int]) -> np.ndarray:
+def _read_mask(outline: tuple[str, int | None], folder: Path, size: tuple[int, int], *, exif: str) -> np.ndarray:
   """The mask of (file, number of the object)."""
   name, value = outline
   path = folder / name
   numbers = labels.decode_labels(files.read_bytes(path), path, EVERY_NUMBER)
   if numbers.shape != size:
-    raise ValueError(f"mask {path} is {numbers.shape[0]}x{numbers.shape[1]}, its picture {size[0]}x{size[1]}.")
+    hint = files.turned_hint(np.empty(size), numbers, exif)
+    raise ValueError(f"mask {path} is {numbers.shape[0]}x{numbers.shape[1]}, its picture {size[0]}x{size[1]}{hint}.")
   found: Sequence[int] = [int(n) for n in np.unique(numbers) if n]
   if value is None and len(found) > 1:
     raise ValueError(f'mask {path} holds the numbers {found[: files.SHOWN]}; say which one in the entry\'s "value".')

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from vpd_jax import decoding
 from vpd_jax.data import files, nyu
 from vpd_jax.types import Example
 
@@ -71,18 +72,29 @@ class Item(NamedTuple):
 
 
 class Expressions:
-  """Random access to objects or sentences; reading starts with `[]`."""
+  """Random access to objects or sentences; reading starts with `[]`.
+
+  Attributes:
+    notes: lines for the start of a run.
+  """
+
+  notes: Sequence[str] = ()
 
   def __init__(
-    self, folder: Path, items: Sequence[Item], read_mask: Callable[[Any, Path, tuple[int, int]], np.ndarray]
+    self,
+    folder: Path,
+    items: Sequence[Item],
+    read_mask: Callable[[Any, Path, tuple[int, int]], np.ndarray],
+    exif: str | None = None,
   ):
     """
     Args:
       folder: the pictures' names start from.
       items: see Item.
       read_mask: (outline, folder, (height, width)) to uint8 [H, W], 1 on the object; a plain function or a partial.
+      exif: see files.EXIF; None for published data.
     """
-    self.folder, self.items, self.read_mask = folder, list(items), read_mask
+    self.folder, self.items, self.read_mask, self.exif = folder, list(items), read_mask, exif
 
   def __len__(self) -> int:
     return len(self.items)
@@ -115,7 +127,7 @@ class Expressions:
   def _example(self, index: int, raw: bytes) -> Example:
     item = self.items[index]
     path = self.folder / item.image
-    image = files.decode_image(raw, path)
+    image = files.decode_image(raw, path, self.exif)
     try:
       mask = self.read_mask(item.outline, self.folder, image.shape[:2])
     except ValueError as error:
@@ -123,15 +135,19 @@ class Expressions:
     return _example(image, mask, "\n".join(item.sentences), item.image_id, index)
 
 
-def decode(record: files.Record) -> Example:
-  """The Example of a stored record.
+def decode(record: files.Record, *, exif: str | None = None) -> Example:
+  """The Example of a stored record; `exif` see files.EXIF.
 
   Returns:
     "image" uint8 [H, W, 3] RGB; "mask" uint8 [H, W], 1 on the object; "sentences" str, one a line; "image_id" and
     "index" int32 [], numbers of the picture and of the item.
   """
-  image = files.decode_image(record["image"], record["image_path"])
-  mask = cv2.imdecode(np.frombuffer(record["mask"], np.uint8), cv2.IMREAD_GRAYSCALE)
+  image = files.decode_image(record["image"], record["image_path"], exif)
+  mask = decoding.decode(record["mask"], f"the mask of {record['image_path']}", cv2.IMREAD_GRAYSCALE)
+  if image.shape[:2] != mask.shape:
+    sizes = ["{}x{}".format(*array.shape[:2]) for array in (mask, image)]
+    hint = files.turned_hint(image, mask, exif)
+    raise ValueError(f"the mask of {record['image_path']} is {sizes[0]}, the picture {sizes[1]}{hint}.")
   return _example(image, mask, record["sentences"], record["image_id"], record["index"])
 
 
@@ -143,7 +159,12 @@ def _example(image: np.ndarray, mask: np.ndarray, sentences: str, image_id: int,
 def describe(dataset: Any) -> list[str]:
   """A line per split for the start of a run; shards are not looked through."""
   sources = {split: dataset.source(split) for split in ("train", "eval")}
-  return [f"{split}: {source.summary()}" for split, source in sources.items() if hasattr(source, "summary")]
+  told = {
+    split: (source.summary(), *getattr(source, "notes", ()))
+    for split, source in sources.items()
+    if hasattr(source, "summary")
+  }
+  return [f"{split}: {'; '.join(parts)}" for split, parts in told.items()]
 
 
 def by_sentence(items: Iterable[Item]) -> list[Item]:

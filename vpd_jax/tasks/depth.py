@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpd_jax import atomic, panels
+from vpd_jax.tasks import finite
 from vpd_jax.tasks.baselines import depth_baselines
 from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
 
 SCORES = ("d1", "d2", "d3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
 PNG_SCALES = (1000, 256, 100, 10, 1)  # units per metre of 16-bit depth pictures
+RANGE = (1e-9, 1e9)  # metres, within which no score overflows: beyond, a prediction counts as the end
 # Rows and columns of the image that are scored, as (top, bottom, left, right).
 EVAL_CROPS = {
   "none": lambda h, w: (0, h, 0, w),
@@ -115,10 +117,10 @@ class Depth:
     return EVAL_CROPS[self.eval_crop](*size)
 
   def measure(self, prediction: Array, batch: Batch) -> dict[str, Array]:
-    """Scores of each image, float [B] each, and its number of scored pixels.
+    """Scores of each image, float [B] each, and its number of scored pixels; 0 each where it has none.
 
-    Valid pixels have min_depth < truth < max_depth, both strict, inside the crop. The prediction is not clipped;
-    infinities become `max_depth`, NaN `min_depth`, as released; "not_finite" counts both.
+    Valid pixels have min_depth < truth < max_depth, both strict, inside the crop. The prediction is not clipped,
+    but to RANGE; infinities become `max_depth`, NaN `min_depth`, as released; "not_finite" counts both.
 
     Source: VPD depth/utils_depth/metrics.py cropping_img, eval_depth.
     """
@@ -130,10 +132,11 @@ class Depth:
     inside = np.zeros((1, *truth.shape[1:]), bool)
     inside[:, top:bottom, left:right] = True
     valid = (truth > self.min_depth) & (truth < self.max_depth) & jnp.asarray(inside)
-    p, g = jnp.where(valid, prediction, 1), jnp.where(valid, truth, 1)
+    p, g = jnp.where(valid, prediction, 1).clip(-RANGE[1], RANGE[1]), jnp.where(valid, truth, 1)
     pixels = valid.sum(axis=(1, 2)).astype(prediction.dtype)
-    mean = lambda x: jnp.where(valid, x, 0).sum(axis=(1, 2)) / pixels
-    ratio, difference, logs = jnp.maximum(p / g, g / p), p - g, jnp.log(p) - jnp.log(g)
+    mean = lambda x: jnp.where(valid, x, 0).sum(axis=(1, 2)) / jnp.maximum(pixels, 1)
+    difference, p = p - g, jnp.maximum(p, RANGE[0])
+    ratio, logs = jnp.maximum(p / g, g / p), jnp.log(p) - jnp.log(g)
     rows = {f"d{k}": mean((ratio < 1.25**k).astype(p.dtype)) for k in (1, 2, 3)}
     return rows | {
       "abs_rel": mean(jnp.abs(difference) / g),
@@ -147,7 +150,7 @@ class Depth:
     }
 
   def summarize(self, rows: Rows) -> dict[str, float]:
-    """Means over the images that have a scored pixel (the published averaging), and how many those are.
+    """Means over the images that have a scored pixel (the published averaging), how many those are, "not_finite".
 
     Raises:
       ValueError: no image has one.
@@ -158,9 +161,11 @@ class Depth:
         f"none of {len(scored)} images has ground truth in ({self.min_depth}, {self.max_depth}) metres; "
         "check the depth unit and task.max_depth."
       )
-    return {name: float(np.mean(rows[name][scored], dtype=np.float64)) for name in SCORES} | {
-      "images": float(scored.sum())
-    }
+    return (
+      {name: float(np.mean(rows[name][scored], dtype=np.float64)) for name in SCORES}
+      | {"images": float(scored.sum())}
+      | finite.total(rows)
+    )
 
   def baselines(self, train: Iterable[Example], evaluation: Iterable[Example]) -> dict[str, float]:
     """RMSE, under the same protocol, of three predictors that learn nothing from the picture's content."""
@@ -197,8 +202,7 @@ class Depth:
       "png_units_per_metre": self.png_scale,
       "png_no_value": 0,
       "max_depth": self.max_depth,
-      "min": float(np.nanmin(depth)),
-      "max": float(np.nanmax(depth)),
+      **finite.ends(depth),
       "size": list(depth.shape),
       **facts,
     }

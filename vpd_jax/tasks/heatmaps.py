@@ -107,11 +107,14 @@ def decode(heatmaps: Array, *, udp: bool = True, kernel: int = 11) -> tuple[Arra
 
   Returns:
     float32 or wider [B, K, 2], x and y in pixels of the heatmap, -1 where the highest value is not above 0; and that
-    value, [B, K].
+    value, [B, K]. A heatmap that holds a number that is not finite has its keypoint at -1, with value 0.
   """
   heatmaps = heatmaps.astype(jnp.promote_types(heatmaps.dtype, jnp.float32))
+  known = jnp.isfinite(heatmaps).all(axis=(1, 2))  # [B, K]
+  heatmaps = jnp.where(known[:, None, None], heatmaps, 0)
   place, score = maxima(heatmaps)
   step = _newton(heatmaps, place, kernel) if udp else _quarter(heatmaps, place)
+  step = jnp.where(jnp.isfinite(step), step, 0)
   return jnp.where((score > 0)[..., None], place.astype(heatmaps.dtype) + step, -1), score
 
 

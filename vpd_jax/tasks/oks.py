@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from vpd_jax.tasks import finite
+
 SCORES = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "AR_L")  # in pycocotools' order
 MOST = 20  # people per picture that COCO's keypoint scores look at
 
@@ -66,7 +68,7 @@ def rescored(box_scores: np.ndarray, joint_scores: np.ndarray, threshold: float)
   Returns:
     float64 [N].
   """
-  joint_scores = np.asarray(joint_scores, np.float64)
+  joint_scores = np.nan_to_num(np.asarray(joint_scores, np.float64), posinf=0)
   counted = joint_scores > threshold
   total = np.where(counted, joint_scores, 0).sum(-1)
   return np.asarray(box_scores, np.float64) * total / np.maximum(counted.sum(-1), 1)
@@ -92,7 +94,10 @@ def detections(
     sigmas, threshold: see `suppress`.
     image_ids: COCO's id of each picture.
     category: COCO's id of the category.
+
+  What is not finite becomes 0: pycocotools 2.0.11 takes a similarity of NaN for a match.
   """
+  points, scores, areas = finite.points(points)[0], np.nan_to_num(scores, posinf=0), np.nan_to_num(areas, posinf=0)
   entries = []
   for picture in np.unique(pictures):
     own = np.flatnonzero(pictures == picture)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpd_jax import atomic
-from vpd_jax.tasks import heatmaps, oks, pose_baselines, pose_pictures
+from vpd_jax.tasks import finite, heatmaps, oks, pose_baselines, pose_pictures
 from vpd_jax.tasks.label_pictures import write, write_colours
 from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
 
@@ -135,7 +135,7 @@ class Pose:
 
     Returns:
       "keypoints" float [B, K, 3], see `locate`; "area" float [B] of the padded box; "box_score" float [B];
-      "image_index" int32 [B].
+      "image_index" int32 [B]; "not_finite" int32 [B], pixels of the heatmaps, see finite.count.
     """
     centre, extent = batch["centre"], batch["extent"]
     return {
@@ -143,6 +143,7 @@ class Pose:
       "area": extent[:, 0] * extent[:, 1],
       "box_score": batch["box_score"],
       "image_index": batch["image_index"],
+      finite.KEY: finite.count(prediction),
     }
 
   def rescored(self, box_scores: np.ndarray, joint_scores: np.ndarray) -> np.ndarray:
@@ -171,7 +172,7 @@ class Pose:
     """COCO's scores over all pictures of the truth, those without people or without rows included.
 
     Returns:
-      oks.SCORES; "people", the rows.
+      oks.SCORES; "people", the rows; "not_finite".
 
     Raises:
       ValueError: nobody in the truth has a labelled keypoint.
@@ -179,7 +180,7 @@ class Pose:
     if not any(person["num_keypoints"] and not person["iscrowd"] for person in truth["annotations"]):
       raise ValueError(f"none of {len(truth['images'])} images has a labelled keypoint to score; check the data set.")
     scores = oks.coco_scores(truth, self.results(rows, truth), self.sigmas)
-    return scores | {"people": float(len(rows["area"]))}
+    return scores | {"people": float(len(rows["area"]))} | finite.total(rows)
 
   def write_results(self, path: Path, rows: Rows, truth: dict[str, Any]) -> Path:
     """Writes `results` as COCO's servers and tools take them; the file appears only when complete."""
@@ -226,16 +227,17 @@ class Pose:
 
     Args:
       stem: path without suffix: stem.skeleton.png, where there is an image; stem.json, which gives each person's
-        keypoints by name as x, y, score.
+        keypoints by name as x, y, score, all 0 where they are not finite, and then "not_finite", their number.
       prediction: float [N, K, 3] of `locate`, one entry per person, also none.
       facts: more entries for the JSON; "people" among them is a list of N, what else is known of each person.
       image: uint8, or float in [0, 1], [H, W, 3].
     """
+    prediction, wrong = finite.points(prediction)
     round_off = lambda numbers: [round(float(number), 3) for number in numbers]
     named = lambda points: dict(zip(self.keypoints.names, map(round_off, points), strict=True))
     known = facts.get("people", [{}] * len(prediction))
     people = [own | {"keypoints": named(points)} for own, points in zip(known, prediction, strict=True)]
-    described = facts | {"people": people}
+    described = facts | {"people": people} | ({finite.KEY: wrong} if wrong else {})
     parts = {}
     if image is not None:
       image = image if image.dtype == np.uint8 else np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)

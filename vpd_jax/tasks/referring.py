@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpd_jax import atomic
-from vpd_jax.tasks import label_pictures, mask_baselines, mask_pictures
+from vpd_jax.tasks import finite, label_pictures, mask_baselines, mask_pictures
 from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
 
 EVAL_AT = ("network", "original")
@@ -119,17 +119,19 @@ class Referring:
     return scores[..., 1] > scores[..., 0]
 
   def measure(self, prediction: Array, batch: Batch) -> dict[str, Array]:
-    """{"intersection", "union"}: pixels of each sentence, int32 [B] each.
+    """{"intersection", "union"}: pixels of each sentence, int32 [B] each; "not_finite", see finite.count.
 
     Args:
       prediction: scores float [B, H, W, 2]; object where its score is larger.
       batch: "mask" [B, H, W], 1 on the object; for "original" also "full_mask" [B, H', W'], a canvas whose top left
         holds the mask of the picture, and "full_size" int [B, 2], its (height, width).
     """
+    counts = {finite.KEY: finite.count(prediction)}
     margin = prediction[..., 1] - prediction[..., 0]
+    margin = jnp.where(jnp.isfinite(margin), margin, 0)  # no object
     if self.eval_at == "network":
       _check_size(prediction, batch["mask"])
-      return jax.vmap(_overlap)(margin > 0, batch["mask"].astype(bool))
+      return counts | jax.vmap(_overlap)(margin > 0, batch["mask"].astype(bool))
     canvas = batch["full_mask"].shape[1:3]
 
     def one(margin: Array, mask: Array, size: Array) -> dict[str, Array]:
@@ -137,14 +139,14 @@ class Referring:
       valid = rows[:, None] & columns[None]
       return _overlap(valid & (at_size(margin, size, canvas) > 0), valid & mask.astype(bool))
 
-    return jax.vmap(one)(margin, batch["full_mask"], batch["full_size"])
+    return counts | jax.vmap(one)(margin, batch["full_mask"], batch["full_size"])
 
   def summarize(self, rows: Rows) -> dict[str, float]:
-    """Scores over all sentences, all between 0 and 1 but the last.
+    """Scores over all sentences, all between 0 and 1 but the last two.
 
     Returns:
       "oIoU", sum of intersections over sum of unions; "mIoU", mean over sentences, where a union of 0 counts as 0;
-      "P@0.5" to "P@0.9", share of sentences whose IoU is at least so large; "sentences".
+      "P@0.5" to "P@0.9", share of sentences whose IoU is at least so large; "sentences"; "not_finite".
 
     Source: VPD refer/test.py evaluate.
     """
@@ -155,6 +157,7 @@ class Referring:
       "mIoU": float(iou.mean()),
       **{f"P@{threshold}": float((iou >= threshold).mean()) for threshold in THRESHOLDS},
       "sentences": float(len(iou)),
+      **finite.total(rows),
     }
 
   def baselines(self, train: Iterable[Example], evaluation: Iterable[Example]) -> dict[str, float]:

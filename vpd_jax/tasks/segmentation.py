@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpd_jax import atomic
-from vpd_jax.tasks import label_baselines, label_pictures
+from vpd_jax.tasks import finite, label_baselines, label_pictures
 from vpd_jax.tasks.lovasz import lovasz_softmax
 from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
 
@@ -222,23 +222,22 @@ class Segmentation:
     return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
   def measure(self, prediction: Array, batch: Batch) -> dict[str, Array]:
-    """Areas of each image, int32 [B, K] each; see `areas`.
+    """Areas of each image, int32 [B, K] each; see `areas`, and of scores `finite.labels`.
 
     Args:
       prediction: int [B, H, W] classes, or float [B, H, W, K] scores.
       batch: "label" int [B, H, W].
     """
-    if prediction.ndim == 4:
-      prediction = jnp.argmax(prediction, axis=-1)
+    counts, prediction = finite.labels(prediction)
     count = lambda p, t: areas(p, t, self.classes, ignore_label=self.ignore_label)
-    return jax.vmap(count)(prediction, batch["label"])
+    return counts | jax.vmap(count)(prediction, batch["label"])
 
   def summarize(self, rows: Rows) -> dict[str, float]:
     """Scores of the whole set: areas are summed over the images first.
 
     Returns:
       "mIoU", "mAcc": means over the classes that occur, in prediction or truth, and in truth; "aAcc": share of right
-      pixels; "images". All between 0 and 1 but the last.
+      pixels; "images"; "not_finite". All between 0 and 1 but these.
 
     Raises:
       ValueError: no pixel has a label.
@@ -256,6 +255,7 @@ class Segmentation:
       "mAcc": float(np.nanmean(of_class["Acc"])),
       "aAcc": float(right / labelled),
       "images": float(len(rows["labelled"])),
+      **finite.total(rows),
     }
 
   def per_class(self, rows: Rows) -> dict[str, np.ndarray]:

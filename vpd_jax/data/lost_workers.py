@@ -1,0 +1,71 @@
+"""What is told where a data worker dies: by which signal, how much memory is left, and what to do."""
+
+import errno
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_EXIT = re.compile(r"[Ww]orker process was terminated unexpectedly with exit code (-?\d+)")  # grain 0.2.18
+_SHARED = "/dev/shm"
+_MEANS = {
+  signal.SIGBUS: "shared memory ran out",
+  signal.SIGKILL: "the system ends processes so where memory runs out",
+  signal.SIGSEGV: "a library failed, often where memory runs out",
+}
+REMEDY = (
+  f"Give more memory to {_SHARED} (docker run --shm-size=16g, or --ipc=host), or take fewer config.data.workers or a "
+  "smaller config.data.batch_size, or none with config.data.workers=0"
+)
+
+
+def following(batches: Iterator[Any]) -> Any:
+  """The next batch of grain's workers.
+
+  Raises:
+    ValueError: a worker died, or found no room in shared memory; one line.
+  """
+  try:
+    return next(batches)
+  except (RuntimeError, OSError) as error:
+    reason = _reason(error)
+    if reason is None:
+      raise
+    raise ValueError(f"{reason}. {_left()}. {REMEDY}.") from error
+
+
+def _reason(error: Exception) -> str | None:
+  """What happened to a worker; None for errors of another kind."""
+  if isinstance(error, OSError):
+    full = error.errno in (errno.ENOSPC, errno.ENOMEM)
+    return f"a data worker found no room for a batch in shared memory ({error.strerror})" if full else None
+  found = _EXIT.search(str(error))
+  if found is None:
+    return None
+  code = int(found[1])
+  if code >= 0:
+    return f"a data worker ended with exit code {code}; what it says stands above"
+  try:
+    number = signal.Signals(-code)
+  except ValueError:
+    return f"a data worker was ended by signal {-code}"
+  means = f": {_MEANS[number]}" if number in _MEANS else ""
+  return f"a data worker was ended by signal {-code} ({number.name}){means}"
+
+
+def _left() -> str:
+  """The shared and the other memory that are left, as far as the system tells."""
+  told = []
+  try:
+    shared = shutil.disk_usage(_SHARED)
+    told.append(f"{_SHARED} has {shared.free / 2**20:.0f} of {shared.total / 2**20:.0f} MiB left")
+  except OSError:
+    told.append(f"there is no {_SHARED}")
+  try:
+    available = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+    told += [f"the machine {int(available[1]) / 2**10:.0f} MiB of memory"] if available else []
+  except OSError:
+    pass
+  return ", ".join(told)

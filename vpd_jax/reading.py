@@ -1,0 +1,51 @@
+"""Files that people bring: text, JSON, folders. Whatever is wrong with one is one line that names it."""
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def read_text(path: str | os.PathLike, *, called: str = "") -> str:
+  """The text of a file in UTF-8, plain or gzip-compressed, without byte order marks; also UTF-16 that begins with one.
+
+  Args:
+    path: local, or an epath of a bucket.
+    called: what messages call it; empty: its path.
+
+  Raises:
+    ValueError: it is missing or cannot be read, or is no such text.
+  """
+  called = called or str(path)
+  try:
+    raw = path.read_bytes() if hasattr(path, "read_bytes") else Path(path).expanduser().read_bytes()
+    raw = gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
+    text = raw.decode("utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8")
+  except (OSError, EOFError, zlib.error) as error:
+    raise ValueError(f"{called} cannot be read ({getattr(error, 'strerror', None) or error}).") from None
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{called} cannot be read: it is not text in UTF-8 ({error}); save it as UTF-8.") from None
+  return text.replace("\ufeff", "")  # also within: files that were joined
+
+
+def read_json(path: str | os.PathLike, *, called: str = "") -> Any:
+  """The content of a JSON file, see `read_text`.
+
+  Raises:
+    ValueError: as for `read_text`, or it is no JSON.
+  """
+  called = called or str(path)
+  text = read_text(path, called=called)
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError) as error:
+    reason = " ".join(str(error).split())
+    raise ValueError(f"{called} cannot be read: it is no JSON, or cut off ({reason}); correct or copy it.") from None
+
+
+def visible(names: Iterable[str]) -> list[str]:
+  """The names in a folder that are data, sorted: not hidden ones, of which macOS puts a ._NAME beside every file."""
+  return sorted(name for name in names if not name.startswith(".") and name != "__MACOSX")
