@@ -43,6 +43,7 @@ from vpd_jax import (
 )
 from vpd_jax.assemble import Product
 from vpd_jax.data import pipeline
+from vpd_jax.errors import UserError
 
 FLAGS = flags.FlagValues()  # of its own: vpd_jax.main has flags of the same names
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file and words", flag_values=FLAGS)
@@ -268,7 +269,7 @@ def parse(arguments: list[str]) -> None:
   try:
     words = FLAGS(config_file.resolve_argv(arguments))[1:]
     if words or CONFIG.value is None:
-      raise ValueError(f"words that belong to no flag: {words}" if words else "give a --config=FILE")
+      raise UserError(f"words that belong to no flag: {words}" if words else "give a --config=FILE")
   except (flags.Error, ValueError, AttributeError, KeyError, TypeError) as error:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)

@@ -12,6 +12,7 @@ import argparse
 
 from vpd_jax import assemble, checkpoint, config_file, finite, reading, start
 from vpd_jax.convert import load, released, write
+from vpd_jax.errors import UserError
 
 
 def parse() -> argparse.Namespace:
@@ -64,7 +65,7 @@ def read_manifest(path: str) -> list[dict]:
   entries = reading.read_json(path)
   needed = {"name", "shape", "dtype"}
   if not isinstance(entries, list) or not all(isinstance(e, dict) and needed <= e.keys() for e in entries):
-    raise ValueError(f"--manifest={path!r} must be a list of objects with {', '.join(sorted(needed))}.")
+    raise UserError(f"--manifest={path!r} must be a list of objects with {', '.join(sorted(needed))}.")
   return entries
 
 
@@ -72,7 +73,7 @@ def main() -> None:
   args = parse()
   try:
     (reverse if args.reverse else forward)(args)
-  except ValueError as error:
+  except UserError as error:
     raise SystemExit(f"convert_checkpoint: {error}") from error
   print(f"wrote {args.output}")
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from vpd_jax import class_vectors, reading
 from vpd_jax.backbones.clip import TextSizes
+from vpd_jax.errors import UserError
 
 
 def parse() -> argparse.Namespace:
@@ -39,7 +40,7 @@ def read_names(argument: str) -> list[str]:
 
 def embed(args: argparse.Namespace) -> None:
   if args.output.suffix != ".npz":
-    raise ValueError(f"output={str(args.output)!r} must end in '.npz'.")
+    raise UserError(f"output={str(args.output)!r} must end in '.npz'.")
   names, templates = read_names(args.names), class_vectors.read_templates(args.templates)
   tokenizer = class_vectors.load_tokenizer(args.tokenizer or args.weights)
   text = class_vectors.load_text_encoder(args.weights, dtype=jnp.float32, sizes=TextSizes())
@@ -52,7 +53,7 @@ def embed(args: argparse.Namespace) -> None:
 def main() -> None:
   try:
     embed(parse())
-  except ValueError as error:
+  except UserError as error:
     raise SystemExit(f"embed_class_names: {error}") from error
 
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from vpd_jax.assemble import DATASETS
 from vpd_jax.data import builders, files, records
+from vpd_jax.errors import UserError
 
 SPLITS = ("train", "eval")
 ACCEPT = ("counts", "sizes", "values")
@@ -77,12 +78,12 @@ def make(name: str, root: str, settings: list[str], *, check_only: bool) -> Any:
     ValueError: an option it does not have, or that it refuses; shards are wanted, and it reads none.
   """
   if "format" not in inspect.signature(DATASETS[name]).parameters and not check_only:
-    raise ValueError(f"{name} is read from its files only, so shards of it are of no use; give --check_only.")
+    raise UserError(f"{name} is read from its files only, so shards of it are of no use; give --check_only.")
   known = [option for option in inspect.signature(DATASETS[name]).parameters if option not in ("root", "format")]
   given = dict(setting.partition("=")[::2] for setting in settings)
   unknown = sorted(set(given) - set(known))
   if unknown:
-    raise ValueError(f"--set {unknown[0]} is no option of {name!r}; it has {', '.join(known)}.")
+    raise UserError(f"--set {unknown[0]} is no option of {name!r}; it has {', '.join(known)}.")
   return DATASETS[name](root=root, **{option: value(text) for option, text in given.items()})
 
 
@@ -202,12 +203,12 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = lambda line: p
   if not options.check_only:
     output = builders.check_output(options.output)
     if options.root and output.resolve().is_relative_to(Path(options.root).expanduser().resolve()):
-      raise ValueError(f"--output={options.output} lies in --root, whose files are only read; give another folder.")
+      raise UserError(f"--output={options.output} lies in --root, whose files are only read; give another folder.")
     if (output / records.INFO).exists():
       return builders.prepare(dataset, output, **write, say=say)
   wrong = check(dataset, options.splits, options.accept, say)
   if wrong:
-    raise ValueError(f"{len(wrong)} faults: {'; '.join(wrong)}.")
+    raise UserError(f"{len(wrong)} faults: {'; '.join(wrong)}.")
   say("no faults")
   if not options.check_only:
     builders.prepare(dataset, output, **write, say=say)
@@ -217,7 +218,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = lambda line: p
 def main() -> None:
   try:
     run(parse())
-  except ValueError as error:
+  except UserError as error:
     raise SystemExit(f"prepare_data: {error}") from None
 
 

@@ -22,6 +22,7 @@ import time
 from typing import Any, NamedTuple
 
 from vpd_jax import atomic
+from vpd_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "rooms_table.json"
@@ -248,7 +249,7 @@ def table(results: dict[str, list[Record]], rows: Rows) -> str:
   every = [run for method in rows.methods for run in runs[method]]
   alike = {"steps": {r["steps"] for r in every}, "device": {r["device"] for r in [*every, *networks.values()]}}
   if unlike := [f"{name} {sorted(values)}" for name, values in alike.items() if len(values) > 1]:
-    raise ValueError(f"the rows of {rows.task} differ in {'; '.join(unlike)}: take the others out of {RESULTS.name}.")
+    raise UserError(f"the rows of {rows.task} differ in {'; '.join(unlike)}: take the others out of {RESULTS.name}.")
   lines = [f"| {rows.task} | {rows.heading} | parameters | GFLOP | ms | peak memory |", "|---|---|---|---|---|---|"]
   lines += [_row(NAMES[method], runs[method], networks.get(method)) for method in rows.methods]
   if not every:
@@ -294,7 +295,7 @@ def write(readme: str, results: dict[str, list[Record]], tasks: tuple[Rows, ...]
   before, begin, rest = readme.partition(BEGIN)
   _, end, after = rest.partition(END)
   if not (begin and end) or readme.count(BEGIN) + readme.count(END) != 2:
-    raise ValueError(f"the README must hold {BEGIN!r} and behind it {END!r}, once each.")
+    raise UserError(f"the README must hold {BEGIN!r} and behind it {END!r}, once each.")
   return "\n".join([before + begin, "\n\n".join(table(results, rows) for rows in tasks), end + after])
 
 

@@ -36,6 +36,7 @@ from vpd_jax.data import (
   room_pose,
   rooms,
 )
+from vpd_jax.errors import UserError
 from vpd_jax.heads import deconv, fpn, keypoints, lavt, upernet
 from vpd_jax.initializers import InitKeys
 from vpd_jax.methods import iedp, meta_prompts, vpd
@@ -130,14 +131,14 @@ def dtype(config: ConfigDict, field: str) -> Any:
   """
   word = config[field]
   if word not in DTYPES:
-    raise ValueError(f"config.{field}={word!r} is unknown; choose one of {sorted(DTYPES)}.")
+    raise UserError(f"config.{field}={word!r} is unknown; choose one of {sorted(DTYPES)}.")
   if "float64" in (config.dtype, config.param_dtype):
     if config.dtype != config.param_dtype:
-      raise ValueError(
+      raise UserError(
         f"float64 is for both or neither: config.dtype={config.dtype!r}, config.param_dtype={config.param_dtype!r}."
       )
     if not jax.config.jax_enable_x64:
-      raise ValueError(f"config.{field}='float64' needs JAX_ENABLE_X64=1 in the environment.")
+      raise UserError(f"config.{field}='float64' needs JAX_ENABLE_X64=1 in the environment.")
   return DTYPES[word]
 
 
@@ -147,7 +148,7 @@ def sizes(config: ConfigDict) -> tuple[UNetSizes, VaeSizes, TextSizes, ImageSize
   held = {part: config.backbone.get(part, {}) for part in kinds}
   problems = [fields.misfit(kind, held[part], f"config.backbone.{part}") for part, kind in kinds.items()]
   if problems := list(filter(None, problems)):
-    raise ValueError("; ".join(problems) + ".")
+    raise UserError("; ".join(problems) + ".")
   made = {part: dict(section) for part, section in held.items()}
   made["unet"] |= {key: made["unet"].get(key) or None for key in ("num_heads", "head_width")}
   return tuple(kind(**made[part]) for part, kind in kinds.items())
@@ -171,7 +172,7 @@ def _builder(config: ConfigDict, task: Any, classes: tuple[str, ...], training: 
   """A function that makes the model with fresh parameters of `config.seed`."""
   unet, vae, text, _ = sizes(config)
   if config.backbone.attention not in IMPLEMENTATIONS:
-    raise ValueError(
+    raise UserError(
       f"config.backbone.attention={config.backbone.attention!r} is unknown; choose one of {IMPLEMENTATIONS}."
     )
   offered = _offered(config, classes, text, training)
@@ -241,11 +242,11 @@ def _task(config: ConfigDict, data: Any, classes: tuple[str, ...]) -> Any:
   facts |= {name: getattr(data, name) for name in ("palette", "label_ids") if hasattr(data, name)}
   facts |= data.facts_of(config.data) if hasattr(data, "facts_of") else {}
   if told := [name for name in facts if name in config.task]:
-    raise ValueError(f"config.task.{told[0]} is a fact of the data set {config.data.name!r}; leave it out.")
+    raise UserError(f"config.task.{told[0]} is a fact of the data set {config.data.name!r}; leave it out.")
   maker = fields.look_up(TASKS, config.task, "task", given=("keypoints", *facts))
   asked = inspect.signature(maker.__init__).parameters
   if "keypoints" in asked and "keypoints" not in facts:
-    raise ValueError(f"task {config.task.name!r} needs keypoints, which data set {config.data.name!r} has not.")
+    raise UserError(f"task {config.task.name!r} needs keypoints, which data set {config.data.name!r} has not.")
   return maker(**_rest(config.task), **{name: value for name, value in facts.items() if name in asked})
 
 
@@ -258,25 +259,25 @@ def _check_test_time(config: ConfigDict, task: Any) -> None:
     inference.parse(config.eval.test_time, task.way)
     option, choices = "coverage", inference.COVERAGES
   if config.eval.get(option) not in choices:
-    raise ValueError(f"eval.{option}={config.eval.get(option)!r} is unknown; choose one of {choices}.")
+    raise UserError(f"eval.{option}={config.eval.get(option)!r} is unknown; choose one of {choices}.")
   if idle := [other for other in ("coverage", "small") if other != option and other in config.eval]:
-    raise ValueError(f"config.eval does not take {idle} with task {config.task.name!r}; remove or correct them.")
+    raise UserError(f"config.eval does not take {idle} with task {config.task.name!r}; remove or correct them.")
 
 
 def _check_groups(config: ConfigDict, parts: params_lib.Parts) -> None:
   """Groups of batch statistics and loss must cut every micro-batch into whole groups."""
   batch, accumulation = config.data.batch_size, config.optim.accumulation
   if accumulation < 1 or batch % accumulation:
-    raise ValueError(f"config.optim.accumulation={accumulation} must divide config.data.batch_size={batch}.")
+    raise UserError(f"config.optim.accumulation={accumulation} must divide config.data.batch_size={batch}.")
   for field in ("norm_group", "loss_group"):
     group = config.optim[field]
     if not group and accumulation > 1 and (field == "loss_group" or parts.stats):
-      raise ValueError(
+      raise UserError(
         f"config.optim.{field}=0, the whole batch, cannot be accumulated over {accumulation} parts; "
         f"set it to a divisor of {batch // accumulation}, or config.optim.accumulation=1."
       )
     if group and (batch // accumulation) % group:
-      raise ValueError(
+      raise UserError(
         f"config.optim.{field}={group} must divide the {batch // accumulation} images of "
         f"{'a part of the' if accumulation > 1 else 'the'} batch."
       )
@@ -294,7 +295,7 @@ def dataset(config: ConfigDict, product: Product) -> Any:
   )
   if missing:
     remedy = "Set config.data.scene to one name for all pictures." if "scene" in config.data else "Choose another."
-    raise ValueError(
+    raise UserError(
       f"method {config.method.name!r} and task {config.task.name!r} need {missing}, but data set "
       f"{config.data.name!r} provides {sorted(made.provides)}. {remedy}"
     )

@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 
 from vpd_jax import assemble, atomic, sharding
 from vpd_jax.assemble import Product
+from vpd_jax.errors import UserError
 from vpd_jax.params import Parts
 from vpd_jax.types import Array, Batch, Named
 
@@ -67,7 +68,7 @@ class Disk:
     except OSError:
       writable = False
     if not writable:
-      raise ValueError(f"data.cache_folder: {folder} cannot be made or written to; name another folder.")
+      raise UserError(f"data.cache_folder: {folder} cannot be made or written to; name another folder.")
 
   def get(self, key: str) -> np.ndarray | None:
     """The result, or None where there is none that is whole."""
@@ -90,7 +91,7 @@ class Disk:
     try:
       atomic.write(path, held + _digest(held).digest())
     except OSError as error:
-      raise ValueError(
+      raise UserError(
         f"{path} cannot be written ({error.strerror}); make room for data.cache_folder, or set data.cache='off'."
       ) from None
 
@@ -284,7 +285,7 @@ def check(product: Product, dataset: Any) -> None:
   """Raises ValueError where results of a VAE are to be kept that is trained."""
   cache = getattr(dataset, "cache", None)
   if cache is not None and cache.kind != "off" and _vae_is_trained(product):
-    raise ValueError(
+    raise UserError(
       f"data.cache={cache.kind!r} keeps what the VAE makes of pictures, but config.optim.lr_groups trains it; "
       "freeze it with (r\"/vae/\", None), or set data.cache='off'."
     )

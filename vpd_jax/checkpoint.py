@@ -22,6 +22,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from vpd_jax import damage
+from vpd_jax.errors import UserError
 
 WEIGHTS = ("params", "frozen", "stats", "ema")
 FOLDER = "checkpoints"
@@ -58,11 +59,9 @@ class Checkpoints:
     read_only: bool = False,
   ):
     if best_mode not in ("min", "max"):
-      raise ValueError(f"best_mode={best_mode!r} is unknown; choose one of ['max', 'min'].")
+      raise UserError(f"best_mode={best_mode!r} is unknown; choose one of ['max', 'min'].")
     if keep < 1 or keep_best < 0:
-      raise ValueError(
-        f"keep={keep} and keep_best={keep_best}: keep at least one checkpoint, and no fewer than 0 best."
-      )
+      raise UserError(f"keep={keep} and keep_best={keep_best}: keep at least one checkpoint, and no fewer than 0 best.")
     self._best_metric, self._keep, self._keep_best = best_metric, keep, keep_best
     self._sign = 1 if best_mode == "max" else -1
     self._directory, self._read_back = _directory(workdir), False
@@ -91,7 +90,7 @@ class Checkpoints:
     except Exception as error:
       if not isinstance(error, OSError) and "://" not in str(workdir):  # a bucket fails with any kind of error
         raise
-      raise ValueError(f"workdir={str(workdir)!r} cannot be used: {error}; choose another.") from error
+      raise UserError(f"workdir={str(workdir)!r} cannot be used: {error}; choose another.") from error
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -136,7 +135,7 @@ class Checkpoints:
     if saved and not self._read_back:
       self._read_back = True
       if _described(self._saved(step)) != _described(state):
-        raise ValueError(f"checkpoint {step} of {self._directory} cannot be read back; choose another --workdir.")
+        raise UserError(f"checkpoint {step} of {self._directory} cannot be read back; choose another --workdir.")
     return saved
 
   def scores(self, step: int) -> dict[str, float]:
@@ -248,7 +247,7 @@ class Checkpoints:
   def _check_exists(self, step: int) -> None:
     """Raises where there is no such checkpoint."""
     if step not in self._manager.all_steps():
-      raise ValueError(f"{self._directory} holds no checkpoint of step {step}; it holds {self.steps() or 'none'}.")
+      raise UserError(f"{self._directory} holds no checkpoint of step {step}; it holds {self.steps() or 'none'}.")
 
   def _saved(self, step: int) -> dict[str, Any]:
     """Names, shapes and dtypes of what is on disk."""
@@ -271,7 +270,7 @@ class Checkpoints:
       if saved.get(name) != wanted.get(name)
     ]
     if problems:
-      raise ValueError(
+      raise UserError(
         f"checkpoint {step} of {self._directory} does not fit the config in {len(problems)} arrays: "
         + "; ".join(problems[:10])
       )
@@ -292,7 +291,7 @@ def check_name(path: epath.Path, option: str) -> None:
     ValueError: the path holds a character of patterns; `option` is what the user set.
   """
   if found := sorted(set(str(path)) & set("[]*?\\")):
-    raise ValueError(
+    raise UserError(
       f"{option}={str(path)!r} holds {' '.join(found)}, and arrays below such a name are never found again; choose one "
       "without them, or rename the folder."
     )
@@ -305,7 +304,7 @@ def is_workdir(path: str | epath.PathLike) -> bool:
     there = folder.is_dir() if "://" in str(folder) else stat.S_ISDIR(os.stat(folder).st_mode)
     return there and bool(ocp.utils.checkpoint_steps(folder))
   except (PermissionError, ConnectionError, TimeoutError) as error:
-    raise ValueError(f"{path} cannot be searched for checkpoints ({error}); see to that and try again.") from error
+    raise UserError(f"{path} cannot be searched for checkpoints ({error}); see to that and try again.") from error
   except Exception:  # a file system that cannot be asked, in any of many ways; whoever reads the source says why
     return False
 
@@ -315,9 +314,7 @@ def _directory(workdir: str | epath.PathLike) -> epath.Path:
   try:
     path = epath.Path(workdir)
   except KeyError as error:
-    raise ValueError(
-      f"workdir={str(workdir)!r}: the scheme {error} is unknown; use a path or 'gs://BUCKET'."
-    ) from error
+    raise UserError(f"workdir={str(workdir)!r}: the scheme {error} is unknown; use a path or 'gs://BUCKET'.") from error
   return (path if "://" in str(workdir) else path.expanduser().resolve()) / FOLDER
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from vpd_jax.checkpoint import check_name
+from vpd_jax.errors import UserError
 
 LOCK = ".lock"
 # A file system without locks, or one that is mounted without them.
@@ -43,7 +44,7 @@ def claimed(workdir: str | epath.PathLike) -> Iterator[list[str]]:
     file = _locked(folder / LOCK, str(workdir))
   except OSError as error:
     if error.errno not in _UNKNOWN:
-      raise ValueError(f"workdir={str(workdir)!r} cannot be used: {error}; choose another.") from error
+      raise UserError(f"workdir={str(workdir)!r} cannot be used: {error}; choose another.") from error
     yield [f"this file system has no locks ({error.strerror}): start no second run in this workdir"]
     return
   try:
@@ -69,7 +70,7 @@ def _locked(path: pathlib.Path, workdir: str) -> int:
     except BlockingIOError:
       words = os.pread(file, 200, 0).decode(errors="replace") or "an unknown process"
       os.close(file)
-      raise ValueError(
+      raise UserError(
         f"workdir={workdir!r} is in use by another run ({words}); wait for it, end it, or choose another --workdir."
       ) from None
     except BaseException:

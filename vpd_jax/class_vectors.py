@@ -24,6 +24,7 @@ from vpd_jax.convert import fetch, files, load, pickles, stable_diffusion
 from vpd_jax.convert.raw import RawTensor
 from vpd_jax.convert.tokenizer import load as load_tokenizer
 from vpd_jax.convert.tokenizer import tokenize
+from vpd_jax.errors import UserError
 from vpd_jax.types import Array, Named
 
 IN_NPZ = "class_vectors"
@@ -55,16 +56,16 @@ def read(path: str | epath.PathLike) -> np.ndarray:
   readers = {".npy": _read_numpy, ".npz": _read_numpy, ".pth": _read_pth}
   suffix = pathlib.PurePath(path).suffix.lower()
   if suffix not in readers:
-    raise ValueError(f"class vectors {str(path)!r} must end in one of {sorted(readers)}.")
+    raise UserError(f"class vectors {str(path)!r} must end in one of {sorted(readers)}.")
   path = fetch.local(path)
   if not path.is_file():
-    raise ValueError(f"class vectors {str(path)!r} are not a file; {CHOICES}.")
+    raise UserError(f"class vectors {str(path)!r} are not a file; {CHOICES}.")
   array = readers[suffix](path)
   if array.ndim != 2 or 0 in array.shape or not jnp.issubdtype(array.dtype, jnp.floating):
-    raise ValueError(f"{path} holds {array.dtype} {list(array.shape)}; class vectors are floats [classes, width].")
+    raise UserError(f"{path} holds {array.dtype} {list(array.shape)}; class vectors are floats [classes, width].")
   vectors = array.astype(np.float32)
   if not np.isfinite(vectors).all():
-    raise ValueError(f"{path} holds {np.sum(~np.isfinite(vectors))} numbers that are not finite; make it again.")
+    raise UserError(f"{path} holds {np.sum(~np.isfinite(vectors))} numbers that are not finite; make it again.")
   return vectors
 
 
@@ -78,11 +79,11 @@ def _read_numpy(path: pathlib.Path) -> np.ndarray:
       name = IN_NPZ if IN_NPZ in held else held[0] if len(held) == 1 else None
       array = None if name is None else content[name]
   except (OSError, MemoryError) as error:
-    raise ValueError(f"{path} cannot be read ({error or type(error).__name__}); see to that, and try again.") from error
+    raise UserError(f"{path} cannot be read ({error or type(error).__name__}); see to that, and try again.") from error
   except Exception as error:  # A damaged archive can fail anywhere.
-    raise ValueError(f"{path} is damaged or not a numpy file ({error}); make it again.") from error
+    raise UserError(f"{path} is damaged or not a numpy file ({error}); make it again.") from error
   if array is None:
-    raise ValueError(f"{path} holds the arrays {held[:10]}; it must hold one, or one named {IN_NPZ!r}.")
+    raise UserError(f"{path} holds the arrays {held[:10]}; it must hold one, or one named {IN_NPZ!r}.")
   return array
 
 
@@ -93,7 +94,7 @@ def _read_pth(path: pathlib.Path) -> np.ndarray:
   tensors = files.open_file(path).tensors
   found = [name for name in IN_PTH if name in tensors]
   if len(found) != 1:
-    raise ValueError(f"{path} holds {list(tensors)[:5]}; it must hold a tensor alone, or one of {list(IN_PTH)}.")
+    raise UserError(f"{path} holds {list(tensors)[:5]}; it must hold a tensor alone, or one of {list(IN_PTH)}.")
   return np.asarray(tensors[found[0]])
 
 
@@ -112,7 +113,7 @@ def read_templates(choice: str) -> tuple[str, ...]:
   if choice in sets:
     return tuple(sets[choice])
   if choice.count("{}") != 1:
-    raise ValueError(f"templates={choice!r} is unknown; choose one of {sorted(sets)}, or a text with one {{}} in it.")
+    raise UserError(f"templates={choice!r} is unknown; choose one of {sorted(sets)}, or a text with one {{}} in it.")
   return (choice,)
 
 
@@ -124,10 +125,10 @@ def load_text_encoder(path: str | epath.PathLike, *, dtype: Any, sizes: TextSize
   """
   stated = stable_diffusion.sizes(path)
   if stated is not None and "text" not in stated:
-    raise ValueError(f"{path} is a folder without text_encoder/; give a diffusers folder that has it.")
+    raise UserError(f"{path} is a folder without text_encoder/; give a diffusers folder that has it.")
   sizes = sizes if stated is None else TextSizes(**stated["text"])
   if sizes is None:
-    raise ValueError(f"{path} is not a folder with text_encoder/, and the sizes of its text encoder are not known.")
+    raise UserError(f"{path} is not a folder with text_encoder/, and the sizes of its text encoder are not known.")
   parts = params_lib.describe(lambda: ClipText(sizes, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
   named, _ = load.load_text_encoder(path, parts.shapes)
   return TextEncoder(parts, {name: jnp.asarray(value) for name, value in named.items()})
@@ -151,10 +152,10 @@ def encode(
     ValueError: nothing to encode; a length the encoder, or a tokenizer that its vocabulary, does not allow.
   """
   if not names or not templates:
-    raise ValueError(f"there are {len(names)} names and {len(templates)} templates to encode; give at least one each.")
+    raise UserError(f"there are {len(names)} names and {len(templates)} templates to encode; give at least one each.")
   positions, _ = text.parts.shapes["text_model/embeddings/position_embedding/embedding"].shape
   if not 2 <= max_length <= positions:
-    raise ValueError(f"max_length={max_length} must be between 2 and the {positions} positions of the text encoder.")
+    raise UserError(f"max_length={max_length} must be between 2 and the {positions} positions of the text encoder.")
 
   vocabulary, _ = text.parts.shapes["text_model/embeddings/token_embedding/embedding"].shape
 
@@ -204,7 +205,7 @@ def resolve(
   if setting.startswith(RANDOM):
     seed = setting.removeprefix(RANDOM)
     if not (seed.isascii() and seed.isdigit()):
-      raise ValueError(f"method.class_vectors={setting!r} needs a whole number after {RANDOM!r}, as in 'random:0'.")
+      raise UserError(f"method.class_vectors={setting!r} needs a whole number after {RANDOM!r}, as in 'random:0'.")
     vectors = random_class_vectors(len(classes), width, int(seed))
     return vectors, f"class vectors: random numbers of seed {seed}, for trying only: they do not mean the names"
   if setting:
@@ -212,7 +213,7 @@ def resolve(
   else:
     vectors, origin = _encode_from(pretrained, classes, width, dtype, sizes, tokenizer, templates)
   if vectors.shape != (len(classes), width):
-    raise ValueError(
+    raise UserError(
       f"class vectors from {origin} are {list(vectors.shape)}, the model needs {[len(classes), width]}: {len(classes)} "
       f"classes, width {width}; {CHOICES}."
     )
@@ -230,16 +231,16 @@ def _encode_from(
 ) -> tuple[np.ndarray, str]:
   """(vectors, where from), encoded by the text encoder of `pretrained`."""
   if not pretrained:
-    raise ValueError(f"there are no class vectors: method.class_vectors and init.pretrained are empty; {CHOICES}.")
+    raise UserError(f"there are no class vectors: method.class_vectors and init.pretrained are empty; {CHOICES}.")
   if not tokenizer and not fetch.local(pretrained).is_dir():
-    raise ValueError(f"there are no class vectors: init.pretrained={pretrained!r} brings no tokenizer; {CHOICES}.")
+    raise UserError(f"there are no class vectors: init.pretrained={pretrained!r} brings no tokenizer; {CHOICES}.")
   try:
     words = load_tokenizer(tokenizer or pretrained)
     text = load_text_encoder(pretrained, dtype=dtype, sizes=sizes)
-  except ValueError as error:
-    raise ValueError(f"there are no class vectors: {error} Or else: {CHOICES}.") from error
+  except UserError as error:
+    raise UserError(f"there are no class vectors: {error} Or else: {CHOICES}.") from error
   held = text.weights["text_model/final_layer_norm/scale"].shape[0]
   if held != width:
-    raise ValueError(f"the text encoder of {pretrained} is {held} wide, the model's context needs {width}; {CHOICES}.")
+    raise UserError(f"the text encoder of {pretrained} is {held} wide, the model's context needs {width}; {CHOICES}.")
   vectors = encode(classes, tokenizer=words, text=text, templates=read_templates(templates))
   return vectors, f"the names, templates {templates}, text encoder of {pretrained}"

@@ -15,6 +15,8 @@ from typing import Any
 
 import ml_collections
 
+from vpd_jax.errors import UserError
+
 PACKAGE = pathlib.Path(__file__).resolve().parent
 PROJECT = PACKAGE.parent  # of a checkout; a wheel has its configs/ in the package
 STRUCTURE = ("method", "neck", "head", "task", "data", "optim", "backbone", "seed", "dtype")
@@ -56,9 +58,9 @@ def words(argument: str | None, **kinds: Sequence[str]) -> dict[str, str]:
     kind = next((name for name, choices in kinds.items() if word in choices), None)
     if kind is None:
       listed = "; ".join(f"{name}: {', '.join(choices)}" for name, choices in kinds.items())
-      raise ValueError(f"config argument {word!r} is unknown; choose at most one of each of ({listed}).")
+      raise UserError(f"config argument {word!r} is unknown; choose at most one of each of ({listed}).")
     if kind in chosen:
-      raise ValueError(f"config argument {argument!r} names two of {kind}: {chosen[kind]!r} and {word!r}; keep one.")
+      raise UserError(f"config argument {argument!r} names two of {kind}: {chosen[kind]!r} and {word!r}; keep one.")
     chosen[kind] = word
   return {kind: chosen.get(kind, choices[0]) for kind, choices in kinds.items()}
 
@@ -73,7 +75,7 @@ def resolve(config: str) -> str:
   """
   path, colon, argument = config.partition(":")
   if not path:
-    raise ValueError(f"config={config!r} names no file; give one like 'configs/nyu_depth.py:vpd'.")
+    raise UserError(f"config={config!r} names no file; give one like 'configs/nyu_depth.py:vpd'.")
   file = pathlib.Path(path if path.endswith(".py") else f"{path}.py").expanduser()
   candidates = list(dict.fromkeys(folder / file for folder in (pathlib.Path.cwd(), PACKAGE, PROJECT)))
   for candidate in candidates:
@@ -81,7 +83,7 @@ def resolve(config: str) -> str:
       return f"{candidate.resolve()}{colon}{argument}"
   names = sorted({held.name for folder in (PACKAGE, PROJECT) for held in (folder / "configs").glob("*.py")})
   shipped = ", ".join(f"configs/{name}" for name in names)
-  raise ValueError(
+  raise UserError(
     f"config file {path!r} was not found: no file {' and no file '.join(map(str, candidates))}; give one that exists, "
     f"like {shipped or 'configs/mine.py'}."
   )
@@ -98,17 +100,17 @@ def load(config: str | ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   path, colon, argument = resolve(config).partition(":")
   module = _import(path)
   if not hasattr(module, "get_config"):
-    raise ValueError(f"config file {path!r} has no function get_config; write one that returns a ConfigDict.")
+    raise UserError(f"config file {path!r} has no function get_config; write one that returns a ConfigDict.")
   if colon and not inspect.signature(module.get_config).parameters:
-    raise ValueError(f"the get_config of config file {path!r} takes no words; leave ':{argument}' away.")
+    raise UserError(f"the get_config of config file {path!r} takes no words; leave ':{argument}' away.")
   try:
     made = module.get_config(argument) if colon else module.get_config()
-  except ValueError:
+  except UserError:
     raise  # of `words`, or of the file's own checks
   except Exception as error:
     raise _failure(path, error) from error
   if not isinstance(made, ml_collections.ConfigDict):
-    raise ValueError(f"the get_config of config file {path!r} returns a {type(made).__name__}; return a ConfigDict.")
+    raise UserError(f"the get_config of config file {path!r} returns a {type(made).__name__}; return a ConfigDict.")
   return made.lock()
 
 
@@ -135,7 +137,7 @@ def resolve_argv(argv: Sequence[str], flag: str = "config") -> list[str]:
     fields = [match[1] for word in own if (match := re.match(rf"--?(?:no)?{flag}\.([^=]+)", word))]
     problems = [problem for field in dict.fromkeys(fields) if (problem := _unknown(config, flag, field))]
     if problems:
-      raise ValueError("; ".join(problems) + ".")
+      raise UserError("; ".join(problems) + ".")
   return resolved
 
 
@@ -160,7 +162,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   if isinstance(decay, int | float) and decay >= 1:
     problems.append(f"config.optim.ema_decay={decay} must be below 1; 0 keeps no moving average")
   if problems:
-    raise ValueError("; ".join(problems) + ".")
+    raise UserError("; ".join(problems) + ".")
 
 
 def name(config: str) -> str:
@@ -275,7 +277,7 @@ def _import(path: str) -> types.ModuleType:
   """The module of a file, not entered into sys.modules: two files may have one name."""
   spec = importlib.util.spec_from_file_location(f"vpd_jax_config_{pathlib.PurePath(path).stem}", path)
   if spec is None or spec.loader is None:
-    raise ValueError(f"config file {path!r} cannot be imported as Python.")
+    raise UserError(f"config file {path!r} cannot be imported as Python.")
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
@@ -284,10 +286,10 @@ def _import(path: str) -> types.ModuleType:
   return module
 
 
-def _failure(path: str, error: Exception) -> ValueError:
+def _failure(path: str, error: Exception) -> UserError:
   """An error of the Python of a config file in one line, with the line of the file where it happened."""
   lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
   where = f", line {lines[-1]}," if lines else ""
-  return ValueError(
+  return UserError(
     f"config file {path!r}{where} fails with {type(error).__name__}: {' '.join(str(error).split())}; mend the file."
   )

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from vpd_jax.errors import UserError
+
 # How errors of tensorstore begin, which come as ValueErrors: numbers that are missing or are not those written.
 _STATUS = re.compile(r"(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND|FAILED_PRECONDITION: .*Invalid JSON)", re.DOTALL)
 _ABSENT = "was not found in the checkpoint"  # orbax's KeyError for a part whose folder is gone
@@ -26,10 +28,10 @@ def told(what: str, folder: epath.Path, then: str) -> Iterator[None]:
   except Exception as error:
     text = " ".join(str(error).split())[:200] or type(error).__name__
     if is_damage(error) and folder.is_dir():
-      raise ValueError(f"{what} is damaged ({text}); remove {folder}, {then}.") from error
+      raise UserError(f"{what} is damaged ({text}); remove {folder}, {then}.") from error
     # A bucket fails with any kind of error.
     if is_outside(error) or "://" in str(folder):
-      raise ValueError(
+      raise UserError(
         f"{what} cannot be read now ({type(error).__name__}: {text}), which does not mean that it is damaged: keep it, "
         "see to the connection, the permissions or the memory, and give the same command again."
       ) from error

@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
+from vpd_jax.errors import UserError
+
 AGAIN = "copy or download it again"
 
 
@@ -32,7 +34,7 @@ def decode(raw: bytes, path: str | Path, mode: int = cv2.IMREAD_COLOR, *, turned
   with faults(path):
     picture = cv2.imdecode(np.frombuffer(_without_orientation(raw), np.uint8), mode)
   if picture is None:
-    raise ValueError(f"{path} is not a picture that can be read, or damaged; {AGAIN}.")
+    raise UserError(f"{path} is not a picture that can be read, or damaged; {AGAIN}.")
   return _turned(picture, orientation(io.BytesIO(raw))) if turned else picture
 
 
@@ -94,21 +96,21 @@ def faults(path: str | Path, what: str = "a picture", remedy: str = AGAIN) -> It
       raise MemoryError(f"{path}: {' '.join(str(error.err).split())}") from None
     reason = " ".join(str(getattr(error, "err", None) or error).split()) or type(error).__name__
     if isinstance(error, Image.DecompressionBombError) or "IMAGE_PIXELS" in reason:
-      raise ValueError(f"{path} has more pixels than can be read ({reason}); make it smaller.") from None
+      raise UserError(f"{path} has more pixels than can be read ({reason}); make it smaller.") from None
     why = "unknown format" if isinstance(error, UnidentifiedImageError) else reason
-    raise ValueError(f"{path} is not {what} that can be read, or damaged ({why}){remedy and '; '}{remedy}.") from None
+    raise UserError(f"{path} is not {what} that can be read, or damaged ({why}){remedy and '; '}{remedy}.") from None
 
 
 def check_whole(raw: bytes, path: str | Path) -> None:
   """Raises where a PNG or JPEG is cut off, or a JPEG damaged within, which decoders fill with grey and go on."""
   if not raw or (raw.startswith(b"\x89PNG") and b"IEND" not in raw):
-    raise ValueError(f"{path} is truncated ({len(raw)} bytes); {AGAIN}.")
+    raise UserError(f"{path} is truncated ({len(raw)} bytes); {AGAIN}.")
   if raw.startswith(b"\xff\xd8"):
     scans = jpeg_scans(raw)
     if scans is None:
-      raise ValueError(f"{path} is truncated ({len(raw)} bytes), or damaged; {AGAIN}.")
+      raise UserError(f"{path} is truncated ({len(raw)} bytes), or damaged; {AGAIN}.")
     if not all(_restarts_fit(raw, scan) for scan in scans) or (len(scans) == 1 and not _fits(raw, scans[0])):
-      raise ValueError(f"{path} is damaged: its data do not fill the picture; {AGAIN}.")
+      raise UserError(f"{path} is damaged: its data do not fill the picture; {AGAIN}.")
 
 
 class Scan(NamedTuple):

@@ -17,6 +17,7 @@ from vpd_jax import panels as panels_lib
 from vpd_jax.assemble import Product
 from vpd_jax.checkpoint import is_workdir
 from vpd_jax.data import pipeline
+from vpd_jax.errors import UserError
 from vpd_jax.types import Array, Batch, Named, Rows
 
 Weights = tuple[Named, Named, Named]  # params, frozen, stats
@@ -225,7 +226,7 @@ class Evaluator:
         shown += list(predictions)
     scored, expected = sum(int(row["real"].sum()) for row in rows), len(self.source)
     if scored != expected:
-      raise ValueError(
+      raise UserError(
         f"the evaluation scored {scored} of the {expected} records of data set {self.config.data.name!r}: their "
         "iteration ended early, or the length of the data set changed; mend the data set."
       )
@@ -303,7 +304,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, float]:
   """--mode=eval: scores a workdir's checkpoint, or `init.pretrained` where the workdir has none; prints them."""
   source = workdir if is_workdir(workdir) else ""
   if not (source or config.init.run or config.init.pretrained):
-    raise ValueError(
+    raise UserError(
       f"there is nothing trained to evaluate: --workdir={workdir!r} holds no checkpoint and config.init.pretrained "
       "is empty; give one of them."
     )

@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from vpd_jax.errors import UserError
+
 # Section, "" for the top: every field of it that the program reads. Of the sections that are not here, what they name
 # says it, see `look_up`.
 FIELDS = {
@@ -27,7 +29,7 @@ def check(config: Mapping[str, Any]) -> None:
   problems = [unknown(config, FIELDS[""], "config")]
   problems += [unknown(config[name], known, f"config.{name}") for name, known in FIELDS.items() if name in config]
   if problems := list(filter(None, problems)):
-    raise ValueError("; ".join(problems) + ".")
+    raise UserError("; ".join(problems) + ".")
 
 
 def unknown(section: Any, known: Sequence[str], where: str) -> str:
@@ -88,12 +90,12 @@ def look_up(
   """
   name = section.get("name") if hasattr(section, "keys") else None
   if name not in table:
-    raise ValueError(f"config.{field}.name={name!r} is unknown; choose one of {sorted(table)}.")
+    raise UserError(f"config.{field}.name={name!r} is unknown; choose one of {sorted(table)}.")
   where = f"config.{field} of name {name!r}"
   if foreign := [key for key in told if key not in _arguments(table[name])]:
-    raise ValueError(f"{where} is not made for what config.task gives, {foreign}; choose one that takes it.")
+    raise UserError(f"{where} is not made for what config.task gives, {foreign}; choose one that takes it.")
   if problem := misfit(table[name], section, where, given=(*given, *told), more=("name", *more)):
-    raise ValueError(problem + ".")
+    raise UserError(problem + ".")
   return table[name]
 
 

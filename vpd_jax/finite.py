@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vpd_jax.errors import NotFiniteError, UserError
+
 REMEDY = "fetch or convert them again, or take a checkpoint from before the training went wrong"
 
 
@@ -34,7 +36,7 @@ def check(named: Mapping[str, Any], origin: str) -> None:
     ValueError: names the arrays, and the origin.
   """
   if found := missing(named):
-    raise ValueError(f"{origin}: {in_words(found)}; {REMEDY}.")
+    raise UserError(f"{origin}: {in_words(found)}; {REMEDY}.")
 
 
 def check_finite(
@@ -54,7 +56,7 @@ def check_finite(
   for step, loss, norm in jax.device_get(pending):
     if not np.isfinite(loss + norm):
       text = f"the loss of step {step} is {loss}, the norm of its gradients {norm}; nothing after the last checkpoint "
-      raise FloatingPointError(f"{text}was saved. {_cause(step, state, batch_of)}")
+      raise NotFiniteError(f"{text}was saved. {_cause(step, state, batch_of)}")
   return []
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
+from vpd_jax.errors import UserError
 from vpd_jax.types import Array, Batch
 
 Predict = Callable[[Batch], Array]  # batch of B images to [B, H, W, ...]
@@ -26,7 +27,7 @@ def offsets(size: tuple[int, int], count: int, *, coverage: str = "released") ->
   Source: VPD depth/test.py, shift_window_test.
   """
   if coverage not in COVERAGES:
-    raise ValueError(f"eval.coverage={coverage!r} is unknown; choose one of {COVERAGES}.")
+    raise UserError(f"eval.coverage={coverage!r} is unknown; choose one of {COVERAGES}.")
   short, long = min(size), max(size)
   if short == long:
     return [(0, 0)]
@@ -56,7 +57,7 @@ def check_coverage(
     covered[y : y + side, x : x + side] = True
   top, bottom, left, right = region
   if holes := int((~covered[top:bottom, left:right]).sum()):
-    raise ValueError(
+    raise UserError(
       f"eval.coverage={coverage!r} with eval.test_time={tuple(words)} leaves {holes} pixels of each image of "
       f"{size[0]} x {size[1]} without a prediction that the scores count; set config.eval.coverage='full'."
     )
@@ -132,7 +133,7 @@ def parse(words: tuple[str, ...], way: str = "windows") -> tuple[bool, int]:
       windows = int(number)
     else:
       known = " and ".join(map(repr, WORDS[way])) + (" with N at least 2" if "shift:N" in WORDS[way] else "")
-      raise ValueError(f"eval.test_time has {word!r}; {f'known are {known}' if known else 'this task takes none: ()'}.")
+      raise UserError(f"eval.test_time has {word!r}; {f'known are {known}' if known else 'this task takes none: ()'}.")
   return flip, windows
 
 
@@ -150,7 +151,7 @@ def test_time(
 
   def run(batch: Batch) -> Array:
     if words and "latents" in batch:
-      raise ValueError(f"eval.test_time={words} changes the image, which ready latents do not follow; set it to ().")
+      raise UserError(f"eval.test_time={words} changes the image, which ready latents do not follow; set it to ().")
     return combined(batch)
 
   return run

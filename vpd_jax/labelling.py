@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpd_jax import tiles
+from vpd_jax.errors import UserError
 from vpd_jax.tiles import TILE, corners, scaled_size, taps, window_of
 from vpd_jax.types import Array, Example
 
@@ -78,7 +79,7 @@ def parse(words: tuple[str, ...]) -> Procedure:
     if (
       not fits.get(name) or any(v <= 0 for v in values) or name in found or (name == "slide" and values[1] > values[0])
     ):
-      raise ValueError(
+      raise UserError(
         f"eval.test_time has {word!r}; known are 'flip', 'slide:WINDOW:STRIDE' with the stride at most the window, "
         "'resize:LONG:SHORT' and 'ms:RATIO:RATIO..', each once, all numbers above 0."
       )
@@ -209,9 +210,9 @@ class Labelling:
       ValueError: unknown word, or no window.
     """
     if small not in SMALL:
-      raise ValueError(f"eval.small={small!r} is unknown; choose one of {SMALL}.")
+      raise UserError(f"eval.small={small!r} is unknown; choose one of {SMALL}.")
     if at_once < 1:
-      raise ValueError(f"at_once={at_once} must be at least 1.")
+      raise UserError(f"at_once={at_once} must be at least 1.")
     self.procedure, self.at_once, self.small, self.place = procedure, at_once, small, place
     self.shapes, self._unused = set(), []  # the latter tiles, to be written over
 

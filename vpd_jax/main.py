@@ -12,6 +12,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from vpd_jax import config_file, processes
+from vpd_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file and words: configs/nyu_depth.py:vpd,tiny", lock_config=True
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> None:
   logging.set_verbosity(logging.DEBUG if DEBUG.value else logging.FATAL)
   with processes.answered(DEBUG.value):
     if len(arguments) > 1:
-      raise ValueError(f"words on the command line belong to no flag: {arguments[1:]}; write --flag=value.")
+      raise UserError(f"words on the command line belong to no flag: {arguments[1:]}; write --flag=value.")
     _run()
 
 
@@ -70,7 +71,7 @@ def _run() -> None:
   idle += ["--effort"] if EFFORT.value != "low" and not TOPOLOGY.value else []
   idle += ["--accept_config_changes"] if ACCEPT.value and MODE.value != "train" else []
   if idle:
-    raise ValueError(f"{', '.join(idle)} would have no effect with --mode={MODE.value}; leave it out.")
+    raise UserError(f"{', '.join(idle)} would have no effect with --mode={MODE.value}; leave it out.")
   config, workdir = CONFIG.value, WORKDIR.value or config_file.workdir(config_string())
   if not jax.config.jax_compilation_cache_dir and MODE.value != "plan":
     # What one command compiles, the next one in this workdir need not.
@@ -81,7 +82,7 @@ def _run() -> None:
     evaluate.run(config, workdir)
   elif jax.process_count() > 1:
     own = ", and give each its own --input" if MODE.value == "predict" else ""
-    raise ValueError(f"--mode={MODE.value} is the work of one process; add --process_count=1{own}.")
+    raise UserError(f"--mode={MODE.value} is the work of one process; add --process_count=1{own}.")
   elif MODE.value == "plan":
     plan.run(config, TOPOLOGY.value, workdir=workdir, effort=EFFORT.value)
   else:

@@ -7,6 +7,7 @@ from flax import nnx
 
 from vpd_jax import initializers
 from vpd_jax.backbones import layers, normalization
+from vpd_jax.errors import UserError
 from vpd_jax.types import Array, Features
 
 # timm's trunc_normal_(std=0.02) of the release cuts at -2 and 2, a hundred deviations away.
@@ -78,9 +79,9 @@ class Fusion(nnx.Module):
     """
     del tokens, norm_group
     if len(widths) != 4:
-      raise ValueError(f"neck 'fusion' joins four maps, but the method gives {len(widths)}.")
+      raise UserError(f"neck 'fusion' joins four maps, but the method gives {len(widths)}.")
     if frame != "padded":
-      raise ValueError(f"neck 'fusion' cuts padding off, but the method's image is {frame}; use neck 'einsum'.")
+      raise UserError(f"neck 'fusion' cuts padding off, but the method's image is {frame}; use neck 'einsum'.")
     kinds = {
       "dtype": dtype,
       "param_dtype": param_dtype,
@@ -165,7 +166,7 @@ class EinsumLevels(nnx.Module):
     """
     del frame, norm_group
     if len(widths) != 4:
-      raise ValueError(f"neck 'einsum_levels' takes four maps, but the method gives {len(widths)}.")
+      raise UserError(f"neck 'einsum_levels' takes four maps, but the method gives {len(widths)}.")
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     default = initializers.torch_default
     norm = lambda w: normalization.GroupNorm(w, groups=16, epsilon=1e-5, **kinds)
@@ -225,11 +226,11 @@ class Einsum(nnx.Module):
       ValueError: another number of maps than four; strides that are not doubled from map to map; a padded image.
     """
     if len(widths) != 4:
-      raise ValueError(f"neck 'einsum' joins four maps, but the method gives {len(widths)}.")
+      raise UserError(f"neck 'einsum' joins four maps, but the method gives {len(widths)}.")
     if frame != "resized":
-      raise ValueError(f"neck 'einsum' shows a resized image, but the method's is {frame}; use neck 'fusion'.")
+      raise UserError(f"neck 'einsum' shows a resized image, but the method's is {frame}; use neck 'fusion'.")
     if tuple(strides) != tuple(strides[0] * 2**i for i in range(4)):
-      raise ValueError(f"neck 'einsum' joins maps whose strides double, but the method's are {tuple(strides)}.")
+      raise UserError(f"neck 'einsum' joins maps whose strides double, but the method's are {tuple(strides)}.")
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     norm = lambda w: normalization.GroupNorm(w, groups=16, epsilon=1e-5, **kinds)
     mixed = lambda i, o: nnx.List([layers.conv(i, o, 3, kernel_init=NORMAL, **kinds), norm(o), layers.ReLU()])

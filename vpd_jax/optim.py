@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from vpd_jax import params as params_lib
+from vpd_jax.errors import UserError
 from vpd_jax.types import Array
 
 Schedule = Callable[[Array], Array]
@@ -91,7 +92,7 @@ def schedule(name: str, **options: Any) -> Schedule:
     ValueError: unknown name.
   """
   if name not in SCHEDULES:
-    raise ValueError(f"optim.schedule.name={name!r} is unknown; choose one of {sorted(SCHEDULES)}.")
+    raise UserError(f"optim.schedule.name={name!r} is unknown; choose one of {sorted(SCHEDULES)}.")
   return SCHEDULES[name](**options)
 
 
@@ -110,7 +111,7 @@ def check_length(run_steps: int, name: str, **options: Any) -> None:
   else:
     return
   if longest < run_steps:
-    raise ValueError(
+    raise UserError(
       f"config.optim.schedule of name {name!r} ends at step {end}, the run at config.num_steps={run_steps}: the steps "
       f"between would learn at its lowest rate; set config.optim.schedule.{remedy}."
     )

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from vpd_jax import initializers
+from vpd_jax.errors import UserError
 from vpd_jax.types import Buffer, Named
 
 
@@ -43,7 +44,7 @@ class Parts(NamedTuple):
       ValueError: an array of a module that was not built with InitKeys.
     """
     if undrawn := sorted(set(names) - self.draws.keys()):
-      raise ValueError(f"nothing says how {undrawn[:5]} are drawn; build the model with InitKeys and Initializers.")
+      raise UserError(f"nothing says how {undrawn[:5]} are drawn; build the model with InitKeys and Initializers.")
     return {name: self.draws[name](name) for name in names}
 
   def merge(self, *arrays: Named) -> nnx.Module:
@@ -51,7 +52,7 @@ class Parts(NamedTuple):
     named = {name: value for part in arrays for name, value in part.items()}
     missing, unknown = self.paths.keys() - named.keys(), named.keys() - self.paths.keys()
     if missing or unknown:
-      raise ValueError(f"arrays do not fit the model: missing {sorted(missing)[:5]}, unknown {sorted(unknown)[:5]}.")
+      raise UserError(f"arrays do not fit the model: missing {sorted(missing)[:5]}, unknown {sorted(unknown)[:5]}.")
     return self.partial(named)
 
   def partial(self, named: Named) -> nnx.Module:
@@ -113,7 +114,7 @@ def first_rules(names: Iterable[str], rules: Sequence[tuple[str, Any]], *, field
   try:
     patterns = [re.compile(pattern) for pattern, _ in rules]
   except re.error as error:
-    raise ValueError(f"{field}: {error.pattern!r} is no regular expression: {error}; correct it.") from error
+    raise UserError(f"{field}: {error.pattern!r} is no regular expression: {error}; correct it.") from error
   matching = {name: [i for i, pattern in enumerate(patterns) if pattern.search("/" + name)] for name in names}
   first = {name: found[0] for name, found in matching.items() if found}
   idle, shadowed = [], []
@@ -147,7 +148,7 @@ def assign(names: Iterable[str], rules: Sequence[tuple[str, Any]], *, field: str
   first, idle = first_rules(names, rules, field=field)
   homeless = sorted(set(names) - first.keys())
   if homeless or idle:
-    raise ValueError(
+    raise UserError(
       f"{field}: {len(homeless)} arrays match no rule {homeless[:10]}; {idle or 'rules that match no array: []'}. "
       "Add a rule, or remove or correct the idle one."
     )

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vpd_jax import decoding
+from vpd_jax.errors import UserError
 
 # Pictures of one layer of pixels, as Pillow calls them; not icons, layered files or vectors.
 FORMATS = (
@@ -35,11 +36,11 @@ def unit(image: Any, dtype: Any) -> np.ndarray:
   """uint8 or float [H, W, 3] to float in [0, 1]."""
   image = np.asarray(image)
   if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
-    raise ValueError(f"an image has shape {image.shape}; give [H, W, 3].")
+    raise UserError(f"an image has shape {image.shape}; give [H, W, 3].")
   if image.dtype == np.uint8:
     return image.astype(dtype) / np.asarray(255, dtype)
   if not np.issubdtype(image.dtype, np.floating):
-    raise ValueError(f"an image has dtype {image.dtype}; give uint8, or float in [0, 1].")
+    raise UserError(f"an image has dtype {image.dtype}; give uint8, or float in [0, 1].")
   return image.astype(dtype)
 
 

@@ -34,6 +34,7 @@ from vpd_jax import (
   train,
 )
 from vpd_jax.data import pipeline, referring
+from vpd_jax.errors import UserError
 from vpd_jax.plan_report import Report
 from vpd_jax.types import Batch
 
@@ -80,7 +81,7 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
       an unknown topology, or what compiles for it is not installed.
   """
   if effort not in slices.EFFORTS:
-    raise ValueError(f"--effort={effort!r} is unknown; choose one of {sorted(slices.EFFORTS)}.")
+    raise UserError(f"--effort={effort!r} is unknown; choose one of {sorted(slices.EFFORTS)}.")
   effort = slices.effort(topology, effort)
   config = start.complete(config, config.init.run or config.init.pretrained)
   start.check_training(config)
@@ -154,7 +155,7 @@ def batch_shapes(config: ConfigDict, keys: tuple[str, ...], step: str) -> Batch:
     ValueError: a key that is not in KEYS.
   """
   if unknown := [key for key in keys if key not in KEYS]:
-    raise ValueError(f"the shapes of {unknown} in a batch are not known to --mode=plan; add them to plan.KEYS.")
+    raise UserError(f"the shapes of {unknown} in a batch are not known to --mode=plan; add them to plan.KEYS.")
   size = tuple(config.data.crop) if step == "train" else picture_size(config)
   rows = config.data.batch_size if step == "train" else config.eval.batch_size
   canvas = config.data.get("canvas", ()) or config.data.get("size", ()) or referring.Transforms.canvas

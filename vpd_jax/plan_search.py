@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from vpd_jax import config_file
+from vpd_jax.errors import UserError
 
 ATTEMPTS = 3  # compilations; each takes minutes
 REMAT_LEAVES = 0.35  # share of the activations that recomputation keeps, until a compilation has told
@@ -90,7 +91,7 @@ def nearest(
     words = as_flags(config, fields)
     try:
       found = measure(settings)
-    except ValueError:
+    except UserError:
       continue  # groups of statistics or loss that the parts would cut
     tried.append((words, found))
     if found["fits"]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vpd_jax import reading
+from vpd_jax.errors import UserError
 from vpd_jax.types import Array, Example
 
 Predict = Callable[[Any, dict[str, Array]], Array]  # weights and batch of n crops to heatmaps [n, h, w, K]
@@ -52,12 +53,12 @@ def check_boxes(boxes: Any, size: tuple[int, int], what: str) -> np.ndarray:
   except (TypeError, ValueError, OverflowError):
     array = np.zeros(0)
   if array.ndim != 2 or array.shape[1] != 5 or not np.isfinite(array).all():
-    raise ValueError(f"boxes of {what} must be lists of x, y, width, height and, if known, a score: finite numbers.")
+    raise UserError(f"boxes of {what} must be lists of x, y, width, height and, if known, a score: finite numbers.")
   x, y, width, height = array[:, :4].T
   inside = (width > 0) & (height > 0) & (x < size[1]) & (y < size[0]) & (x + width > 0) & (y + height > 0)
   if not inside.all():
     wrong = ", ".join(str(array[i, :4].tolist()) for i in np.flatnonzero(~inside)[:10])
-    raise ValueError(
+    raise UserError(
       f"boxes of {what}, {size[1]} x {size[0]} pixels: {np.sum(~inside)} have no area or lie outside: {wrong}."
     )
   return array
@@ -79,7 +80,7 @@ def read_boxes(path: str | Path) -> dict[str, list[list[float]]]:
     return result
   if isinstance(content, dict) and all(isinstance(boxes, list) for boxes in content.values()):
     return content
-  raise ValueError(
+  raise UserError(
     f'boxes {str(path)!r} must be an object {{"name.jpg": [[x, y, width, height], ..]}}, or a list of objects with '
     "file_name, bbox and score."
   )

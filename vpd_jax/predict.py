@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from vpd_jax import assemble, config_file, evaluate, procedures, sharding, start
 from vpd_jax import pictures as pictures_lib
 from vpd_jax.assemble import Product
+from vpd_jax.errors import UserError
 
 
 @dataclasses.dataclass
@@ -49,7 +50,7 @@ class Predictor:
     config = config_file.load(config)
     source = str(weights) or config.init.run or config.init.pretrained
     if not (source or fresh):
-      raise ValueError(
+      raise UserError(
         "Predictor.load has no weights: give weights=WORKDIR or a released checkpoint, set config.init.pretrained, or "
         "give fresh=True for a network of random numbers."
       )
@@ -99,7 +100,7 @@ class Predictor:
     """
     wanted = name.strip().lower().replace(" ", "_")
     if wanted not in self.product.classes:
-      raise ValueError(f"class {name!r} is unknown; choose one of {', '.join(self.product.classes)}.")
+      raise UserError(f"class {name!r} is unknown; choose one of {', '.join(self.product.classes)}.")
     return self.product.classes.index(wanted)
 
   def forward(
@@ -123,7 +124,7 @@ class Predictor:
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3 or not np.issubdtype(images.dtype, np.floating):
-      raise ValueError(f"images are {images.dtype} {images.shape}; give float [B, H, W, 3] in [0, 1].")
+      raise UserError(f"images are {images.dtype} {images.shape}; give float [B, H, W, 3] in [0, 1].")
     batch = {"image": images.astype(self._dtype)}
     if text_states is not None:
       batch["text_states"] = self._text_states(text_states, len(images), sentences)
@@ -182,7 +183,7 @@ class Predictor:
       ValueError: the method has no such maps; an image of another shape or type.
     """
     if not getattr(self.product.method, "attends_to_classes", False):
-      raise ValueError(f"{self._what} has no attention maps of classes.")
+      raise UserError(f"{self._what} has no attention maps of classes.")
     size = tuple(self.config.data.crop)
     squeezed = [pictures_lib.resized(pictures_lib.unit(image, self._dtype), size) for image in images]
     return [np.asarray(self._attention(self.weights, jnp.asarray(x[None])))[0].astype(np.float32) for x in squeezed]
@@ -192,14 +193,14 @@ class Predictor:
   ) -> list[dict[str, np.ndarray]]:
     """What is known of each image, by the name under which it is read."""
     if class_id is not None and not self.takes_class:
-      raise ValueError(f"class_id has no effect on {self._what}; leave it out.")
+      raise UserError(f"class_id has no effect on {self._what}; leave it out.")
     for name, value, taken in (("sentences", sentences, self.takes_sentence), ("boxes", boxes, self.takes_boxes)):
       if value is not None and not taken:
-        raise ValueError(f"{name} have no effect on {self._what}; leave them out.")
+        raise UserError(f"{name} have no effect on {self._what}; leave them out.")
       if value is not None and (isinstance(value, str) or len(value) != count):
-        raise ValueError(f"{name}: {1 if isinstance(value, str) else len(value)} for {count} images; give one each.")
+        raise UserError(f"{name}: {1 if isinstance(value, str) else len(value)} for {count} images; give one each.")
     if self.takes_sentence and sentences is None and complete:
-      raise ValueError(f"{self._what} needs a sentence about each image; give sentences=[...].")
+      raise UserError(f"{self._what} needs a sentence about each image; give sentences=[...].")
     known = [{} for _ in range(count)]
     ids = self._class_ids(class_id, count)
     if self.takes_class:
@@ -217,12 +218,12 @@ class Predictor:
 
   def _text_states(self, states: Any, count: int, sentences: Any) -> np.ndarray:
     if not self.takes_sentence:
-      raise ValueError(f"text_states have no effect on {self._what}; leave them out.")
+      raise UserError(f"text_states have no effect on {self._what}; leave them out.")
     if sentences is not None:
-      raise ValueError("sentences and text_states are given; give one of them.")
+      raise UserError("sentences and text_states are given; give one of them.")
     states, expected = np.asarray(states), (count, *self.product.method.sentence_tokens)
     if states.shape != expected or not np.issubdtype(states.dtype, np.floating):
-      raise ValueError(f"text_states are {states.dtype} {states.shape}; give float {expected}.")
+      raise UserError(f"text_states are {states.dtype} {states.shape}; give float {expected}.")
     return states.astype(self._dtype)
 
   def _classified(self, picture: np.ndarray) -> int:
@@ -234,8 +235,8 @@ class Predictor:
   def _class_ids(self, class_id: Any, count: int) -> np.ndarray:
     ids = np.asarray(-1 if class_id is None else class_id)
     if ids.shape not in ((), (count,)) or (not np.issubdtype(ids.dtype, np.integer) and ids.size):
-      raise ValueError(f"class_id is {ids.dtype} {list(ids.shape)}; give one int, or one for each of {count} images.")
+      raise UserError(f"class_id is {ids.dtype} {list(ids.shape)}; give one int, or one for each of {count} images.")
     ids = np.broadcast_to(ids.astype(np.int32), (count,))
     if ids.size and (ids.min() < -1 or ids.max() >= len(self.product.classes)):
-      raise ValueError(f"class_id {ids.tolist()} must lie between -1 (the mean) and {len(self.product.classes) - 1}.")
+      raise UserError(f"class_id {ids.tolist()} must lie between -1 (the mean) and {len(self.product.classes) - 1}.")
     return ids

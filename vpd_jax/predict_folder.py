@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from vpd_jax import pictures as pictures_lib
 from vpd_jax import posing, reading
 from vpd_jax.checkpoint import is_workdir
+from vpd_jax.errors import UserError
 from vpd_jax.predict import Predictor
 
 PICTURES_AT_ONCE = 4
@@ -22,9 +23,9 @@ def _check_output(output: str, folder: Path) -> Path:
   held = next(p for p in (target, *target.absolute().parents) if p.exists())
   if not output or not held.is_dir() or not os.access(held, os.W_OK):
     why = f": {held} is not a folder that can be written to" if output else ""
-    raise ValueError(f"--output={output!r} must name a folder{why}; give another, it is made where it does not exist.")
+    raise UserError(f"--output={output!r} must name a folder{why}; give another, it is made where it does not exist.")
   if target.resolve() == folder.resolve():
-    raise ValueError(f"--output={output!r} is the folder of the pictures; give another, or results become pictures.")
+    raise UserError(f"--output={output!r} is the folder of the pictures; give another, or results become pictures.")
   return target
 
 
@@ -73,24 +74,22 @@ def run(
   """
   folder = Path(source).expanduser()
   if not source or not folder.is_dir():
-    raise ValueError(f"--input={source!r} is not a folder; give one that holds pictures.")
+    raise UserError(f"--input={source!r} is not a folder; give one that holds pictures.")
   target = _check_output(output, folder)
   chosen = workdir if is_workdir(workdir) else config.init.run or config.init.pretrained
   if not chosen:
-    raise ValueError(
-      f"--workdir={workdir!r} holds no checkpoint and config.init.pretrained is empty; give one of them."
-    )
+    raise UserError(f"--workdir={workdir!r} holds no checkpoint and config.init.pretrained is empty; give one of them.")
   paths = [p for name in reading.visible(os.listdir(folder)) if (p := folder / name).is_file()]
   pictures = [path for path in paths if pictures_lib.is_picture(path)]
   if not pictures:
-    raise ValueError(f"--input={source!r} holds no picture, only {len(paths)} other files; give a folder that does.")
+    raise UserError(f"--input={source!r} holds no picture, only {len(paths)} other files; give a folder that does.")
   if sentence and sentences:
-    raise ValueError("--sentence and --sentences are given; give one of them.")
+    raise UserError("--sentence and --sentences are given; give one of them.")
   said = read_sentences(sentences) if sentences else None
   found = posing.read_boxes(boxes) if boxes else None
   for flag, content in (("sentences", said), ("boxes", found)):
     if missing := sorted(set(content or ()) - {path.name for path in pictures}):
-      raise ValueError(f"--{flag} names pictures that are not in {source}: {', '.join(missing[:10])}; correct it.")
+      raise UserError(f"--{flag} names pictures that are not in {source}: {', '.join(missing[:10])}; correct it.")
   predictor = Predictor.load(config, weights=chosen)
   product = predictor.product
   for flag, value, taken in (
@@ -101,11 +100,11 @@ def run(
   ):
     if value and not taken:
       what = f"method {config.method.name!r} with task {config.task.name!r}"
-      raise ValueError(f"--{flag}={value!r} has no effect: {what} takes none; leave it out.")
+      raise UserError(f"--{flag}={value!r} has no effect: {what} takes none; leave it out.")
   if attention and not getattr(product.method, "attends_to_classes", False):
-    raise ValueError(f"--attention has no effect: {config.method.name!r} has no map for each class; leave it out.")
+    raise UserError(f"--attention has no effect: {config.method.name!r} has no map for each class; leave it out.")
   if predictor.takes_sentence and not (sentence or sentences):
-    raise ValueError('this task needs a sentence: give --sentence="..." about all pictures, or --sentences=FILE.json.')
+    raise UserError('this task needs a sentence: give --sentence="..." about all pictures, or --sentences=FILE.json.')
   class_id = predictor.class_id(class_name) if class_name else None
   print("\n".join(predictor.origin), flush=True)
   if class_id is None and predictor.takes_class:
@@ -149,7 +148,7 @@ def run(
       for want in wants:
         if "boxes" in want.given:
           posing.check_boxes(want.given["boxes"], image.shape[:2], path.name)
-    except ValueError as error:
+    except UserError as error:
       damaged.append(str(error))
       print(f"skipped: {error}", flush=True)
       continue
@@ -165,7 +164,7 @@ def run(
   print(f"{done} pictures written to {output}, {len(paths) - done} files skipped", flush=True)
   if damaged:
     told = "; ".join(message.rstrip(".") for message in damaged[:10])
-    raise ValueError(
+    raise UserError(
       f"{len(damaged)} of {len(pictures)} pictures in {source} cannot be read: {told}. "
       f"The other {done} are done; mend or remove these."
     )
@@ -225,5 +224,5 @@ def read_sentences(path: str) -> dict[str, list[str]]:
     result.setdefault(entry["image"], []).extend(texts)
   if not result:
     form = '{"image": "1.jpg", "sentence": "the red car"}'
-    raise ValueError(f"--sentences={path!r} must hold a list of entries like {form}, all with a picture and words.")
+    raise UserError(f"--sentences={path!r} must hold a list of entries like {form}, all with a picture and words.")
   return result

@@ -14,6 +14,8 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from vpd_jax.errors import UserError
+
 _FAILURE, _LISTEN = "vpd_jax/failure", 1.0  # where a process leaves its last words, and seconds between two looks
 _ALIVE, _DONE = "vpd_jax/alive", "done"  # where processes give signs of life, and the last of them
 _BEAT, _LOST = 5.0, 60.0  # seconds between two signs, and without one
@@ -32,7 +34,7 @@ def answered(debug: bool = False) -> Iterator[None]:
     yield
   except Exception as error:
     alone = "jax" not in sys.modules or not _jax().distributed.is_initialized()
-    known = isinstance(error, (ValueError, FloatingPointError, OSError)) and not debug
+    known = isinstance(error, (UserError, OSError)) and not debug
     if alone and not known:
       raise
     text = " ".join(str(error).split())
@@ -151,7 +153,7 @@ def arguments(
     text = environment.get(name)
     if value is None and text:
       if key != "coordinator_address" and not text.isdecimal():
-        raise ValueError(f"{name}={text!r} is no number; give a whole number from 0.")
+        raise UserError(f"{name}={text!r} is no number; give a whole number from 0.")
       given[key] = text if key == "coordinator_address" else int(text)
   if given["num_processes"] == 1:
     return None
@@ -160,17 +162,17 @@ def arguments(
   if len(missing) == len(given) and not cluster:
     return None
   if missing and not cluster:
-    raise ValueError(
+    raise UserError(
       f"several processes were asked for without {missing}; give each of them --coordinator_address=HOST:PORT of "
       "process 0, --process_count=N and its own --process_id=0 to N-1, or none of the three."
     )
   if not missing and given["process_id"] >= given["num_processes"]:
-    raise ValueError(
+    raise UserError(
       f"--process_id={given['process_id']} of --process_count={given['num_processes']} processes does not exist; "
       "ids begin with 0."
     )
   if given["coordinator_address"] and not re.fullmatch(r".+:\d+", given["coordinator_address"]):
-    raise ValueError(f"--coordinator_address={given['coordinator_address']!r} has no port; write HOST:PORT.")
+    raise UserError(f"--coordinator_address={given['coordinator_address']!r} has no port; write HOST:PORT.")
   detection = {} if missing else {"cluster_detection_method": "deactivate"}
   return {key: value for key, value in given.items() if value is not None} | detection
 
@@ -225,7 +227,7 @@ def connect(address: str | None, count: int | None, index: int | None, seconds: 
   try:
     _jax().distributed.initialize(**given, initialization_timeout=seconds + 60)
   except (RuntimeError, ValueError, OSError) as error:
-    raise ValueError(f"{failure}{' '.join(str(error).split())[:300]}. {remedy}") from error
+    raise UserError(f"{failure}{' '.join(str(error).split())[:300]}. {remedy}") from error
   finally:
     timer.cancel()
   # A collective with a process that is gone may wait for ever, or until jax aborts without the reason.

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from vpd_jax.errors import UserError
+
 
 def read_text(path: str | os.PathLike, *, called: str = "") -> str:
   """The text of a file in UTF-8, plain or gzip-compressed, without byte order marks; also UTF-16 that begins with one.
@@ -25,9 +27,9 @@ def read_text(path: str | os.PathLike, *, called: str = "") -> str:
     raw = gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
     text = raw.decode("utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8")
   except (OSError, EOFError, zlib.error) as error:
-    raise ValueError(f"{called} cannot be read ({getattr(error, 'strerror', None) or error}).") from None
+    raise UserError(f"{called} cannot be read ({getattr(error, 'strerror', None) or error}).") from None
   except UnicodeDecodeError as error:
-    raise ValueError(f"{called} cannot be read: it is not text in UTF-8 ({error}); save it as UTF-8.") from None
+    raise UserError(f"{called} cannot be read: it is not text in UTF-8 ({error}); save it as UTF-8.") from None
   return text.replace("\ufeff", "")  # also within: files that were joined
 
 
@@ -43,7 +45,7 @@ def read_json(path: str | os.PathLike, *, called: str = "") -> Any:
     return json.loads(text)
   except (ValueError, RecursionError) as error:
     reason = " ".join(str(error).split())
-    raise ValueError(f"{called} cannot be read: it is no JSON, or cut off ({reason}); correct or copy it.") from None
+    raise UserError(f"{called} cannot be read: it is no JSON, or cut off ({reason}); correct or copy it.") from None
 
 
 def visible(names: Iterable[str]) -> list[str]:

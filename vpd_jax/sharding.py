@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vpd_jax import params as params_lib
+from vpd_jax.errors import UserError
 from vpd_jax.types import Named
 
 AXES = ("data", "fsdp")
@@ -34,11 +35,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[jax.Device] | 
   sizes = {"data": data, "fsdp": fsdp}
   known = [size for size in sizes.values() if size != -1]
   if not known or any(size < 1 for size in known):
-    raise ValueError(f"mesh data={data}, fsdp={fsdp}: give positive sizes, at most one of them -1.")
+    raise UserError(f"mesh data={data}, fsdp={fsdp}: give positive sizes, at most one of them -1.")
   if len(known) == 1:
     sizes = {axis: count // known[0] if size == -1 else size for axis, size in sizes.items()}
   if sizes["data"] * sizes["fsdp"] != count:
-    raise ValueError(
+    raise UserError(
       f"mesh data={data}, fsdp={fsdp} does not cover the {count} devices exactly; use data=-1 and an fsdp that "
       f"divides {count}."
     )
@@ -90,7 +91,7 @@ def state_shardings(mesh: Mesh, state: Any, *, rules: Rules = (), min_bytes: int
   names = {array_name(path) for path, leaf in jax.tree.leaves_with_path(state) if leaf.ndim}
   first, idle = params_lib.first_rules(names, rules, field="config.mesh.rules")
   if idle:
-    raise ValueError(f"config.mesh.rules: {idle}; remove or correct them.")
+    raise UserError(f"config.mesh.rules: {idle}; remove or correct them.")
 
   def place(path: Any, leaf: Any) -> NamedSharding:
     name = array_name(path)
@@ -125,7 +126,7 @@ def place(arrays: Any, shardings: Any) -> Any:
   sums = np.array([_checksum(x) for _, x in named], np.uint32)
   everywhere = multihost_utils.process_allgather(sums)  # [P, arrays]
   if different := [name for (name, _), same in zip(named, (everywhere == sums).all(0), strict=True) if not same]:
-    raise ValueError(
+    raise UserError(
       f"the processes begin with different arrays, {len(different)} of {len(named)}, like {different[:3]}; give all of "
       "them the same weights, config and version of this program."
     )
@@ -206,12 +207,12 @@ def array_name(path: Any) -> str:
 def _check_fits(mesh: Mesh, name: str, shape: Sequence[int], pattern: str, spec: Sequence[str | None]) -> None:
   """Raises where a rule's spec cannot split an array of this shape."""
   if unknown := [axis for axis in spec if axis is not None and axis not in AXES]:
-    raise ValueError(f"mesh rule {pattern!r} names the axes {unknown}; choose from {AXES} and None.")
+    raise UserError(f"mesh rule {pattern!r} names the axes {unknown}; choose from {AXES} and None.")
   fits = len(spec) <= len(shape) and all(
     axis is None or size % mesh.shape[axis] == 0 for axis, size in zip(spec, shape, strict=False)
   )
   if not fits:
-    raise ValueError(
+    raise UserError(
       f"mesh rule {pattern!r} with {tuple(spec)} does not fit {name} of shape {tuple(shape)} on a mesh of "
       f"{dict(mesh.shape)}; give one entry per axis, and split only axes that divide."
     )

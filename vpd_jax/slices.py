@@ -11,6 +11,7 @@ import jax
 from jax.experimental import topologies
 
 from vpd_jax import sharding
+from vpd_jax.errors import UserError
 
 EFFORTS = ("low", "default")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -76,13 +77,13 @@ def of(topology: str) -> list[jax.Device]:
   if not any(map(importlib.util.find_spec, needed)):
     word, extra = ("JAX's CUDA plugin, which also compiles without a GPU", "cuda12") if gpu else (
       "libtpu, which also runs without a TPU", "plan")  # fmt: skip
-    raise ValueError(f"--topology={topology!r} needs {word}: pip install 'vpd_jax[{extra}]'.")
+    raise UserError(f"--topology={topology!r} needs {word}: pip install 'vpd_jax[{extra}]'.")
   try:
     devices = _gpus(*gpu) if gpu else _tpus(topology)
     sharding.make_mesh(devices=devices)
   except Exception as error:
     reason = " ".join(str(error).split())[:200]
-    raise ValueError(
+    raise UserError(
       f"--topology={topology!r} cannot be planned for ({reason}); names are like v5e:2x4, v5p:2x2x1, v6e:16x16, and "
       f"{', '.join(f'{name}:8' for name in GPUS)}."
     ) from error
@@ -107,7 +108,7 @@ def effort(topology: str, wished: str) -> str:
     ValueError: another effort than the first is wished where there is no choice.
   """
   if _gpu(topology) and wished != EFFORTS[0]:
-    raise ValueError(f"--effort={wished!r} would have no effect with --topology={topology!r}; leave it out.")
+    raise UserError(f"--effort={wished!r} would have no effect with --topology={topology!r}; leave it out.")
   return "default" if not topology else "untimed" if _gpu(topology) else wished
 
 

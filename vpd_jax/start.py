@@ -15,6 +15,7 @@ from vpd_jax.assemble import Product
 from vpd_jax.checkpoint import Checkpoints, is_workdir
 from vpd_jax.convert import clip, load, stable_diffusion, towers
 from vpd_jax.data import records
+from vpd_jax.errors import UserError
 from vpd_jax.types import Named, TrainState
 
 Gather = Callable[[Named], Named]
@@ -144,7 +145,7 @@ def check_training(config: ConfigDict) -> None:
   records.check_on_bad_record(config.data.on_bad_record)
   optim.check_length(config.num_steps, **config_file.schedule(config))
   if config.param_dtype == "bfloat16":
-    raise ValueError(
+    raise UserError(
       "config.param_dtype='bfloat16' cannot be trained: small updates of parameters, of their moments and of a moving "
       "average would be rounded away. Set config.dtype='bfloat16', which computes in it, and "
       "config.param_dtype='float32'."
@@ -186,7 +187,7 @@ def _of_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[st
   """
   which, shapes = config.eval.checkpoint, product.parts.shapes
   if which not in ("newest", "best"):
-    raise ValueError(f"config.eval.checkpoint={which!r} is unknown; choose 'newest' or 'best'.")
+    raise UserError(f"config.eval.checkpoint={which!r} is unknown; choose 'newest' or 'best'.")
   parts = tuple(f"method/{part}" for part in product.method.training_only)
   absent = tuple(part for part in parts if not any(name.startswith(part) for name in shapes))
   with checkpoints(config, product, workdir, read_only=True) as held:
@@ -199,7 +200,7 @@ def _of_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[st
     n for n in needed | named.keys() if n not in named or n not in shapes or named[n].shape != shapes[n].shape
   )
   if wrong:
-    raise ValueError(
+    raise UserError(
       f"checkpoint {step} of {workdir} is not of this config: {len(wrong)} arrays are missing, unknown or "
       f"of another shape, like {wrong[:3]}; give the config it was trained with."
     )
@@ -278,7 +279,7 @@ def resume_or_start(
     return new_state(config, product, mesh)
   changed = config_file.differences(checkpoints.restore_config(step), json.loads(to_json(config)))
   if changed and not accept_changes:
-    raise ValueError(
+    raise UserError(
       f"the workdir was made with another config: {'; '.join(changed)}. Choose another --workdir, or "
       "go on all the same with --accept_config_changes."
     )
@@ -313,7 +314,7 @@ def weights_on_mesh(
   named, lines = weights(config, product, source)
   fresh = [line for line in lines if line.startswith("fresh")]
   if complete and fresh:
-    raise ValueError(
+    raise UserError(
       f"there is nothing trained to evaluate: {fresh[0]}. Give a workdir with a checkpoint, or a released "
       "checkpoint as config.init.pretrained."
     )

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
+from vpd_jax.errors import UserError
+
 TRACE_FROM = 10  # steps after the start of the process: compiled and warm
 LONGEST = 10  # operations that are told
 _WRITTEN = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (\w+\[[\d,]*\])?.*metadata=\{[^}]*op_name="([^"]*)"', re.MULTILINE)
@@ -89,7 +91,7 @@ def longest(folder: str, steps: int, text: str = "", count: int = LONGEST) -> li
   """
   found = sorted(epath.Path(folder).glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.parent.name)
   if not found:
-    raise ValueError(f"there is no trace below {Path(folder) / 'plugins' / 'profile'}.")
+    raise UserError(f"there is no trace below {Path(folder) / 'plugins' / 'profile'}.")
   data = jax.profiler.ProfileData.from_serialized_xspace(found[-1].read_bytes())
   places, times = set(), collections.Counter()
   with warnings.catch_warnings():

@@ -19,6 +19,7 @@ from absl import logging
 from etils import epath
 
 from vpd_jax import atomic
+from vpd_jax.errors import UserError
 
 BACKENDS = ("auto", "clu", "tensorboardX")
 
@@ -46,12 +47,12 @@ def create(workdir: str | epath.PathLike, *, just_logging: bool = False, backend
     ValueError: for an unknown backend, or clu without tensorflow.
   """
   if backend not in BACKENDS:
-    raise ValueError(f"config.writer={backend!r} is unknown; choose one of {BACKENDS}.")
+    raise UserError(f"config.writer={backend!r} is unknown; choose one of {BACKENDS}.")
   if just_logging:
     return Writer(_Log())
   has_tensorflow = importlib.util.find_spec("tensorflow") is not None
   if backend == "clu" and not has_tensorflow:
-    raise ValueError("config.writer='clu' needs TensorFlow: pip install 'vpd_jax[clu]', or use 'tensorboardX'.")
+    raise UserError("config.writer='clu' needs TensorFlow: pip install 'vpd_jax[clu]', or use 'tensorboardX'.")
   folder = epath.Path(workdir)
   folder.mkdir(parents=True, exist_ok=True)
   bucket = "://" in str(workdir)

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
 from vpd_jax.backbones.platform import platform
+from vpd_jax.errors import UserError
 from vpd_jax.types import Array
 
 Implementation = Literal["auto", "xla", "chunked", "cudnn", "splash"]
@@ -42,7 +43,7 @@ def attention(query: Array, key: Array, value: Array, *, implementation: Impleme
     ValueError: unknown implementation.
   """
   if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f"attention={implementation!r} is unknown; choose one of {IMPLEMENTATIONS}.")
+    raise UserError(f"attention={implementation!r} is unknown; choose one of {IMPLEMENTATIONS}.")
   if implementation == "auto":
     implementation = _best(query, key)
   if implementation == "chunked":

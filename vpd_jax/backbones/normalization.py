@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vpd_jax import initializers
+from vpd_jax.errors import UserError
 from vpd_jax.types import Array
 
 
@@ -155,7 +156,7 @@ class BatchNorm(nnx.Module):
       return self._scaled(x, mean, var)
     group = self.group or x.shape[0]
     if x.shape[0] % group:
-      raise ValueError(f"{x.shape[0]} images cannot be split into groups of {group} for batch normalisation.")
+      raise UserError(f"{x.shape[0]} images cannot be split into groups of {group} for batch normalisation.")
     y = x.reshape(-1, group, *x.shape[1:])  # [G, B / G, H, W, C]
     mean = y.mean(axis=(1, 2, 3), keepdims=True)
     var = jnp.square(y - mean).mean(axis=(1, 2, 3), keepdims=True)

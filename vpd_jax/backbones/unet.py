@@ -16,6 +16,7 @@ from vpd_jax import initializers
 from vpd_jax.backbones import layers, normalization
 from vpd_jax.backbones.attention import Implementation
 from vpd_jax.backbones.transformer import SpatialTransformer
+from vpd_jax.errors import UserError
 from vpd_jax.types import Array
 
 
@@ -47,7 +48,7 @@ class UNetSizes:
 
   def __post_init__(self):
     if (self.num_heads is None) == (self.head_width is None):
-      raise ValueError(f"set one of num_heads={self.num_heads} and head_width={self.head_width}, the other to None.")
+      raise UserError(f"set one of num_heads={self.num_heads} and head_width={self.head_width}, the other to None.")
 
   def heads(self, width: int) -> int:
     """Number of attention heads at `width` channels."""
@@ -216,7 +217,7 @@ class UNet(nnx.Module):
     Source: VPD vpd/models.py register_hier_output, register_attention_control, UNetWrapper.
     """
     if (timesteps is None) == (time_embedding is None):
-      raise ValueError("give either timesteps or time_embedding.")
+      raise UserError("give either timesteps or time_embedding.")
     embedding = self.embed_time(timesteps) if time_embedding is None else time_embedding.astype(self.dtype)
     h, context = latents.astype(self.dtype), context.astype(self.dtype)
     skips, features, kept = [], [], {}

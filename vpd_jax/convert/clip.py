@@ -15,6 +15,7 @@ from etils import epath
 from vpd_jax.backbones.clip import ACTIVATIONS
 from vpd_jax.convert import fetch, files
 from vpd_jax.convert.rules import Drop, Rule, convert, drop, embedding, plain
+from vpd_jax.errors import UserError
 
 # Longest first. In a diffusers folder and in SD 1.x files the names go on with `text_model.`; some files leave it out.
 PREFIXES = ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.", "text_model.", "")
@@ -36,14 +37,14 @@ def text(source: Iterable[str], *, projected: bool = False) -> list[Rule | Drop]
   """
   names = set(source)
   if any(name.startswith("cond_stage_model.model.") for name in names):
-    raise ValueError("this file holds a text encoder in OpenCLIP's own names; give the diffusers folder of the model.")
+    raise UserError("this file holds a text encoder in OpenCLIP's own names; give the diffusers folder of the model.")
   prefix = next((p for p in PREFIXES if f"{p}final_layer_norm.weight" in names), None)
   if prefix is None:
-    raise ValueError(
+    raise UserError(
       "no text encoder: no name ends in 'final_layer_norm.weight'; give a CLIP or Stable Diffusion source."
     )
   if projected and "text_projection.weight" not in names:
-    raise ValueError(f"no 'text_projection.weight': a text encoder alone; give {WANTED}.")
+    raise UserError(f"no 'text_projection.weight': a text encoder alone; give {WANTED}.")
   embeddings = [
     Rule(f"{prefix}embeddings.{table}", f"text_model/embeddings/{table}", (embedding,))
     for table in ("token_embedding", "position_embedding")
@@ -74,9 +75,9 @@ def image(source: Iterable[str], *, projected: bool) -> list[Rule | Drop]:
   names = set(source)
   prefix = next((p for p in IMAGE_PREFIXES if f"{p}embeddings.patch_embedding.weight" in names), None)
   if prefix is None:
-    raise ValueError(f"no image encoder: no name ends in 'embeddings.patch_embedding.weight'; give {WANTED}.")
+    raise UserError(f"no image encoder: no name ends in 'embeddings.patch_embedding.weight'; give {WANTED}.")
   if projected and "visual_projection.weight" not in names:
-    raise ValueError(f"no 'visual_projection.weight': an image encoder alone; give {WANTED}.")
+    raise UserError(f"no 'visual_projection.weight': an image encoder alone; give {WANTED}.")
   start, why_not = f"{prefix}embeddings", "the states before it are used"
   last = rf"{re.escape(prefix)}post_layernorm\..*|visual_projection\..*"
   return [
@@ -120,12 +121,12 @@ def load_text(path: str | epath.PathLike, targets: Mapping[str, Any], *, project
 def _load(path: str | epath.PathLike, table: Any, targets: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
   place = fetch.local(path)
   if not place.exists():
-    raise ValueError(f"{str(path)!r} does not exist; give {WANTED}.")
+    raise UserError(f"{str(path)!r} does not exist; give {WANTED}.")
   weights = files.open_folder(place, ("",)) if place.is_dir() else files.open_file(place)
   try:
     rules = table(weights.tensors)
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error
+  except UserError as error:
+    raise UserError(f"{path}: {error}") from error
   return convert(weights.tensors, rules, targets, table=f"{name} of {path}")[0]
 
 
@@ -166,7 +167,7 @@ def _image_sizes(path: pathlib.Path, vision: Mapping[str, Any], config: Mapping[
   """Absent fields have transformers' defaults, those of ViT-B/32."""
   side, patch = vision.get("image_size", 224), vision.get("patch_size", 32)
   if side % patch:
-    raise ValueError(f"{path / 'config.json'} asks for patches of {patch} in {side} pixels, which do not divide them.")
+    raise UserError(f"{path / 'config.json'} asks for patches of {patch} in {side} pixels, which do not divide them.")
   return {
     **_transformer(path, vision, (768, 12, 12, 3072)),
     "image_size": side,
@@ -189,7 +190,7 @@ def _transformer(path: pathlib.Path, part: Mapping[str, Any], defaults: tuple[in
   values = {name: part.get(key, default) for name, key, default in zip(ours, keys, defaults, strict=True)}
   activation, epsilon = part.get("hidden_act", "quick_gelu"), part.get("layer_norm_eps", 1e-5)
   if activation not in ACTIVATIONS or epsilon != 1e-5:
-    raise ValueError(
+    raise UserError(
       f"{path / 'config.json'} asks for hidden_act={activation!r}, layer_norm_eps={epsilon}; known are "
       f"{sorted(ACTIVATIONS)} and 1e-05."
     )

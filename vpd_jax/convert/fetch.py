@@ -26,6 +26,7 @@ from etils import epath
 
 from vpd_jax import atomic
 from vpd_jax.convert import files
+from vpd_jax.errors import UserError
 
 NETWORKS = ("unet", "vae", "text_encoder")
 TOKENIZER = "tokenizer"
@@ -83,17 +84,15 @@ def bucket(url: str) -> epath.Path:
     path = epath.Path(url)
     there = path.exists()
   except KeyError as error:
-    raise ValueError(
-      f"{url}: {error.args[0]} is not known; give gs://, s3://, az://, hf:// or a local path."
-    ) from error
+    raise UserError(f"{url}: {error.args[0]} is not known; give gs://, s3://, az://, hf:// or a local path.") from error
   except ImportError as error:
-    raise ValueError(
+    raise UserError(
       f"{url} needs a package that is not installed ({_line(error)}); for gs:// run pip install 'vpd_jax[gcs]'."
     ) from error
   except Exception as error:  # Every filesystem has its own.
     raise _unreachable(url, error) from error
   if not there:
-    raise ValueError(f"{url} does not exist; check the name, or give a local path.")
+    raise UserError(f"{url} does not exist; check the name, or give a local path.")
   return path
 
 
@@ -104,7 +103,7 @@ def _from_bucket(url: str, parts: tuple[str, ...]) -> pathlib.Path:
     folder = source.is_dir()
     root = source if folder else source.parent
     stats = {file: file.stat() for file in (_needed(source, parts) if folder else [source])}
-  except ValueError:
+  except UserError:
     raise
   except Exception as error:  # Every filesystem has its own.
     raise _unreachable(url, error) from error
@@ -121,7 +120,7 @@ def _from_bucket(url: str, parts: tuple[str, ...]) -> pathlib.Path:
     for file in missing:
       _copy(file, targets[file])
   except OSError as error:
-    raise ValueError(
+    raise UserError(
       f"{url} cannot be copied to {copy} ({_line(error)}); if that disk is full or read-only, make room or set "
       "XDG_CACHE_HOME to another folder."
     ) from error
@@ -143,7 +142,7 @@ def _needed(folder: epath.Path, parts: tuple[str, ...]) -> list[epath.Path]:
       continue
     weights = files.weights_name(names) if part in there else None
     if weights is None:
-      raise ValueError(f"{folder} holds no weights of {part}/; give a diffusers folder.")
+      raise UserError(f"{folder} holds no weights of {part}/; give a diffusers folder.")
     needed.append(inner / weights)
     if files.INDEX.search(weights):
       needed += [inner / shard for shard in files.shards(inner / weights)]
@@ -171,14 +170,14 @@ def _from_hub(source: str, found: HubId, parts: tuple[str, ...]) -> pathlib.Path
         snapshot_download(found.repository, revision=found.revision, allow_patterns=patterns + wanted)
       )
     except Exception as error:  # The hub's client and its transports have many.
-      raise ValueError(
+      raise UserError(
         f"{source!r} is no local path, and as a hub id it cannot be fetched ({_line(_root(error))}); check the name, "
         "the network and HF_HUB_OFFLINE, or give a local folder."
       ) from error
     lacking = [part for part in lacking if not _held(folder / part)]
     if not lacking:
       return folder
-  raise ValueError(
+  raise UserError(
     f"hub id {source!r} holds no weights of {'/, '.join(lacking)}/, or the network is off and they were never fetched; "
     "give the id of a diffusers repository, or a local folder."
   )
@@ -196,8 +195,8 @@ def _held(folder: pathlib.Path) -> bool:
   return folder.is_dir() and files.weights_name({path.name for path in folder.iterdir()}) is not None
 
 
-def _unreachable(url: str, error: Exception) -> ValueError:
-  return ValueError(
+def _unreachable(url: str, error: Exception) -> UserError:
+  return UserError(
     f"{url} cannot be reached ({_line(error)}); check the name, the network and your credentials, or give a local path."
   )
 

@@ -20,6 +20,7 @@ from etils import epath
 from vpd_jax import reading
 from vpd_jax.convert import flax_folder, pickles
 from vpd_jax.convert.raw import NotRead, RawTensor, contiguous
+from vpd_jax.errors import UserError
 
 SAFETENSORS = {
   "F64": np.float64,
@@ -73,7 +74,7 @@ def open_file(path: str | pathlib.Path) -> Weights:
   """
   path = pathlib.Path(path)
   if not path.is_file():
-    raise ValueError(f"{path} is not a file; give a .safetensors, .ckpt or .pth file.")
+    raise UserError(f"{path} is not a file; give a .safetensors, .ckpt or .pth file.")
   with path.open("rb") as file:
     head = file.read(64)
   if head[8:9] == b"{":
@@ -85,13 +86,11 @@ def open_file(path: str | pathlib.Path) -> Weights:
     tensors, others = flax_folder.read(path)
     return Weights(tensors, (path,), others)
   if not head:
-    raise ValueError(f"{path} is an empty file; fetch it again.")
+    raise UserError(f"{path} is an empty file; fetch it again.")
   for start, what in NOT_WEIGHTS.items():
     if head.lstrip().startswith(start):
-      raise ValueError(f"{path} is {what}.")
-  raise ValueError(
-    f"{path} is not a checkpoint (it begins with {head[:8]!r}); give a .safetensors, .ckpt or .pth file."
-  )
+      raise UserError(f"{path} is {what}.")
+  raise UserError(f"{path} is not a checkpoint (it begins with {head[:8]!r}); give a .safetensors, .ckpt or .pth file.")
 
 
 def open_folder(path: str | pathlib.Path, parts: tuple[str, ...]) -> Weights:
@@ -115,7 +114,7 @@ def read_config(path: str | pathlib.Path, name: str = "config.json") -> dict[str
   path = pathlib.Path(path) / name
   config = reading.read_json(path)
   if not isinstance(config, dict):
-    raise ValueError(f"{path} holds no JSON object; complete the folder.")
+    raise UserError(f"{path} holds no JSON object; complete the folder.")
   return config
 
 
@@ -144,7 +143,7 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
   name = weights_name(held)
   if name is None:
     found = held if folder.is_dir() else "nothing: it does not exist"
-    raise ValueError(
+    raise UserError(
       f"{folder} holds no weights ({found}); complete it with a {STEMS[0]}{SUFFIXES[0]} or one of the other files "
       "that diffusers saves."
     )
@@ -161,7 +160,7 @@ def shards(index: epath.Path | pathlib.Path) -> list[str]:
   try:
     return sorted(set(content["weight_map"].values()))
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(f"{index} is not an index of shards ({error!r}); fetch it again.") from error
+    raise UserError(f"{index} is not an index of shards ({error!r}); fetch it again.") from error
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, RawTensor]:
@@ -171,7 +170,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, RawTensor]:
     with path.open("rb") as file:
       length = struct.unpack("<Q", file.read(8))[0]
       if length > size - 8:
-        raise ValueError("its header is cut off")
+        raise UserError("its header is cut off")
       header = json.loads(file.read(length))
     shared = header.pop("__metadata__", None) or {}
     strange = {name: entry["dtype"] for name, entry in header.items() if entry["dtype"] not in SAFETENSORS}
@@ -180,7 +179,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, RawTensor]:
       # Of several names of one tensor save_model keeps one, and tells the others: {other: kept}.
       return tensors | {name: tensors[kept] for name, kept in shared.items() if kept in tensors and name not in tensors}
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(f"{path} is damaged or not a safetensors file ({error}); fetch it again.") from error
+    raise UserError(f"{path} is damaged or not a safetensors file ({error}); fetch it again.") from error
   raise NotRead(path, strange)
 
 
@@ -188,9 +187,9 @@ def _entry(path: pathlib.Path, base: int, size: int, entry: dict[str, Any]) -> R
   dtype, shape = np.dtype(SAFETENSORS[entry["dtype"]]), tuple(entry["shape"])
   begin, end = entry["data_offsets"]
   if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-    raise ValueError(f"shape {list(shape)} does not fit the bytes {begin} to {end}")
+    raise UserError(f"shape {list(shape)} does not fit the bytes {begin} to {end}")
   if base + end > size:
-    raise ValueError(f"{base + end - size} bytes are missing at its end")
+    raise UserError(f"{base + end - size} bytes are missing at its end")
   return RawTensor(path, base + begin, dtype, shape, contiguous(shape))
 
 
@@ -206,7 +205,7 @@ def _unwrap(content: Any, path: pathlib.Path) -> tuple[dict[str, RawTensor], dic
   tensors = {str(name): value for name, value in entries.items() if isinstance(value, RawTensor)}
   if not tensors:
     held = list(entries)[:5] if entries else type(content).__name__
-    raise ValueError(
+    raise UserError(
       f"{path} holds no weights by name, but {held}; save it with torch.save(model.state_dict(), ...), "
       f"bare or under one of {list(WRAPPERS)}."
     )

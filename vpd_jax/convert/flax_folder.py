@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from vpd_jax.convert.raw import NotRead, RawTensor, contiguous
+from vpd_jax.errors import UserError
 
 # First bytes of a file that is a map with something in it.
 STARTS = (*range(0x81, 0x90), 0xDE, 0xDF)
@@ -56,11 +57,11 @@ def read(path: pathlib.Path) -> tuple[dict[str, RawTensor], dict[str, str]]:
       content = _item(file, path)
       end, size = file.tell(), path.stat().st_size
     if end != size:
-      raise ValueError(f"it goes on after its end, {size - end} bytes")
+      raise UserError(f"it goes on after its end, {size - end} bytes")
   except NotRead:
     raise
   except (ValueError, TypeError, struct.error, RecursionError, MemoryError) as error:
-    raise ValueError(f"{path} is damaged or not a file of Flax ({error}); fetch it again.") from error
+    raise UserError(f"{path} is damaged or not a file of Flax ({error}); fetch it again.") from error
   tensors, others = {}, {}
   for parts, value in _leaves(content):
     if isinstance(value, RawTensor):
@@ -69,7 +70,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, RawTensor], dict[str, str]]:
     else:
       others[".".join(parts)] = "bytes" if isinstance(value, Place) else type(value).__name__
   if not tensors:
-    raise ValueError(f"{path} holds no weights, but {list(others)[:5]}; give the weights of a Flax model.")
+    raise UserError(f"{path} holds no weights, but {list(others)[:5]}; give the weights of a Flax model.")
   return tensors, others
 
 
@@ -113,10 +114,10 @@ def _array(file: BinaryIO, path: pathlib.Path, end: int) -> RawTensor:
   if name not in DTYPES:
     if hasattr(ml_dtypes, str(name)) or str(name).startswith("complex"):
       raise NotRead(path, {f"the array at byte {place.offset}": name})
-    raise ValueError(f"it holds an array of {name}")
+    raise UserError(f"it holds an array of {name}")
   tensor = RawTensor(path, place.offset, DTYPES[name], tuple(shape), contiguous(shape))
   if min(shape, default=0) < 0 or place.count != math.prod(shape) * tensor.dtype.itemsize or file.tell() != end:
-    raise ValueError(f"shape {shape} does not fit the {place.count} bytes at {place.offset}")
+    raise UserError(f"shape {shape} does not fit the {place.count} bytes at {place.offset}")
   return tensor
 
 
@@ -133,7 +134,7 @@ def _head(file: BinaryIO) -> tuple[str, Any]:
   if byte in CONSTANTS:
     return "value", CONSTANTS[byte]
   if byte not in COUNTED and byte not in NUMBERS:
-    raise ValueError(f"byte {byte:#x} begins nothing")
+    raise UserError(f"byte {byte:#x} begins nothing")
   kind, form = COUNTED[byte] if byte in COUNTED else ("value", NUMBERS[byte])
   return kind, struct.unpack(form, _take(file, struct.calcsize(form)))[0]
 
@@ -141,7 +142,7 @@ def _head(file: BinaryIO) -> tuple[str, Any]:
 def _take(file: BinaryIO, count: int) -> bytes:
   data = file.read(count)
   if len(data) < count:
-    raise ValueError("its end is missing")
+    raise UserError("its end is missing")
   return data
 
 
@@ -149,5 +150,5 @@ def _skip(file: BinaryIO, path: pathlib.Path, count: int) -> Place:
   place = Place(file.tell(), count)
   missing = file.seek(count, 1) - path.stat().st_size
   if missing > 0:
-    raise ValueError(f"{missing} bytes are missing at its end")
+    raise UserError(f"{missing} bytes are missing at its end")
   return place

@@ -18,6 +18,7 @@ from etils import epath
 from vpd_jax import atomic, checkpoint, damage, reading
 from vpd_jax.convert import clip, fetch, files, released, stable_diffusion
 from vpd_jax.convert.rules import COUNTER, ConversionError, NotFinite, Report, Same, convert
+from vpd_jax.errors import UserError
 
 KINDS = ("diffusers", "compvis", *(f"released:{name}" for name in released.TABLES), "ours")
 ACCEPTED = (
@@ -102,8 +103,8 @@ def load_text_encoder(path: str | epath.PathLike, targets: Mapping[str, Any]) ->
     weights = files.open_file(folder)
   try:
     rules = clip.text(weights.tensors)
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error
+  except UserError as error:
+    raise UserError(f"{path}: {error}") from error
   named, report = convert(weights.tensors, rules, targets, table=f"text encoder of {path}")
   return named, _with_others(report, weights)
 
@@ -133,7 +134,7 @@ def save(
   """
   output = _absolute(output)
   if output.exists():
-    raise ValueError(f"output={str(output)!r} exists already; choose another name or remove it.")
+    raise UserError(f"output={str(output)!r} exists already; choose another name or remove it.")
   checkpoint.check_name(output, "output")
   content = {
     "table": report.table,
@@ -164,7 +165,7 @@ def manifest(path: str | epath.PathLike) -> dict[str, Any]:
     content = reading.read_json(file)
     return content | {"table": str(content["table"]), "step": int(content["step"])}
   except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-    raise ValueError(f"{file} is not the manifest of converted weights ({error}); convert them again.") from error
+    raise UserError(f"{file} is not the manifest of converted weights ({error}); convert them again.") from error
 
 
 def _open(path: str | epath.PathLike) -> tuple[str, files.Weights | None]:
@@ -174,18 +175,18 @@ def _open(path: str | epath.PathLike) -> tuple[str, files.Weights | None]:
     return "ours", None
   found = fetch.local(path, NETWORKS)
   if not found.exists():
-    raise ValueError(f"weights {str(path)!r} does not exist; give {ACCEPTED}.")
+    raise UserError(f"weights {str(path)!r} does not exist; give {ACCEPTED}.")
   if all((found / part).is_dir() for part in NETWORKS):
     return "diffusers", files.open_folder(found, NETWORKS)
   if found.is_dir():
-    raise ValueError(f"weights {str(path)!r} is a folder without unet/ and vae/; give {ACCEPTED}.")
+    raise UserError(f"weights {str(path)!r} is a folder without unet/ and vae/; give {ACCEPTED}.")
   weights = files.open_file(found)
   signs = {sign: f"released:{name}" for name, sign in released.SIGNS.items()} | {"model.diffusion_model.": "compvis"}
   for sign, kind in signs.items():
     if any(name.startswith(sign) for name in weights.tensors):
       return kind, weights
   held = list(weights.tensors)[:3]
-  raise ValueError(f"weights {str(path)!r} holds names of no known kind, like {held}; give {ACCEPTED}.")
+  raise UserError(f"weights {str(path)!r} holds names of no known kind, like {held}; give {ACCEPTED}.")
 
 
 def _steps(tensors: Mapping[str, Any]) -> int:

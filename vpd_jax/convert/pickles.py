@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from vpd_jax.convert.raw import RawTensor
+from vpd_jax.errors import UserError
 
 STORAGES = {
   "FloatStorage": np.float32,
@@ -204,18 +205,18 @@ def read(path: pathlib.Path) -> Any:
   except (_Refused, OSError):
     raise
   except MemoryError as error:
-    raise ValueError(
+    raise UserError(
       f"{path} asks for more memory than there is: make room, or fetch it again where it is damaged."
     ) from error
   except zipfile.BadZipFile as error:
-    raise ValueError(
+    raise UserError(
       f"{path} is damaged: its end, where the table of contents lies, is missing; fetch it again."
     ) from error
   except Exception as error:  # A damaged pickle can fail anywhere.
-    raise ValueError(f"{path} is damaged or not a PyTorch checkpoint ({error}); fetch it again.") from error
+    raise UserError(f"{path} is damaged or not a PyTorch checkpoint ({error}); fetch it again.") from error
 
 
-class _Refused(ValueError):
+class _Refused(UserError):
   """A file that is whole but of no use here."""
 
 
@@ -236,11 +237,11 @@ def _read_zip(path: pathlib.Path) -> Any:
 def _place(file: BinaryIO, info: zipfile.ZipInfo, storage: Storage) -> int:
   """Where the bytes of an uncompressed entry begin: after its own header, whose length only the header tells."""
   if info.compress_type != zipfile.ZIP_STORED or info.file_size < storage.count * storage.dtype.itemsize:
-    raise ValueError(f"storage {storage.key} is compressed or too short")
+    raise UserError(f"storage {storage.key} is compressed or too short")
   file.seek(info.header_offset)
   signature, name, extra = struct.unpack("<4s22xHH", file.read(30))
   if signature != b"PK\x03\x04":
-    raise ValueError(f"storage {storage.key} is not where the directory says")
+    raise UserError(f"storage {storage.key} is not where the directory says")
   return info.header_offset + 30 + name + extra
 
 
@@ -259,7 +260,7 @@ def _read_legacy(path: pathlib.Path) -> Any:
       places[key] = position + 8
       position += 8 + struct.unpack("<q", file.read(8))[0] * unpickler.sizes[key]
     if position > end:
-      raise ValueError(f"{position - end} bytes are missing at its end")
+      raise UserError(f"{position - end} bytes are missing at its end")
   return _locate(content, path, places)
 
 

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from vpd_jax.errors import UserError
 
-class NotRead(ValueError):
+
+class NotRead(UserError):
   """Tensors of number types that are not read, {name: type}: the file is whole all the same."""
 
   def __init__(self, path: pathlib.Path, kinds: Mapping[str, str]):
@@ -61,7 +63,7 @@ class RawTensor:
     size = self.extent * self.dtype.itemsize
     flat = np.fromfile(self.path, np.uint8, count=size, offset=self.offset)
     if flat.size != size:
-      raise ValueError(f"{self.path} has become shorter while it was read; start again with the whole file.")
+      raise UserError(f"{self.path} has become shorter while it was read; start again with the whole file.")
     strides = [stride * self.dtype.itemsize for stride in self.strides]
     array = np.lib.stride_tricks.as_strided(flat.view(self.dtype), self.shape, strides)
     return array if dtype is None else array.astype(dtype, copy=False)

@@ -22,6 +22,7 @@ from vpd_jax.convert.rules import (
   plain,
   to_source,
 )
+from vpd_jax.errors import UserError
 
 _UNET = "encoder.unet.unet.diffusion_model"
 _LAST_BLOCK = "encoder.cross_unet_conv2"  # of MetaPrompts' UNet: its first name
@@ -138,7 +139,7 @@ def of(method: str, task: str) -> str:
   """
   release = f"{method}_{TASKS.get(task, task)}"
   if release not in TABLES:
-    raise ValueError(f"there is no released checkpoint of {release!r}; there is one of each of {sorted(TABLES)}.")
+    raise UserError(f"there is no released checkpoint of {release!r}; there is one of each of {sorted(TABLES)}.")
   return release
 
 

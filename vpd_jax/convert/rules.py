@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vpd_jax import finite
+from vpd_jax.errors import UserError
 
 
 class Leaf(NamedTuple):
@@ -118,11 +119,11 @@ def drop(pattern: str, why: str, *, optional: bool = False) -> Drop:
   return Drop(pattern, why, optional)
 
 
-class ConversionError(ValueError):
+class ConversionError(UserError):
   """Everything that does not fit, in one message."""
 
 
-class NotFinite(ValueError):
+class NotFinite(UserError):
   """Weights with NaN or infinity among them."""
 
 

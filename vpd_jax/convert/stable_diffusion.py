@@ -13,6 +13,7 @@ from etils import epath
 
 from vpd_jax.convert import fetch, files
 from vpd_jax.convert.rules import Drop, Rule, bias, conv, drop, linear_as_conv
+from vpd_jax.errors import UserError
 
 DECODER = "the VAE's decoder is not used"
 NOT_IN_ALL = {"time_embed": "the model learns its time vectors", "out": "the model ends at the features"}
@@ -182,9 +183,9 @@ def sizes(path: str | epath.PathLike) -> dict[str, dict[str, Any]] | None:
     try:
       result[part] = reader(config)
     except KeyError as error:
-      raise ValueError(f"{path / folder / 'config.json'} lacks {error.args[0]!r}; complete the folder.") from error
-    except ValueError as error:
-      raise ValueError(f"{path / folder / 'config.json'} {error}") from error
+      raise UserError(f"{path / folder / 'config.json'} lacks {error.args[0]!r}; complete the folder.") from error
+    except UserError as error:
+      raise UserError(f"{path / folder / 'config.json'} {error}") from error
   _check_latents(path, result)
   return result
 
@@ -199,7 +200,7 @@ def _check_latents(path: pathlib.Path, found: Mapping[str, Mapping[str, Any]]) -
   named = OTHER_INPUTS.get((taken, given), "another model")
   if (path / "model_index.json").is_file():
     named += f" ({files.read_config(path, 'model_index.json').get('_class_name')})"
-  raise ValueError(
+  raise UserError(
     f"{path}: its UNet takes {taken} channels, its VAE gives {given}: this is {named}; give a Stable Diffusion 1.x or "
     "2.x that makes pictures from text alone."
   )
@@ -209,12 +210,12 @@ def _refuse(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -
   """Raises where an option has a value that would change the network; an absent one counts as the first."""
   wrong = [f"{key}={config[key]!r}" for key, values in allowed.items() if config.get(key, values[0]) not in values]
   if wrong:
-    raise ValueError(f"asks for {', '.join(wrong)}, which is not Stable Diffusion 1.x or 2.x; use one of those.")
+    raise UserError(f"asks for {', '.join(wrong)}, which is not Stable Diffusion 1.x or 2.x; use one of those.")
 
 
 def _multiples(widths: list[int]) -> tuple[int, ...]:
   if any(width % widths[0] for width in widths):
-    raise ValueError(f"asks for widths {widths}, which are not multiples of the first.")
+    raise UserError(f"asks for widths {widths}, which are not multiples of the first.")
   return tuple(width // widths[0] for width in widths)
 
 
@@ -238,14 +239,14 @@ def _unet_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
   )
   strange = sorted(set(kinds) - {"CrossAttnDownBlock2D", "DownBlock2D"})
   if strange:
-    raise ValueError(f"asks for blocks {strange}, which Stable Diffusion 1.x and 2.x do not have; use one of those.")
+    raise UserError(f"asks for blocks {strange}, which Stable Diffusion 1.x and 2.x do not have; use one of those.")
   widths = config["block_out_channels"]
   # diffusers calls the number of heads attention_head_dim: one for all levels in SD 1.x, one per level in SD 2.x.
   heads = config.get("num_attention_heads") or config["attention_head_dim"]
   per_level = heads if isinstance(heads, list) else [heads] * len(widths)
   head_widths = {width // count for width, count in zip(widths, per_level, strict=True)}
   if len(set(per_level)) > 1 and len(head_widths) > 1:
-    raise ValueError(f"asks for {per_level} heads, neither equal in number nor in width on all levels.")
+    raise UserError(f"asks for {per_level} heads, neither equal in number nor in width on all levels.")
   return {
     "in_channels": config["in_channels"],
     "out_channels": config["out_channels"],

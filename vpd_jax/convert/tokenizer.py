@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from vpd_jax.convert import fetch
+from vpd_jax.errors import UserError
 
 FILES = ("vocab.json", "merges.txt")
 CHARACTERS, WORDS = "characters", "words"
@@ -52,7 +53,7 @@ def _first(given: tuple[str, ...]) -> Any:
   """The tokenizer of the first source that holds one; kept, for sentences may come one by one."""
   holding = next((source for source in given if holds(source)), None)
   if holding is None:
-    raise ValueError(
+    raise UserError(
       f"there is no tokenizer in {list(given)}; set config.method.tokenizer to a folder with {' and '.join(FILES)}, or "
       f"to {CHARACTERS!r} or {WORDS!r} for trying with a random text encoder."
     )
@@ -78,7 +79,7 @@ def load(source: str | epath.PathLike) -> Any:
   folder = folder / fetch.TOKENIZER if (folder / fetch.TOKENIZER).is_dir() else folder
   missing = [name for name in FILES if not (folder / name).is_file()]
   if missing:
-    raise ValueError(
+    raise UserError(
       f"{folder} holds no CLIP tokenizer: {' and '.join(missing)} missing; give a folder that holds them."
     )
   return _read(folder)
@@ -91,7 +92,7 @@ def _read(folder: pathlib.Path) -> Any:
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
   except Exception as error:  # A damaged vocabulary can fail anywhere.
     reason = " ".join(str(error).split())
-    raise ValueError(f"the tokenizer in {folder} cannot be read ({reason}); fetch its files again.") from error
+    raise UserError(f"the tokenizer in {folder} cannot be read ({reason}); fetch its files again.") from error
 
 
 def tokenize(sentences: Sequence[str], tokenizer: Any, *, vocabulary: int, length: int) -> np.ndarray:
@@ -112,11 +113,11 @@ def tokenize(sentences: Sequence[str], tokenizer: Any, *, vocabulary: int, lengt
   tokens = tokenizer(list(sentences), padding="max_length", truncation=True, max_length=length)["input_ids"]
   tokens = np.asarray(tokens, np.int32)
   if tokens.max() >= vocabulary:
-    raise ValueError(
+    raise UserError(
       f"the tokenizer gives id {tokens.max()}, the text encoder knows {vocabulary}; take both of one model."
     )
   if (tokens.max(axis=1) != tokenizer.eos_token_id).any():
-    raise ValueError(
+    raise UserError(
       f"the tokenizer's end of text, id {tokenizer.eos_token_id}, is not the largest id of every text, by which CLIP "
       "finds it; take the tokenizer of the text encoder's model."
     )

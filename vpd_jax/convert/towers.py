@@ -16,6 +16,7 @@ from flax import nnx
 from vpd_jax import params as params_lib
 from vpd_jax.backbones.clip import ClipText, TextSizes
 from vpd_jax.convert import clip, load, tokenizer
+from vpd_jax.errors import UserError
 from vpd_jax.types import Array, Named
 
 RANDOM = "random:"
@@ -84,7 +85,7 @@ def class_predictor(
 def _tower(wanted: Mapping[str, Any], source: str, which: str, *, projected: bool) -> Found:
   """One of CLIP's towers by its own names, and where from."""
   if not source:
-    raise ValueError(f"there is no CLIP {which} encoder: config.init.clip is empty; {CHOICES}.")
+    raise UserError(f"there is no CLIP {which} encoder: config.init.clip is empty; {CHOICES}.")
   seed = random_seed(source)
   if seed is not None:
     return random_tower(wanted, seed), f"random numbers of seed {seed}, for trying only"
@@ -102,7 +103,7 @@ def random_seed(setting: str) -> int | None:
     return None
   seed = setting.removeprefix(RANDOM)
   if not (seed.isascii() and seed.isdigit()):
-    raise ValueError(f"init.clip={setting!r} needs a whole number after {RANDOM!r}, as in 'random:0'.")
+    raise UserError(f"init.clip={setting!r} needs a whole number after {RANDOM!r}, as in 'random:0'.")
   return int(seed)
 
 

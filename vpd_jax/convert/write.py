@@ -14,6 +14,7 @@ from vpd_jax import atomic
 from vpd_jax.convert.files import SAFETENSORS
 from vpd_jax.convert.pickles import STORAGES
 from vpd_jax.convert.raw import contiguous
+from vpd_jax.errors import UserError
 
 
 def write(path: str | pathlib.Path, state: Mapping[str, np.ndarray], *, wrapper: str = "model") -> None:
@@ -30,7 +31,7 @@ def write(path: str | pathlib.Path, state: Mapping[str, np.ndarray], *, wrapper:
   path = pathlib.Path(path)
   writers = {".pth": functools.partial(_write_pth, wrapper=wrapper), ".safetensors": _write_safetensors}
   if path.suffix.lower() not in writers:
-    raise ValueError(f"output={str(path)!r} must end in one of {sorted(writers)}.")
+    raise UserError(f"output={str(path)!r} must end in one of {sorted(writers)}.")
   atomic.write(path, lambda unfinished: writers[path.suffix.lower()](unfinished, state))
 
 
@@ -84,5 +85,5 @@ def _bytes(array: np.ndarray) -> memoryview:
 
 def _known(names: Mapping[np.dtype, str], name: str, array: np.ndarray) -> str:
   if array.dtype not in names:
-    raise ValueError(f"{name} is {array.dtype}, which this format cannot hold; convert it to float32.")
+    raise UserError(f"{name} is {array.dtype}, which this format cannot hold; convert it to float32.")
   return names[array.dtype]

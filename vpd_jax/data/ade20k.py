@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from vpd_jax.data import files, labels, records, segmentation_transforms
+from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
 LIST = labels.read_class_list("ade20k_classes.json")
@@ -79,7 +80,7 @@ class Ade20k:
         format="tfds", the shards are not there or not whole.
     """
     if split not in SPLITS:
-      raise ValueError(f"split={split!r} is unknown; choose one of {sorted(SPLITS)}.")
+      raise UserError(f"split={split!r} is unknown; choose one of {sorted(SPLITS)}.")
     if self.format == "tfds":
       found = records.Shards(self.root, "ade20k", split, decode=functools.partial(labels.decode, kinds=KINDS))
     else:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from vpd_jax import atomic
 from vpd_jax.data import records
 from vpd_jax.data.files import Record
+from vpd_jax.errors import UserError
 
 KINDS: dict[str, Callable[[], Any]] = {  # what a data set may name in `stored`
   "picture": lambda: tfds.features.Image(shape=(None, None, 3)),
@@ -159,7 +160,7 @@ def describe(dataset: Any, source: Any) -> dict[str, Any]:
     return {key: _feature(key, value) for key, value in source[0].items()}
   unknown = sorted(set(stored.values()) - set(KINDS))
   if unknown:
-    raise ValueError(f"stored={stored} names {unknown}; choose among {sorted(KINDS)}.")
+    raise UserError(f"stored={stored} names {unknown}; choose among {sorted(KINDS)}.")
   return {key: KINDS[kind]() for key, kind in stored.items()}
 
 
@@ -222,7 +223,7 @@ def prepare(
     done = sum(path.stat().st_size for path in staging.glob("*array_record*"))
     needed, free = sum(map(builder.size, splits)) - done, shutil.disk_usage(partial).free
     if needed > free:
-      raise ValueError(f"{output.parent} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed.")
+      raise UserError(f"{output.parent} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed.")
     # tfds insists on a folder for downloads, and says that it downloads.
     with tempfile.TemporaryDirectory(dir=partial) as downloads, contextlib.redirect_stdout(io.StringIO()):
       builder.download_and_prepare(download_dir=downloads)
@@ -230,7 +231,7 @@ def prepare(
       output.rmdir()
     builder.data_path.rename(output)
   except OSError as error:
-    raise ValueError(
+    raise UserError(
       f"output={str(output)!r} cannot be written: {error.strerror or error}; what is finished stays in {partial}."
     ) from None
   shutil.rmtree(partial)
@@ -243,11 +244,11 @@ def check_output(output: str | Path) -> Path:
     ValueError: a bucket, or something else is there.
   """
   if "://" in str(output):
-    raise ValueError(f"output={str(output)!r} must be a local folder; copy it to the bucket when it is whole.")
+    raise UserError(f"output={str(output)!r} must be a local folder; copy it to the bucket when it is whole.")
   output = Path(output).expanduser().absolute()
   empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
   if not empty and not (output / records.INFO).exists():
-    raise ValueError(f"output={str(output)!r} exists and is not an empty folder; give another one.")
+    raise UserError(f"output={str(output)!r} exists and is not an empty folder; give another one.")
   return output
 
 
@@ -294,7 +295,7 @@ def _feature(key: str, value: Any) -> Any:
     return tfds.features.Text()
   array = np.asarray(value)
   if array.dtype.kind not in "biuf":
-    raise ValueError(f"an Example's {key!r} is of {array.dtype}, which shards cannot hold; numbers and text can.")
+    raise UserError(f"an Example's {key!r} is of {array.dtype}, which shards cannot hold; numbers and text can.")
   # Encoded: as plain numbers tfds stores every float as float32, and slowly.
   encoding = tfds.features.Encoding.ZLIB if array.ndim else tfds.features.Encoding.BYTES
   return tfds.features.Tensor(shape=(None,) * array.ndim, dtype=array.dtype, encoding=encoding)

@@ -17,6 +17,7 @@ import numpy as np
 
 from vpd_jax import reading
 from vpd_jax.data import files, labels, records, segmentation_transforms
+from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
 LIST = labels.read_class_list("cityscapes_classes.json")
@@ -86,9 +87,9 @@ class Cityscapes:
     format: str = "files",
   ):
     if extra not in EXTRA:
-      raise ValueError(f"extra={extra!r} is unknown; choose one of {EXTRA}.")
+      raise UserError(f"extra={extra!r} is unknown; choose one of {EXTRA}.")
     if isinstance(cities, str):
-      raise ValueError(f"cities={cities!r} must be a tuple of names; write ({cities!r},).")
+      raise UserError(f"cities={cities!r} must be a tuple of names; write ({cities!r},).")
     self.root, self.format = root, records.check_format(format)
     self.extra, self.cities = extra, tuple(cities)
     self.augmentation = segmentation_transforms.Augmentation(crop, scale, ratio_range, cat_max_ratio, colour)
@@ -111,7 +112,7 @@ class Cityscapes:
         format="tfds", the shards are not there or not whole.
     """
     if split not in SPLITS:
-      raise ValueError(f"split={split!r} is unknown; choose one of {sorted(SPLITS)}.")
+      raise UserError(f"split={split!r} is unknown; choose one of {sorted(SPLITS)}.")
     if self.format == "tfds":
       decode = functools.partial(labels.decode, kinds=KINDS)
       found: Any = records.Shards(self.root, "cityscapes", split, decode=decode, made_with=self.made_with)
@@ -156,9 +157,9 @@ def frames(root: Path, images: str, labelled: str, kind: str, cities: tuple[str,
   folder = root / "leftImg8bit" / images
   there = reading.visible(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
   if not there:
-    raise ValueError(f"{folder} holds no cities; {SOURCES['leftImg8bit']}")
+    raise UserError(f"{folder} holds no cities; {SOURCES['leftImg8bit']}")
   if unknown := sorted(set(cities) - set(there)):
-    raise ValueError(f"cities={unknown} are not in {folder}; choose among {', '.join(there)}.")
+    raise UserError(f"cities={unknown} are not in {folder}; choose among {', '.join(there)}.")
   pairs = []
   for city in there if not cities else [city for city in there if city in cities]:
     place = root / labelled / city
@@ -185,5 +186,5 @@ def to_label_ids(label: np.ndarray) -> np.ndarray:
   table[labels.IGNORE] = 0
   found = table[label]
   if wrong := sorted(set(np.unique(label[found == labels.IGNORE]).tolist())):
-    raise ValueError(f"values {wrong[: files.SHOWN]} are no train ids of Cityscapes, which are 0 to 18 and 255.")
+    raise UserError(f"values {wrong[: files.SHOWN]} are no train ids of Cityscapes, which are 0 to 18 and 255.")
   return found

@@ -14,6 +14,7 @@ import numpy as np
 
 from vpd_jax import reading
 from vpd_jax.data import files
+from vpd_jax.errors import UserError
 
 LARGEST = 1e9  # beyond which no number is a place in a picture
 
@@ -74,7 +75,7 @@ def annotations(path: str | Path, names: Sequence[str]) -> Annotations:
   path, content = Path(path).expanduser(), reading.read_json(path)
   category = _category(content, path)
   if tuple(category["keypoints"]) != tuple(names):
-    raise ValueError(
+    raise UserError(
       f"{path} has the keypoints {', '.join(category['keypoints'])}, but the config {', '.join(names)}; make them "
       "agree in number and order."
     )
@@ -85,7 +86,7 @@ def annotations(path: str | Path, names: Sequence[str]) -> Annotations:
   wrong = [f"image {i}" for i, image in enumerate(images) if not (named(image) and sized(image))]
   ids = [image["id"] for image in images if _whole(image["id"])]
   if len(set(ids)) < len(ids):
-    raise ValueError(f"{path} lists {len(ids)} images with {len(set(ids))} different ids; each needs its own.")
+    raise UserError(f"{path} lists {len(ids)} images with {len(set(ids))} different ids; each needs its own.")
   number = {image["id"]: i for i, image in enumerate(images) if _whole(image["id"])}
   people: list[list[dict[str, Any]]] = [[] for _ in images]
   others = 0
@@ -99,13 +100,13 @@ def annotations(path: str | Path, names: Sequence[str]) -> Annotations:
     else:
       wrong.append(f"annotation {str(entry.get('id', i))[:50]}")
   if wrong:
-    raise ValueError(
+    raise UserError(
       f"{path}: {len(wrong)} entries cannot be used: {_first(wrong)}; an image needs id, file_name, width and height, "
       f"an annotation the image_id of a listed image, a bbox of 4 and keypoints of {3 * len(names)} finite numbers; "
       "its area, if it says one, is a number, and iscrowd 0 or 1."
     )
   if others and others == len(content["annotations"]):
-    raise ValueError(
+    raise UserError(
       f"{path}: none of {others} annotations is of category {category['id']}, which has the keypoints; their "
       f"category_id is {_counted(content['annotations'])}. Make them agree."
     )
@@ -176,12 +177,12 @@ def detected(
   """
   content = reading.read_json(path)
   if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
-    raise ValueError(f"{path} must be a list of detections: image_id, category_id, bbox, score.")
+    raise UserError(f"{path} must be a list of detections: image_id, category_id, bbox, score.")
   number = {found.images[i]["id"]: place for place, i in enumerate(chosen)}
   category = found.category["id"] if category < 0 else category
   foreign = [entry for entry in content if entry.get("category_id") != category]
   if foreign and len(foreign) == len(content):
-    raise ValueError(
+    raise UserError(
       f"{path}: none of {len(content)} detections is of category {category}; their category_id is {_counted(foreign)}. "
       "Set data.person_category to the one of people: many programs count from 0."
     )
@@ -201,12 +202,12 @@ def detected(
       empty += not inside
       rows += [(number[entry["image_id"]], entry["bbox"], entry["score"])] if inside else []
   if wrong:
-    raise ValueError(
+    raise UserError(
       f"{path}: {len(wrong)} detections cannot be used: numbers {_first(wrong)}; each needs image_id, a whole number, "
       "a bbox of 4 finite numbers and a score."
     )
   if unknown and others == "error":
-    raise ValueError(
+    raise UserError(
       f"{path}: {len(unknown)} detections are of {len(set(unknown))} images that {found.path} does not list: "
       f"{_first(sorted(set(unknown), key=str))}; take the detections of this split, or set data.complete=False to "
       "leave them out."
@@ -251,16 +252,16 @@ def _category(content: Any, path: str | Path) -> dict[str, Any]:
   """The one category that has keypoints."""
   parts = ("images", "annotations", "categories")
   if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in parts):
-    raise ValueError(f"{path} is no annotation file: it needs the lists {', '.join(parts)}.")
+    raise UserError(f"{path} is no annotation file: it needs the lists {', '.join(parts)}.")
   named = [category for category in content["categories"] if isinstance(category, dict) and category.get("keypoints")]
   if len(named) != 1:
-    raise ValueError(
+    raise UserError(
       f"{path} has {len(named)} categories with keypoints; one is needed, whose 'keypoints' are their names "
       "(person_keypoints_*.json has it, instances_*.json has not)."
     )
   names = named[0]["keypoints"]
   if not _whole(named[0].get("id")) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-    raise ValueError(
+    raise UserError(
       f"{path}: the category with keypoints needs an id, a whole number, and 'keypoints', a list of names."
     )
   return {key: named[0][key] for key in ("id", "name", "keypoints", "skeleton") if key in named[0]}

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco
 
+from vpd_jax.errors import UserError
+
 OVERLAPS = ("released", "union")
 FARTHEST = 1e5  # pixels
 Outline = Any  # [[x, y, x, y, ...], ...], or {"size": [H, W], "counts": [...] or text}, or a list of such
@@ -55,13 +57,13 @@ def decode(outline: Outline, size: tuple[int, int], *, overlap: str = "released"
   Source: VPD refer/data/dataset_refer_clip.py, `annot[ref_mask == 1] = 1`.
   """
   if what := problem(outline):
-    raise ValueError(f"the outline of an object {what}; fetch the annotations again.")
+    raise UserError(f"the outline of an object {what}; fetch the annotations again.")
   parts = [part for part in outline if part] if isinstance(outline, list) else [outline]
   height, width = size
   for other in (part["size"] for part in parts if isinstance(part, dict)):
     if other != [height, width]:
       told = "x".join(map(str, other))
-      raise ValueError(f"the outline of an object is {told}, its picture {height}x{width}.")
+      raise UserError(f"the outline of an object is {told}, its picture {height}x{width}.")
   try:
     if isinstance(parts[0], list):
       codes = coco.frPyObjects([[float(x) for x in part] for part in parts], height, width)
@@ -69,7 +71,7 @@ def decode(outline: Outline, size: tuple[int, int], *, overlap: str = "released"
     else:
       counts = sum(_of_runs(part) for part in parts)
   except Exception as error:  # pycocotools raises whatever Python does
-    raise ValueError(f"the outline of an object cannot be read ({error}); fetch the annotations again.") from None
+    raise UserError(f"the outline of an object cannot be read ({error}); fetch the annotations again.") from None
   return (counts == 1 if overlap == "released" else counts > 0).astype(np.uint8)
 
 
@@ -83,7 +85,7 @@ def _of_runs(code: dict) -> np.ndarray:
   height, width = code["size"]
   runs = _runs_of_text(code["counts"]) if isinstance(code["counts"], str) else code["counts"]
   if sum(runs) != height * width or min(runs) < 0:
-    raise ValueError(f"its runs are {sum(runs)} pixels, its size is {height}x{width}")
+    raise UserError(f"its runs are {sum(runs)} pixels, its size is {height}x{width}")
   return np.repeat(np.arange(len(runs)) % 2, runs).reshape(width, height).T
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from vpd_jax.data import coco_json, files, keypoints, labels, people, records
+from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
 BOXES = ("detections", "annotated")
@@ -88,7 +89,7 @@ class CocoPose:
       ValueError: an unknown word, a number out of its range, no such folder.
     """
     if boxes not in BOXES:
-      raise ValueError(f"data.boxes={boxes!r} is unknown; choose one of {BOXES}.")
+      raise UserError(f"data.boxes={boxes!r} is unknown; choose one of {BOXES}.")
     options = {"udp": udp, "padding": padding, "centre_jitter": centre_jitter, "flip": flip, "half_body": half_body}
     options |= {"upper_share": upper_share, "scale": scale, "rotation": rotation, "rotation_chance": rotation_chance}
     self.augmentation = keypoints.Augmentation(crop, keypoints.COCO, **options)
@@ -117,7 +118,7 @@ class CocoPose:
         published one. With format="tfds", the shards are not there or not whole.
     """
     if split not in YEARS:
-      raise ValueError(f"split={split!r} is unknown; choose one of {sorted(YEARS)}.")
+      raise UserError(f"split={split!r} is unknown; choose one of {sorted(YEARS)}.")
     if self.format == "tfds":
       found = records.Shards(self.root, "coco_pose", split, decode=people.decode, made_with=self.made_with)
     else:

@@ -22,6 +22,7 @@ import numpy as np
 
 from vpd_jax import decoding, reading
 from vpd_jax.data import files, nyu, records, transforms
+from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
 SUFFIXES = (".png", ".tif", ".tiff", ".pfm", ".npy")
@@ -97,7 +98,7 @@ class DepthList:
     if self.resize and (self.crop[0] > self.resize[0] or self.crop[1] > self.resize[1]):
       wrong.append(f"crop={self.crop} does not fit into resize={self.resize}, make data.crop smaller")
     if wrong:
-      raise ValueError(f"data: {'; '.join(wrong)}.")
+      raise UserError(f"data: {'; '.join(wrong)}.")
     self.train_list, self.eval_list, self.holdout = train_list, eval_list, holdout
     self.cut_depth, self.colour, self.exif = cut_depth, colour, files.check_exif(exif)
     self.classes, self.provides = one_scene(scene, DepthList.provides)
@@ -116,19 +117,19 @@ class DepthList:
         file of an unknown kind, or nothing left to train on.
     """
     if split not in ("train", "eval"):
-      raise ValueError(f"split={split!r} is unknown; choose one of ['eval', 'train'].")
+      raise UserError(f"split={split!r} is unknown; choose one of ['eval', 'train'].")
     option = "eval_list" if split == "eval" and self.eval_list else "train_list"
     path = files.find_list(self.root, getattr(self, option), (), f"name it in data.{option}.")
     records = [(image, depth) for image, depth in read_columns(path, columns=(2,))]
     if not self.eval_list:
       kept = len(records) - max(1, round(self.holdout * len(records)))
       if kept < 1:
-        raise ValueError(f"list file {path} has {len(records)} picture and one is held out; add more, or an eval_list.")
+        raise UserError(f"list file {path} has {len(records)} picture and one is held out; add more, or an eval_list.")
       records = records[:kept] if split == "train" else records[kept:]
     files.require_files(self.root, (name for pair in records for name in pair), f"they are named in {path}.")
     unknown = sorted({suffix for _, depth in records if (suffix := Path(depth).suffix).lower() not in SUFFIXES})
     if unknown:
-      raise ValueError(f"list file {path} names depth files ending in {', '.join(unknown)}; known are {SUFFIXES}.")
+      raise UserError(f"list file {path} names depth files ending in {', '.join(unknown)}; known are {SUFFIXES}.")
     read = functools.partial(read_depth, factor=self.factor, max_depth=self.max_depth)
     pairs = [(self.root / image, self.root / depth) for image, depth in records]
     return Frames(pairs, read, self.provides, self.exif)
@@ -185,7 +186,7 @@ class Frames:
     image, depth = files.read_image(image_path, self.exif), self.read(depth_path)
     if image.shape[:2] != depth.shape:
       sizes = ["{}x{}".format(*array.shape[:2]) for array in (depth, image)]
-      raise ValueError(
+      raise UserError(
         f"depth file {depth_path} is {sizes[0]}, but its image {image_path} is {sizes[1]}; bring both to one size"
         f"{files.turned_hint(image, depth, self.exif)}."
       )
@@ -202,7 +203,7 @@ def one_scene(scene: str, provides: frozenset[str]) -> tuple[tuple[str, ...], fr
   if not scene:
     return (), provides - {"class_id"}
   if not re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*", scene):
-    raise ValueError(f"data.scene={scene!r} must be lower-case words joined by '_', like 'city_street'; or empty.")
+    raise UserError(f"data.scene={scene!r} must be lower-case words joined by '_', like 'city_street'; or empty.")
   return (scene,), provides
 
 
@@ -228,12 +229,12 @@ def read_columns(path: str | Path, *, columns: tuple[int, ...]) -> list[list[str
   wrong = [f"{number} ({len(names)})" for number, names in table if len(names) not in columns or not all(names)]
   if wrong:
     shown = ", ".join(wrong[: files.SHOWN]) + (", ..." if len(wrong) > files.SHOWN else "")
-    raise ValueError(
+    raise UserError(
       f"list file {path}: {len(wrong)} lines do not have {wanted} columns: {shown}; put the image and its depth in a "
       "line, with a tab between where names hold spaces."
     )
   if not table:
-    raise ValueError(f"list file {path} is empty; put the image and its depth in a line.")
+    raise UserError(f"list file {path} is empty; put the image and its depth in a line.")
   return [[name.lstrip("/") for name in names] for _, names in table]
 
 
@@ -250,7 +251,7 @@ def read_depth(path: Path, *, factor: float, max_depth: float) -> np.ndarray:
   else:
     values = {".npy": _read_npy, ".pfm": _read_pfm}.get(suffix, _read_tiff)(path)
     if values.ndim != 2 or values.dtype.kind not in "uif" or values.dtype.itemsize < 2:
-      raise ValueError(
+      raise UserError(
         f"depth file {path} holds {values.dtype} {list(values.shape)}; [height, width] of at least 16 bits is needed."
       )
     metres = values.astype(np.float32) / np.float32(factor)
@@ -258,7 +259,7 @@ def read_depth(path: Path, *, factor: float, max_depth: float) -> np.ndarray:
   if not depth.any():
     found = metres[np.isfinite(metres)]
     seen = f"from {found.min():g} to {found.max():g} m" if found.size else "not finite"
-    raise ValueError(
+    raise UserError(
       f"depth file {path} has no value in (0, {max_depth:g}] metres: at {factor:g} units per metre its values are "
       f"{seen}; check data.factor and data.max_depth, or leave the picture out."
     )
@@ -267,7 +268,7 @@ def read_depth(path: Path, *, factor: float, max_depth: float) -> np.ndarray:
 
 def _read_npy(path: Path) -> np.ndarray:
   if not path.is_file():
-    raise ValueError(f"depth file {path} cannot be read: it is not a file.")
+    raise UserError(f"depth file {path} cannot be read: it is not a file.")
   with decoding.faults(f"depth file {path}", "an array", "write it with numpy.save"):
     return np.array(np.lib.format.open_memmap(path, mode="r"))  # compares the size that a header claims with the file's
 
@@ -280,16 +281,14 @@ def _read_pfm(path: Path) -> np.ndarray:
   raw = files.read_bytes(path)
   header = _PFM.match(raw)
   if header is None or not float(header["scale"]):
-    raise ValueError(
-      f"depth file {path} does not begin as a PFM: Pf, width and height, a number not 0; write it again."
-    )
+    raise UserError(f"depth file {path} does not begin as a PFM: Pf, width and height, a number not 0; write it again.")
   width, height, channels = int(header["width"]), int(header["height"]), 3 if header["kind"] == b"PF" else 1
   size, begin = 4 * width * height * channels, header.end("scale") + 1
   if len(raw) - begin != size and header["line"]:  # more than one byte ends the header
     begin = header.end("line")
   content = raw[begin:]
   if len(content) < size or content[size:].strip():
-    raise ValueError(
+    raise UserError(
       f"depth file {path} has {len(content)} bytes behind its header, {width} x {height} pixels need {size}; copy or "
       "write it again."
     )

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from vpd_jax import decoding, reading
+from vpd_jax.errors import UserError
 
 SHOWN = 10  # names per error message
 Record = dict[str, Any]
@@ -56,7 +57,7 @@ def read_list(path: str | Path) -> list[tuple[str, str]]:
   wrong = [number for number, columns in lines if len(columns) < 2]
   if wrong or not lines:
     what = f"lines {_first(wrong)} do not hold" if wrong else "it is empty instead of holding"
-    raise ValueError(f"list file {path}: {what} the image and the ground truth, separated by a space.")
+    raise UserError(f"list file {path}: {what} the image and the ground truth, separated by a space.")
   return [(columns[0].lstrip("/"), columns[1].lstrip("/")) for _, columns in lines]
 
 
@@ -74,7 +75,7 @@ def find_list(root: Path, given: str | None, names: Iterable[str], source: str) 
     if place.is_file():
       return place
   wanted = f"list file {given!r}" if given is not None else f"list file {' or '.join(names)} (plain or .gz)"
-  raise ValueError(f"{wanted} is neither in {root} nor in {root.parent}; {source}")
+  raise UserError(f"{wanted} is neither in {root} nor in {root.parent}; {source}")
 
 
 def require_folder(root: str, what: str) -> None:
@@ -84,12 +85,12 @@ def require_folder(root: str, what: str) -> None:
     ValueError: it is empty, is not there, or holds prepared shards.
   """
   if not root:
-    raise ValueError(f"data.root is empty; set it to the folder {what}")
+    raise UserError(f"data.root is empty; set it to the folder {what}")
   folder = Path(root).expanduser()
   if not folder.is_dir():
-    raise ValueError(f"root={str(folder)!r} is not a folder; set data.root to the folder {what}")
+    raise UserError(f"root={str(folder)!r} is not a folder; set data.root to the folder {what}")
   if (folder / "dataset_info.json").exists():
-    raise ValueError(f"root={str(folder)!r} holds prepared shards; set data.format='tfds', or data.root to the files.")
+    raise UserError(f"root={str(folder)!r} holds prepared shards; set data.format='tfds', or data.root to the files.")
 
 
 def require_files(folder: Path, names: Iterable[str], source: str) -> None:
@@ -107,7 +108,7 @@ def require_files(folder: Path, names: Iterable[str], source: str) -> None:
     if file not in present[directory]:
       missing.append(name)
   if missing:
-    raise ValueError(f"{len(missing)} files are missing in {folder}: {_first(missing)}; {source}")
+    raise UserError(f"{len(missing)} files are missing in {folder}: {_first(missing)}; {source}")
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -119,7 +120,7 @@ def read_bytes(path: str | Path) -> bytes:
   try:
     return Path(path).read_bytes()
   except OSError as error:
-    raise ValueError(f"{path} cannot be read ({error.strerror}).") from None
+    raise UserError(f"{path} cannot be read ({error.strerror}).") from None
 
 
 def read_image(path: str | Path, exif: str | None = None) -> np.ndarray:
@@ -148,7 +149,7 @@ def decode_image(raw: bytes, path: str | Path, exif: str | None = None) -> np.nd
 def check_exif(exif: str) -> str:
   """The given one of EXIF, or a ValueError with the list of them."""
   if exif not in EXIF:
-    raise ValueError(f"data.exif={exif!r} is unknown; choose one of {EXIF}.")
+    raise UserError(f"data.exif={exif!r} is unknown; choose one of {EXIF}.")
   return exif
 
 
@@ -195,7 +196,7 @@ def decode_depth(raw: bytes, path: str | Path, *, scale: float) -> np.ndarray:
   values = decoding.decode(raw, path, cv2.IMREAD_UNCHANGED)
   if values.dtype != np.uint16 or values.ndim != 2:
     channels = 1 if values.ndim == 2 else values.shape[2]
-    raise ValueError(
+    raise UserError(
       f"depth file {path} has {channels} channel(s) of {values.dtype.itemsize * 8} bits; "
       f"one of 16 bits is needed, {scale:g} per metre."
     )
@@ -227,7 +228,7 @@ def decode_frame(record: Record, folder: Path | None = None, *, scale: float) ->
   image, depth = decode_image(record["image"], paths[0]), decode_depth(record["depth"], paths[1], scale=scale)
   if image.shape[:2] != depth.shape:
     sizes = ["{}x{}".format(*array.shape[:2]) for array in (depth, image)]
-    raise ValueError(
+    raise UserError(
       f"depth file {paths[1]} is {sizes[0]}, but its image {paths[0]} is {sizes[1]}; bring both to one size."
     )
   return {"image": image, "depth": depth}

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from vpd_jax.data import coco_json, files, keypoints, people, records
+from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
 
@@ -86,7 +87,7 @@ class KeypointList:
     options |= {"scale": scale, "rotation": rotation, "rotation_chance": rotation_chance}
     self.augmentation = _augmentation(crop, found, options)
     if not 0 < holdout < 1:
-      raise ValueError(f"data.holdout={holdout} must lie between 0 and 1, both excluded.")
+      raise UserError(f"data.holdout={holdout} must lie between 0 and 1, both excluded.")
     self.root, self.format, self.images, self.holdout = root, records.check_format(format), images, holdout
     self.exif = files.check_exif(exif)
     self.json_root = Path(json_root or root).expanduser()
@@ -167,7 +168,7 @@ class KeypointList:
   def _chosen(self, split: str) -> tuple[coco_json.Annotations, range]:
     """The annotations of a split and the numbers of its images in them."""
     if split not in self.files:
-      raise ValueError(f"split={split!r} is unknown; choose one of {sorted(self.files)}.")
+      raise UserError(f"split={split!r} is unknown; choose one of {sorted(self.files)}.")
     option = "eval_json" if split == "eval" and not self.held_out else "train_json"
     path = files.find_list(self.json_root, self.files[split], (), f"name it in data.{option}.")
     found = coco_json.annotations(path, self.classes)
@@ -176,7 +177,7 @@ class KeypointList:
       return found, range(count)
     kept = count - max(1, round(self.holdout * count))
     if kept < 1:
-      raise ValueError(f"{path} has {count} picture and one is held out; add more, or an eval_json.")
+      raise UserError(f"{path} has {count} picture and one is held out; add more, or an eval_json.")
     return found, range(kept) if split == "train" else range(kept, count)
 
 

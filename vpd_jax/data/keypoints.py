@@ -17,6 +17,7 @@ import numpy as np
 
 from vpd_jax.data import nyu
 from vpd_jax.data.room_figure import KEYPOINTS
+from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
 PADDING = 1.25
@@ -81,7 +82,7 @@ def described(
   """
   names, wrong = tuple(names), []
   if not names or not all(isinstance(name, str) and name.strip() for name in names) or len(set(names)) < len(names):
-    raise ValueError(f"data.keypoints={names!r} must be different names, in the order of the files' keypoints.")
+    raise UserError(f"data.keypoints={names!r} must be different names, in the order of the files' keypoints.")
   number = {name: k for k, name in enumerate(names)}
   if not pairs:
     mirrored = {name: name.replace("left", "right") for name in names if "left" in name}
@@ -100,7 +101,7 @@ def described(
   if len(deviations) != len(names) or not all(s > 0 for s in deviations):
     wrong.append(f"sigmas={tuple(sigmas)} must be 1 or {len(names)} numbers above 0")
   if wrong:
-    raise ValueError(f"data: {'; '.join(wrong)}.")
+    raise UserError(f"data: {'; '.join(wrong)}.")
   by_number = lambda groups: tuple(tuple(number[name] for name in group) for group in groups)
   return Keypoints(names, by_number(pairs), by_number(skeleton), deviations, by_number([upper])[0])
 
@@ -247,7 +248,7 @@ class Augmentation:
     if self.centre_jitter not in JITTERS:
       wrong.append(f"centre_jitter={self.centre_jitter!r} is unknown; choose one of {JITTERS}")
     if wrong:
-      raise ValueError(f"data: {'; '.join(wrong)}.")
+      raise UserError(f"data: {'; '.join(wrong)}.")
 
   def training(self, example: Example, rng: np.random.Generator) -> Example:
     """A crop at random, see `_cropped` for what it holds.

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from vpd_jax.data import depth_list, files, nyu, records, transforms
+from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
 DEPTH_SCALE = 256.0  # units per metre in the files
@@ -104,16 +105,16 @@ class Kitti:
     whole = self.resize or self.kb_crop
     if whole and (self.crop[0] > whole[0] or self.crop[1] > whole[1]):
       option = "resize" if self.resize else "kb_crop"
-      raise ValueError(f"crop={self.crop} does not fit into {option}={whole}; make data.crop smaller.")
+      raise UserError(f"crop={self.crop} does not fit into {option}={whole}; make data.crop smaller.")
     if format == "tfds":
       given = {"train_list": train_list, "test_list": test_list, "depth_root": depth_root}
       if any(given.values()):
         idle = ", ".join(f"data.{name}" for name, value in given.items() if value)
-        raise ValueError(f"{idle} has no effect with data.format='tfds': the shards were made from the files.")
+        raise UserError(f"{idle} has no effect with data.format='tfds': the shards were made from the files.")
     else:
       files.require_folder(root, f"that holds raw_data/ and data_depth_annotated/ of KITTI: {FILES_SOURCE}")
       if not Path(self.depth_root).expanduser().is_dir():
-        raise ValueError(f"depth_root={depth_root!r} is not a folder; {FILES_SOURCE}")
+        raise UserError(f"depth_root={depth_root!r} is not a folder; {FILES_SOURCE}")
 
   @staticmethod
   def classes_of(options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -139,7 +140,7 @@ class Kitti:
         With format="tfds", the shards are not there or not whole.
     """
     if split not in LISTS:
-      raise ValueError(f"split={split!r} is unknown; choose one of {sorted(LISTS)}.")
+      raise UserError(f"split={split!r} is unknown; choose one of {sorted(LISTS)}.")
     example = functools.partial(decode, provides=self.provides, least=self.kb_crop or (1, 1))
     if self.format == "tfds":
       return records.Shards(self.root, "kitti", split, decode=example)
@@ -148,7 +149,7 @@ class Kitti:
     path = files.find_list(root, self.lists[split], LISTS[split], hint)
     lines = [line for line in depth_list.read_columns(path, columns=(2, 3)) if line[1] != NO_DEPTH]
     if not lines:
-      raise ValueError(f"list file {path} names no frame with depth; {hint}")
+      raise UserError(f"list file {path} names no frame with depth; {hint}")
     named = [line[0] for line in lines], [line[1] for line in lines]
     images, depths = place(root, IMAGE_FOLDERS, IMAGE, named[0]), place(depth_root, DEPTH_FOLDERS, DEPTH, named[1])
     listed, found = (*named[0], *named[1]), (*images, *depths)
@@ -156,7 +157,7 @@ class Kitti:
     if missing:
       shown = ", ".join(missing[: files.SHOWN]) + (", ..." if len(missing) > files.SHOWN else "")
       where = self.root if self.depth_root == self.root else f"{self.root} and {self.depth_root}"
-      raise ValueError(f"{len(missing)} files are missing in {where}: {shown}; {FILES_SOURCE}")
+      raise UserError(f"{len(missing)} files are missing in {where}: {shown}; {FILES_SOURCE}")
     if depth_root != root:
       depths = [str(depth_root.absolute() / depth) for depth in depths]
     return Frames(root, list(zip(images, depths, strict=True)), example)
@@ -217,12 +218,12 @@ def decode(
   names = [name if folder is None else folder / name for name in (record["image_path"], record["depth_path"])]
   (height, width), (h, w) = frame["image"].shape[:2], least
   if height < h or width < w:
-    raise ValueError(
+    raise UserError(
       f"{names[0]} is {height}x{width}, smaller than kb_crop={h}x{w}; take frames as KITTI has them, about 375x1242, "
       "or make data.kb_crop smaller."
     )
   if not frame["depth"].any():
-    raise ValueError(f"depth file {names[1]} is empty, all of it 0; copy it again, or take it out of the list.")
+    raise UserError(f"depth file {names[1]} is empty, all of it 0; copy it again, or take it out of the list.")
   example = {**frame, "class_id": np.zeros((), np.int32), "index": np.asarray(record["index"], np.int32)}
   return {name: value for name, value in example.items() if name in provides}
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from vpd_jax import decoding, reading
 from vpd_jax.data import files
+from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
 IGNORE = 255  # in an Example: a pixel of no class, neither learned nor scored
@@ -71,7 +72,7 @@ def values(classes: Mapping[int, int], ignored: Iterable[int], remedy: str) -> V
   both = sorted(set(classes) & set(ignored))
   if wrong or both:
     what = f"{wrong} lie outside 0 to 255" if wrong else f"{both} are both of a class and ignored"
-    raise ValueError(f"numbers of label files: {what}; a label file has 8 bits and each number one meaning.")
+    raise UserError(f"numbers of label files: {what}; a label file has 8 bits and each number one meaning.")
   table = np.full(256, _WRONG, np.uint8)
   table[list(classes)] = list(classes.values())
   table[ignored] = IGNORE
@@ -102,7 +103,7 @@ def decode_labels(raw: bytes, path: str | Path, meaning: Values) -> np.ndarray:
     seen, counts = np.unique(numbers[wrong], return_counts=True)
     listed = [f"{number} ({count} pixels)" for number, count in zip(seen, counts, strict=True)]
     shown = ", ".join(listed[: files.SHOWN]) + (", ..." if len(listed) > files.SHOWN else "")
-    raise ValueError(f"label file {path} holds {shown}; allowed are {meaning.allowed}; {meaning.remedy}")
+    raise UserError(f"label file {path} holds {shown}; allowed are {meaning.allowed}; {meaning.remedy}")
   return found
 
 
@@ -128,7 +129,7 @@ def decode(
   label = decode_labels(record["label"], label_path, _meaning(label_path, kinds))
   if image.shape[:2] != label.shape:
     sizes = ["{}x{}".format(*array.shape[:2]) for array in (label, image)]
-    raise ValueError(
+    raise UserError(
       f"label file {label_path} is {sizes[0]}, but its image {image_path} is {sizes[1]}; "
       f"bring both to one size{files.turned_hint(image, label, exif)}."
     )
@@ -185,7 +186,7 @@ def pair_files(
   """
   folder = root / images
   if not folder.is_dir():
-    raise ValueError(f"{folder} is not a folder; {source}")
+    raise UserError(f"{folder} is not a folder; {source}")
   found = []
   for place, inner, names in os.walk(folder):
     inner[:] = reading.visible(inner) if nested else []
@@ -194,7 +195,7 @@ def pair_files(
       (within / name).as_posix() for name in reading.visible(names) if Path(name).suffix.lower() in IMAGE_SUFFIXES
     ]
   if not found:
-    raise ValueError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)}); {source}")
+    raise UserError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)}); {source}")
   entries = functools.cache(lambda directory: files.entries(root / labels / directory))
 
   def label(name: str) -> str:
@@ -206,7 +207,7 @@ def pair_files(
   pairs = [(f"{images}/{name}", label(name)) for name in sorted(found)]
   twice = [label for label, count in collections.Counter(label for _, label in pairs).items() if count > 1]
   if twice:
-    raise ValueError(f"{len(twice)} label files belong to two pictures each: {', '.join(twice[: files.SHOWN])}.")
+    raise UserError(f"{len(twice)} label files belong to two pictures each: {', '.join(twice[: files.SHOWN])}.")
   files.require_files(root, (label for _, label in pairs), source)
   return pairs
 
@@ -218,7 +219,7 @@ def check_count(source: Any, split: str, expected: int | None, what: str) -> Any
     ValueError: it has not.
   """
   if expected is not None and len(source) != expected:
-    raise ValueError(
+    raise UserError(
       f"{split} of {what} has {len(source)} pictures in place of the published {expected}; complete the copy, or set "
       "data.complete=False, and scores are not comparable."
     )
@@ -243,7 +244,7 @@ def histogram(source: Any, classes: Sequence[str], *, samples: int = SAMPLES) ->
     counts += np.bincount(label.ravel(), minlength=256)
   beyond = np.flatnonzero(counts[len(classes) : IGNORE]) + len(classes)
   if beyond.size:
-    raise ValueError(f"labels {beyond.tolist()[: files.SHOWN]} occur, but there are {len(classes)} classes.")
+    raise UserError(f"labels {beyond.tolist()[: files.SHOWN]} occur, but there are {len(classes)} classes.")
   total, known = int(counts.sum()), counts[: len(classes)]
   labelled = int(known.sum())
   lines = [f"labels of {len(chosen)} of {len(source)} pictures: {100 * (1 - labelled / total):.1f} % have no class"]
@@ -272,11 +273,11 @@ def _decode_png(raw: bytes, path: str | Path) -> np.ndarray:
   """The numbers of a PNG of one channel, uint8 or wider [H, W]; OpenCV would turn a palette into colours."""
   if not raw.startswith(b"\x89PNG") or len(raw) < 33:
     kind = "a JPEG, which changes class numbers" if raw.startswith(b"\xff\xd8") else "no PNG, or damaged"
-    raise ValueError(f"label file {path} is {kind}; a PNG of one channel is needed.")
+    raise UserError(f"label file {path} is {kind}; a PNG of one channel is needed.")
   depth, colour = raw[24], raw[25]  # of the header chunk, which comes first
   if colour not in (0, 3):
     names = {2: "three channels (RGB)", 4: "two channels (grey and alpha)", 6: "four channels (RGBA)"}
-    raise ValueError(
+    raise UserError(
       f"label file {path} has {names.get(colour, 'unknown channels')}; one is needed, grey or with a palette, whose "
       "numbers are classes: replace each colour by the number of its class."
     )

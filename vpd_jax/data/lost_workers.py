@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vpd_jax.errors import UserError
+
 _EXIT = re.compile(r"[Ww]orker process was terminated unexpectedly with exit code (-?\d+)")  # grain 0.2.18
 _SHARED = "/dev/shm"
 _MEANS = {
@@ -33,7 +35,7 @@ def following(batches: Iterator[Any]) -> Any:
     reason = _reason(error)
     if reason is None:
       raise
-    raise ValueError(f"{reason}. {_left()}. {REMEDY}.") from error
+    raise UserError(f"{reason}. {_left()}. {REMEDY}.") from error
 
 
 def _reason(error: Exception) -> str | None:

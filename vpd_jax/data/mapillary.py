@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vpd_jax.data import cityscapes, files, labels, records, segmentation_transforms
+from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
 SPLITS = {"train": "training", "eval": "validation"}
@@ -66,7 +67,7 @@ class Mapillary:
   def source(self, split: str) -> Any:
     """The pictures of "train" or "eval", sorted by name; raises as ade20k.Ade20k.source."""
     if split not in SPLITS:
-      raise ValueError(f"split={split!r} is unknown; choose one of {sorted(SPLITS)}.")
+      raise UserError(f"split={split!r} is unknown; choose one of {sorted(SPLITS)}.")
     if self.format == "tfds":
       found = records.Shards(self.root, "mapillary", split, decode=functools.partial(labels.decode, kinds=KINDS))
     else:

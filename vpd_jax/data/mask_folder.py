@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from vpd_jax.data import files, labels, records, segmentation_transforms
+from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
 SOURCE = "the options data.{images} and data.{masks} name the folders of pictures and of PNGs of the same names."
@@ -84,7 +85,7 @@ class MaskFolder:
     if not mask_ending.lower().endswith(".png"):
       wrong.append(f"mask_ending={mask_ending!r} must end in '.png', the kind of file that keeps numbers")
     if wrong:
-      raise ValueError(f"data: {'; '.join(wrong)}.")
+      raise UserError(f"data: {'; '.join(wrong)}.")
     mapped = {number: index for index, number in enumerate(numbers)}
     self.kinds = {"": labels.values(mapped, set(ignored) - mapped.keys(), REMEDY)}
     self.augmentation = segmentation_transforms.Augmentation(crop, scale, ratio_range, cat_max_ratio, colour)
@@ -107,11 +108,11 @@ class MaskFolder:
     names = options.get("classes", ())
     given = tuple(names) if isinstance(names, tuple | list) else ()
     if not given or not all(isinstance(name, str) and name.strip() for name in given):
-      raise ValueError(f"data.classes={names!r} must be names, in the order of the masks' numbers: ('road', 'car').")
+      raise UserError(f"data.classes={names!r} must be names, in the order of the masks' numbers: ('road', 'car').")
     twice = sorted({name for name in given if given.count(name) > 1})
     if twice or len(given) > labels.MOST_CLASSES:
       what = f"names {', '.join(twice)} twice" if twice else f"has {len(given)} names"
-      raise ValueError(f"data.classes {what}; give at most {labels.MOST_CLASSES} different ones.")
+      raise UserError(f"data.classes {what}; give at most {labels.MOST_CLASSES} different ones.")
     return given
 
   @records.read_once
@@ -123,7 +124,7 @@ class MaskFolder:
         With format="tfds", the shards are not there or not whole.
     """
     if split not in self.folders:
-      raise ValueError(f"split={split!r} is unknown; choose one of {sorted(self.folders)}.")
+      raise UserError(f"split={split!r} is unknown; choose one of {sorted(self.folders)}.")
     if self.format == "tfds":
       decode = functools.partial(labels.decode, kinds=self.kinds, exif=self.exif)
       return records.Shards(self.root, "mask_folder", split, decode=decode, made_with=self.made_with)
@@ -134,7 +135,7 @@ class MaskFolder:
     if self.holdout:
       kept = len(pairs) - max(1, round(self.holdout * len(pairs)))
       if kept < 1:
-        raise ValueError(f"{root / self.folders[split][0]} has {len(pairs)} picture and one is held out; add more.")
+        raise UserError(f"{root / self.folders[split][0]} has {len(pairs)} picture and one is held out; add more.")
       pairs = pairs[:kept] if split == "train" else pairs[kept:]
     found = labels.Pictures(root, pairs, self.kinds, self.exif)
     found.notes = files.exif_notes((root / image for image, _ in pairs), self.exif)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from vpd_jax.data import files, records, transforms
+from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
 # The order is that of the class vectors in the released checkpoints; 'excercise_room' is spelt as in the data.
@@ -85,11 +86,11 @@ class Nyu:
     self.resize = None if not resize else check_size("resize", resize)
     self.colour = colour
     if self.resize and (self.crop[0] > self.resize[0] or self.crop[1] > self.resize[1]):
-      raise ValueError(f"crop={self.crop} does not fit into resize={self.resize}; make data.crop smaller.")
+      raise UserError(f"crop={self.crop} does not fit into resize={self.resize}; make data.crop smaller.")
     if format == "tfds":
       given = [f"{split}_list" for split, name in (("train", train_list), ("test", test_list)) if name]
       if given:
-        raise ValueError(f"data.{given[0]} has no effect with data.format='tfds': the shards were made from a list.")
+        raise UserError(f"data.{given[0]} has no effect with data.format='tfds': the shards were made from a list.")
     else:
       files.require_folder(root, f"that holds sync/ and official_splits/ of NYU Depth v2: {FILES_SOURCE['train']}")
 
@@ -102,7 +103,7 @@ class Nyu:
         With format="tfds", the shards are not there or not whole.
     """
     if split not in FOLDERS:
-      raise ValueError(f"split={split!r} is unknown; choose one of {sorted(FOLDERS)}.")
+      raise UserError(f"split={split!r} is unknown; choose one of {sorted(FOLDERS)}.")
     if self.format == "tfds":
       return records.Shards(self.root, "nyu", split, decode=decode)
     root = Path(self.root).expanduser()
@@ -172,7 +173,7 @@ def scene_classes(names: list[str]) -> list[int]:
   ids = [next((index for index, scene in enumerate(CLASSES) if scene in label), -1) for label in labels]
   unknown = [name for name, index in zip(names, ids, strict=True) if index < 0]
   if unknown:
-    raise ValueError(
+    raise UserError(
       f"{len(unknown)} frames lie in folders of no scene class: {', '.join(unknown[: files.SHOWN])}; "
       f"folder names must contain one of {', '.join(CLASSES)}."
     )
@@ -183,5 +184,5 @@ def check_size(option: str, size: tuple[int, int]) -> tuple[int, int]:
   """(height, width) as two positive whole numbers, or a ValueError that names the option."""
   sides = tuple(size) if isinstance(size, tuple | list) else (size,)
   if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-    raise ValueError(f"{option}={size!r} must be (height, width), two positive whole numbers.")
+    raise UserError(f"{option}={size!r} must be (height, width), two positive whole numbers.")
   return sides

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vpd_jax.data import coco_json, files
+from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
 # Of a record, by key; the kinds are those of builders.KINDS. "person" is JSON: numbers in text lose nothing.
@@ -81,7 +82,7 @@ def decode(record: files.Record, folder: Path | None = None, *, exif: str | None
   if image.shape[:2] != tuple(person["size"]):
     sizes = ["{}x{}".format(*size) for size in (image.shape[:2], person["size"])]
     hint = files.turned_hint(image, np.empty(person["size"]), exif)
-    raise ValueError(
+    raise UserError(
       f"{path} is {sizes[0]}, but the annotations say {sizes[1]}; it was resized or turned after it was "
       f"annotated{hint}."
     )
@@ -118,7 +119,7 @@ def open_split(
   """
   if not len(samples.image):
     left_out = "; ".join(samples.notes) or "there are no annotations"
-    raise ValueError(f"{found.path} gives no person to look at in {len(chosen)} images: {left_out}.")
+    raise UserError(f"{found.path} gives no person to look at in {len(chosen)} images: {left_out}.")
   images = [found.images[i] for i in chosen]
   needed = sorted({images[picture]["file_name"] for picture in samples.image.tolist()})
   files.require_files(folder, needed, source)

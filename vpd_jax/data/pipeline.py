@@ -24,6 +24,7 @@ import numpy as np
 from absl import flags
 
 from vpd_jax.data import lost_workers, records
+from vpd_jax.errors import UserError
 from vpd_jax.types import Batch, Example
 
 NumpyBatch = dict[str, np.ndarray]
@@ -267,14 +268,14 @@ def check_batch_size(batch_size: int, parts: int, name: str) -> None:
   """Raises where `batch_size` cannot be split evenly over that many `name` ("devices", "processes")."""
   if batch_size < 1 or batch_size % parts:
     nearest = max(round(batch_size / parts), 1) * parts
-    raise ValueError(f"batch_size={batch_size} must be a positive multiple of the {parts} {name}; use {nearest}.")
+    raise UserError(f"batch_size={batch_size} must be a positive multiple of the {parts} {name}; use {nearest}.")
 
 
 def _source(dataset: DataSet, split: str, batch_size: int, process_count: int) -> Source:
   check_batch_size(batch_size, process_count, "processes")
   source = dataset.source(split)
   if not len(source):
-    raise ValueError(f"the {split} split has no records.")
+    raise UserError(f"the {split} split has no records.")
   return records.Unending(source)
 
 

@@ -8,6 +8,8 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+from vpd_jax.errors import UserError
+
 
 class _Plain(pickle.Unpickler):
   """Every class and function is refused before it is looked up."""
@@ -33,12 +35,12 @@ def read(path: str | Path) -> Any:
     with Path(path).open("rb") as file:
       return _Plain(file, encoding="latin1").load()
   except _Refused as error:
-    raise ValueError(
+    raise UserError(
       f"{path} {error}, which could run anything, so it was not read further; only lists, dicts, texts and numbers "
       "are needed: fetch the file from where the data set is published."
     ) from None
   except OSError as error:
-    raise ValueError(f"{path} cannot be read ({error.strerror}).") from None
+    raise UserError(f"{path} cannot be read ({error.strerror}).") from None
   except Exception as error:  # a damaged pickle can fail anywhere
     reason = " ".join(str(error).split()) or type(error).__name__
-    raise ValueError(f"{path} is damaged or no pickle ({reason}); fetch it again.") from None
+    raise UserError(f"{path} is damaged or no pickle ({reason}); fetch it again.") from None

@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from vpd_jax.data.files import Record
+from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
 FORMATS = ("files", "tfds")
@@ -42,14 +43,14 @@ def read_once(method: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
 def check_format(format: str) -> str:
   """The given way of storage, or a ValueError with the list of them."""
   if format not in FORMATS:
-    raise ValueError(f"format={format!r} is unknown; choose one of {FORMATS}.")
+    raise UserError(f"format={format!r} is unknown; choose one of {FORMATS}.")
   return format
 
 
 def check_on_bad_record(word: str) -> None:
   """A ValueError with the list of them for an unknown way to answer a record that cannot be read."""
   if word not in ON_BAD_RECORD:
-    raise ValueError(f"on_bad_record={word!r} is unknown; choose one of {ON_BAD_RECORD}.")
+    raise UserError(f"on_bad_record={word!r} is unknown; choose one of {ON_BAD_RECORD}.")
 
 
 class Shards:
@@ -79,9 +80,9 @@ class Shards:
   ):
     self._root, self._split, self._decode = str(root), split, decode
     if not root:
-      raise ValueError("data.root is empty; with data.format='tfds' it is the folder that prepare_data.py wrote.")
+      raise UserError("data.root is empty; with data.format='tfds' it is the folder that prepare_data.py wrote.")
     if not (epath.Path(root).expanduser() / INFO).exists():
-      raise ValueError(
+      raise UserError(
         f"root={self._root!r} holds no prepared shards ({INFO} is not there); write them with "
         f"scripts/prepare_data.py {name} --root=FILES --output={self._root}, or set data.format='files'."
       )
@@ -105,7 +106,7 @@ class Shards:
       return record if self._decode is None else self._decode(record)
     except Exception as error:  # a damaged shard: riegeli's, protobuf's and numpy's errors have nothing else in common
       reason = " ".join(str(error).split())
-      raise ValueError(f"record {index} of split {self._split!r} in {self._root} cannot be read: {reason}") from None
+      raise UserError(f"record {index} of split {self._split!r} in {self._root} cannot be read: {reason}") from None
 
   def __getstate__(self) -> tuple[Any, ...]:
     return self._root, self._split, self._decode
@@ -184,7 +185,7 @@ class Readable:
         first = first or error
       else:
         return {**example, SKIPPED: np.array([index, count], np.int32)}
-    raise ValueError(f"{min(MOST + 1, len(self))} records in a row cannot be read, the first: {first}")
+    raise UserError(f"{min(MOST + 1, len(self))} records in a row cannot be read, the first: {first}")
 
 
 @dataclasses.dataclass
@@ -243,11 +244,11 @@ class Stack:
     batch = {}
     for key in self.keys:
       if any(key not in example for example in examples):
-        raise ValueError(f"an example has no {key!r}; it has {sorted(examples[0])}.")
+        raise UserError(f"an example has no {key!r}; it has {sorted(examples[0])}.")
       arrays = [np.asarray(example[key]) for example in examples]
       shapes = {array.shape for array in arrays}
       if len(shapes) > 1:
-        raise ValueError(f"{key!r} of one batch has the shapes {sorted(shapes)}; give all one size by data.resize.")
+        raise UserError(f"{key!r} of one batch has the shapes {sorted(shapes)}; give all one size by data.resize.")
       batch[key] = np.stack(arrays)
     return batch
 
@@ -256,9 +257,9 @@ def _check(root: str, info: Any, name: str, split: str, made_with: dict[str, Any
   """Whether a prepared folder is the one asked for, and whole."""
   found = dict(info.metadata or {})
   if found.get("dataset") != name:
-    raise ValueError(f"root={root!r} holds shards of {found.get('dataset')!r}, but data.name={name!r}.")
+    raise UserError(f"root={root!r} holds shards of {found.get('dataset')!r}, but data.name={name!r}.")
   if split not in info.splits:
-    raise ValueError(
+    raise UserError(
       f"root={root!r} holds the splits {sorted(info.splits)} only; prepare it again with --splits and {split!r}."
     )
   old = found.get("made_with", {})
@@ -266,18 +267,18 @@ def _check(root: str, info: Any, name: str, split: str, made_with: dict[str, Any
     f"{key}={old.get(key)!r} (here {value!r})" for key, value in plain(made_with).items() if old.get(key) != value
   ]
   if differing:
-    raise ValueError(
+    raise UserError(
       f"the shards in {root!r} were made with {', '.join(differing)}; prepare them again for other values."
     )
   paths = info.splits[split].filepaths
   missing = [path.name for path in paths if not path.exists()]
   if missing:
-    raise ValueError(
+    raise UserError(
       f"{len(missing)} of {len(paths)} shards are missing in {root}: {', '.join(missing[:10])}; copy again."
     )
   size, whole = sum(path.stat().length for path in paths), int(info.splits[split].num_bytes)
   if size != whole:
-    raise ValueError(f"the {split} shards in {root} have {size} bytes in place of {whole}; copy them again.")
+    raise UserError(f"the {split} shards in {root} have {size} bytes in place of {whole}; copy them again.")
 
 
 def plain(options: dict[str, Any]) -> dict[str, Any]:

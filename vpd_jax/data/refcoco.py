@@ -20,6 +20,7 @@ import numpy as np
 from vpd_jax import reading
 from vpd_jax.data import coco_masks, files, plain_pickle, records, referring
 from vpd_jax.data.referring import Item
+from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
 # (references, pictures) by split, as published; None where no published number is known to us.
@@ -99,7 +100,7 @@ class RefCoco:
     elif eval_split not in (splits := tuple(PUBLISHED[variant, split_by])[1:]):
       wrong.append(f"eval_split={eval_split!r} is none of {variant} by {split_by}, choose one of {splits}")
     if wrong:
-      raise ValueError(f"data: {'; '.join(wrong)}.")
+      raise UserError(f"data: {'; '.join(wrong)}.")
     self.root, self.format, self.images = root, records.check_format(format), images
     self.variant, self.split_by, self.complete = variant, split_by, complete
     self.overlap, self.on_empty = overlap, on_empty
@@ -127,7 +128,7 @@ class RefCoco:
         the published ones. With format="tfds", the shards are not there or not whole.
     """
     if split not in self.splits:
-      raise ValueError(f"split={split!r} is unknown; choose one of {sorted(self.splits)}.")
+      raise UserError(f"split={split!r} is unknown; choose one of {sorted(self.splits)}.")
     if self.format == "tfds":
       return records.Shards(self.root, "refcoco", split, decode=referring.decode, made_with=self.made_with)
     root, name = Path(self.root).expanduser(), self.splits[split]
@@ -179,7 +180,7 @@ class RefCoco:
     if self.on_empty == "stop":
       fatal += [f"{line}; data.on_empty='leave_out' goes on without them" for line, found in missing.items() if found]
     if fatal:
-      raise ValueError(f"{path}: {'; '.join(fatal)}; complete the copy: {SOURCE}")
+      raise UserError(f"{path}: {'; '.join(fatal)}; complete the copy: {SOURCE}")
     items = []
     for ref in known:
       texts = tuple(" ".join(s["sent"].split()) for s in ref["sentences"] if s["sent"].strip())
@@ -194,7 +195,7 @@ class RefCoco:
     expected = PUBLISHED[self.variant, self.split_by][split] if self.complete else None
     if not refs or (expected and found != expected):
       published = f", published are {expected[0]} in {expected[1]}" if expected else ""
-      raise ValueError(
+      raise UserError(
         f"{path}: {found[0]} references in {found[1]} pictures are of {split!r}{published}; fetch the file again, "
         "or set data.complete=False, and scores are not comparable."
       )
@@ -207,7 +208,7 @@ class RefCoco:
     for place in given:
       if place.is_dir():
         return place
-    raise ValueError(
+    raise UserError(
       f"{root} holds no pictures: none of {', '.join(map(str, given))} is a folder; set data.images to that of COCO's "
       "train2014 pictures."
     )
@@ -221,10 +222,10 @@ def read_refs(path: Path) -> list[dict[str, Any]]:
   """
   found = plain_pickle.read(path)
   if not isinstance(found, list) or not found:
-    raise ValueError(f"{path} holds {type(found).__name__} in place of a list of references; {SOURCE}")
+    raise UserError(f"{path} holds {type(found).__name__} in place of a list of references; {SOURCE}")
   wrong = [place for place, ref in enumerate(found) if not _is_reference(ref)]
   if wrong:
-    raise ValueError(
+    raise UserError(
       f"{path}: {len(wrong)} of {len(found)} entries, the first is number {wrong[0]}, have not the fields "
       f"{', '.join(KEYS)}, and a text 'sent' in every sentence; {SOURCE}"
     )
@@ -250,7 +251,7 @@ def read_instances(path: Path) -> tuple[dict[int, tuple[str, int, int]], dict[in
     return pictures, {int(entry["id"]): entry.get("segmentation") for entry in content["annotations"]}
   except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
     reason = " ".join(str(error).split())
-    raise ValueError(f"{path} is damaged or not COCO's instances ({type(error).__name__} {reason}); {SOURCE}") from None
+    raise UserError(f"{path} is damaged or not COCO's instances ({type(error).__name__} {reason}); {SOURCE}") from None
 
 
 def _read_mask(annotated: tuple[Any, int, int], folder: Path, size: tuple[int, int], *, overlap: str) -> np.ndarray:
@@ -258,7 +259,7 @@ def _read_mask(annotated: tuple[Any, int, int], folder: Path, size: tuple[int, i
   del folder  # outlines are in the annotations
   outline, *expected = annotated
   if tuple(expected) != size:
-    raise ValueError(f"a picture is {size[0]}x{size[1]}, but was annotated at {expected[0]}x{expected[1]}.")
+    raise UserError(f"a picture is {size[0]}x{size[1]}, but was annotated at {expected[0]}x{expected[1]}.")
   return coco_masks.decode(outline, size, overlap=overlap)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from vpd_jax import reading
 from vpd_jax.data import files, labels, records, referring
 from vpd_jax.data.referring import Item
+from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
 EXAMPLE = '{"image": "1.jpg", "mask": "1.png", "sentences": ["the red car"]}'
@@ -69,7 +70,7 @@ class ReferList:
       ValueError: one that cannot be.
     """
     if not 0 < holdout < 1:
-      raise ValueError(f"data.holdout={holdout} must lie between 0 and 1, both excluded.")
+      raise UserError(f"data.holdout={holdout} must lie between 0 and 1, both excluded.")
     self.root, self.file, self.holdout, self.format = root, file, holdout, records.check_format(format)
     self.transforms, self.cache = referring.Transforms(crop, canvas), referring.check_cache(cache, cache_folder)
     self.made_with, self.exif = {"file": file, "holdout": holdout}, files.check_exif(exif)
@@ -90,7 +91,7 @@ class ReferList:
         missing, or nothing is left to train on. With format="tfds", the shards are not there or not whole.
     """
     if split not in SPLITS:
-      raise ValueError(f"split={split!r} is unknown; choose one of {sorted(SPLITS)}.")
+      raise UserError(f"split={split!r} is unknown; choose one of {sorted(SPLITS)}.")
     if self.format == "tfds":
       decode = functools.partial(referring.decode, exif=self.exif)
       return records.Shards(self.root, "refer_list", split, decode=decode, made_with=self.made_with)
@@ -106,7 +107,7 @@ class ReferList:
       kept = len(numbers) - max(1, round(self.holdout * len(numbers)))
       chosen = [entry for entry in entries if (numbers[entry["image"]] < kept) == (split == "train")]
     if not chosen:
-      raise ValueError(f'{path} has nothing for {split!r}; add pictures, or entries of that "split".')
+      raise UserError(f'{path} has nothing for {split!r}; add pictures, or entries of that "split".')
     files.require_files(root, (name for e in chosen for name in (e["image"], e["mask"])), f"they are named in {path}.")
     items = [
       Item(entry["image"], numbers[entry["image"]], (entry["mask"], entry.get("value")), tuple(entry["sentences"]))
@@ -139,11 +140,11 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
   """
   content = reading.read_json(path)
   if not isinstance(content, list) or not content:
-    raise ValueError(f"{path} must hold a list of entries like {EXAMPLE}.")
+    raise UserError(f"{path} must hold a list of entries like {EXAMPLE}.")
   wrong = [f"number {place} {what}" for place, entry in enumerate(content, 1) if (what := _problem(entry))]
   if wrong:
     shown = "; ".join(wrong[: files.SHOWN]) + ("; ..." if len(wrong) > files.SHOWN else "")
-    raise ValueError(f"{path}: {len(wrong)} of {len(content)} entries are wrong: {shown}. One is like {EXAMPLE}.")
+    raise UserError(f"{path}: {len(wrong)} of {len(content)} entries are wrong: {shown}. One is like {EXAMPLE}.")
   return [entry | {"sentences": [" ".join(text.split()) for text in entry["sentences"]]} for entry in content]
 
 
@@ -173,11 +174,11 @@ def _read_mask(outline: tuple[str, int | None], folder: Path, size: tuple[int, i
   numbers = labels.decode_labels(files.read_bytes(path), path, EVERY_NUMBER)
   if numbers.shape != size:
     hint = files.turned_hint(np.empty(size), numbers, exif)
-    raise ValueError(f"mask {path} is {numbers.shape[0]}x{numbers.shape[1]}, its picture {size[0]}x{size[1]}{hint}.")
+    raise UserError(f"mask {path} is {numbers.shape[0]}x{numbers.shape[1]}, its picture {size[0]}x{size[1]}{hint}.")
   found: Sequence[int] = [int(n) for n in np.unique(numbers) if n]
   if value is None and len(found) > 1:
-    raise ValueError(f'mask {path} holds the numbers {found[: files.SHOWN]}; say which one in the entry\'s "value".')
+    raise UserError(f'mask {path} holds the numbers {found[: files.SHOWN]}; say which one in the entry\'s "value".')
   if not found or value not in (None, *found):
     what = f"has no pixel of the number {value}" if found else "is empty"
-    raise ValueError(f"mask {path} {what}.")
+    raise UserError(f"mask {path} {what}.")
   return (numbers == (found[0] if value is None else value)).astype(np.uint8)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from vpd_jax import decoding
 from vpd_jax.data import files, nyu
+from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
 # What an object and its sentences are in a record; the kinds are those of builders.KINDS.
@@ -48,10 +49,10 @@ def check_cache(kind: str, folder: str) -> Cache:
     ValueError: an unknown word, "disk" without a folder, a folder without "disk".
   """
   if kind not in CACHES:
-    raise ValueError(f"data.cache={kind!r} is unknown; choose one of {CACHES}.")
+    raise UserError(f"data.cache={kind!r} is unknown; choose one of {CACHES}.")
   if (kind == "disk") != bool(folder):
     remedy = "name a folder that may grow" if not folder else "leave it empty, or set data.cache='disk'"
-    raise ValueError(f"data.cache={kind!r} with data.cache_folder={folder!r}: {remedy}.")
+    raise UserError(f"data.cache={kind!r} with data.cache_folder={folder!r}: {remedy}.")
   return Cache(kind, folder)
 
 
@@ -131,7 +132,7 @@ class Expressions:
     try:
       mask = self.read_mask(item.outline, self.folder, image.shape[:2])
     except ValueError as error:
-      raise ValueError(f"{error} It is about {item.sentences[0]!r} in {path}.") from None
+      raise UserError(f"{error} It is about {item.sentences[0]!r} in {path}.") from None
     return _example(image, mask, "\n".join(item.sentences), item.image_id, index)
 
 
@@ -147,7 +148,7 @@ def decode(record: files.Record, *, exif: str | None = None) -> Example:
   if image.shape[:2] != mask.shape:
     sizes = ["{}x{}".format(*array.shape[:2]) for array in (mask, image)]
     hint = files.turned_hint(image, mask, exif)
-    raise ValueError(f"the mask of {record['image_path']} is {sizes[0]}, the picture {sizes[1]}{hint}.")
+    raise UserError(f"the mask of {record['image_path']} is {sizes[0]}, the picture {sizes[1]}{hint}.")
   return _example(image, mask, record["sentences"], record["image_id"], record["index"])
 
 
@@ -211,7 +212,7 @@ class Transforms:
     """
     height, width = example["mask"].shape
     if height > self.canvas[0] or width > self.canvas[1]:
-      raise ValueError(
+      raise UserError(
         f"a picture of {height}x{width} is larger than data.canvas={self.canvas}; set it to hold the largest."
       )
     full = np.zeros(self.canvas, np.uint8)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vpd_jax.data import coco_json, keypoints, nyu, records, room_render, room_scene, rooms
+from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
 LEAST = 6  # keypoints inside the picture
@@ -58,12 +59,12 @@ class RoomFigures:
     root: str = "",
   ):
     if root and records.check_format(format) == "files":
-      raise ValueError(f"root={str(root)!r} has no effect: rooms are drawn; leave it empty, or set data.format='tfds'.")
+      raise UserError(f"root={str(root)!r} has no effect: rooms are drawn; leave it empty, or set data.format='tfds'.")
     self.root, self.format = root, records.check_format(format)
     self.size = nyu.check_size("size", size)
     for option, number, least in (("train_count", train_count, 1), ("eval_count", eval_count, 1), ("seed", seed, 0)):
       if int(number) != number or number < least:
-        raise ValueError(f"{option}={number} must be a whole number of at least {least}.")
+        raise UserError(f"{option}={number} must be a whole number of at least {least}.")
     options = {"udp": udp, "padding": padding, "centre_jitter": centre_jitter, "flip": flip, "half_body": half_body}
     options |= {"scale": scale, "rotation": rotation, "rotation_chance": rotation_chance}
     self.augmentation = keypoints.Augmentation(crop, keypoints.COCO, **options)
@@ -83,7 +84,7 @@ class RoomFigures:
 
   def _figures(self, split: str) -> "Figures":
     if split not in rooms.SPLITS:
-      raise ValueError(f"split={split!r} is unknown; choose one of {rooms.SPLITS}.")
+      raise UserError(f"split={split!r} is unknown; choose one of {rooms.SPLITS}.")
     return Figures(self.seed, split, self.counts[split], self.size)
 
   def truth(self, split: str) -> dict[str, Any]:
@@ -150,7 +151,7 @@ class Figures:
       points, box = rooms.keypoints(room), rooms.person_box(room)
       if np.sum(points[:, 2] > 0) >= LEAST and min(box[2:]) >= NARROWEST * self.size[0] / 120:
         return room, points, box
-    raise ValueError(
+    raise UserError(
       f"none of {TRIES} rooms of {self.size[0]}x{self.size[1]} pixels shows a figure from the front; make size larger."
     )
 

@@ -21,6 +21,7 @@ from vpd_jax.data import (
   segmentation_transforms,
   transforms,
 )
+from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
 CLASSES = room_scene.CLASSES  # of "labels"; all pixels have one
@@ -88,22 +89,22 @@ class Rooms:
     self.classes = self.classes_of({"task": task})
     self.task, self.provides = task, KEYS[task]
     if task != "segmentation" and ratio_range:
-      raise ValueError(f"data.ratio_range={ratio_range} has no effect where data.task={task!r}; leave it empty.")
+      raise UserError(f"data.ratio_range={ratio_range} has no effect where data.task={task!r}; leave it empty.")
     if task != "depth" and cut_depth != "off":
-      raise ValueError(f"data.cut_depth={cut_depth!r} has no effect where data.task={task!r}; set it to 'off'.")
+      raise UserError(f"data.cut_depth={cut_depth!r} has no effect where data.task={task!r}; set it to 'off'.")
     if task != "referring" and (cache, cache_folder) != ("off", ""):
-      raise ValueError(f"data.cache={cache!r} has no effect where data.task={task!r}; set it to 'off'.")
+      raise UserError(f"data.cache={cache!r} has no effect where data.task={task!r}; set it to 'off'.")
     self.cache = referring.check_cache(cache, cache_folder) if task == "referring" else None
     transforms.check_cut_depth(cut_depth)
     if root and records.check_format(format) == "files":
-      raise ValueError(f"root={str(root)!r} has no effect: rooms are drawn; leave it empty, or set data.format='tfds'.")
+      raise UserError(f"root={str(root)!r} has no effect: rooms are drawn; leave it empty, or set data.format='tfds'.")
     self.root, self.format = root, records.check_format(format)
     self.size, self.crop = nyu.check_size("size", size), nyu.check_size("crop", crop)
     if task != "referring" and (self.crop[0] > self.size[0] or self.crop[1] > self.size[1]):
-      raise ValueError(f"crop={self.crop} does not fit into size={self.size}; make data.crop smaller.")
+      raise UserError(f"crop={self.crop} does not fit into size={self.size}; make data.crop smaller.")
     for option, number, least in (("train_count", train_count, 1), ("eval_count", eval_count, 1), ("seed", seed, 0)):
       if int(number) != number or number < least:
-        raise ValueError(f"{option}={number} must be a whole number of at least {least}.")
+        raise UserError(f"{option}={number} must be a whole number of at least {least}.")
     self.counts = {"train": int(train_count), "eval": int(eval_count)}
     self.seed, self.cut_depth, self.colour = int(seed), cut_depth, colour
     self.made_with = {"task": task, "size": self.size, "seed": self.seed, **self.counts}
@@ -121,7 +122,7 @@ class Rooms:
     """
     task = options.get("task", "depth")
     if task not in TASKS:
-      raise ValueError(f"task={task!r} is unknown to the rooms; choose one of {TASKS}.")
+      raise UserError(f"task={task!r} is unknown to the rooms; choose one of {TASKS}.")
     return {"depth": nyu.CLASSES, "segmentation": CLASSES, "referring": ()}[task]
 
   @staticmethod
@@ -132,7 +133,7 @@ class Rooms:
   def source(self, split: str) -> "DrawnRooms | room_expressions.RoomExpressions | records.Shards":
     """The rooms of "train" or "eval", drawn at `[]`, or read from shards; for "referring" the sentences of "eval"."""
     if split not in SPLITS:
-      raise ValueError(f"split={split!r} is unknown; choose one of {SPLITS}.")
+      raise UserError(f"split={split!r} is unknown; choose one of {SPLITS}.")
     if self.format == "tfds":
       return records.Shards(self.root, "rooms", split, made_with=self.made_with)
     if self.task == "referring":

@@ -18,6 +18,7 @@ import numpy as np
 
 from vpd_jax.data import nyu, transforms
 from vpd_jax.data.labels import IGNORE
+from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
 TRIES = 10  # windows that may be refused for their labels
@@ -58,7 +59,7 @@ class Augmentation:
     if not 0 < self.cat_max_ratio <= 1:
       wrong.append(f"cat_max_ratio={self.cat_max_ratio} must lie above 0 and be at most 1")
     if wrong:
-      raise ValueError(f"data: {'; '.join(wrong)}.")
+      raise UserError(f"data: {'; '.join(wrong)}.")
 
   def training(self, example: Example, rng: np.random.Generator) -> Example:
     """One augmented training example.
@@ -192,7 +193,7 @@ def pad(example: Example, *, size: tuple[int, int]) -> Example:
   """
   height, width = example["image"].shape[:2]
   if height > size[0] or width > size[1]:
-    raise ValueError(f"a picture of {height}x{width} cannot be padded to {size[0]}x{size[1]}.")
+    raise UserError(f"a picture of {height}x{width} cannot be padded to {size[0]}x{size[1]}.")
   valid = _size(example["image"])
   if (height, width) == tuple(size):
     return dict(example, valid_size=valid)

@@ -10,6 +10,7 @@ depth/dataset/base_dataset.py, method `augment_training_data`.
 import cv2
 import numpy as np
 
+from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
 CUT_DEPTH = ("released", "scaled", "off")
@@ -58,7 +59,7 @@ def depth_training(
 def check_cut_depth(mode: str) -> None:
   """Raises where `mode` is not a way to cut depth."""
   if mode not in CUT_DEPTH:
-    raise ValueError(f"cut_depth={mode!r} is unknown; choose one of {CUT_DEPTH}.")
+    raise UserError(f"cut_depth={mode!r} is unknown; choose one of {CUT_DEPTH}.")
 
 
 def vertical_cut_depth(
@@ -125,7 +126,7 @@ def random_crop(example: Example, rng: np.random.Generator, *, size: tuple[int, 
   """
   (height, width), (h, w) = example["image"].shape[:2], size
   if h > height or w > width:
-    raise ValueError(
+    raise UserError(
       f"crop={h}x{w} does not fit into an image of {height}x{width}; make data.crop smaller or data.resize larger."
     )
   u, v = rng.random(2)
@@ -146,7 +147,7 @@ def kb_crop(example: Example, *, size: tuple[int, int] = (352, 1216)) -> Example
   """
   (height, width), (h, w) = example["image"].shape[:2], size
   if h > height or w > width:
-    raise ValueError(f"kb_crop={h}x{w} does not fit into an image of {height}x{width}; make data.kb_crop smaller.")
+    raise UserError(f"kb_crop={h}x{w} does not fit into an image of {height}x{width}; make data.kb_crop smaller.")
   return _window(example, height - h, (width - w) // 2, size)
 
 

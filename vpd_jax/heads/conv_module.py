@@ -7,6 +7,7 @@ from flax import nnx
 
 from vpd_jax import initializers
 from vpd_jax.backbones import layers, normalization
+from vpd_jax.errors import UserError
 from vpd_jax.types import Array, Features
 
 # Starts of mmseg: He's normal over the outputs, and a normal of deviation 0.01 for the classifier.
@@ -43,20 +44,20 @@ def dropped(x: Array, rate: float, *, training: bool, key: Array | None) -> Arra
   if not training or not rate:
     return x
   if key is None:
-    raise ValueError(f"head.dropout={rate} needs a random key in training; give the model one, or set it to 0.")
+    raise UserError(f"head.dropout={rate} needs a random key in training; give the model one, or set it to 0.")
   return layers.drop_channels(x, rate, key)
 
 
 def check_dropout(rate: float) -> None:
   """Raises where `rate` is no probability below 1."""
   if not 0 <= rate < 1:
-    raise ValueError(f"head.dropout={rate} must be at least 0 and below 1.")
+    raise UserError(f"head.dropout={rate} must be at least 0 and below 1.")
 
 
 def check_frame(frame: str) -> None:
   """Raises where the word is unknown."""
   if frame not in FRAMES:
-    raise ValueError(f"head.frame={frame!r} is unknown; choose one of {FRAMES}.")
+    raise UserError(f"head.frame={frame!r} is unknown; choose one of {FRAMES}.")
 
 
 def to_image(logits: Array, features: Features, stride: int, frame: str) -> Array:

@@ -12,6 +12,7 @@ from flax import nnx
 
 from vpd_jax import initializers
 from vpd_jax.backbones import layers, normalization
+from vpd_jax.errors import UserError
 from vpd_jax.types import Array, Features, Outputs
 
 INITS = {"released": initializers.normal(0.001), "fan_in": initializers.he_normal}
@@ -50,12 +51,12 @@ class Deconv(nnx.Module):
     del frame
     doublings = math.log2(strides[0]) - len(filters)
     if doublings < 0 or doublings != int(doublings):
-      raise ValueError(
+      raise UserError(
         f"head 'deconv' with {len(filters)} filters cannot read a map of stride {strides[0]}; "
         f"use at most {int(math.log2(strides[0]))} filters."
       )
     if init not in INITS:
-      raise ValueError(f"head.init={init!r} is unknown; choose one of {sorted(INITS)}.")
+      raise UserError(f"head.init={init!r} is unknown; choose one of {sorted(INITS)}.")
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     small = {"kernel_init": INITS[init]}
     self.max_depth, self.doublings = max_depth, int(doublings)

@@ -11,6 +11,7 @@ from flax import nnx
 
 from vpd_jax import initializers
 from vpd_jax.backbones import layers
+from vpd_jax.errors import UserError
 from vpd_jax.heads import conv_module
 from vpd_jax.heads.conv_module import ConvModule
 from vpd_jax.types import Array, Features, Outputs
@@ -98,7 +99,7 @@ class FpnHead(nnx.Module):
     for in_width, stride in zip(widths, strides, strict=True):
       doublings = math.log2(stride / strides[0])
       if doublings != int(doublings) or doublings < 0:
-        raise ValueError(f"head 'fpn' doubles every map to stride {strides[0]}, which strides {strides} do not allow.")
+        raise UserError(f"head 'fpn' doubles every map to stride {strides[0]}, which strides {strides} do not allow.")
       steps = []
       for i in range(max(1, int(doublings))):
         steps.append(ConvModule(in_width if i == 0 else width, width, 3, norm_group=norm_group, **kinds))

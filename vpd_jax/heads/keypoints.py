@@ -18,6 +18,7 @@ from flax import nnx
 
 from vpd_jax import initializers
 from vpd_jax.backbones import layers, normalization
+from vpd_jax.errors import UserError
 from vpd_jax.heads import conv_module
 from vpd_jax.types import Array, Features, Outputs
 
@@ -49,14 +50,14 @@ def up(x: Array, stride: int) -> Array:
 
 def _init(word: str) -> Callable[..., Array]:
   if word not in INITS:
-    raise ValueError(f"head.init={word!r} is unknown; choose one of {sorted(INITS)}.")
+    raise UserError(f"head.init={word!r} is unknown; choose one of {sorted(INITS)}.")
   return INITS[word]
 
 
 def _chosen(stride: int, strides: tuple[int, ...], name: str) -> int:
   """Number of the map of a stride."""
   if stride not in strides:
-    raise ValueError(f"head.stride={stride} of head {name!r} must be one of the strides of its maps, {tuple(strides)}.")
+    raise UserError(f"head.stride={stride} of head {name!r} must be one of the strides of its maps, {tuple(strides)}.")
   return tuple(strides).index(stride)
 
 
@@ -179,7 +180,7 @@ class Classic(nnx.Module):
     self.map, self.frame = _chosen(stride, strides, "classic"), frame
     doublings = math.log2(stride / STRIDE)
     if doublings < 0 or doublings != int(doublings):
-      raise ValueError(f"head.stride={stride} of head 'classic' must be {STRIDE} times a power of two.")
+      raise UserError(f"head.stride={stride} of head 'classic' must be {STRIDE} times a power of two.")
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     steps, last = [], widths[self.map]
     for _ in range(int(doublings)):
@@ -223,7 +224,7 @@ class Direct(nnx.Module):
     del norm_group, dtype, param_dtype, rngs
     conv_module.check_frame(frame)
     if widths[0] != keypoints:
-      raise ValueError(
+      raise UserError(
         f"head 'direct' takes the {widths[0]} channels of the finest map for {keypoints} keypoints; "
         f"set method.prompts={keypoints} with a neck that multiplies by the prompts, or choose another head."
       )

@@ -16,6 +16,7 @@ from flax import nnx
 
 from vpd_jax import initializers
 from vpd_jax.backbones import layers, normalization
+from vpd_jax.errors import UserError
 from vpd_jax.heads import conv_module
 from vpd_jax.types import Array, Features, Outputs
 
@@ -90,7 +91,7 @@ class Lavt(nnx.Module):
     """
     conv_module.check_frame(frame)
     if len(widths) < 2:
-      raise ValueError(f"head 'lavt' joins maps of several strides, but widths={tuple(widths)} is one; choose another.")
+      raise UserError(f"head 'lavt' joins maps of several strides, but widths={tuple(widths)} is one; choose another.")
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     self.stride, self.frame = strides[0], frame
     # The level of a map: 4 where it is joined first, then 3 and 2, whatever the number of maps.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vpd_jax.backbones import layers
+from vpd_jax.errors import UserError
 from vpd_jax.heads import conv_module
 from vpd_jax.heads.conv_module import ConvModule
 from vpd_jax.types import Array, Features, Outputs
@@ -123,7 +124,7 @@ class UperNet(nnx.Module):
     conv_module.check_dropout(dropout)
     conv_module.check_frame(frame)
     if not 0 <= auxiliary_map < len(widths):
-      raise ValueError(f"head.auxiliary_map={auxiliary_map} must be the number of one of {len(widths)} maps, from 0.")
+      raise UserError(f"head.auxiliary_map={auxiliary_map} must be the number of one of {len(widths)} maps, from 0.")
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     options = {"dropout": dropout, "norm_group": norm_group, **kinds}
     self.stride, self.frame, self.auxiliary_map = strides[0], frame, auxiliary_map

@@ -28,6 +28,7 @@ from vpd_jax.backbones.clip import ClipText, TextSizes, never_trained
 from vpd_jax.backbones.clip_image import RESIZES, ClipImage, ImageSizes, pixels
 from vpd_jax.backbones.unet import UNet, UNetSizes
 from vpd_jax.backbones.vae import VaeEncoder, VaeSizes
+from vpd_jax.errors import UserError
 from vpd_jax.methods import images, prompts, sentences
 from vpd_jax.methods.implicit import ImplicitText
 from vpd_jax.methods.vpd import TextAdapter
@@ -124,7 +125,7 @@ class Iedp(nnx.Module):
     towers = kinds | {"param_dtype": jnp.dtype(tower_dtype)}
     explicit = branch_mode == "both" and training
     if explicit and "{}" in sentence and not class_names:
-      raise ValueError(
+      raise UserError(
         f"method.sentence={sentence!r} names the class of an image, but the data set names none; set config.data.scene "
         "to one name for all pictures, or method.sentence to one without {}."
       )
@@ -282,4 +283,4 @@ def _check(options: dict[str, Any], unet: UNetSizes, text: TextSizes, *, maps: b
       f"and a sentence has {explicit}; make them equal."
     )
   if problems:
-    raise ValueError(" ".join(problems))
+    raise UserError(" ".join(problems))

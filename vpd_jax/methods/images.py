@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vpd_jax.backbones.unet import UNetOutput, UNetSizes
+from vpd_jax.errors import UserError
 from vpd_jax.types import Array, Batch
 
 
@@ -89,7 +90,7 @@ def joined_maps(unet: UNetSizes, tokens: int, *, use: bool, max_size: int, gradi
   """
   sides = {64 // 2**level: level for level in unet.attention_levels}
   if use and max_size not in sides:
-    raise ValueError(
+    raise UserError(
       f"method.attention_max_size={max_size} must be the side of a map for an image of 512: one of {sorted(sides)}."
     )
   levels = tuple(level for side, level in sides.items() if use and side <= max_size)

@@ -27,6 +27,7 @@ from vpd_jax.backbones.attention import Implementation
 from vpd_jax.backbones.clip import TextSizes, never_trained
 from vpd_jax.backbones.unet import UNet, UNetSizes
 from vpd_jax.backbones.vae import VaeEncoder, VaeSizes
+from vpd_jax.errors import UserError
 from vpd_jax.methods import images, sentences
 from vpd_jax.methods import prompts as sources
 from vpd_jax.methods.vpd import TextAdapter
@@ -94,25 +95,25 @@ class MetaPrompts(nnx.Module):
     """
     timestep = re.fullmatch(r"timestep:(\d+)", time_embedding)
     if prompt not in PROMPTS:
-      raise ValueError(f"method.prompt={prompt!r} is unknown to meta_prompts; choose one of {PROMPTS}.")
+      raise UserError(f"method.prompt={prompt!r} is unknown to meta_prompts; choose one of {PROMPTS}.")
     if prompts < 1:
-      raise ValueError(f"method.prompts={prompts} must be at least 1.")
+      raise UserError(f"method.prompts={prompts} must be at least 1.")
     if refine_steps < 1:
-      raise ValueError(f"method.refine_steps={refine_steps} must be at least 1, the number of passes of the UNet.")
+      raise UserError(f"method.refine_steps={refine_steps} must be at least 1, the number of passes of the UNet.")
     if trained_steps < 0:
-      raise ValueError(f"method.trained_steps={trained_steps} must be 0 (as many as refine_steps) or more.")
+      raise UserError(f"method.trained_steps={trained_steps} must be 0 (as many as refine_steps) or more.")
     held = trained_steps or refine_steps
     if refine_steps > held:
-      raise ValueError(
+      raise UserError(
         f"method.refine_steps={refine_steps} is more than the {held} steps that the weights hold "
         f"(method.trained_steps); use 1 to {held}."
       )
     if timestep is None and time_embedding != "learned":
-      raise ValueError(f"method.time_embedding={time_embedding!r} is unknown; use 'learned' or 'timestep:N'.")
+      raise UserError(f"method.time_embedding={time_embedding!r} is unknown; use 'learned' or 'timestep:N'.")
     if refine_init not in REFINE_INITS:
-      raise ValueError(f"method.refine_init={refine_init!r} is unknown; choose one of {REFINE_INITS}.")
+      raise UserError(f"method.refine_init={refine_init!r} is unknown; choose one of {REFINE_INITS}.")
     if resize_scale < -1:
-      raise ValueError(f"method.resize_scale={resize_scale} must be -1 (the image as it is), 0 or more.")
+      raise UserError(f"method.resize_scale={resize_scale} must be -1 (the image as it is), 0 or more.")
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     self.steps, self.trained_steps, self.resize_scale = refine_steps, held, resize_scale
     self.timestep, self.latent_scale, self.dtype = timestep and int(timestep[1]), latent_scale, dtype
@@ -175,7 +176,7 @@ class MetaPrompts(nnx.Module):
       return height, width
     size = tuple((side // 64 + self.resize_scale) * 64 for side in (height, width))
     if not all(size):
-      raise ValueError(
+      raise UserError(
         f"an image of {height}x{width} becomes {size[0]}x{size[1]} at method.resize_scale={self.resize_scale}; use 1."
       )
     return size
@@ -193,7 +194,7 @@ class MetaPrompts(nnx.Module):
       ValueError: in training, with fewer steps than the weights hold: the others would learn nothing, yet decay.
     """
     if training and self.steps < self.trained_steps:
-      raise ValueError(
+      raise UserError(
         f"training needs all {self.trained_steps} steps that the weights hold, but "
         f"method.refine_steps={self.steps}; fewer are for evaluation."
       )

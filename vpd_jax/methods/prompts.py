@@ -13,6 +13,7 @@ from flax import nnx
 from vpd_jax import initializers
 from vpd_jax.backbones.clip import never_trained
 from vpd_jax.backbones.clip_image import ClipImage, ImageSizes, pixels
+from vpd_jax.errors import UserError
 from vpd_jax.types import Array, Buffer, Example
 
 # How a method that knows classes gets the class of an image: told with the image, by CLIP from the image, or not at all
@@ -49,7 +50,7 @@ def sentences_of(template: str, names: Sequence[str]) -> tuple[str, ...]:
     ValueError: an empty template, or one with more than one {}.
   """
   if not template.strip() or template.count("{}") > 1 or template.replace("{}", "").count("{"):
-    raise ValueError(f"method.sentence={template!r} must be a text with at most one {{}}, for the name of the class.")
+    raise UserError(f"method.sentence={template!r} must be a text with at most one {{}}, for the name of the class.")
   return tuple(template.replace("{}", name.replace("_", " ")) for name in names) if "{}" in template else (template,)
 
 
@@ -99,5 +100,5 @@ def with_tokens(example: Example, *, table: np.ndarray) -> Example:
   """
   row = 0 if len(table) == 1 else int(example["class_id"])
   if not 0 <= row < len(table):
-    raise ValueError(f"an example has class_id {row}; there are sentences for 0 to {len(table) - 1}.")
+    raise UserError(f"an example has class_id {row}; there are sentences for 0 to {len(table) - 1}.")
   return example | {"tokens": table[row]}

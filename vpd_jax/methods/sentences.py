@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from vpd_jax.backbones.clip import ClipText, TextSizes, never_trained
+from vpd_jax.errors import UserError
 from vpd_jax.types import Array, Batch, Example
 
 SHOWN = 3  # cut sentences named in a line
@@ -34,7 +35,7 @@ class SentenceTokens:
 
   def __post_init__(self):
     if self.length < 3:
-      raise ValueError(f"method.token_length={self.length} must be at least 3: begin, one token and end.")
+      raise UserError(f"method.token_length={self.length} must be at least 3: begin, one token and end.")
 
   def rows(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Token ids int32 [sentences, length], and which sentences had to be cut, bool [sentences].
@@ -47,7 +48,7 @@ class SentenceTokens:
     empty = [place for place, text in enumerate(texts) if not text.strip()]
     if empty:
       which = "the sentence is" if len(texts) == 1 else f"{len(empty)} of {len(texts)} sentences are"
-      raise ValueError(f"{which} empty; say in words what is to be found, such as 'the red box on the left'.")
+      raise UserError(f"{which} empty; say in words what is to be found, such as 'the red box on the left'.")
     tokens = self.tokenize(tuple(texts))
     end = tokens.max(axis=1)
     # Behind the first end there is padding: the end again in Stable Diffusion 1.x, another id in 2.x.
@@ -63,7 +64,7 @@ class SentenceTokens:
       ValueError: the example has no sentence, or as for `rows`.
     """
     if "sentence" not in example:
-      raise ValueError(
+      raise UserError(
         "method.prompt='sentence' needs a sentence with every picture, which this data set has not; choose a data set "
         "of referring expressions, or another prompt."
       )
@@ -98,7 +99,7 @@ def text_encoder(sizes: TextSizes, length: int, width: int, **kinds: Any) -> nnx
   if sizes.width != width:
     problems.append(f"the text encoder (config.backbone.text) is {sizes.width} wide, the UNet's context {width}.")
   if problems:
-    raise ValueError(" ".join(problems))
+    raise UserError(" ".join(problems))
   return never_trained(ClipText(sizes, **kinds))
 
 

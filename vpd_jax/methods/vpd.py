@@ -25,6 +25,7 @@ from vpd_jax.backbones.clip import TextSizes, never_trained
 from vpd_jax.backbones.clip_image import ImageSizes
 from vpd_jax.backbones.unet import UNet, UNetSizes
 from vpd_jax.backbones.vae import VaeEncoder, VaeSizes
+from vpd_jax.errors import UserError
 from vpd_jax.methods import images, prompts, sentences
 from vpd_jax.types import Array, Batch, Branch, Buffer, Example, Features
 
@@ -102,14 +103,14 @@ class Vpd(nnx.Module):
       ValueError: unknown prompt; no classes; a padding the UNet cannot take.
     """
     if prompt not in prompts.PROMPTS:
-      raise ValueError(f"method.prompt={prompt!r} is unknown to vpd; choose one of {prompts.PROMPTS}.")
+      raise UserError(f"method.prompt={prompt!r} is unknown to vpd; choose one of {prompts.PROMPTS}.")
     if classes < 1 and prompt != "sentence":
-      raise ValueError(
+      raise UserError(
         f"method.prompt={prompt!r} chooses among the classes of the data set, which names none; set config.data.scene "
         "to one name for all pictures, or take a method that is told no class."
       )
     if pad_multiple % 64:
-      raise ValueError(f"method.pad_multiple={pad_multiple} must be a multiple of 64, the UNet's coarsest stride.")
+      raise UserError(f"method.pad_multiple={pad_multiple} must be a multiple of 64, the UNet's coarsest stride.")
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     tokens = {"all_classes": classes, "sentence": token_length}.get(prompt, 1)
     self.timestep, self.latent_scale = timestep, latent_scale

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
 STEP = 0.005  # metres, resolution of the best constant
@@ -51,7 +52,7 @@ def depth_baselines(
         error = (np.clip(predict(example), min_depth, max_depth)[window] - truth)[valid]
         errors[name].append(float(np.sqrt(np.mean(error**2))))
   if not errors["constant"]:
-    raise ValueError("no evaluation image has a valid depth; check the data set and max_depth.")
+    raise UserError("no evaluation image has a valid depth; check the data set and max_depth.")
   return {name: float(np.mean(values)) for name, values in errors.items()}
 
 
@@ -68,7 +69,7 @@ class Fit:
     if self.size is None:
       self.size, self.total, self.count = size, np.zeros(size), np.zeros(size)
     if size != self.size:
-      raise ValueError(f"depth maps of {self.size} and {size}: the baselines need all images of one size.")
+      raise UserError(f"depth maps of {self.size} and {size}: the baselines need all images of one size.")
 
   def add(self, example: Example):
     """One more training image."""
@@ -87,7 +88,7 @@ class Fit:
   def predictors(self) -> dict:
     """Functions Example -> depth float64 [H, W]."""
     if not self.moments:
-      raise ValueError("no training image has a valid depth; check the data set and max_depth.")
+      raise UserError("no training image has a valid depth; check the data set and max_depth.")
     constant = best_constant(np.array(self.moments), self.max_depth)
     position = np.where(self.count > 0, self.total / np.maximum(self.count, 1), constant)
     weights = np.linalg.lstsq(self.gram, self.target, rcond=None)[0]

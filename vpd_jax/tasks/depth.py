@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpd_jax import atomic, panels
+from vpd_jax.errors import UserError
 from vpd_jax.tasks import finite
 from vpd_jax.tasks.baselines import depth_baselines
 from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
@@ -90,12 +91,12 @@ class Depth:
       ValueError: unknown crop, an empty range of depth, or a scale at which 16 bits do not hold max_depth.
     """
     if eval_crop not in EVAL_CROPS:
-      raise ValueError(f"task.eval_crop={eval_crop!r} is unknown; choose one of {sorted(EVAL_CROPS)}.")
+      raise UserError(f"task.eval_crop={eval_crop!r} is unknown; choose one of {sorted(EVAL_CROPS)}.")
     if not 0 <= min_depth < max_depth:
-      raise ValueError(f"task.min_depth={min_depth} must be at least 0 and below task.max_depth={max_depth}.")
+      raise UserError(f"task.min_depth={min_depth} must be at least 0 and below task.max_depth={max_depth}.")
     self.png_scale = png_scale or next((scale for scale in PNG_SCALES if scale * max_depth <= 65535), 1)
     if not 0 < self.png_scale * max_depth <= 65535:
-      raise ValueError(
+      raise UserError(
         f"task.png_scale={png_scale} must be above 0 and at most {65535 / max_depth:.4g}, so that 16 bits hold "
         f"task.max_depth={max_depth}; or 0, which chooses."
       )
@@ -157,7 +158,7 @@ class Depth:
     """
     scored = rows["pixels"] > 0
     if not scored.any():
-      raise ValueError(
+      raise UserError(
         f"none of {len(scored)} images has ground truth in ({self.min_depth}, {self.max_depth}) metres; "
         "check the depth unit and task.max_depth."
       )

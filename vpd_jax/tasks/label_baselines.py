@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from vpd_jax.errors import UserError
+
 GRID = 32  # cells per side of the positions
 Predictor = Callable[[np.ndarray], np.ndarray]  # uint8 [H, W, 3] to int [H, W]
 
@@ -40,7 +42,7 @@ class Fit:
     """
     counts = self.cells.sum(0)
     if not counts.any():
-      raise ValueError("no training image has a labelled pixel; check the data set.")
+      raise UserError("no training image has a labelled pixel; check the data set.")
     most = int(counts.argmax())
     position = np.where(self.cells.any(1), self.cells.argmax(1), most)
     weights, bias = self._discriminants(counts)

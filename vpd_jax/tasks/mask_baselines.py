@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vpd_jax.errors import UserError
+
 
 def best_constant(masks: Sequence[np.ndarray]) -> np.ndarray:
   """The one mask with the highest overall IoU on the given ones, among all masks.
@@ -23,10 +25,10 @@ def best_constant(masks: Sequence[np.ndarray]) -> np.ndarray:
   """
   shapes = {mask.shape for mask in masks}
   if len(shapes) > 1:
-    raise ValueError(f"masks of the sizes {sorted(shapes)} have no best constant mask; resize them to one.")
+    raise UserError(f"masks of the sizes {sorted(shapes)} have no best constant mask; resize them to one.")
   counts = sum((mask.astype(bool).astype(np.int64) for mask in masks), np.zeros((), np.int64))
   if not counts.any():
-    raise ValueError("no training example has an object; check the masks of the data set.")
+    raise UserError("no training example has an object; check the masks of the data set.")
   falling = np.sort(counts.ravel())[::-1]
   inside = np.cumsum(falling)
   union = len(masks) * np.arange(1, falling.size + 1) + counts.sum() - inside

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpd_jax import atomic
+from vpd_jax.errors import UserError
 from vpd_jax.tasks import finite, heatmaps, oks, pose_baselines, pose_pictures
 from vpd_jax.tasks.label_pictures import write, write_colours
 from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
@@ -87,7 +88,7 @@ class Pose:
     if not 0 < nms <= 1:
       wrong.append(f"nms={nms} must be above 0 and at most 1")
     if wrong:
-      raise ValueError(f"task: {'; '.join(wrong)}.")
+      raise UserError(f"task: {'; '.join(wrong)}.")
     self.keypoints, self.udp, self.sigma, self.blur = keypoints, udp, int(sigma), int(blur)
     self.shift_flipped, self.score_above, self.nms = shift_flipped, score_above, nms
     self.sigmas = np.asarray(keypoints.sigmas, np.float64)
@@ -178,7 +179,7 @@ class Pose:
       ValueError: nobody in the truth has a labelled keypoint.
     """
     if not any(person["num_keypoints"] and not person["iscrowd"] for person in truth["annotations"]):
-      raise ValueError(f"none of {len(truth['images'])} images has a labelled keypoint to score; check the data set.")
+      raise UserError(f"none of {len(truth['images'])} images has a labelled keypoint to score; check the data set.")
     scores = oks.coco_scores(truth, self.results(rows, truth), self.sigmas)
     return scores | {"people": float(len(rows["area"]))} | finite.total(rows)
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
+from vpd_jax.errors import UserError
+
 SIDE = 8  # rows and columns to which a crop is shrunk for the regression
 RIDGE = 1.0
 Predictor = Callable[[np.ndarray], np.ndarray]  # crop uint8 [H, W, 3] to places float64 [K, 2] in its pixels
@@ -39,7 +41,7 @@ class Fit:
       ValueError: no training crop has a labelled keypoint.
     """
     if not self.number.any():
-      raise ValueError("no training crop has a labelled keypoint; check the data set.")
+      raise UserError("no training crop has a labelled keypoint; check the data set.")
     mean = self.total / np.maximum(self.number, 1)[:, None]
     offsets = self.target - np.einsum("ki,kj->kij", self.gram[:, :, -1], mean)  # of the places less their mean
     ridge = RIDGE * np.eye(self.gram.shape[1])

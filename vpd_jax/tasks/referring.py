@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpd_jax import atomic
+from vpd_jax.errors import UserError
 from vpd_jax.tasks import finite, label_pictures, mask_baselines, mask_pictures
 from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
 
@@ -93,11 +94,11 @@ class Referring:
       ValueError: weights that are not two numbers above 0, an unknown word.
     """
     if len(class_weights) != 2 or min(class_weights) <= 0:
-      raise ValueError(
+      raise UserError(
         f"task.class_weights={class_weights} must be two numbers above 0, of background and object, such as (0.9, 1.1)."
       )
     if eval_at not in EVAL_AT:
-      raise ValueError(f"task.eval_at={eval_at!r} is unknown; choose one of {EVAL_AT}.")
+      raise UserError(f"task.eval_at={eval_at!r} is unknown; choose one of {EVAL_AT}.")
     self.class_weights, self.eval_at = tuple(map(float, class_weights)), eval_at
     self.output = {"classes": 2}
     self.eval_needs = frozenset({"full_mask", "full_size"} if eval_at == "original" else ())
@@ -225,6 +226,6 @@ def _object(prediction: np.ndarray) -> np.ndarray:
 
 def _check_size(logits: Array, mask: Array) -> None:
   if logits.shape[:3] != mask.shape:
-    raise ValueError(
+    raise UserError(
       f"the scores have the size {logits.shape[1:3]}, the masks {mask.shape[1:]}; data.crop must be that of both."
     )

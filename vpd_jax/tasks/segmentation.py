@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpd_jax import atomic
+from vpd_jax.errors import UserError
 from vpd_jax.tasks import finite, label_baselines, label_pictures
 from vpd_jax.tasks.lovasz import lovasz_softmax
 from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
@@ -112,7 +113,7 @@ def merged(entries: tuple[str, ...], names: tuple[str, ...]) -> tuple[tuple[str,
     taken |= set(known)
     first[min(known)] = (name, tuple(sorted(known)))
   if wrong:
-    raise ValueError(
+    raise UserError(
       f"task.merge has {wrong}; write 'NEW=NAME+NAME..' with classes of {', '.join(names)}, each in one entry only."
     )
   return tuple(first.get(k, (name, (k,))) for k, name in enumerate(names) if k in first or k not in taken)
@@ -166,12 +167,12 @@ class Segmentation:
         are unknown or named twice.
     """
     if not 1 <= classes <= MOST_CLASSES:
-      raise ValueError(f"task.classes={classes} must lie between 1 and {MOST_CLASSES}.")
+      raise UserError(f"task.classes={classes} must lie between 1 and {MOST_CLASSES}.")
     if 0 <= ignore_label < classes:
-      raise ValueError(f"task.ignore_label={ignore_label} is one of the {classes} classes; choose a number beyond.")
+      raise UserError(f"task.ignore_label={ignore_label} is one of the {classes} classes; choose a number beyond.")
     for field, values in (("class_names", class_names), ("palette", palette), ("label_ids", label_ids)):
       if len(values) not in (0, classes):
-        raise ValueError(f"task.{field} has {len(values)} entries for {classes} classes; give {classes}, or none.")
+        raise UserError(f"task.{field} has {len(values)} entries for {classes} classes; give {classes}, or none.")
     self.classes, self.lovasz, self.auxiliary = classes, lovasz, auxiliary
     self.avg_non_ignore, self.ignore_label = avg_non_ignore, ignore_label
     self.class_names = tuple(class_names) or tuple(map(str, range(classes)))
@@ -191,7 +192,7 @@ class Segmentation:
     """
     if ("aux_logits" in outputs) != (self.auxiliary > 0):
       has = "an" if "aux_logits" in outputs else "no"
-      raise ValueError(f"task.auxiliary={self.auxiliary}, but the head has {has} auxiliary part; make them agree.")
+      raise UserError(f"task.auxiliary={self.auxiliary}, but the head has {has} auxiliary part; make them agree.")
     label = batch["label"].astype(jnp.int32)
     logits = resized(outputs["logits"], label.shape[1:])
     options = {"ignore_label": self.ignore_label, "avg_non_ignore": self.avg_non_ignore}
@@ -247,9 +248,7 @@ class Segmentation:
     of_class = self.per_class(rows)
     right, labelled = (rows[name].sum(dtype=np.int64) for name in ("intersect", "labelled"))
     if not labelled:
-      raise ValueError(
-        f"none of {len(rows['labelled'])} images has a labelled pixel; check the labels of the data set."
-      )
+      raise UserError(f"none of {len(rows['labelled'])} images has a labelled pixel; check the labels of the data set.")
     return {
       "mIoU": float(np.nanmean(of_class["IoU"])),
       "mAcc": float(np.nanmean(of_class["Acc"])),
