@@ -11,7 +11,8 @@ from vpd_jax.errors import UserError
 # says it, see `look_up`.
 FIELDS = {
   "": ("method", "neck", "head", "task", "data", "optim", "backbone", "eval", "init", "mesh", "seed", "dtype",
-       "param_dtype", "num_steps", "log_every", "eval_every", "save_every", "keep", "keep_best", "profile"),
+       "param_dtype", "num_steps", "log_every", "eval_every", "save_every", "keep", "keep_best", "profile",
+       "writer"),
   "optim": ("lr", "decay", "b1", "b2", "epsilon", "clip_norm", "schedule", "lr_groups", "decay_groups", "norm_group",
             "loss_group", "accumulation", "ema_decay"),
   "backbone": ("unet", "vae", "text", "image", "attention", "remat"),
