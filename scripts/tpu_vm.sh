@@ -12,7 +12,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/environment.sh
-make_environment tpu,gcs,tensorboard
+make_environment tpu,gcs,clu
 
 # Memory that is handed back to the system page by page costs the host's workers time.
 if ldconfig -p 2>/dev/null | grep -q libtcmalloc.so.4; then

@@ -103,7 +103,7 @@ def test_flags_take_a_config_from_anywhere_with_words_and_overrides(folder, tmp_
   done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
   assert done.stdout.strip() == "iedp 32 0.25 ['rest']", done.stderr
   done = subprocess.run([*command[:3], "--config=configs/one:big"], cwd=folder, capture_output=True, text=True)
-  assert done.stderr.strip().splitlines()[-1].startswith("ValueError: config argument 'big' is unknown;")
+  assert done.stderr.strip().splitlines()[-1].startswith("vpd_jax.errors.UserError: config argument 'big' is unknown;")
 
 
 def test_argv_after_a_double_dash_and_other_flags_stay(folder):

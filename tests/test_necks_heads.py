@@ -177,7 +177,7 @@ def test_depth_is_float32_and_within_its_limit_whatever_the_dtype():
 
 
 def test_every_norm_of_the_head_has_the_group():
-  module = nnx.eval_shape(head(norm_group=3))
+  module = params.describe(head(norm_group=3)).model
   assert [module.deconv_layers[i].group for i in (1, 4, 7)] + [module.conv_layers[1].group] == [3] * 4
 
 

@@ -35,7 +35,7 @@ def config_of(**changes):
 def two_branches(**changes):
   """The product of a method that a config knows by name here only."""
   config = config_of(**changes).unlock()
-  config.method = {"name": "two_branches", "class_vectors": ""}
+  config.method = {"name": "two_branches"}
   config.optim.lr_groups = ((r"/mix/", 0.5), (r"", 1.0))
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(assemble.METHODS, "two_branches", TwoBranches)

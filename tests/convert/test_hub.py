@@ -150,7 +150,7 @@ def ask_hub(tmp_path, source, **environment):
 def test_a_hub_that_refuses_is_told_at_once_in_one_line(tmp_path):
   seconds, result = ask_hub(tmp_path, "org/name")
   assert result.stderr.strip().splitlines()[-1] == (
-    "ValueError: 'org/name' is no local path, and as a hub id it cannot be fetched ([Errno 111] Connection refused); "
+    "vpd_jax.errors.UserError: 'org/name' is no local path, and as a hub id it cannot be fetched ([Errno 111] Connection refused); "
     "check the name, the network and HF_HUB_OFFLINE, or give a local folder."
   )
   assert seconds < 30, "imports included"
@@ -165,6 +165,6 @@ def test_offline_the_cache_of_the_hub_is_used(tmp_path):
   assert result.stdout.strip() == str(cached / "snapshots" / ("0" * 40)), result.stderr
   _, result = ask_hub(tmp_path, "org/other", HF_HUB_OFFLINE="1")
   last = result.stderr.strip().splitlines()[-1]
-  assert last.startswith("ValueError: 'org/other' is no local path") and "offline mode is enabled" in last, (
-    result.stderr
-  )
+  assert (
+    last.startswith("vpd_jax.errors.UserError: 'org/other' is no local path") and "offline mode is enabled" in last
+  ), result.stderr
