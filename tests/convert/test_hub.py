@@ -150,8 +150,8 @@ def ask_hub(tmp_path, source, **environment):
 def test_a_hub_that_refuses_is_told_at_once_in_one_line(tmp_path):
   seconds, result = ask_hub(tmp_path, "org/name")
   assert result.stderr.strip().splitlines()[-1] == (
-    "vpd_jax.errors.UserError: 'org/name' is no local path, and as a hub id it cannot be fetched ([Errno 111] Connection refused); "
-    "check the name, the network and HF_HUB_OFFLINE, or give a local folder."
+    "vpd_jax.errors.UserError: 'org/name' is no local path, and as a hub id it cannot be fetched ([Errno 111] "
+    "Connection refused); check the name, the network and HF_HUB_OFFLINE, or give a local folder."
   )
   assert seconds < 30, "imports included"
 
