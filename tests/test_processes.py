@@ -79,7 +79,8 @@ if __name__ == "__main__":
 
 
 def config(steps):
-  return rooms(**EIGHT, num_steps=steps, eval_every=steps, save_every=steps)
+  lengths = {"num_steps": steps, "eval_every": steps, "save_every": steps, "optim.schedule.num_steps": 1000}
+  return rooms(**EIGHT, **lengths)
 
 
 def free_port():

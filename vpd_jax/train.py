@@ -21,7 +21,7 @@ from vpd_jax.stop import StopRequest
 from vpd_jax.trace import Trace
 from vpd_jax.types import Array, Batch, Branch, Loss, Named, Outputs, Task, TrainState
 
-SMALL = 2**16  # numbers: arrays that are never split over devices
+SMALL = 2**10  # numbers: vectors, which are never split over devices
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
@@ -143,8 +143,8 @@ def make_step(
 
 def _norm(grads: Named) -> Array:
   """The norm of all gradients; small ones as one vector, for XLA makes several operations of every sum."""
-  small = [g.reshape(-1) for g in grads.values() if g.size <= SMALL]
-  parts = [g for g in grads.values() if g.size > SMALL] + ([jnp.concatenate(small)] if small else [])
+  small = [g.reshape(-1) for g in grads.values() if g.size < SMALL]
+  parts = [g for g in grads.values() if g.size >= SMALL] + ([jnp.concatenate(small)] if small else [])
   # Behind a barrier: else XLA on CPU writes the squares down, once for this and for Adam, at four times the cost.
   return jnp.sqrt(sum(jnp.square(g).sum() for g in jax.lax.optimization_barrier(parts)))
 
