@@ -27,7 +27,7 @@ import json, os, pathlib, signal, sys, threading, time
 sys.modules["tensorflow"] = None  # the other writer is there sooner
 import jax
 from tests import test_multidevice, test_processes
-from vpd_jax import evaluate, processes, sharding, train
+from vpd_jax import errors, evaluate, processes, sharding, train
 from vpd_jax.checkpoint import Checkpoints
 from vpd_jax.data import pipeline
 
@@ -37,7 +37,7 @@ def terminate_when(ready):
   os.kill(os.getpid(), signal.SIGTERM)
 
 def broken(*_):
-  raise ValueError("picture 7 is broken")
+  raise errors.UserError("picture 7 is broken")
 
 if __name__ == "__main__":
   folder = pathlib.Path(sys.argv[1])

@@ -21,7 +21,7 @@ from vpd_jax.stop import StopRequest
 from vpd_jax.trace import Trace
 from vpd_jax.types import Array, Batch, Branch, Loss, Named, Outputs, Task, TrainState
 
-SMALL = 2**10  # numbers: vectors, which are never split over devices
+SMALL = 2**16  # numbers
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
@@ -101,7 +101,9 @@ def make_gradients(
   return run
 
 
-def make_update(product: Product, *, ema_decay: float = 0.0) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+def make_update(
+  product: Product, *, ema_decay: float = 0.0, devices: int = 1
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
   """(state, gradients, loss, logs, new stats) -> (next state, logs): the optimizer's half of a step."""
   labels = {product.groups.label[name]: multiplier for name, multiplier in sorted(product.groups.lr.items())}
 
@@ -109,7 +111,10 @@ def make_update(product: Product, *, ema_decay: float = 0.0) -> Callable[..., tu
     updates, opt_state = product.optimizer.update(grads, state.opt_state, state.params)
     params = {name: p + updates[name].astype(p.dtype) for name, p in state.params.items()}
     rate = product.rate(state.step)
-    logs = {f"train/{name}": x for name, x in logs.items()} | {"train/loss": loss, "norm/gradients": _norm(grads)}
+    logs = {f"train/{name}": x for name, x in logs.items()} | {
+      "train/loss": loss,
+      "norm/gradients": _norm(grads, devices),
+    }
     logs |= {f"lr/{label}": rate * multiplier for label, multiplier in labels.items()}
     ema = None if state.ema is None else optim.ema(state.ema, params, ema_decay)
     return TrainState(state.step + 1, params, state.frozen, stats, opt_state, ema), logs
@@ -132,7 +137,7 @@ def make_step(
   Dropout's random numbers come from `seed` and the number of the step, so that a run that goes on draws the same ones.
   """
   gradients = make_gradients(product, loss_group=loss_group, accumulation=accumulation, mesh=mesh, gather=gather)
-  update = make_update(product, ema_decay=ema_decay)
+  update = make_update(product, ema_decay=ema_decay, devices=1 if mesh is None else mesh.size)
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -141,10 +146,14 @@ def make_step(
   return train_step
 
 
-def _norm(grads: Named) -> Array:
-  """The norm of all gradients; small ones as one vector, for XLA makes several operations of every sum."""
-  small = [g.reshape(-1) for g in grads.values() if g.size < SMALL]
-  parts = [g for g in grads.values() if g.size >= SMALL] + ([jnp.concatenate(small)] if small else [])
+def _norm(grads: Named, devices: int) -> Array:
+  """The norm of all gradients.
+
+  On one device small ones are joined to one vector, for XLA on CPU makes several programs of every sum; on several the
+  partitioner would gather each of them first.
+  """
+  small = [g.reshape(-1) for g in grads.values() if g.size < SMALL] if devices == 1 else []
+  parts = [g for g in grads.values() if devices > 1 or g.size >= SMALL] + ([jnp.concatenate(small)] if small else [])
   # Behind a barrier: else XLA on CPU writes the squares down, once for this and for Adam, at four times the cost.
   return jnp.sqrt(sum(jnp.square(g).sum() for g in jax.lax.optimization_barrier(parts)))
 
