@@ -1,8 +1,8 @@
 """Types of what this project uses of ml_collections, for pyright alone; nothing imports this file.
 
-ml_collections comes with annotations in which `config.data.batch_size` is whatever any field may be: a number, a string, None, a
-tuple, another section. Each use of a field would need a cast, and with it say nothing more than the config itself does.
-Fields are therefore Any here; `assemble` hands them to typed keyword arguments.
+The annotations that ml_collections brings make a field such as `config.data.batch_size` whatever any field may be: a
+number, a string, None, a tuple or another section. Each use of a field would need a cast, which would say no more than
+the config does. So fields are Any here, until `assemble` hands them to keyword arguments with types.
 """
 
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
