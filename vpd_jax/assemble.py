@@ -6,7 +6,7 @@ ConfigDict ends here: sections become keyword arguments.
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +137,7 @@ def dtype(config: ConfigDict, field: str) -> Any:
       raise UserError(
         f"float64 is for both or neither: config.dtype={config.dtype!r}, config.param_dtype={config.param_dtype!r}."
       )
-    if not jax.config.jax_enable_x64:
+    if not cast(Any, jax.config).jax_enable_x64:
       raise UserError(f"config.{field}='float64' needs JAX_ENABLE_X64=1 in the environment.")
   return DTYPES[word]
 

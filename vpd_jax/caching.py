@@ -21,7 +21,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import numpy as np
@@ -120,7 +120,8 @@ class Encodings:
       ValueError: results are to be kept of a VAE that is trained.
     """
     check(product, dataset)
-    self._cache, self._product, self._mesh = getattr(dataset, "cache", None), product, mesh
+    self._cache: Any = getattr(dataset, "cache", None)
+    self._product, self._mesh = product, mesh
     self.active = self._cache is not None and not _vae_is_trained(product)
     self._local = sharding.make_mesh(devices=[d for d in mesh.devices.flat if d.process_index == jax.process_index()])
     self._size = tuple(config.data.crop)
@@ -169,7 +170,7 @@ class Encodings:
     row = jax.ShapeDtypeStruct((1, *shapes[key][0]), shapes[key][1])
     encoder = _Encoder(name, functools.partial(_encode, parts, name), arrays, row, self._local)
     if self._cache.kind == "memory":
-      encoder.store = Memory()
+      encoder.store = cast(Store, Memory())
     elif self._cache.kind == "disk":
       program = f"{encoder.text()} {jax.__version__} {self._local.devices.flat[0].device_kind} {digest.hexdigest()}"
       folder = Path(self._cache.folder).expanduser() / f"{name}-{_digest(program.encode()).hexdigest()}"
@@ -221,8 +222,8 @@ class Encoded:
 
   def close(self) -> None:
     """Ends the iterator below."""
-    if hasattr(self._batches, "close"):
-      self._batches.close()
+    if close := getattr(self._batches, "close", None):
+      close()
 
 
 class _Nothing:
@@ -244,7 +245,8 @@ class _Encoder:
     mesh: jax.sharding.Mesh,
   ):
     """`row` is [1, ...]: what `function` is given."""
-    self.name, self.store, self._function, self._row, self._mesh = name, _Nothing(), function, row, mesh
+    self.name, self._function, self._row, self._mesh = name, function, row, mesh
+    self.store: Store = _Nothing()
     self._weights = jax.device_put(weights, sharding.replicated(mesh))
     result = jax.eval_shape(function, weights, row)
     self.result = jax.ShapeDtypeStruct(result.shape[1:], result.dtype)

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -67,7 +67,7 @@ class Checkpoints:
     self._directory, self._read_back = _directory(workdir), False
     check_name(self._directory, "workdir")
     # Orbax's own max_to_keep with best_fn would drop the newest checkpoint where it is not among the best.
-    kept = [policies.LatestN(keep)]
+    kept: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
     if best_metric is not None:
       kept.append(policies.BestN(get_metric_fn=self._score, n=keep_best, keep_checkpoints_without_metrics=False))
     try:
@@ -241,7 +241,7 @@ class Checkpoints:
 
   def _score(self, metrics: Mapping[str, float]) -> float:
     """Larger is better, whatever the mode."""
-    value = self._sign * metrics.get(self._best_metric, math.nan)
+    value = self._sign * metrics.get(cast(str, self._best_metric), math.nan)
     return -math.inf if math.isnan(value) else value
 
   def _check_exists(self, step: int) -> None:

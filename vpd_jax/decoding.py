@@ -5,7 +5,7 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -69,7 +69,8 @@ def _without_orientation(raw: bytes) -> bytes:
 
   Source: TIFF 6.0, sections 2 and 8.
   """
-  order = {b"II*\0": "little", b"MM\0*": "big"}.get(raw[:4])
+  orders: dict[bytes, Literal["little", "big"]] = {b"II*\0": "little", b"MM\0*": "big"}
+  order = orders.get(raw[:4])
   if order is None:
     return raw
   number = lambda at, size: int.from_bytes(raw[at : at + size], order)

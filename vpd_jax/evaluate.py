@@ -3,8 +3,8 @@
 import collections
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -65,7 +65,7 @@ def make_step(config: ConfigDict, product: Product) -> Callable[[Weights, Batch]
   return step
 
 
-def check_coverage(config: ConfigDict, product: Product, size: tuple[int, int]) -> None:
+def check_coverage(config: ConfigDict, product: Product, size: Sequence[int]) -> None:
   """Raises ValueError where windows leave pixels of images of this size without a prediction that are scored."""
   if product.task.way == "windows":
     inference.check_coverage(size, config.eval.test_time, config.eval.coverage, product.task.region(size))
@@ -77,7 +77,8 @@ def on_mesh(step: Step, config: ConfigDict, product: Product, mesh: jax.sharding
 
   def run(weights: Weights, batch: Batch) -> Any:
     with sharding.tracing(mesh):
-      return step(tuple(map(gather, weights)), batch)
+      params, frozen, stats = map(gather, weights)
+      return step((params, frozen, stats), batch)
 
   return run
 
@@ -105,7 +106,7 @@ class _Batches:
     self._sharding = sharding.batch_sharding(mesh)
     self._step = jax.jit(on_mesh(make_step(config, product), config, product, mesh))
 
-  def __call__(self, weights: Weights, panels: int) -> Iterator[tuple[Rows, np.ndarray]]:
+  def __call__(self, weights: Weights, panels: int) -> Generator[tuple[Rows, np.ndarray | tuple[()]], None, None]:
     """Rows of each batch, all processes together, with "real"; and the predictions, none once there are `panels`."""
     local = pipeline.eval_batches(
       self._dataset,
@@ -142,7 +143,7 @@ class _Pictures:
     )
     self._measure = jax.jit(product.task.measure)
 
-  def __call__(self, weights: Weights, panels: int) -> Iterator[tuple[Rows, np.ndarray]]:
+  def __call__(self, weights: Weights, panels: int) -> Generator[tuple[Rows, np.ndarray | tuple[()]], None, None]:
     """As _Batches, picture by picture, which is a batch of one for each process."""
     examples = pipeline.eval_examples(
       self._dataset,
@@ -241,11 +242,10 @@ class Evaluator:
     """Scores of trivial predictors, by name; empty where `eval.baselines` is 0."""
     count = self.config.eval.baselines
     if self._baselines is None:
-      self._baselines = (
-        self.product.task.baselines(self._examples("train", count), self._examples("eval"), **self._truth)
-        if count
-        else {}
-      )
+      task = self.product.task
+      scores = task.baselines(self._examples("train", count), self._examples("eval"), **self._truth) if count else {}
+      self._baselines = scores
+      return scores
     return self._baselines
 
   def write_results(self, folder: epath.Path, rows: Rows) -> None:
@@ -293,7 +293,7 @@ def class_scores(task: Any, rows: Rows) -> list[dict[str, Any]]:
   ]
 
 
-def _gathered(values: dict[str, Array]) -> Rows:
+def _gathered(values: dict[str, Any]) -> Rows:
   """Rows of all processes on the host, in the order of the global batch."""
   if jax.process_count() > 1:
     return multihost_utils.process_allgather(values, tiled=True)
@@ -318,7 +318,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, float]:
   if first:
     lines_of_data = [*getattr(evaluator.source, "notes", ()), *assemble.sentence_lines(product, dataset, ("eval",))]
     print("\n".join([*lines, *lines_of_data, *evaluator.encodings.lines()]), flush=True)
-  result = evaluator.run(weights)
+  result = cast(Evaluation, evaluator.run(weights))  # nothing stops it
   if first:
     print(evaluator.report(result.scores, result.rows), flush=True)
     folder = epath.Path(workdir)

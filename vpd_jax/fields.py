@@ -25,7 +25,7 @@ FILLED = ("self", "unet", "vae", "attention", "remat", "widths", "strides", "tok
           "param_dtype", "rngs", "lr")  # fmt: skip
 
 
-def check(config: Mapping[str, Any]) -> None:
+def check(config: Any) -> None:
   """Raises ValueError where a section of FIELDS is none, or holds what is not there; names all of them."""
   problems = [unknown(config, FIELDS[""], "config")]
   problems += [unknown(config[name], known, f"config.{name}") for name, known in FIELDS.items() if name in config]
@@ -69,8 +69,8 @@ def misfit(
 
 
 def look_up(
-  table: Mapping[str, Callable[..., Any]],
-  section: Mapping[str, Any],
+  table: Mapping[Any, Callable[..., Any]],
+  section: Any,
   field: str,
   *,
   given: Iterable[str] = (),

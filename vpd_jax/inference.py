@@ -4,7 +4,8 @@
 any size share one rule.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,13 +13,14 @@ import numpy as np
 from vpd_jax.errors import UserError
 from vpd_jax.types import Array, Batch
 
+Images = TypeVar("Images", np.ndarray, Array)
 Predict = Callable[[Batch], Array]  # batch of B images to [B, H, W, ...]
 COVERAGES = ("released", "full")
 # What `eval.test_time` may say, by the way of the task; mirrored pictures would swap the left and right of sentences.
 WORDS = {"windows": ("flip", "shift:N"), "crops": ("flip",), "squeezed": ()}
 
 
-def offsets(size: tuple[int, int], count: int, *, coverage: str = "released") -> list[tuple[int, int]]:
+def offsets(size: Sequence[int], count: int, *, coverage: str = "released") -> list[tuple[int, int]]:
   """Upper left corners (y, x) of `count` square windows along the longer side of an image.
 
   The side of a window is the shorter side. "released" takes steps of (long - short) // (count - 1), which may leave
@@ -40,7 +42,7 @@ def offsets(size: tuple[int, int], count: int, *, coverage: str = "released") ->
 
 
 def check_coverage(
-  size: tuple[int, int], words: tuple[str, ...], coverage: str, region: tuple[int, int, int, int]
+  size: Sequence[int], words: tuple[str, ...], coverage: str, region: tuple[int, int, int, int]
 ) -> None:
   """Raises ValueError where windows leave pixels of a region without a prediction.
 
@@ -63,16 +65,16 @@ def check_coverage(
     )
 
 
-def cut(images: Array, corners: list[tuple[int, int]]) -> Array:
+def cut(images: Images, corners: list[tuple[int, int]]) -> Images:
   """[B, H, W, ...] to the windows at `corners`, window by window: [len(corners) * B, S, S, ...]."""
   side = min(images.shape[1:3])
-  xp = np if isinstance(images, np.ndarray) else jnp
+  xp = cast(Any, np if isinstance(images, np.ndarray) else jnp)
   return xp.concatenate([images[:, y : y + side, x : x + side] for y, x in corners])
 
 
-def merge(windows: Array, corners: list[tuple[int, int]], size: tuple[int, int]) -> Array:
+def merge(windows: Images, corners: list[tuple[int, int]], size: Sequence[int]) -> Images:
   """Inverse of `cut`: overlaps are averaged; what no window covers is NaN."""
-  xp = np if isinstance(windows, np.ndarray) else jnp
+  xp = cast(Any, np if isinstance(windows, np.ndarray) else jnp)
   side = windows.shape[1]
   parts = windows.reshape(len(corners), -1, *windows.shape[1:])  # [n, B, S, S, ...]
   more = ((0, 0),) * (windows.ndim - 3)
@@ -81,7 +83,7 @@ def merge(windows: Array, corners: list[tuple[int, int]], size: tuple[int, int])
     total = total + xp.pad(part, ((0, 0), (y, size[0] - side - y), (x, size[1] - side - x), *more))
     count[:, y : y + side, x : x + side] += 1
   with np.errstate(invalid="ignore"):
-    return total / xp.asarray(count)
+    return cast(Any, total) / xp.asarray(count)
 
 
 def tiled(batch: Batch, times: int) -> Batch:

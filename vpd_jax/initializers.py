@@ -12,7 +12,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +120,11 @@ def truncated_normal(stddev: float) -> Initializer:
   )
 
 
-def variance_scaling(scale: float, mode: str, distribution: str) -> Initializer:
+def variance_scaling(
+  scale: float,
+  mode: Literal["fan_in", "fan_out", "fan_avg"],
+  distribution: Literal["truncated_normal", "normal", "uniform"],
+) -> Initializer:
   """Variance scale / n with n by `mode` ("fan_in", "fan_out" or "fan_avg") of a kernel [..., in, out].
 
   Args:

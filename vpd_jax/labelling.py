@@ -15,7 +15,7 @@ image/geometric.py imrescale.
 import collections
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import cv2
 import jax
@@ -93,7 +93,7 @@ class _View:
 
   def __init__(self, picture: "_Picture", image: np.ndarray, mirrored: bool, procedure: Procedure, small: str):
     self.picture, self.mirrored, self.size = picture, mirrored, image.shape[:2]
-    self.image = image[:, ::-1] if mirrored else image
+    self.image: np.ndarray | None = image[:, ::-1] if mirrored else image
     self.window = window_of(self.size, procedure.window, small)
     self._grown = tuple(max(pair) for pair in zip(self.size, self.window, strict=True))
     # A shorter window moves on by as much less.
@@ -104,10 +104,11 @@ class _View:
 
   def windows(self) -> Iterator[tuple[np.ndarray, int, int]]:
     """Pixels, float32 in [0, 1], and upper left corner of each window."""
+    image = cast(np.ndarray, self.image)
     height, width = self.window
     for y in self.rows:
       for x in self.columns:
-        part = self.image[y : y + height, x : x + width]
+        part = image[y : y + height, x : x + width]
         part = part.astype(np.float32) / 255 if part.dtype == np.uint8 else part.astype(np.float32)
         missing = [(0, full - side) for full, side in zip(self.window, part.shape, strict=False)]
         # Mid grey, zero after scaling to [-1, 1].
@@ -132,20 +133,24 @@ class _Picture:
   """
 
   def __init__(self, views: Views, procedure: Procedure, small: str):
-    self.size, self.extras = tuple(views.size), views.extras
+    height, width = views.size
+    self.size, self.extras = (height, width), views.extras
     mirrors = (False, True) if procedure.flip else (False,)
     self.views = [_View(self, image, m, procedure, small) for image in views.images for m in mirrors]
     self.count = self.left = len(self.views)
     needed = lambda size: -(-size[0] // TILE) * -(-size[1] // TILE)
     self.held = self.count == 1 or sum(needed(view.size) for view in self.views) < needed(self.size)
-    self.ready, self.sums, self.result = [], {}, None
+    self.ready: list[_View] = []
+    self.sums: dict[tuple[int, int], Array] = {}
+    self.result: np.ndarray | None = None
     # A tile of the result reads at most TILE + 1 rows and columns of each view.
     factors = [max(view.size[axis] for view in self.views) / side for axis, side in enumerate(self.size)]
     self.steps = [min(TILE, int((TILE - 1) / factor) + 1) for factor in factors]
 
   def corners(self) -> Iterator[tuple[int, int]]:
     """Where tiles of the result begin."""
-    return itertools.product(*(range(0, side, step) for side, step in zip(self.size, self.steps, strict=True)))
+    rows, columns = (range(0, side, step) for side, step in zip(self.size, self.steps, strict=True))
+    return itertools.product(rows, columns)
 
   def put(self, decided: np.ndarray, corner: tuple[int, int]) -> None:
     """Writes a tile into the result."""
@@ -156,7 +161,7 @@ class _Picture:
 
   def taken(self) -> np.ndarray:
     """The result, which nothing here holds any more: picture and views refer to each other and would outlive it."""
-    result, self.result, self.views = self.result, None, []
+    result, self.result, self.views = cast(np.ndarray, self.result), None, []
     return result
 
 
@@ -222,9 +227,11 @@ class Labelling:
       missing = [(0, max(procedure.window - side, 0)) for side in scores.shape[1:3]]
       return jnp.pad(scores, ((0, 0), *missing, (0, 0)))
 
-    self._predict = jax.jit(full, **({} if gathered is None else {"out_shardings": gathered}))
+    where: dict[str, Any] = {} if gathered is None else {"out_shardings": gathered}
+    self._predict = jax.jit(full, **where)
     self._add = jax.jit(tiles.add, donate_argnums=0)
-    self._fold = jax.jit(lambda *given: tiles.fold(*given, softmax, decide), donate_argnums=0)
+    fold = lambda total, four, steps, flags, weight: tiles.fold(total, four, steps, flags, weight, softmax, decide)
+    self._fold = jax.jit(fold, donate_argnums=0)
 
   def views(self, example: Example) -> Views:
     """A picture, "image" uint8 or float [H, W, 3], resized to every ratio; everything else goes to the method."""
@@ -324,7 +331,7 @@ class Labelling:
     """One view's part of the tile of the result at `corner`."""
     picture, first = view.picture, corner not in view.picture.sums
     parts = zip(reads, corner, picture.steps, strict=True)
-    (row, rows), (column, columns) = (tiles.reading(*read, begin, step) for read, begin, step in parts)
+    (row, rows), (column, columns) = (tiles.reading(*read, begin=begin, step=step) for read, begin, step in parts)
     near = view.tiles[row, column]  # also where there is no further tile, and nothing reads it
     four = [view.tiles.get((row + down, column + right), near) for down in (0, 1) for right in (0, 1)]
     total = self._tile(near) if first else picture.sums.pop(corner)

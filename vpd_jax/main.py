@@ -7,6 +7,7 @@ runs on each of them: on a TPU pod and below SLURM's srun as it is, elsewhere wi
 
 import os
 import sys
+from typing import Any, cast
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -73,7 +74,7 @@ def _run() -> None:
   if idle:
     raise UserError(f"{', '.join(idle)} would have no effect with --mode={MODE.value}; leave it out.")
   config, workdir = CONFIG.value, WORKDIR.value or config_file.workdir(config_string())
-  if not jax.config.jax_compilation_cache_dir and MODE.value != "plan":
+  if not cast(Any, jax.config).jax_compilation_cache_dir and MODE.value != "plan":
     # What one command compiles, the next one in this workdir need not.
     jax.config.update("jax_compilation_cache_dir", f"{workdir}/compiled")
   if MODE.value == "train":
@@ -86,7 +87,12 @@ def _run() -> None:
   elif MODE.value == "plan":
     plan.run(config, TOPOLOGY.value, workdir=workdir, effort=EFFORT.value)
   else:
-    asked = {"class_name": CLASS.value, "sentence": SENTENCE.value, "sentences": SENTENCES.value, "boxes": BOXES.value}
+    asked: dict[str, Any] = {
+      "class_name": CLASS.value,
+      "sentence": SENTENCE.value,
+      "sentences": SENTENCES.value,
+      "boxes": BOXES.value,
+    }
     asked["attention"] = ATTENTION.value
     predict_folder.run(config, workdir, source=INPUT.value, output=OUTPUT.value, **asked)
 

@@ -4,7 +4,7 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from vpd_jax import params as params_lib
 from vpd_jax.errors import UserError
 from vpd_jax.types import Array
 
-Schedule = Callable[[Array], Array]
+Schedule = Callable[[Any], Array]
 
 
 def triangular_poly(*, lr: float, min_lr: float, half: int, power: float = 0.9) -> Schedule:
@@ -42,7 +42,8 @@ def triangular_poly(*, lr: float, min_lr: float, half: int, power: float = 0.9) 
 
 def cosine(*, lr: float, min_lr: float, num_steps: int, warmup: int) -> Schedule:
   """Linear warm-up from 0 over `warmup` steps, at most half of all, then half a cosine from `lr` to `min_lr`."""
-  return optax.warmup_cosine_decay_schedule(0.0, lr, min(warmup, num_steps // 2), num_steps, min_lr)
+  rate = optax.warmup_cosine_decay_schedule(0.0, lr, min(warmup, num_steps // 2), num_steps, min_lr)
+  return cast(Schedule, rate)
 
 
 def poly(*, lr: float, num_steps: int, power: float = 1.0, warmup: int = 0, warmup_ratio: float = 1e-6) -> Schedule:
@@ -75,7 +76,7 @@ def step(
 
   def rate(count: Array) -> Array:
     step = jnp.asarray(count, jnp.promote_types(jnp.result_type(float), jnp.float32))
-    fallen = lr * factor ** sum((step >= drop).astype(step.dtype) for drop in drops)
+    fallen = cast(Array, lr * factor ** sum((step >= drop).astype(step.dtype) for drop in drops))
     short = jnp.maximum(1 - step / warmup, 0) if warmup else 0
     return fallen * (1 - short * (1 - warmup_ratio))
 
@@ -188,14 +189,14 @@ def optimizer(
     u = u + decay * p if decay else u
     return (u if lr == 1 else u * lr) * scales[2], mu, nu
 
-  def update(updates, state, params):
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     adam, schedule = state[1], state[4]
-    updates, clip_state = clip.update(updates, state[0], params)
+    clipped, clip_state = clip.update(updates, state[0], params)
     count = optax.safe_increment(adam.count)
     scales = (1 - b1**count, 1 - b2**count, -rate(schedule.count))
     done = {
       n: update_one(g, adam.mu[n], adam.nu[n], params[n], scales, lr=float(groups.lr[n]), decay=decay * groups.decay[n])
-      for n, g in updates.items()
+      for n, g in cast(dict[str, Array], clipped).items()
     }
     updates, mu, nu = ({n: results[i] for n, results in done.items()} for i in range(3))
     adam = optax.ScaleByAdamState(count, mu, nu)

@@ -28,7 +28,7 @@ class Parts(NamedTuple):
     draws: how fresh values are drawn, by name, of the arrays that an Initializer with a HostKey made.
   """
 
-  model: nnx.Module
+  model: Any
   graphdef: nnx.GraphDef
   paths: dict[str, tuple[Any, ...]]
   shapes: dict[str, jax.ShapeDtypeStruct]
@@ -47,7 +47,7 @@ class Parts(NamedTuple):
       raise UserError(f"nothing says how {undrawn[:5]} are drawn; build the model with InitKeys and Initializers.")
     return {name: self.draws[name](name) for name in names}
 
-  def merge(self, *arrays: Named) -> nnx.Module:
+  def merge(self, *arrays: Named) -> Any:
     """The model holding `arrays`, for one traced function; variables are copies, so statistics may change."""
     named = {name: value for part in arrays for name, value in part.items()}
     missing, unknown = self.paths.keys() - named.keys(), named.keys() - self.paths.keys()
@@ -55,7 +55,7 @@ class Parts(NamedTuple):
       raise UserError(f"arrays do not fit the model: missing {sorted(missing)[:5]}, unknown {sorted(unknown)[:5]}.")
     return self.partial(named)
 
-  def partial(self, named: Named) -> nnx.Module:
+  def partial(self, named: Named) -> Any:
     """As `merge`, with mere shapes in place of the arrays that are not given: for what only uses some of them."""
     state = nnx.from_flat_state([(path, named.get(name, self.shapes[name])) for name, path in self.paths.items()])
     return nnx.merge(self.graphdef, state, copy=True)

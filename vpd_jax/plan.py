@@ -36,7 +36,7 @@ from vpd_jax import (
 from vpd_jax.data import pipeline, referring
 from vpd_jax.errors import UserError
 from vpd_jax.plan_report import Report
-from vpd_jax.types import Batch
+from vpd_jax.types import Batch, Device
 
 # Of an Example, by key of a Batch: shape, where words stand for sizes that the config says, and dtype.
 KEYS = {
@@ -121,7 +121,7 @@ def check_data(config: ConfigDict, product: assemble.Product) -> None:
     caching.check(product, assemble.dataset(config_file.changed(config, lent), product))
 
 
-def memory_of(device: jax.Device) -> int:
+def memory_of(device: Device) -> int:
   """Bytes that a program can use on a device, as it says or else as the table does; 0 where neither says."""
   try:
     told = int((device.memory_stats() or {}).get("bytes_limit", 0))
@@ -131,7 +131,7 @@ def memory_of(device: jax.Device) -> int:
   return told or int((chip and chip.memory) or 0)
 
 
-def mesh_for(config: ConfigDict, devices: list[jax.Device]) -> jax.sharding.Mesh:
+def mesh_for(config: ConfigDict, devices: list[Device]) -> jax.sharding.Mesh:
   """The mesh of the config over these devices."""
   return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices=devices)
 
@@ -202,7 +202,7 @@ def state_bytes(config: ConfigDict, product: assemble.Product, mesh: jax.shardin
 
 
 def compiled_report(
-  config: ConfigDict, step: str, devices: list[jax.Device], topology: str, effort: str, limit: int
+  config: ConfigDict, step: str, devices: list[Device], topology: str, effort: str, limit: int
 ) -> Report:
   """Compiles one step and says what it costs on one device; numbers are bytes, operations and seconds.
 
@@ -279,7 +279,7 @@ class _Kept:
     self._path = epath.Path(workdir) / "plan.json" if workdir else None
     self._held = _read(self._path) if self._path and self._path.exists() else {}
 
-  def report(self, config: ConfigDict, step: str, devices: list[jax.Device], *facts: Any) -> Report:
+  def report(self, config: ConfigDict, step: str, devices: list[Device], *facts: Any) -> Report:
     """The report of an earlier command, or a new one, which is kept."""
     words = [start.to_json(config), step, devices[0].device_kind, len(devices), jax.__version__, *facts]
     words.append(slices.compiler(facts[0]))

@@ -51,7 +51,7 @@ def check_boxes(boxes: Any, size: tuple[int, int], what: str) -> np.ndarray:
     # One may have a score and another not.
     array = np.asarray([[*row, *(1.0,) * (len(row) == 4)] for row in rows] or np.zeros((0, 5)), np.float32)
   except (TypeError, ValueError, OverflowError):
-    array = np.zeros(0)
+    array = np.zeros((0, 0))
   if array.ndim != 2 or array.shape[1] != 5 or not np.isfinite(array).all():
     raise UserError(f"boxes of {what} must be lists of x, y, width, height and, if known, a score: finite numbers.")
   x, y, width, height = array[:, :4].T
@@ -140,7 +140,7 @@ class Posing:
       for points, own in zip(found, boxes, strict=True)
     ]
 
-  def _crops(self, chosen: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> dict[str, np.ndarray]:
+  def _crops(self, chosen: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> dict[str, Any]:
     """A batch of that size, filled by repeating its last crop."""
     zero = np.int32(0)
     nothing = {"keypoints": np.zeros((self._keypoints, 3), np.float32), "image_index": zero, "index": zero}

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -190,7 +190,7 @@ class Predictor:
 
   def _known(
     self, count: int, class_id: Any, sentences: Any, boxes: Any, complete: bool = True
-  ) -> list[dict[str, np.ndarray]]:
+  ) -> list[dict[str, Any]]:
     """What is known of each image, by the name under which it is read."""
     if class_id is not None and not self.takes_class:
       raise UserError(f"class_id has no effect on {self._what}; leave it out.")
@@ -228,9 +228,8 @@ class Predictor:
 
   def _classified(self, picture: np.ndarray) -> int:
     """The class that CLIP tells from a picture of any size, squeezed to one size for one program."""
-    return int(
-      self._classify(self.weights, jnp.asarray(pictures_lib.resized(picture, (self._side, self._side))[None]))[0]
-    )
+    squeezed = jnp.asarray(pictures_lib.resized(picture, (self._side, self._side))[None])
+    return int(cast(Any, self._classify)(self.weights, squeezed)[0])
 
   def _class_ids(self, class_id: Any, count: int) -> np.ndarray:
     ids = np.asarray(-1 if class_id is None else class_id)

@@ -146,7 +146,7 @@ def run(
     try:
       image = pictures_lib.read_picture(path) if wants else None
       for want in wants:
-        if "boxes" in want.given:
+        if image is not None and "boxes" in want.given:
           posing.check_boxes(want.given["boxes"], image.shape[:2], path.name)
     except UserError as error:
       damaged.append(str(error))
@@ -215,7 +215,7 @@ def read_sentences(path: str) -> dict[str, list[str]]:
   entries = reading.read_json(path, called=f"--sentences={path!r}")
   result: dict[str, list[str]] = {}
   for entry in entries if isinstance(entries, list) else ():
-    texts = entry.get("sentences", [entry.get("sentence")]) if isinstance(entry, dict) else [None]
+    texts: list[Any] = entry.get("sentences", [entry.get("sentence")]) if isinstance(entry, dict) else [None]
     if not (isinstance(entry, dict) and isinstance(entry.get("image"), str) and isinstance(texts, list)):
       texts = [None]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):

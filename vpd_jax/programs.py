@@ -20,7 +20,7 @@ _TRIPS = re.compile(r"known_trip_count[^0-9]*(\d+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|condition|body|branch_computations)=(?:\{([^}]*)\}|(%?[\w.\-]+))")
 
 
-def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str] | None:
+def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, Any] | None:
   """Of the training step. On CPU alone XLA drops the barriers that keep recomputed activations (backbone.remat) from
   being merged with the first ones, and so saves nothing."""
   return {"xla_disable_hlo_passes": "cse_barrier_expander"} if mesh.devices.flat[0].platform == "cpu" else None

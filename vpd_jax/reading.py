@@ -23,7 +23,8 @@ def read_text(path: str | os.PathLike, *, called: str = "") -> str:
   """
   called = called or str(path)
   try:
-    raw = path.read_bytes() if hasattr(path, "read_bytes") else Path(path).expanduser().read_bytes()
+    read = getattr(path, "read_bytes", None) or Path(path).expanduser().read_bytes
+    raw = read()
     raw = gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
     text = raw.decode("utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8")
   except (OSError, EOFError, zlib.error) as error:

@@ -9,18 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vpd_jax import params as params_lib
 from vpd_jax.errors import UserError
-from vpd_jax.types import Named
+from vpd_jax.types import Device, Named
 
 AXES = ("data", "fsdp")
 Rules = Sequence[tuple[str, Sequence[str | None]]]
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[Device] | None = None) -> Mesh:
   """A mesh with the axes ('data', 'fsdp'). The batch is split over both, large arrays of the state over 'fsdp'.
 
   Args:
@@ -137,7 +137,7 @@ def place(arrays: Any, shardings: Any) -> Any:
 
 def _checksum(x: Any) -> int:
   """Of the bytes of an array of the host or of a device of this process."""
-  return zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+  return zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
 
 
 def tracing(mesh: Mesh) -> contextlib.AbstractContextManager:
@@ -150,7 +150,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(AXES))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
   """A copy on every device."""
   return NamedSharding(mesh, P())
 

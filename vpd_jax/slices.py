@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from jax.experimental import topologies
 
 from vpd_jax import sharding
 from vpd_jax.errors import UserError
+from vpd_jax.types import Device
 
 EFFORTS = ("low", "default")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -63,7 +63,7 @@ device_description_str: "{name}"
 """
 
 
-def of(topology: str) -> list[jax.Device]:
+def of(topology: str) -> list[Device]:
   """The devices of a topology, of which programs can be compiled but none can run.
 
   Args:
@@ -118,13 +118,13 @@ def _gpu(topology: str) -> tuple[str, int] | None:
   return (found[1], int(found[2])) if found and found[1] in GPUS else None
 
 
-def _gpus(name: str, count: int) -> list[jax.Device]:
+def _gpus(name: str, count: int) -> list[Device]:
   hosts = f"1x{count // 8}x8" if count % 8 == 0 else f"1x1x{count}"
   description = _DESCRIPTION.format(**GPUS[name])
   return list(topologies.get_topology_desc("", "cuda", target_config=description, topology=hosts).devices)
 
 
-def _tpus(topology: str) -> list[jax.Device]:
+def _tpus(topology: str) -> list[Device]:
   for name, value in QUIET.items():
     os.environ.setdefault(name, value)
   # A host has four chips if it is not told otherwise.

@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +116,7 @@ def complete(config: ConfigDict, source: str) -> ConfigDict:
   steps = 0
   if source and is_workdir(source):
     with Checkpoints(source, read_only=True) as held:
-      stored = held.restore_config(held.latest_step())
+      stored = held.restore_config(cast(int, held.latest_step()))
     stated = {part: stored["backbone"][part] for part in ("unet", "vae", "text", "image") if part in stored["backbone"]}
     steps = stored["method"].get("trained_steps") or stored["method"].get("refine_steps", 0)
   else:
@@ -193,7 +193,7 @@ def _of_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[st
   with checkpoints(config, product, workdir, read_only=True) as held:
     best = held.best_step() if which == "best" else None
     step = held.latest_step() if best is None else best
-    saved = held.restore_weights(step, skip=absent)
+    saved = held.restore_weights(cast(int, step), skip=absent)
   named = saved["params"] | saved["frozen"] | saved["stats"] | saved.get("ema", {})
   needed = {n for n in shapes if not n.startswith(CLASS_PREDICTOR)}
   wrong = sorted(
@@ -217,7 +217,7 @@ def new_state(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> 
   fields = split(product, named) | {"step": np.zeros((), np.int32)}
   placed = sharding.place(fields, {field: getattr(where, field) for field in fields})
   # A moving average of its own memory: the step donates both.
-  copied = lambda n, x: jax.device_put(jnp.copy(x), where.ema[n])
+  copied = lambda n, x: jax.device_put(jnp.copy(x), cast(Named, where.ema)[n])
   ema = {n: copied(n, x) for n, x in placed["params"].items()} if config.optim.ema_decay else None
   opt_state = jax.jit(product.optimizer.init, out_shardings=where.opt_state)(placed["params"])
   return TrainState(**placed, opt_state=opt_state, ema=ema), lines
@@ -238,7 +238,7 @@ def state_shapes(config: ConfigDict, product: Product) -> TrainState:
   fields = split(product, product.parts.shapes)
   opt_state = jax.eval_shape(product.optimizer.init, fields["params"])
   ema = dict(fields["params"]) if config.optim.ema_decay else None
-  return TrainState(jax.ShapeDtypeStruct((), jnp.int32), **fields, opt_state=opt_state, ema=ema)
+  return TrainState(cast(Any, jax.ShapeDtypeStruct((), jnp.int32)), **fields, opt_state=opt_state, ema=ema)
 
 
 def state_shardings(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> TrainState:

@@ -1,5 +1,6 @@
 """Where the windows and tiles of a picture lie, and sums of scores over them; see labelling.py."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,7 +25,8 @@ def scaled_size(size: tuple[int, int], scale: tuple[int, int] | None, ratio: flo
   else:
     long, short = (int(side * ratio) for side in (max(scale), min(scale)))
     factor = min(long / max(size), short / min(size))
-  return tuple(max(1, int(side * factor + 0.5)) for side in size)
+  height, width = (max(1, int(side * factor + 0.5)) for side in size)
+  return height, width
 
 
 def few_shapes(window: int) -> list[tuple[int, int]]:
@@ -41,7 +43,7 @@ def window_of(size: tuple[int, int], window: int, small: str) -> tuple[int, int]
   if not window:
     return size
   if small == "whole":
-    return tuple(min(window, side) for side in size)
+    return min(window, size[0]), min(window, size[1])
   if small == "padded" or min(size) >= window:
     return window, window
   area = lambda shape: shape[0] * shape[1]
@@ -50,8 +52,8 @@ def window_of(size: tuple[int, int], window: int, small: str) -> tuple[int, int]
 
 
 def corners(
-  size: tuple[int, int], window: int | tuple[int, int], stride: int | tuple[int, int]
-) -> tuple[list[int], list[int], tuple[int, int]]:
+  size: Sequence[int], window: int | Sequence[int], stride: int | Sequence[int]
+) -> tuple[list[int], list[int], tuple[int, ...]]:
   """Where windows begin along rows and along columns, and their size, which is at most that of the picture.
 
   The last windows are moved back inside. A side that is shorter than the window has one window of its own length.
@@ -61,18 +63,20 @@ def corners(
     window, stride: of both axes, or of rows and of columns; a window of 0 is the picture as a whole.
   """
   if not window:
-    return [0], [0], size
+    return [0], [0], tuple(size)
   windows, strides = ((given, given) if isinstance(given, int) else given for given in (window, stride))
-  starts = []
+  starts: list[list[int]] = []
   for side, length, step in zip(size, windows, strides, strict=True):
     count = max(side - length + step - 1, 0) // step + 1
     starts.append([max(min(i * step + length, side) - length, 0) for i in range(count)])
-  return *starts, tuple(min(pair) for pair in zip(windows, size, strict=True))
+  rows, columns = starts
+  return rows, columns, tuple(min(pair) for pair in zip(windows, size, strict=True))
 
 
-def canvas(size: tuple[int, int]) -> tuple[int, int]:
+def canvas(size: Sequence[int]) -> tuple[int, int]:
   """The size of the array that holds an image of this size."""
-  return tuple(-(-side // CANVAS) * CANVAS for side in size)
+  height, width = (-(-side // CANVAS) * CANVAS for side in size)
+  return height, width
 
 
 def on_canvas(image: np.ndarray, value: float) -> np.ndarray:
@@ -98,8 +102,8 @@ def taps(old: int, new: int, *, mirrored: bool = False) -> tuple[np.ndarray, np.
   """
   place = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
   low = np.floor(place).astype(np.int32)
-  parts = low, np.minimum(low + 1, old - 1), (place - low).astype(np.float32)
-  return tuple(part[::-1] if mirrored else part for part in parts)
+  high, share = np.minimum(low + 1, old - 1), (place - low).astype(np.float32)
+  return (low[::-1], high[::-1], share[::-1]) if mirrored else (low, high, share)
 
 
 def shares(starts: list[int], length: int, side: int) -> np.ndarray:

@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 from etils import epath
@@ -93,7 +93,7 @@ def longest(folder: str, steps: int, text: str = "", count: int = LONGEST) -> li
   if not found:
     raise UserError(f"there is no trace below {Path(folder) / 'plugins' / 'profile'}.")
   data = jax.profiler.ProfileData.from_serialized_xspace(found[-1].read_bytes())
-  places, times = set(), collections.Counter()
+  places, times = set(), cast(Any, collections.Counter())  # the typed one counts whole numbers only
   with warnings.catch_warnings():
     # Since Python 3.13 jaxlib's types bring one; where warnings are errors it ends the process, raised inside C++.
     warnings.simplefilter("ignore", DeprecationWarning)

@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def group_losses(task: Task, outputs: Outputs, batch: Batch, branches: tuple[Bra
     count = loss.weight.sum()
     prefix = f"{branch.name}/" if len(branches) > 1 else ""
     logs |= {prefix + name: (loss.weight * x).sum() for name, x in loss.logs.items()}
-  return Loss(total, count, logs)
+  return Loss(cast(Array, total), cast(Array, count), logs)
 
 
 def make_gradients(

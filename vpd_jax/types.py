@@ -10,11 +10,14 @@ import numpy as np
 from flax import nnx
 
 Array = jax.Array
-Example = dict[str, np.ndarray]  # one image: "image" uint8 [H, W, 3], "depth" float32 [H, W] metres, ...
+Device = Any  # jax.Device, which is a variable to type checkers and no type
+Example = dict[str, Any]  # one image: "image" uint8 [H, W, 3], "depth" float32 [H, W] metres, ..., also texts
 Batch = dict[str, Array]  # stacked, plus "real" bool [B]: False for rows that only fill the last batch
 Outputs = dict[str, Array]  # what a head returns: "depth" | "logits", "aux_logits" | "heatmaps"
 Rows = dict[str, np.ndarray]  # one measurement per example, [N, ...], on the host
-Named = dict[str, Array]  # arrays by full name: "method/unet/input_blocks/1/0/in_layers/2/kernel"
+# By full name, such as "method/unet/input_blocks/1/0/in_layers/2/kernel": arrays of devices or of the host, or what
+# stands for them: shapes, shardings.
+Named = dict[str, Any]
 
 
 class Features(NamedTuple):

@@ -12,7 +12,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from absl import logging
@@ -263,7 +263,7 @@ class _TensorboardX:
 
     # add_hparams would put them into a run of their own.
     for part in summary.hparams(dict(hparams), {}):
-      self._writer.file_writer.add_summary(part)
+      cast(Any, self._writer.file_writer).add_summary(part)
 
   def flush(self) -> None:
     self._writer.flush()

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from vpd_jax.types import Array
 
 Implementation = Literal["auto", "xla", "chunked", "cudnn", "splash"]
 IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn", "splash")
-OF_PLATFORM = {"cpu": "chunked", "gpu": "cudnn", "tpu": "splash"}
+OF_PLATFORM: dict[str, Implementation] = {"cpu": "chunked", "gpu": "cudnn", "tpu": "splash"}
 CHUNK = 256  # queries per scan step: 8 heads x 256 x 4096 float32 scores are 32 MiB per image
 CUDNN_WIDTH = 128  # widest head the fused kernel takes on every GPU; SD's coarsest levels and its VAE are wider
 CUDNN_FROM = 8.0  # compute capability: Ampere
@@ -58,7 +58,7 @@ def attention(query: Array, key: Array, value: Array, *, implementation: Impleme
 def _best(query: Array, key: Array) -> Implementation:
   """What "auto" takes."""
   here = platform()
-  best = OF_PLATFORM.get(here, "xla")
+  best: Implementation = OF_PLATFORM.get(here, "xla")
   if best == "cudnn" and not _cudnn_takes(query):
     best = "chunked"
   # On CPU few keys are no reason to keep the scores of many queries.
@@ -150,14 +150,15 @@ def _splash_here(query: Array, key: Array, value: Array, *, interpret: bool) -> 
   q = fill(query * width**-0.5, q_block)  # [B, heads, N, lanes]
   k, v = fill(key, kv_block), fill(value, kv_block)
   full = masks.MultiHeadMask([masks.FullMask((q.shape[2], k.shape[2])) for _ in range(heads)])
-  sizes = {name: q_block if name.startswith("block_q") else kv_block for name in _BLOCKS}
+  sizes: dict[str, Any] = {name: q_block if name.startswith("block_q") else kv_block for name in _BLOCKS}
   attend = kernel.make_splash_mha_single_device(mask=full, block_sizes=kernel.BlockSizes(**sizes), interpret=interpret)
   # A query sees the keys of its own segment: the added queries see the real keys too, so that no softmax is empty.
-  segments = None
+  segments: Any = None
   if k.shape[2] > key.shape[1]:
     real = np.arange(k.shape[2]) < key.shape[1]
-    segments = kernel.SegmentIds(np.zeros(q.shape[2], np.int32), (~real).astype(np.int32))
-  out = jax.vmap(lambda *qkv: attend(*qkv, segments))(q, k, v)
+    ids: Any = np.zeros(q.shape[2], np.int32), (~real).astype(np.int32)
+    segments = kernel.SegmentIds(*ids)
+  out: Any = jax.vmap(lambda *qkv: attend(*qkv, segments))(q, k, v)
   return out.swapaxes(1, 2)[:, :tokens, :, :width].astype(query.dtype)  # [B, N, heads, D]
 
 

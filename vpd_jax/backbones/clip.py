@@ -4,7 +4,7 @@ Source: Radford et al. 2021, https://arxiv.org/abs/2103.00020; transformers mode
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +156,10 @@ class ClipText(nnx.Module):
     return states._replace(embeds=self.text_projection(states.pooled)) if self.projected else states
 
 
-def never_trained(tower: nnx.Module) -> nnx.Module:
+Tower = TypeVar("Tower", bound=nnx.Module)
+
+
+def never_trained(tower: Tower) -> Tower:
   """The same module with all its parameters turned into buffers, which no optimizer sees, whatever the config says."""
   for _, module in nnx.iter_modules(tower):
     for name, value in list(vars(module).items()):

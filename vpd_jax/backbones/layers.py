@@ -6,6 +6,7 @@ that every constructor takes.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -100,7 +101,7 @@ def conv(
   )
 
 
-_INITS = {"kernel_init": initializers.lecun_normal, "bias_init": initializers.zeros}
+_INITS: dict[str, Any] = {"kernel_init": initializers.lecun_normal, "bias_init": initializers.zeros}
 
 
 class ConvTranspose(nnx.Module):
@@ -139,7 +140,7 @@ class ConvTranspose(nnx.Module):
     )  # [B, s*H, s*W, out]
 
 
-def resize(x: Array, size: tuple[int, int], *, method: str = "bilinear") -> Array:
+def resize(x: Array, size: Sequence[int], *, method: str = "bilinear") -> Array:
   """Resizes [B, H, W, C] as torch.nn.functional.interpolate(align_corners=False) does: without antialiasing.
 
   Args:
@@ -147,7 +148,7 @@ def resize(x: Array, size: tuple[int, int], *, method: str = "bilinear") -> Arra
     size: (H, W) of the result.
     method: "bilinear", or "nearest" with PyTorch's floor(i * in / out).
   """
-  if x.shape[1:3] == size:
+  if x.shape[1:3] == tuple(size):
     return x
   if method == "nearest":
     rows, columns = (np.arange(new) * old // new for new, old in zip(size, x.shape[1:3], strict=True))

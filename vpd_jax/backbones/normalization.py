@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,8 @@ class GroupNorm(nnx.Module):
     """Normalises [B, H, W, C]."""
     high = jnp.promote_types(self.dtype, jnp.float32)
     scale, bias = self.scale[...].astype(high), self.bias[...].astype(high)
-    return _group_normalized(x, scale, bias, self.groups, self.epsilon).astype(self.dtype)
+    y = cast(Array, _group_normalized(x, scale, bias, self.groups, self.epsilon))
+    return y.astype(self.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -45,7 +46,7 @@ class LayerNorm(nnx.Module):
     """Normalises [..., C]."""
     high = jnp.promote_types(self.dtype, jnp.float32)
     scale, bias = self.scale[...].astype(high), self.bias[...].astype(high)
-    return _layer_normalized(x, scale, bias, self.epsilon).astype(self.dtype)
+    return cast(Array, _layer_normalized(x, scale, bias, self.epsilon)).astype(self.dtype)
 
 
 # Both gradients are written out: what JAX derives from the formulas has three times the operations, which were two

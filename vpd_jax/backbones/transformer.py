@@ -18,7 +18,8 @@ class CrossAttention(nnx.Module):
   """Multi-head attention of x to `context`, or to itself."""
 
   def __init__(self, width: int, context_width: int, heads: int, implementation: Implementation, **kinds: Any):
-    self.heads, self.implementation = heads, implementation
+    self.heads = heads
+    self.implementation: Implementation = implementation
     self.to_q = layers.linear(width, width, use_bias=False, **kinds)
     self.to_k = layers.linear(context_width, width, use_bias=False, **kinds)
     self.to_v = layers.linear(context_width, width, use_bias=False, **kinds)

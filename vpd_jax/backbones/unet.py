@@ -7,7 +7,7 @@ Source: Rombach et al. 2022, https://arxiv.org/abs/2112.10752; CompVis ldm/modul
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 from flax import nnx
@@ -52,7 +52,7 @@ class UNetSizes:
 
   def heads(self, width: int) -> int:
     """Number of attention heads at `width` channels."""
-    return self.num_heads or width // self.head_width
+    return self.num_heads or width // cast(int, self.head_width)
 
   @property
   def taps(self) -> tuple[int, ...]:
@@ -77,7 +77,7 @@ class UNetOutput(NamedTuple):
   """
 
   features: tuple[Array, ...]
-  maps: dict[tuple[int, int], Array]
+  maps: dict[tuple[int, ...], Array]
   noise: Array | None
 
 
@@ -160,10 +160,11 @@ class UNet(nnx.Module):
           layers.linear(embedding_width, embedding_width, **kinds),
         ]
       )
-    blocks, skips = [[layers.conv(sizes.in_channels, width, 3, **kinds)]], [width]
+    blocks: list[list[nnx.Module]] = [[layers.conv(sizes.in_channels, width, 3, **kinds)]]
+    skips = [width]
     for level, multiplier in enumerate(sizes.channel_mult):
       for _ in range(sizes.num_res_blocks):
-        block = [res(width, multiplier * sizes.model_channels)]
+        block: list[nnx.Module] = [res(width, multiplier * sizes.model_channels)]
         width = multiplier * sizes.model_channels
         blocks.append([*block, transformer(width)] if level in sizes.attention_levels else block)
         skips.append(width)
@@ -216,9 +217,12 @@ class UNet(nnx.Module):
 
     Source: VPD vpd/models.py register_hier_output, register_attention_control, UNetWrapper.
     """
-    if (timesteps is None) == (time_embedding is None):
+    if timesteps is not None and time_embedding is None:
+      embedding = self.embed_time(timesteps)
+    elif timesteps is None and time_embedding is not None:
+      embedding = time_embedding.astype(self.dtype)
+    else:
       raise UserError("give either timesteps or time_embedding.")
-    embedding = self.embed_time(timesteps) if time_embedding is None else time_embedding.astype(self.dtype)
     h, context = latents.astype(self.dtype), context.astype(self.dtype)
     skips, features, kept = [], [], {}
 
@@ -237,7 +241,7 @@ class UNet(nnx.Module):
       h = run(block, jnp.concatenate([h, skip], axis=-1), "up")
       if i in self.sizes.taps:
         features.append(h)
-    maps = {size: sum(found) / len(found) for size, found in kept.items()}
+    maps = {size: cast(Array, sum(found)) / len(found) for size, found in kept.items()}
     return UNetOutput(tuple(features[::-1]), maps, layers.chain(self.out, h) if predict_noise else None)
 
   def _run(self, block: nnx.List, x: Array, embedding: Array, context: Array, max_positions: int) -> tuple[Array, list]:

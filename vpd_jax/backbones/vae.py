@@ -60,7 +60,7 @@ class AttentionBlock(nnx.Module):
   """Self-attention with one head over all positions, + skip."""
 
   def __init__(self, width: int, implementation: Implementation, **kinds: Any):
-    self.implementation = implementation
+    self.implementation: Implementation = implementation
     self.norm = normalization.GroupNorm(width, epsilon=1e-6, **kinds)
     self.q, self.k, self.v, self.proj_out = (layers.conv(width, width, 1, **kinds) for _ in range(4))
 

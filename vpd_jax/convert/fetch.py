@@ -71,7 +71,7 @@ def local(source: epath.PathLike, parts: tuple[str, ...] = ()) -> pathlib.Path:
   if in_bucket(source):
     return _from_bucket(str(source), parts)
   found = hub_id(source)
-  return pathlib.Path(source).expanduser() if found is None else _from_hub(source, found, parts)
+  return pathlib.Path(source).expanduser() if found is None else _from_hub(str(source), found, parts)
 
 
 def bucket(url: str) -> epath.Path:

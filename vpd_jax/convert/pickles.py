@@ -13,7 +13,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -107,7 +107,7 @@ class View(NamedTuple):
 class _Unpickler(pickle.Unpickler):
   """Everything it can build is defined in this file, anew for every file read."""
 
-  def __init__(self, file: BinaryIO):
+  def __init__(self, file: IO[bytes]):
     super().__init__(file, encoding="utf-8", errors="replace")
     self.storages: list[Storage] = []
     self.sizes: dict[str, int] = {}  # bytes of a number of each storage
@@ -250,7 +250,8 @@ def _read_legacy(path: pathlib.Path) -> Any:
   with path.open("rb") as file:
     if _Unpickler(file).load() != LEGACY_MAGIC:
       raise _Refused(f"{path} is a pickle, but not one of PyTorch; save the weights with torch.save.")
-    _Unpickler(file).load(), _Unpickler(file).load()  # Version and platform.
+    for _ in ("version", "platform"):
+      _Unpickler(file).load()
     unpickler = _Unpickler(file)
     content = unpickler.load()
     keys = _Unpickler(file).load()

@@ -230,7 +230,7 @@ def _plan(
   problems["are rules without effect (the source lacks what they describe)"] = [
     rule.pattern if isinstance(rule, Drop) else rule.source
     for rule in rules
-    if rule not in effective and not rule.optional
+    if rule not in effective and not rule.optional and not isinstance(rule, Same)
   ]
   return plan, dropped, problems
 

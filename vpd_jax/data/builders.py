@@ -116,7 +116,8 @@ class VpdJax(tfds.core.ShardBasedBuilder):
     if split not in self._sizes:
       source = self._sources[split]
       chosen = sorted({len(source) * step // SAMPLES for step in range(SAMPLES)})
-      encoded = [self.info.features.serialize_example(record(source, index)) for index in chosen]
+      features: Any = self.info.features
+      encoded = [features.serialize_example(record(source, index)) for index in chosen]
       self._sizes[split] = max(sum(map(len, encoded)) * len(source) // len(chosen), 1)
     return self._sizes[split]
 

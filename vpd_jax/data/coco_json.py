@@ -23,7 +23,7 @@ class Annotations(NamedTuple):
   """The content of an annotation file, checked.
 
   Attributes:
-    path: of the file, for messages.
+    path: of the file, for messages; None where there is none.
     images: {"id", "file_name", "width", "height"} each, in the order of the file.
     people: annotations by image, in the order of the file; each has "bbox", "keypoints", "area", "iscrowd" and
       "num_keypoints", filled in where the file leaves the last three out.
@@ -31,7 +31,7 @@ class Annotations(NamedTuple):
     others: number of annotations of other categories, which are left out.
   """
 
-  path: Path
+  path: Path | None
   images: list[dict[str, Any]]
   people: list[list[dict[str, Any]]]
   category: dict[str, Any]
@@ -80,7 +80,9 @@ def annotations(path: str | Path, names: Sequence[str]) -> Annotations:
       "agree in number and order."
     )
   listed = [image if isinstance(image, dict) else {} for image in content["images"]]
-  images = [{key: image.get(key) for key in ("id", "file_name", "width", "height")} for image in listed]
+  images: list[dict[str, Any]] = [
+    {key: image.get(key) for key in ("id", "file_name", "width", "height")} for image in listed
+  ]
   named = lambda image: _whole(image["id"]) and isinstance(image["file_name"], str) and image["file_name"]
   sized = lambda image: all(_whole(image[side]) and 0 < image[side] < LARGEST for side in ("width", "height"))
   wrong = [f"image {i}" for i, image in enumerate(images) if not (named(image) and sized(image))]

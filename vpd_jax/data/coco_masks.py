@@ -3,7 +3,7 @@
 Source: pycocotools/mask.py; REFER's refer.py getMask.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from pycocotools import mask as coco
@@ -66,10 +66,10 @@ def decode(outline: Outline, size: tuple[int, int], *, overlap: str = "released"
       raise UserError(f"the outline of an object is {told}, its picture {height}x{width}.")
   try:
     if isinstance(parts[0], list):
-      codes = coco.frPyObjects([[float(x) for x in part] for part in parts], height, width)
-      counts = coco.decode(codes).sum(axis=2, dtype=np.int64)
+      polygons: Any = [[float(x) for x in part] for part in parts]
+      counts = coco.decode(coco.frPyObjects(polygons, height, width)).sum(axis=2, dtype=np.int64)
     else:
-      counts = sum(_of_runs(part) for part in parts)
+      counts = cast(np.ndarray, sum(_of_runs(part) for part in parts))
   except Exception as error:  # pycocotools raises whatever Python does
     raise UserError(f"the outline of an object cannot be read ({error}); fetch the annotations again.") from None
   return (counts == 1 if overlap == "released" else counts > 0).astype(np.uint8)

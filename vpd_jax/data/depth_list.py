@@ -74,7 +74,7 @@ class DepthList:
     eval_list: str = "",
     holdout: float = 0.1,
     scene: str = "scene",
-    resize: tuple[int, int] = (),
+    resize: tuple[int, int] | tuple[()] = (),
     cut_depth: str = "scaled",
     colour: bool = True,
     exif: str = "stored",

@@ -10,7 +10,7 @@ https://arxiv.org/abs/1911.07524 (UDP).
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import cv2
 import numpy as np
@@ -102,7 +102,7 @@ def described(
     wrong.append(f"sigmas={tuple(sigmas)} must be 1 or {len(names)} numbers above 0")
   if wrong:
     raise UserError(f"data: {'; '.join(wrong)}.")
-  by_number = lambda groups: tuple(tuple(number[name] for name in group) for group in groups)
+  by_number = lambda groups: cast(Any, tuple(tuple(number[name] for name in group) for group in groups))
   return Keypoints(names, by_number(pairs), by_number(skeleton), deviations, by_number([upper])[0])
 
 

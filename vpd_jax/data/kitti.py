@@ -88,7 +88,7 @@ class Kitti:
     test_list: str = "",
     kb_crop: tuple[int, int] = (352, 1216),
     crop: tuple[int, int] = (352, 352),
-    resize: tuple[int, int] = (),
+    resize: tuple[int, int] | tuple[()] = (),
     scene: str = "street",
     cut_depth: str = "released",
     colour: bool = True,
@@ -158,9 +158,10 @@ class Kitti:
       shown = ", ".join(missing[: files.SHOWN]) + (", ..." if len(missing) > files.SHOWN else "")
       where = self.root if self.depth_root == self.root else f"{self.root} and {self.depth_root}"
       raise UserError(f"{len(missing)} files are missing in {where}: {shown}; {FILES_SOURCE}")
+    pairs = [(image, depth) for image, depth in zip(images, depths, strict=True) if image and depth]
     if depth_root != root:
-      depths = [str(depth_root.absolute() / depth) for depth in depths]
-    return Frames(root, list(zip(images, depths, strict=True)), example)
+      pairs = [(image, str(depth_root.absolute() / depth)) for image, depth in pairs]
+    return Frames(root, pairs, example)
 
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
     """The released augmentation of one frame, see transforms.depth_training."""

@@ -149,6 +149,7 @@ class Pictures:
       kinds, exif: see `decode`.
     """
     self.folder, self.pairs, self.kinds, self.exif = folder, list(pairs), dict(kinds), exif
+    self.notes: Sequence[str] = ()  # for the start of a run
 
   def __len__(self) -> int:
     return len(self.pairs)

@@ -74,7 +74,7 @@ class Nyu:
     cut_depth: str = "released",
     train_list: str = "",
     test_list: str = "",
-    resize: tuple[int, int] = (),
+    resize: tuple[int, int] | tuple[()] = (),
     colour: bool = True,
     format: str = "files",
   ):

@@ -24,6 +24,7 @@ import numpy as np
 from absl import flags
 
 from vpd_jax.data import lost_workers, records
+from vpd_jax.data.records import unending
 from vpd_jax.errors import UserError
 from vpd_jax.types import Batch, Example
 
@@ -250,8 +251,8 @@ class Prefetch:
       while not self._ready.empty():
         self._ready.get_nowait()
       self._thread.join(timeout=0.05)
-    if hasattr(self._iterator, "close"):
-      self._iterator.close()
+    if close := getattr(self._iterator, "close", None):
+      close()
 
   def _fill(self) -> None:
     """Body of the thread: fills the queue until told to stop, hands over the error that ended it."""
@@ -292,7 +293,7 @@ class _TrainTransform:
   records: int
   prepare: Callable[[Example], Example] | None
 
-  @records.unending
+  @unending
   def __call__(self, placed: tuple[int, Example], rng: np.random.Generator) -> Example:
     place, example = placed
     skipped = {key: example[key] for key in (records.SKIPPED,) if key in example}
@@ -307,7 +308,7 @@ class _EvalTransform:
   dataset: DataSet
   prepare: Callable[[Example], Example] | None
 
-  @records.unending
+  @unending
   def __call__(self, row: tuple[Example, bool]) -> Example:
     example, real = self.dataset.eval_transform(row[0]), row[1]
     return dict(self.prepare(example) if self.prepare else example, real=np.asarray(real))

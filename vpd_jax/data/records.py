@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,11 +119,11 @@ class Shards:
     """Opens the folder in this process; returns tfds' description of it."""
     import tensorflow_datasets as tfds  # a second to import, and only shards need it
 
-    builder = tfds.builder_from_directory(epath.Path(self._root).expanduser())
+    builder: Any = tfds.builder_from_directory(epath.Path(self._root).expanduser())
     info, features = builder.info, builder.info.features
     encoded = {key: tfds.decode.SkipDecoding() for key, f in features.items() if isinstance(f, tfds.features.Image)}
     self._restore = {key: bytes if key in encoded else _restorer(feature) for key, feature in features.items()}
-    self._records = ()
+    self._records: Any = ()
     if self._split in info.splits:
       self._records = builder.as_data_source(self._split, decoders=encoded)
     return info
@@ -240,7 +240,7 @@ class Stack:
 
   keys: tuple[str, ...]
 
-  def __call__(self, examples: list[Example]) -> dict[str, np.ndarray]:
+  def __call__(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
     batch = {}
     for key in self.keys:
       if any(key not in example for example in examples):

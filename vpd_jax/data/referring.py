@@ -222,10 +222,10 @@ class Transforms:
 
   def _resized(self, example: Example) -> Example:
     """Image and mask at the size of the network's input, the mask by the nearest pixel."""
-    mask = Image.fromarray(example["mask"]).resize(self.size[::-1], Image.Resampling.NEAREST)
+    mask = Image.fromarray(example["mask"]).resize((self.size[1], self.size[0]), Image.Resampling.NEAREST)
     return dict(example, image=resized_image(example["image"], self.size), mask=np.asarray(mask))
 
 
 def resized_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   """uint8 [H, W, 3] at another size, bilinear by PIL as in the release, which averages where it shrinks."""
-  return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+  return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))

@@ -39,8 +39,8 @@ class RoomExpressions:
     if not 0 <= index < len(self):
       raise IndexError(f"index={index} is outside the {len(self)} records.")
     if self.items is not None:
-      place, *expression = self.items[index]
-      room, said = self.draw(place), [tuple(expression)]
+      place, text, number = self.items[index]
+      room, said = self.draw(place), [(text, number)]
     else:
       place = index
       room = self.draw(place)

@@ -7,7 +7,7 @@ The camera has NYU's field of view and is placed, raised, tilted and turned at r
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -79,7 +79,7 @@ class Rooms:
     eval_count: int = 64,
     seed: int = 0,
     cut_depth: str = "off",
-    ratio_range: tuple[float, float] = (),
+    ratio_range: tuple[float, float] | tuple[()] = (),
     colour: bool = True,
     cache: str = "off",
     cache_folder: str = "",
@@ -109,7 +109,7 @@ class Rooms:
     self.seed, self.cut_depth, self.colour = int(seed), cut_depth, colour
     self.made_with = {"task": task, "size": self.size, "seed": self.seed, **self.counts}
     self.augmentation = segmentation_transforms.Augmentation(
-      self.crop, self.size, tuple(ratio_range) or (1.0, 1.0), colour=colour
+      self.crop, self.size, cast(tuple[float, float], tuple(ratio_range) or (1.0, 1.0)), colour=colour
     )
     self.resizing = referring.Transforms(self.crop, self.size)
 

@@ -139,7 +139,7 @@ def random_crop(
 def is_varied(label: np.ndarray, cat_max_ratio: float) -> bool:
   """Whether uint8 [h, w] has two classes and none with the share `cat_max_ratio` of the labelled pixels or more."""
   counts = np.bincount(label.ravel(), minlength=256)[:IGNORE]
-  return np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < cat_max_ratio
+  return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < cat_max_ratio)
 
 
 def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

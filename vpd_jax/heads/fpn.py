@@ -5,7 +5,7 @@ mmsegmentation 0.30 models/necks/fpn.py, models/decode_heads/fpn_head.py; VPD se
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 from flax import nnx
 
@@ -115,7 +115,7 @@ class FpnHead(nnx.Module):
       for step in steps:
         x = step(x, training=training) if isinstance(step, ConvModule) else step(x)
       total = total + layers.resize(x, size)
-    return self.conv_seg(conv_module.dropped(total, self.dropout, training=training, key=key))
+    return self.conv_seg(conv_module.dropped(cast(Array, total), self.dropout, training=training, key=key))
 
 
 class SemanticFpn(nnx.Module):

@@ -28,7 +28,8 @@ INITS = {"released": initializers.normal(0.001), "fan_in": initializers.he_norma
 
 def heatmap_size(image_size: tuple[int, int]) -> tuple[int, int]:
   """(h, w) of the heatmaps of an image (H, W)."""
-  return tuple(side // STRIDE for side in image_size)
+  height, width = image_size
+  return height // STRIDE, width // STRIDE
 
 
 def to_heatmaps(x: Array, features: Features, frame: str) -> Outputs:

@@ -8,6 +8,7 @@ Source: Yang et al. 2022, https://arxiv.org/abs/2112.02244 (LAVT, lib/mask_predi
 refer/models_refer/model.py.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from vpd_jax.types import Array, Features, Outputs
 TORCH = initializers.torch_default
 
 
-def resize_corners(x: Array, size: tuple[int, int]) -> Array:
+def resize_corners(x: Array, size: Sequence[int]) -> Array:
   """Resizes [B, H, W, C] bilinearly so that the centres of the corner pixels stay, without antialiasing.
 
   Row i of n reads the H rows at i (H - 1) / (n - 1); one row alone reads the first.

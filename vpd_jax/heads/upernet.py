@@ -43,7 +43,7 @@ class UperHead(nnx.Module):
   ):
     self.dropout = dropout
     conv = lambda in_width, size: ConvModule(in_width, width, size, norm_group=norm_group, **kinds)
-    self.psp_modules = nnx.List([nnx.List([Pooling(scale), conv(widths[-1], 1)]) for scale in pool_scales])
+    self.psp_modules: Any = nnx.List([nnx.List([Pooling(scale), conv(widths[-1], 1)]) for scale in pool_scales])
     self.bottleneck = conv(widths[-1] + len(pool_scales) * width, 3)
     self.lateral_convs = nnx.List([conv(w, 1) for w in widths[:-1]])
     self.fpn_convs = nnx.List([conv(width, 3) for _ in widths[:-1]])

@@ -122,7 +122,7 @@ class Iedp(nnx.Module):
     told = prompt == "sentence+image"
     _check({**options, "prompt": prompt}, unet, text, maps=attention_maps)
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    towers = kinds | {"param_dtype": jnp.dtype(tower_dtype)}
+    towers: dict[str, Any] = {**kinds, "param_dtype": jnp.dtype(tower_dtype)}
     explicit = branch_mode == "both" and training
     if explicit and "{}" in sentence and not class_names:
       raise UserError(
@@ -228,7 +228,8 @@ class Iedp(nnx.Module):
       for each, and `context` is filled with zeros.
     """
     latents = batch["latents"] if "latents" in batch else self.latents(batch)
-    latents, size = latents * self.latent_scale, tuple(batch["image"].shape[1:3])
+    height, width = batch["image"].shape[1:3]
+    latents, size = latents * self.latent_scale, (height, width)
     contexts = [self.implicit_context(batch["image"])]
     if self.sentence_tokens:
       contexts = [jnp.concatenate([self.adapt(self.text_states(batch)), *contexts], axis=1)]

@@ -18,7 +18,8 @@ class Attention(nnx.Module):
   """Multi-head attention with biases; the keys may come from elsewhere than the queries."""
 
   def __init__(self, width: int, heads: int, *, attention: Implementation, **kinds: Any):
-    self.heads, self.attention = heads, attention
+    self.heads = heads
+    self.attention: Implementation = attention
     self.q_proj, self.k_proj, self.v_proj, self.out_proj = (layers.linear(width, width, **kinds) for _ in range(4))
 
   def __call__(self, x: Array, memory: Array) -> Array:

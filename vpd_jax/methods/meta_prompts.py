@@ -15,7 +15,7 @@ meta_prompts/models.py.
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -124,7 +124,7 @@ class MetaPrompts(nnx.Module):
     self.sentence_tokens = (token_length, unet.context_dim) if told else None
     if told:
       self.text_encoder = sentences.text_encoder(text or TextSizes(), token_length, unet.context_dim, **kinds)
-      self.prepare = sentences.SentenceTokens(tokenize, token_length)
+      self.prepare = sentences.SentenceTokens(cast(Any, tokenize), token_length)
     self.strides, self.widths = tuple(8 * 2**i for i in range(len(unet.widths))), unet.widths
     self.frame, self.tokens = "resized", (prompts + (token_length if told else 0), unet.context_dim)
     normal = lambda *shape: nnx.Param(initializers.normal(1.0)(rngs.params(), shape, param_dtype))
@@ -174,7 +174,7 @@ class MetaPrompts(nnx.Module):
     """
     if self.resize_scale < 0:
       return height, width
-    size = tuple((side // 64 + self.resize_scale) * 64 for side in (height, width))
+    size = (height // 64 + self.resize_scale) * 64, (width // 64 + self.resize_scale) * 64
     if not all(size):
       raise UserError(
         f"an image of {height}x{width} becomes {size[0]}x{size[1]} at method.resize_scale={self.resize_scale}; use 1."
@@ -204,7 +204,10 @@ class MetaPrompts(nnx.Module):
       tokens = self.context(step)
       context = jnp.broadcast_to(tokens, (latents.shape[0], *tokens.shape))
       context = jnp.concatenate([*before, context], axis=1)  # [B, N, D]
-      time = {"time_embedding": self.t[step][...]} if self.timestep is None else {"timesteps": self.timestep}
+      time: dict[str, Any] = (
+        {"time_embedding": self.t[step][...]} if self.timestep is None else {"timesteps": self.timestep}
+      )
       out = self.unet(latents, context, predict_noise=step < self.steps - 1, **time)
-      latents = out.noise
-    return Features(out.features, context, tuple(batch["image"].shape[1:3]))
+      latents = cast(Array, out.noise)  # none of the last step
+    height, width = batch["image"].shape[1:3]
+    return Features(out.features, context, (height, width))

@@ -4,7 +4,7 @@ Texts become token ids once, before training: a data worker only looks them up.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +38,7 @@ class ClassPredictor(nnx.Module):
 
   def __call__(self, image: Array) -> Array:
     """Class ids, int32 [B], of uint8 [B, H, W, 3] or float in [0, 1], of any sides."""
-    embeds = self.image_encoder(pixels(image, self.image_encoder.image_size, dtype=self.dtype)).embeds
+    embeds = cast(Array, self.image_encoder(pixels(image, self.image_encoder.image_size, dtype=self.dtype)).embeds)
     scores = embeds @ self.names[...].astype(embeds.dtype).T  # [B, K]; lengths of the image's vectors do not matter
     return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 

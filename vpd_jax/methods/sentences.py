@@ -30,7 +30,7 @@ class SentenceTokens:
     length: tokens a sentence keeps, begin and end included. Release: 40 on RefCOCO and RefCOCO+, 77 on RefCOCOg.
   """
 
-  tokenize: Callable[[Sequence[str]], np.ndarray]
+  tokenize: Callable[[tuple[str, ...]], np.ndarray]
   length: int
 
   def __post_init__(self):
@@ -82,7 +82,7 @@ class SentenceTokens:
     return f"{len(texts)} sentences, {len(cut)} of them cut to {self.length} tokens (method.token_length){named}"
 
 
-def text_encoder(sizes: TextSizes, length: int, width: int, **kinds: Any) -> nnx.Module:
+def text_encoder(sizes: TextSizes, length: int, width: int, **kinds: Any) -> ClipText:
   """CLIP's text encoder, never trained.
 
   Args:

@@ -12,7 +12,7 @@ Source: Zhao et al. 2023, https://arxiv.org/abs/2303.02153; VPD depth/models_dep
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -128,7 +128,7 @@ class Vpd(nnx.Module):
     if prompt == "sentence":
       self.adds, self.prepare_reads = frozenset({"tokens"}), frozenset({"sentence"})
       self.text_encoder = sentences.text_encoder(text or TextSizes(), token_length, unet.context_dim, **kinds)
-      self._prepare = sentences.SentenceTokens(tokenize, token_length)
+      self._prepare = sentences.SentenceTokens(cast(Any, tokenize), token_length)
     else:
       vectors = initializers.normal(1.0)(rngs.params(), (classes, unet.context_dim), param_dtype)
       self.class_vectors, self._prepare = Buffer(vectors), prompts.unchanged
@@ -196,7 +196,8 @@ class Vpd(nnx.Module):
     context = self.context(batch)
     kept = self.join.positions(latents)
     out = self.unet(latents * self.latent_scale, context, timesteps=int(self.timestep), map_max_positions=kept)
-    return Features(self.join(out), context, tuple(batch["image"].shape[1:3]))
+    height, width = batch["image"].shape[1:3]
+    return Features(self.join(out), context, (height, width))
 
   @property
   def attends_to_classes(self) -> bool:

@@ -1,7 +1,7 @@
 """Metric depth: scale-invariant loss, the scores of NYU and KITTI, pictures and files of the result."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ class Depth:
     """Depth, float [B, H, W], metres."""
     return outputs["depth"]
 
-  def region(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+  def region(self, size: Sequence[int]) -> tuple[int, int, int, int]:
     """(top, bottom, left, right) rows and columns of an image of this size that are scored."""
     return EVAL_CROPS[self.eval_crop](*size)
 

@@ -1,6 +1,6 @@
 """NaN and infinity among predictions: counted, never right, and in no score and no file."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +36,7 @@ def total(rows: Rows) -> dict[str, float]:
 
 def points(found: np.ndarray) -> tuple[np.ndarray, int]:
   """Keypoints [..., 3], those that are not finite as x, y and score 0; and how many those are."""
-  wrong = ~np.isfinite(found).all(axis=-1)
+  wrong = cast(np.ndarray, ~np.isfinite(found).all(axis=-1))
   return np.where(wrong[..., None], 0, found), int(wrong.sum())
 
 

@@ -8,6 +8,8 @@ TopDownGenerateTarget; Huang et al. 2020, https://arxiv.org/abs/1911.07524 (UDP)
 https://arxiv.org/abs/1910.06278 (DARK).
 """
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,7 +19,7 @@ LOWEST, HIGHEST = 0.001, 50.0  # what a blurred heatmap is clipped to before the
 
 
 def targets(
-  keypoints: Array, crop: tuple[int, int], size: tuple[int, int], *, sigma: int = 2, udp: bool = True
+  keypoints: Array, crop: Sequence[int], size: Sequence[int], *, sigma: int = 2, udp: bool = True
 ) -> tuple[Array, Array]:
   """Heatmaps with a Gaussian of height 1 at each keypoint, cut off 3 sigma from the nearest pixel.
 
@@ -153,7 +155,7 @@ def _quarter(heatmaps: Array, place: Array) -> Array:
   return jnp.where(inside[..., None], jnp.sign(jnp.stack([across, down], axis=-1)) / 4, 0)
 
 
-def to_picture(places: Array, centre: Array, extent: Array, size: tuple[int, int], *, udp: bool = True) -> Array:
+def to_picture(places: Array, centre: Array, extent: Array, size: Sequence[int], *, udp: bool = True) -> Array:
   """Places in a heatmap as places in the picture.
 
   Args:

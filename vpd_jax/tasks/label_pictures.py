@@ -1,7 +1,7 @@
 """Labels as pictures and files: palette, colours over the image, legend."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
@@ -45,7 +45,7 @@ def as_bytes(image: np.ndarray) -> np.ndarray:
 
 
 def overlay(
-  label: np.ndarray, palette: np.ndarray, names: tuple[str, ...], image: np.ndarray | None = None
+  label: np.ndarray, palette: np.ndarray, names: Sequence[str], image: np.ndarray | None = None
 ) -> np.ndarray:
   """Colours half over the image, and below it a legend of the classes that occur, largest first.
 
@@ -63,7 +63,11 @@ def overlay(
     painted = cv2.addWeighted(as_bytes(image), 1 - OPACITY, painted, OPACITY, 0)
   counts = np.bincount(label.ravel(), minlength=256)[: len(palette)]
   entries = legend(
-    [(names[k], palette[k], counts[k] / label.size) for k in np.argsort(-counts, kind="stable") if counts[k]],
+    [
+      (names[int(k)], palette[k], float(counts[k] / label.size))
+      for k in np.argsort(-counts, kind="stable")
+      if counts[k]
+    ],
     painted.shape[1],
   )
   right = max(0, entries.shape[1] - painted.shape[1])

@@ -7,7 +7,7 @@ cocoeval.py, which makes the scores.
 import contextlib
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -18,7 +18,7 @@ MOST = 20  # people per picture that COCO's keypoint scores look at
 
 
 def similarity(
-  points: np.ndarray, others: np.ndarray, area: float, areas: np.ndarray, sigmas: np.ndarray
+  points: np.ndarray, others: np.ndarray, area: float | np.ndarray, areas: np.ndarray, sigmas: np.ndarray
 ) -> np.ndarray:
   """Similarity of one prediction with others: the mean over keypoints of exp(-d^2 / (2 (2 sigma)^2 A)).
 
@@ -128,13 +128,13 @@ def coco_scores(truth: dict[str, Any], entries: list[dict[str, Any]], sigmas: np
   from pycocotools.cocoeval import COCOeval
 
   with contextlib.redirect_stdout(io.StringIO()):  # it prints each step
-    known = COCO()
+    known = cast(Any, COCO())
     known.dataset = truth
     known.createIndex()
     if entries:
       found = known.loadRes([dict(entry) for entry in entries])
     else:
-      found = COCO()
+      found = cast(Any, COCO())
       found.dataset = {"images": truth["images"], "categories": truth["categories"], "annotations": []}
       found.createIndex()
     evaluation = COCOeval(known, found, "keypoints")

@@ -5,7 +5,7 @@ One example is one sentence: its mask is 1 on the object it speaks of and 0 else
 Source: VPD refer/train.py criterion, refer/test.py evaluate.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ EVAL_AT = ("network", "original")
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def weighted_cross_entropy(logits: Array, mask: Array, weights: tuple[float, float]) -> Array:
+def weighted_cross_entropy(logits: Array, mask: Array, weights: Sequence[float]) -> Array:
   """Mean cross-entropy of two classes in which each pixel weighs as its class does.
 
   sum w[t] (logsumexp(x) - x[t]) / sum w[t], over all pixels of all images together.
@@ -43,7 +43,7 @@ def weighted_cross_entropy(logits: Array, mask: Array, weights: tuple[float, flo
   return (weight * lost).sum() / weight.sum()
 
 
-def at_size(margin: Array, size: Array, canvas: tuple[int, int]) -> Array:
+def at_size(margin: Array, size: Array, canvas: Sequence[int]) -> Array:
   """A map resized to a size that is known only when it runs, at the top left of a canvas; bilinear, no antialiasing.
 
   Pixel i of n reads the map at (i + 0.5) h / n - 0.5, as torch's align_corners=False.

@@ -3,9 +3,9 @@
 Source: mmsegmentation 0.30 models/losses, models/decode_heads/decode_head.py losses, core/evaluation/metrics.py.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -63,9 +63,9 @@ def accuracy(logits: Array, label: Array, *, ignore_label: int = 255) -> Array:
   return 100 * right.sum().astype(logits.dtype) / jnp.maximum(valid.sum(), 1).astype(logits.dtype)
 
 
-def resized(logits: Array, size: tuple[int, int]) -> Array:
+def resized(logits: Array, size: Sequence[int]) -> Array:
   """[B, h, w, K] at another size, bilinear, as torch's align_corners=False."""
-  if logits.shape[1:3] == size:
+  if logits.shape[1:3] == tuple(size):
     return logits
   return jax.image.resize(logits, (logits.shape[0], *size, logits.shape[3]), "linear", antialias=False)
 
@@ -203,7 +203,7 @@ class Segmentation:
     if self.auxiliary:
       aux = resized(outputs["aux_logits"], label.shape[1:])
       logs["aux.loss_ce_aux"] = self.auxiliary * cross_entropy(aux, label, **options)
-    total = sum(logs.values())
+    total = cast(Array, sum(logs.values()))
     logs["decode.acc_seg"] = accuracy(logits, label, ignore_label=self.ignore_label)
     if self.auxiliary:
       logs["aux.acc_seg"] = accuracy(aux, label, ignore_label=self.ignore_label)
@@ -292,7 +292,7 @@ class Segmentation:
 
   def save_attention(self, stem: Path, attention: np.ndarray, prediction: np.ndarray, image: np.ndarray) -> Path:
     """Writes stem.attention.png: float [h, w, K] for each class of int [H, W] of `decide`, over uint8 [H, W, 3]."""
-    maps = [(name, sum(attention[..., part] for part in parts)) for name, parts in self.merge]
+    maps = [(name, cast(np.ndarray, sum(attention[..., part] for part in parts))) for name, parts in self.merge]
     picture = label_pictures.attention(maps, prediction, image)
     return label_pictures.write(stem, ".attention.png", lambda path: label_pictures.write_colours(path, picture))
 
