@@ -1,8 +1,9 @@
 """Where each array of the training state lives: one mesh, one rule."""
 
 import contextlib
+import gc
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -140,9 +141,21 @@ def _checksum(x: Any) -> int:
   return zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
 
 
-def tracing(mesh: Mesh) -> contextlib.AbstractContextManager:
-  """To be entered where a program for this mesh is traced: layers ask it for their platform and devices."""
-  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+@contextlib.contextmanager
+def tracing(mesh: Mesh) -> Iterator[None]:
+  """To be entered where a program for this mesh is traced: layers ask it for their platform and devices.
+
+  Python's garbage collector rests meanwhile. Tracing makes objects by the million that all live on, and looking through
+  them again and again takes an eighth of the time.
+  """
+  enabled = gc.isenabled()
+  gc.disable()
+  try:
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      yield
+  finally:
+    if enabled:
+      gc.enable()
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -236,9 +236,15 @@ def split(product: Product, named: Named) -> dict[str, Named]:
 def state_shapes(config: ConfigDict, product: Product) -> TrainState:
   """The TrainState as ShapeDtypeStructs."""
   fields = split(product, product.parts.shapes)
-  opt_state = jax.eval_shape(product.optimizer.init, fields["params"])
+  opt_state = _optimizer_state(product.optimizer.init, tuple(fields["params"].items()))
   ema = dict(fields["params"]) if config.optim.ema_decay else None
   return TrainState(cast(Any, jax.ShapeDtypeStruct((), jnp.int32)), **fields, opt_state=opt_state, ema=ema)
+
+
+@functools.lru_cache(maxsize=4)
+def _optimizer_state(init: Callable[[Named], Any], params: tuple[tuple[str, jax.ShapeDtypeStruct], ...]) -> Any:
+  """Shapes of the state that `init` makes: asked for several times at a start, and a tenth of its tracing."""
+  return jax.eval_shape(init, dict(params))
 
 
 def state_shardings(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> TrainState:

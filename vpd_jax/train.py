@@ -152,10 +152,17 @@ def _norm(grads: Named, devices: int) -> Array:
   On one device small ones are joined to one vector, for XLA on CPU makes several programs of every sum; on several the
   partitioner would gather each of them first.
   """
-  small = [g.reshape(-1) for g in grads.values() if g.size < SMALL] if devices == 1 else []
-  parts = [g for g in grads.values() if devices > 1 or g.size >= SMALL] + ([jnp.concatenate(small)] if small else [])
+  joined = lambda g: devices == 1 and g.size < SMALL
+  small = [g if g.ndim == 1 else g.reshape(-1) for g in grads.values() if joined(g)]
+  parts = [g for g in grads.values() if not joined(g)] + ([jnp.concatenate(small)] if small else [])
   # Behind a barrier: else XLA on CPU writes the squares down, once for this and for Adam, at four times the cost.
-  return jnp.sqrt(sum(jnp.square(g).sum() for g in jax.lax.optimization_barrier(parts)))
+  return jnp.sqrt(sum(_sum_of_squares(g) for g in jax.lax.optimization_barrier(parts)))
+
+
+@jax.jit
+def _sum_of_squares(x: Array) -> Array:
+  """Traced once for all arrays of a shape."""
+  return jnp.square(x).sum()
 
 
 def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> dict[str, float]:
