@@ -10,6 +10,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/environment.sh
 make_environment tensorboard
 
+# XLA on CPU takes the memory of every step anew: in large pages that costs a fifth less, where the system has them.
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+
 config=configs/rooms.py:depth,tiny
 run=runs/quickstart
 
