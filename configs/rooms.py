@@ -47,7 +47,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict(presets.run(num_steps=steps, log_every=20, eval_every=steps, save_every=100))
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
   if tiny:
-    # At the size of the image the VAE, trained here, is five sixths of the work: less of it learns more in the same time.
+    # The VAE, trained here, is most of the work: with less of it the same time teaches more.
     config.backbone.vae.update({"channel_mult": (1, 1, 2, 4), "num_res_blocks": 1})
   config.update(METHODS[task][method](tiny=tiny, **OPTIONS[task]))
   if task == "depth":

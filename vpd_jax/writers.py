@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
@@ -236,11 +237,27 @@ def _clu(folder: epath.Path) -> Backend:
   return metric_writers.create_default_writer(folder, asynchronous=True)
 
 
+@contextlib.contextmanager
+def _hidden(package: str) -> Iterator[None]:
+  """A package as if it were not installed, for what is imported inside; one that is imported already stays."""
+  if package in sys.modules:
+    yield
+    return
+  modules: dict[str, Any] = sys.modules
+  modules[package] = None
+  try:
+    yield
+  finally:
+    del sys.modules[package]
+
+
 class _TensorboardX:
   """clu's methods over tensorboardX, which writes in a thread of its own."""
 
   def __init__(self, folder: epath.Path):
-    import tensorboardX
+    # Where PyTorch is installed, tensorboardX imports it for graphs, which are never written here: three seconds.
+    with _hidden("torch"):
+      import tensorboardX
 
     self._writer = tensorboardX.SummaryWriter(str(folder))
 
