@@ -37,11 +37,7 @@ make_environment() {
   wanted="$(pwd) $(cksum < pyproject.toml)"
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "== installing vpd_jax[$extras] into $folder"
-    if command -v uv > /dev/null; then
-      uv pip install --quiet --python "$PYTHON" --editable ".[$extras]"
-    else
-      "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
-    fi
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
     echo "$wanted" > "$stamp"
   fi
 }
