@@ -87,7 +87,7 @@ def first_step(root: pathlib.Path, python: str) -> tuple[float, float]:
 
 
 def trace(root: pathlib.Path, python: str) -> tuple[float, float]:
-  """CPU seconds of lowering the full-size step, twice, for want of a clock of its own."""
+  """CPU seconds of lowering the full-size step, which stand for wall seconds too: it is one thread."""
   done = subprocess.run(
     [python, "-c", TRACE], cwd=root, env=environment(root, python), capture_output=True, text=True, check=True
   )

@@ -94,7 +94,6 @@ class Product(NamedTuple):
   """What a config stands for, before any array is allocated.
 
   Attributes:
-    build: makes the model; only called under tracing.
     parts: names, shapes and kinds of its arrays.
     task: loss and scores.
     groups: learning-rate and decay multiplier of every trainable array, and what is frozen.
@@ -104,7 +103,6 @@ class Product(NamedTuple):
     keys: what a Batch must hold, "image" first.
   """
 
-  build: Callable[[], nnx.Module]
   parts: params_lib.Parts
   task: Any
   groups: optim.Groups
@@ -221,8 +219,7 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Product:
   classes = tuple(data.classes_of(config.data) if hasattr(data, "classes_of") else data.classes)
   task = _task(config, data, classes)
   _check_test_time(config, task)
-  build = _builder(config, task, classes, training=True)
-  parts = params_lib.describe(build)
+  parts = params_lib.describe(_builder(config, task, classes, training=True))
   _check_groups(config, parts)
   groups = optim.groups(parts.params, config.optim.lr_groups, config.optim.decay_groups)
   rate = optim.schedule(**config_file.schedule(config), lr=config.optim.lr)
@@ -230,10 +227,9 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Product:
     rate, groups, **{k: config.optim[k] for k in ("decay", "b1", "b2", "epsilon", "clip_norm")}
   )
   if not training and parts.model.method.training_only:
-    build = _builder(config, task, classes, training=False)
-    parts = params_lib.describe(build)
+    parts = params_lib.describe(_builder(config, task, classes, training=False))
   keys = ("image", *sorted(task.needs | parts.model.method.needs))
-  return Product(build, parts, task, groups, rate, optimizer, classes, keys)
+  return Product(parts, task, groups, rate, optimizer, classes, keys)
 
 
 def _task(config: ConfigDict, data: Any, classes: tuple[str, ...]) -> Any:
