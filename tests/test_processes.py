@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from tests import test_multidevice
-from tests.test_run import rooms
+from tests.methods import one_convolution
 from vpd_jax import assemble, evaluate, processes, start, train
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -27,7 +27,8 @@ import json, os, pathlib, signal, sys, threading, time
 sys.modules["tensorflow"] = None  # the other writer is there sooner
 import jax
 from tests import test_multidevice, test_processes
-from vpd_jax import errors, evaluate, processes, sharding, train
+from tests.methods import one_convolution
+from vpd_jax import assemble, errors, evaluate, processes, sharding, train
 from vpd_jax.checkpoint import Checkpoints
 from vpd_jax.data import pipeline
 
@@ -40,6 +41,7 @@ def broken(*_):
   raise errors.UserError("picture 7 is broken")
 
 if __name__ == "__main__":
+  assemble.METHODS[one_convolution.NAME] = one_convolution.OneConvolution
   folder = pathlib.Path(sys.argv[1])
   processes.connect(None, None, None, 300)
   index = jax.process_index()
@@ -80,13 +82,19 @@ if __name__ == "__main__":
 
 def config(steps):
   lengths = {"num_steps": steps, "eval_every": steps, "save_every": steps, "optim.schedule.num_steps": 1000}
-  return rooms(**EIGHT, **lengths)
+  return one_convolution.rooms(**EIGHT, **lengths)
 
 
 def free_port():
   with socket.socket() as held:
     held.bind(("127.0.0.1", 0))
     return held.getsockname()[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _the_method_is_known():
+  with one_convolution.known():
+    yield
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tests.methods import one_convolution
 from vpd_jax import assemble, claim, config_file, evaluate, plan, predict_folder, sharding, start, train
 from vpd_jax.checkpoint import Checkpoints
 
@@ -32,6 +33,17 @@ def arrays(workdir, step):
     return {
       jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(checkpoints.restore(step, abstract))
     }
+
+
+def small(**changes):
+  """The same of one convolution: what is tested here surrounds the network."""
+  return one_convolution.rooms(**changes)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _the_method_is_known():
+  with one_convolution.known():
+    yield
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +70,7 @@ def run(tmp_path_factory, compilations):
   """(workdir, scores) of an undisturbed run of four steps."""
   workdir = tmp_path_factory.mktemp("undisturbed")
   with listening(compilations):
-    return workdir, train.run(rooms(), str(workdir))
+    return workdir, train.run(small(), str(workdir))
 
 
 def test_a_run_compiles_its_step_once(run, compilations):
@@ -67,14 +79,14 @@ def test_a_run_compiles_its_step_once(run, compilations):
 
 
 def test_a_finished_run_has_nothing_to_do(run, capsys):
-  assert train.run(rooms(), str(run[0])) == {}
+  assert train.run(small(), str(run[0])) == {}
   assert "nothing to do: step 4 of 4" in capsys.readouterr().out
 
 
 def test_another_config_is_refused_with_the_difference(run):
   with pytest.raises(ValueError, match=r"optim.lr: 0.001 -> 0.5.*--accept_config_changes"):
-    train.run(rooms(**{"optim.lr": 0.5}), str(run[0]))
-  assert train.run(rooms(log_every=3), str(run[0])) == {}
+    train.run(small(**{"optim.lr": 0.5}), str(run[0]))
+  assert train.run(small(log_every=3), str(run[0])) == {}
 
 
 def test_the_run_leaves_scalars_panels_config_and_overview(run):
@@ -103,13 +115,13 @@ def test_the_run_leaves_scalars_panels_config_and_overview(run):
     events.Tags()["tensors"] + events.Tags()["scalars"] + events.Tags()["images"]
   )
   assert json.loads((workdir / "config.json").read_text())["optim"]["lr"] == 1e-3
-  assert "method/unet/input_blocks/0/0/kernel" in (workdir / "parameters.txt").read_text()
+  assert "method/only/kernel" in (workdir / "parameters.txt").read_text()
   assert scores["eval/rooms/images"] == 5
 
 
 def test_evaluation_prints_the_scores_of_training_and_the_trivial_predictors(run, capsys):
   workdir, scores = run
-  again = evaluate.run(rooms(), str(workdir))
+  again = evaluate.run(small(), str(workdir))
   assert again == pytest.approx(scores, rel=1e-6)
   text = capsys.readouterr().out
   assert "checkpoint of step 4" in text and "linear_rgb_position" in text
@@ -121,23 +133,23 @@ def test_a_second_run_in_a_workdir_is_refused_and_an_evaluation_is_not(run):
   before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
   with claim.claimed(workdir):
     with pytest.raises(ValueError, match="is in use by another run"):
-      train.run(rooms(), str(workdir))
+      train.run(small(), str(workdir))
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path != workdir / claim.LOCK} == before
-    assert evaluate.run(rooms(), str(workdir)) == pytest.approx(scores, rel=1e-6)
+    assert evaluate.run(small(), str(workdir)) == pytest.approx(scores, rel=1e-6)
 
 
 def test_evaluation_of_nothing_is_refused(tmp_path):
   with pytest.raises(ValueError, match="there is nothing trained to evaluate"):
-    evaluate.run(rooms(), str(tmp_path))
+    evaluate.run(small(), str(tmp_path))
   with pytest.raises(ValueError, match=r"holds no checkpoint and config\.init\.pretrained is empty"):
-    predict_folder.run(rooms(), str(tmp_path / "x"), source=str(tmp_path), output=str(tmp_path / "out"))
+    predict_folder.run(small(), str(tmp_path / "x"), source=str(tmp_path), output=str(tmp_path / "out"))
   assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 def test_a_run_whose_loss_is_not_finite_stops_and_names_the_step(tmp_path):
   with pytest.raises(FloatingPointError, match=r"the loss of step \d is nan"):
-    train.run(rooms(**{"optim.lr": 1e30, "log_every": 4, "optim.schedule.warmup": 0}), str(tmp_path))
+    train.run(small(**{"optim.lr": 1e30, "log_every": 4, "optim.schedule.warmup": 0}), str(tmp_path))
 
 
 @pytest.mark.parametrize("loss, norm", [(np.nan, 1.0), (np.inf, 1.0), (1.0, np.nan)])
@@ -151,12 +163,12 @@ def test_the_learning_rate_of_no_step_is_lost_by_a_resume(run, tmp_path):
   """Steps 3 and 4 of the logs follow the schedule of the optimizer's own count."""
   lines = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
   rates = [line["lr/rest"] for line in lines if "lr/rest" in line]
-  product = assemble.assemble(rooms())
+  product = assemble.assemble(small())
   np.testing.assert_allclose(rates, [float(product.rate(np.int32(i))) for i in range(4)], rtol=1e-5, atol=1e-12)
 
 
 def test_a_second_start_finds_its_step_compiled(run):
-  config, messages = rooms(), []
+  config, messages = small(), []
   product, mesh = assemble.assemble(config), sharding.make_mesh()
   jax.clear_caches()  # the last test of this file
   with listening(messages):

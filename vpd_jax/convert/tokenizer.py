@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 import zlib
 from collections.abc import Sequence
@@ -86,6 +87,8 @@ def load(source: str | epath.PathLike) -> Any:
 
 
 def _read(folder: pathlib.Path) -> Any:
+  # Without it the import says that PyTorch is missing, which no tokenizer needs.
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   from transformers import CLIPTokenizer  # Slow to import, and only needed here.
 
   try:
