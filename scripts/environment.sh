@@ -2,6 +2,7 @@
 #
 # Another Python than the first one found: PYTHON=/path/to/python bash scripts/quickstart.sh
 # Another place for the environment:       VPD_VENV=/path/to/environment bash scripts/quickstart.sh
+# An environment taken as it is:           VPD_INSTALL=0 VPD_VENV=/path/to/environment bash scripts/quickstart.sh
 
 find_python() {
   local candidate incomplete= candidates=(python3.13 python3.12 python3.11 python3 python3.14 python)
@@ -28,11 +29,13 @@ find_python() {
 make_environment() {
   local extras=$1 folder=${VPD_VENV:-.venv} python stamp wanted
   if [ ! -x "$folder/bin/python" ]; then
+    if [ "${VPD_INSTALL:-1}" = 0 ]; then echo "VPD_INSTALL=0, but $folder holds no environment; leave it out" >&2; exit 1; fi
     python=$(find_python) || exit 1
     echo "== making $folder with $("$python" --version)"
     "$python" -m venv "$folder"
   fi
   PYTHON=$folder/bin/python
+  if [ "${VPD_INSTALL:-1}" = 0 ]; then return; fi
   stamp=$folder/.vpd_jax-${extras//,/-}
   wanted="$(pwd) $(cksum < pyproject.toml)"
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then

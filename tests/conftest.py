@@ -57,7 +57,7 @@ gc.set_threshold(200_000, 50, 50)
 
 REFERENCE = ("torch", "diffusers", "transformers")
 VIRTUAL_DEVICES = 8
-MEMORY_GIB = 2.5  # of one process, from which the programs of its earlier files are dropped
+MEMORY_GIB = 3.5  # of one process, from which the programs of its earlier files are dropped
 WARNINGS = (
   "error",
   # What other packages do among themselves: only a deprecation in our own files is ours to mend.
@@ -135,6 +135,7 @@ def _programs_are_dropped():
   if resident_gib() > MEMORY_GIB:
     jax.clear_caches()
     gc.collect()
+    gc.freeze()  # what is left stays: the next collection need not look at it
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,7 @@ def test_a_source_is_made_once_for_each_split_and_data_set():
   assert second.source("train") is not first.source("train")
   assert first.calls == ["train", "eval"] and second.calls == ["train"]
   assert pickle.loads(pickle.dumps(first)).__dict__ == first.__dict__  # what was read does not travel to workers
+  gc.collect()  # those of other tests
   held = len(records._READ)
   del first
   gc.collect()
