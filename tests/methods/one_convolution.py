@@ -1,4 +1,4 @@
-"""A method for tests of what surrounds the network: it traces and compiles in a tenth of the time of the smallest UNet."""
+"""A method for tests of what surrounds the network, traced and compiled in a tenth of the time of the smallest UNet."""
 
 import contextlib
 
