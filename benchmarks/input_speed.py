@@ -25,8 +25,11 @@ import made_up_data
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpd_jax import assemble, atomic, config_file
-from vpd_jax.data import builders, pipeline
+from vpd_jax import experiment
+from vpd_jax.config import loader
+from vpd_jax.data import pipeline
+from vpd_jax.data.shards import writer
+from vpd_jax.files import atomic
 
 CONFIGS = {
   "nyu": "configs/nyu_depth.py:vpd",
@@ -40,7 +43,7 @@ CONFIGS = {
 
 def made_up(name: str, folder: Path, count: int) -> tuple[ConfigDict, dict[str, str]]:
   """The config of a made-up data set, and where its files and shards are, written where they are not."""
-  config = config_file.load(CONFIGS[name]).unlock()
+  config = loader.load(CONFIGS[name]).unlock()
   if "complete" in config.data:
     config.data.complete = False
   if "tokenizer" in config.method:
@@ -51,11 +54,11 @@ def made_up(name: str, folder: Path, count: int) -> tuple[ConfigDict, dict[str, 
       unfinished.mkdir()
       made_up_data.WRITERS[name](unfinished, count)
   config.data.root = str(places["files"])
-  builders.prepare(assemble.dataset(config, assemble.assemble(config)), places["tfds"], name=name, splits=("train",))
+  writer.prepare(experiment.dataset(config, experiment.assemble(config)), places["tfds"], name=name, splits=("train",))
   return config.lock(), {form: str(place) for form, place in places.items()}
 
 
-def datasets(config: ConfigDict, product: assemble.Product, places: dict[str, str]) -> dict[str, Any]:
+def datasets(config: ConfigDict, product: experiment.Product, places: dict[str, str]) -> dict[str, Any]:
   """The config's data set by form: "files", "tfds"."""
   made = {}
   for form, place in places.items():
@@ -65,7 +68,7 @@ def datasets(config: ConfigDict, product: assemble.Product, places: dict[str, st
       changed.data.format = form
     elif form != "files":
       raise ValueError(f"data set {changed.data.name!r} is read from its files only; leave --shards out.")
-    made[form] = assemble.dataset(changed.lock(), product)
+    made[form] = experiment.dataset(changed.lock(), product)
   return made
 
 
@@ -78,7 +81,7 @@ def per_core(work: Callable[[int], Any], count: int) -> float:
 
 
 def batches_per_second(
-  config: ConfigDict, product: assemble.Product, dataset: Any, workers: int, batches: int
+  config: ConfigDict, product: experiment.Product, dataset: Any, workers: int, batches: int
 ) -> float:
   """Images per second of training batches; those made while the workers start do not count."""
   size = min(config.data.batch_size, 32)
@@ -99,7 +102,7 @@ def measure(
   config: ConfigDict, places: dict[str, str], *, count: int, workers: list[int], batches: int, rounds: int
 ) -> list[list[str]]:
   """A row of Markdown for each form; see the columns in `main`."""
-  product = assemble.assemble(config)
+  product = experiment.assemble(config)
   made = datasets(config, product, places)
   works: dict[str, Callable[[Any], float]] = {"decoding": _decoding(count), "all": _whole(count)}
   for n in workers:
@@ -158,7 +161,7 @@ def main() -> None:
     if options.folder:
       config, places = made_up(name, options.folder, options.count)
     else:
-      config = config_file.load(options.config)
+      config = loader.load(options.config)
       places = {"files": options.root} | ({"tfds": options.shards} if options.shards else {})
     for row in measure(config, places, **times):
       print(f"| {' | '.join(row)} |", flush=True)

@@ -4,7 +4,7 @@ import json
 import pathlib
 from typing import Any
 
-from vpd_jax import atomic
+from vpd_jax.files import atomic
 
 Results = dict[str, Any]
 

@@ -18,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from vpd_jax import config_file, labelling, procedures, tiles
-from vpd_jax.tasks.segmentation import Segmentation
+from vpd_jax.config import loader
+from vpd_jax.inference import sliding_window, tiles
+from vpd_jax.prediction import protocols
+from vpd_jax.tasks.segmentation.task import Segmentation
 
 MEASURE = flags.DEFINE_enum("measure", "memory", ("memory", "programs"), "what is measured")
 HEIGHT = flags.DEFINE_integer("height", 3000, "rows of the large picture")
@@ -57,13 +59,13 @@ def picture(seed: int, size: tuple[int, int]) -> np.ndarray:
 
 
 def main(_: list[str]) -> None:
-  config, shapes, compiled = config_file.load("configs/ade20k_seg.py"), [], []
+  config, shapes, compiled = loader.load("configs/ade20k_seg.py"), [], []
   words = (*config.eval.test_time, *(("flip",) if FLIP.value else ()))
   config.eval.test_time = (*words, ":".join(["ms", *RATIOS.value]))
   config.eval.batch_size, config.eval.small = AT_ONCE.value, SMALL.value or config.eval.small
   classes = CLASSES.value or {"memory": 150, "programs": 2}[MEASURE.value]
   weights = (jax.random.normal(jax.random.key(0), (3, classes)),)
-  label = procedures.Sliding(config, stand_in(classes, shapes))
+  label = protocols.Sliding(config, stand_in(classes, shapes))
   if MEASURE.value == "memory":
     call = jax.jit(lambda w, image: image @ w)
     call(*weights, jnp.zeros((AT_ONCE.value, 512, 512, 3))).block_until_ready()
@@ -77,7 +79,7 @@ def main(_: list[str]) -> None:
     return
   rng = np.random.default_rng(0)
   sizes = [tuple(int(256 * 8 ** rng.random()) for _ in range(2)) for _ in range(COUNT.value)]
-  procedure, small = labelling.parse(config.eval.test_time), config.eval.small
+  procedure, small = sliding_window.parse(config.eval.test_time), config.eval.small
   scaled = [tiles.scaled_size(size, procedure.scale, ratio) for size in sizes for ratio in procedure.ratios]
   windows = {tiles.window_of(size, procedure.window, small) for size in scaled}
   jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))

@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from vpd_jax.data.keypoints import COCO
+from vpd_jax.data.transforms.top_down import COCO
 
 Size = tuple[int, int]
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from vpd_jax.tasks.segmentation import Segmentation
+from vpd_jax.tasks.segmentation.task import Segmentation
 
 # name: (side, classes, classes in one image, stride of the scores)
 SIZES = {"1024x1024x19": (1024, 19, 14, 4), "512x512x150": (512, 150, 12, 4)}

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from vpd_jax import labelling
-from vpd_jax.tasks.segmentation import Segmentation
+from vpd_jax.inference import sliding_window
+from vpd_jax.tasks.segmentation.task import Segmentation
 
 COUNT = flags.DEFINE_integer("count", 2000, "predictions")
 HEIGHT = flags.DEFINE_integer("height", 512, "rows of a picture")
@@ -31,9 +31,9 @@ def growth(count: int, size: tuple[int, int], classes: int) -> tuple[dict[str, f
   """Scores, resident GiB after the first tenth of the pictures, and the most of it afterwards."""
   task = Segmentation(classes=classes)
   weights = jax.random.normal(jax.random.key(0), (3, classes))
-  procedure = labelling.parse((f"slide:{min(size)}:{2 * min(size) // 3}",))
-  options = {"at_once": 2, "decide": labelling.most_probable}
-  engine = labelling.Labelling(lambda w, batch: batch["image"] @ w, procedure, **options)
+  procedure = sliding_window.parse((f"slide:{min(size)}:{2 * min(size) // 3}",))
+  options = {"at_once": 2, "decide": sliding_window.most_probable}
+  engine = sliding_window.Labelling(lambda w, batch: batch["image"] @ w, procedure, **options)
   measure = jax.jit(lambda prediction, label: task.measure(prediction[None], {"label": label[None]}))
   labels = []
 

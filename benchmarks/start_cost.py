@@ -29,7 +29,13 @@ MEASURES = ("first_step", "trace", "tests", "quickstart")
 TRACE = """
 import time
 import jax, jax.numpy as jnp, numpy as np
-from vpd_jax import assemble, config_file, sharding, train
+try:
+  from vpd_jax import experiment as assemble
+  from vpd_jax.config import loader as config_file
+  from vpd_jax.distributed import sharding
+  from vpd_jax.training import train
+except ImportError:  # a checkout from before the modules were sorted into folders
+  from vpd_jax import assemble, config_file, sharding, train
 config = config_file.load("configs/nyu_depth.py:vpd")
 product = assemble.assemble(config)
 mesh = sharding.make_mesh(1, 1)

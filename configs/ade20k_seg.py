@@ -14,7 +14,7 @@ Ours: not yet run.
 
 import ml_collections
 
-from vpd_jax import config_file, presets
+from vpd_jax.config import loader, presets
 
 METHODS = {
   "vpd": presets.vpd_segmentation,
@@ -25,7 +25,7 @@ METHODS = {
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = config_file.words(argument, method=tuple(METHODS), size=("full", "tiny"))
+  words = loader.words(argument, method=tuple(METHODS), size=("full", "tiny"))
   method, tiny = words["method"], words["size"] == "tiny"
   config = ml_collections.ConfigDict(presets.run(num_steps=80_000, log_every=50, eval_every=8000, save_every=2000))
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()

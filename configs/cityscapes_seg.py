@@ -15,7 +15,7 @@ import functools
 
 import ml_collections
 
-from vpd_jax import config_file, presets
+from vpd_jax.config import loader, presets
 
 METHODS = {
   "meta_prompts": functools.partial(presets.meta_prompts_segmentation, dropout=0.1),
@@ -26,7 +26,7 @@ METHODS = {
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = config_file.words(argument, method=tuple(METHODS), data=("fine", "extra"), size=("full", "tiny"))
+  words = loader.words(argument, method=tuple(METHODS), data=("fine", "extra"), size=("full", "tiny"))
   method, extra, tiny = words["method"], words["data"] == "extra", words["size"] == "tiny"
   config = ml_collections.ConfigDict(presets.run(num_steps=80_000, log_every=50, eval_every=8000, save_every=2000))
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()

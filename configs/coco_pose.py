@@ -16,8 +16,8 @@ published. Ours: not yet run.
 
 import ml_collections
 
-from vpd_jax import config_file, presets
-from vpd_jax.presets import pose
+from vpd_jax.config import loader, presets
+from vpd_jax.config.presets import pose
 
 METHODS = {"meta_prompts": pose.meta_prompts_pose, "vpd": pose.vpd_pose, "iedp": pose.iedp_pose}
 SIGMAS = {"256x192": 2, "384x288": 3, "512x384": 4, "1024x768": 6}  # the last as SDPose has it
@@ -27,7 +27,7 @@ ITERATIONS = 293  # per epoch: 149 813 people over 512
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = config_file.words(
+  words = loader.words(
     argument, method=tuple(METHODS), crop=tuple(SIGMAS), length=tuple(LENGTHS), size=("full", "tiny")
   )
   tiny, (epochs, *drops) = words["size"] == "tiny", LENGTHS[words["length"]]

@@ -17,7 +17,7 @@ import functools
 
 import ml_collections
 
-from vpd_jax import config_file, presets
+from vpd_jax.config import loader, presets
 
 METHODS = {
   "vpd": presets.vpd_depth,
@@ -29,7 +29,7 @@ ITERATIONS = 965  # per epoch in the release: 23 160 padded frames over 8 x 3
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = config_file.words(argument, method=tuple(METHODS), size=("full", "tiny"))
+  words = loader.words(argument, method=tuple(METHODS), size=("full", "tiny"))
   method, tiny = words["method"], words["size"] == "tiny"
   config = ml_collections.ConfigDict(
     presets.run(num_steps=25 * ITERATIONS, log_every=50, eval_every=ITERATIONS, save_every=ITERATIONS)

@@ -8,7 +8,7 @@ The argument is a list of words: a method (vpd, meta_prompts, iedp), and "tiny" 
 
 import ml_collections
 
-from vpd_jax import config_file, presets
+from vpd_jax.config import loader, presets
 
 METHODS = {"vpd": presets.vpd_depth, "meta_prompts": presets.meta_prompts_depth, "iedp": presets.iedp_depth}
 MAX_DEPTH = 10.0  # metres
@@ -16,7 +16,7 @@ MAX_DEPTH = 10.0  # metres
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = config_file.words(argument, method=tuple(METHODS), size=("full", "tiny"))
+  words = loader.words(argument, method=tuple(METHODS), size=("full", "tiny"))
   tiny = words["size"] == "tiny"
   config = ml_collections.ConfigDict(presets.run(num_steps=20_000, log_every=50, eval_every=1000, save_every=1000))
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()

@@ -8,8 +8,8 @@ The argument is a list of words: a method (vpd, meta_prompts, iedp), and "tiny" 
 
 import ml_collections
 
-from vpd_jax import config_file, presets
-from vpd_jax.presets import pose
+from vpd_jax.config import loader, presets
+from vpd_jax.config.presets import pose
 
 METHODS = {"vpd": pose.vpd_pose, "meta_prompts": pose.meta_prompts_pose, "iedp": pose.iedp_pose}
 KEYPOINTS = ("nose", "left_eye", "right_eye", "tail")  # as the annotation file's category names them; () reads them
@@ -18,7 +18,7 @@ SKELETON = (("nose", "left_eye"), ("nose", "right_eye"), ("nose", "tail"))  # li
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = config_file.words(argument, method=tuple(METHODS), size=("full", "tiny"))
+  words = loader.words(argument, method=tuple(METHODS), size=("full", "tiny"))
   tiny, steps = words["size"] == "tiny", 20_000
   config = ml_collections.ConfigDict(presets.run(num_steps=steps, log_every=50, eval_every=1000, save_every=1000))
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()

@@ -4,12 +4,12 @@ python -m vpd_jax.main --config=configs/my_refer.py --config.data.root=/data/min
     --config.init.pretrained=/weights/stable-diffusion-v1-5
 
 The argument is a list of words: a method (vpd; as experiments of ours meta_prompts and iedp), and "tiny" for the small
-network of the tests. The file is described in vpd_jax/data/refer_list.py.
+network of the tests. The file is described in vpd_jax/data/datasets/refer_list.py.
 """
 
 import ml_collections
 
-from vpd_jax import config_file, presets
+from vpd_jax.config import loader, presets
 
 METHODS = {
   "vpd": presets.vpd_referring,
@@ -20,7 +20,7 @@ METHODS = {
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = config_file.words(argument, method=tuple(METHODS), size=("full", "tiny"))
+  words = loader.words(argument, method=tuple(METHODS), size=("full", "tiny"))
   tiny = words["size"] == "tiny"
   config = ml_collections.ConfigDict(presets.run(num_steps=20_000, log_every=50, eval_every=1000, save_every=1000))
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()

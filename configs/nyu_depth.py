@@ -10,7 +10,7 @@ Expected: RMSE 0.254, d1 0.964 for VPD, 0.223 and 0.976 for MetaPrompts (their R
 
 import ml_collections
 
-from vpd_jax import config_file, presets
+from vpd_jax.config import loader, presets
 
 METHODS = {"vpd": presets.vpd_depth, "meta_prompts": presets.meta_prompts_depth, "iedp": presets.iedp_depth}
 ITERATIONS = 1009  # per epoch in the release: 24 232 padded frames over 8 x 3
@@ -18,7 +18,7 @@ ITERATIONS = 1009  # per epoch in the release: 24 232 padded frames over 8 x 3
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = config_file.words(argument, method=tuple(METHODS), size=("full", "tiny"))
+  words = loader.words(argument, method=tuple(METHODS), size=("full", "tiny"))
   tiny = words["size"] == "tiny"
   config = ml_collections.ConfigDict(
     presets.run(num_steps=25 * ITERATIONS, log_every=50, eval_every=ITERATIONS, save_every=ITERATIONS)

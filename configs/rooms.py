@@ -13,8 +13,8 @@ than the predictors printed beside them.
 
 import ml_collections
 
-from vpd_jax import config_file, presets
-from vpd_jax.presets import pose
+from vpd_jax.config import loader, presets
+from vpd_jax.config.presets import pose
 
 # Task: method to the sections that are its own.
 METHODS = {
@@ -41,7 +41,7 @@ OPTIONS = {  # of those functions
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = config_file.words(argument, task=tuple(METHODS), method=tuple(METHODS["depth"]), size=("tiny", "full"))
+  words = loader.words(argument, task=tuple(METHODS), method=tuple(METHODS["depth"]), size=("tiny", "full"))
   task, method, tiny = words["task"], words["method"], words["size"] == "tiny"
   steps = 320
   config = ml_collections.ConfigDict(presets.run(num_steps=steps, log_every=20, eval_every=steps, save_every=100))

@@ -27,23 +27,18 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from vpd_jax import (
-  assemble,
-  atomic,
-  caching,
-  chips,
-  config_file,
-  evaluate,
-  plan,
-  programs,
-  sharding,
-  start,
-  trace,
-  train,
-)
-from vpd_jax.assemble import Product
+from vpd_jax import experiment
+from vpd_jax.checkpoints import initialize
+from vpd_jax.config import loader
 from vpd_jax.data import pipeline
+from vpd_jax.distributed import sharding
 from vpd_jax.errors import UserError
+from vpd_jax.evaluation import encoder_cache, evaluate
+from vpd_jax.experiment import Product
+from vpd_jax.files import atomic
+from vpd_jax.monitoring import chips, profiler, xla_cost
+from vpd_jax.planning import plan
+from vpd_jax.training import train
 
 FLAGS = flags.FlagValues()  # of its own: vpd_jax.main has flags of the same names
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file and words", flag_values=FLAGS)
@@ -81,7 +76,7 @@ def timed(work: Callable[[Any], Any], batches: Iterator[Any], steps: int, warm_u
 
 def made_up_state(config: ConfigDict, product: Product, mesh: Any) -> Any:
   """A TrainState on the mesh of numbers that keep signals at their size."""
-  shapes, where = start.state_shapes(config, product), start.state_shardings(config, product, mesh)
+  shapes, where = initialize.state_shapes(config, product), initialize.state_shardings(config, product, mesh)
   block = np.random.default_rng(0).standard_normal(2**16).astype(np.float32)
 
   def value(name: str, x: Any) -> np.ndarray:
@@ -101,7 +96,7 @@ def made_up_state(config: ConfigDict, product: Product, mesh: Any) -> Any:
 
 def step_shapes(config: ConfigDict, product: Product) -> dict[str, Any]:
   """What a training step of this config is given, as ShapeDtypeStructs."""
-  return caching.planned(config, product, plan.batch_shapes(config, product.keys, "train"))[0]
+  return encoder_cache.planned(config, product, plan.batch_shapes(config, product.keys, "train"))[0]
 
 
 def made_up_batch(config: ConfigDict, product: Product, mesh: Any) -> dict[str, Any]:
@@ -110,7 +105,7 @@ def made_up_batch(config: ConfigDict, product: Product, mesh: Any) -> dict[str, 
   for key, x in step_shapes(config, product).items():
     if np.issubdtype(x.dtype, np.integer):
       batch[key] = rng.integers(0, 256 if key == "image" else 2, x.shape, x.dtype)
-    elif key in caching.ENCODERS:
+    elif key in encoder_cache.ENCODERS:
       batch[key] = rng.standard_normal(x.shape, np.float32).astype(x.dtype)
     else:
       batch[key] = rng.uniform(0.5, 9.5, x.shape).astype(x.dtype)
@@ -121,8 +116,8 @@ def made_up_batch(config: ConfigDict, product: Product, mesh: Any) -> dict[str, 
 
 def read(config: ConfigDict, product: Product, mesh: Any, state: Any) -> pipeline.Prefetch:
   """The training batches of a run."""
-  dataset = assemble.dataset(config, product)
-  encodings = caching.Encodings(config, product, dataset, mesh)
+  dataset = experiment.dataset(config, product)
+  encodings = encoder_cache.Encodings(config, product, dataset, mesh)
   return train._batches(config, product, dataset, mesh, 0, lambda local: encodings(local, state.frozen))
 
 
@@ -133,12 +128,12 @@ def longest(step: Callable[[Any], Any], batches: Iterator[Any], text: str, steps
       for _ in range(steps):
         result = step(next(batches))
       jax.block_until_ready(result)
-    return [operation._asdict() for operation in trace.longest(folder, steps, text, TOP.value)]
+    return [operation._asdict() for operation in profiler.longest(folder, steps, text, TOP.value)]
 
 
 def ours(config: ConfigDict) -> Result:
   """Times and memory of the step that `train.run` compiles, on the devices at hand; see `report`."""
-  product = assemble.assemble(config)
+  product = experiment.assemble(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   state = made_up_state(config, product, mesh)
   input_ = None if MADE_UP.value else read(config, product, mesh, state)
@@ -168,10 +163,10 @@ def ours(config: ConfigDict) -> Result:
   if input_:
     result["input_wait_ms"] = input_.mean_wait_ms()
   if TOP.value:
-    result["longest"] = longest(step, input_ or again, programs.text(compiled))
+    result["longest"] = longest(step, input_ or again, xla_cost.text(compiled))
   if input_:
     input_.close()
-  memory, used = programs.memory(compiled), jax.local_devices()[0].memory_stats() or {}
+  memory, used = xla_cost.memory(compiled), jax.local_devices()[0].memory_stats() or {}
   return result | {
     "losses": [float(loss) for loss in losses],
     "peak_bytes": used.get("peak_bytes_in_use"),
@@ -201,7 +196,7 @@ def torch_side(config: ConfigDict) -> Result:
   """The same work in PyTorch, in a process of its own."""
   settings = {"config": config.to_dict(), "batch": config.data.batch_size, "steps": STEPS.value}
   settings |= {"warm_up": WARM_UP.value, "forward": FORWARD.value, "compile": COMPILE.value}
-  script = config_file.PROJECT / "benchmarks" / "torch_depth.py"
+  script = loader.PROJECT / "benchmarks" / "torch_depth.py"
   with tempfile.TemporaryDirectory() as folder:
     given, written = Path(folder) / "settings.json", Path(folder) / "result.json"
     given.write_text(json.dumps(settings))
@@ -232,7 +227,7 @@ def report(result: Result) -> str:
     lines["input"] = f"waited {result['input_wait_ms']:.1f} ms a step"
   text = "\n".join(f"{name:8} {line}" for name, line in lines.items())
   if "longest" in result:
-    text += "\n" + trace.table([trace.Operation(**operation) for operation in result["longest"]])
+    text += "\n" + profiler.table([profiler.Operation(**operation) for operation in result["longest"]])
   return text
 
 
@@ -250,7 +245,7 @@ def main() -> None:
   # The other side first: on a GPU, JAX takes most of the memory with the first thing it does, and keeps it.
   sides = {"torch": torch_side(config)} if VERSUS.value else {}
   sides["ours"] = ours(config)
-  flops = train.model_flops(config, step_shapes(config, assemble.assemble(config)))
+  flops = train.model_flops(config, step_shapes(config, experiment.assemble(config)))
   results: Result = {name: with_rates(side, config.data.batch_size, flops) for name, side in sides.items()}
   print("\n".join(report(result) for result in results.values()), flush=True)
   if VERSUS.value:
@@ -267,7 +262,7 @@ def main() -> None:
 def parse(arguments: list[str]) -> None:
   """Reads the command line, config paths looked up beside the package too; what is wrong is one line, exit code 2."""
   try:
-    words = FLAGS(config_file.resolve_argv(arguments))[1:]
+    words = FLAGS(loader.resolve_argv(arguments))[1:]
     if words or CONFIG.value is None:
       raise UserError(f"words that belong to no flag: {words}" if words else "give a --config=FILE")
   except (flags.Error, ValueError, AttributeError, KeyError, TypeError) as error:

@@ -10,9 +10,14 @@ workdir of a run (its newest checkpoint, or --step), or any checkpoint that fill
 
 import argparse
 
-from vpd_jax import assemble, checkpoint, config_file, finite, reading, start
-from vpd_jax.convert import load, released, write
+from vpd_jax import experiment
+from vpd_jax.checkpoints import checkpointer, initialize
+from vpd_jax.config import loader
+from vpd_jax.convert import finite, load
+from vpd_jax.convert.formats import write
+from vpd_jax.convert.tables import released
 from vpd_jax.errors import UserError
+from vpd_jax.files import reading
 
 
 def parse() -> argparse.Namespace:
@@ -27,16 +32,16 @@ def parse() -> argparse.Namespace:
 
 
 def forward(args: argparse.Namespace) -> None:
-  config = start.complete(config_file.load(args.config), args.source)
-  named, report = load.load_pretrained(args.source, assemble.model_shapes(config))
+  config = initialize.complete(loader.load(args.config), args.source)
+  named, report = load.load_pretrained(args.source, experiment.model_shapes(config))
   print(report.summary())
   load.save(args.output, named, report, load.source_files(args.source))
 
 
 def reverse(args: argparse.Namespace) -> None:
-  config = start.complete(config_file.load(args.config), args.source)
+  config = initialize.complete(loader.load(args.config), args.source)
   release = released.of(config.method.name, config.task.name)
-  shapes, table = released.inside(assemble.model_shapes(config), release), released.TABLES[release]()
+  shapes, table = released.inside(experiment.model_shapes(config), release), released.TABLES[release]()
   named, step = read(args, shapes)
   named = released.inside(named, release)
   if args.manifest:
@@ -49,10 +54,10 @@ def reverse(args: argparse.Namespace) -> None:
 
 def read(args: argparse.Namespace, shapes: dict) -> tuple[dict, int]:
   """(all arrays by our names, finished steps)."""
-  if not checkpoint.is_workdir(args.source):
+  if not checkpointer.is_workdir(args.source):
     named, report = load.load_pretrained(args.source, shapes, fresh=())
     return named, report.step
-  with checkpoint.Checkpoints(args.source, read_only=True) as checkpoints:
+  with checkpointer.Checkpoints(args.source, read_only=True) as checkpoints:
     step = checkpoints.latest_step() if args.step is None else args.step
     weights = checkpoints.restore_weights(step)
   named = weights["params"] | weights["frozen"] | weights["stats"]

@@ -13,9 +13,10 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 
-from vpd_jax import class_vectors, reading
-from vpd_jax.backbones.clip import TextSizes
+from vpd_jax.checkpoints import class_vectors
 from vpd_jax.errors import UserError
+from vpd_jax.files import reading
+from vpd_jax.models.backbones.clip_text import TextSizes
 
 
 def parse() -> argparse.Namespace:

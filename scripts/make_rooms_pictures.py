@@ -8,7 +8,7 @@ import pathlib
 
 import cv2
 
-from vpd_jax.data import rooms
+from vpd_jax.data.datasets import rooms
 
 
 def main() -> None:

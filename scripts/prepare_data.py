@@ -26,9 +26,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here computes on a devi
 import numpy as np
 from tqdm import tqdm
 
-from vpd_jax.assemble import DATASETS
-from vpd_jax.data import builders, files, records
+from vpd_jax.data.readers import image_files
+from vpd_jax.data.shards import reader, writer
 from vpd_jax.errors import UserError
+from vpd_jax.experiment import DATASETS
 
 SPLITS = ("train", "eval")
 ACCEPT = ("counts", "sizes", "values")
@@ -64,7 +65,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   parser.add_argument(
     "--set", action="append", default=[], metavar="OPTION=VALUE", help="an option as in config.data, say train_list=..."
   )
-  parser.add_argument("--shard_mb", type=float, default=builders.SHARD_BYTES / 2**20, help="about the size of a shard")
+  parser.add_argument("--shard_mb", type=float, default=writer.SHARD_BYTES / 2**20, help="about the size of a shard")
   options = parser.parse_args(arguments)
   if not options.output and not options.check_only:
     parser.error("--output=DIR is needed, or --check_only")
@@ -97,7 +98,7 @@ def value(text: str) -> Any:
 
 def check(dataset: Any, splits: tuple[str, ...], accept: tuple[str, ...], say: Callable[[str], None]) -> list[str]:
   """Looks at every record; says what is there and returns what is wrong with it."""
-  published = getattr(dataset, "published", None) or files.Published({}, None, {})
+  published = getattr(dataset, "published", None) or image_files.Published({}, None, {})
   sources, wrong = {}, []
   for split in splits:
     try:
@@ -114,14 +115,14 @@ def check(dataset: Any, splits: tuple[str, ...], accept: tuple[str, ...], say: C
   return wrong
 
 
-def survey(source: Any, published: files.Published, split: str) -> list[Seen]:
+def survey(source: Any, published: image_files.Published, split: str) -> list[Seen]:
   """Decodes every record of a split, in threads."""
   with futures.ThreadPoolExecutor(THREADS) as pool:
     looked = pool.map(lambda index: look(source, index, published), range(len(source)))
     return list(tqdm(looked, total=len(source), desc=f"checking {split}", unit=" records", mininterval=1.0))
 
 
-def look(source: Any, index: int, published: files.Published) -> Seen:
+def look(source: Any, index: int, published: image_files.Published) -> Seen:
   """Decodes one record."""
   try:
     example = source[index]
@@ -135,7 +136,7 @@ def look(source: Any, index: int, published: files.Published) -> Seen:
   return Seen(example["image"].shape[:2], ranges, missing)
 
 
-def summary(looked: list[Seen], published: files.Published, count: int) -> str:
+def summary(looked: list[Seen], published: image_files.Published, count: int) -> str:
   """What a split holds, in one line."""
   readable = [seen for seen in looked if not seen.error]
   compared = f"published are {count}" if published.counts else "there is no published number"
@@ -150,7 +151,7 @@ def summary(looked: list[Seen], published: files.Published, count: int) -> str:
   return "; ".join(parts)
 
 
-def faults(source: Any, looked: list[Seen], published: files.Published, accept: tuple[str, ...]) -> list[str]:
+def faults(source: Any, looked: list[Seen], published: image_files.Published, accept: tuple[str, ...]) -> list[str]:
   """What is wrong with the records of a split, one text per kind."""
   found = []
   errors = [seen.error for seen in looked if seen.error]
@@ -159,7 +160,9 @@ def faults(source: Any, looked: list[Seen], published: files.Published, accept: 
   readable = [index for index, seen in enumerate(looked) if not seen.error]
   other = [index for index in readable if published.size and looked[index].size != published.size]
   if other and "sizes" not in accept:
-    names = [f"{label(source, index)} ({'x'.join(map(str, looked[index].size))})" for index in other[: files.SHOWN]]
+    names = [
+      f"{label(source, index)} ({'x'.join(map(str, looked[index].size))})" for index in other[: image_files.SHOWN]
+    ]
     wanted = "x".join(map(str, published.size))
     found.append(f"{len(other)} pictures are not {wanted}: {first(names, len(other))} (--accept sizes goes on)")
   for key, (low, high) in published.ranges.items():
@@ -169,7 +172,7 @@ def faults(source: Any, looked: list[Seen], published: files.Published, accept: 
       if not (seen := looked[index].ranges[key]) or not (low <= seen[0] and seen[1] <= high)  # NaN is beyond too
     ]
     if beyond and "values" not in accept:
-      names = [f"{label(source, index)} ({shown(looked[index].ranges[key])})" for index in beyond[: files.SHOWN]]
+      names = [f"{label(source, index)} ({shown(looked[index].ranges[key])})" for index in beyond[: image_files.SHOWN]]
       found.append(
         f"{key} of {len(beyond)} records is not within {low:g} to {high:g}: {first(names, len(beyond))} "
         "(--accept values goes on)"
@@ -183,13 +186,13 @@ def shown(values: tuple[float, float] | None) -> str:
 
 def label(source: Any, index: int) -> str:
   """The name of a record's picture, or its number."""
-  return builders.record(source, index).get("image_path", f"record {index}")
+  return writer.record(source, index).get("image_path", f"record {index}")
 
 
 def first(names: list[str], count: int | None = None) -> str:
   """The first ten."""
-  more = (len(names) if count is None else count) > files.SHOWN
-  return ", ".join(name.rstrip(".") for name in names[: files.SHOWN]) + (", ..." if more else "")
+  more = (len(names) if count is None else count) > image_files.SHOWN
+  return ", ".join(name.rstrip(".") for name in names[: image_files.SHOWN]) + (", ..." if more else "")
 
 
 def run(options: argparse.Namespace, say: Callable[[str], None] = lambda line: print(line, flush=True)) -> None:
@@ -201,17 +204,17 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = lambda line: p
   dataset = make(options.name, options.root, options.set, check_only=options.check_only)
   write = {"name": options.name, "splits": options.splits, "shard_bytes": max(int(options.shard_mb * 2**20), 1)}
   if not options.check_only:
-    output = builders.check_output(options.output)
+    output = writer.check_output(options.output)
     if options.root and output.resolve().is_relative_to(Path(options.root).expanduser().resolve()):
       raise UserError(f"--output={options.output} lies in --root, whose files are only read; give another folder.")
-    if (output / records.INFO).exists():
-      return builders.prepare(dataset, output, **write, say=say)
+    if (output / reader.INFO).exists():
+      return writer.prepare(dataset, output, **write, say=say)
   wrong = check(dataset, options.splits, options.accept, say)
   if wrong:
     raise UserError(f"{len(wrong)} faults: {'; '.join(wrong)}.")
   say("no faults")
   if not options.check_only:
-    builders.prepare(dataset, output, **write, say=say)
+    writer.prepare(dataset, output, **write, say=say)
     say(f"wrote {output}; train with --config.data.format=tfds --config.data.root={output}")
 
 

@@ -21,8 +21,8 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from vpd_jax import atomic
 from vpd_jax.errors import UserError
+from vpd_jax.files import atomic
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "rooms_table.json"
@@ -113,9 +113,9 @@ def fields(rows: Rows, seed: int) -> dict[str, Any]:
 
 def digest(rows: Rows, method: str, seed: int) -> str:
   """Tells whether a stored row is of today's config."""
-  from vpd_jax import config_file
+  from vpd_jax.config import loader
 
-  config = config_file.load(config_string(rows, method)).unlock()
+  config = loader.load(config_string(rows, method)).unlock()
   config.update(fields(rows, seed))
   return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
@@ -197,11 +197,14 @@ def measure(rows: Rows, method: str) -> Record:
   import jax
   import numpy as np
 
-  from vpd_jax import assemble, config_file, sharding, start
+  from vpd_jax import experiment
+  from vpd_jax.checkpoints import initialize
+  from vpd_jax.config import loader
+  from vpd_jax.distributed import sharding
 
-  config = config_file.load(config_string(rows, method))
-  product = assemble.assemble(config, training=False)
-  weights, _ = start.weights_on_mesh(config, product, sharding.make_mesh(1, 1), complete=False)
+  config = loader.load(config_string(rows, method))
+  product = experiment.assemble(config, training=False)
+  weights, _ = initialize.weights_on_mesh(config, product, sharding.make_mesh(1, 1), complete=False)
   image = np.random.default_rng(0).integers(0, 256, (1, *config.data.crop, 3), np.uint8)
   tokens = np.zeros((1, config.method.get("token_length", 1)), np.int32)
   batch = {"image": image, "class_id": np.zeros(1, np.int32), "tokens": tokens}

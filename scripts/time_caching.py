@@ -18,8 +18,12 @@ import benchmark
 import jax
 from absl import flags
 
-from vpd_jax import assemble, caching, evaluate, sharding, train
-from vpd_jax.data import pipeline, referring
+from vpd_jax import experiment
+from vpd_jax.data import pipeline
+from vpd_jax.data.readers import referring
+from vpd_jax.distributed import sharding
+from vpd_jax.evaluation import encoder_cache, evaluate
+from vpd_jax.training import train
 
 BATCHES = flags.DEFINE_integer("batches", 8, "of each pass", lower_bound=2, flag_values=benchmark.FLAGS)
 WAYS = ("inside the network", "once a picture", "kept in memory")
@@ -42,11 +46,11 @@ def measure(config: Any) -> dict[str, dict[str, float]]:
   config = config.copy_and_resolve_references().unlock()
   config.optim.lr_groups = ((r"/vae/", None), (r"", 1.0))
   config.optim.accumulation = 1
-  product = assemble.assemble(config.lock())
+  product = experiment.assemble(config.lock())
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   state = benchmark.made_up_state(config, product, mesh)
   weights, spread = (state.params, state.frozen, state.stats), sharding.batch_sharding(mesh)
-  dataset = assemble.dataset(config, product)
+  dataset = experiment.dataset(config, product)
   common = {"keys": {*product.keys, *product.task.eval_needs, "image_id"}, "prepare": product.method.prepare}
   sources = {
     "evaluation": pipeline.eval_batches(dataset, batch_size=config.eval.batch_size, **common),
@@ -75,7 +79,7 @@ def measure(config: Any) -> dict[str, dict[str, float]]:
     found[mode] = {}
     for way in WAYS:
       dataset.cache = referring.Cache("memory" if way == "kept in memory" else "off", "")
-      encodings = caching.Encodings(config, product, dataset, mesh)
+      encodings = encoder_cache.Encodings(config, product, dataset, mesh)
       encode = (lambda local: local) if way == "inside the network" else lambda local: encodings(local, frozen)  # noqa: B023
       passed = lambda: pipeline.prefetch(encode(iter(rows)), spread)  # noqa: B023
       found[mode][way] = seconds(runs[mode], passed) / count

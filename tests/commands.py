@@ -21,7 +21,9 @@ import numpy as np
 from tests import oracle, tiny
 from tests.convert import pth
 from tests.data.test_nyu import write_frames
-from vpd_jax import assemble, config_file, start
+from vpd_jax import experiment
+from vpd_jax.checkpoints import initialize
+from vpd_jax.config import loader
 
 ROOT = pathlib.Path(__file__).parent.parent
 SECONDS = 100  # after which a command is ended
@@ -29,11 +31,11 @@ Change = Callable[[pathlib.Path], object]
 
 CONFIG = """
 from tests import tiny
-from vpd_jax import config_file
+from vpd_jax.config import loader
 
 def get_config(argument=""):
-  config_file.words(argument, method=("vpd",), size=("tiny",))
-  config = tiny.shrunk(config_file.load("configs/nyu_depth.py:tiny")).unlock()
+  loader.words(argument, method=("vpd",), size=("tiny",))
+  config = tiny.shrunk(loader.load("configs/nyu_depth.py:tiny")).unlock()
   config.update(num_steps=4, log_every=1, eval_every=4, save_every=4)
   config.data.root = {root!r}
   return config.lock()
@@ -42,7 +44,7 @@ def get_config(argument=""):
 # Reads argv, env and folder of a command as JSON, answers with its exit code.
 SERVER = f"""
 import json, os, signal, sys
-import vpd_jax.main, vpd_jax.train, vpd_jax.predict
+import vpd_jax.main, vpd_jax.training.train, vpd_jax.prediction.predictor
 for line in sys.stdin:
   case = json.loads(line)
   child = os.fork()
@@ -65,11 +67,11 @@ def write_good(home: pathlib.Path) -> None:
     lines = write_frames(home / "nyu" / folder, [f"{scene}{end}/{{}}_00000" for scene in scenes], (64, 96))
     (home / "nyu" / f"{split}_list.txt").write_text("\n".join(lines) + "\n")
   (home / "frames.py").write_text(CONFIG.format(root=str(home / "nyu")))
-  frames = config_file.load(str(home / "frames.py"))
-  product = assemble.assemble(frames)
+  frames = loader.load(str(home / "frames.py"))
+  product = experiment.assemble(frames)
   state = tiny.train_state(product, tiny.filled(product.parts.shapes)).replace(step=jnp.int32(2))
-  with start.checkpoints(frames, product, str(home / "run")) as checkpoints:
-    checkpoints.save(2, state, start.to_json(frames), {start.best_metric(frames, product): 1.0}, force=True)
+  with initialize.checkpoints(frames, product, str(home / "run")) as checkpoints:
+    checkpoints.save(2, state, initialize.to_json(frames), {initialize.best_metric(frames, product): 1.0}, force=True)
 
 
 @contextlib.contextmanager
@@ -138,9 +140,9 @@ def text(name: str, content: str) -> Change:
 def config(lines: str) -> Change:
   """A config file mine.py: the good one, changed by some lines."""
   return lambda here: (here / "mine.py").write_text(
-    "from vpd_jax import config_file\n"
+    "from vpd_jax.config import loader\n"
     "def get_config():\n"
-    f"  config = config_file.load({str(here.parents[1] / 'frames.py')!r}).unlock()\n"
+    f"  config = loader.load({str(here.parents[1] / 'frames.py')!r}).unlock()\n"
     f"  {lines}\n"
     "  return config\n"
   )

@@ -7,13 +7,13 @@ import sys
 import pytest
 
 from tests.test_benchmark import load
-from vpd_jax import config_file
+from vpd_jax.config import loader
 
 
 @pytest.fixture(scope="module")
 def accelerator():
   with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(config_file.PROJECT / "benchmarks")
+    patch.syspath_prepend(loader.PROJECT / "benchmarks")
     return importlib.import_module("accelerator")
 
 

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from vpd_jax import accelerators
+from vpd_jax.monitoring import accelerators
 
 DRIVER = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}.65.06  Release Build"
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from vpd_jax import atomic
+from vpd_jax.files import atomic
 
 ROOT = pathlib.Path(__file__).parent.parent
 

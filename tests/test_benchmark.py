@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from tests import test_plan, tiny
-from vpd_jax import assemble, config_file, sharding, train
+from vpd_jax import experiment
+from vpd_jax.config import loader
+from vpd_jax.distributed import sharding
+from vpd_jax.training import train
 
 QUICK = {"xla_backend_optimization_level": 0}
 ROOT = pathlib.Path(__file__).parent.parent
@@ -32,13 +35,13 @@ def benchmark():
 
 
 def config_of(**changes):
-  config = tiny.shrunk(config_file.load("configs/nyu_depth.py:vpd,tiny")).unlock()
+  config = tiny.shrunk(loader.load("configs/nyu_depth.py:vpd,tiny")).unlock()
   config.update_from_flattened_dict(changes)
   return config.lock()
 
 
 def model_flops(benchmark, config):
-  return train.model_flops(config, benchmark.step_shapes(config, assemble.assemble(config)))
+  return train.model_flops(config, benchmark.step_shapes(config, experiment.assemble(config)))
 
 
 def test_rates_follow_from_the_times(benchmark):
@@ -92,11 +95,11 @@ class TestTorchSide:
       for name, p in model.named_parameters():
         if "decoder" in name and p.ndim > 1:
           p.mul_(3)  # signals that are seen in the depth
-    return side, config, model, assemble.assemble(config), rules
+    return side, config, model, experiment.assemble(config), rules
 
   def named(self, sides):
     """The PyTorch weights by our names."""
-    from vpd_jax.convert import released, stable_diffusion
+    from vpd_jax.convert.tables import released, stable_diffusion
 
     _, _, model, product, rules = sides
     source, ours = {}, {}
@@ -130,7 +133,7 @@ class TestTorchSide:
     ours = np.asarray(ours.lower(self.named(sides), inputs).compile(QUICK)(self.named(sides), inputs))
     assert theirs.std() > 1e-3
     np.testing.assert_allclose(theirs.numpy(), ours, atol=1e-4 * ours.max())
-    from vpd_jax.tasks.depth import silog
+    from vpd_jax.tasks.depth.task import silog
 
     expected = silog(ours, batch["depth"].numpy())[0]
     np.testing.assert_allclose(side.silog(torch.tensor(ours), batch["depth"], 3), expected, rtol=1e-5)
@@ -156,8 +159,8 @@ class TestTorchSide:
 
 
 def test_a_step_of_referring_is_given_latents_and_text_states(benchmark):
-  config = tiny.shrunk(config_file.load("configs/refcoco_refer.py:refcoco,tiny"))
-  product = assemble.assemble(config)
+  config = tiny.shrunk(loader.load("configs/refcoco_refer.py:refcoco,tiny"))
+  product = experiment.assemble(config)
   batch = benchmark.made_up_batch(config, product, sharding.make_mesh(1, 1, devices=jax.devices()[:1]))
   rows = config.data.batch_size
   assert batch["latents"].shape[0] == batch["text_states"].shape[0] == rows and "tokens" not in batch
@@ -189,4 +192,4 @@ def test_the_other_side_is_written_for_one_network_only():
   pytest.importorskip("diffusers")
   side = load("benchmarks/torch_depth.py")
   with pytest.raises(ValueError, match="written for VPD depth only"):
-    side.measure({"config": config_file.load("configs/nyu_depth.py:iedp,tiny").to_dict()})
+    side.measure({"config": loader.load("configs/nyu_depth.py:iedp,tiny").to_dict()})

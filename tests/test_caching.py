@@ -9,14 +9,19 @@ import pytest
 
 from tests import tiny
 from tests.test_referring_run import small
-from vpd_jax import assemble, caching, config_file, plan, sharding
-from vpd_jax.data import pipeline, referring
+from vpd_jax import experiment
+from vpd_jax.config import loader
+from vpd_jax.data import pipeline
+from vpd_jax.data.readers import referring
+from vpd_jax.distributed import sharding
+from vpd_jax.evaluation import encoder_cache
+from vpd_jax.planning import plan
 
 
 @pytest.fixture(scope="module")
 def made():
   config = small()
-  product = assemble.assemble(config)
+  product = experiment.assemble(config)
   state = tiny.train_state(product, tiny.filled(product.parts.shapes))
   return config, product, state
 
@@ -28,14 +33,14 @@ def mesh():
 
 def encodings(made, mesh, kind="off", folder=""):
   config, product, _ = made
-  dataset = assemble.dataset(config, product)
+  dataset = experiment.dataset(config, product)
   dataset.cache = referring.check_cache(kind, str(folder))
-  return caching.Encodings(config, product, dataset, mesh)
+  return encoder_cache.Encodings(config, product, dataset, mesh)
 
 
 def evaluation(made, batch_size=2):
   config, product, _ = made
-  dataset = assemble.dataset(config, product)
+  dataset = experiment.dataset(config, product)
   keys = (*product.keys, "image_id")
   return pipeline.eval_batches(dataset, batch_size=batch_size, keys=keys, prepare=product.method.prepare)
 
@@ -118,7 +123,7 @@ def test_other_weights_and_other_pictures_meet_no_old_result(made, mesh, tmp_pat
 def test_where_the_vae_is_trained_nothing_is_kept(made, mesh):
   config = made[0].copy_and_resolve_references().unlock()
   config.optim.lr_groups = ((r"", 1.0),)
-  product = assemble.assemble(config.lock())
+  product = experiment.assemble(config.lock())
   trained = (config, product, None)
   encoding, batches = encodings(trained, mesh), iter(())
   assert not encoding.active and encoding.lines() == [] and encoding(batches, {}) is batches
@@ -145,27 +150,27 @@ def test_a_folder_that_cannot_be_made(made, mesh, tmp_path):
 def test_what_a_step_is_given_is_known_without_the_data(made, plain):
   config, product, state = made
   raw = plan.batch_shapes(config, (*product.keys, "image"), "eval")
-  batch, held = caching.planned(config, product, raw)
+  batch, held = encoder_cache.planned(config, product, raw)
   seen = plain[0][0]
   names = {"latents", "text_states", "image"}
   assert "tokens" in raw and "tokens" not in batch and names <= batch.keys()
   assert all(batch[n].shape[1:] == seen[n].shape[1:] and batch[n].dtype == seen[n].dtype for n in names)
-  encoders = tuple(caching.ENCODERS.values())
+  encoders = tuple(encoder_cache.ENCODERS.values())
   assert held == sum(np.asarray(x).nbytes for n, x in state.frozen.items() if n.startswith(encoders)) > 0
 
 
 def test_a_network_that_encodes_its_pictures_itself_is_planned_so():
-  config = tiny.shrunk(config_file.load("configs/rooms.py:depth,tiny"))
-  product = assemble.assemble(config)
+  config = tiny.shrunk(loader.load("configs/rooms.py:depth,tiny"))
+  product = experiment.assemble(config)
   raw = plan.batch_shapes(config, product.keys, "train")
-  assert caching.planned(config, product, raw) == (raw, 0)
+  assert encoder_cache.planned(config, product, raw) == (raw, 0)
 
 
 def test_data_sets_say_alike_whether_pictures_are_encoded_ahead(made, mesh):
-  depth = tiny.shrunk(config_file.load("configs/rooms.py:depth,tiny"))
-  for config, product in ((made[0], made[1]), (depth, assemble.assemble(depth))):
-    dataset = assemble.dataset(config, product)
+  depth = tiny.shrunk(loader.load("configs/rooms.py:depth,tiny"))
+  for config, product in ((made[0], made[1]), (depth, experiment.assemble(depth))):
+    dataset = experiment.dataset(config, product)
     assert dataset.only_resizes(config.data) == (dataset.cache is not None)
-  for name, kind in assemble.DATASETS.items():
+  for name, kind in experiment.DATASETS.items():
     if name != "rooms":
       assert hasattr(kind, "only_resizes") == ("cache" in inspect.signature(kind.__init__).parameters), name

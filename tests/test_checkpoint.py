@@ -18,8 +18,9 @@ import numpy as np
 import optax
 import pytest
 
-from vpd_jax import checkpoint, sharding
-from vpd_jax.stop import StopRequest
+from vpd_jax.checkpoints import checkpointer
+from vpd_jax.distributed import sharding
+from vpd_jax.distributed.preemption import StopRequest
 from vpd_jax.types import TrainState
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.scale_by_schedule(lambda _: -1e-2))
@@ -60,9 +61,9 @@ def assert_same(left, right):
 
 def test_four_steps_equal_two_and_two_bit_for_bit(tmp_path):
   state = advance(advance(start()))
-  with checkpoint.Checkpoints(tmp_path) as saved:
+  with checkpointer.Checkpoints(tmp_path) as saved:
     assert saved.save(2, state, CONFIG)
-  with checkpoint.Checkpoints(tmp_path) as saved:
+  with checkpointer.Checkpoints(tmp_path) as saved:
     assert saved.latest_step() == 2
     restored = saved.restore(2, abstract(start()))
     assert saved.restore_config(2) == CONFIG
@@ -73,7 +74,7 @@ def test_four_steps_equal_two_and_two_bit_for_bit(tmp_path):
 def test_a_state_may_be_donated_while_it_is_being_saved(tmp_path):
   step = jax.jit(advance, donate_argnums=0)
   state, expected = advance(start()), advance(start())
-  with checkpoint.Checkpoints(tmp_path) as saved:
+  with checkpointer.Checkpoints(tmp_path) as saved:
     saved.save(1, state, CONFIG)
     for _ in range(5):
       state = step(state)
@@ -83,17 +84,17 @@ def test_a_state_may_be_donated_while_it_is_being_saved(tmp_path):
 
 @pytest.mark.parametrize("mode, scores, best", [("min", (0.3, 0.1, 0.2, 0.5), 2), ("max", (0.3, 0.1, 0.2, 0.25), 1)])
 def test_the_newest_and_the_best_are_kept(tmp_path, mode, scores, best):
-  with checkpoint.Checkpoints(tmp_path, keep=1, best_metric="eval/x/rmse", best_mode=mode) as saved:
+  with checkpointer.Checkpoints(tmp_path, keep=1, best_metric="eval/x/rmse", best_mode=mode) as saved:
     for step, score in enumerate(scores, start=1):
       saved.save(step, start(), CONFIG, {"eval/x/rmse": score, "eval/x/other": 1.0})
     saved.wait()
     assert (saved.steps(), saved.latest_step(), saved.best_step()) == ([best, 4], 4, best)
-  with checkpoint.Checkpoints(tmp_path, best_metric="eval/x/rmse", best_mode=mode, read_only=True) as saved:
+  with checkpointer.Checkpoints(tmp_path, best_metric="eval/x/rmse", best_mode=mode, read_only=True) as saved:
     assert saved.best_step() == best
 
 
 def test_a_missing_score_and_nan_are_never_best(tmp_path):
-  with checkpoint.Checkpoints(tmp_path, keep=1, best_metric="rmse") as saved:
+  with checkpointer.Checkpoints(tmp_path, keep=1, best_metric="rmse") as saved:
     for step, scores in enumerate(({"rmse": 3.0}, {"rmse": float("nan")}, None, {"other": 0.0}, None), start=1):
       saved.save(step, start(), CONFIG, scores)
     saved.wait()
@@ -101,7 +102,7 @@ def test_a_missing_score_and_nan_are_never_best(tmp_path):
 
 
 def test_without_scores_nothing_is_best(tmp_path):
-  with checkpoint.Checkpoints(tmp_path, best_metric="rmse") as saved:
+  with checkpointer.Checkpoints(tmp_path, best_metric="rmse") as saved:
     assert (saved.latest_step(), saved.best_step(), saved.steps()) == (None, None, [])
     saved.save(1, start(), CONFIG, force=True)
     assert (saved.latest_step(), saved.best_step()) == (1, None)
@@ -110,9 +111,9 @@ def test_without_scores_nothing_is_best(tmp_path):
 
 def test_weights_are_read_without_the_optimizer(tmp_path):
   state = start(ema=True)
-  with checkpoint.Checkpoints(tmp_path) as saved:
+  with checkpointer.Checkpoints(tmp_path) as saved:
     saved.save(7, state, CONFIG)
-  with checkpoint.Checkpoints(tmp_path, read_only=True) as saved:
+  with checkpointer.Checkpoints(tmp_path, read_only=True) as saved:
     weights = saved.restore_weights(7)
   assert weights.keys() == {"params", "frozen", "stats", "ema"}
   assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(weights))
@@ -121,7 +122,7 @@ def test_weights_are_read_without_the_optimizer(tmp_path):
 
 
 def test_a_state_that_does_not_fit_is_refused_with_the_names(tmp_path):
-  with checkpoint.Checkpoints(tmp_path) as saved:
+  with checkpointer.Checkpoints(tmp_path) as saved:
     saved.save(1, start(), CONFIG, force=True)
     other = start()
     other.params["neck/b/bias"] = jnp.ones(4, jnp.float32)
@@ -137,36 +138,36 @@ def test_a_state_that_does_not_fit_is_refused_with_the_names(tmp_path):
 def test_an_unusable_workdir_is_one_line(tmp_path):
   (tmp_path / "file").write_text("")
   for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-    assert not checkpoint.is_workdir(folder)
+    assert not checkpointer.is_workdir(folder)
     with pytest.raises(ValueError, match=r"workdir=.* cannot be used") as error:
-      checkpoint.Checkpoints(folder)
+      checkpointer.Checkpoints(folder)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("options", [{"best_mode": "low"}, {"keep": 0}, {"keep_best": -1}])
 def test_bad_options_are_refused(tmp_path, options):
   with pytest.raises(ValueError, match=next(iter(options))):
-    checkpoint.Checkpoints(tmp_path, **options)
+    checkpointer.Checkpoints(tmp_path, **options)
 
 
 def test_a_read_only_look_creates_nothing(tmp_path):
-  with checkpoint.Checkpoints(tmp_path / "none", read_only=True) as saved:
+  with checkpointer.Checkpoints(tmp_path / "none", read_only=True) as saved:
     assert saved.latest_step() is None
   assert not (tmp_path / "none").exists()
 
 
 def test_an_unfinished_checkpoint_does_not_count(tmp_path):
-  with checkpoint.Checkpoints(tmp_path) as saved:
+  with checkpointer.Checkpoints(tmp_path) as saved:
     saved.save(1, start(), CONFIG)
-  assert checkpoint.is_workdir(tmp_path)
+  assert checkpointer.is_workdir(tmp_path)
   (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir()
-  with checkpoint.Checkpoints(tmp_path) as saved:
+  with checkpointer.Checkpoints(tmp_path) as saved:
     assert saved.steps() == [1]
     assert saved.save(2, start(), CONFIG, force=True)
     assert saved.steps() == [1, 2]
   (tmp_path / "empty" / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
-  assert not checkpoint.is_workdir(tmp_path / "empty")
-  assert not checkpoint.is_workdir(tmp_path / "absent")
+  assert not checkpointer.is_workdir(tmp_path / "empty")
+  assert not checkpointer.is_workdir(tmp_path / "absent")
 
 
 @pytest.mark.multidevice
@@ -177,9 +178,9 @@ def test_saved_on_eight_devices_restored_on_one_and_on_four_and_without_any(tmp_
   state = state.replace(params=params, opt_state=OPTIMIZER.init(params))
   state = sharding.place(state, sharding.state_shardings(sharding.make_mesh(2, 4), state))
   assert state.params["a/kernel"].addressable_shards[0].data.shape == (512, 256)
-  with checkpoint.Checkpoints(tmp_path) as saved:
+  with checkpointer.Checkpoints(tmp_path) as saved:
     saved.save(1, state, CONFIG, force=True)
-  with checkpoint.Checkpoints(tmp_path, read_only=True) as saved:
+  with checkpointer.Checkpoints(tmp_path, read_only=True) as saved:
     for devices, part in ((1, 1024), (4, 256), (8, 128)):
       mesh = sharding.make_mesh(1, devices, devices=jax.devices()[:devices])
       restored = saved.restore(1, sharding.abstract(state, sharding.state_shardings(mesh, state)))
@@ -202,7 +203,7 @@ def files_up_to(size):
 @pytest.mark.parametrize("force", [True, False])
 def test_without_room_the_older_checkpoint_survives_and_the_line_says_so(tmp_path, force):
   state = {"a/b": jnp.asarray(np.random.default_rng(0).normal(size=(512, 512)), jnp.float32)}
-  with checkpoint.Checkpoints(tmp_path) as saved:
+  with checkpointer.Checkpoints(tmp_path) as saved:
     saved.save(1, state, CONFIG, force=True)
     with files_up_to(100_000), pytest.raises(OSError, match="step 2 could not be written") as error:
       saved.save(2, state, CONFIG, force=force)
@@ -212,19 +213,19 @@ def test_without_room_the_older_checkpoint_survives_and_the_line_says_so(tmp_pat
       str(error.value),
     )
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
-  with checkpoint.Checkpoints(tmp_path) as saved:
+  with checkpointer.Checkpoints(tmp_path) as saved:
     assert saved.steps() == [1] and saved.save(2, state, CONFIG, force=True)
     assert (saved.steps(), saved.restore_config(2)) == ([1, 2], CONFIG)
   with (
     files_up_to(100_000),
     pytest.raises(OSError, match=r"no step is there\. .* goes on from step 0"),
-    checkpoint.Checkpoints(tmp_path / "first") as saved,
+    checkpointer.Checkpoints(tmp_path / "first") as saved,
   ):
     saved.save(1, state, CONFIG)
 
 
 def test_scores_may_come_later(tmp_path):
-  with checkpoint.Checkpoints(tmp_path, keep=1, best_metric="rmse") as saved:
+  with checkpointer.Checkpoints(tmp_path, keep=1, best_metric="rmse") as saved:
     saved.save(1, start(), CONFIG, force=True)
     assert (saved.scores(1), saved.best_step()) == ({}, None)
     saved.add_scores(1, {"rmse": 0.5})
@@ -235,21 +236,21 @@ def test_scores_may_come_later(tmp_path):
     assert saved.steps() == [1, 3]
     with pytest.raises(ValueError, match="no checkpoint of step 2"):
       saved.add_scores(2, {"rmse": 0.1})
-  with checkpoint.Checkpoints(tmp_path, best_metric="rmse", read_only=True) as saved:
+  with checkpointer.Checkpoints(tmp_path, best_metric="rmse", read_only=True) as saved:
     assert (saved.best_step(), saved.scores(1)) == (1, {"rmse": 0.5})
     assert_same(saved.restore(1, abstract(start())), start())
 
 
 def test_an_unknown_kind_of_workdir_is_one_line():
   with pytest.raises(ValueError, match=r"the scheme 'memory://' is unknown; use a path or 'gs://BUCKET'"):
-    checkpoint.Checkpoints("memory://bucket/run")
+    checkpointer.Checkpoints("memory://bucket/run")
 
 
 def test_a_relative_workdir_is_taken_from_here(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  with checkpoint.Checkpoints("run") as saved:
+  with checkpointer.Checkpoints("run") as saved:
     saved.save(1, {"a/b": jnp.ones(3)}, CONFIG, force=True)
-  assert checkpoint.is_workdir("run") and checkpoint.is_workdir(tmp_path / "run")
+  assert checkpointer.is_workdir("run") and checkpointer.is_workdir(tmp_path / "run")
 
 
 def test_sigterm_is_a_request_and_the_old_handler_returns():
@@ -277,14 +278,14 @@ def test_in_another_thread_signals_are_left_alone():
 def test_an_exit_by_exception_still_finishes_the_save(tmp_path):
   code = f"""
 import jax.numpy as jnp
-from vpd_jax import checkpoint
-with checkpoint.Checkpoints({str(tmp_path)!r}) as saved:
+from vpd_jax.checkpoints import checkpointer
+with checkpointer.Checkpoints({str(tmp_path)!r}) as saved:
   saved.save(1, {{"a/b": jnp.ones(3)}}, {{}})
   raise RuntimeError("stop")
 """
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
   assert "RuntimeError: stop" in done.stderr
-  assert checkpoint.is_workdir(tmp_path)
+  assert checkpointer.is_workdir(tmp_path)
 
 
 DAMAGE = {
@@ -303,7 +304,7 @@ HARM = {
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's threads, after the error
 def test_damage_is_called_damage(tmp_path):
-  with checkpoint.Checkpoints(tmp_path / "whole") as saved:
+  with checkpointer.Checkpoints(tmp_path / "whole") as saved:
     saved.save(1, start(), CONFIG, force=True)
   for pattern, kinds in DAMAGE.items():
     for kind in kinds:
@@ -312,7 +313,7 @@ def test_damage_is_called_damage(tmp_path):
       (file,) = (tmp_path / "run" / "checkpoints" / "1").glob(pattern)
       HARM[kind](file)
       with (
-        checkpoint.Checkpoints(tmp_path / "run", read_only=True) as saved,
+        checkpointer.Checkpoints(tmp_path / "run", read_only=True) as saved,
         pytest.raises(ValueError, match=r"checkpoint 1 of .* is damaged .*remove .*checkpoints/1,"),
       ):
         saved.restore_config(1) if "config" in pattern else saved.restore_weights(1)
@@ -332,7 +333,7 @@ def test_damage_is_called_damage(tmp_path):
   ids=lambda error: type(error).__name__ + str(error)[:12],
 )
 def test_what_is_no_damage_is_not_called_so(tmp_path, monkeypatch, error):
-  with checkpoint.Checkpoints(tmp_path) as saved:
+  with checkpointer.Checkpoints(tmp_path) as saved:
     saved.save(1, start(), CONFIG, force=True)
     monkeypatch.setattr(saved._manager, "restore", mock.Mock(side_effect=error))
     monkeypatch.setattr(saved._manager, "metrics", mock.Mock(side_effect=error))
@@ -344,7 +345,7 @@ def test_what_is_no_damage_is_not_called_so(tmp_path, monkeypatch, error):
 
 
 def test_an_error_of_the_program_while_reading_stays_itself(tmp_path, monkeypatch):
-  with checkpoint.Checkpoints(tmp_path) as saved:
+  with checkpointer.Checkpoints(tmp_path) as saved:
     saved.save(1, start(), CONFIG, force=True)
     for error in (TypeError("a bug"), ValueError("a bug"), KeyError("bug")):
       monkeypatch.setattr(
@@ -358,22 +359,22 @@ def test_an_error_of_the_program_while_reading_stays_itself(tmp_path, monkeypatc
 @pytest.mark.parametrize("name", ["a[1]", "a[", "b]", "[!a]", "a*", "a?", "a\\b"])
 def test_a_workdir_that_could_not_be_read_again_is_refused_before_anything_is_made(tmp_path, name):
   with pytest.raises(ValueError, match=r"workdir=.* holds .*; choose one without them"):
-    checkpoint.Checkpoints(tmp_path / name / "run")
+    checkpointer.Checkpoints(tmp_path / name / "run")
   assert not list(tmp_path.iterdir())
 
 
 def test_the_first_save_of_a_run_is_read_back(tmp_path, monkeypatch):
   seen = []
-  real = checkpoint.Checkpoints._saved
-  monkeypatch.setattr(checkpoint.Checkpoints, "_saved", lambda self, step: seen.append(step) or real(self, step))
-  with checkpoint.Checkpoints(tmp_path) as saved:
+  real = checkpointer.Checkpoints._saved
+  monkeypatch.setattr(checkpointer.Checkpoints, "_saved", lambda self, step: seen.append(step) or real(self, step))
+  with checkpointer.Checkpoints(tmp_path) as saved:
     saved.save(1, start(), CONFIG)
     assert seen == [1]
     saved.save(2, start(), CONFIG)
   assert seen == [1]
-  monkeypatch.setattr(checkpoint.Checkpoints, "_saved", lambda *_: {})
+  monkeypatch.setattr(checkpointer.Checkpoints, "_saved", lambda *_: {})
   with (
-    checkpoint.Checkpoints(tmp_path / "other") as saved,
+    checkpointer.Checkpoints(tmp_path / "other") as saved,
     pytest.raises(ValueError, match=r"checkpoint 1 of .*other.* cannot be read back; choose another --workdir"),
   ):
     saved.save(1, start(), CONFIG)
@@ -385,4 +386,4 @@ def test_a_folder_that_must_not_be_looked_into_is_not_taken_for_empty(tmp_path, 
 
   monkeypatch.setattr(os, "stat", refuse)
   with pytest.raises(ValueError, match=r"cannot be searched for checkpoints .*Permission denied"):
-    checkpoint.is_workdir(tmp_path)
+    checkpointer.is_workdir(tmp_path)

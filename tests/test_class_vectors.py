@@ -14,10 +14,12 @@ import pytest
 from flax import nnx
 
 from tests.convert import pth
-from vpd_jax import class_vectors
-from vpd_jax.backbones.clip import ClipText, TextSizes
-from vpd_jax.convert import clip, rules, write
-from vpd_jax.params import describe
+from vpd_jax.checkpoints import class_vectors
+from vpd_jax.convert import rules
+from vpd_jax.convert.formats import write
+from vpd_jax.convert.tables import clip
+from vpd_jax.models.backbones.clip_text import ClipText, TextSizes
+from vpd_jax.models.parameters import describe
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "embed_class_names.py"
 NAMES = ("dining_room", "Office", "cafe's 2nd floor")

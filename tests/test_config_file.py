@@ -7,14 +7,14 @@ import sys
 import ml_collections
 import pytest
 
-from vpd_jax import config_file
+from vpd_jax.config import loader
 
 CONFIG = """
 import ml_collections
-from vpd_jax import config_file
+from vpd_jax.config import loader
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-  words = config_file.words(argument, method=("vpd", "iedp"), size=("full", "tiny"))
+  words = loader.words(argument, method=("vpd", "iedp"), size=("full", "tiny"))
   config = ml_collections.ConfigDict()
   config.method = dict(name=words["method"], width=320 if words["size"] == "full" else 32)
   config.optim = dict(lr=5e-4, lr_groups=((r"/vae/", None), (r"", 1.0)))
@@ -24,10 +24,10 @@ FLAGS = """
 import sys
 from absl import app
 from ml_collections import config_flags
-from vpd_jax import config_file
+from vpd_jax.config import loader
 flag = config_flags.DEFINE_config_file("config")
 app.run(lambda argv: print(flag.value.method.name, flag.value.method.width, flag.value.optim.lr, argv[1:]),
-        argv=config_file.resolve_argv(sys.argv))
+        argv=loader.resolve_argv(sys.argv))
 """
 
 
@@ -42,42 +42,42 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("argument", ["tiny,iedp", "iedp,tiny", " iedp , tiny,"])
 def test_words_come_in_any_order(argument):
-  chosen = config_file.words(argument, method=("vpd", "iedp"), size=("full", "tiny"))
+  chosen = loader.words(argument, method=("vpd", "iedp"), size=("full", "tiny"))
   assert chosen == {"method": "iedp", "size": "tiny"}
 
 
 @pytest.mark.parametrize("argument", ["", None])
 def test_the_first_word_of_a_kind_is_its_default(argument):
-  assert config_file.words(argument, method=("vpd", "iedp"), size=("full", "tiny")) == {"method": "vpd", "size": "full"}
+  assert loader.words(argument, method=("vpd", "iedp"), size=("full", "tiny")) == {"method": "vpd", "size": "full"}
 
 
 def test_an_unknown_word_fails_with_the_list():
   with pytest.raises(ValueError, match=r"'smal' is unknown; .*method: vpd, iedp; size: full, tiny"):
-    config_file.words("vpd,smal", method=("vpd", "iedp"), size=("full", "tiny"))
+    loader.words("vpd,smal", method=("vpd", "iedp"), size=("full", "tiny"))
 
 
 def test_two_words_of_one_kind_fail():
   with pytest.raises(ValueError, match="two of method: 'vpd' and 'iedp'"):
-    config_file.words("vpd,iedp", method=("vpd", "iedp"))
+    loader.words("vpd,iedp", method=("vpd", "iedp"))
 
 
 @pytest.mark.parametrize("path", ["configs/one.py", "configs/one"])
 def test_a_relative_path_is_found_in_the_working_directory(folder, path):
-  config = config_file.load(f"{path}:tiny,iedp")
+  config = loader.load(f"{path}:tiny,iedp")
   assert (config.method.name, config.method.width) == ("iedp", 32)
-  assert config_file.load(path).method.name == "vpd"
+  assert loader.load(path).method.name == "vpd"
 
 
 def test_a_relative_path_is_found_beside_the_package(folder, tmp_path_factory, monkeypatch):
   monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-  monkeypatch.setattr(config_file, "PROJECT", folder)
-  assert config_file.resolve("configs/one:tiny") == f"{folder / 'configs' / 'one.py'}:tiny"
+  monkeypatch.setattr(loader, "PROJECT", folder)
+  assert loader.resolve("configs/one:tiny") == f"{folder / 'configs' / 'one.py'}:tiny"
 
 
 def test_a_missing_file_is_reported_with_both_places(folder, monkeypatch):
-  monkeypatch.setattr(config_file, "PROJECT", folder / "project")
+  monkeypatch.setattr(loader, "PROJECT", folder / "project")
   with pytest.raises(ValueError, match=r"'configs/two.py' was not found") as error:
-    config_file.load("configs/two.py:tiny")
+    loader.load("configs/two.py:tiny")
   assert str(folder / "configs/two.py") in str(error.value)
   assert str(folder / "project/configs/two.py") in str(error.value)
   assert "\n" not in str(error.value)
@@ -85,15 +85,15 @@ def test_a_missing_file_is_reported_with_both_places(folder, monkeypatch):
 
 def test_a_file_without_get_config_fails(folder):
   with pytest.raises(ValueError, match="has no function get_config"):
-    config_file.load("configs/empty.py")
+    loader.load("configs/empty.py")
 
 
 def test_a_loaded_config_is_locked_and_a_given_one_is_copied(folder):
-  config = config_file.load("configs/one.py")
+  config = loader.load("configs/one.py")
   with pytest.raises(AttributeError):
     config.optim.learning_rate = 1.0
   given = ml_collections.ConfigDict({"optim": {"lr": 1.0}})
-  locked = config_file.load(given)
+  locked = loader.load(given)
   given.optim.lr = 2.0
   assert locked.is_locked and locked.optim.lr == 1.0 and not given.is_locked
 
@@ -109,24 +109,24 @@ def test_flags_take_a_config_from_anywhere_with_words_and_overrides(folder, tmp_
 def test_argv_after_a_double_dash_and_other_flags_stay(folder):
   absolute = str(folder / "configs" / "one.py")
   argv = ["main", "--workdir=x", "--config", "configs/one.py", "--config.optim.lr=1", "--", "--config=configs/one.py"]
-  assert config_file.resolve_argv(argv) == [*argv[:3], absolute, *argv[4:]]
+  assert loader.resolve_argv(argv) == [*argv[:3], absolute, *argv[4:]]
 
 
 def test_a_run_is_named_after_file_and_words():
-  assert config_file.name("configs/rooms.py:tiny,depth") == config_file.name("rooms:depth,tiny") == "rooms-depth-tiny"
-  assert config_file.workdir("/some/where/nyu_depth.py") == "runs/nyu_depth"
+  assert loader.name("configs/rooms.py:tiny,depth") == loader.name("rooms:depth,tiny") == "rooms-depth-tiny"
+  assert loader.workdir("/some/where/nyu_depth.py") == "runs/nyu_depth"
 
 
 def test_differences_names_fields_and_survives_json(folder):
-  old = config_file.load("configs/one.py")
+  old = loader.load("configs/one.py")
   stored = json.loads(old.to_json())
-  assert config_file.differences(stored, old) == []
+  assert loader.differences(stored, old) == []
   new = old.copy_and_resolve_references().unlock()
   new.optim.lr = 1e-3
   new.optim.decay = 0.1
   new.steps = 7
-  assert config_file.differences(stored, new) == ["optim.decay: absent -> 0.1", "optim.lr: 0.0005 -> 0.001"]
-  assert config_file.differences(stored, new, prefixes=("steps",)) == ["steps: absent -> 7"]
+  assert loader.differences(stored, new) == ["optim.decay: absent -> 0.1", "optim.lr: 0.0005 -> 0.001"]
+  assert loader.differences(stored, new, prefixes=("steps",)) == ["steps: absent -> 7"]
 
 
 def with_length(steps, run):
@@ -145,5 +145,5 @@ def with_length(steps, run):
 )
 def test_the_length_of_a_schedule_is_compared_as_the_run_takes_it(old, new, expected):
   stored = json.loads(json.dumps(with_length(*old)))
-  assert config_file.differences(stored, with_length(*new)) == expected
-  assert config_file.differences(stored, ml_collections.ConfigDict(with_length(*new))) == expected
+  assert loader.differences(stored, with_length(*new)) == expected
+  assert loader.differences(stored, ml_collections.ConfigDict(with_length(*new))) == expected

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vpd_jax import assemble, config_file, evaluate, train
+from vpd_jax import experiment
+from vpd_jax.config import loader
+from vpd_jax.evaluation import evaluate
+from vpd_jax.training import train
 
 # configs/<file>: words of its argument. A config that is not listed fails the first test.
 SHIPPED = {
@@ -40,13 +43,13 @@ QUICK = {"xla_backend_optimization_level": 0}
 
 
 def test_every_config_file_is_tested():
-  assert {path.stem for path in (config_file.PROJECT / "configs").glob("*.py")} == set(SHIPPED)
+  assert {path.stem for path in (loader.PROJECT / "configs").glob("*.py")} == set(SHIPPED)
 
 
 @pytest.mark.parametrize("string", STRINGS)
 def test_assembles_at_its_real_size(string):
-  config = config_file.load(string)
-  product = assemble.assemble(config)
+  config = loader.load(string)
+  product = experiment.assemble(config)
   count = sum(shape.size for shape in product.parts.shapes.values())
   assert count > (8e8 if "tiny" not in string else 1e7)
   assert product.groups.lr and product.keys[0] == "image"
@@ -85,7 +88,7 @@ def test_every_config_has_a_release_or_is_of_ones_own():
 @pytest.mark.parametrize("config, method", RELEASES)
 def test_loss_and_statistics_are_grouped_as_on_the_gpus_of_the_release(config, method):
   gpus, images, statistics, loss = RELEASES[config, method]
-  made = config_file.load(f"configs/{config}.py:{method}")
+  made = loader.load(f"configs/{config}.py:{method}")
   assert made.data.batch_size == gpus * images
   assert made.optim.norm_group == (images if statistics == "of a GPU" else 0)
   assert made.optim.loss_group == (images if loss == "grouped" else 0)
@@ -113,8 +116,8 @@ def batch_for(product, config):
 
 @pytest.mark.parametrize("string", STEPPED)
 def test_steps_and_evaluates_in_small(string):
-  config = tiny.shrunk(config_file.load(string))
-  product = assemble.assemble(config)
+  config = tiny.shrunk(loader.load(string))
+  product = experiment.assemble(config)
   state = tiny.train_state(product, tiny.filled(product.parts.shapes))
   batch = batch_for(product, config)
   step = train.make_step(product, loss_group=config.optim.loss_group, accumulation=config.optim.accumulation)

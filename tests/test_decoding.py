@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from vpd_jax import decoding, pictures
-from vpd_jax.data import depth_list, files, labels, referring
+from vpd_jax.data.datasets import depth_list
+from vpd_jax.data.readers import image_files, label_maps, referring
+from vpd_jax.files import image_decoding
+from vpd_jax.inference import image_io
 
-ANY = labels.values({n: n for n in range(200)}, (255,), "")
+ANY = label_maps.values({n: n for n in range(200)}, (255,), "")
 
 
 def encoded(kind, array, **options):
@@ -35,14 +37,14 @@ def png_of(height, width, *, depth=8, colour=0):
 
 GREY = picture()[..., 0]
 READERS = {
-  "picture": lambda raw, path: files.decode_image(raw, path),
-  "depth": lambda raw, path: files.decode_depth(raw, path, scale=1000),
-  "labels": lambda raw, path: labels.decode_labels(raw, path, ANY),
+  "picture": lambda raw, path: image_files.decode_image(raw, path),
+  "depth": lambda raw, path: image_files.decode_depth(raw, path, scale=1000),
+  "labels": lambda raw, path: label_maps.decode_labels(raw, path, ANY),
   "mask": lambda raw, path: referring.decode(
     {"image": encoded("PNG", GREY), "mask": raw, "image_path": path, "sentences": "", "image_id": 0, "index": 0}
   ),
   "any depth": lambda raw, path: (path.write_bytes(raw), depth_list.read_depth(path, factor=1.0, max_depth=1e6)),
-  "prediction": lambda raw, path: (path.write_bytes(raw), pictures.read_picture(path)),
+  "prediction": lambda raw, path: (path.write_bytes(raw), image_io.read_picture(path)),
 }
 FILES = {
   **{kind: encoded(kind, picture()) for kind in ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")},
@@ -102,12 +104,12 @@ def test_a_damaged_header_of_an_array_is_a_fault_of_the_file(tmp_path):
   "error", [cv2.error("x"), struct.error("x"), IndexError("x"), Image.DecompressionBombError("x"), OverflowError()]
 )
 def test_every_error_of_a_decoder_becomes_ours(error):
-  with pytest.raises(ValueError, match=r"^a (is not a picture|has more pixels)"), decoding.faults("a"):
+  with pytest.raises(ValueError, match=r"^a (is not a picture|has more pixels)"), image_decoding.faults("a"):
     raise error
 
 
 def test_a_lack_of_memory_is_no_fault_of_a_file():
-  with pytest.raises(MemoryError), decoding.faults("a"):
+  with pytest.raises(MemoryError), image_decoding.faults("a"):
     raise MemoryError
 
 
@@ -129,11 +131,11 @@ JPEGS = {
 @pytest.mark.parametrize("kind", JPEGS)
 def test_what_stands_behind_a_jpeg_does_not_matter(kind):
   raw = encoded("JPEG", photo(), **JPEGS[kind])
-  whole = files.decode_image(raw, "a")
+  whole = image_files.decode_image(raw, "a")
   rng = np.random.default_rng(0)
   tails = [rng.integers(0, 256, 5000, dtype=np.uint8).tobytes() for _ in range(20)]
   for tail in (*tails, b"\xff\xd8\xff\xda", raw[:-2], raw[: len(raw) // 2], bytes(3000), b"ftypmp42" + tails[0]):
-    np.testing.assert_array_equal(files.decode_image(raw + tail, "a"), whole)
+    np.testing.assert_array_equal(image_files.decode_image(raw + tail, "a"), whole)
 
 
 def test_a_jpeg_within_a_jpeg_does_not_end_it(tmp_path):
@@ -141,10 +143,10 @@ def test_a_jpeg_within_a_jpeg_does_not_end_it(tmp_path):
   raw = encoded("JPEG", photo())
   inner = b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
   raw = raw[:2] + inner + raw[2:]
-  assert files.decode_image(raw, "a").shape == (150, 210, 3)
+  assert image_files.decode_image(raw, "a").shape == (150, 210, 3)
   for end in (-2, -3, -500, 2 + len(inner) + 300, 2 + len(inner)):
     (tmp_path / "a.jpg").write_bytes(raw[:end])
-    for read in (lambda path: files.read_image(path), pictures.read_picture):
+    for read in (lambda path: image_files.read_image(path), image_io.read_picture):
       with pytest.raises(ValueError, match=r"a\.jpg is truncated"):
         read(tmp_path / "a.jpg")
 
@@ -158,13 +160,13 @@ def test_whole_jpegs_are_taken(options, colours):
     image = np.full((*size, 3), 200, np.uint8) if colours == "flat" else photo(size)
     raw = encoded("JPEG", image[..., 0] if colours == "grey" else image, **options)
     for whole in (raw, raw[:-2] + bytes(500) + raw[-2:], raw[:-2] + b"\xff\xff" + raw[-2:]):
-      decoding.check_whole(whole, "a")
+      image_decoding.check_whole(whole, "a")
 
 
 @pytest.mark.parametrize("damage", ["cut", "grey", "zeros", "restart", "marker"])
 def test_a_jpeg_whose_rest_would_be_filled_with_grey_is_damaged(tmp_path, damage):
   raw = encoded("JPEG", photo(), quality=90)
-  scan = decoding.jpeg_scans(raw)[0]
+  scan = image_decoding.jpeg_scans(raw)[0]
   place, size = (scan.begin + scan.end) // 2, (scan.end - scan.begin) // 4
   changed = {
     "cut": raw[:place] + raw[place + size :],
@@ -174,7 +176,7 @@ def test_a_jpeg_whose_rest_would_be_filled_with_grey_is_damaged(tmp_path, damage
     "marker": raw[:place] + b"\xff\x42" + raw[place + 2 :],
   }[damage]
   (tmp_path / "a.jpg").write_bytes(changed)
-  for read in (lambda path: files.read_image(path), pictures.read_picture):
+  for read in (lambda path: image_files.read_image(path), image_io.read_picture):
     with pytest.raises(ValueError, match=r"a\.jpg is (damaged: its data do not fill|truncated .* or damaged)"):
       read(tmp_path / "a.jpg")
 
@@ -182,12 +184,12 @@ def test_a_jpeg_whose_rest_would_be_filled_with_grey_is_damaged(tmp_path, damage
 @pytest.mark.parametrize("kind", ["restarts", "rows"])
 def test_a_jpeg_that_lost_restart_markers_is_damaged(kind):
   raw = encoded("JPEG", photo(), **JPEGS[kind])
-  decoding.check_whole(raw, "a")
-  scan = decoding.jpeg_scans(raw)[0]
+  image_decoding.check_whole(raw, "a")
+  scan = image_decoding.jpeg_scans(raw)[0]
   third = raw.index(b"\xff\xd2", scan.begin)
   for changed in (raw[: third + 2] + raw[raw.index(b"\xff\xd3", third) + 2 :], raw[:third] + raw[scan.end :]):
     with pytest.raises(ValueError, match="a is damaged: its data do not fill the picture"):
-      decoding.check_whole(changed, "a")
+      image_decoding.check_whole(changed, "a")
 
 
 ORIENTATIONS = range(1, 9)
@@ -211,10 +213,10 @@ def test_pictures_are_read_as_stored_or_turned_whatever_their_kind(kind, orienta
   image = picture(size=(24, 40))
   options = {"lossless": True} if kind == "WEBP" else {}
   raw = tagged(kind, image, orientation, **options)
-  stored = files.decode_image(tagged(kind, image, 1, **options), "a")
-  np.testing.assert_array_equal(files.decode_image(raw, "a"), stored)
-  np.testing.assert_array_equal(files.decode_image(raw, "a", "turned"), shown(stored, orientation))
-  assert decoding.orientation(io.BytesIO(raw)) == orientation
+  stored = image_files.decode_image(tagged(kind, image, 1, **options), "a")
+  np.testing.assert_array_equal(image_files.decode_image(raw, "a"), stored)
+  np.testing.assert_array_equal(image_files.decode_image(raw, "a", "turned"), shown(stored, orientation))
+  assert image_decoding.orientation(io.BytesIO(raw)) == orientation
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
@@ -228,11 +230,11 @@ def test_labels_and_depth_are_never_turned(tmp_path, orientation):
       np.testing.assert_array_equal(depth_list.read_depth(path, factor=1.0, max_depth=1e6), array)
     if number < 2:
       raw = encoded("PNG", array, exif=exif)
-      read = labels.decode_labels(raw, "a", ANY) if not number else files.decode_depth(raw, "a", scale=1)
+      read = label_maps.decode_labels(raw, "a", ANY) if not number else image_files.decode_depth(raw, "a", scale=1)
       np.testing.assert_array_equal(read, array)
 
 
 def test_pictures_without_orientation_are_not_turned(tmp_path):
   for raw in (b"", b"text", encoded("JPEG", picture()), tagged("JPEG", picture(), 0), tagged("PNG", picture(), 9)):
-    assert decoding.orientation(io.BytesIO(raw)) == 1
-  assert decoding.orientation(tmp_path / "none.jpg") == 1
+    assert image_decoding.orientation(io.BytesIO(raw)) == 1
+  assert image_decoding.orientation(tmp_path / "none.jpg") == 1

@@ -5,15 +5,17 @@ import pathlib
 
 import pytest
 
-from vpd_jax import errors, processes
-from vpd_jax.convert import raw, rules
+from vpd_jax import errors
+from vpd_jax.convert import rules
+from vpd_jax.convert.formats import lazy_tensor
+from vpd_jax.distributed import multiprocess
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
 def test_an_error_for_users_is_one_line_and_exit_code_2(capsys):
   for error in (errors.UserError("give another\nname"), errors.NotFiniteError("the loss"), OSError(28, "disk full")):
-    with pytest.raises(SystemExit) as caught, processes.answered():
+    with pytest.raises(SystemExit) as caught, multiprocess.answered():
       raise error
     assert caught.value.code == 2
     printed = capsys.readouterr().err
@@ -22,7 +24,7 @@ def test_an_error_for_users_is_one_line_and_exit_code_2(capsys):
 
 @pytest.mark.parametrize("error", [ValueError("shapes (2,) and (3,)"), FloatingPointError("a bug"), TypeError("a bug")])
 def test_any_other_error_keeps_its_traceback(error):
-  with pytest.raises(type(error)) as caught, processes.answered():
+  with pytest.raises(type(error)) as caught, multiprocess.answered():
     raise error
   assert caught.value is error
 
@@ -30,7 +32,7 @@ def test_any_other_error_keeps_its_traceback(error):
 def test_users_errors_are_value_errors_as_before():
   assert issubclass(errors.UserError, ValueError)
   assert issubclass(errors.NotFiniteError, (errors.UserError, FloatingPointError))
-  assert issubclass(rules.ConversionError, errors.UserError) and issubclass(raw.NotRead, errors.UserError)
+  assert issubclass(rules.ConversionError, errors.UserError) and issubclass(lazy_tensor.NotRead, errors.UserError)
 
 
 def test_our_checks_raise_errors_for_users():

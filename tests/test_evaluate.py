@@ -8,15 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpd_jax import config_file, evaluate, labelling
-from vpd_jax.tasks.depth import Depth
-from vpd_jax.tasks.segmentation import Segmentation
+from vpd_jax.config import loader
+from vpd_jax.evaluation import evaluate
+from vpd_jax.inference import sliding_window
+from vpd_jax.tasks.depth.task import Depth
+from vpd_jax.tasks.segmentation.task import Segmentation
 
 
 def evaluator(rows, records=3, task=None):
   """An Evaluator around made-up rows of measurements."""
   made = object.__new__(evaluate.Evaluator)
-  made.config = config_file.load("configs/my_depth.py:tiny")
+  made.config = loader.load("configs/my_depth.py:tiny")
   made.product = types.SimpleNamespace(task=task or Depth(max_depth=10.0))
   made.dataset = types.SimpleNamespace(source=lambda split: range(records))
   made.source, made._truth = range(records), {}
@@ -58,7 +60,7 @@ def test_predictions_that_are_not_finite_are_counted_beside_the_scores():
 def test_a_pixel_that_is_not_finite_has_no_class():
   scores = np.ones((3, 4, 5), np.float32)
   scores[0, 0], scores[2, 3, 4] = np.nan, np.inf
-  label = np.asarray(labelling.finite_label(jnp.asarray(scores)))
+  label = np.asarray(sliding_window.finite_label(jnp.asarray(scores)))
   assert (label == 5).sum() == 2 and label[0, 0] == label[2, 3] == 5 and label[1, 1] == 0
 
 
@@ -85,7 +87,7 @@ def test_the_scores_of_every_class_are_in_the_report_and_in_the_result():
 def depth_step(size, **changes):
   """The step of evaluation on pictures of this size, traced, of a network that is perfect on depths of 1 m."""
   fields = {"eval.test_time": ("shift:2",), "eval.coverage": "released"} | changes
-  config = config_file.changed(config_file.load("configs/my_depth.py:tiny"), fields)
+  config = loader.changed(loader.load("configs/my_depth.py:tiny"), fields)
   task = Depth(max_depth=10.0, eval_crop=config.task.eval_crop)
   model = lambda batch, training: {"depth": jnp.ones(batch["image"].shape[:3])}
   parts = types.SimpleNamespace(
@@ -114,7 +116,7 @@ def test_pixels_that_no_score_counts_may_be_left_out():
 
 def test_the_refusal_comes_before_the_first_step():
   """An Evaluator looks at the first picture of the data set."""
-  config = config_file.changed(config_file.load("configs/my_depth.py:tiny"), {"eval.coverage": "released"})
+  config = loader.changed(loader.load("configs/my_depth.py:tiny"), {"eval.coverage": "released"})
   picture = {"image": np.zeros((352, 1216, 3), np.uint8)}
   dataset = types.SimpleNamespace(source=lambda split: [picture], eval_transform=lambda example: example)
   product = types.SimpleNamespace(task=Depth(max_depth=10.0))
@@ -124,6 +126,6 @@ def test_the_refusal_comes_before_the_first_step():
 
 
 def test_only_the_published_protocols_leave_the_end_of_an_image_out():
-  paths = sorted((config_file.PROJECT / "configs").glob("*.py"))
-  chosen = {path.stem: config_file.load(str(path)).eval.get("coverage", "full") for path in paths}
+  paths = sorted((loader.PROJECT / "configs").glob("*.py"))
+  chosen = {path.stem: loader.load(str(path)).eval.get("coverage", "full") for path in paths}
   assert {stem for stem, coverage in chosen.items() if coverage != "full"} == {"nyu_depth", "kitti_depth"}

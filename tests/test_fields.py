@@ -2,7 +2,8 @@
 
 import pytest
 
-from vpd_jax import assemble, config_file, fields
+from vpd_jax import experiment
+from vpd_jax.config import fields, loader
 
 NYU, ROOMS = "configs/nyu_depth.py:tiny", "configs/rooms.py:{}"
 
@@ -38,21 +39,21 @@ NYU, ROOMS = "configs/nyu_depth.py:tiny", "configs/rooms.py:{}"
   ],
 )
 def test_a_field_that_nothing_reads_is_refused_in_one_line(config, field, value):
-  made = config_file.load(config).copy_and_resolve_references().unlock()
+  made = loader.load(config).copy_and_resolve_references().unlock()
   *sections, name = field.split(".")
   section = made
   for part in sections:
     section = section[part]
   section[name] = value
   with pytest.raises(ValueError, match=rf"^config.*does not take \['{name}'\].*; remove or correct them\.$"):
-    assemble.assemble(made.lock())
+    experiment.assemble(made.lock())
 
 
 def test_what_may_be_meant_is_told_and_all_sections_at_once():
-  made = config_file.load(NYU).copy_and_resolve_references().unlock()
+  made = loader.load(NYU).copy_and_resolve_references().unlock()
   made.optim.clip_nrom, made.mesh.rule = 1.0, ()
   with pytest.raises(ValueError, match=r"optim does not take \['clip_nrom'\] \(did you mean clip_norm\?\).*\['rule'\]"):
-    assemble.assemble(made.lock())
+    experiment.assemble(made.lock())
 
 
 @pytest.mark.parametrize(
@@ -65,24 +66,24 @@ def test_what_may_be_meant_is_told_and_all_sections_at_once():
   ],
 )
 def test_a_section_without_what_it_needs_is_refused(section, left, message):
-  made = config_file.load(NYU).to_dict()
+  made = loader.load(NYU).to_dict()
   *outer, name = section.split(".")
   held = made[outer[0]] if outer else made
   held[name] = left
   with pytest.raises(ValueError, match=message):
-    assemble.assemble(config_file.ml_collections.ConfigDict(made))
+    experiment.assemble(loader.ml_collections.ConfigDict(made))
 
 
 def test_a_head_of_another_task_is_refused():
-  made = config_file.load(ROOMS.format("segmentation")).to_dict()
+  made = loader.load(ROOMS.format("segmentation")).to_dict()
   made["head"] = {"name": "deconv"}
   with pytest.raises(ValueError, match=r"^config\.head of name 'deconv' is not made for .*\['classes'\]"):
-    assemble.assemble(config_file.ml_collections.ConfigDict(made))
+    experiment.assemble(loader.ml_collections.ConfigDict(made))
 
 
 def test_the_table_holds_what_the_configs_of_the_package_have():
-  for path in sorted((config_file.PROJECT / "configs").glob("*.py")):
-    config = config_file.load(str(path))
+  for path in sorted((loader.PROJECT / "configs").glob("*.py")):
+    config = loader.load(str(path))
     fields.check(config)
     for name, known in fields.FIELDS.items():
       optional = {"coverage", "small"} if name == "eval" else set()

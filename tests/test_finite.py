@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from vpd_jax import finite
+from vpd_jax.convert import finite
 
 NAN, INF = np.float32(np.nan), np.float32(np.inf)
 STEPS = [(7, np.float32(1), np.float32(1)), (8, NAN, INF)]

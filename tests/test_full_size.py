@@ -25,10 +25,10 @@ import vpd_jax
 from tests import oracle
 from tests.convert import pth
 from tests.golden import fill
-from vpd_jax import config_file
-from vpd_jax.data import transforms
-from vpd_jax.data.coco_pose import CocoPose
-from vpd_jax.data.refcoco import RefCoco
+from vpd_jax.config import loader
+from vpd_jax.data.datasets.coco_pose import CocoPose
+from vpd_jax.data.datasets.refcoco import RefCoco
+from vpd_jax.data.transforms import depth as depth_transforms
 
 LIMIT_GIB = 18
 TIMEOUT = 3600
@@ -138,13 +138,13 @@ def random_weights(config) -> None:
 def forward(words: str, picture: str, scene: str) -> None:
   """Prints what a network of random weights takes for one picture; called in a process of its own."""
   name, method = words.split(":")
-  config = config_file.load(f"configs/{name}_depth.py:{method}").unlock()
+  config = loader.load(f"configs/{name}_depth.py:{method}").unlock()
   random_weights(config)
   config.head.init = "fan_in"  # the released one, beside random weights, gives the same depth everywhere
   image = cv2.imread(picture)[..., ::-1]
   if "kb_crop" in config.data:
     empty = {"image": image, "depth": np.zeros(image.shape[:2], np.float32)}
-    image = transforms.kb_crop(empty, size=config.data.kb_crop)["image"]
+    image = depth_transforms.kb_crop(empty, size=config.data.kb_crop)["image"]
   clock = time.monotonic()
   predictor = vpd_jax.Predictor.load(config.lock(), fresh=True)
   made, clock = time.monotonic() - clock, time.monotonic()
@@ -175,7 +175,7 @@ def test_every_network_runs_forward_on_a_real_picture(data, method, real, tmp_pa
 
 def forward_segmentation(data: str, method: str, path: str) -> None:
   """As `forward`, for a crop of the published size of a real picture."""
-  config = config_file.load(f"configs/{data}.py:{method}").unlock()
+  config = loader.load(f"configs/{data}.py:{method}").unlock()
   random_weights(config)
   image = cv2.resize(cv2.imread(path)[..., ::-1], tuple(config.data.crop)[::-1])
   clock = time.monotonic()
@@ -209,7 +209,7 @@ def test_every_network_of_segmentation_runs_forward_on_a_real_crop(data, method,
 
 def forward_pose(method: str, root: str) -> None:
   """As `forward`, for the crop of a real person at 256 x 192."""
-  config = config_file.load(f"configs/coco_pose.py:{method}").unlock()
+  config = loader.load(f"configs/coco_pose.py:{method}").unlock()
   config.data.update(root=root, complete=False, boxes="annotated")
   random_weights(config)
   data = CocoPose(root=root, complete=False, boxes="annotated")
@@ -236,7 +236,7 @@ def test_every_network_of_pose_runs_forward_on_a_real_crop(method, real, tmp_pat
 
 def forward_referring(root: str) -> None:
   """As `forward`, for a real sentence about a real picture; also what the VAE alone takes of the time."""
-  config = config_file.load("configs/refcoco_refer.py:refcoco").unlock()
+  config = loader.load("configs/refcoco_refer.py:refcoco").unlock()
   config.data.update(root=root, complete=False)
   config.method.tokenizer, config.init.clip = "words", "random:0"
   data = RefCoco(root=root, complete=False)

@@ -8,8 +8,8 @@ import pytest
 from tests import oracle
 from tests.golden import fill
 from tests.tasks.test_depth import truth_of
-from vpd_jax import inference
-from vpd_jax.tasks.depth import SCORES, Depth
+from vpd_jax.inference import tta
+from vpd_jax.tasks.depth.task import SCORES, Depth
 
 # case: words of eval.test_time, size of the image, largest depth, crop
 CASES = {
@@ -47,7 +47,7 @@ def validated(request):
     shapes.append(batch["image"].shape)
     return stand_in(batch)
 
-  predict = jax.jit(inference.test_time(model, words))
+  predict = jax.jit(tta.test_time(model, words))
   batches = [
     {
       "image": jnp.asarray(image_of(request.param, i, size)),
@@ -89,7 +89,7 @@ def test_only_kitti_leaves_columns_uncovered_and_full_coverage_none(validated):
   uncovered = np.isnan(depths[0]).all(axis=0).nonzero()[0]
   assert uncovered.tolist() == (list(range(1207, 1216)) if case.startswith("kitti") else [])
   assert np.isnan(depths[0]).sum() == uncovered.size * depths[0].shape[0]
-  full = inference.test_time(stand_in, CASES[case][0], coverage="full")(batches[0])
+  full = tta.test_time(stand_in, CASES[case][0], coverage="full")(batches[0])
   assert np.isfinite(full).all()
 
 
@@ -97,7 +97,7 @@ def test_images_of_a_batch_stay_apart():
   """Windows and mirrors of several images, with a class each, are those of the single images."""
   images = fill.uniform("batch", (3, 12, 20, 3), 0)
   classes = np.array([0, 40, 80])
-  predict = inference.test_time(stand_in, ("flip", "shift:3"))
+  predict = tta.test_time(stand_in, ("flip", "shift:3"))
   together = predict({"image": jnp.asarray(images), "class_id": jnp.asarray(classes)})
   for i in range(3):
     alone = predict({"image": jnp.asarray(images[i : i + 1]), "class_id": jnp.asarray(classes[i : i + 1])})
@@ -109,18 +109,18 @@ def test_a_flip_averages_with_the_mirrored_prediction():
   batch = {"image": jnp.asarray(image), "class_id": jnp.asarray([1, 2])}
   mirrored = stand_in(batch | {"image": jnp.asarray(image[:, :, ::-1])})[:, :, ::-1]
   expected = (stand_in(batch) + mirrored) / 2
-  np.testing.assert_allclose(inference.test_time(stand_in, ("flip",))(batch), expected, rtol=1e-6)
+  np.testing.assert_allclose(tta.test_time(stand_in, ("flip",))(batch), expected, rtol=1e-6)
 
 
 def test_no_words_leave_the_prediction_as_it_is():
   batch = {"image": np.random.default_rng(0).random((2, 8, 12, 3), np.float32), "class_id": np.zeros(2, np.int32)}
-  np.testing.assert_array_equal(inference.test_time(stand_in, ())(batch), stand_in(batch))
+  np.testing.assert_array_equal(tta.test_time(stand_in, ())(batch), stand_in(batch))
 
 
 @pytest.mark.parametrize("size", [(9, 9), (9, 13), (13, 9), (5, 40), (40, 5), (352, 1216), (480, 640)])
 @pytest.mark.parametrize("count", [2, 3, 16])
 def test_full_coverage_covers_every_pixel(size, count):
-  corners = inference.offsets(size, count, coverage="full")
+  corners = tta.offsets(size, count, coverage="full")
   side = min(size)
   seen = np.zeros(size, int)
   for y, x in corners:
@@ -136,30 +136,30 @@ def test_full_coverage_covers_every_pixel(size, count):
   ((352, 1216), 2, [0, 864]),
 ])  # fmt: skip
 def test_released_windows_start_at_multiples_of_a_whole_step(size, count, expected):
-  assert inference.offsets(size, count) == [(0, x) for x in expected]
-  assert inference.offsets(size[::-1], count) == [(x, 0) for x in expected]
+  assert tta.offsets(size, count) == [(0, x) for x in expected]
+  assert tta.offsets(size[::-1], count) == [(x, 0) for x in expected]
 
 
 def test_a_square_image_is_one_window():
-  for coverage in inference.COVERAGES:
-    assert inference.offsets((480, 480), 2, coverage=coverage) == [(0, 0)]
+  for coverage in tta.COVERAGES:
+    assert tta.offsets((480, 480), 2, coverage=coverage) == [(0, 0)]
 
 
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
 @pytest.mark.parametrize("shape", [(2, 6, 11), (2, 11, 6, 3), (1, 7, 7)])
 def test_merge_undoes_cut(kind, shape):
   image = kind(fill.normal("cut", shape, 0))
-  corners = inference.offsets(shape[1:3], 3, coverage="full")
-  windows = inference.cut(image, corners)
+  corners = tta.offsets(shape[1:3], 3, coverage="full")
+  windows = tta.cut(image, corners)
   assert type(windows) is type(image) and windows.shape[0] == len(corners) * shape[0]
-  merged = inference.merge(windows, corners, shape[1:3])
+  merged = tta.merge(windows, corners, shape[1:3])
   assert type(merged) is type(image) and merged.dtype == image.dtype
   np.testing.assert_allclose(merged, image, rtol=1e-6)
 
 
 def test_overlaps_are_averaged_and_the_rest_is_nan():
   windows = np.stack([np.full((2, 2), 1.0), np.full((2, 2), 4.0)])
-  merged = inference.merge(windows, [(0, 0), (0, 1)], (2, 4))
+  merged = tta.merge(windows, [(0, 0), (0, 1)], (2, 4))
   np.testing.assert_array_equal(merged, [[[1, 2.5, 4, np.nan]] * 2])
 
 
@@ -167,15 +167,15 @@ def test_overlaps_are_averaged_and_the_rest_is_nan():
   ((), (False, 1)), (("flip",), (True, 1)), (("shift:2",), (False, 2)), (("shift:16", "flip"), (True, 16)),
 ])  # fmt: skip
 def test_words_are_understood_in_any_order(words, expected):
-  assert inference.parse(words) == expected
+  assert tta.parse(words) == expected
 
 
 @pytest.mark.parametrize("word", ["flop", "flip:2", "shift", "shift:1", "shift:two", "shift:-2"])
 def test_an_unknown_word_names_the_known_ones(word):
   with pytest.raises(ValueError, match=rf"eval\.test_time has '{word}'; known are 'flip' and 'shift:N'"):
-    inference.parse((word,))
+    tta.parse((word,))
 
 
 def test_an_unknown_coverage_names_the_known_ones():
   with pytest.raises(ValueError, match=r"eval\.coverage='all' is unknown; choose one of \('released', 'full'\)"):
-    inference.offsets((4, 6), 2, coverage="all")
+    tta.offsets((4, 6), 2, coverage="all")

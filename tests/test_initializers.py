@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpd_jax import initializers
-from vpd_jax.initializers import HostKey
+from vpd_jax.models import initializers
+from vpd_jax.models.initializers import HostKey
 
 SHAPE = (3, 3, 40, 60)
 CHOICES = {

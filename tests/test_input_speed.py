@@ -4,13 +4,13 @@ import importlib
 
 import pytest
 
-from vpd_jax import config_file
+from vpd_jax.config import loader
 
 
 @pytest.fixture(scope="module")
 def input_speed():
   with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(config_file.PROJECT / "benchmarks")
+    patch.syspath_prepend(loader.PROJECT / "benchmarks")
     return importlib.import_module("input_speed")
 
 

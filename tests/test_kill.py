@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 
 from tests.test_run import arrays, rooms
-from vpd_jax import config_file, evaluate, train
-from vpd_jax.checkpoint import Checkpoints
+from vpd_jax.checkpoints.checkpointer import Checkpoints
+from vpd_jax.config import loader
+from vpd_jax.evaluation import evaluate
+from vpd_jax.training import train
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "configs/rooms.py:depth,tiny"
@@ -45,7 +47,7 @@ def flat(section, prefix=""):
 
 def command(workdir, **changes):
   """The command line of that run: python -m vpd_jax.main and what differs from the file."""
-  shipped = flat(config_file.load(CONFIG))
+  shipped = flat(loader.load(CONFIG))
   flags = [f"--config.{key}={value}" for key, value in flat(config(**changes)).items() if value != shipped[key]]
   return [sys.executable, "-m", "vpd_jax.main", f"--config={CONFIG}", f"--workdir={workdir}", *flags]
 

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vpd_jax import assemble, config_file
-from vpd_jax.data import kitti
-from vpd_jax.predict import Predictor
+from vpd_jax import experiment
+from vpd_jax.config import loader
+from vpd_jax.data.datasets import kitti
+from vpd_jax.prediction.predictor import Predictor
 
 
 @pytest.mark.parametrize(
@@ -20,10 +21,10 @@ def test_only_frames_as_kitti_has_them_lose_rows(size, rows):
 
 
 def test_the_rows_above_the_benchmarks_are_nan_and_the_others_those_of_the_cut_frame():
-  config = tiny.shrunk(config_file.load("configs/kitti_depth.py:vpd,tiny")).unlock()
+  config = tiny.shrunk(loader.load("configs/kitti_depth.py:vpd,tiny")).unlock()
   config.data.update(kb_crop=(64, 96), resize=())
   config.eval.test_time, config.eval.batch_size = (), 1
-  product = assemble.assemble(config.lock(), training=False)
+  product = experiment.assemble(config.lock(), training=False)
   named = {name: jax.numpy.asarray(x) for name, x in tiny.filled(product.parts.shapes).items()}
   predictor = Predictor(config, product, (named, {}, {}), [])
   frame = np.random.default_rng(0).random((68, 100, 3), np.float32)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.golden import fill
-from vpd_jax import labelling, tiles
-from vpd_jax.labelling import Labelling, Procedure, Views
+from vpd_jax.inference import sliding_window, tiles
+from vpd_jax.inference.sliding_window import Labelling, Procedure, Views
 
 CLASSES = 4
 SLIDE = Procedure(window=32, stride=20)
@@ -103,7 +103,9 @@ def test_scores_without_softmax_are_averaged_as_they_are(weights):
 def test_labels_are_the_most_probable_classes(weights):
   procedure, many = CASES["several"]
   engine = Labelling(stand_in, procedure, at_once=3)
-  for label, result in zip(map(labelling.most_probable, engine(weights, many)), engine(weights, many), strict=True):
+  for label, result in zip(
+    map(sliding_window.most_probable, engine(weights, many)), engine(weights, many), strict=True
+  ):
     assert label.dtype == jnp.int32
     np.testing.assert_array_equal(label, np.asarray(result).argmax(-1))
 
@@ -173,9 +175,9 @@ PUBLISHED = ("resize:2048:512", "slide:512:341", "ms:0.5:0.75:1:1.25:1.5:1.75:2"
 
 
 def test_few_shapes_of_windows_serve_a_whole_data_set():
-  procedure = labelling.parse(PUBLISHED)
-  scaled = [labelling.scaled_size(s, procedure.scale, ratio) for s in sizes(2000) for ratio in procedure.ratios]
-  shapes = {small: {tiles.window_of(s, 512, small) for s in scaled} for small in labelling.SMALL}
+  procedure = sliding_window.parse(PUBLISHED)
+  scaled = [sliding_window.scaled_size(s, procedure.scale, ratio) for s in sizes(2000) for ratio in procedure.ratios]
+  shapes = {small: {tiles.window_of(s, 512, small) for s in scaled} for small in sliding_window.SMALL}
   assert len(shapes["whole"]) > 1000 and len(shapes["few_shapes"]) == 9 and shapes["padded"] == {(512, 512)}
   assert shapes["few_shapes"] == set(tiles.few_shapes(512))
   assert all(side % 64 == 0 for shape in shapes["few_shapes"] for side in shape)
@@ -204,8 +206,8 @@ def test_all_programs_of_a_data_set_are_at_most_twelve():
     shapes.append(batch["image"].shape[1:3])
     return stand_in(weights, batch)
 
-  procedure = labelling.parse(("resize:512:128", "slide:128:85", "ms:0.5:0.75:1", "flip"))
-  options = {"at_once": 4, "small": "few_shapes", "decide": labelling.most_probable}
+  procedure = sliding_window.parse(("resize:512:128", "slide:128:85", "ms:0.5:0.75:1", "flip"))
+  options = {"at_once": 4, "small": "few_shapes", "decide": sliding_window.most_probable}
   engine, weights = Labelling(network, procedure, **options), fill.normal("weights", (5, CLASSES), 0)
   pictures = [picture(i, size) for i, size in enumerate([(48, 64), (64, 47), (24, 130), (90, 91)])]
   listener = lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
@@ -249,7 +251,7 @@ def test_labels_do_not_depend_on_where_tiles_end(case, weights):
   procedure, sizes, size = LARGE[case]
   views = Views([picture(i, s) for i, s in enumerate(sizes)], size, {})
   expected = restated(weights, views, procedure)
-  options = {"decide": labelling.most_probable}, {}
+  options = {"decide": sliding_window.most_probable}, {}
   label, probabilities = (next(Labelling(stand_in, procedure, at_once=3, **o)(weights, [views])) for o in options)
   assert label.shape == size and label.dtype == np.int32
   np.testing.assert_allclose(probabilities, expected, rtol=0, atol=2e-6)
@@ -260,7 +262,7 @@ def test_labels_do_not_depend_on_where_tiles_end(case, weights):
 
 def test_a_large_picture_never_has_all_of_its_probabilities(weights):
   """A quarter of 12 megapixels with 4 classes are 48 MB."""
-  engine = Labelling(stand_in, SLIDE, at_once=2, decide=labelling.most_probable)
+  engine = Labelling(stand_in, SLIDE, at_once=2, decide=sliding_window.most_probable)
   views, held = Views([picture(0, (32, 43))], (1500, 2000), {}), []
   gc.collect()
   others = sum(x.nbytes for x in jax.live_arrays())
@@ -292,7 +294,7 @@ def test_squares_hold_every_pixel_once():
 @pytest.mark.parametrize("size", [(32, 32), (33, 52), (31, 100), (5, 7), (52, 53), (512, 683)])
 @pytest.mark.parametrize("window, stride", [(32, 20), (32, 32), (40, 7)])
 def test_windows_cover_every_pixel_and_lie_inside(size, window, stride):
-  rows, columns, shape = labelling.corners(size, window, stride)
+  rows, columns, shape = sliding_window.corners(size, window, stride)
   assert shape == tuple(min(window, side) for side in size)
   for starts, length, side in zip((rows, columns), shape, size, strict=True):
     assert starts[0] == 0 and starts[-1] + length == side
@@ -305,11 +307,11 @@ def test_windows_cover_every_pixel_and_lie_inside(size, window, stride):
   ((1024, 2048), (2048, 1024), 0.5, (512, 1024)), ((40, 71), None, 1.0, (40, 71)), ((40, 71), None, 0.5, (20, 36)),
 ])  # fmt: skip
 def test_sizes_of_scaled_pictures(size, scale, ratio, expected):
-  assert labelling.scaled_size(size, scale, ratio) == expected
+  assert sliding_window.scaled_size(size, scale, ratio) == expected
 
 
 def test_pictures_are_resized_to_every_ratio(weights):
-  procedure = labelling.parse(("resize:64:32", "slide:32:20", "ms:1:0.5", "flip"))
+  procedure = sliding_window.parse(("resize:64:32", "slide:32:20", "ms:1:0.5", "flip"))
   engine = Labelling(stand_in, procedure)
   example = {"image": (255 * picture(0, (50, 70))).astype(np.uint8), "shift": np.float32(0)}
   views = engine.views(example)
@@ -323,8 +325,8 @@ def test_pictures_are_resized_to_every_ratio(weights):
 def test_words_are_understood_in_any_order():
   words = ("flip", "ms:0.5:1:1.75", "slide:512:341", "resize:2048:512")
   expected = Procedure(512, 341, (2048, 512), (0.5, 1.0, 1.75), True)
-  assert labelling.parse(words) == labelling.parse(words[::-1]) == expected
-  assert labelling.parse(()) == Procedure()
+  assert sliding_window.parse(words) == sliding_window.parse(words[::-1]) == expected
+  assert sliding_window.parse(()) == Procedure()
 
 
 @pytest.mark.parametrize("words, word", [
@@ -334,7 +336,7 @@ def test_words_are_understood_in_any_order():
 ])  # fmt: skip
 def test_an_unknown_word_names_the_known_ones(words, word):
   with pytest.raises(ValueError, match=rf"^eval\.test_time has '{word}'; known are 'flip', 'slide:WINDOW:STRIDE'"):
-    labelling.parse(words)
+    sliding_window.parse(words)
 
 
 @pytest.mark.parametrize("options, message", [

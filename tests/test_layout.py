@@ -5,65 +5,42 @@ import pathlib
 
 import pytest
 
+import vpd_jax
+
 PACKAGE = pathlib.Path(__file__).parent.parent / "vpd_jax"
 
-# From top to bottom. A part imports parts of lower rows only, not its neighbours in a row; a folder is one part.
+# From top to bottom. A part imports parts of lower rows only, not its neighbors in a row; a folder is one part.
 LAYERS = (
   ("main",),
-  ("plan",),
-  ("train", "plan_search", "plan_report", "slices"),
-  ("predict_folder",),
-  ("predict",),
-  ("procedures",),
-  ("evaluate", "opening"),
-  ("start", "caching", "claim"),
-  ("assemble", "class_vectors"),
-  ("convert",),
-  ("methods", "necks", "heads", "tasks", "data", "model"),
-  (
-    "backbones",
-    "inference",
-    "labelling",
-    "posing",
-    "pictures",
-    "optim",
-    "checkpoint",
-    "sharding",
-    "stop",
-    "trace",
-    "writers",
-    "panels",
-  ),
-  ("params", "presets", "config_file", "fields", "processes", "programs", "accelerators", "tiles"),
-  ("initializers",),
-  ("types", "chips", "atomic", "finite", "damage", "reading", "decoding"),
+  ("planning",),
+  ("training", "prediction"),
+  ("evaluation",),
+  ("checkpoints",),
+  ("experiment",),
+  ("convert", "optim", "tasks"),
+  ("distributed",),
+  ("models", "data", "inference", "monitoring", "config"),
+  ("files",),
+  ("types",),
   ("errors",),
 )
 ROW = {part: row for row, parts in enumerate(LAYERS) for part in parts}
 ONLY = {  # narrower than the rows
-  "data": {"types", "atomic", "errors", "reading", "decoding"},  # knows no network
-  "tasks": {"panels", "types", "atomic", "errors"},  # knows no network either; shows its own results
-  "methods": {"backbones", "initializers", "types", "errors"},
-  "backbones": {"initializers", "types", "errors"},  # no paper-specific code
-  "presets": {"errors"},
-  "config_file": {"errors"},
+  "data": {"types", "files", "errors"},  # knows no network
+  "tasks": {"types", "files", "errors"},  # knows no network either
+  "models": {"types", "errors"},
+  "inference": {"types", "files", "errors"},  # knows no config
+  "config": {"errors"},
 }
-CONFIGURED = {
-  "main",
-  "train",
-  "predict_folder",
-  "predict",
-  "procedures",
-  "plan",
-  "plan_search",
-  "evaluate",
-  "opening",
-  "start",
-  "caching",
-  "assemble",
-  "config_file",
-  "presets",
-}
+# Inside models: a method is a composition of what stands below it.
+MODELS = (
+  ("perception_model",),
+  ("methods", "necks", "heads"),
+  ("context",),
+  ("backbones", "parameters"),
+  ("initializers",),
+)
+CONFIGURED = {"main", "training", "prediction", "planning", "evaluation", "checkpoints", "experiment", "config"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 LONGEST = 400  # a file of one concern is rarely over 330
 
@@ -113,14 +90,14 @@ def test_only_the_pipeline_of_data_imports_jax():
   assert found <= {"data/pipeline.py"}
 
 
-def test_config_dicts_stop_at_assemble():
+def test_config_dicts_stop_at_experiment():
   found = {part_of(path) for path in FILES if "ml_collections" in packages(imports(path))}
   assert found <= CONFIGURED
 
 
 def test_tensorflow_is_imported_by_the_writers_only_and_torch_nowhere():
   found = {(name, part_of(path)) for path in FILES for name in packages(imports(path))}
-  assert {part for name, part in found if name == "tensorflow"} <= {"writers"}
+  assert {part for name, part in found if name == "tensorflow"} <= {"monitoring"}
   assert not {part for name, part in found if name in ("torch", "diffusers")}
 
 
@@ -138,3 +115,10 @@ def test_files_stay_short_and_named_after_something(path):
   lines = len(path.read_text().splitlines())
   assert lines <= LONGEST, f"{label(path)} has {lines} lines; move one concern out of it"
   assert path.name not in ("utils.py", "util.py", "helpers.py", "common.py", "misc.py")
+
+
+@pytest.mark.parametrize("name", sorted(vpd_jax.MOVED))
+def test_an_old_name_of_a_module_is_refused_with_the_new_one(name):
+  with pytest.raises(ImportError, match=rf"^vpd_jax\.{name} is now vpd_jax\.{vpd_jax.MOVED[name]}; "):
+    exec(f"from vpd_jax import {name}")
+  assert (PACKAGE / (vpd_jax.MOVED[name].replace(".", "/") + ".py")).exists() or name == "presets"

@@ -8,10 +8,13 @@ import pytest
 
 from tests.data import coco_people
 from tests.data.test_refcoco import OVERLAPPING, SQUARE, disc, run_lengths
-from vpd_jax import posing, predict_folder
-from vpd_jax.data import coco_json, coco_masks, keypoints, people, refcoco, refer_list
+from vpd_jax.data.datasets import refcoco, refer_list
+from vpd_jax.data.readers import coco_json, coco_masks, persons
+from vpd_jax.data.transforms import top_down as top_down_transforms
+from vpd_jax.inference import top_down
+from vpd_jax.prediction import predict_folder
 
-NAMES = keypoints.COCO.names
+NAMES = top_down_transforms.COCO.names
 ODD = [None, True, -1, 0, 2.5, 10**400, -(10**30), float("inf"), float("nan"), "", "text", "1", [], [1], [[]], {}]
 ODD += [{"a": 1}, ["text"], "\udc80", "a\0b"]
 GONE = object()
@@ -71,7 +74,7 @@ def read_annotations(path):
   json.dumps(coco_json.truth(found, chosen), allow_nan=False)
   samples = coco_json.annotated(found, chosen)
   assert np.isfinite(samples.box).all() and np.isfinite(samples.keypoints).all()
-  people.open_split(path.parent, found, chosen, samples, "x")
+  persons.open_split(path.parent, found, chosen, samples, "x")
 
 
 def test_annotations(tmp_path):
@@ -80,7 +83,7 @@ def test_annotations(tmp_path):
 
 def test_names_of_keypoints(tmp_path):
   def read(path):
-    keypoints.described(coco_json.keypoint_names(path), pairs=(), skeleton=(), sigmas=(), upper=())
+    top_down_transforms.described(coco_json.keypoint_names(path), pairs=(), skeleton=(), sigmas=(), upper=())
 
   assert survives(tmp_path / "a.json", small_coco(), read) > 20
 
@@ -114,8 +117,8 @@ def test_detections(tmp_path):
 )
 def test_boxes(tmp_path, content):
   def read(path):
-    for name, boxes in posing.read_boxes(path).items():
-      assert np.isfinite(posing.check_boxes(boxes, (60, 80), name)).all()
+    for name, boxes in top_down.read_boxes(path).items():
+      assert np.isfinite(top_down.check_boxes(boxes, (60, 80), name)).all()
 
   assert survives(tmp_path / "a.json", content, read) > 50
 
@@ -123,7 +126,7 @@ def test_boxes(tmp_path, content):
 def test_digits_in_a_text_are_no_box():
   for boxes in (["1234"], [["1", "2", "3", "4"]], [[True, True, 3, 4]], [5], 5, None, [[10**400, 1, 1, 1]]):
     with pytest.raises(ValueError, match=r"^boxes of a must be lists of x, y, width, height"):
-      posing.check_boxes(boxes, (60, 80), "a")
+      top_down.check_boxes(boxes, (60, 80), "a")
 
 
 def test_sentences(tmp_path):

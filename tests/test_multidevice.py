@@ -8,8 +8,13 @@ import pytest
 
 from tests import tiny
 from tests.test_configs import batch_for
-from vpd_jax import assemble, config_file, evaluate, sharding, start, train
+from vpd_jax import experiment
+from vpd_jax.checkpoints import initialize
+from vpd_jax.config import loader
 from vpd_jax.data import pipeline
+from vpd_jax.distributed import sharding
+from vpd_jax.evaluation import evaluate
+from vpd_jax.training import train
 
 pytestmark = pytest.mark.multidevice
 
@@ -17,10 +22,10 @@ pytestmark = pytest.mark.multidevice
 @functools.cache
 def setup(group=3):
   """Config, product and state; statistics and loss over `group` images, 0 for all of the batch."""
-  config = tiny.shrunk(config_file.load("configs/rooms.py:depth,tiny")).unlock()
+  config = tiny.shrunk(loader.load("configs/rooms.py:depth,tiny")).unlock()
   config.data.batch_size, config.eval.batch_size = 24, 8
   config.optim.norm_group = config.optim.loss_group = group
-  product = assemble.assemble(config.lock())
+  product = experiment.assemble(config.lock())
   return config, product, tiny.train_state(product, tiny.filled(product.parts.shapes))
 
 
@@ -40,7 +45,7 @@ def placed(group, name):
   share = config.data.batch_size // jax.process_count()
   rows = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
   batch = pipeline.to_mesh({key: x[rows] for key, x in host.items()}, sharding.batch_sharding(mesh))
-  return mesh, sharding.place(jax.device_get(state), start.state_shardings(config, product, mesh)), batch
+  return mesh, sharding.place(jax.device_get(state), initialize.state_shardings(config, product, mesh)), batch
 
 
 def forward(product, group):
@@ -72,7 +77,7 @@ def test_scores_count_each_image_once_whatever_the_devices():
   config, product, state = setup()
   found = []
   for mesh in (make_mesh("one"), make_mesh("data")):
-    evaluator = evaluate.Evaluator(config, product, assemble.dataset(config, product), mesh)
+    evaluator = evaluate.Evaluator(config, product, experiment.dataset(config, product), mesh)
     spread = sharding.replicated(mesh)
     weights = tuple(jax.device_put(part, spread) for part in (state.params, state.frozen, state.stats))
     found.append(evaluator.run(weights).scores)
@@ -99,7 +104,7 @@ def test_the_parts_of_an_accumulated_batch_are_spread_over_all_devices():
   for accumulation in (1, 2):
     changed = config.copy_and_resolve_references().unlock()
     changed.data.batch_size, changed.optim.accumulation = 48, accumulation
-    product = assemble.assemble(changed.lock())
+    product = experiment.assemble(changed.lock())
     mesh = make_mesh("data")
     batch = batch_for(product, changed)
     flops[accumulation] = train.compile_step(changed, product, mesh, batch).cost_analysis()["flops"]

@@ -8,10 +8,10 @@ from flax import nnx
 
 from tests import tiny
 from tests.golden import fill
-from vpd_jax import params
-from vpd_jax.heads.deconv import Deconv
-from vpd_jax.initializers import InitKeys
-from vpd_jax.necks import Fusion
+from vpd_jax.models import parameters
+from vpd_jax.models.heads.deconv import Deconv
+from vpd_jax.models.initializers import InitKeys
+from vpd_jax.models.necks.unet_features import Fusion
 from vpd_jax.types import Features
 
 WIDTHS, STRIDES = (16, 32, 16, 48), (8, 16, 32, 64)
@@ -20,7 +20,7 @@ KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 
 def made(build):
   """A module with made-up arrays, and these."""
-  parts = params.describe(build)
+  parts = parameters.describe(build)
   named = tiny.filled(parts.shapes)
   return parts, named
 
@@ -177,7 +177,7 @@ def test_depth_is_float32_and_within_its_limit_whatever_the_dtype():
 
 
 def test_every_norm_of_the_head_has_the_group():
-  module = params.describe(head(norm_group=3)).model
+  module = parameters.describe(head(norm_group=3)).model
   assert [module.deconv_layers[i].group for i in (1, 4, 7)] + [module.conv_layers[1].group] == [3] * 4
 
 
@@ -199,7 +199,7 @@ def test_more_doublings_than_the_stride_has_are_refused(strides, filters, most):
 
 def test_fresh_kernels_are_narrow():
   """The release's spread of 0.001, so that training starts at half of the largest depth everywhere."""
-  parts = params.describe(head())
+  parts = parameters.describe(head())
   named = parts.initialize(parts.params) | {n: jnp.ones(parts.shapes[n].shape) for n in parts.stats}
   for name in ("deconv_layers/0", "conv_layers/0", "last_layer_depth/0", "last_layer_depth/2"):
     np.testing.assert_allclose(np.std(named[f"{name}/kernel"]), 0.001, rtol=0.3)

@@ -10,8 +10,10 @@ import pytest
 
 from tests import oracle
 from tests.golden import fill
-from vpd_jax import assemble, config_file, optim
-from vpd_jax.convert import released, rules
+from vpd_jax import experiment, optim
+from vpd_jax.config import loader
+from vpd_jax.convert import rules
+from vpd_jax.convert.tables import released
 
 SHAPES = {"unet/kernel": (3, 4), "unet/bias": (4,), "head/kernel": (4, 2), "head/scale": (5,)}
 LR_GROUPS = ((r"/unet/", 0.01), (r"", 1.0))
@@ -48,7 +50,7 @@ def test_the_learning_rate_in_float64_is_the_authors_to_the_last_digits(data):
 
 def test_the_config_of_nyu_has_the_authors_schedule():
   iterations, steps, expected = rates_of_the_authors("nyu")
-  config = config_file.load("configs/nyu_depth.py")
+  config = loader.load("configs/nyu_depth.py")
   rate = optim.schedule(**config.optim.schedule, lr=config.optim.lr)
   np.testing.assert_allclose(rate(jnp.asarray(steps[-1] - 1)), expected[-1], rtol=3e-6)
   assert config.optim.schedule.half == 12 * iterations and config.num_steps == 25 * iterations >= steps[-1]
@@ -79,19 +81,19 @@ def test_an_unknown_schedule_names_the_known_ones():
   ],
 )
 def test_a_schedule_that_ends_before_the_run_is_refused_with_both_numbers(config, steps, end):
-  longer = config_file.changed(config_file.load(f"configs/{config}"), {"num_steps": steps})
+  longer = loader.changed(loader.load(f"configs/{config}"), {"num_steps": steps})
   with pytest.raises(
     ValueError, match=rf"ends at step {end}, the run at config\.num_steps={steps}: .*; set .*"
   ) as told:
-    optim.check_length(steps, **config_file.schedule(longer))
+    optim.check_length(steps, **loader.schedule(longer))
   assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("path", sorted((config_file.PROJECT / "configs").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((loader.PROJECT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_the_schedule_of_a_shipped_config_reaches_the_end_also_of_a_shorter_run(path):
-  config = config_file.load(str(path))
+  config = loader.load(str(path))
   for steps in (config.num_steps, 10):
-    optim.check_length(steps, **config_file.schedule(config_file.changed(config, {"num_steps": steps})))
+    optim.check_length(steps, **loader.schedule(loader.changed(config, {"num_steps": steps})))
 
 
 def test_step_falls_at_its_drops_and_warms_up_linearly():
@@ -104,7 +106,7 @@ def test_step_falls_at_its_drops_and_warms_up_linearly():
 @pytest.fixture(scope="module")
 def full():
   """The product of the full config; nothing of it is allocated."""
-  return assemble.assemble(config_file.load("configs/nyu_depth.py"))
+  return experiment.assemble(loader.load("configs/nyu_depth.py"))
 
 
 def in_source_names(product, names):
@@ -120,7 +122,7 @@ def in_source_names(product, names):
 def test_every_parameter_of_the_full_network_is_in_the_authors_group(full):
   with gzip.open(oracle.GOLDEN / "optimizer_groups.depth.json.gz", "rt") as f:
     authors = json.load(f)["vpd_depth"]
-  config = config_file.load("configs/nyu_depth.py").optim
+  config = loader.load("configs/nyu_depth.py").optim
   assert authors["base_lr"] == config.lr and authors["trainable_but_in_no_group"] == []
   assert authors["optimizer"] == f"AdamW betas ({config.b1}, {config.b2}) eps {config.epsilon}, no gradient clipping"
   assert config.clip_norm == 0

@@ -8,7 +8,9 @@ import pytest
 from tests import tiny
 from tests.test_configs import batch_for
 from tests.test_multidevice import forward
-from vpd_jax import assemble, config_file, train
+from vpd_jax import experiment
+from vpd_jax.config import loader
+from vpd_jax.training import train
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +21,9 @@ def stepped():
   def run(**changes):
     key = tuple(changes.items())
     if key not in results:
-      config = tiny.shrunk(config_file.load("configs/nyu_depth.py:tiny")).unlock()
+      config = tiny.shrunk(loader.load("configs/nyu_depth.py:tiny")).unlock()
       config.update_from_flattened_dict(changes)
-      product = assemble.assemble(config.lock())
+      product = experiment.assemble(config.lock())
       state = tiny.train_state(product, tiny.filled(product.parts.shapes))
       step = jax.jit(train.make_step(product, loss_group=config.optim.loss_group))
       results[key] = step(state, batch_for(product, config))
@@ -40,9 +42,9 @@ def test_remat_changes_nothing_but_memory(stepped):
 def test_bfloat16_computes_in_it_and_keeps_parameters_in_float32():
   losses = {}
   for dtype in ("float32", "bfloat16"):
-    config = tiny.shrunk(config_file.load("configs/nyu_depth.py:tiny")).unlock()
+    config = tiny.shrunk(loader.load("configs/nyu_depth.py:tiny")).unlock()
     config.dtype = dtype
-    product = assemble.assemble(config.lock())
+    product = experiment.assemble(config.lock())
     state, batch = tiny.train_state(product, tiny.filled(product.parts.shapes)), batch_for(product, config)
     new, logs = jax.eval_shape(train.make_step(product, loss_group=config.optim.loss_group), state, batch)
     assert {x.dtype for x in (*new.params.values(), *new.stats.values(), logs["train/loss"])} == {jnp.float32.dtype}
@@ -67,15 +69,15 @@ def test_bfloat16_computes_in_it_and_keeps_parameters_in_float32():
   ],
 )
 def test_a_wrong_option_is_answered_in_one_line(field, value, message):
-  config = tiny.shrunk(config_file.load("configs/nyu_depth.py:tiny")).unlock()
+  config = tiny.shrunk(loader.load("configs/nyu_depth.py:tiny")).unlock()
   config.update_from_flattened_dict({field: value})
   with pytest.raises(ValueError, match=message) as caught:
-    assemble.assemble(config.lock())
+    experiment.assemble(config.lock())
   assert "\n" not in str(caught.value)
 
 
 def test_float64_needs_its_switch():
-  config = tiny.shrunk(config_file.load("configs/nyu_depth.py:tiny")).unlock()
+  config = tiny.shrunk(loader.load("configs/nyu_depth.py:tiny")).unlock()
   config.dtype = config.param_dtype = "float64"
   with pytest.raises(ValueError, match="needs JAX_ENABLE_X64=1"):
-    assemble.assemble(config.lock())
+    experiment.assemble(config.lock())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vpd_jax import initializers, params
+from vpd_jax.models import initializers, parameters
 from vpd_jax.types import Buffer
 
 
@@ -43,7 +43,7 @@ def build():
 
 @pytest.fixture(scope="module")
 def parts():
-  return params.describe(build)
+  return parameters.describe(build)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_describing_a_model_larger_than_memory_costs_nothing():
     def __init__(self):
       self.kernel = nnx.Param(jnp.zeros((2**20, 2**20)))
 
-  assert params.describe(Huge).shapes["kernel"].shape == (2**20, 2**20)
+  assert parameters.describe(Huge).shapes["kernel"].shape == (2**20, 2**20)
 
 
 def test_state_of_an_unknown_kind_is_refused():
@@ -83,7 +83,7 @@ def test_state_of_an_unknown_kind_is_refused():
   with pytest.raises(
     TypeError, match=r"holds state that no checkpoint keeps: \['memory'\]; use Param, Buffer or Batch"
   ):
-    params.describe(Bad)
+    parameters.describe(Bad)
 
 
 def test_fresh_arrays_follow_their_initializers(named):
@@ -93,7 +93,7 @@ def test_fresh_arrays_follow_their_initializers(named):
 
 
 def test_an_array_that_nothing_draws_is_named():
-  parts = params.describe(lambda: Model(nnx.Rngs(0)))
+  parts = parameters.describe(lambda: Model(nnx.Rngs(0)))
   with pytest.raises(ValueError, match=r"nothing says how \['last/kernel'\] are drawn"):
     parts.initialize(["last/kernel"])
 
@@ -121,7 +121,7 @@ def test_statistics_of_a_forward_pass_are_read_and_the_given_arrays_stay(parts, 
   def run(named, x):
     model = parts.merge(named)
     model(x)
-    return params.stats(model), named
+    return parameters.stats(model), named
 
   stats, after = run(named, jnp.ones((4, 2)))
   assert stats.keys() == parts.stats
@@ -140,13 +140,13 @@ NAMES = ("unet/conv/kernel", "unet/conv/bias", "vae/conv/kernel", "head/bias")
 
 
 def test_the_first_rule_that_matches_counts():
-  found = params.assign(NAMES, ((r"/vae/", None), (r"/bias$", 0.0), (r"^/unet/", 0.1), (r"", 1.0)), field="optim.x")
+  found = parameters.assign(NAMES, ((r"/vae/", None), (r"/bias$", 0.0), (r"^/unet/", 0.1), (r"", 1.0)), field="optim.x")
   assert found == {"unet/conv/kernel": 0.1, "unet/conv/bias": 0.0, "vae/conv/kernel": None, "head/bias": 0.0}
 
 
 def test_a_leading_slash_names_a_whole_level():
   rules = ((r"/conv/", "inside"), (r"", "outside"))
-  assert params.assign(["conv/kernel", "my_conv/kernel"], rules, field="x") == {
+  assert parameters.assign(["conv/kernel", "my_conv/kernel"], rules, field="x") == {
     "conv/kernel": "inside", "my_conv/kernel": "outside",
   }  # fmt: skip
 
@@ -163,21 +163,21 @@ def test_a_leading_slash_names_a_whole_level():
 )
 def test_a_rule_whose_arrays_earlier_rules_all_take_is_refused(rules, shadowed):
   with pytest.raises(ValueError, match=rf"^x: .*rules that come too late, .*: {shadowed}"):
-    params.assign(NAMES, rules, field="x")
+    parameters.assign(NAMES, rules, field="x")
 
 
 def test_a_rule_behind_others_may_share_arrays_with_them():
-  assert params.assign(["a/bias", "b/bias"], ((r"/a/", 1), (r"bias", 2)), field="x") == {"a/bias": 1, "b/bias": 2}
+  assert parameters.assign(["a/bias", "b/bias"], ((r"/a/", 1), (r"bias", 2)), field="x") == {"a/bias": 1, "b/bias": 2}
 
 
 def test_a_pattern_that_is_no_regular_expression_is_named():
   with pytest.raises(ValueError, match=r"^x: '/unet\(' is no regular expression"):
-    params.assign(NAMES, ((r"/unet(", 1), (r"", 2)), field="x")
+    parameters.assign(NAMES, ((r"/unet(", 1), (r"", 2)), field="x")
 
 
 def test_names_without_rule_and_rules_without_name_are_listed_together():
   with pytest.raises(ValueError) as error:
-    params.assign(NAMES, ((r"/unet/", 1), (r"/unit/", 2), (r"/vea/", 3)), field="config.optim.lr_groups")
+    parameters.assign(NAMES, ((r"/unet/", 1), (r"/unit/", 2), (r"/vea/", 3)), field="config.optim.lr_groups")
   assert str(error.value) == (
     "config.optim.lr_groups: 2 arrays match no rule ['head/bias', 'vae/conv/kernel']; rules that match no array: "
     "['/unit/', '/vea/']. Add a rule, or remove or correct the idle one."
@@ -186,5 +186,5 @@ def test_names_without_rule_and_rules_without_name_are_listed_together():
 
 def test_at_most_ten_names_are_listed_but_all_are_counted():
   with pytest.raises(ValueError, match="12 arrays match no rule") as error:
-    params.assign([f"layer/{i:02d}" for i in range(12)] + ["a"], ((r"/a", 1),), field="x")
+    parameters.assign([f"layer/{i:02d}" for i in range(12)] + ["a"], ((r"/a", 1),), field="x")
   assert "layer/09" in str(error.value) and "layer/10" not in str(error.value)

@@ -10,13 +10,17 @@ import pytest
 
 from tests import tiny
 from tests.test_configs import batch_for
-from vpd_jax import assemble, config_file, plan, sharding, slices, start
+from vpd_jax import experiment
+from vpd_jax.checkpoints import initialize
+from vpd_jax.config import loader
+from vpd_jax.distributed import sharding
+from vpd_jax.planning import plan, topologies
 
 MIB = 2**20
 
 
 def config_of(**changes):
-  config = tiny.shrunk(config_file.load("configs/rooms.py:depth,tiny")).unlock()
+  config = tiny.shrunk(loader.load("configs/rooms.py:depth,tiny")).unlock()
   config.update_from_flattened_dict({"backbone.attention": "xla", **changes})
   return config.lock()
 
@@ -26,8 +30,8 @@ STRINGS = ("nyu_depth.py:vpd,tiny", "nyu_depth.py:iedp,tiny", "coco_pose.py:vpd,
 
 @pytest.mark.parametrize("string", [f"configs/{name}" for name in STRINGS])
 def test_a_batch_has_the_shapes_of_the_pipelines(string):
-  config = tiny.shrunk(config_file.load(string))
-  product = assemble.assemble(config)
+  config = tiny.shrunk(loader.load(string))
+  product = experiment.assemble(config)
   planned = plan.batch_shapes(config, product.keys, "train")
   assert planned == jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch_for(product, config))
 
@@ -35,7 +39,7 @@ def test_a_batch_has_the_shapes_of_the_pipelines(string):
 def test_a_batch_of_rooms_is_as_it_is_drawn():
   config = config_of(**{"data.size": (64, 96)})
   keys = ("image", "depth", "class_id")
-  dataset = assemble.DATASETS["rooms"](size=(64, 96), crop=(64, 64), train_count=1, eval_count=1)
+  dataset = experiment.DATASETS["rooms"](size=(64, 96), crop=(64, 64), train_count=1, eval_count=1)
   rng = np.random.default_rng(0)
   drawn = {
     "train": dataset.train_transform(dataset.source("train")[0], rng, 0),
@@ -57,19 +61,19 @@ def test_a_batch_of_rooms_is_as_it_is_drawn():
   ],
 )
 def test_pictures_of_an_evaluation_have_the_size_of_the_data(string, size):
-  assert plan.picture_size(config_file.load(string)) == size
+  assert plan.picture_size(loader.load(string)) == size
 
 
 @pytest.mark.parametrize("task", ["pose", "referring"])
 def test_crops_and_squeezed_pictures_have_the_size_of_the_crop_in_evaluation_too(task):
-  config = config_file.load(f"configs/rooms.py:{task},tiny")
+  config = loader.load(f"configs/rooms.py:{task},tiny")
   assert plan.picture_size(config) == tuple(config.data.crop) != tuple(config.data.size)
 
 
-@pytest.mark.parametrize("path", sorted(config_file.PROJECT.glob("configs/[!_]*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(loader.PROJECT.glob("configs/[!_]*.py")), ids=lambda path: path.stem)
 def test_every_config_can_be_planned(path):
-  config = config_file.load(f"configs/{path.name}")
-  product = assemble.assemble(config)
+  config = loader.load(f"configs/{path.name}")
+  product = experiment.assemble(config)
   for step in ("train", "eval"):
     assert plan.batch_shapes(config, product.keys, step).keys() == {*product.keys}
 
@@ -103,7 +107,7 @@ FACTS = {"classes", "class_names", "palette", "label_ids", "keypoints", "udp"}
 
 
 def test_the_choices_are_all_that_a_task_takes():
-  for name, maker in assemble.TASKS.items():
+  for name, maker in experiment.TASKS.items():
     taken = set(inspect.signature(maker.__init__).parameters) - {"self"} - FACTS
     assert taken == CHOICES[name].keys(), name
 
@@ -114,11 +118,11 @@ def test_the_choices_are_all_that_a_task_takes():
 )
 def test_every_option_of_every_task_is_planned(task, field, value):
   """What its measurements read in evaluation has a shape, and they can be traced."""
-  config = config_file.load(f"configs/rooms.py:{task},tiny").copy_and_resolve_references().unlock()
+  config = loader.load(f"configs/rooms.py:{task},tiny").copy_and_resolve_references().unlock()
   config.task[field] = value
-  data = assemble.DATASETS[config.data.name]
+  data = experiment.DATASETS[config.data.name]
   classes = data.classes_of(config.data) if hasattr(data, "classes_of") else data.classes
-  made = assemble._task(config.lock(), data, tuple(classes))
+  made = experiment._task(config.lock(), data, tuple(classes))
   product = types.SimpleNamespace(task=made, keys=("image", *sorted(made.needs)))
   rows, (height, width) = config.eval.batch_size, plan.picture_size(config)
   shape = {
@@ -134,9 +138,9 @@ def test_every_option_of_every_task_is_planned(task, field, value):
 
 
 def test_the_evaluation_of_referring_at_the_size_of_the_pictures_is_planned():
-  config = tiny.shrunk(config_file.load("configs/rooms.py:referring,tiny")).unlock()
+  config = tiny.shrunk(loader.load("configs/rooms.py:referring,tiny")).unlock()
   config.task.eval_at = "original"
-  product = assemble.assemble(config.lock(), training=False)
+  product = experiment.assemble(config.lock(), training=False)
   mesh = plan.mesh_for(config, jax.devices()[:1])
   batch, _ = plan.caching.planned(config, product, plan.step_shapes(config, product, "eval"))
   assert batch["full_mask"].shape == (2, *config.data.size) and batch["full_size"].shape == (2, 2)
@@ -153,13 +157,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("path", sorted(config_file.PROJECT.glob("configs/*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(loader.PROJECT.glob("configs/*.py")), ids=lambda path: path.stem)
 def test_what_training_refuses_of_the_data_is_refused_without_its_files(path, wrong, monkeypatch):
-  monkeypatch.setattr(assemble, "assemble", lambda config, training=True: product)
+  monkeypatch.setattr(experiment, "assemble", lambda config, training=True: product)
   needs = types.SimpleNamespace(prepare_reads=frozenset(), adds=frozenset())
   task = types.SimpleNamespace(eval_needs=frozenset())
   product = types.SimpleNamespace(keys=("image",), method=needs, task=task, groups=types.SimpleNamespace(lr={}))
-  config = config_file.load(str(path)).copy_and_resolve_references().unlock()
+  config = loader.load(str(path)).copy_and_resolve_references().unlock()
   plan.check_data(config, product)
   fields, message = WRONG[wrong]
   for field, value in fields.items():
@@ -171,11 +175,11 @@ def test_what_training_refuses_of_the_data_is_refused_without_its_files(path, wr
 
 
 def test_options_that_do_not_go_together_are_refused_as_in_training():
-  config = tiny.shrunk(config_file.load("configs/nyu_depth.py:tiny")).unlock()
+  config = tiny.shrunk(loader.load("configs/nyu_depth.py:tiny")).unlock()
   config.data.crop = (128, 128)
   with pytest.raises(ValueError, match=r"crop=\(128, 128\) does not fit into resize"):
     plan.run(config.lock())
-  config = tiny.shrunk(config_file.load("configs/rooms.py:referring,tiny")).unlock()
+  config = tiny.shrunk(loader.load("configs/rooms.py:referring,tiny")).unlock()
   config.data.cache = "memory"
   with pytest.raises(ValueError, match=r"data\.cache='memory' keeps .*lr_groups trains it"):
     plan.run(config.lock())
@@ -217,8 +221,8 @@ def reports(tmp_path_factory):
 def test_a_report_says_what_the_steps_cost(reports):
   found, _ = reports
   config = config_of()
-  product = assemble.assemble(config)
-  shapes = start.state_shapes(config, product)
+  product = experiment.assemble(config)
+  shapes = initialize.state_shapes(config, product)
   size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
   training = found["train"]
   assert training["state"]["params"] == size(shapes.params) and training["state"]["opt_state"] == size(shapes.opt_state)
@@ -287,7 +291,7 @@ def test_settings_that_fit_are_found_and_told(monkeypatch, capsys):
 def test_what_cannot_be_planned_is_told_in_one_line(monkeypatch):
   with pytest.raises(ValueError, match="--effort='high' is unknown"):
     plan.run(config_of(), effort="high")
-  monkeypatch.setattr(slices.importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r"needs libtpu.*pip install 'vpd_jax\[plan\]'"):
     plan.run(config_of(), "v5e:2x4")
 
@@ -296,7 +300,7 @@ def test_what_cannot_be_planned_is_told_in_one_line(monkeypatch):
 def test_a_spread_state_is_told_by_the_device():
   rules = ((r"head/conv_layers/0/kernel$", (None, None, None, "fsdp")),)  # all others are too small to be split
   config = config_of(**{"data.batch_size": 24, "mesh.fsdp": 4, "mesh.rules": rules})
-  product = assemble.assemble(config)
+  product = experiment.assemble(config)
   one = config_of(**{"data.batch_size": 24})
   whole = plan.state_bytes(one, product, plan.mesh_for(one, jax.devices()[:1]))
   spread = plan.state_bytes(config, product, plan.mesh_for(config, jax.devices()))
@@ -308,7 +312,9 @@ def test_a_spread_state_is_told_by_the_device():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not slices.importlib.util.find_spec("libtpu"), reason="needs libtpu: pip install 'vpd_jax[plan]'")
+@pytest.mark.skipif(
+  not topologies.importlib.util.find_spec("libtpu"), reason="needs libtpu: pip install 'vpd_jax[plan]'"
+)
 def test_a_slice_that_is_not_there(capsys):
   """Minutes: TPUs compile slowly, however small the network."""
   config = config_of(**{"data.batch_size": 24, "eval.batch_size": 8, "mesh.fsdp": 4, "dtype": "bfloat16"})
@@ -321,7 +327,7 @@ def test_a_slice_that_is_not_there(capsys):
 
 def test_weights_can_be_split_over_part_of_a_side_of_the_network():
   pytest.importorskip("libtpu")
-  devices = slices.of("v6e:16x16")
+  devices = topologies.of("v6e:16x16")
   assert dict(sharding.make_mesh(-1, 8, devices=devices).shape) == {"data": 32, "fsdp": 8}
 
 

@@ -2,14 +2,15 @@
 
 import pytest
 
-from vpd_jax import config_file, plan_search
+from vpd_jax.config import loader
+from vpd_jax.planning import search as plan_search
 
 DEVICES = 8
 GB = 10**9
 
 
 def config_of(**changes):
-  config = config_file.load("configs/nyu_depth.py").unlock()
+  config = loader.load("configs/nyu_depth.py").unlock()
   config.update_from_flattened_dict({"data.batch_size": 48, **changes})
   return config.lock()
 

@@ -8,7 +8,8 @@ import json
 import pytest
 
 from tests import tiny
-from vpd_jax import config_file, train
+from vpd_jax.config import loader
+from vpd_jax.training import train
 
 pytestmark = pytest.mark.slow
 
@@ -17,7 +18,7 @@ STEPS = 400
 
 @pytest.mark.parametrize("method", ["vpd", "meta_prompts", "iedp"])
 def test_unseen_figures_are_found_better_than_without_looking(method, tmp_path):
-  config = config_file.load(f"configs/rooms.py:pose,{method},tiny")
+  config = loader.load(f"configs/rooms.py:pose,{method},tiny")
   data = config.data.copy_and_resolve_references()
   config = tiny.shrunk(config).unlock()
   config.data = data  # the crop of a person is no square

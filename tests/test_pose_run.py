@@ -12,8 +12,12 @@ from tests import tiny
 from tests.convert.test_bucket import bucket
 from tests.data import coco_people
 from tests.tasks.test_pose import directly
-from vpd_jax import Predictor, assemble, config_file, evaluate, predict_folder, train
-from vpd_jax.data.coco_pose import CocoPose
+from vpd_jax import Predictor, experiment
+from vpd_jax.config import loader
+from vpd_jax.data.datasets.coco_pose import CocoPose
+from vpd_jax.evaluation import evaluate
+from vpd_jax.prediction import predict_folder
+from vpd_jax.training import train
 
 __all__ = ["bucket"]  # a fixture
 NAMES = tuple(f"{number:012}.jpg" for number in (10, 20, 30, 70))
@@ -21,7 +25,7 @@ NAMES = tuple(f"{number:012}.jpg" for number in (10, 20, 30, 70))
 
 def coco(root, **changes):
   """configs/coco_pose.py:vpd with the smallest network, on a few pictures."""
-  config = tiny.shrunk(config_file.load("configs/coco_pose.py:vpd,tiny")).unlock()
+  config = tiny.shrunk(loader.load("configs/coco_pose.py:vpd,tiny")).unlock()
   config.update(num_steps=2, log_every=1, eval_every=2, save_every=2)
   config.data.update(root=str(root), complete=False, batch_size=4)
   config.eval.panels = 2
@@ -142,8 +146,8 @@ def test_boxes_that_have_no_place_are_one_line(run, predictor, tmp_path):
 
 
 def test_boxes_for_another_task_and_pose_without_keypoints_are_one_line(run, tmp_path, monkeypatch):
-  config = tiny.shrunk(config_file.load("configs/rooms.py:depth,tiny"))
-  depth = Predictor(config, assemble.assemble(config, training=False), ({}, {}, {}), [])
+  config = tiny.shrunk(loader.load("configs/rooms.py:depth,tiny"))
+  depth = Predictor(config, experiment.assemble(config, training=False), ({}, {}, {}), [])
   image = np.zeros((64, 64, 3), np.uint8)
   one_line("boxes have no effect on method 'vpd' and task 'depth'", lambda: depth.predict(
     [image], boxes=[[[1, 1, 5, 5]]]))  # fmt: skip
@@ -153,15 +157,15 @@ def test_boxes_for_another_task_and_pose_without_keypoints_are_one_line(run, tmp
   one_line("has no effect: method 'vpd' with task 'depth' takes none; leave it out", lambda: predict_folder.run(
     config, str(run[1]), **options))  # fmt: skip
   assert not (tmp_path / "out").exists()
-  config = tiny.shrunk(config_file.load("configs/rooms.py:depth,tiny")).unlock()
+  config = tiny.shrunk(loader.load("configs/rooms.py:depth,tiny")).unlock()
   config.task, config.head = {"name": "pose", "sigma": 2}, {"name": "simple", "stride": 8, "init": "fan_in"}
   config.neck = {"name": "none"}
-  one_line("task 'pose' needs keypoints, which data set 'rooms' has not", lambda: assemble.assemble(config.lock()))
+  one_line("task 'pose' needs keypoints, which data set 'rooms' has not", lambda: experiment.assemble(config.lock()))
 
 
 def test_the_results_file_goes_to_a_bucket_too(run, bucket):
   """A workdir may be gs://..., whose paths are no pathlib.Path."""
-  task = assemble.assemble(run[2], training=False).task
+  task = experiment.assemble(run[2], training=False).task
   truth = CocoPose(root=str(run[0]), crop=(64, 64), complete=False).truth("eval")
   rows = {
     "keypoints": np.ones((1, 17, 3)),
@@ -191,12 +195,12 @@ HEADS = {"fused": {"width": 8}, "simple": {"stride": 16}, "classic": {"stride": 
 ])  # fmt: skip
 def test_larger_crops_give_heatmaps_of_a_quarter(method, heads, crop):
   """Without an array: 288 / 64 is no whole number."""
-  config = tiny.shrunk(config_file.load(f"configs/coco_pose.py:{method},tiny")).unlock()
+  config = tiny.shrunk(loader.load(f"configs/coco_pose.py:{method},tiny")).unlock()
   config.data.crop = crop
   for head in heads:
     config.head = {"name": head, "init": "released", **HEADS[head]} if head != "direct" else {"name": head}
     config.method.update({"prompts": 17 if head == "direct" else 20} if method == "meta_prompts" else {})
-    product = assemble.assemble(config.copy_and_resolve_references().lock(), training=False)
+    product = experiment.assemble(config.copy_and_resolve_references().lock(), training=False)
     shapes = product.parts.shapes
     batch = {"image": jax.ShapeDtypeStruct((2, *crop, 3), np.uint8)}
     batch |= {name: jax.ShapeDtypeStruct((2,), np.int32) for name in product.method.needs}

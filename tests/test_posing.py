@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpd_jax import posing
-from vpd_jax.data.keypoints import COCO, Augmentation
-from vpd_jax.tasks.pose import Pose
+from vpd_jax.data.transforms.top_down import COCO, Augmentation
+from vpd_jax.inference import top_down
+from vpd_jax.tasks.pose.task import Pose
 
 CROP, SIZE = (64, 48), (16, 12)
 
@@ -34,7 +34,7 @@ def made():
   task = Pose(keypoints=COCO, sigma=1)
   crop = Augmentation(CROP, COCO).evaluation
   options = {"keypoints": 17, "rescore": task.rescored, "at_once": 4}
-  return posing.Posing(jax.jit(brightest), crop, jax.jit(task.locate), **options)
+  return top_down.Posing(jax.jit(brightest), crop, jax.jit(task.locate), **options)
 
 
 def test_everybody_is_found_in_the_picture_whatever_its_size_and_however_many_there_are(made):
@@ -42,7 +42,7 @@ def test_everybody_is_found_in_the_picture_whatever_its_size_and_however_many_th
   sizes = [(80, 120), (50, 50), (300, 260), (90, 120)]
   images = [picture(size, places) for size, places in zip(sizes, spots, strict=True)]
   boxes = [
-    posing.check_boxes([(x - 14, y - 18, 28, 36, 0.5) for x, y in places], size, "it")
+    top_down.check_boxes([(x - 14, y - 18, 28, 36, 0.5) for x, y in places], size, "it")
     for size, places in zip(sizes, spots, strict=True)
   ]
   people = made(1.0, images, boxes)
@@ -56,8 +56,8 @@ def test_everybody_is_found_in_the_picture_whatever_its_size_and_however_many_th
 
 def test_a_whole_picture_is_one_person(made):
   image = picture((80, 60), [(40, 30)])
-  assert posing.whole(image).tolist() == [[0, 0, 60, 80]]
-  boxes = posing.check_boxes(posing.whole(image), (80, 60), "it")
+  assert top_down.whole(image).tolist() == [[0, 0, 60, 80]]
+  boxes = top_down.check_boxes(top_down.whole(image), (80, 60), "it")
   (found,) = made(1.0, [image], [boxes])
   np.testing.assert_allclose(found.keypoints[0, 0, :2], (40, 30), atol=2)
 
@@ -71,8 +71,8 @@ def test_calls_are_no_larger_than_there_are_people(people, sizes):
     return brightest(weights, batch)
 
   options = {"keypoints": 17, "rescore": task.rescored, "at_once": 4}
-  made = posing.Posing(predict, Augmentation(CROP, COCO).evaluation, task.locate, **options)
-  boxes = posing.check_boxes([(1, 1, 20, 30)] * people, (60, 50), "it")
+  made = top_down.Posing(predict, Augmentation(CROP, COCO).evaluation, task.locate, **options)
+  boxes = top_down.check_boxes([(1, 1, 20, 30)] * people, (60, 50), "it")
   (found,) = made(1.0, [picture((60, 50), [(12, 20)])], [boxes])
   assert seen == sizes and found.keypoints.shape == (people, 17, 3) and found.scores.shape == (people,)
 
@@ -87,21 +87,21 @@ def test_calls_are_no_larger_than_there_are_people(people, sizes):
 ])  # fmt: skip
 def test_boxes_that_cannot_be_are_refused(boxes, message):
   with pytest.raises(ValueError, match=message):
-    posing.check_boxes(boxes, (60, 80), "a.jpg")
-  assert posing.check_boxes([], (60, 80), "a.jpg").shape == (0, 5)
+    top_down.check_boxes(boxes, (60, 80), "a.jpg")
+  assert top_down.check_boxes([], (60, 80), "a.jpg").shape == (0, 5)
 
 
 def test_boxes_are_read_from_both_forms(tmp_path):
   path = tmp_path / "boxes.json"
   path.write_text(json.dumps({"a.jpg": [[1, 2, 3, 4]], "b.jpg": []}))
-  assert posing.read_boxes(path) == {"a.jpg": [[1, 2, 3, 4]], "b.jpg": []}
+  assert top_down.read_boxes(path) == {"a.jpg": [[1, 2, 3, 4]], "b.jpg": []}
   first, second = (
     {"file_name": "a.jpg", "bbox": [1, 2, 3, 4], "score": 0.5},
     {"file_name": "a.jpg", "bbox": [5, 6, 7, 8]},
   )
   path.write_text(json.dumps([first, second]))
-  assert posing.read_boxes(path) == {"a.jpg": [[1, 2, 3, 4, 0.5], [5, 6, 7, 8, 1.0]]}
+  assert top_down.read_boxes(path) == {"a.jpg": [[1, 2, 3, 4, 0.5], [5, 6, 7, 8, 1.0]]}
   for content in ("[1]", "{", '{"a": 1}'):
     path.write_text(content)
     with pytest.raises(ValueError, match=r"^boxes '.*boxes\.json' (must be|cannot be read)"):
-      posing.read_boxes(path)
+      top_down.read_boxes(path)

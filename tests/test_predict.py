@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 import vpd_jax
-from vpd_jax import config_file, predict, start
+from vpd_jax.checkpoints import initialize
+from vpd_jax.config import loader
+from vpd_jax.prediction import predictor
 
 
 def test_no_weights_are_no_network_without_a_word():
-  config = config_file.load("configs/nyu_depth.py:tiny")
+  config = loader.load("configs/nyu_depth.py:tiny")
   with pytest.raises(ValueError, match=r"Predictor\.load has no weights: give weights=.*fresh=True") as caught:
     vpd_jax.Predictor.load(config)
   assert "\n" not in str(caught.value)
@@ -24,9 +26,9 @@ def test_weights_must_fill_the_network_unless_the_rest_is_to_be_random(monkeypat
     asked.update(source=source, complete=complete)
     raise InterruptedError
 
-  monkeypatch.setattr(start, "weights_on_mesh", stop)
-  monkeypatch.setattr(start, "complete", lambda config, source: config)
-  config = config_file.load("configs/nyu_depth.py:tiny").unlock()
+  monkeypatch.setattr(initialize, "weights_on_mesh", stop)
+  monkeypatch.setattr(initialize, "complete", lambda config, source: config)
+  config = loader.load("configs/nyu_depth.py:tiny").unlock()
   config.init.pretrained = "sd.safetensors"
   with pytest.raises(InterruptedError):
     vpd_jax.Predictor.load(config.lock(), fresh=fresh)
@@ -35,7 +37,7 @@ def test_weights_must_fill_the_network_unless_the_rest_is_to_be_random(monkeypat
 
 def known(class_id, *, takes, count=2):
   """`_known` of a predictor with 27 classes and no network."""
-  made = object.__new__(predict.Predictor)
+  made = object.__new__(predictor.Predictor)
   method = types.SimpleNamespace(needs={"class_id"} if takes else set(), prepare_reads=set())
   made.product = types.SimpleNamespace(method=method, task=types.SimpleNamespace(way="windows"), classes=range(27))
   made.config = types.SimpleNamespace(method=types.SimpleNamespace(name="a"), task=types.SimpleNamespace(name="b"))

@@ -6,7 +6,8 @@ import types
 import pytest
 from PIL import Image
 
-from vpd_jax import config_file, predict_folder
+from vpd_jax.config import loader
+from vpd_jax.prediction import predict_folder
 
 FOLDERS = {
   "all different": ([("a.jpg", 1), ("b.PNG", 1)], [["a"], ["b"]]),
@@ -60,7 +61,7 @@ def test_as_many_results_are_written_as_are_told(tmp_path, monkeypatch, capsys):
   said = [{"image": name.name, "sentence": "it"} for name in source.iterdir()] + [{"image": "car.jpg", "sentence": "b"}]
   (tmp_path / "said.json").write_text(json.dumps(said))
   monkeypatch.setattr(predict_folder.Predictor, "load", lambda *_, **__: Labels())
-  config = config_file.load("configs/my_refer.py").unlock()
+  config = loader.load("configs/my_refer.py").unlock()
   config.init.pretrained = "made-up"
   options = {"source": str(source), "output": str(output), "sentences": str(tmp_path / "said.json")}
   assert predict_folder.run(config, "", **options) == 5

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.data.test_nyu import TEST, TRAIN, check_message, write_frames
-from vpd_jax.data import nyu, rooms
+from vpd_jax.data.datasets import nyu, rooms
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "prepare_data.py"
 

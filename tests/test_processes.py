@@ -14,7 +14,11 @@ import pytest
 
 from tests import test_multidevice
 from tests.methods import one_convolution
-from vpd_jax import assemble, evaluate, processes, start, train
+from vpd_jax import experiment
+from vpd_jax.checkpoints import initialize
+from vpd_jax.distributed import multiprocess
+from vpd_jax.evaluation import evaluate
+from vpd_jax.training import train
 
 ROOT = pathlib.Path(__file__).parent.parent
 SECONDS = 400  # after which a process is ended
@@ -28,9 +32,12 @@ sys.modules["tensorflow"] = None  # the other writer is there sooner
 import jax
 from tests import test_multidevice, test_processes
 from tests.methods import one_convolution
-from vpd_jax import assemble, errors, evaluate, processes, sharding, train
-from vpd_jax.checkpoint import Checkpoints
+from vpd_jax import errors, experiment
+from vpd_jax.checkpoints.checkpointer import Checkpoints
 from vpd_jax.data import pipeline
+from vpd_jax.distributed import multiprocess, sharding
+from vpd_jax.evaluation import evaluate
+from vpd_jax.training import train
 
 def terminate_when(ready):
   while not ready():
@@ -41,9 +48,9 @@ def broken(*_):
   raise errors.UserError("picture 7 is broken")
 
 if __name__ == "__main__":
-  assemble.METHODS[one_convolution.NAME] = one_convolution.OneConvolution
+  experiment.METHODS[one_convolution.NAME] = one_convolution.OneConvolution
   folder = pathlib.Path(sys.argv[1])
-  processes.connect(None, None, None, 300)
+  multiprocess.connect(None, None, None, 300)
   index = jax.process_index()
   found = {"devices": [jax.device_count(), jax.local_device_count()]}
   for group, mesh in ((0, "data"), (3, "fsdp")):
@@ -75,7 +82,7 @@ if __name__ == "__main__":
 
   if index == 1:
     pipeline._TrainTransform.__call__ = broken
-  with processes.answered():
+  with multiprocess.answered():
     train.run(test_processes.config(1000), str(folder / "broken"))
 """
 
@@ -161,9 +168,9 @@ def test_the_loop_in_two_processes_sees_the_batches_and_gives_the_scores_of_one(
   folder, (first, second), _, _ = pair
   logged = lines(folder / "undisturbed" / "metrics.jsonl")
   begin = config(1)
-  product, mesh = assemble.assemble(begin), test_multidevice.make_mesh("one")
-  state, _ = start.new_state(begin, product, mesh)
-  with contextlib.closing(train._batches(begin, product, assemble.dataset(begin, product), mesh, 0)) as batches:
+  product, mesh = experiment.assemble(begin), test_multidevice.make_mesh("one")
+  state, _ = initialize.new_state(begin, product, mesh)
+  with contextlib.closing(train._batches(begin, product, experiment.dataset(begin, product), mesh, 0)) as batches:
     batch = next(batches)
   total = jax.jit(test_multidevice.forward(product, 0))(state, batch)
   assert logged[1]["train/loss"] == pytest.approx(float(total.value / total.weight), rel=1e-5)
@@ -218,7 +225,7 @@ ALONE = {"cluster_detection_method": "deactivate"}
   ],
 )
 def test_who_belongs_to_the_run(flags, environment, expected):
-  assert processes.arguments(*flags, environment) == expected
+  assert multiprocess.arguments(*flags, environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -232,23 +239,23 @@ def test_who_belongs_to_the_run(flags, environment, expected):
 )
 def test_a_wrong_set_of_processes_is_refused(flags, environment, message):
   with pytest.raises(ValueError, match=message):
-    processes.arguments(*flags, environment)
+    multiprocess.arguments(*flags, environment)
 
 
 def test_a_tpu_with_several_hosts_is_known_by_its_environment(monkeypatch):
-  monkeypatch.setattr(processes.glob, "glob", lambda pattern: ["/dev/accel0"])
-  monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name == "libtpu")
-  monkeypatch.setattr(processes, "_metadata", lambda key: {"worker-network-endpoints": "a:0:10.0.0.1"}.get(key, ""))
+  monkeypatch.setattr(multiprocess.glob, "glob", lambda pattern: ["/dev/accel0"])
+  monkeypatch.setattr(multiprocess.importlib.util, "find_spec", lambda name: name == "libtpu")
+  monkeypatch.setattr(multiprocess, "_metadata", lambda key: {"worker-network-endpoints": "a:0:10.0.0.1"}.get(key, ""))
   nobody = (None, None, None)
-  assert processes.arguments(*nobody, {}) is None  # one host
-  assert processes.arguments(*nobody, {"TPU_WORKER_HOSTNAMES": "t0,t1"}) == {}
-  assert processes.arguments(*nobody, {"TPU_WORKER_HOSTNAMES": "t0"}) is None
-  assert processes.arguments(*nobody, {"TPU_WORKER_HOSTNAMES": "t0", "MEGASCALE_NUM_SLICES": "2"}) == {}
-  assert processes.arguments(*nobody, {"TPU_WORKER_HOSTNAMES": "t0,t1", "JAX_PLATFORMS": "cpu"}) is None
+  assert multiprocess.arguments(*nobody, {}) is None  # one host
+  assert multiprocess.arguments(*nobody, {"TPU_WORKER_HOSTNAMES": "t0,t1"}) == {}
+  assert multiprocess.arguments(*nobody, {"TPU_WORKER_HOSTNAMES": "t0"}) is None
+  assert multiprocess.arguments(*nobody, {"TPU_WORKER_HOSTNAMES": "t0", "MEGASCALE_NUM_SLICES": "2"}) == {}
+  assert multiprocess.arguments(*nobody, {"TPU_WORKER_HOSTNAMES": "t0,t1", "JAX_PLATFORMS": "cpu"}) is None
   monkeypatch.setattr(
-    processes, "_metadata", lambda key: {"worker-network-endpoints": "a:0:10.0.0.1,b:1:10.0.0.2"}.get(key, "")
+    multiprocess, "_metadata", lambda key: {"worker-network-endpoints": "a:0:10.0.0.1,b:1:10.0.0.2"}.get(key, "")
   )
-  assert processes.arguments(*nobody, {}) == {}
+  assert multiprocess.arguments(*nobody, {}) == {}
 
 
 def test_processes_that_do_not_come_are_one_line(tmp_path):

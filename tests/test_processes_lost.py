@@ -10,7 +10,7 @@ import pytest
 from tests.test_kill import assert_final, command
 from tests.test_processes import ROOT, free_port
 from tests.test_run import arrays
-from vpd_jax.checkpoint import Checkpoints
+from vpd_jax.checkpoints.checkpointer import Checkpoints
 
 STEPS = 12
 FIELDS = {

@@ -13,10 +13,10 @@ from tests.test_processes import ROOT, free_port
 SECONDS = 900  # after which a command is ended
 CONFIG = """
 from tests import tiny
-from vpd_jax import config_file
+from vpd_jax.config import loader
 
 def get_config():
-  config = tiny.shrunk(config_file.load("configs/rooms.py:segmentation,tiny")).unlock()
+  config = tiny.shrunk(loader.load("configs/rooms.py:segmentation,tiny")).unlock()
   config.update(num_steps=2, log_every=1, eval_every=2, save_every=2)
   config.update_from_flattened_dict({
     "mesh.fsdp": 2, "data.batch_size": 8, "data.eval_count": 5, "eval.batch_size": 8, "eval.baselines": 0,

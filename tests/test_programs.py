@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vpd_jax import chips, programs, sharding
+from vpd_jax.distributed import sharding
+from vpd_jax.monitoring import chips, xla_cost
 
 HLO = """HloModule jit_step, is_scheduled=true
 
@@ -37,7 +38,7 @@ ENTRY %main.9 (a: f32[2,4]) -> f32[2,4] {
 
 
 def test_collectives_are_counted_with_the_bytes_of_their_results():
-  assert programs.collectives(HLO) == {
+  assert xla_cost.collectives(HLO) == {
     "all-reduce": (1, 4 * 8 + 4),
     "all-gather": (1 + 5, 4 * 32 + 5 * 2 * 32),  # the loop runs five times; "-done" is no second one
     "collective-permute": (1, 4 * 8),
@@ -54,7 +55,7 @@ def test_collectives_of_a_compiled_program():
   )
   gathered = lambda x, w: x @ jax.lax.with_sharding_constraint(w.T[:, :16], NamedSharding(mesh, P()))
   spread = jax.jit(gathered, out_shardings=NamedSharding(mesh, P(("data", "fsdp"))))
-  found = programs.collectives(spread.lower(rows, weights).compile().as_text())
+  found = xla_cost.collectives(spread.lower(rows, weights).compile().as_text())
   assert found == {"all-gather": (1, 64 * 16 * 4)}
 
 
@@ -65,8 +66,8 @@ def arrays(*shapes):
 def test_operations_of_products_with_their_gradients():
   product = lambda a, b: jnp.einsum("bij,bjk->bik", a, b).sum()
   a, b = arrays((3, 4, 5), (3, 5, 7))
-  assert programs.model_flops(product, a, b) == 2 * 3 * 4 * 5 * 7
-  assert programs.model_flops(jax.grad(product, argnums=(0, 1)), a, b) == pytest.approx(3 * 2 * 3 * 4 * 5 * 7)
+  assert xla_cost.model_flops(product, a, b) == 2 * 3 * 4 * 5 * 7
+  assert xla_cost.model_flops(jax.grad(product, argnums=(0, 1)), a, b) == pytest.approx(3 * 2 * 3 * 4 * 5 * 7)
 
 
 @pytest.mark.parametrize("stride, side", [(1, 8), (2, 4)])
@@ -77,10 +78,10 @@ def test_operations_of_convolutions_with_their_gradients(stride, side):
 
   x, kernel = arrays((2, 8, 8, 3), (3, 3, 3, 5))
   one = 2 * 2 * side * side * 9 * 3 * 5
-  assert programs.model_flops(convolve, x, kernel) == one
+  assert xla_cost.model_flops(convolve, x, kernel) == one
   gradients = jax.grad(lambda x, kernel: convolve(x, kernel).sum(), argnums=(0, 1))
   # Both gradients cost what the convolution does: the zeros between the strides do not count.
-  assert programs.model_flops(gradients, x, kernel) == pytest.approx(3 * one)
+  assert xla_cost.model_flops(gradients, x, kernel) == pytest.approx(3 * one)
 
 
 def test_a_loop_counts_as_often_as_it_runs_and_a_branch_once():
@@ -88,19 +89,19 @@ def test_a_loop_counts_as_often_as_it_runs_and_a_branch_once():
     return jax.lax.scan(lambda c, _: (jax.checkpoint(jnp.dot)(c, x), None), x, length=7)[0]
 
   (x,) = arrays((4, 4))
-  assert programs.model_flops(jax.jit(loop), x) == 7 * 2 * 64
+  assert xla_cost.model_flops(jax.jit(loop), x) == 7 * 2 * 64
   either = lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x @ x)
-  assert programs.model_flops(either, x) == 2 * 2 * 64
+  assert xla_cost.model_flops(either, x) == 2 * 2 * 64
 
 
 def test_interpolation_is_no_work_of_the_model():
   bigger = lambda x: (jax.image.resize(x, (1, 8, 8, 3), "linear") ** 2).sum()
-  assert programs.model_flops(jax.grad(bigger), *arrays((1, 4, 4, 3))) == 0
+  assert xla_cost.model_flops(jax.grad(bigger), *arrays((1, 4, 4, 3))) == 0
 
 
 def test_memory_counts_what_goes_in_and_what_is_between():
   work = jax.jit(lambda x: jnp.sin(x @ x) @ x, donate_argnums=0)
-  memory = programs.memory(work.lower(*arrays((256, 256))).compile())
+  memory = xla_cost.memory(work.lower(*arrays((256, 256))).compile())
   assert memory.arguments == memory.aliased == 256 * 256 * 4
   assert memory.peak >= memory.arguments + memory.temporaries > memory.arguments
 
@@ -131,11 +132,11 @@ def test_an_unknown_device_has_no_peak():
 
 
 def test_rates_of_a_step_tell_what_the_device_does(monkeypatch):
-  found = programs.rates(0.5, 1e12, 0)
+  found = xla_cost.rates(0.5, 1e12, 0)
   assert found == {"perf/tflops_per_sec_per_chip": 2}  # a CPU knows neither its peak nor its memory
   device = types.SimpleNamespace(device_kind="NVIDIA H200", memory_stats=lambda: {"peak_bytes_in_use": 3 * 2**30})
-  monkeypatch.setattr(programs.jax, "local_devices", lambda: [device])
-  found = programs.rates(0.5, 1e12, 989e12 / 4)
+  monkeypatch.setattr(xla_cost.jax, "local_devices", lambda: [device])
+  found = xla_cost.rates(0.5, 1e12, 989e12 / 4)
   assert found == {"perf/tflops_per_sec_per_chip": 2, "perf/share_of_peak": 0.5, "perf/peak_memory_gib": 3}
 
 
@@ -151,5 +152,5 @@ def test_rates_of_a_step_tell_what_the_device_does(monkeypatch):
 )
 def test_seconds_that_the_compiler_took_off_are_given_back(seconds, traffic, expected):
   v5e = chips.of("TPU v5 lite")
-  assert programs.whole_seconds(seconds, traffic, v5e) == pytest.approx(expected)
-  assert programs.whole_seconds(seconds, traffic, None) == seconds
+  assert xla_cost.whole_seconds(seconds, traffic, v5e) == pytest.approx(expected)
+  assert xla_cost.whole_seconds(seconds, traffic, None) == seconds

@@ -9,10 +9,13 @@ import re
 import pytest
 
 from scripts import embed_class_names
-from vpd_jax import posing, predict_folder, reading
-from vpd_jax.convert import files as weight_files
-from vpd_jax.data import coco_json, depth_list, refcoco, refer_list
-from vpd_jax.data import files as data_files
+from vpd_jax.convert.formats import weight_files
+from vpd_jax.data.datasets import depth_list, refcoco, refer_list
+from vpd_jax.data.readers import coco_json
+from vpd_jax.data.readers import image_files as data_files
+from vpd_jax.files import reading
+from vpd_jax.inference import top_down
+from vpd_jax.prediction import predict_folder
 
 ROOT = pathlib.Path(reading.__file__).parents[1]
 WRITERS = {
@@ -62,7 +65,7 @@ READERS = {  # what users bring, and what reads it
   "keypoints": (COCO, coco_json.keypoint_names, ("a",)),
   "annotations": (COCO, lambda path: coco_json.annotations(path, ("a",)).images, []),
   "instances": ({"images": [], "annotations": []}, refcoco.read_instances, ({}, {})),
-  "boxes": ({"a.jpg": [[0, 0, 1, 1]]}, posing.read_boxes, {"a.jpg": [[0, 0, 1, 1]]}),
+  "boxes": ({"a.jpg": [[0, 0, 1, 1]]}, top_down.read_boxes, {"a.jpg": [[0, 0, 1, 1]]}),
   "sentences": ([{"image": "a", "sentence": "b"}], lambda path: predict_folder.read_sentences(str(path)), {"a": ["b"]}),
   "entries": (
     [{"image": "a", "mask": "b", "sentences": ["c"]}],

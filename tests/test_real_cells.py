@@ -17,8 +17,11 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vpd_jax import config_file, evaluate, predict_folder, train
-from vpd_jax.data.rooms import Rooms
+from vpd_jax.config import loader
+from vpd_jax.data.datasets.rooms import Rooms
+from vpd_jax.evaluation import evaluate
+from vpd_jax.prediction import predict_folder
+from vpd_jax.training import train
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +42,7 @@ def real() -> pathlib.Path:
 
 def config_of(data: str, method: str, root: pathlib.Path):
   """The shipped config with the tiny network, three images a step, and rates that move a network within few steps."""
-  config = config_file.load(f"configs/{data}_depth.py:{method},tiny").unlock()
+  config = loader.load(f"configs/{data}_depth.py:{method},tiny").unlock()
   config.data.update(root=str(root), batch_size=3, workers=0)
   of_length(config, STEPS)
   config.optim.lr, config.optim.schedule.min_lr, config.optim.schedule.half = 1e-3, 1e-3, STEPS
@@ -64,7 +67,7 @@ def logged_losses(workdir: pathlib.Path) -> list[float]:
 
 def rooms(task: str, *, batch_size: int):
   """The section data of a few embedded rooms."""
-  data = config_file.load(f"configs/rooms.py:{task},tiny").data
+  data = loader.load(f"configs/rooms.py:{task},tiny").data
   data.update(train_count=64, eval_count=ROOMS, size=SIZE, crop=(64, 64), batch_size=batch_size, workers=0)
   return data
 
@@ -136,9 +139,9 @@ def test_trains_scores_and_predicts_on_the_rooms(data, method, tmp_path):
 def test_segments_trained_scored_and_predicting(data, cell, method, real, tmp_path):
   """The cells of both data sets, on the photos of ADE20K and on the embedded rooms."""
   begin, root = time.monotonic(), real / "ADEChallengeData2016"
-  config = tiny.shrunk(config_file.load(f"configs/{cell}_seg.py:{method},tiny")).unlock()
+  config = tiny.shrunk(loader.load(f"configs/{cell}_seg.py:{method},tiny")).unlock()
   if data == "photos":
-    config.data = config_file.load("configs/ade20k_seg.py:tiny").data
+    config.data = loader.load("configs/ade20k_seg.py:tiny").data
     config.data.update(root=str(root), complete=False, crop=(64, 64), batch_size=2, workers=0)
     config.task.avg_non_ignore = True  # only people are labelled
   else:

@@ -15,12 +15,14 @@ import pytest
 from tests.data import coco_people
 from tests.tasks.test_pose import directly
 from tests.test_pose_run import coco
-from vpd_jax import evaluate, predict_folder, train
 from vpd_jax.data import pipeline
-from vpd_jax.data.coco_pose import CocoPose
-from vpd_jax.data.keypoints import COCO
-from vpd_jax.tasks import heatmaps
-from vpd_jax.tasks.pose import Pose
+from vpd_jax.data.datasets.coco_pose import CocoPose
+from vpd_jax.data.transforms.top_down import COCO
+from vpd_jax.evaluation import evaluate
+from vpd_jax.prediction import predict_folder
+from vpd_jax.tasks.pose import heatmaps
+from vpd_jax.tasks.pose.task import Pose
+from vpd_jax.training import train
 
 pytestmark = pytest.mark.slow
 

@@ -13,8 +13,11 @@ import cv2
 import numpy as np
 import pytest
 
-from vpd_jax import config_file, evaluate, predict_folder, train
-from vpd_jax.data.refcoco import RefCoco
+from vpd_jax.config import loader
+from vpd_jax.data.datasets.refcoco import RefCoco
+from vpd_jax.evaluation import evaluate
+from vpd_jax.prediction import predict_folder
+from vpd_jax.training import train
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +34,7 @@ def root() -> pathlib.Path:
 
 def test_trains_scores_and_predicts(root, tmp_path):
   begin = time.monotonic()
-  config = config_file.load("configs/refcoco_refer.py:refcoco,tiny").unlock()
+  config = loader.load("configs/refcoco_refer.py:refcoco,tiny").unlock()
   config.data.update(root=str(root), complete=False, batch_size=2, workers=0, cache="memory")
   config.update(num_steps=STEPS, eval_every=STEPS, save_every=STEPS, log_every=1)
   config.method.tokenizer, config.eval.batch_size, config.optim.loss_group = "words", 2, 2

@@ -9,8 +9,13 @@ import time
 import pytest
 
 from tests import tiny
-from vpd_jax import assemble, config_file, evaluate, sharding, start, train
-from vpd_jax.data import rooms
+from vpd_jax import experiment
+from vpd_jax.checkpoints import initialize
+from vpd_jax.config import loader
+from vpd_jax.data.datasets import rooms
+from vpd_jax.distributed import sharding
+from vpd_jax.evaluation import evaluate
+from vpd_jax.training import train
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +24,7 @@ STEPS = 1200
 
 def config_of():
   """configs/rooms.py:referring,tiny with the smallest network that lets the text in at every size of its maps."""
-  config = tiny.shrunk(config_file.load("configs/rooms.py:referring,tiny")).unlock()
+  config = tiny.shrunk(loader.load("configs/rooms.py:referring,tiny")).unlock()
   config.backbone.unet.update(attention_levels=(0, 1, 2), context_dim=32)
   config.backbone.text.update(width=32, mlp_width=64, vocab_size=2000)
   config.method.attention_max_size, config.head.width = 64, 32
@@ -45,9 +50,9 @@ def test_it_beats_every_mask_that_is_blind_to_the_text_and_other_sentences_destr
   config, begin = config_of(), time.monotonic()
   score = train.run(config, str(tmp_path))["eval/rooms/oIoU"]
   minutes = (time.monotonic() - begin) / 60
-  product, mesh = assemble.assemble(config, training=False), sharding.make_mesh(1, 1)
-  weights, _ = start.weights_on_mesh(config, product, mesh, str(tmp_path), complete=True)
-  options = {key: value for key, value in config.data.items() if key not in assemble.NOT_OF_THE_DATASET}
+  product, mesh = experiment.assemble(config, training=False), sharding.make_mesh(1, 1)
+  weights, _ = initialize.weights_on_mesh(config, product, mesh, str(tmp_path), complete=True)
+  options = {key: value for key, value in config.data.items() if key not in experiment.NOT_OF_THE_DATASET}
   own, exchanged = (evaluate.Evaluator(config, product, made(**options), mesh) for made in (rooms.Rooms, Exchanged))
   assert own.run(weights).scores["eval/rooms/oIoU"] == pytest.approx(score, abs=1e-6)
   shuffled = exchanged.run(weights).scores["eval/rooms/oIoU"]

@@ -6,14 +6,18 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vpd_jax import assemble, caching, config_file, evaluate, sharding, train
+from vpd_jax import experiment
+from vpd_jax.config import loader
 from vpd_jax.data import pipeline
+from vpd_jax.distributed import sharding
+from vpd_jax.evaluation import encoder_cache, evaluate
+from vpd_jax.training import train
 
 QUICK = {"xla_backend_optimization_level": 0}
 
 
 def small(**changes):
-  config = config_file.load("configs/my_refer.py:tiny").unlock()
+  config = loader.load("configs/my_refer.py:tiny").unlock()
   config.data = {"name": "rooms", "task": "referring", "size": (64, 96), "crop": (64, 64), "train_count": 12,
                  "eval_count": 3, "batch_size": 4, "workers": 0, "on_bad_record": "stop"}  # fmt: skip
   config.eval.baselines = 4
@@ -26,8 +30,8 @@ def small(**changes):
 @pytest.fixture(scope="module")
 def run():
   config = small()
-  product = assemble.assemble(config)
-  dataset = assemble.dataset(config, product)
+  product = experiment.assemble(config)
+  dataset = experiment.dataset(config, product)
   state = tiny.train_state(product, tiny.filled(product.parts.shapes))
   batch = first_batch(config, product, state)
   step = jax.jit(train.make_step(product, loss_group=0)).lower(state, batch).compile(QUICK)
@@ -38,10 +42,10 @@ def test_a_run_begins_with_how_many_sentences_are_cut(run):
   config, product, dataset, *_ = run
   count = len(dataset.source("eval"))
   expected = [f"eval: {count} sentences, 0 of them cut to 8 tokens (method.token_length)"]
-  assert assemble.sentence_lines(product, dataset) == expected  # those of training are drawn when asked for
+  assert experiment.sentence_lines(product, dataset) == expected  # those of training are drawn when asked for
   short = config.copy_and_resolve_references().unlock()
   short.method.token_length = 4
-  cut = assemble.sentence_lines(assemble.assemble(short.lock()), dataset, ("eval",))
+  cut = experiment.sentence_lines(experiment.assemble(short.lock()), dataset, ("eval",))
   assert cut[0].startswith(f"eval: {count} sentences, {count} of them cut to 4 tokens (method.token_length), such as")
 
 
@@ -51,10 +55,10 @@ def one_device():
 
 def first_batch(config, product, state, times=1):
   """The first training batch, computed or found so many times."""
-  dataset = assemble.dataset(config, product)
-  encodings = caching.Encodings(config, product, dataset, one_device())
+  dataset = experiment.dataset(config, product)
+  encodings = encoder_cache.Encodings(config, product, dataset, one_device())
   for _ in range(times):
-    keys = assemble.batch_keys(product, dataset)
+    keys = experiment.batch_keys(product, dataset)
     made = pipeline.train_batches(dataset, batch_size=4, seed=0, keys=keys, prepare=product.method.prepare)
     encoded = encodings(made, state.frozen)
     batch = jax.tree.map(jnp.asarray, next(encoded))
@@ -93,8 +97,8 @@ def test_both_sizes_are_scored_and_kept_results_change_no_pixel(run, tmp_path):
   for at, cache in (("network", {}), ("original", disk), ("network", disk)):
     changed = config.copy_and_resolve_references().unlock()
     changed.update_from_flattened_dict({"task.eval_at": at, **cache})
-    product = assemble.assemble(changed)
-    evaluator = evaluate.Evaluator(changed, product, assemble.dataset(changed, product), one_device())
+    product = experiment.assemble(changed)
+    evaluator = evaluate.Evaluator(changed, product, experiment.dataset(changed, product), one_device())
     result = evaluator.run(weights)
     overlaps.append(result.rows)
     assert result.scores["eval/rooms/sentences"] == len(dataset.source("eval")) and result.panels.shape[0] > 1

@@ -11,8 +11,10 @@ import pytest
 import vpd_jax
 from tests import oracle
 from tests.convert import pth
-from vpd_jax import config_file, evaluate, predict_folder
+from vpd_jax.config import loader
 from vpd_jax.convert import load
+from vpd_jax.evaluation import evaluate
+from vpd_jax.prediction import predict_folder
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def nyu(tmp_path_factory):
 
 
 def config(nyu, checkpoint, **changes):
-  made = config_file.load("configs/nyu_depth.py:tiny").unlock()
+  made = loader.load("configs/nyu_depth.py:tiny").unlock()
   made.data.root, made.init.pretrained, made.eval.batch_size = str(nyu), str(checkpoint), 2
   made.update_from_flattened_dict(changes)
   return made.lock()
@@ -145,7 +147,7 @@ def test_evaluation_scores_the_checkpoint_in_an_empty_workdir(nyu, checkpoint, t
   text = capsys.readouterr().out
   assert "released:vpd_depth" in text and "rmse" in text
   made = config(nyu, checkpoint)
-  from vpd_jax.data.nyu import Nyu
+  from vpd_jax.data.datasets.nyu import Nyu
 
   data = Nyu(root=str(nyu), crop=made.data.crop, resize=made.data.resize)
   examples = [data.eval_transform(data.source("eval")[i]) for i in range(3)]

@@ -12,9 +12,13 @@ from tests import oracle
 from tests.convert import pth
 from tests.data.test_ade20k import write_pairs
 from tests.methods import segmentation_setups as setups
-from vpd_jax import assemble, config_file, evaluate, predict_folder, start
-from vpd_jax.convert import released_segmentation
-from vpd_jax.tasks import label_pictures
+from vpd_jax import experiment
+from vpd_jax.checkpoints import initialize
+from vpd_jax.config import loader
+from vpd_jax.convert.tables import released_segmentation
+from vpd_jax.evaluation import evaluate
+from vpd_jax.prediction import predict_folder
+from vpd_jax.tasks import label_images
 
 META = {"CLASSES": ("wall",), "PALETTE": [[120, 120, 120]], "config": pth.Call("mmcv.utils", "Config", {}), "iter": 8}
 
@@ -33,7 +37,7 @@ def checkpoint(tmp_path_factory):
 
 
 def config(root="", checkpoint=""):
-  made = config_file.load("configs/ade20k_seg.py:vpd,tiny").unlock()
+  made = loader.load("configs/ade20k_seg.py:vpd,tiny").unlock()
   made.data.update(root=str(root), complete=False)
   made.init.pretrained, made.eval.batch_size = str(checkpoint), 2
   return made.lock()
@@ -116,7 +120,7 @@ def test_prediction_of_a_folder_writes_the_labels(ade20k, checkpoint, tmp_path, 
   assert json.loads((out / "a.json").read_text())["size"] == [128, 192]
   assert (out / "a.overlay.png").exists()
   tiles = np.asarray(Image.open(out / "a.attention.png"))
-  assert tiles.shape[1] % 192 == 0 and tiles.shape[0] % (128 + label_pictures.LINE) == 0
+  assert tiles.shape[1] % 192 == 0 and tiles.shape[0] % (128 + label_images.LINE) == 0
   (maps,) = predictor.attention([np.zeros((50, 70, 3), np.uint8)])
   assert maps.shape == (8, 8, 150)
   np.testing.assert_allclose(maps.sum(axis=-1), 1, rtol=1e-5)  # shares of all classes
@@ -125,8 +129,8 @@ def test_prediction_of_a_folder_writes_the_labels(ade20k, checkpoint, tmp_path, 
 @pytest.mark.parametrize("setup", ["meta_seg_ade", "meta_seg_cityscapes"])
 def test_the_files_of_meta_prompts_leave_nothing_to_chance(setup, tmp_path):
   made = setups.config(setup)
-  product = assemble.assemble(made, training=False)
-  named, lines = start.weights(made, product, str(write_checkpoint(tmp_path, setup)))
+  product = experiment.assemble(made, training=False)
+  named, lines = initialize.weights(made, product, str(write_checkpoint(tmp_path, setup)))
   assert named.keys() == product.parts.shapes.keys() and not any(line.startswith("fresh") for line in lines)
   back = setups.named_as_by_the_authors(setup, named)
   for name, value in oracle.weights(setup).items():

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vpd_jax import config_file, train
+from vpd_jax.config import loader
+from vpd_jax.training import train
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +19,7 @@ STEPS = 200
 
 def losses(method, folder, **changes):
   """{name: value of every step} of a run of the smallest network; each branch has a name of its own."""
-  config = tiny.shrunk(config_file.load(f"configs/rooms.py:depth,{method},tiny")).unlock()
+  config = tiny.shrunk(loader.load(f"configs/rooms.py:depth,{method},tiny")).unlock()
   config.update(num_steps=STEPS, eval_every=STEPS, save_every=STEPS, log_every=1)
   config.data.train_count = 4096
   config.eval.baselines = 0

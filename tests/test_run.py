@@ -10,12 +10,19 @@ import pytest
 
 from tests import tiny
 from tests.methods import one_convolution
-from vpd_jax import assemble, claim, config_file, evaluate, plan, predict_folder, sharding, start, train
-from vpd_jax.checkpoint import Checkpoints
+from vpd_jax import experiment
+from vpd_jax.checkpoints import initialize, workdir_lock
+from vpd_jax.checkpoints.checkpointer import Checkpoints
+from vpd_jax.config import loader
+from vpd_jax.distributed import sharding
+from vpd_jax.evaluation import evaluate
+from vpd_jax.planning import plan
+from vpd_jax.prediction import predict_folder
+from vpd_jax.training import train
 
 
 def rooms(**changes):
-  config = tiny.shrunk(config_file.load("configs/rooms.py:depth,tiny")).unlock()
+  config = tiny.shrunk(loader.load("configs/rooms.py:depth,tiny")).unlock()
   config.update(num_steps=4, log_every=1, eval_every=4, save_every=2, keep=5)
   config.optim.schedule.num_steps = 400  # the same rates, however far a run goes
   config.update_from_flattened_dict(changes)
@@ -25,9 +32,9 @@ def rooms(**changes):
 def arrays(workdir, step):
   """Every array of a checkpoint by its path in the state."""
   config = rooms()
-  product = assemble.assemble(config)
+  product = experiment.assemble(config)
   mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-  shapes, where = start.state_shapes(config, product), start.state_shardings(config, product, mesh)
+  shapes, where = initialize.state_shapes(config, product), initialize.state_shardings(config, product, mesh)
   abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
   with Checkpoints(workdir, read_only=True) as checkpoints:
     return {
@@ -131,10 +138,12 @@ def test_evaluation_prints_the_scores_of_training_and_the_trivial_predictors(run
 def test_a_second_run_in_a_workdir_is_refused_and_an_evaluation_is_not(run):
   workdir, scores = run
   before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
-  with claim.claimed(workdir):
+  with workdir_lock.claimed(workdir):
     with pytest.raises(ValueError, match="is in use by another run"):
       train.run(small(), str(workdir))
-    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path != workdir / claim.LOCK} == before
+    assert {
+      path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path != workdir / workdir_lock.LOCK
+    } == before
     assert evaluate.run(small(), str(workdir)) == pytest.approx(scores, rel=1e-6)
 
 
@@ -163,13 +172,13 @@ def test_the_learning_rate_of_no_step_is_lost_by_a_resume(run, tmp_path):
   """Steps 3 and 4 of the logs follow the schedule of the optimizer's own count."""
   lines = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
   rates = [line["lr/rest"] for line in lines if "lr/rest" in line]
-  product = assemble.assemble(small())
+  product = experiment.assemble(small())
   np.testing.assert_allclose(rates, [float(product.rate(np.int32(i))) for i in range(4)], rtol=1e-5, atol=1e-12)
 
 
 def test_a_second_start_finds_its_step_compiled(run):
   config, messages = small(), []
-  product, mesh = assemble.assemble(config), sharding.make_mesh()
+  product, mesh = experiment.assemble(config), sharding.make_mesh()
   jax.clear_caches()  # the last test of this file
   with listening(messages):
     train.compile_step(config, product, mesh, plan.batch_shapes(config, product.keys, "train"))

@@ -3,13 +3,14 @@
 import pytest
 
 from tests import tiny
-from vpd_jax import assemble, config_file
+from vpd_jax import experiment
+from vpd_jax.config import loader
 
 
 def assembled(string, **changes):
-  config = tiny.shrunk(config_file.load(string)).unlock()
+  config = tiny.shrunk(loader.load(string)).unlock()
   config.update_from_flattened_dict(changes)
-  return assemble.assemble(config.lock())
+  return experiment.assemble(config.lock())
 
 
 @pytest.mark.parametrize("string", ["configs/kitti_depth.py:vpd,tiny", "configs/my_depth.py:vpd,tiny"])

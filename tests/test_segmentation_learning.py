@@ -9,7 +9,8 @@ import time
 import pytest
 
 from tests import tiny
-from vpd_jax import config_file, train
+from vpd_jax.config import loader
+from vpd_jax.training import train
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +19,7 @@ STEPS = 1000
 
 @pytest.mark.parametrize("method", ["vpd", "meta_prompts", "iedp"])
 def test_unseen_rooms_are_labelled_better_than_by_colour_and_position(method, tmp_path):
-  begin, config = time.monotonic(), config_file.load(f"configs/rooms.py:segmentation,{method},tiny")
+  begin, config = time.monotonic(), loader.load(f"configs/rooms.py:segmentation,{method},tiny")
   config = tiny.shrunk(config).unlock()
   config.head.width = 32  # of 8 channels no 19 classes can be told
   config.neck.update({"width": 32} if "width" in config.neck else {})

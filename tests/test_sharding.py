@@ -8,7 +8,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from vpd_jax import sharding
+from vpd_jax.distributed import sharding
 from vpd_jax.types import TrainState
 
 

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from tests import test_multidevice as multidevice
-from vpd_jax import programs, sharding, train
+from vpd_jax.distributed import sharding
+from vpd_jax.monitoring import xla_cost
+from vpd_jax.training import train
 
 pytestmark = pytest.mark.multidevice
 
@@ -33,5 +35,5 @@ def test_the_step_is_that_of_an_unsplit_state(split):
 
 def test_weights_are_gathered_and_activations_stay_where_they_are(split):
   compiled, _, _ = split
-  found = programs.collectives(compiled.as_text())
+  found = xla_cost.collectives(compiled.as_text())
   assert found.keys() <= {"all-gather", "all-reduce", "reduce-scatter"}, found

@@ -9,15 +9,22 @@ import pytest
 
 from tests import oracle, test_class_vectors, tiny
 from tests.methods.test_iedp import iedp_config
-from vpd_jax import assemble, config_file, plan, sharding, start, train
-from vpd_jax.convert import clip, tokenizer, towers, write
+from vpd_jax import experiment
+from vpd_jax.checkpoints import clip_towers, initialize
+from vpd_jax.config import loader
+from vpd_jax.convert import tokenizer
+from vpd_jax.convert.formats import write
+from vpd_jax.convert.tables import clip
+from vpd_jax.distributed import sharding
+from vpd_jax.planning import plan
+from vpd_jax.training import train
 
 
 def config_of(source, **changes):
-  config = config_file.load("configs/nyu_depth.py:tiny").unlock()
+  config = loader.load("configs/nyu_depth.py:tiny").unlock()
   config.init.pretrained = str(source)
   config.update_from_flattened_dict(changes)
-  return start.complete(config.lock(), config.init.pretrained)
+  return initialize.complete(config.lock(), config.init.pretrained)
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +38,8 @@ def compvis(tmp_path_factory):
 
 def test_a_stable_diffusion_file_fills_unet_and_vae_and_leaves_the_rest_fresh(compvis):
   config = config_of(compvis)
-  product = assemble.assemble(config)
-  named, lines = start.weights(config, product)
+  product = experiment.assemble(config)
+  named, lines = initialize.weights(config, product)
   source = oracle.weights("sd_unet_hier")["model.diffusion_model.input_blocks.0.0.weight"]
   np.testing.assert_array_equal(named["method/unet/input_blocks/0/0/kernel"], source.transpose(2, 3, 1, 0))
   assert named.keys() == product.parts.shapes.keys()
@@ -45,13 +52,13 @@ def test_a_stable_diffusion_file_fills_unet_and_vae_and_leaves_the_rest_fresh(co
 def test_a_file_without_tokenizer_needs_class_vectors(compvis):
   config = config_of(compvis, **{"method.class_vectors": ""})
   with pytest.raises(ValueError, match="brings no tokenizer") as caught:
-    start.weights(config, assemble.assemble(config))
+    initialize.weights(config, experiment.assemble(config))
   assert "\n" not in str(caught.value)
 
 
 def test_fresh_arrays_follow_the_seed(compvis):
   first, second, third = (
-    start.weights(config, assemble.assemble(config))[0]["head/last_layer_depth/0/kernel"]
+    initialize.weights(config, experiment.assemble(config))[0]["head/last_layer_depth/0/kernel"]
     for config in (config_of(compvis), config_of(compvis), config_of(compvis, seed=1))
   )
   np.testing.assert_array_equal(first, second)
@@ -75,28 +82,28 @@ def test_a_diffusers_folder_brings_sizes_weights_and_class_vectors(tmp_path):
   test_class_vectors.write_diffusers(tmp_path)
   config = config_of(tmp_path, **{"method.class_vectors": ""})
   assert config.backbone.unet.channel_mult == (1, 1, 2, 2) and config.backbone.unet.context_dim == 16
-  product = assemble.assemble(config)
-  named, lines = start.weights(config, product)
+  product = experiment.assemble(config)
+  named, lines = initialize.weights(config, product)
   assert named.keys() == product.parts.shapes.keys()
   assert any("27 x 16 from the names" in line for line in lines)
   assert named["method/class_vectors"].shape == (27, 16) and np.ptp(named["method/class_vectors"], axis=0).min() > 0
 
 
 def test_what_would_not_be_trained_as_it_is_told_is_refused():
-  config = config_file.load("configs/nyu_depth.py:tiny")
-  start.check_training(config)
-  start.check_training(config_file.changed(config, {"dtype": "bfloat16"}))
+  config = loader.load("configs/nyu_depth.py:tiny")
+  initialize.check_training(config)
+  initialize.check_training(loader.changed(config, {"dtype": "bfloat16"}))
   for changes, message in (
     ({"param_dtype": "bfloat16"}, r"^config\.param_dtype='bfloat16' cannot be trained: .*param_dtype='float32'\.$"),
     ({"param_dtype": "bfloat16", "optim.ema_decay": 0.9999}, "moving average would be rounded away"),
     ({"num_steps": 10**6}, "ends at step"),
   ):
-    changed = config_file.changed(config, changes)
-    for begin in (start.check_training, plan.run, lambda config: train.run(config, "nowhere")):
+    changed = loader.changed(config, changes)
+    for begin in (initialize.check_training, plan.run, lambda config: train.run(config, "nowhere")):
       with pytest.raises(ValueError, match=message):
         begin(changed)
   for dtype in ("float32", "bfloat16"):  # what is evaluated may be kept in either
-    product = assemble.assemble(config_file.changed(config, {"param_dtype": dtype}), training=False)
+    product = experiment.assemble(loader.changed(config, {"param_dtype": dtype}), training=False)
     assert {x.dtype.name for x in product.parts.shapes.values()} == {dtype}
 
 
@@ -120,17 +127,17 @@ def whole_clip(tmp_path_factory):
 
 
 def with_clip(source, folder, **changes):
-  config = config_file.load("configs/nyu_depth.py:tiny").copy_and_resolve_references().unlock()
+  config = loader.load("configs/nyu_depth.py:tiny").copy_and_resolve_references().unlock()
   config.init.update(pretrained=str(source), clip=str(folder))
   config.update_from_flattened_dict(changes)
-  return start.complete(config.lock(), config.init.pretrained)
+  return initialize.complete(config.lock(), config.init.pretrained)
 
 
 def test_a_class_is_predicted_by_the_clip_of_init(compvis, whole_clip):
   config = with_clip(compvis, whole_clip, **{"method.prompt": "predicted"})
   assert config.backbone.image.width == 64 and config.backbone.image.projection == 48
-  product = assemble.assemble(config)
-  named, lines = start.weights(config, product)
+  product = experiment.assemble(config)
+  named, lines = initialize.weights(config, product)
   assert f"classes predicted by CLIP: {whole_clip}" in lines
   names = named["method/class_predictor/names"]
   assert names.shape == (27, 48)
@@ -145,7 +152,7 @@ def test_a_class_is_predicted_by_the_clip_of_init(compvis, whole_clip):
 def test_a_prediction_without_clip_names_what_to_give(compvis):
   config = with_clip(compvis, "", **{"method.prompt": "predicted", "backbone.image": dict(width=16, heads=2)})
   with pytest.raises(ValueError, match=r"there is no CLIP image encoder: config\.init\.clip is empty") as caught:
-    start.weights(config, assemble.assemble(config))
+    initialize.weights(config, experiment.assemble(config))
   assert "\n" not in str(caught.value)
 
 
@@ -153,13 +160,13 @@ def iedp_of(**changes):
   """IEDP's smallest network with towers of the oracle's sizes."""
   sizes = {f"backbone.text.{k}": v for k, v in {"vocab_size": 1000, "width": 64, "layers": 3, "heads": 4}.items()}
   sizes |= {"backbone.text.mlp_width": 256, "backbone.text.positions": 77, "backbone.unet.context_dim": 64}
-  return start.complete(iedp_config(**sizes, **changes), "")
+  return initialize.complete(iedp_config(**sizes, **changes), "")
 
 
 def test_towers_come_from_a_whole_clip_and_training_gets_its_tokenizer(whole_clip):
   config = iedp_of(**{"init.clip": str(whole_clip), "method.tokenizer": "", "method.num_queries": 77})
-  product = assemble.assemble(config)
-  named, lines = start.weights(config, product)
+  product = experiment.assemble(config)
+  named, lines = initialize.weights(config, product)
   assert [f"CLIP {which} encoder: {whole_clip}" in lines for which in ("text", "image")] == [True, True]
   kernel = oracle.weights("clip_text")["text_model.encoder.layers.0.mlp.fc1.weight"].T
   np.testing.assert_array_equal(named["method/text_encoder/text_model/encoder/layers/0/mlp/fc1/kernel"], kernel)
@@ -172,14 +179,14 @@ def test_towers_come_from_a_whole_clip_and_training_gets_its_tokenizer(whole_cli
 
 def test_evaluation_never_opens_the_text_encoder(whole_clip, monkeypatch):
   config = iedp_of(**{"init.clip": str(whole_clip), "method.tokenizer": ""})
-  product = assemble.assemble(config, training=False)
+  product = experiment.assemble(config, training=False)
 
   def opened(*args, **options):
     raise AssertionError("evaluation has opened it")
 
-  for place, name in ((clip, "load_text"), (towers, "text_encoder"), (tokenizer, "load")):
+  for place, name in ((clip, "load_text"), (clip_towers, "text_encoder"), (tokenizer, "load")):
     monkeypatch.setattr(place, name, opened)
-  named, lines = start.weights(config, product)
+  named, lines = initialize.weights(config, product)
   assert named.keys() == product.parts.shapes.keys() and not any("text_encoder" in name for name in named)
   assert not any("text encoder" in line for line in lines)
 
@@ -187,13 +194,15 @@ def test_evaluation_never_opens_the_text_encoder(whole_clip, monkeypatch):
 def test_a_text_encoder_inside_stable_diffusion_goes_before_that_of_clip(tmp_path, whole_clip):
   text = {f"cond_stage_model.transformer.{n}": 2 * x for n, x in oracle.weights("clip_text").items()}
   write.write(tmp_path / "sd.safetensors", text)
-  product = assemble.assemble(iedp_of(**{"init.clip": str(whole_clip)}))
-  shapes = {n.removeprefix(start.TEXT_ENCODER): s for n, s in product.parts.shapes.items() if start.TEXT_ENCODER in n}
-  found, line = towers.text_encoder(shapes, pretrained=str(tmp_path / "sd.safetensors"), source=str(whole_clip))
+  product = experiment.assemble(iedp_of(**{"init.clip": str(whole_clip)}))
+  shapes = {
+    n.removeprefix(initialize.TEXT_ENCODER): s for n, s in product.parts.shapes.items() if initialize.TEXT_ENCODER in n
+  }
+  found, line = clip_towers.text_encoder(shapes, pretrained=str(tmp_path / "sd.safetensors"), source=str(whole_clip))
   name = "text_model/final_layer_norm/scale"
   np.testing.assert_array_equal(found[name], 2 * oracle.weights("clip_text")["text_model.final_layer_norm.weight"])
   assert line.endswith("sd.safetensors")
-  found, line = towers.text_encoder(shapes, pretrained="", source=str(whole_clip))
+  found, line = clip_towers.text_encoder(shapes, pretrained="", source=str(whole_clip))
   np.testing.assert_array_equal(found[name], oracle.weights("clip_text")["text_model.final_layer_norm.weight"])
 
 
@@ -202,22 +211,22 @@ def iedp_run(tmp_path_factory):
   """A workdir with one checkpoint of IEDP, and the arrays in it."""
   workdir = str(tmp_path_factory.mktemp("run"))
   config = iedp_config()
-  product = assemble.assemble(config)
+  product = experiment.assemble(config)
   named = tiny.filled(product.parts.shapes)
-  with start.checkpoints(config, product, workdir) as held:
-    held.save(1, tiny.train_state(product, named), start.to_json(config), {}, force=True)
+  with initialize.checkpoints(config, product, workdir) as held:
+    held.save(1, tiny.train_state(product, named), initialize.to_json(config), {}, force=True)
   return workdir, config, named
 
 
 def test_a_run_is_evaluated_without_what_only_training_uses(iedp_run):
   workdir, config, saved = iedp_run
-  config = start.complete(config, workdir)
-  product = assemble.assemble(config, training=False)
-  named, lines = start.weights(config, product, workdir)
+  config = initialize.complete(config, workdir)
+  product = experiment.assemble(config, training=False)
+  named, lines = initialize.weights(config, product, workdir)
   assert len(lines) == 1 and named.keys() == product.parts.shapes.keys() < saved.keys()
   for name, value in named.items():
     np.testing.assert_array_equal(value, saved[name], err_msg=name)
-  whole, _ = start.weights(config, assemble.assemble(config), workdir)
+  whole, _ = initialize.weights(config, experiment.assemble(config), workdir)
   assert whole.keys() == saved.keys()
 
 
@@ -226,22 +235,22 @@ def test_a_run_of_another_method_is_refused(iedp_run):
   changed = config.copy_and_resolve_references().unlock()
   changed.method.output_norm = "ln"
   with pytest.raises(ValueError, match=r"is not of this config: .*output_norm"):
-    start.weights(changed.lock(), assemble.assemble(changed, training=False), workdir)
+    initialize.weights(changed.lock(), experiment.assemble(changed, training=False), workdir)
 
 
 def test_a_run_that_was_told_the_class_may_predict_it(tmp_path, whole_clip):
-  config = tiny.shrunk(config_file.load("configs/nyu_depth.py:tiny"))
-  product = assemble.assemble(config)
+  config = tiny.shrunk(loader.load("configs/nyu_depth.py:tiny"))
+  product = experiment.assemble(config)
   state = tiny.train_state(product, tiny.filled(product.parts.shapes))
-  with start.checkpoints(config, product, str(tmp_path)) as held:
-    held.save(1, state, start.to_json(config), {}, force=True)
-  assert start.predicting_class(config).method.prompt == "scene_class"
+  with initialize.checkpoints(config, product, str(tmp_path)) as held:
+    held.save(1, state, initialize.to_json(config), {}, force=True)
+  assert initialize.predicting_class(config).method.prompt == "scene_class"
   config = config.copy_and_resolve_references().unlock()
   config.init.clip = str(whole_clip)
-  config = start.predicting_class(start.complete(config.lock(), str(tmp_path)))
+  config = initialize.predicting_class(initialize.complete(config.lock(), str(tmp_path)))
   assert config.method.prompt == "predicted"
-  product = assemble.assemble(config, training=False)
-  named, lines = start.weights(config, product, str(tmp_path))
+  product = experiment.assemble(config, training=False)
+  named, lines = initialize.weights(config, product, str(tmp_path))
   assert named.keys() == product.parts.shapes.keys()
   assert lines == [f"weights: {tmp_path}, checkpoint of step 1", f"classes predicted by CLIP: {whole_clip}"]
   assert jnp.asarray(named["method/class_predictor/names"]).dtype == jnp.float32
@@ -253,30 +262,30 @@ def test_nan_in_weights_is_refused_from_every_source(tmp_path, compvis, iedp_run
   write.write(tmp_path / "sd.safetensors", state | {name: np.full_like(state[name], np.nan)})
   config = config_of(tmp_path / "sd.safetensors")
   with pytest.raises(ValueError, match=rf"sd\.safetensors.*: 1 arrays hold NaN.*{name}"):
-    start.weights(config, assemble.assemble(config))
+    initialize.weights(config, experiment.assemble(config))
   _, config, named = iedp_run
-  product = assemble.assemble(config)
+  product = experiment.assemble(config)
   name = next(n for n in product.groups.lr if n.startswith("head/"))
   damaged = tiny.train_state(product, named | {name: np.full_like(named[name], np.inf)})
-  with start.checkpoints(config, product, str(tmp_path / "run")) as held:
-    held.save(1, damaged, start.to_json(config), {}, force=True)
+  with initialize.checkpoints(config, product, str(tmp_path / "run")) as held:
+    held.save(1, damaged, initialize.to_json(config), {}, force=True)
     with pytest.raises(ValueError, match=rf"checkpoint 1 of the workdir: 1 arrays hold NaN or infinity.*{name}"):
-      start.resume_or_start(config, product, sharding.make_mesh(), held)
+      initialize.resume_or_start(config, product, sharding.make_mesh(), held)
   with pytest.raises(ValueError, match=rf"checkpoint 1 of .*run: 1 arrays hold NaN or infinity: {name}"):
-    start.weights(config, product, str(tmp_path / "run"))
+    initialize.weights(config, product, str(tmp_path / "run"))
 
 
 def test_the_start_places_all_arrays_in_one_call(iedp_run, monkeypatch):
   """With several processes, one by one each of them is sent to all, and different ones would not be told."""
   workdir, config, named = iedp_run
-  product, mesh = assemble.assemble(config), sharding.make_mesh()
+  product, mesh = experiment.assemble(config), sharding.make_mesh()
   calls, place = [], sharding.place
   monkeypatch.setattr(sharding, "place", lambda arrays, where: calls.append(arrays) or place(arrays, where))
-  monkeypatch.setattr(start, "weights", lambda *_: (named, []))
-  state, _ = start.new_state(config, product, mesh)
+  monkeypatch.setattr(initialize, "weights", lambda *_: (named, []))
+  state, _ = initialize.new_state(config, product, mesh)
   (placed,) = calls
   assert {n for field in ("params", "frozen", "stats") for n in placed[field]} == named.keys() and placed["step"] == 0
-  where = start.state_shardings(config, product, mesh)
+  where = initialize.state_shardings(config, product, mesh)
   assert all(jax.tree.leaves(jax.tree.map(lambda x, w: x.sharding == w, state, where)))
-  start.weights_on_mesh(config, product, mesh, workdir, complete=True)
+  initialize.weights_on_mesh(config, product, mesh, workdir, complete=True)
   assert {n for field in calls[1].values() for n in field} == named.keys() and len(calls) == 2

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from vpd_jax import config_file
+from vpd_jax.config import loader
 
 GIB = 2**30
 
@@ -12,7 +12,7 @@ GIB = 2**30
 @pytest.fixture(scope="module")
 def tpu_plans():
   with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(config_file.PROJECT / "benchmarks")
+    patch.syspath_prepend(loader.PROJECT / "benchmarks")
     return importlib.import_module("tpu_plans")
 
 
@@ -60,4 +60,4 @@ def test_operations_are_compared_with_those_of_one_chip(tpu_plans):
 
 def test_every_cell_is_a_config_that_loads(tpu_plans):
   for cell in tpu_plans.CELLS.values():
-    assert config_file.load(tpu_plans.CONFIGS[cell.config][1]).data.batch_size in (8, 24), cell
+    assert loader.load(tpu_plans.CONFIGS[cell.config][1]).data.batch_size in (8, 24), cell

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vpd_jax import trace as trace_lib
+from vpd_jax.monitoring import profiler as trace_lib
 
 
 def square(x):

@@ -8,8 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from vpd_jax import checkpoint, config_file, evaluate, opening, sharding, start, train
-from vpd_jax.tasks.depth import Depth
+from vpd_jax.checkpoints import checkpointer, initialize
+from vpd_jax.config import loader
+from vpd_jax.distributed import sharding
+from vpd_jax.evaluation import evaluate
+from vpd_jax.tasks.depth.task import Depth
+from vpd_jax.training import startup_report, train
 from vpd_jax.types import TrainState
 
 OPTIMIZER = optax.scale_by_adam()
@@ -78,7 +82,7 @@ class Step:
 @pytest.fixture
 def run(tmp_path, monkeypatch):
   """Runs the loop with the scores of its steps; gives the steps on disk at each evaluation."""
-  config = config_file.load("configs/rooms.py:depth,tiny").unlock()
+  config = loader.load("configs/rooms.py:depth,tiny").unlock()
   config.update(num_steps=6, eval_every=2, save_every=3, log_every=1, keep=2, keep_best=1)
   product = types.SimpleNamespace(
     task=Depth(max_depth=10.0), method=types.SimpleNamespace(notes=(), prepare=None), keys=("image",)
@@ -96,8 +100,8 @@ def run(tmp_path, monkeypatch):
     (train.assemble, "sentence_lines", lambda *_: []),
     (train.sharding, "make_mesh", lambda *_: mesh),
     (evaluate, "Evaluator", Scored),
-    (opening, "describe", lambda *_: None),
-    (start, "resume_or_start", resume),
+    (startup_report, "describe", lambda *_: None),
+    (initialize, "resume_or_start", resume),
     (train, "_batches", lambda *_: Batches()),
     (train, "lower_step", lambda *_: Step()),
     (train.programs, "in_words", lambda _: ""),
@@ -112,7 +116,7 @@ def run(tmp_path, monkeypatch):
 
 
 def checkpoints_of(folder):
-  return checkpoint.Checkpoints(folder, keep=2, best_metric=METRIC, best_mode="min")
+  return checkpointer.Checkpoints(folder, keep=2, best_metric=METRIC, best_mode="min")
 
 
 def test_a_step_is_saved_before_it_is_scored_and_a_fault_in_scoring_costs_nothing(run, tmp_path):

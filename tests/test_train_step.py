@@ -10,8 +10,10 @@ import pytest
 from tests import tiny
 from tests.golden import fill
 from tests.methods.two_branches import TwoBranches
-from vpd_jax import assemble, config_file, train
-from vpd_jax.tasks.depth import Depth, silog
+from vpd_jax import experiment
+from vpd_jax.config import loader
+from vpd_jax.tasks.depth.task import Depth, silog
+from vpd_jax.training import train
 from vpd_jax.types import Branch
 
 BATCH, SIDE = 12, 64
@@ -25,7 +27,7 @@ QUICK = {"xla_backend_optimization_level": 0}
 
 def config_of(**changes):
   """The smallest network of the NYU config with batches of 12 in groups of 3."""
-  config = tiny.shrunk(config_file.load("configs/nyu_depth.py:tiny")).unlock()
+  config = tiny.shrunk(loader.load("configs/nyu_depth.py:tiny")).unlock()
   config.data.batch_size = BATCH
   config.optim.schedule.half = 3  # rates at which float32 shows every step
   config.update_from_flattened_dict(changes)
@@ -38,8 +40,8 @@ def two_branches(**changes):
   config.method = {"name": "two_branches"}
   config.optim.lr_groups = ((r"/mix/", 0.5), (r"", 1.0))
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(assemble.METHODS, "two_branches", TwoBranches)
-    return assemble.assemble(config)
+    patch.setitem(experiment.METHODS, "two_branches", TwoBranches)
+    return experiment.assemble(config)
 
 
 def examples():
@@ -115,7 +117,7 @@ class TestGroupLosses:
 @pytest.fixture(scope="module")
 def network():
   """The smallest VPD, a state and a batch with ready latents, so that the VAE need not be compiled."""
-  product = assemble.assemble(config_of())
+  product = experiment.assemble(config_of())
   batch = batch_for(product) | {"latents": jnp.asarray(fill.normal("latents", (BATCH, 8, 8, 4), 0))}
   return product, tiny.train_state(product, tiny.filled(product.parts.shapes)), batch
 

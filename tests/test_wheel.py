@@ -59,10 +59,10 @@ def test_every_config_of_the_wheel_is_found_from_any_folder(installed, tmp_path)
   names = [path.name for path in (ROOT / "configs").glob("*.py")]
   code = f"""
 import vpd_jax
-from vpd_jax import config_file
+from vpd_jax.config import loader
 assert vpd_jax.__file__.startswith({str(installed)!r}), vpd_jax.__file__
 for name in {names}:
-  config_file.load("configs/" + name)
+  loader.load("configs/" + name)
 """
   done = run(sys.executable, "-c", code, folder=tmp_path, PYTHONPATH=str(installed))
   assert done.returncode == 0, done.stderr

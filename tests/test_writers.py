@@ -9,12 +9,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from vpd_jax import writers
+from vpd_jax.monitoring import writers
 
 WITHOUT_TENSORFLOW = """
 import sys
 sys.modules["tensorflow"] = None
-from vpd_jax import writers
+from vpd_jax.monitoring import writers
 with writers.create(sys.argv[1]) as writer:
   writer.write_scalars(1, {"train/loss": 0.5})
 loaded = [name for name in sys.modules if name.startswith("clu.metric_writers")]

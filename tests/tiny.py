@@ -8,14 +8,16 @@ import numpy as np
 
 from tests import oracle
 from tests.golden import fill
-from vpd_jax import assemble, config_file
-from vpd_jax.convert import released, rules
+from vpd_jax import experiment
+from vpd_jax.config import loader
+from vpd_jax.convert import rules
+from vpd_jax.convert.tables import released
 from vpd_jax.types import TrainState
 
 
 def depth_config(**changes):
   """configs/nyu_depth.py:tiny as the oracle ran it: batch 2, statistics and loss over both images."""
-  config = config_file.load("configs/nyu_depth.py:tiny").unlock()
+  config = loader.load("configs/nyu_depth.py:tiny").unlock()
   config.data.batch_size = 2
   config.optim.norm_group = config.optim.loss_group = 0
   config.optim.schedule.half = 3  # the trace: 2 epochs of 3 iterations
@@ -32,7 +34,7 @@ def depth_weights(size="tiny", seed=0, dtype=np.float32):
 
 @functools.cache
 def depth_shapes(size="tiny"):
-  return assemble.model_shapes(config_file.load("configs/nyu_depth.py" + (":tiny" if size == "tiny" else "")))
+  return experiment.model_shapes(loader.load("configs/nyu_depth.py" + (":tiny" if size == "tiny" else "")))
 
 
 def train_state(product, named):

@@ -6,15 +6,28 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from vpd_jax.predict import Predictor
+  from vpd_jax.prediction.predictor import Predictor
 
 __all__ = ["Predictor"]
+
+# What config files outside of this project may still import by its old name.
+MOVED = {
+  "assemble": "experiment",
+  "checkpoint": "checkpoints.checkpointer",
+  "config_file": "config.loader",
+  "evaluate": "evaluation.evaluate",
+  "predict": "prediction.predictor",
+  "presets": "config.presets",
+  "train": "training.train",
+}
 
 
 def __getattr__(name: str) -> Any:
   """Imports Predictor at first use: data workers import this package too, and need no network."""
   if name == "Predictor":
-    from vpd_jax.predict import Predictor
+    from vpd_jax.prediction.predictor import Predictor
 
     return Predictor
+  if name in MOVED:
+    raise ImportError(f"vpd_jax.{name} is now vpd_jax.{MOVED[name]}; import that in its place.")
   raise AttributeError(f"module 'vpd_jax' has no attribute {name!r}")

@@ -12,7 +12,8 @@ from typing import Any, cast
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from vpd_jax import config_file, processes
+from vpd_jax.config import loader
+from vpd_jax.distributed import multiprocess
 from vpd_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> None:
   """Runs the mode; an error of the user's is one line and exit code 2."""
   # orbax tells every step it takes, and shows the traceback of what it raises anyway.
   logging.set_verbosity(logging.DEBUG if DEBUG.value else logging.FATAL)
-  with processes.answered(DEBUG.value):
+  with multiprocess.answered(DEBUG.value):
     if len(arguments) > 1:
       raise UserError(f"words on the command line belong to no flag: {arguments[1:]}; write --flag=value.")
     _run()
@@ -52,11 +53,15 @@ def main(arguments: list[str]) -> None:
 def _run() -> None:
   if MODE.value == "plan" and TOPOLOGY.value:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing but compiling: no device is looked for
-  processes.connect(COORDINATOR.value, COUNT.value, INDEX.value, TIMEOUT.value)
+  multiprocess.connect(COORDINATOR.value, COUNT.value, INDEX.value, TIMEOUT.value)
   # After the flags, so that a wrong flag answers at once.
   import jax
 
-  from vpd_jax import accelerators, evaluate, plan, predict_folder, train
+  from vpd_jax.evaluation import evaluate
+  from vpd_jax.monitoring import accelerators
+  from vpd_jax.planning import plan
+  from vpd_jax.prediction import predict_folder
+  from vpd_jax.training import train
 
   if line := accelerators.unused():
     print(line, file=sys.stderr, flush=True)
@@ -73,7 +78,7 @@ def _run() -> None:
   idle += ["--accept_config_changes"] if ACCEPT.value and MODE.value != "train" else []
   if idle:
     raise UserError(f"{', '.join(idle)} would have no effect with --mode={MODE.value}; leave it out.")
-  config, workdir = CONFIG.value, WORKDIR.value or config_file.workdir(config_string())
+  config, workdir = CONFIG.value, WORKDIR.value or loader.workdir(config_string())
   if not cast(Any, jax.config).jax_compilation_cache_dir and MODE.value != "plan":
     # What one command compiles, the next one in this workdir need not.
     jax.config.update("jax_compilation_cache_dir", f"{workdir}/compiled")
@@ -111,7 +116,7 @@ def entry() -> None:
 def _parse(arguments: list[str]) -> list[str]:
   """The words that are no flags; a flag or field that is wrong is one line and exit code 2."""
   try:
-    return flags.FLAGS(config_file.resolve_argv(arguments))
+    return flags.FLAGS(loader.resolve_argv(arguments))
   except (flags.Error, ValueError, AttributeError, KeyError, TypeError) as error:
     # config_flags answers a misspelt field with an AttributeError, a wrong kind of value with a TypeError.
     if "--debug" in arguments:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vpd_jax import params as params_lib
 from vpd_jax.errors import UserError
+from vpd_jax.models import parameters as params_lib
 from vpd_jax.types import Array
 
 Schedule = Callable[[Any], Array]

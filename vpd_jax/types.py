@@ -130,7 +130,7 @@ class Task(Protocol):
   output: dict[str, Any]  # what every head of this task must be told: maximum depth, number of classes
   result: str  # name of a prediction, for Python users
   best: tuple[str, str]  # the score that chooses the best checkpoint, and "min" or "max"
-  way: str  # how pictures are cut and put together at test time, one of procedures.WAYS
+  way: str  # how pictures are cut and put together at test time, one of protocols.WAYS
   needs_truth: bool  # `summarize` and `baselines` also take `truth`, what the data set's method of that name gives
 
   def loss(self, outputs: Outputs, batch: Batch) -> Loss: ...  # one group of images

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests.golden import fill
-from vpd_jax import sharding
-from vpd_jax.backbones import attention as module
-from vpd_jax.backbones.attention import attention, attention_with_map, masked_attention
+from vpd_jax.distributed import sharding
+from vpd_jax.models.backbones import attention as module
+from vpd_jax.models.backbones.attention import attention, attention_with_map, masked_attention
 
 BATCH, HEADS, WIDTH = 2, 3, 8
 

@@ -9,8 +9,8 @@ from PIL import Image
 
 from tests import oracle
 from tests.golden import fill
-from vpd_jax import params as params_lib
-from vpd_jax.backbones import clip, clip_image
+from vpd_jax.models import parameters as params_lib
+from vpd_jax.models.backbones import clip_image, clip_text
 
 KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 TINY = clip_image.ImageSizes(width=64, layers=3, heads=4, mlp_width=256, image_size=56, projection=48)
@@ -70,9 +70,9 @@ def test_pixels_are_those_of_pillow(word, resample, height):
 
 
 def test_a_tower_that_is_never_trained_has_buffers_only_and_gives_the_same():
-  sizes = clip.TextSizes(vocab_size=20, width=16, layers=1, heads=2, mlp_width=32, positions=8)
-  make = lambda: clip.ClipText(sizes, projection=8, **KINDS, rngs=nnx.Rngs(0))
-  trained, kept = params_lib.describe(make), params_lib.describe(lambda: clip.never_trained(make()))
+  sizes = clip_text.TextSizes(vocab_size=20, width=16, layers=1, heads=2, mlp_width=32, positions=8)
+  make = lambda: clip_text.ClipText(sizes, projection=8, **KINDS, rngs=nnx.Rngs(0))
+  trained, kept = params_lib.describe(make), params_lib.describe(lambda: clip_text.never_trained(make()))
   assert not kept.params and not kept.stats and kept.buffers == trained.params
   named = {n: fill.weight(n, s.shape, 0) for n, s in trained.shapes.items()}
   tokens = jnp.asarray([[18, 3, 5, 19, 19]])

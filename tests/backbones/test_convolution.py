@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.golden import fill
-from vpd_jax.backbones import convolution
-from vpd_jax.backbones.convolution import as_product, convolve, with_product_gradient
+from vpd_jax.models.backbones import cpu_convolution
+from vpd_jax.models.backbones.cpu_convolution import as_product, convolve, with_product_gradient
 
 NUMBERS = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 SAME = ((1, 1), (1, 1))
@@ -37,7 +37,7 @@ def taken(monkeypatch):
   """Which way each call went."""
   seen = []
   for name in ("as_product", "with_product_gradient"):
-    monkeypatch.setattr(convolution, name, lambda x, kernel, name=name: seen.append(name) or plain(x, kernel))
+    monkeypatch.setattr(cpu_convolution, name, lambda x, kernel, name=name: seen.append(name) or plain(x, kernel))
   return seen
 
 
@@ -53,7 +53,7 @@ def test_the_size_decides(side, channels, way, taken):
 
 
 def test_accelerators_are_left_to_xla(taken, monkeypatch):
-  monkeypatch.setattr(convolution, "platform", lambda: "tpu")
+  monkeypatch.setattr(cpu_convolution, "platform", lambda: "tpu")
   x, kernel = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 8, 8, 1280), (3, 3, 1280, 1280)))
   jax.eval_shape(lambda *a: convolve(*a, (1, 1), SAME, **NUMBERS), x, kernel)
   assert taken == []
@@ -70,7 +70,7 @@ def test_accelerators_are_left_to_xla(taken, monkeypatch):
   ],
 )
 def test_other_convolutions_are_xlas(size, strides, padding, rest, taken, monkeypatch):
-  monkeypatch.setattr(convolution, "LARGE", 1)
+  monkeypatch.setattr(cpu_convolution, "LARGE", 1)
   x, kernel = inputs(size=size)
   actual = convolve(x, kernel, strides, padding, **rest, **NUMBERS)
   np.testing.assert_array_equal(actual, jax.lax.conv_general_dilated(x, kernel, strides, padding, **rest, **NUMBERS))

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from tests.golden import fill
-from vpd_jax.backbones import layers, normalization
+from vpd_jax.models.backbones import layers, normalization
 
 KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 NORMAL = nnx.initializers.normal(1.0)

@@ -8,15 +8,15 @@ from flax import nnx
 
 from tests import oracle
 from tests.golden import fill
-from vpd_jax import params as params_lib
-from vpd_jax.backbones import clip, unet, vae
-from vpd_jax.backbones.layers import timestep_embedding
 from vpd_jax.convert.rules import Rule, to_source
+from vpd_jax.models import parameters as params_lib
+from vpd_jax.models.backbones import clip_text, unet, vae
+from vpd_jax.models.backbones.layers import timestep_embedding
 
 KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 TINY_UNET = unet.UNetSizes(model_channels=32, context_dim=64)
 TINY_VAE = vae.VaeSizes(channels=32)
-TINY_TEXT = clip.TextSizes(vocab_size=1000, width=64, layers=3, heads=4, mlp_width=256)
+TINY_TEXT = clip_text.TextSizes(vocab_size=1000, width=64, layers=3, heads=4, mlp_width=256)
 PREFIX = {"sd_unet_hier": "model.diffusion_model.", "sd_vae_encoder": "first_stage_model.", "clip_text": ""}
 
 
@@ -82,7 +82,7 @@ def test_latents_in_bfloat16_are_the_authors_within_its_rounding():
 
 
 def test_clip_text_gives_the_authors_states():
-  parts, named = network("clip_text", lambda **k: clip.ClipText(TINY_TEXT, **k))
+  parts, named = network("clip_text", lambda **k: clip_text.ClipText(TINY_TEXT, **k))
   arrays = oracle.golden("clip_text.tiny.npz")
   encode = jax.jit(lambda a, x: parts.merge(a)(x))
   for length in (77, 40):

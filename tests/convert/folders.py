@@ -7,8 +7,10 @@ import numpy as np
 
 from tests import test_class_vectors
 from tests.convert import flax_form, test_stable_diffusion
-from vpd_jax import class_vectors
-from vpd_jax.convert import load, stable_diffusion, write
+from vpd_jax.checkpoints import class_vectors
+from vpd_jax.convert import load
+from vpd_jax.convert.formats import write
+from vpd_jax.convert.tables import stable_diffusion
 
 CONFIGS = {"unet": test_stable_diffusion.SD1["unet"], "vae": test_stable_diffusion.SD1["vae"]}
 WEIGHTS = {f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")}

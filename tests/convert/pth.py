@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vpd_jax.convert import raw
+from vpd_jax.convert.formats import lazy_tensor
 
 TYPES = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage", "int64": "LongStorage"}
 
@@ -39,7 +39,7 @@ def tensor(array: Any, *, shape=None, strides=None, offset: int = 0) -> Call:
   """A tensor of its own storage, or a view of a given one."""
   storage = array if isinstance(array, Storage) else Storage(array)
   shape = np.shape(array) if shape is None else shape
-  strides = raw.contiguous(shape) if strides is None else strides
+  strides = lazy_tensor.contiguous(shape) if strides is None else strides
   hooks = Call("collections", "OrderedDict")
   return Call("torch._utils", "_rebuild_tensor_v2", storage, offset, tuple(shape), tuple(strides), False, hooks)
 

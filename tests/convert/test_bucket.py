@@ -23,8 +23,10 @@ from tests.convert.folders import (
   write_repository,
   write_shards,
 )
-from vpd_jax import class_vectors
-from vpd_jax.convert import fetch, files, load, stable_diffusion, write
+from vpd_jax.checkpoints import class_vectors
+from vpd_jax.convert import fetch, load
+from vpd_jax.convert.formats import weight_files, write
+from vpd_jax.convert.tables import stable_diffusion
 
 
 @pytest.fixture
@@ -77,7 +79,7 @@ def test_what_has_changed_in_a_bucket_is_fetched_anew(bucket):
   for value in (1.0, 2.0):
     write.write(folder / "w.safetensors", state(value))
     os.utime(folder / "w.safetensors", (1e9 + value, 1e9 + value))
-    [tensor] = files.open_file(fetch.local("gs://bucket/w.safetensors")).tensors.values()
+    [tensor] = weight_files.open_file(fetch.local("gs://bucket/w.safetensors")).tensors.values()
     np.testing.assert_array_equal(tensor, state(value)["conv_in.weight"])
 
 
@@ -96,7 +98,7 @@ def test_shards_are_copied_from_a_bucket(bucket):
   folder, _ = bucket
   write_shards(write_networks(folder / "sd", parts=("vae",)))
   local = fetch.local("gs://bucket/sd", ("unet",))
-  assert list(files.open_folder(local, ("unet",)).tensors) == ["unet.0.bias", "unet.1.bias"]
+  assert list(weight_files.open_folder(local, ("unet",)).tensors) == ["unet.0.bias", "unet.1.bias"]
 
 
 def test_a_failed_copy_leaves_nothing_under_the_name(bucket, monkeypatch):

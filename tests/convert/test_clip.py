@@ -10,10 +10,13 @@ from flax import nnx
 
 from tests import oracle, test_class_vectors
 from tests.convert import pth
-from vpd_jax import params as params_lib
-from vpd_jax.backbones import clip_image
-from vpd_jax.backbones.clip import TextSizes
-from vpd_jax.convert import clip, load, rules, tokenizer, towers, write
+from vpd_jax.checkpoints import clip_towers
+from vpd_jax.convert import load, rules, tokenizer
+from vpd_jax.convert.formats import write
+from vpd_jax.convert.tables import clip
+from vpd_jax.models import parameters as params_lib
+from vpd_jax.models.backbones import clip_image
+from vpd_jax.models.backbones.clip_text import TextSizes
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +172,7 @@ def test_random_towers_keep_the_scale_and_follow_the_seed():
   kinds = {"dtype": jnp.float32, "param_dtype": jnp.bfloat16}
   sizes = clip_image.ImageSizes(width=64, layers=2, heads=4, mlp_width=128, image_size=28, projection=8)
   parts = params_lib.describe(lambda: clip_image.ClipImage(sizes, projected=True, **kinds, rngs=nnx.Rngs(0)))
-  first, again, other = (towers.image_encoder(parts.shapes, source=f"random:{seed}") for seed in (0, 0, 1))
+  first, again, other = (clip_towers.image_encoder(parts.shapes, source=f"random:{seed}") for seed in (0, 0, 1))
   name = "vision_model/encoder/layers/0/mlp/fc1/kernel"
   np.testing.assert_array_equal(first[0][name], again[0][name])
   assert not np.array_equal(first[0][name], other[0][name]) and "seed 0, for trying only" in first[1]
@@ -180,9 +183,9 @@ def test_random_towers_keep_the_scale_and_follow_the_seed():
   last = jax.jit(lambda n, x: parts.merge(n)(x).last)(first[0], image)
   assert 0.3 < float(jnp.std(last)) < 10
   with pytest.raises(ValueError, match=r"init.clip='random:x' needs a whole number"):
-    towers.image_encoder(parts.shapes, source="random:x")
+    clip_towers.image_encoder(parts.shapes, source="random:x")
   with pytest.raises(ValueError, match=r"there is no CLIP image encoder: config\.init\.clip is empty; set") as caught:
-    towers.image_encoder(parts.shapes, source="")
+    clip_towers.image_encoder(parts.shapes, source="")
   assert "\n" not in str(caught.value)
 
 
@@ -217,7 +220,7 @@ def test_a_whole_clip_of_transformers_tells_the_same_classes(tmp_path):
   with torch.no_grad():
     expected = theirs.get_image_features(torch.from_numpy(image.transpose(0, 3, 1, 2))).numpy()
   np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-  vectors = towers.name_vectors(
+  vectors = clip_towers.name_vectors(
     tmp_path, NAMES, TEMPLATES, words=reader, sizes=TextSizes(**stated["text"]), projection=8
   )
   for name, vector in zip(NAMES, vectors, strict=True):

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from tests.convert import pth
-from vpd_jax.convert import fetch, files, pickles, write
+from vpd_jax.convert import fetch
+from vpd_jax.convert.formats import pickles, weight_files, write
 
 LAYOUTS = pytest.mark.parametrize("save", [pth.write_zip, pth.write_legacy])
 
@@ -40,7 +41,7 @@ def assert_same(tensors, expected):
 @LAYOUTS
 def test_pickled_files_give_their_tensors_bit_for_bit(tmp_path, save):
   path = save(tmp_path / "w.pth", {name: pth.tensor(value) for name, value in arrays().items()})
-  assert_same(files.open_file(path).tensors, arrays())
+  assert_same(weight_files.open_file(path).tensors, arrays())
 
 
 @LAYOUTS
@@ -50,7 +51,7 @@ def test_views_of_one_storage_are_read_by_offset_and_stride(tmp_path, save):
     tmp_path / "w.pth",
     {"t": pth.tensor(storage, shape=(2, 3), strides=(1, 4), offset=5), "e": pth.tensor(storage, shape=(0, 3))},
   )
-  tensors = files.open_file(path).tensors
+  tensors = weight_files.open_file(path).tensors
   np.testing.assert_array_equal(tensors["t"], [[5, 9, 13], [6, 10, 14]])
   assert np.asarray(tensors["e"]).shape == (0, 3)
 
@@ -68,14 +69,14 @@ def test_training_objects_beside_the_weights_are_inert(tmp_path, save, wrapper):
   }
   weights = {f"module.{name}": pth.tensor(value) for name, value in arrays().items()}
   content = {wrapper: weights, "epoch": 1, **extras} if wrapper else weights
-  opened = files.open_file(save(tmp_path / "w.ckpt", content))
+  opened = weight_files.open_file(save(tmp_path / "w.ckpt", content))
   assert_same(opened.tensors, arrays())
   assert opened.others == {}
 
 
 def test_entries_that_are_no_tensors_are_listed(tmp_path):
   content = {"w": pth.tensor(np.ones(2, np.float32)), "epoch": 3, "x": pth.Call("a", "b")}
-  opened = files.open_file(pth.write_zip(tmp_path / "w.pth", content))
+  opened = weight_files.open_file(pth.write_zip(tmp_path / "w.pth", content))
   assert (list(opened.tensors), opened.others) == (["w"], {"epoch": "int", "x": "b"})
 
 
@@ -83,7 +84,7 @@ def test_parameters_and_tensor_subclasses_are_tensors(tmp_path):
   inner = pth.tensor(np.ones(2, np.float32))
   wrapped = pth.Call("torch._tensor", "_rebuild_from_type_v2", inner.function, pth.foreign("a", "B"), inner.args, {})
   content = {"p": pth.Call("torch._utils", "_rebuild_parameter", inner, True, {}), "s": wrapped}
-  assert list(files.open_file(pth.write_zip(tmp_path / "w.pth", content)).tensors) == ["p", "s"]
+  assert list(weight_files.open_file(pth.write_zip(tmp_path / "w.pth", content)).tensors) == ["p", "s"]
 
 
 @LAYOUTS
@@ -94,7 +95,7 @@ def test_a_file_cannot_run_anything(tmp_path, save, module, name):
   mark = tmp_path / "mark"
   command = f"open({str(mark)!r}, 'w')" if name == "eval" else f"touch {mark}"
   path = save(tmp_path / "w.pth", {"w": pth.tensor(np.ones(2, np.float32)), "evil": pth.Call(module, name, command)})
-  assert list(files.open_file(path).tensors) == ["w"]
+  assert list(weight_files.open_file(path).tensors) == ["w"]
   assert not mark.exists()
 
 
@@ -123,7 +124,7 @@ def test_two_readings_share_no_state():
 def test_written_files_read_back_bit_for_bit_and_in_order(tmp_path, ending):
   state = arrays() | {"t": np.arange(6, dtype=np.float32).reshape(2, 3).T, "empty": np.zeros((0, 2), np.float32)}
   write.write(tmp_path / f"w{ending}", state)
-  assert_same(files.open_file(tmp_path / f"w{ending}").tensors, state)
+  assert_same(weight_files.open_file(tmp_path / f"w{ending}").tensors, state)
   assert os.listdir(tmp_path) == [f"w{ending}"]
 
 
@@ -139,7 +140,7 @@ def test_tensors_are_read_one_by_one(tmp_path):
   state = {f"{i}.weight": np.full((256, 256), i, np.float32) for i in range(16)}
   write.write(tmp_path / "w.pth", state)
   tracemalloc.start()
-  for tensor in files.open_file(tmp_path / "w.pth").tensors.values():
+  for tensor in weight_files.open_file(tmp_path / "w.pth").tensors.values():
     np.asarray(tensor).sum()
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
@@ -153,7 +154,7 @@ def test_shards_of_a_folder_are_joined(tmp_path):
     write.write(tmp_path / "unet" / f"s{i}.safetensors", {name: arrays()[name] for name in part})
   index = {"weight_map": {name: f"s{i // 2}.safetensors" for i, name in enumerate(names)}}
   (tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-  opened = files.open_folder(tmp_path, ("unet",))
+  opened = weight_files.open_folder(tmp_path, ("unet",))
   assert_same(opened.tensors, {f"unet.{name}": value for name, value in arrays().items()})
   assert [file.name for file in opened.files] == ["s0.safetensors", "s1.safetensors"]
 
@@ -162,7 +163,7 @@ def test_a_damaged_index_is_named(tmp_path):
   (tmp_path / "unet").mkdir()
   (tmp_path / "unet" / "model.safetensors.index.json").write_text("[]")
   with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is not an index of shards"):
-    files.open_folder(tmp_path, ("unet",))
+    weight_files.open_folder(tmp_path, ("unet",))
 
 
 def cut(path, size):
@@ -207,7 +208,7 @@ def bad_files(tmp_path):
 def test_a_bad_file_is_one_line_that_names_it(tmp_path):
   for path, message in bad_files(tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
-      files.open_file(path)
+      weight_files.open_file(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -215,9 +216,9 @@ def test_a_folder_without_readable_weights_says_what_it_holds(tmp_path):
   (tmp_path / "unet").mkdir()
   (tmp_path / "unet" / "model.onnx").touch()
   with pytest.raises(ValueError, match=r"holds no weights \(\['model\.onnx'\]\); complete it with"):
-    files.open_folder(tmp_path, ("unet",))
+    weight_files.open_folder(tmp_path, ("unet",))
   with pytest.raises(ValueError, match="does not exist"):
-    files.open_folder(tmp_path, ("vae",))
+    weight_files.open_folder(tmp_path, ("vae",))
 
 
 @pytest.mark.parametrize("stem, form", [("diffusion_pytorch_model", "safetensors"), ("model", "safetensors")])
@@ -229,7 +230,7 @@ def test_shards_of_a_variant_are_found(tmp_path, stem, form, older):
   index = f"{stem}.fp16.{form}.index.json" if older else f"{stem}.{form}.index.fp16.json"
   write.write(tmp_path / "unet" / shard, arrays())
   (tmp_path / "unet" / index).write_text(json.dumps({"weight_map": dict.fromkeys(arrays(), shard)}))
-  opened = files.open_folder(tmp_path, ("unet",))
+  opened = weight_files.open_folder(tmp_path, ("unet",))
   assert_same(opened.tensors, {f"unet.{name}": value for name, value in arrays().items()})
   patterns = fetch._patterns("unet", ".fp16.safetensors")
   assert all(any(fnmatch.fnmatch(f"unet/{name}", pattern) for pattern in patterns) for name in (shard, index))
@@ -246,7 +247,7 @@ def test_types_of_safetensors_that_are_not_read_are_named(tmp_path, kind):
   header = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
   header["w"] = {"dtype": kind, "shape": [4], "data_offsets": [8, 12]}
   with pytest.raises(ValueError, match=rf"holds 1 tensors of type {kind}, like 'w', .* save them in float32") as caught:
-    files.open_file(safetensors(tmp_path / "w.safetensors", header))
+    weight_files.open_file(safetensors(tmp_path / "w.safetensors", header))
   assert "damaged" not in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -265,11 +266,13 @@ def test_types_of_pickled_files_that_are_not_read_are_named(tmp_path, save, monk
   for kind in ("float8_e4m3fn", "float8_e5m2fnuz", "float4_e2m1fn_x2", "complex32", "bits8"):
     path = save(tmp_path / "w.ckpt", {"state_dict": {"a": whole, "w": typed(kind, np.ones(4, np.uint8))}})
     with pytest.raises(ValueError, match=rf"holds 1 tensors of type {kind}, like 'w', .* save them in float32"):
-      files.open_file(path)
+      weight_files.open_file(path)
   path = save(tmp_path / "w.ckpt", {"w": pth.tensor(np.ones(3, np.complex64)), "a": whole})
   with pytest.raises(ValueError, match="1 tensors of type ComplexFloat, like 'w'"):
-    files.open_file(path)
-  read = files.open_file(save(tmp_path / "w.ckpt", {"w": typed("uint16", np.arange(4, dtype=np.uint16))})).tensors
+    weight_files.open_file(path)
+  read = weight_files.open_file(
+    save(tmp_path / "w.ckpt", {"w": typed("uint16", np.arange(4, dtype=np.uint16))})
+  ).tensors
   assert_same(read, {"w": np.arange(4, dtype=np.uint16)})
 
 
@@ -278,15 +281,15 @@ def test_types_of_pickled_files_that_are_not_read_are_named(tmp_path, save, monk
 )
 def test_what_torch_puts_before_names_is_taken_off(tmp_path, form):
   write.write(tmp_path / "w.safetensors", {form.format(name): value for name, value in arrays().items()})
-  assert_same(files.open_file(tmp_path / "w.safetensors").tensors, arrays())
+  assert_same(weight_files.open_file(tmp_path / "w.safetensors").tensors, arrays())
   inner = {"a._orig_mod.weight": np.ones(2, np.float32), "b._checkpoint_wrapped_module.bias": np.ones(3, np.float32)}
   write.write(tmp_path / "w.pth", inner)
-  assert list(files.open_file(tmp_path / "w.pth").tensors) == ["a.weight", "b.bias"]
+  assert list(weight_files.open_file(tmp_path / "w.pth").tensors) == ["a.weight", "b.bias"]
 
 
 def test_tensors_of_several_names_that_are_stored_once_have_all_of_them(tmp_path):
   """As safetensors.torch.save_model writes them."""
   header = {"__metadata__": {"format": "pt", "z.weight": "a.weight"}}
   header["a.weight"] = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-  tensors = files.open_file(safetensors(tmp_path / "w.safetensors", header)).tensors
+  tensors = weight_files.open_file(safetensors(tmp_path / "w.safetensors", header)).tensors
   assert list(tensors) == ["a.weight", "z.weight"] and tensors["z.weight"] == tensors["a.weight"]

@@ -12,8 +12,9 @@ from flax import serialization, traverse_util
 
 from tests import oracle, test_class_vectors
 from tests.convert import flax_form
-from vpd_jax import class_vectors
-from vpd_jax.convert import files, flax_folder, load, raw
+from vpd_jax.checkpoints import class_vectors
+from vpd_jax.convert import load
+from vpd_jax.convert.formats import flax_folder, lazy_tensor, weight_files
 
 # diffusers and transformers: Flax -> PyTorch, and the axes of PyTorch in those of Flax.
 NAMES = {
@@ -39,7 +40,7 @@ NAMES = {
 def test_names_and_axes_become_those_of_pytorch():
   for (name, ndim), (expected, axes) in NAMES.items():
     shape = (2, 3, 4, 5)[:ndim]
-    tensor = raw.RawTensor(None, 0, np.dtype(np.float32), shape, raw.contiguous(shape))
+    tensor = lazy_tensor.RawTensor(None, 0, np.dtype(np.float32), shape, lazy_tensor.contiguous(shape))
     found, moved = flax_folder.in_pytorch(tuple(name.split("/")), tensor)
     assert (found, moved.shape) == (expected, tuple(shape[axis] for axis in axes))
 
@@ -47,7 +48,7 @@ def test_names_and_axes_become_those_of_pytorch():
 def assert_read(path, content):
   """The file holds the arrays of `content`, as Flax itself reads them."""
   path.write_bytes(serialization.msgpack_serialize(content))
-  tensors = files.open_file(path).tensors
+  tensors = weight_files.open_file(path).tensors
   flat = traverse_util.flatten_dict(serialization.msgpack_restore(path.read_bytes()), sep=".")
   assert list(tensors) == list(flat)
   for name, value in flat.items():
@@ -65,7 +66,7 @@ def test_all_lengths_of_msgpack_are_read(tmp_path):
   assert_read(tmp_path / "a.msgpack", content)
   array = msgpack.ExtType(1, msgpack.packb(((2,), "int8", b"ab")))
   (tmp_path / "b.msgpack").write_bytes(msgpack.packb({str(i): i for i in range(65536)} | {"last": array}))
-  opened = files.open_file(tmp_path / "b.msgpack")
+  opened = weight_files.open_file(tmp_path / "b.msgpack")
   assert len(opened.others) == 65536 and bytes(np.asarray(opened.tensors["last"])) == b"ab"
 
 
@@ -73,7 +74,7 @@ def test_tensors_are_read_one_by_one_and_in_pytorchs_axes(tmp_path):
   state = {f"net.{i}.weight": np.random.default_rng(i).normal(size=(256, 512)).astype("f") for i in range(16)}
   flax_form.write(tmp_path / "w.msgpack", state)
   tracemalloc.start()
-  for name, tensor in files.open_file(tmp_path / "w.msgpack").tensors.items():
+  for name, tensor in weight_files.open_file(tmp_path / "w.msgpack").tensors.items():
     assert np.array_equal(tensor, state[name])
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
@@ -83,7 +84,7 @@ def test_tensors_are_read_one_by_one_and_in_pytorchs_axes(tmp_path):
 def test_entries_that_are_no_arrays_are_listed(tmp_path):
   content = {"a": {"b": np.ones(2)}, "step": 70000, "rate": 0.5, "done": True, "c": 1j, "s": np.float32(2), "n": None}
   (tmp_path / "w.msgpack").write_bytes(serialization.msgpack_serialize(content | {"t": -3, "u": -70000}))
-  opened = files.open_file(tmp_path / "w.msgpack")
+  opened = weight_files.open_file(tmp_path / "w.msgpack")
   kinds = {"step": "int", "rate": "float", "done": "bool", "c": "bytes", "s": "bytes", "n": "NoneType"}
   assert opened.others == kinds | {"t": "int", "u": "int"} and list(opened.tensors) == ["a.b"]
 
@@ -94,7 +95,7 @@ def test_divided_files_are_joined(tmp_path):
     flax_form.write(tmp_path / "unet" / f"s{i}.msgpack", {f"layers.{i}.weight": np.full((2, 3), i, np.float32)})
   index = {"weight_map": {f"layers/{i}/kernel": f"s{i}.msgpack" for i in range(2)}}
   (tmp_path / "unet" / "flax_model.msgpack.index.json").write_text(json.dumps(index))
-  tensors = files.open_folder(tmp_path, ("unet",)).tensors
+  tensors = weight_files.open_folder(tmp_path, ("unet",)).tensors
   assert {name: np.asarray(t).tolist() for name, t in tensors.items()} == {
     f"unet.layers.{i}.weight": [[i] * 3] * 2 for i in range(2)
   }
@@ -124,7 +125,7 @@ def bad_files(tmp_path):
 def test_a_bad_file_is_one_line_that_names_it(tmp_path):
   for path, message in bad_files(tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
-      files.open_file(path)
+      weight_files.open_file(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -134,7 +135,7 @@ def test_the_text_encoder_of_a_flax_folder_is_that_of_pytorch(tmp_path, kind):
   folder = test_class_vectors.write_diffusers(tmp_path)
   expected = class_vectors.load_text_encoder(folder, dtype=kind)
   file = folder / "text_encoder" / "model.safetensors"
-  state = {name: np.asarray(tensor, kind) for name, tensor in files.open_file(file).tensors.items()}
+  state = {name: np.asarray(tensor, kind) for name, tensor in weight_files.open_file(file).tensors.items()}
   file.unlink()
   flax_form.write(folder / "text_encoder" / "flax_model.msgpack", state)
   found = class_vectors.load_text_encoder(folder, dtype=kind)

@@ -23,8 +23,10 @@ from tests.convert.folders import (
   write_repository,
   write_shards,
 )
-from vpd_jax import class_vectors
-from vpd_jax.convert import fetch, files, load, stable_diffusion
+from vpd_jax.checkpoints import class_vectors
+from vpd_jax.convert import fetch, load
+from vpd_jax.convert.formats import weight_files
+from vpd_jax.convert.tables import stable_diffusion
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,7 @@ def test_of_a_hub_id_one_form_is_fetched_and_only_what_is_needed(hub):
   assert held(snapshot) == NAMED | WEIGHTS | TOKENIZER | TEXT
 
 
-@pytest.mark.parametrize("suffix", files.SUFFIXES)
+@pytest.mark.parametrize("suffix", weight_files.SUFFIXES)
 def test_every_form_is_found_on_the_hub(hub, suffix):
   repository, snapshot, revisions = hub
   write_networks(repository, suffixes=(suffix,), parts=("unet",))
@@ -114,7 +116,7 @@ def test_shards_are_fetched_from_the_hub(hub):
   repository, _, _ = hub
   write_shards(write_networks(repository, parts=("vae",)))
   (repository / "unet" / "diffusion_pytorch_model.fp16-00001-of-00002.bin").write_text("of another form")
-  assert list(files.open_folder(fetch.local("org/name", ("unet",)), ("unet",)).tensors) == [
+  assert list(weight_files.open_folder(fetch.local("org/name", ("unet",)), ("unet",)).tensors) == [
     "unet.0.bias",
     "unet.1.bias",
   ]

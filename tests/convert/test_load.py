@@ -16,8 +16,10 @@ import pytest
 
 from tests import oracle, tiny
 from tests.convert import test_released
-from vpd_jax import assemble
-from vpd_jax.convert import files, load, released, rules, write
+from vpd_jax import experiment
+from vpd_jax.convert import load, rules
+from vpd_jax.convert.formats import weight_files, write
+from vpd_jax.convert.tables import released
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "convert_checkpoint.py"
 
@@ -131,7 +133,7 @@ def test_loading_takes_less_than_twice_the_file(release):
 
 def run(monkeypatch, *arguments):
   """The script in this process, sparing it the tracing of the model."""
-  monkeypatch.setattr(assemble, "model_shapes", lambda config: tiny.depth_shapes())
+  monkeypatch.setattr(experiment, "model_shapes", lambda config: tiny.depth_shapes())
   monkeypatch.setattr(
     sys, "argv", ["convert_checkpoint.py", "--config=configs/nyu_depth.py:tiny", *map(str, arguments)]
   )
@@ -149,7 +151,7 @@ def test_the_script_goes_there_and_back_bit_for_bit(tmp_path, release, monkeypat
   (tmp_path / "manifest.json").write_text(entries)
   for extra in ((), (f"--manifest={tmp_path / 'manifest.json'}",)):
     run(monkeypatch, f"--source={tmp_path / 'ours'}", f"--output={tmp_path / 'back.pth'}", "--reverse", *extra)
-    back = files.open_file(tmp_path / "back.pth").tensors
+    back = weight_files.open_file(tmp_path / "back.pth").tensors
     state = test_released.state_dict()
     assert list(back) == list(state)
     assert all(np.asarray(back[name]).tobytes() == value.tobytes() for name, value in state.items())

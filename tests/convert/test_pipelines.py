@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vpd_jax import params as params_lib
-from vpd_jax.backbones import clip, unet, vae
-from vpd_jax.convert import load, stable_diffusion
+from vpd_jax.convert import load
+from vpd_jax.convert.tables import stable_diffusion
+from vpd_jax.models import parameters as params_lib
+from vpd_jax.models.backbones import clip_text, unet, vae
 
 pytestmark = [
   pytest.mark.reference,
@@ -133,7 +134,7 @@ def converted(pipeline):
     ours = {
       "unet": described(lambda **kinds: unet.UNet(unet.UNetSizes(**sizes["unet"]), **kinds)),  # noqa: B023
       "vae": described(lambda **kinds: vae.VaeEncoder(vae.VaeSizes(**sizes["vae"]), **kinds)),  # noqa: B023
-      "text_encoder": described(lambda **kinds: clip.ClipText(clip.TextSizes(**sizes["text"]), **kinds)),  # noqa: B023
+      "text_encoder": described(lambda **kinds: clip_text.ClipText(clip_text.TextSizes(**sizes["text"]), **kinds)),  # noqa: B023
     }
     targets = {f"method/{part}/{name}": s for part in ("unet", "vae") for name, s in ours[part].shapes.items()}
     named, report = load.load_pretrained(folder, targets)

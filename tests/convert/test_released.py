@@ -8,7 +8,9 @@ import pytest
 
 from tests import oracle
 from tests.convert import pth
-from vpd_jax.convert import files, load, released, rules, write
+from vpd_jax.convert import load, rules
+from vpd_jax.convert.formats import weight_files, write
+from vpd_jax.convert.tables import released
 
 STEP = 12345
 
@@ -130,7 +132,7 @@ def test_the_export_is_the_release_bit_for_bit(tmp_path, release, state, targets
   named, _ = rules.convert(state, table, targets)
   exported = rules.export(named, table, released.manifest(targets, table), STEP)
   write.write(tmp_path / f"out{ending}", exported)
-  back = files.open_file(tmp_path / f"out{ending}").tensors
+  back = weight_files.open_file(tmp_path / f"out{ending}").tensors
   assert list(back) == list(state)
   for name, value in state.items():
     read = np.asarray(back[name])

@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 
 from tests import oracle, tiny
-from vpd_jax import assemble, config_file, start
-from vpd_jax.convert import files, load, released, rules
+from vpd_jax import experiment
+from vpd_jax.checkpoints import initialize
+from vpd_jax.config import loader
+from vpd_jax.convert import load, rules
+from vpd_jax.convert.formats import weight_files
+from vpd_jax.convert.tables import released
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "convert_checkpoint.py"
 # (release, config, fields that change it) to the setup in tests/golden with the authors' own list of names and shapes.
@@ -28,7 +32,7 @@ CASES = {
 
 
 def config_of(string, prompt=""):
-  config = config_file.load(string).unlock()
+  config = loader.load(string).unlock()
   if prompt:
     config.method.prompt = prompt
   return config.lock()
@@ -43,7 +47,7 @@ def test_the_table_fits_the_model_of_its_config_in_both_directions(case):
   config = config_of(*case[1:])
   release = released.of(config.method.name, config.task.name)
   assert release == case[0]
-  shapes, table = assemble.model_shapes(config), released.TABLES[release]()
+  shapes, table = experiment.model_shapes(config), released.TABLES[release]()
   # Out: the authors' names and shapes, no more and no fewer.
   entries = released.manifest(released.inside(shapes, release), table)
   shape = lambda entry: (entry["name"], tuple(entry["shape"]))
@@ -69,11 +73,11 @@ def test_a_run_is_exported_and_read_back(tmp_path, monkeypatch, string, prompt):
   if prompt:
     config.backbone.image = {"width": 32, "layers": 1, "heads": 2, "mlp_width": 64, "image_size": 28, "projection": 16}
   config.lock()
-  product = assemble.assemble(config)
+  product = experiment.assemble(config)
   named = tiny.filled(product.parts.shapes)
-  with start.checkpoints(config, product, str(tmp_path / "run")) as held:
-    held.save(3, tiny.train_state(product, named), start.to_json(config), {}, force=True)
-  monkeypatch.setattr(config_file, "load", lambda _: config)
+  with initialize.checkpoints(config, product, str(tmp_path / "run")) as held:
+    held.save(3, tiny.train_state(product, named), initialize.to_json(config), {}, force=True)
+  monkeypatch.setattr(loader, "load", lambda _: config)
   spec = importlib.util.spec_from_file_location("convert_checkpoint", SCRIPT)
   script = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(script)
@@ -82,7 +86,7 @@ def test_a_run_is_exported_and_read_back(tmp_path, monkeypatch, string, prompt):
   monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *words])
   script.main()
   release = released.of(config.method.name, config.task.name)
-  assert load.detect(output) == f"released:{release}" and len(files.open_file(output).tensors) > 100
+  assert load.detect(output) == f"released:{release}" and len(weight_files.open_file(output).tensors) > 100
   shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in product.parts.shapes.items()}
   back, report = load.load_pretrained(output, shapes)
   assert back.keys() == released.inside(named, release).keys() < named.keys() and report.step == 3

@@ -6,7 +6,8 @@ import pytest
 
 from tests import oracle
 from tests.convert.test_released import layout, state_dict
-from vpd_jax.convert import released, released_refer, rules
+from vpd_jax.convert import rules
+from vpd_jax.convert.tables import released, released_referring
 
 STEP = 12345
 PAIRS = {
@@ -32,7 +33,7 @@ def setup(request):
 def order(monkeypatch):
   """The table's names as part of the order of all releases."""
   known = dict(released._RANK)
-  for word in released_refer.ORDER.split():
+  for word in released_referring.ORDER.split():
     known.setdefault(word, len(known))
   monkeypatch.setattr(released, "_RANK", known)
 
@@ -41,14 +42,14 @@ def shapes_of(state):
   """Shapes of the model, from the manifest alone."""
   shapes = {}
   for name, value in state.items():
-    for rule in released_refer.vpd_refer():
+    for rule in released_referring.vpd_refer():
       if isinstance(rule, rules.Rule) and (found := rule.to_target(name, value.ndim)):
         shapes[found[0]] = jax.ShapeDtypeStruct(layout(name, value).shape, np.float32)
   return shapes
 
 
 def test_a_release_fills_the_model_and_comes_out_bit_for_bit(setup, order):
-  state, table = state_dict(setup=setup), released_refer.vpd_refer()
+  state, table = state_dict(setup=setup), released_referring.vpd_refer()
   targets = shapes_of(state)
   assert len(targets) == 839 - 6
   named, report = rules.convert(state, table, targets)
@@ -64,14 +65,14 @@ def test_a_release_fills_the_model_and_comes_out_bit_for_bit(setup, order):
 
 @pytest.mark.parametrize("size", ["tiny", "full"])
 def test_the_table_implies_the_authors_manifest(setup, size, order):
-  entries, table = oracle.manifest(setup, size), released_refer.vpd_refer()
+  entries, table = oracle.manifest(setup, size), released_referring.vpd_refer()
   phantoms = {entry["name"]: np.broadcast_to(np.float32(0), entry["shape"]) for entry in entries}
   implied = released.manifest(dict(sorted(shapes_of(phantoms).items())), table)
   assert implied == [{key: entry[key] for key in ("name", "shape", "dtype")} for entry in entries]
 
 
 def test_a_file_without_the_text_encoder_leaves_it_fresh_and_nothing_else(setup):
-  state, table = state_dict(setup=setup), released_refer.vpd_refer()
+  state, table = state_dict(setup=setup), released_referring.vpd_refer()
   encoder = {"method/text_encoder/text_model/final_layer_norm/bias": jax.ShapeDtypeStruct((64,), np.float32)}
   outside = released.OUTSIDE["vpd_refer"]
   _, report = rules.convert(state, table, shapes_of(state) | encoder, fresh=outside)
@@ -82,6 +83,6 @@ def test_a_file_without_the_text_encoder_leaves_it_fresh_and_nothing_else(setup)
 
 
 def test_its_sign_is_in_no_other_release(setup):
-  assert any(name.startswith(released_refer.SIGN) for name in state_dict(setup=setup))
+  assert any(name.startswith(released_referring.SIGN) for name in state_dict(setup=setup))
   for other in ("vpd_depth", "meta_depth"):
-    assert not any(entry["name"].startswith(released_refer.SIGN) for entry in oracle.manifest(other))
+    assert not any(entry["name"].startswith(released_referring.SIGN) for entry in oracle.manifest(other))

@@ -9,7 +9,9 @@ import pytest
 from tests import oracle
 from tests.convert import pth
 from tests.convert.test_released import layout, skeleton, state_dict
-from vpd_jax.convert import files, load, released, released_segmentation, rules, write
+from vpd_jax.convert import load, rules
+from vpd_jax.convert.formats import weight_files, write
+from vpd_jax.convert.tables import released, released_segmentation
 
 STEP = 12345
 RELEASES = {
@@ -123,7 +125,7 @@ def test_every_name_of_ours_has_its_own_pair(setup, targets):
 def test_the_export_is_the_release_bit_for_bit(tmp_path, state, table, targets, ending):
   named, _ = rules.convert(state, table, targets)
   write.write(tmp_path / f"out{ending}", released.state_dict(named, table, released.manifest(targets, table), STEP))
-  bitwise_equal(files.open_file(tmp_path / f"out{ending}").tensors, state)
+  bitwise_equal(weight_files.open_file(tmp_path / f"out{ending}").tensors, state)
 
 
 def test_the_export_fills_a_list_of_entries_given(setup, state, table, targets):

@@ -8,7 +8,9 @@ import pytest
 
 from tests import oracle
 from tests.convert import pth
-from vpd_jax.convert import load, rules, stable_diffusion, write
+from vpd_jax.convert import load, rules
+from vpd_jax.convert.formats import write
+from vpd_jax.convert.tables import stable_diffusion
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 
@@ -206,12 +208,12 @@ def test_sizes_of_sd_2_are_read_from_its_configs(tmp_path):
 
 
 def test_sizes_fit_the_backbones(tmp_path):
-  from vpd_jax.backbones import clip, unet, vae
+  from vpd_jax.models.backbones import clip_text, unet, vae
 
   sizes = stable_diffusion.sizes(folder(tmp_path, SD1))
   assert unet.UNetSizes(**sizes["unet"]) == unet.UNetSizes()
   assert vae.VaeSizes(**sizes["vae"]) == vae.VaeSizes()
-  assert clip.TextSizes(**sizes["text"]) == clip.TextSizes()
+  assert clip_text.TextSizes(**sizes["text"]) == clip_text.TextSizes()
 
 
 def test_a_single_file_brings_no_sizes(tmp_path):

@@ -5,7 +5,7 @@ import json
 import cv2
 import numpy as np
 
-from vpd_jax.data.keypoints import COCO
+from vpd_jax.data.transforms.top_down import COCO
 
 SIZE = (90, 120)
 CATEGORY = {"supercategory": "person", "id": 1, "name": "person", "keypoints": list(COCO.names), "skeleton": [[16, 14]]}

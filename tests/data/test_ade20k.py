@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from tests.data.test_nyu import check_message
-from vpd_jax.data import ade20k, builders, labels, pipeline
+from vpd_jax.data import pipeline
+from vpd_jax.data.datasets import ade20k
+from vpd_jax.data.readers import label_maps
+from vpd_jax.data.shards import writer
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 
@@ -66,7 +69,7 @@ def test_examples_hold_classes_from_zero_and_255_for_none(root, small):
   assert len(data.classes) == len(data.palette) == 150 and data.classes[7] == "bed"
   ends = np.array([[0, 1, 150, 255]], np.uint8)
   raw = cv2.imencode(".png", ends)[1].tobytes()
-  assert labels.decode_labels(raw, "x", ade20k.KINDS[""]).tolist() == [[255, 0, 149, 255]]
+  assert label_maps.decode_labels(raw, "x", ade20k.KINDS[""]).tolist() == [[255, 0, 149, 255]]
 
 
 def test_companions_of_macos_are_no_pictures(root, small):
@@ -95,7 +98,7 @@ def test_batches_and_evaluation_have_the_provided_keys(root, small):
 
 def test_shards_hold_the_same_examples(root, small, tmp_path):
   data = ade20k.Ade20k(root=str(root))
-  builders.prepare(data, tmp_path / "out", name="ade20k")
+  writer.prepare(data, tmp_path / "out", name="ade20k")
   shards = ade20k.Ade20k(root=str(tmp_path / "out"), format="tfds")
   for split in ("train", "eval"):
     drawn, read = data.source(split), shards.source(split)
@@ -104,7 +107,9 @@ def test_shards_hold_the_same_examples(root, small, tmp_path):
       for key, value in drawn[index].items():
         np.testing.assert_array_equal(read[index][key], value)
         assert read[index][key].dtype == value.dtype
-  assert labels.histogram(shards.source("train"), data.classes) == labels.histogram(data.source("train"), data.classes)
+  assert label_maps.histogram(shards.source("train"), data.classes) == label_maps.histogram(
+    data.source("train"), data.classes
+  )
 
 
 def test_prepare_data_reports_all_faults(root, small, tmp_path):

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from tests.data.test_nyu import TEST, TRAIN, check_message, write_frames
-from vpd_jax.data import builders, nyu, pipeline, records, rooms
+from vpd_jax.data import pipeline
+from vpd_jax.data.datasets import nyu, rooms
+from vpd_jax.data.shards import reader, writer
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def shards(root, tmp_path_factory):
   folder = tmp_path_factory.mktemp("shards") / "nyu"
-  builders.prepare(nyu.Nyu(root=str(root)), folder, name="nyu", shard_bytes=20_000)
+  writer.prepare(nyu.Nyu(root=str(root)), folder, name="nyu", shard_bytes=20_000)
   return folder
 
 
@@ -119,7 +121,7 @@ builders.prepare(test_builders.Killed(root={str(root)!r}), {str(output)!r}, name
   finished = {path.name: path.stat().st_mtime_ns for path in shards.glob("*array_record*") if path.suffix != ".part"}
   assert len(finished) == 4 and len(list(shards.glob("*.part"))) == 1
   said = []
-  builders.prepare(Killed(root=str(root)), output, name="nyu", shard_bytes=1, say=said.append)
+  writer.prepare(Killed(root=str(root)), output, name="nyu", shard_bytes=1, say=said.append)
   assert said == ["continuing: 4 shards are finished, any other is written again"]
   assert {name: (output / name).stat().st_mtime_ns for name in finished} == finished  # taken over, not written again
   assert os.listdir(tmp_path) == ["out"]
@@ -135,10 +137,10 @@ def test_a_changed_data_set_starts_again(root, tmp_path):
   (staging / "state.json").write_text(json.dumps({"name": "nyu"}))
   (staging / "vpd_jax-train.array_record-00000-of-00001").write_bytes(b"of another list")
   said = []
-  builders.prepare(nyu.Nyu(root=str(root)), tmp_path / "out", name="nyu", say=said.append)
+  writer.prepare(nyu.Nyu(root=str(root)), tmp_path / "out", name="nyu", say=said.append)
   assert said == ["starting again: the data set or its options have changed since 1 shards were written"]
   assert len(nyu.Nyu(root=str(tmp_path / "out"), format="tfds").source("train")) == 8
-  builders.prepare(nyu.Nyu(root=str(root)), tmp_path / "out", name="nyu", say=said.append)
+  writer.prepare(nyu.Nyu(root=str(root)), tmp_path / "out", name="nyu", say=said.append)
   assert said[1] == f"{tmp_path}/out is prepared already; remove it to write it again"
 
 
@@ -153,15 +155,15 @@ def test_where_nothing_can_be_written(root, tmp_path):
     (tmp_path / "file/below", "cannot be written: Not a directory"),
     ("gs://bucket/nyu", "must be a local folder; copy it to the bucket"),
   ):
-    check_message(message, lambda output=output: builders.prepare(data, output, name="nyu"))
+    check_message(message, lambda output=output: writer.prepare(data, output, name="nyu"))
   assert sorted(os.listdir(tmp_path)) == ["file", "full"]
 
 
 def test_a_disk_that_is_too_small_is_found_before_writing(root, tmp_path, monkeypatch):
-  monkeypatch.setattr(builders.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+  monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
   check_message(
     "0.0 GB free, but 0.0 GB are needed",
-    lambda: builders.prepare(nyu.Nyu(root=str(root)), tmp_path / "out", name="nyu"),
+    lambda: writer.prepare(nyu.Nyu(root=str(root)), tmp_path / "out", name="nyu"),
   )
   assert not (tmp_path / "out").exists()
 
@@ -178,7 +180,7 @@ def test_a_damaged_record_is_named_and_the_others_are_read(shards, tmp_path):
   source = nyu.Nyu(root=str(bad), format="tfds").source("train")
   check_message(f"record 0 of split 'train' in {bad} cannot be read", lambda: source[0])
   source[1]
-  assert records.Readable(source)[0]["index"] == 1
+  assert reader.Readable(source)[0]["index"] == 1
   shard.write_bytes(raw[:-100])
   check_message("copy them again", lambda: nyu.Nyu(root=str(bad), format="tfds").source("train"))
   shard.unlink()
@@ -191,7 +193,7 @@ def test_a_damaged_record_is_named_and_the_others_are_read(shards, tmp_path):
 def test_shards_are_those_that_were_asked_for(root, shards, tmp_path):
   drawn = tmp_path / "drawn"
   options = dict(size=(24, 32), crop=(24, 24), train_count=3, eval_count=2)
-  builders.prepare(rooms.Rooms(**options), drawn, name="rooms", splits=("eval",))
+  writer.prepare(rooms.Rooms(**options), drawn, name="rooms", splits=("eval",))
   read = dict(options, root=str(drawn), format="tfds")
   for message, function in (
     ("made with seed=0 (here 1); prepare", lambda: rooms.Rooms(**dict(read, seed=1)).source("eval")),
@@ -236,16 +238,16 @@ class Odd:
 
 
 def test_whole_examples_are_stored_exactly_where_a_data_set_states_no_records(tmp_path):
-  builders.prepare(Odd(), tmp_path / "odd", name="odd")
-  source = records.Shards(str(tmp_path / "odd"), "odd", "train", made_with={"widths": (1, 2)})
+  writer.prepare(Odd(), tmp_path / "odd", name="odd")
+  source = reader.Shards(str(tmp_path / "odd"), "odd", "train", made_with={"widths": (1, 2)})
   read, written = pickle.loads(pickle.dumps(source))[1], Odd().source("train")[1]
   assert read.pop("text") == written.pop("text")
   assert_same([read], [written])
   check_message(
-    "'raw' is of object, which shards cannot hold", lambda: builders.prepare(Odd("raw"), tmp_path / "r", name="odd")
+    "'raw' is of object, which shards cannot hold", lambda: writer.prepare(Odd("raw"), tmp_path / "r", name="odd")
   )
 
 
 def test_a_data_set_may_only_name_known_kinds():
   data = type("Data", (), {"stored": {"image": "picture", "sound": "wave"}})()
-  check_message("names ['wave']; choose among", lambda: builders.describe(data, []))
+  check_message("names ['wave']; choose among", lambda: writer.describe(data, []))

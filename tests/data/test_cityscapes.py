@@ -6,7 +6,9 @@ import pytest
 
 from tests.data.test_ade20k import add_companions, write_pairs
 from tests.data.test_nyu import check_message
-from vpd_jax.data import builders, cityscapes, labels, mapillary
+from vpd_jax.data.datasets import cityscapes, mapillary
+from vpd_jax.data.readers import label_maps
+from vpd_jax.data.shards import writer
 
 IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14}
 IDS |= {28: 15, 31: 16, 32: 17, 33: 18}
@@ -72,11 +74,11 @@ def test_a_file_of_train_ids_goes_before_one_of_label_ids(root):
 def test_every_number_of_a_label_file_is_defined_or_refused():
   numbers = np.arange(256, dtype=np.uint8)[None]
   raw = cv2.imencode(".png", numbers[:, :34])[1].tobytes()
-  found = labels.decode_labels(raw, "x", cityscapes.KINDS["_labelIds.png"])
+  found = label_maps.decode_labels(raw, "x", cityscapes.KINDS["_labelIds.png"])
   assert found[0].tolist() == [IDS.get(number, 255) for number in range(34)]
   check_message(
     "holds 34 (1 pixels)",
-    lambda: labels.decode_labels(
+    lambda: label_maps.decode_labels(
       cv2.imencode(".png", numbers[:, :35])[1].tobytes(), "x", cityscapes.KINDS["_labelIds.png"]
     ),
   )
@@ -132,7 +134,7 @@ def test_missing_label_files_are_counted_with_their_source(root):
 
 def test_shards_hold_the_same_examples_and_remember_what_was_chosen(root, tmp_path):
   data = made(root, extra="coarse")
-  builders.prepare(data, tmp_path / "out", name="cityscapes")
+  writer.prepare(data, tmp_path / "out", name="cityscapes")
   stored = pickle.loads(pickle.dumps(made(tmp_path / "out", extra="coarse", format="tfds"))).source("train")
   drawn = data.source("train")
   assert len(stored) == len(drawn) == 5
@@ -148,7 +150,7 @@ def test_the_test_server_gets_label_ids():
   assert sent.dtype == np.uint8 and sent[0, -1] == 0
   assert [IDS[number] for number in sent[0, :-1].tolist()] == list(range(19))
   raw = cv2.imencode(".png", sent)[1].tobytes()
-  np.testing.assert_array_equal(labels.decode_labels(raw, "x", cityscapes.KINDS["_labelIds.png"]), train_ids)
+  np.testing.assert_array_equal(label_maps.decode_labels(raw, "x", cityscapes.KINDS["_labelIds.png"]), train_ids)
   check_message("values [19, 40] are no train ids", lambda: cityscapes.to_label_ids(np.array([19, 40, 3], np.uint8)))
 
 

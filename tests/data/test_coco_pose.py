@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 
 from tests.data import coco_people
-from vpd_jax.data import builders, coco_json, keypoints, people, pipeline
-from vpd_jax.data.coco_pose import COUNTS, CocoPose
-from vpd_jax.data.keypoint_list import KeypointList
+from vpd_jax.data import pipeline
+from vpd_jax.data.datasets.coco_pose import COUNTS, CocoPose
+from vpd_jax.data.datasets.keypoint_list import KeypointList
+from vpd_jax.data.readers import coco_json, persons
+from vpd_jax.data.shards import writer
+from vpd_jax.data.transforms import top_down as top_down_transforms
 
 CROP = (64, 48)
 
@@ -115,7 +118,7 @@ def test_batches_hold_crops(root):
   batches = pipeline.train_batches(made, batch_size=2, seed=0, keys=made.provides)
   batch = next(batches)
   batches.close()
-  assert set(batch) == made.provides == keypoints.PROVIDES
+  assert set(batch) == made.provides == top_down_transforms.PROVIDES
   shapes = {key: value.shape for key, value in batch.items()}
   assert shapes["image"] == (2, *CROP, 3) and shapes["keypoints"] == (2, 17, 3) and shapes["extent"] == (2, 2)
   rows = [*pipeline.eval_batches(made, batch_size=4, keys=made.provides)]
@@ -130,7 +133,7 @@ def test_published_numbers_are_checked_unless_told_otherwise(root):
 
 
 def test_shards_hold_the_same_examples(root, tmp_path):
-  builders.prepare(data(root), tmp_path / "out", name="coco_pose")
+  writer.prepare(data(root), tmp_path / "out", name="coco_pose")
   shards = data(tmp_path / "out", format="tfds", annotations=str(root / "annotations"))
   for split in ("train", "eval"):
     drawn, read = data(root).source(split), shards.source(split)
@@ -176,7 +179,7 @@ def test_all_faults_of_an_annotation_file_are_counted_and_named(tmp_path):
 
 
 def test_files_of_another_kind_are_refused(root, tmp_path):
-  names = keypoints.COCO.names
+  names = top_down_transforms.COCO.names
   path = tmp_path / "x.json"
   path.write_text("{")
   check_message(f"{path} cannot be read: it is no JSON, or cut off", lambda: coco_json.annotations(path, names))
@@ -265,7 +268,7 @@ def test_keypoints_of_ones_own_are_scored_in_boxes_of_a_detector_and_stored_in_s
   assert len(source) == 2 and source.notes == ["1 detections of images outside the split are left out"]
   whole = KeypointList(root=str(own), crop=CROP, eval_json="train.json", detections=str(tmp_path / "boxes.json"))
   assert len(whole.source("eval")) == 3 and "8 images have no detection and count as such" in whole.source("eval").notes
-  builders.prepare(made, tmp_path / "out", name="keypoint_list")
+  writer.prepare(made, tmp_path / "out", name="keypoint_list")
   options = {"root": str(tmp_path / "out"), "crop": CROP, "format": "tfds", "detections": made.detections}
   stored = KeypointList(**options, json_root=str(own))
   assert len(stored.source("eval")) == 2 and stored.truth("eval") == made.truth("eval")
@@ -277,6 +280,6 @@ def test_keypoints_of_ones_own_are_scored_in_boxes_of_a_detector_and_stored_in_s
 
 def test_a_record_is_an_example(root):
   source = data(root).source("train")
-  example = people.decode(source.record(2))
+  example = persons.decode(source.record(2))
   for key, value in source[2].items():
     np.testing.assert_array_equal(example[key], value)

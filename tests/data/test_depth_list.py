@@ -9,8 +9,10 @@ import pytest
 
 from tests import tiny
 from tests.data.test_nyu import check_message
-from vpd_jax import config_file, train
-from vpd_jax.data import depth_list, transforms
+from vpd_jax.config import loader
+from vpd_jax.data.datasets import depth_list
+from vpd_jax.data.transforms import depth as depth_transforms
+from vpd_jax.training import train
 
 FACTOR, MAX_DEPTH = 1000.0, 10.0
 SIZES = [(72, 100), (90, 96), (150, 240), (64, 96), (100, 100), (80, 130), (66, 99), (72, 100)]
@@ -153,7 +155,7 @@ def test_pictures_of_any_size_get_one_size_with_their_aspect_kept(root):
     assert made.train_transform(example, np.random.default_rng(0), 1)["depth"].shape == (64, 64)
   y, x = np.mgrid[:120, :402].astype(np.float32)
   image = np.stack([y, x / 2, 0 * x], -1).astype(np.uint8)
-  covered = transforms.resize_to_cover({"image": image, "depth": x + 1000 * y}, size=(40, 60))
+  covered = depth_transforms.resize_to_cover({"image": image, "depth": x + 1000 * y}, size=(40, 60))
   columns, rows = covered["depth"][0] % 1000, covered["depth"][:, 0] // 1000
   np.testing.assert_array_equal(np.diff(columns), 3)  # both by 3
   np.testing.assert_array_equal(rows, 1 + 3 * np.arange(40))
@@ -233,7 +235,7 @@ def test_an_image_of_another_size_than_its_depth_is_named(root):
 
 def test_the_example_config_trains_and_evaluates_on_files_of_many_sizes(root, tmp_path):
   """Two steps and a score, beside those of the trivial predictors; in small."""
-  config = tiny.shrunk(config_file.load("configs/my_depth.py:tiny")).unlock()
+  config = tiny.shrunk(loader.load("configs/my_depth.py:tiny")).unlock()
   config.update(num_steps=2, log_every=1, eval_every=2, save_every=2)
   config.data.root = str(root)
   config.data.holdout = 0.25

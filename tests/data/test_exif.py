@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpd_jax.data import builders, depth_list, keypoint_list, mask_folder, refer_list
+from vpd_jax.data.datasets import depth_list, keypoint_list, mask_folder, refer_list
+from vpd_jax.data.shards import writer
 
 SIZE, COUNT, TURNED = (24, 40), 6, (1, 4)  # pictures of which two are turned
 
@@ -87,7 +88,7 @@ def test_a_picture_on_its_side_that_does_not_fit_is_an_error_with_the_option(tmp
 def test_shards_are_read_by_the_same_rule(tmp_path, name):
   root = write(tmp_path / "data", 3)
   kind = {"masks": "mask_folder", "sentences": "refer_list", "keypoints": "keypoint_list"}[name]
-  builders.prepare(MADE[name][0](root, "stored"), tmp_path / "shards", name=kind, say=lambda line: None)
+  writer.prepare(MADE[name][0](root, "stored"), tmp_path / "shards", name=kind, say=lambda line: None)
   options = {"masks": {"classes": ("no", "yes")}, "sentences": {"crop": (8, 8)}}
   options |= {"keypoints": {"crop": (64, 64), "json_root": str(root)}}
   make = {"masks": mask_folder.MaskFolder, "sentences": refer_list.ReferList, "keypoints": keypoint_list.KeypointList}

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from vpd_jax.data import keypoints
-from vpd_jax.data.keypoints import COCO, Augmentation
+from vpd_jax.data.transforms import top_down as top_down_transforms
+from vpd_jax.data.transforms.top_down import COCO, Augmentation
 
 CROP = (256, 192)
 COCO_SIGMAS = [0.26, 0.25, 0.25, 0.35, 0.35, 0.79, 0.79, 0.72, 0.72, 0.62, 0.62, 1.07, 1.07, 0.87, 0.87, 0.89, 0.89]
@@ -40,9 +40,9 @@ def test_cocos_facts():
   # As in the files' categories, which count from 1.
   assert [(a + 1, b + 1) for a, b in COCO.skeleton][:4] == [(16, 14), (14, 12), (17, 15), (15, 13)]
   assert len(COCO.skeleton) == 19 and COCO.upper == tuple(range(11))
-  assert keypoints.described(COCO.names).pairs == COCO.pairs
-  assert keypoints.described(COCO.names).sigmas == COCO.sigmas
-  np.testing.assert_allclose(keypoints.UPPER_SHARE, 0.6915, atol=1e-4)
+  assert top_down_transforms.described(COCO.names).pairs == COCO.pairs
+  assert top_down_transforms.described(COCO.names).sigmas == COCO.sigmas
+  np.testing.assert_allclose(top_down_transforms.UPPER_SHARE, 0.6915, atol=1e-4)
 
 
 def test_centre_and_extent_are_the_written_formula():
@@ -56,16 +56,16 @@ def test_centre_and_extent_are_the_written_formula():
       h = w / aspect
     elif w < aspect * h:
       w = aspect * h
-    centre, extent = keypoints.centre_and_extent(box, CROP, jitter=u)
+    centre, extent = top_down_transforms.centre_and_extent(box, CROP, jitter=u)
     np.testing.assert_allclose(centre, expected)
     np.testing.assert_allclose(extent, 200 * (1.25 * np.array([w, h]) / 200))
-    np.testing.assert_allclose(keypoints.centre_and_extent(box, CROP)[0], [x + box[2] / 2, y + box[3] / 2])
+    np.testing.assert_allclose(top_down_transforms.centre_and_extent(box, CROP)[0], [x + box[2] / 2, y + box[3] / 2])
 
 
 def test_the_udp_matrix_is_the_written_formula():
   rng = np.random.default_rng(1)
   for _ in range(100):
-    (cx, cy), (sx, sy) = centre, extent = keypoints.centre_and_extent(random_box(rng), CROP)
+    (cx, cy), (sx, sy) = centre, extent = top_down_transforms.centre_and_extent(random_box(rng), CROP)
     angle = rng.uniform(-80, 80)
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     kx, ky = 191 / sx, 255 / sy
@@ -73,7 +73,9 @@ def test_the_udp_matrix_is_the_written_formula():
       [kx * cos, -kx * sin, kx * (-cx * cos + cy * sin + sx / 2)],
       [ky * sin, ky * cos, ky * (-cx * sin - cy * cos + sy / 2)],
     ]
-    np.testing.assert_allclose(keypoints.warp_matrix(centre, extent, angle, CROP), expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+      top_down_transforms.warp_matrix(centre, extent, angle, CROP), expected, rtol=1e-9, atol=1e-9
+    )
 
 
 def test_the_classic_matrix_is_the_one_through_three_points():
@@ -83,7 +85,7 @@ def test_the_classic_matrix_is_the_one_through_three_points():
     return b + np.array([-(a - b)[1], (a - b)[0]])
 
   for _ in range(100):
-    centre, extent = keypoints.centre_and_extent(random_box(rng), CROP)
+    centre, extent = top_down_transforms.centre_and_extent(random_box(rng), CROP)
     angle = rng.uniform(-80, 80)
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     up = np.array([[cos, -sin], [sin, cos]]) @ [0, -extent[0] / 2]
@@ -91,7 +93,7 @@ def test_the_classic_matrix_is_the_one_through_three_points():
     source.append(third(*source))
     target.append(third(*target))
     expected = cv2.getAffineTransform(np.float32(source), np.float32(target))
-    found = keypoints.warp_matrix(centre, extent, angle, CROP, udp=False)
+    found = top_down_transforms.warp_matrix(centre, extent, angle, CROP, udp=False)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())  # its inputs are float32
 
 
@@ -100,9 +102,9 @@ def test_udp_to_the_heatmap_and_back_is_exact_without_rotation():
   rng = np.random.default_rng(3)
   for _ in range(100):
     box = random_box(rng)
-    centre, extent = keypoints.centre_and_extent(box, CROP)
+    centre, extent = top_down_transforms.centre_and_extent(box, CROP)
     points = rng.uniform(box[:2], box[:2] + box[2:], (17, 2))
-    crop = keypoints.warp_points(points, keypoints.warp_matrix(centre, extent, 0.0, CROP))
+    crop = top_down_transforms.warp_points(points, top_down_transforms.warp_matrix(centre, extent, 0.0, CROP))
     on_map = crop / (np.array([191, 255]) / np.array([47, 63]))
     back = on_map * extent / np.array([47, 63]) + centre - extent / 2
     np.testing.assert_allclose(back, points, rtol=0, atol=1e-9)
@@ -114,12 +116,12 @@ def test_the_warped_picture_shows_the_points_where_the_matrix_puts_them(udp):
   points = np.array([[60.0, 40.0], [90.0, 70.0], [50.0, 90.0]])
   for x, y in points.astype(int):
     image[y - 1 : y + 2, x - 1 : x + 2] = 255
-  matrix = keypoints.warp_matrix(np.array([70.0, 60.0]), np.array([90.0, 120.0]), 25.0, CROP, udp=udp)
-  crop = keypoints.warp_image(image, matrix, CROP)
+  matrix = top_down_transforms.warp_matrix(np.array([70.0, 60.0]), np.array([90.0, 120.0]), 25.0, CROP, udp=udp)
+  crop = top_down_transforms.warp_image(image, matrix, CROP)
   count, _, _, middles = cv2.connectedComponentsWithStats((crop[..., 0] > 100).astype(np.uint8))
   assert crop.shape == (256, 192, 3) and count == 4
   found = sorted(middles[1:].tolist())
-  np.testing.assert_allclose(found, sorted(keypoints.warp_points(points, matrix).tolist()), atol=0.6)
+  np.testing.assert_allclose(found, sorted(top_down_transforms.warp_points(points, matrix).tolist()), atol=0.6)
   assert not crop[:20, :20].any()  # beyond the picture
 
 
@@ -149,18 +151,18 @@ def test_warping_is_plain_bilinear_interpolation(udp):
     image[:3] = image[-3:] = image[:, :3] = image[:, -3:] = 0  # no step at the border, which is sampled alike
     image = cv2.GaussianBlur(image, (0, 0), 2)
     centre, extent = rng.uniform((20, 20), (140, 100)), rng.uniform(40, 150) * np.array([0.75, 1.0])
-    matrix = keypoints.warp_matrix(centre, extent, rng.uniform(-80, 80), size, udp=udp)
-    found = keypoints.warp_image(image, matrix, size)
+    matrix = top_down_transforms.warp_matrix(centre, extent, rng.uniform(-80, 80), size, udp=udp)
+    found = top_down_transforms.warp_image(image, matrix, size)
     np.testing.assert_allclose(found, written_warp(image, matrix, size), rtol=0, atol=2)
 
 
 def test_mirroring_twice_is_nothing_and_swaps_left_and_right():
   points = person()["keypoints"]
-  once = keypoints.mirrored(points, 160, COCO.pairs)
+  once = top_down_transforms.mirrored(points, 160, COCO.pairs)
   np.testing.assert_allclose(once[5, 0], 159 - points[6, 0])
   np.testing.assert_array_equal(once[5, 1:], points[6, 1:])
   assert not once[4].any() and not once[10].any() and not once[15].any()  # the partners of those without label
-  np.testing.assert_allclose(keypoints.mirrored(once, 160, COCO.pairs), points, atol=1e-4)
+  np.testing.assert_allclose(top_down_transforms.mirrored(once, 160, COCO.pairs), points, atol=1e-4)
 
 
 def written_half_body(points, upper, prefer_upper):
@@ -183,7 +185,7 @@ def test_half_bodies_are_the_written_rule(prefer_upper):
   for _ in range(200):
     points = np.concatenate([rng.uniform(0, 200, (17, 2)), rng.integers(0, 3, (17, 1))], axis=1)
     points[rng.integers(0, 17, rng.integers(0, 17))] = 0
-    found = keypoints.half_body(points, COCO.upper, CROP, prefer_upper=prefer_upper)
+    found = top_down_transforms.half_body(points, COCO.upper, CROP, prefer_upper=prefer_upper)
     expected = written_half_body(points, COCO.upper, prefer_upper)
     assert (found is None) == (expected is None)
     seen.add(found is None)
@@ -193,21 +195,21 @@ def test_half_bodies_are_the_written_rule(prefer_upper):
   assert seen == {True, False}
   same = np.zeros((17, 3))
   same[:4] = 30, 40, 2
-  assert keypoints.half_body(same, COCO.upper, CROP, prefer_upper=True) is None  # the release divides by 0
+  assert top_down_transforms.half_body(same, COCO.upper, CROP, prefer_upper=True) is None  # the release divides by 0
 
 
 def test_an_example_for_evaluation_is_the_box_as_it_is():
   example = Augmentation(CROP, COCO).evaluation(person())
-  assert set(example) == keypoints.PROVIDES
-  centre, extent = keypoints.centre_and_extent(person()["box"], CROP)
+  assert set(example) == top_down_transforms.PROVIDES
+  centre, extent = top_down_transforms.centre_and_extent(person()["box"], CROP)
   np.testing.assert_allclose(example["centre"], centre)
   np.testing.assert_allclose(example["extent"], extent)
   assert example["image"].shape == (*CROP, 3) and example["image"].dtype == np.uint8
   labelled = person()["keypoints"][:, 2] > 0
   np.testing.assert_array_equal(example["keypoints"][:, 2], labelled)
   assert not example["keypoints"][~labelled].any()
-  matrix = keypoints.warp_matrix(centre, extent, 0.0, CROP)
-  placed = keypoints.warp_points(person()["keypoints"][labelled, :2], matrix)
+  matrix = top_down_transforms.warp_matrix(centre, extent, 0.0, CROP)
+  placed = top_down_transforms.warp_points(person()["keypoints"][labelled, :2], matrix)
   np.testing.assert_allclose(example["keypoints"][labelled, :2], placed, atol=1e-4)
   assert {str(example[k].dtype) for k in ("keypoints", "centre", "extent", "box_score")} == {"float32"}
 
@@ -237,7 +239,7 @@ def test_the_augmentation_draws_what_it_says():
   """Shares of mirror images, of turned crops, of moved centres and of scales, over many draws."""
   made = Augmentation((32, 24), COCO, half_body=0.0)
   plain = person(size=(60, 80)) | {"box": np.array([20, 10, 30, 40], np.float32)}
-  still = keypoints.centre_and_extent(plain["box"], (32, 24))
+  still = top_down_transforms.centre_and_extent(plain["box"], (32, 24))
   turned, moved, factors = 0, 0, []
   for seed in range(600):
     example = made.training({**plain, "index": np.int32(seed)}, np.random.default_rng(seed))
@@ -279,16 +281,16 @@ def test_half_bodies_come_as_often_as_asked():
   few[8:] = 0
   few[3] = 30, 30, 2
   example = made[1.0].training(plain | {"keypoints": few}, np.random.default_rng(0))
-  np.testing.assert_allclose(example["centre"], keypoints.centre_and_extent(plain["box"], CROP)[0])
+  np.testing.assert_allclose(example["centre"], top_down_transforms.centre_and_extent(plain["box"], CROP)[0])
 
 
 def test_keypoints_of_ones_own_are_described_by_names():
-  found = keypoints.described(
+  found = top_down_transforms.described(
     ("nose", "left_hoof", "right_hoof", "tail"), skeleton=(("nose", "tail"),), sigmas=(0.1,), upper=("nose",)
   )
   assert found.pairs == ((1, 2),) and found.skeleton == ((0, 3),) and found.sigmas == (0.1,) * 4 and found.upper == (0,)
-  assert keypoints.described(("nose", "tail")).sigmas == (0.026, keypoints.UNKNOWN_SIGMA)
-  assert keypoints.described(("a", "b", "c"), pairs=(("a", "c"),)).pairs == ((0, 2),)
+  assert top_down_transforms.described(("nose", "tail")).sigmas == (0.026, top_down_transforms.UNKNOWN_SIGMA)
+  assert top_down_transforms.described(("a", "b", "c"), pairs=(("a", "c"),)).pairs == ((0, 2),)
 
 
 @pytest.mark.parametrize("options, message", [
@@ -302,7 +304,7 @@ def test_keypoints_of_ones_own_are_described_by_names():
 ])  # fmt: skip
 def test_names_that_do_not_fit_are_refused(options, message):
   with pytest.raises(ValueError, match=message):
-    keypoints.described(options.pop("names"), **options)
+    top_down_transforms.described(options.pop("names"), **options)
 
 
 @pytest.mark.parametrize("options, message", [

@@ -10,8 +10,11 @@ import pytest
 from tests import tiny
 from tests.data.test_nyu import check_message
 from tests.data.test_transforms import Fixed
-from vpd_jax import assemble, config_file
-from vpd_jax.data import kitti, pipeline, transforms
+from vpd_jax import experiment
+from vpd_jax.config import loader
+from vpd_jax.data import pipeline
+from vpd_jax.data.datasets import kitti
+from vpd_jax.data.transforms import depth as depth_transforms
 
 TRAIN = ["2011_09_26_drive_0057_sync/116", "2011_10_03_drive_0034_sync/978", "2011_09_30_drive_0034_sync/340"]
 TEST = ["2011_09_26_drive_0002_sync/69", "2011_09_26_drive_0002_sync/54"]
@@ -74,11 +77,13 @@ def test_the_benchmarks_crop_is_the_lowest_rows_and_middle_columns(root):
   """375 x 1242 as KITTI's frames are, and an odd number of columns too many."""
   for height, width, top, left in ((375, 1242, 23, 13), (370, 1227, 18, 5), (352, 1216, 0, 0)):
     image = np.arange(height * width, dtype=np.int32).reshape(height, width)
-    cropped = transforms.kb_crop({"image": np.stack([image] * 3, -1), "depth": image, "index": np.int32(1)})
+    cropped = depth_transforms.kb_crop({"image": np.stack([image] * 3, -1), "depth": image, "index": np.int32(1)})
     assert cropped["image"].shape == (352, 1216, 3) and cropped["index"] == 1
     np.testing.assert_array_equal(cropped["depth"], image[top:, left : left + 1216])
     np.testing.assert_array_equal(cropped["image"][..., 2], cropped["depth"])
-  check_message("does not fit into an image of 36x1216", lambda: transforms.kb_crop({"image": np.zeros((36, 1216, 3))}))
+  check_message(
+    "does not fit into an image of 36x1216", lambda: depth_transforms.kb_crop({"image": np.zeros((36, 1216, 3))})
+  )
   data = kitti.Kitti(root=str(root), **SMALL)
   example = data.eval_transform(data.source("train")[0])
   image, depth = stored(root, TRAIN[0])
@@ -161,7 +166,7 @@ def test_resize_comes_after_the_benchmarks_crop(root):
 
 
 def test_the_config_has_the_authors_schedule_and_groups():
-  config = config_file.load("configs/kitti_depth.py")
+  config = loader.load("configs/kitti_depth.py")
   counts = kitti.Kitti.published.counts
   assert config.num_steps == 25 * -(-counts["train"] // 24) and config.optim.schedule.half == 12 * 965
   assert (config.task.max_depth, config.task.eval_crop, config.task.png_scale) == (80.0, "garg", 256)
@@ -170,12 +175,12 @@ def test_the_config_has_the_authors_schedule_and_groups():
 
 
 def test_a_method_that_is_told_a_class_gets_the_scene_or_is_refused(root):
-  config = tiny.shrunk(config_file.load("configs/kitti_depth.py:tiny")).unlock()
+  config = tiny.shrunk(loader.load("configs/kitti_depth.py:tiny")).unlock()
   config.data.update(root=str(root), kb_crop=(36, 122))
-  product = assemble.assemble(config)
-  assert assemble.dataset(config, product).classes == ("street",)
+  product = experiment.assemble(config)
+  assert experiment.dataset(config, product).classes == ("street",)
   config.data.scene = ""
-  check_message("need ['class_id'], but data set 'kitti' provides", lambda: assemble.dataset(config, product))
+  check_message("need ['class_id'], but data set 'kitti' provides", lambda: experiment.dataset(config, product))
 
 
 def test_errors_of_options_are_one_line(tmp_path, root):

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from tests.data.test_nyu import check_message
-from vpd_jax.data import labels
+from vpd_jax.data.readers import label_maps
 
-THREE = labels.values({0: 0, 1: 1, 2: 2}, (255,), "correct data.classes.")
+THREE = label_maps.values({0: 0, 1: 1, 2: 2}, (255,), "correct data.classes.")
 NUMBERS = np.array([[0, 1, 2], [2, 255, 0]], np.uint8)
 
 
@@ -29,7 +29,7 @@ def png(tmp_path, array, palette=False, **options):
 
 def test_grey_and_palette_files_give_the_same_classes(tmp_path):
   for raw in (png(tmp_path, NUMBERS), png(tmp_path, NUMBERS, palette=True), png(tmp_path, NUMBERS.astype(np.uint16))):
-    found = labels.decode_labels(raw, "m.png", THREE)
+    found = label_maps.decode_labels(raw, "m.png", THREE)
     np.testing.assert_array_equal(found, NUMBERS)
     assert found.dtype == np.uint8
 
@@ -39,11 +39,11 @@ def test_few_bits_are_numbers_not_brightness(tmp_path, bits):
   numbers = np.array([[0, 1, 1, 0, 1], [1, 0, 0, 1, 0]], np.uint8) * (1 if bits == 1 else 2)
   raw = png(tmp_path, numbers, palette=True, bits=bits)
   assert (raw[24], raw[25]) == (bits, 3)
-  np.testing.assert_array_equal(labels.decode_labels(raw, "m.png", THREE), numbers)
+  np.testing.assert_array_equal(label_maps.decode_labels(raw, "m.png", THREE), numbers)
   # Grey of so few bits, which PIL does not write: from the header, and rows packed by hand.
   packed = np.packbits((numbers[..., None] >> np.arange(bits)[::-1] & 1).reshape(2, -1), axis=1)
   grey = _grey_png(packed, numbers.shape, bits)
-  np.testing.assert_array_equal(labels.decode_labels(grey, "m.png", THREE), numbers)
+  np.testing.assert_array_equal(label_maps.decode_labels(grey, "m.png", THREE), numbers)
 
 
 def _grey_png(packed, shape, bits):
@@ -64,18 +64,18 @@ def test_numbers_beyond_the_classes_are_named_with_file_count_and_range(tmp_path
     "label file a/m.png holds 7 (2 pixels), 200 (1 pixels); allowed are 0 to 2, 255, of which 255 mean no class"
   )
   for raw in (png(tmp_path, numbers), png(tmp_path, numbers, palette=True), png(tmp_path, numbers.astype(np.uint16))):
-    message = check_message(expected, lambda raw=raw: labels.decode_labels(raw, "a/m.png", THREE))
+    message = check_message(expected, lambda raw=raw: label_maps.decode_labels(raw, "a/m.png", THREE))
     assert message.endswith("; correct data.classes.")
   wide = np.full((2, 2), 256, np.uint16)  # whose low byte is a class
-  check_message("holds 256 (4 pixels)", lambda: labels.decode_labels(png(tmp_path, wide), "m.png", THREE))
+  check_message("holds 256 (4 pixels)", lambda: label_maps.decode_labels(png(tmp_path, wide), "m.png", THREE))
   many = np.arange(100, 120, dtype=np.uint8)[None]
-  check_message("109 (1 pixels), ...; allowed", lambda: labels.decode_labels(png(tmp_path, many), "m.png", THREE))
+  check_message("109 (1 pixels), ...; allowed", lambda: label_maps.decode_labels(png(tmp_path, many), "m.png", THREE))
 
 
 @pytest.mark.parametrize("channels, words", [(3, "three channels (RGB)"), (4, "four channels (RGBA)")])
 def test_colours_are_no_classes(tmp_path, channels, words):
   raw = png(tmp_path, np.zeros((4, 4, channels), np.uint8))
-  check_message(f"label file m.png has {words}; one is needed", lambda: labels.decode_labels(raw, "m.png", THREE))
+  check_message(f"label file m.png has {words}; one is needed", lambda: label_maps.decode_labels(raw, "m.png", THREE))
 
 
 def test_damaged_and_other_files_are_named(tmp_path):
@@ -88,20 +88,20 @@ def test_damaged_and_other_files_are_named(tmp_path):
     (jpeg, "is a JPEG, which changes class numbers"),
     (broken, "is not a picture that can be read, or damaged"),
   ):
-    assert "m.png" in check_message(message, lambda bad=bad: labels.decode_labels(bad, "m.png", THREE))
+    assert "m.png" in check_message(message, lambda bad=bad: label_maps.decode_labels(bad, "m.png", THREE))
 
 
 def test_values_may_be_chosen(tmp_path):
-  black_white = labels.values({0: 0, 255: 1}, (), "")
-  found = labels.decode_labels(png(tmp_path, np.array([[0, 255]], np.uint8)), "m", black_white)
+  black_white = label_maps.values({0: 0, 255: 1}, (), "")
+  found = label_maps.decode_labels(png(tmp_path, np.array([[0, 255]], np.uint8)), "m", black_white)
   assert found.tolist() == [[0, 1]] and black_white.allowed == "0, 255"
-  check_message("[256] lie outside 0 to 255", lambda: labels.values({256: 0}, (), ""))
-  check_message("[3] are both of a class and ignored", lambda: labels.values({3: 0}, (3,), ""))
+  check_message("[256] lie outside 0 to 255", lambda: label_maps.values({256: 0}, (), ""))
+  check_message("[3] are both of a class and ignored", lambda: label_maps.values({3: 0}, (3,), ""))
 
 
 def test_shipped_class_lists_are_whole():
   for name, count in (("ade20k_classes.json", 150), ("cityscapes_classes.json", 19)):
-    listed = labels.read_class_list(name)
+    listed = label_maps.read_class_list(name)
     assert len(set(listed.names)) == len(listed.palette) == len(listed.rows) == count
     alike = [
       name for name, colour in zip(listed.names, listed.palette, strict=True) if listed.palette.count(colour) > 1
@@ -109,7 +109,7 @@ def test_shipped_class_lists_are_whole():
     assert alike == (["road", "skyscraper"] if count == 150 else [])  # so in mmsegmentation
     assert all(name == name.strip() for name in listed.names)
     assert all(len(colour) == 3 and min(colour) >= 0 and max(colour) <= 255 for colour in listed.palette)
-  assert labels.read_class_list("ade20k_classes.json").names[:3] == ("wall", "building", "sky")
+  assert label_maps.read_class_list("ade20k_classes.json").names[:3] == ("wall", "building", "sky")
 
 
 class Counted:
@@ -129,7 +129,7 @@ class Counted:
 def test_a_histogram_looks_at_a_bounded_number_of_maps():
   maps = [np.array([[0, 0, 0, 1], [255, 255, 255, 255]], np.uint8)] * 1000
   source = Counted(maps)
-  lines = labels.histogram(source, ("wall", "floor", "door"), samples=20)
+  lines = label_maps.histogram(source, ("wall", "floor", "door"), samples=20)
   assert len(source.read) == 20 and max(source.read) == 950
   assert lines == [
     "labels of 20 of 1000 pictures: 50.0 % have no class",
@@ -139,10 +139,14 @@ def test_a_histogram_looks_at_a_bounded_number_of_maps():
 
 
 def test_a_histogram_warns_of_a_single_class_and_refuses_one_too_many():
-  lines = labels.histogram(Counted([np.array([[0, 255]], np.uint8)]), ("nothing", "cat"))
+  lines = label_maps.histogram(Counted([np.array([[0, 255]], np.uint8)]), ("nothing", "cat"))
   assert lines[-1].startswith("  WARNING: at most one class occurs")
-  assert labels.histogram(Counted([np.full((2, 2), 255, np.uint8)]), ("a", "b"))[0].endswith("100.0 % have no class")
-  check_message("labels [2] occur, but there are 2 classes", lambda: labels.histogram(Counted([NUMBERS]), ("a", "b")))
+  assert label_maps.histogram(Counted([np.full((2, 2), 255, np.uint8)]), ("a", "b"))[0].endswith(
+    "100.0 % have no class"
+  )
+  check_message(
+    "labels [2] occur, but there are 2 classes", lambda: label_maps.histogram(Counted([NUMBERS]), ("a", "b"))
+  )
 
 
 def test_values_survive_pickling():

@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from tests.data.test_pipeline import Squares
-from vpd_jax.data import lost_workers, pipeline
+from vpd_jax.data import pipeline, worker_failures
 
 SIGNALS = {-7: "SIGBUS): shared memory ran out", -9: "SIGKILL): the system ends processes", -6: "SIGABRT)."}
 
@@ -24,7 +24,7 @@ def raising(error):
 
 def message(error):
   with pytest.raises(ValueError) as caught:
-    lost_workers.following(raising(error))
+    worker_failures.following(raising(error))
   assert "\n" not in str(caught.value)
   for remedy in (r"/dev/shm has \d+ of \d+ MiB left", "--shm-size=", "fewer config.data.workers", "data.workers=0"):
     assert re.search(remedy, str(caught.value))
@@ -58,8 +58,8 @@ def test_exit_codes_and_full_shared_memory_are_told():
 @pytest.mark.parametrize("error", [RuntimeError("x"), OSError(errno.EACCES, "x"), ValueError("x"), KeyError("x")])
 def test_other_errors_stay_what_they_are(error):
   with pytest.raises(type(error)) as caught:
-    lost_workers.following(raising(error))
+    worker_failures.following(raising(error))
   assert caught.value is error
-  assert lost_workers.following(iter([1])) == 1
+  assert worker_failures.following(iter([1])) == 1
   with pytest.raises(StopIteration):
-    lost_workers.following(iter([]))
+    worker_failures.following(iter([]))

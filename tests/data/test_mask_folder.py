@@ -6,7 +6,10 @@ import pytest
 
 from tests.data.test_ade20k import add_companions, write_pairs
 from tests.data.test_nyu import check_message
-from vpd_jax.data import builders, labels, mask_folder, pipeline
+from vpd_jax.data import pipeline
+from vpd_jax.data.datasets import mask_folder
+from vpd_jax.data.readers import label_maps
+from vpd_jax.data.shards import writer
 
 CLASSES = ("road", "car", "tree")
 
@@ -34,7 +37,7 @@ def test_a_folder_of_pictures_and_masks_trains(root):
   batches.close()
   assert batch["image"].shape == (3, 32, 32, 3) and set(np.unique(batch["label"])) <= {0, 1, 2, 255}
   assert data.eval_transform(evaluation[0])["image"].shape == (40, 60, 3)
-  assert labels.histogram(train, data.classes)[0].startswith("labels of 9 of 9 pictures: ")
+  assert label_maps.histogram(train, data.classes)[0].startswith("labels of 9 of 9 pictures: ")
 
 
 def test_folders_endings_and_inner_folders_may_be_named(root):
@@ -76,7 +79,7 @@ def test_numbers_of_the_masks_may_be_others(root):
   assert set(np.unique(black_white[0]["label"])) == {0, 1}
   # Without `values` the car would be silently ignored: the histogram tells.
   silent = made(root, classes=("nothing", "car")).source("train")
-  assert labels.histogram(silent, ("nothing", "car"))[-1].startswith("  WARNING: at most one class occurs")
+  assert label_maps.histogram(silent, ("nothing", "car"))[-1].startswith("  WARNING: at most one class occurs")
   shifted = made(root, classes=("car",), values=(255,), ignored=(0,)).source("train")
   assert set(np.unique(shifted[0]["label"])) == {0, 255}
 
@@ -86,7 +89,7 @@ def test_a_mask_beyond_the_classes_is_named(root):
   bad = next(index for index in range(9) if (cv2.imread(str(root / f"masks/0{index}.png"), -1) == 2).any())
   message = check_message("allowed are 0 to 1, 255, of which 255 mean no class", lambda: source[bad])
   assert f"label file {root}/masks/0{bad}.png holds 2 (" in message and "correct data.classes" in message
-  check_message("allowed are 0 to 1, 255", lambda: labels.histogram(source, ("road", "car")))
+  check_message("allowed are 0 to 1, 255", lambda: label_maps.histogram(source, ("road", "car")))
 
 
 def test_other_faults_of_masks_are_named(root):
@@ -140,7 +143,7 @@ def test_a_single_picture_is_not_enough(root):
 
 def test_shards_hold_the_same_examples(root, tmp_path):
   data = made(root, holdout=0.3)
-  builders.prepare(data, tmp_path / "out", name="mask_folder")
+  writer.prepare(data, tmp_path / "out", name="mask_folder")
   stored = made(tmp_path / "out", holdout=0.3, format="tfds")
   for split, count in (("train", 7), ("eval", 3)):
     drawn, read = data.source(split), stored.source(split)

@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 import pytest
 
-from vpd_jax.data import nyu
+from vpd_jax.data.datasets import nyu
 
 TRAIN = ["kitchen_0028b/{}_00045", "study_room_0004/{}_00001", "nyu_office_0/{}_00000"]
 TEST = ["bathroom/{}_00045", "office_kitchen/{}_00411"]

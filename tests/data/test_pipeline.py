@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vpd_jax.data import pipeline, records
+from vpd_jax.data import pipeline
+from vpd_jax.data.shards import reader
 
 KEYS = ("index", "position", "noise", "image")
 
@@ -163,8 +164,8 @@ def test_too_many_bad_records_in_a_row_stop_all_the_same():
   with pytest.raises(ValueError, match=r"^10 records in a row cannot be read, the first: folder/file_\d\.png is trunc"):
     skipping(1, bad=tuple(range(10)))
   with pytest.raises(ValueError, match=r"^11 records in a row cannot be read"):
-    records.Readable(Records(100, tuple(range(20, 40))))[25]
-  assert records.Readable(Records(100, tuple(range(20, 30))))[20]["index"] == 30
+    reader.Readable(Records(100, tuple(range(20, 40))))[25]
+  assert reader.Readable(Records(100, tuple(range(20, 30))))[20]["index"] == 30
   with pytest.raises(ValueError, match=r"^on_bad_record='ignore' is unknown; choose one of \('stop', 'skip'\)\.$"):
     skipping(1, bad=None, on_bad_record="ignore")
 
@@ -203,7 +204,7 @@ def ending_prepare(example):
 @pytest.mark.parametrize("where", ["source", "transform", "prepare"])
 def test_a_stop_inside_a_record_is_an_error_and_no_end(where):
   prepare = ending_prepare if where == "prepare" else None
-  for on_bad_record in records.ON_BAD_RECORD:
+  for on_bad_record in reader.ON_BAD_RECORD:
     with pytest.raises(RuntimeError, match="raised StopIteration, as next"):
       take(2, Ending(where), prepare=prepare, on_bad_record=on_bad_record)
   for batches in (

@@ -8,10 +8,10 @@ import pytest
 
 from tests.data import coco_people
 from tests.data.test_exif import MADE, write
-from vpd_jax import reading
-from vpd_jax.assemble import DATASETS
-from vpd_jax.data import records
-from vpd_jax.data.coco_pose import CocoPose
+from vpd_jax.data.datasets.coco_pose import CocoPose
+from vpd_jax.data.shards import reader
+from vpd_jax.experiment import DATASETS
+from vpd_jax.files import reading
 
 DRAWN = {"rooms", "room_figures"}  # have no files
 
@@ -20,7 +20,7 @@ class Counted:
   def __init__(self, broken=False):
     self.calls, self.broken = [], broken
 
-  @records.read_once
+  @reader.read_once
   def source(self, split):
     self.calls.append(split)
     if self.broken:
@@ -35,10 +35,10 @@ def test_a_source_is_made_once_for_each_split_and_data_set():
   assert first.calls == ["train", "eval"] and second.calls == ["train"]
   assert pickle.loads(pickle.dumps(first)).__dict__ == first.__dict__  # what was read does not travel to workers
   gc.collect()  # those of other tests
-  held = len(records._READ)
+  held = len(reader._READ)
   del first
   gc.collect()
-  assert len(records._READ) == held - 1
+  assert len(reader._READ) == held - 1
 
 
 def test_an_error_is_told_again():

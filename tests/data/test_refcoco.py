@@ -10,7 +10,10 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from vpd_jax.data import builders, coco_masks, pipeline, plain_pickle, refcoco, referring
+from vpd_jax.data import pipeline
+from vpd_jax.data.datasets import refcoco
+from vpd_jax.data.readers import coco_masks, referring, safe_pickle
+from vpd_jax.data.shards import writer
 
 SQUARE = [10.0, 5.0, 30.0, 5.0, 30.0, 25.0, 10.0, 25.0]
 OVERLAPPING = [SQUARE, [20.0, 5.0, 40.0, 5.0, 40.0, 25.0, 20.0, 25.0]]
@@ -157,7 +160,7 @@ def test_batches_hold_what_the_task_reads(root):
 def test_shards_give_the_same_examples(root, tmp_path_factory):
   output = tmp_path_factory.mktemp("shards") / "out"
   data = dataset(root)
-  builders.prepare(data, output, name="refcoco", say=lambda line: None)
+  writer.prepare(data, output, name="refcoco", say=lambda line: None)
   stored = dataset(output, format="tfds")
   for split in ("train", "eval"):
     files, shards = data.source(split), stored.source(split)
@@ -175,10 +178,10 @@ def test_pickles_of_python_2_are_read(root, protocol):
   assert len(dataset(root).source("train")) == 2
   text = b"(lp0\n(dp1\nS'sent'\np2\nS'caf\\xe9'\np3\nsa."  # what Python 2 wrote for [{'sent': 'caf\xe9'}]
   (root / "old.p").write_bytes(text)
-  assert plain_pickle.read(root / "old.p") == [{"sent": "café"}]
+  assert safe_pickle.read(root / "old.p") == [{"sent": "café"}]
   (root / "old.p").write_bytes(text[:-5])
   with pytest.raises(ValueError, match="is damaged"):
-    plain_pickle.read(root / "old.p")
+    safe_pickle.read(root / "old.p")
 
 
 class Calls:
@@ -212,7 +215,7 @@ def test_no_opcode_reaches_beyond_plain_data(tmp_path):
   ):
     (tmp_path / "bad.p").write_bytes(raw)
     with pytest.raises(ValueError) as caught:
-      plain_pickle.read(tmp_path / "bad.p")
+      safe_pickle.read(tmp_path / "bad.p")
     check_message(caught.value)
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tests.data.test_refcoco import check_message
-from vpd_jax.data import builders, refer_list
+from vpd_jax.data.datasets import refer_list
+from vpd_jax.data.shards import writer
 
 
 def entry(number, *sentences, **more):
@@ -59,7 +60,7 @@ def test_masks_are_where_the_number_is(tmp_path):
 
 def test_shards_give_the_same_examples(tmp_path):
   data = write(tmp_path, [*FINE, entry(4)])
-  builders.prepare(data, tmp_path / "out", name="refer_list", say=lambda line: None)
+  writer.prepare(data, tmp_path / "out", name="refer_list", say=lambda line: None)
   stored = refer_list.ReferList(root=str(tmp_path / "out"), format="tfds")
   for split in ("train", "eval"):
     files, shards = data.source(split), stored.source(split)

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from tests.data.test_refcoco import check_message
-from vpd_jax.data import builders, pipeline, room_expressions, rooms
+from vpd_jax.data import pipeline
+from vpd_jax.data.datasets import rooms
+from vpd_jax.data.rooms import expressions
+from vpd_jax.data.shards import writer
 
 
 def dataset(**options):
@@ -61,9 +64,9 @@ def test_a_room_with_nothing_to_speak_of_is_replaced_by_one_of_its_own():
   drawn = []
   draw = lambda index: drawn.append(index) or rooms.draw(0, "train", index, (24, 32))
   say = lambda room: [] if len(drawn) == 1 else [("a thing", 1)]
-  example = room_expressions.RoomExpressions(draw, say, 10, single=False)[3]
+  example = expressions.RoomExpressions(draw, say, 10, single=False)[3]
   assert drawn == [3, 13] and int(example["image_id"]) == 13 and int(example["index"]) == 3
-  nothing = room_expressions.RoomExpressions(draw, lambda room: [], 2, single=True)
+  nothing = expressions.RoomExpressions(draw, lambda room: [], 2, single=True)
   assert len(nothing) == 0
   with pytest.raises(IndexError, match="index=0 is outside the 0 records"):
     nothing[0]
@@ -71,7 +74,7 @@ def test_a_room_with_nothing_to_speak_of_is_replaced_by_one_of_its_own():
 
 def test_shards_give_the_same_examples(tmp_path):
   data = dataset(train_count=2, eval_count=1)
-  builders.prepare(data, tmp_path / "out", name="rooms", say=lambda line: None)
+  writer.prepare(data, tmp_path / "out", name="rooms", say=lambda line: None)
   stored = dataset(train_count=2, eval_count=1, format="tfds", root=str(tmp_path / "out"))
   for split in ("train", "eval"):
     drawn, shards = data.source(split), stored.source(split)

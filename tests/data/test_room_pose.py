@@ -5,8 +5,10 @@ import pickle
 import numpy as np
 import pytest
 
-from vpd_jax.data import builders, keypoints, room_pose, rooms
-from vpd_jax.data.room_pose import RoomFigures
+from vpd_jax.data.datasets import room_figures, rooms
+from vpd_jax.data.datasets.room_figures import RoomFigures
+from vpd_jax.data.shards import writer
+from vpd_jax.data.transforms import top_down as top_down_transforms
 
 SIZE = (96, 128)
 
@@ -26,7 +28,7 @@ def test_every_record_is_a_figure_in_view(examples):
   for index, example in enumerate(examples):
     points, (x, y, w, h) = example["keypoints"], example["box"]
     seen = points[points[:, 2] > 0]
-    assert len(seen) >= room_pose.LEAST and example["index"] == example["image_index"] == index
+    assert len(seen) >= room_figures.LEAST and example["index"] == example["image_index"] == index
     assert example["image"].shape == (*SIZE, 3)
     # Joints lie inside the body, and so inside the box of what is seen, unless furniture hides them.
     plain = points[points[:, 2] == 2]
@@ -60,7 +62,7 @@ def test_the_truth_is_of_the_records(data):
 
 def test_figures_from_shards_equal_drawn_ones(tmp_path):
   options = {"size": SIZE, "crop": (64, 48), "train_count": 3, "eval_count": 2}
-  builders.prepare(RoomFigures(**options), tmp_path / "figures", name="room_figures")
+  writer.prepare(RoomFigures(**options), tmp_path / "figures", name="room_figures")
   stored = RoomFigures(**options, format="tfds", root=str(tmp_path / "figures"))
   for split, count in (("train", 3), ("eval", 2)):
     drawn, read = RoomFigures(**options).source(split), stored.source(split)
@@ -75,7 +77,7 @@ def test_figures_from_shards_equal_drawn_ones(tmp_path):
 def test_transforms_give_crops(data, examples):
   for example in (data.train_transform(examples[0], np.random.default_rng(0), 0), data.eval_transform(examples[0])):
     assert set(example) == data.provides and example["image"].shape == (64, 48, 3)
-  assert data.facts_of({}) == {"keypoints": keypoints.COCO, "udp": True}
+  assert data.facts_of({}) == {"keypoints": top_down_transforms.COCO, "udp": True}
 
 
 @pytest.mark.parametrize("call, message", [

@@ -3,8 +3,11 @@ import pickle
 import numpy as np
 import pytest
 
-from vpd_jax.data import builders, nyu, room_figure, room_render, room_scene, rooms
-from vpd_jax.tasks import baselines
+from vpd_jax.data.datasets import nyu, rooms
+from vpd_jax.data.rooms import figure, render
+from vpd_jax.data.rooms import scene as room_scene
+from vpd_jax.data.shards import writer
+from vpd_jax.tasks.depth import baselines
 
 SIZE = (48, 64)
 
@@ -51,7 +54,7 @@ def test_a_room_depends_on_seed_split_and_index_only(examples):
 
 def test_rooms_from_shards_equal_drawn_ones(tmp_path):
   options = dict(size=SIZE, crop=(32, 32), train_count=3, eval_count=2)
-  builders.prepare(rooms.Rooms(**options), tmp_path / "rooms", name="rooms")
+  writer.prepare(rooms.Rooms(**options), tmp_path / "rooms", name="rooms")
   stored = rooms.Rooms(**options, format="tfds", root=str(tmp_path / "rooms"))
   for split, count in (("train", 3), ("eval", 2)):
     drawn, read = rooms.Rooms(**options).source(split), stored.source(split)
@@ -107,9 +110,9 @@ def test_every_wrong_option_has_its_message():
 
 
 def test_a_sphere_and_a_box_lie_at_their_planar_depth():
-  camera = room_render.look(np.zeros(3), yaw=0.0, pitch=0.0, roll=0.0)
-  parts = room_render.Parts(
-    shapes=np.array([room_render.BOX, room_render.ELLIPSOID, room_render.CYLINDER]),
+  camera = render.look(np.zeros(3), yaw=0.0, pitch=0.0, roll=0.0)
+  parts = render.Parts(
+    shapes=np.array([render.BOX, render.ELLIPSOID, render.CYLINDER]),
     centers=np.array([[5, 0, 0], [3, 0, 0], [3, 1.0, 0]], np.float32),
     halves=np.array([[1, 9, 9], [0.5, 0.5, 0.5], [0.2, 0.2, 9]], np.float32),
     frames=np.stack([np.eye(3, dtype=np.float32)] * 3),
@@ -119,10 +122,10 @@ def test_a_sphere_and_a_box_lie_at_their_planar_depth():
     labels=np.zeros(3, np.uint8),
     instances=np.zeros(3, int),
   )
-  depth, seen = room_render.draw(parts, camera, room_render.cast_rays(camera, (65, 65)))
+  depth, seen = render.draw(parts, camera, render.cast_rays(camera, (65, 65)))
   np.testing.assert_allclose(depth[32, 32], 2.5, atol=1e-3)
   np.testing.assert_allclose(depth[seen == 0], 4.0, atol=1e-4)  # planar: the same all over a wall seen from the front
-  (x, y), _ = room_render.project(np.array([3, 1.0, 0], np.float32), camera, (65, 65))
+  (x, y), _ = render.project(np.array([3, 1.0, 0], np.float32), camera, (65, 65))
   assert x < 32 and seen[int(y), int(x)] == 2  # y of the world is on the left
 
 
@@ -171,7 +174,7 @@ def test_visible_keypoints_lie_on_or_beside_the_figure(drawn):
 
 def test_a_figure_stands_on_the_floor_with_its_left_on_its_left():
   for seed in range(20):
-    joints = dict(zip(room_figure.KEYPOINTS, room_figure.pose(np.random.default_rng(seed)), strict=True))
+    joints = dict(zip(figure.KEYPOINTS, figure.pose(np.random.default_rng(seed)), strict=True))
     ankles = joints["left_ankle"][2], joints["right_ankle"][2]
     assert 0.05 < min(ankles) < 0.1 and 1.2 < joints["nose"][2] < 2.0
     assert joints["left_shoulder"][0] < joints["right_shoulder"][0] and joints["left_hip"][0] < joints["right_hip"][0]

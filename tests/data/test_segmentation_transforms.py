@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 from tests.data.test_nyu import check_message
-from vpd_jax.data import builders, pipeline, rooms
-from vpd_jax.data import segmentation_transforms as st
+from vpd_jax.data import pipeline
+from vpd_jax.data.datasets import rooms
+from vpd_jax.data.shards import writer
+from vpd_jax.data.transforms import segmentation as st
 
 IGNORE = 255
 
@@ -271,7 +273,7 @@ def test_rooms_have_labels_of_their_nineteen_classes(tmp_path):
   batches.close()
   assert batch["image"].shape == (4, 40, 40, 3) and batch["label"].shape == (4, 40, 40)
   assert (batch["label"] == IGNORE).any() == (batch["valid_size"] < 40).any()
-  builders.prepare(data, tmp_path / "out", name="rooms")
+  writer.prepare(data, tmp_path / "out", name="rooms")
   stored = rooms.Rooms(**options, format="tfds", root=str(tmp_path / "out")).source("train")
   np.testing.assert_array_equal(stored[3]["label"], room.labels)
   depth = rooms.Rooms(**dict(options, task="depth", ratio_range=()), format="tfds", root=str(tmp_path / "out"))

@@ -7,10 +7,10 @@ import pytest
 
 from tests import oracle, tiny
 from tests.golden import fill
-from vpd_jax import params
-from vpd_jax.backbones import layers
-from vpd_jax.heads import keypoints
-from vpd_jax.initializers import InitKeys
+from vpd_jax.models import parameters
+from vpd_jax.models.backbones import layers
+from vpd_jax.models.heads import keypoints
+from vpd_jax.models.initializers import InitKeys
 from vpd_jax.types import Features
 
 KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
@@ -27,7 +27,7 @@ MAPS = (32, 64, 128, 128), (8, 16, 32, 64)  # of the UNet itself
 def made(name, widths, strides, **options):
   build, own = HEADS[name]
   options = {"keypoints": 17} | own | options
-  return params.describe(lambda: build(widths, strides, **options, **KINDS, rngs=InitKeys(0)))
+  return parameters.describe(lambda: build(widths, strides, **options, **KINDS, rngs=InitKeys(0)))
 
 
 def features(widths, strides, size, shown, batch=2):
@@ -74,7 +74,7 @@ def test_direct_is_the_finest_map():
 
 def test_heatmaps_are_float32_whatever_the_dtype():
   build = lambda: keypoints.Simple(*MAPS, keypoints=17, dtype=jnp.bfloat16, param_dtype=jnp.float32, rngs=InitKeys(0))
-  parts = params.describe(build)
+  parts = parameters.describe(build)
   given = features(*MAPS, (64, 48), (64, 64))
   out = parts.merge(tiny.filled(parts.shapes))(given, training=False)["heatmaps"]
   assert out.dtype == jnp.float32 and out.shape == (2, 16, 12, 17)
@@ -88,14 +88,18 @@ def test_statistics_move_in_training_only():
     for training in (False, True):
       model = parts.merge(named)
       model(given, training=training)
-      moved = [bool((np.asarray(value) != np.asarray(named[key])).any()) for key, value in params.stats(model).items()]
+      moved = [
+        bool((np.asarray(value) != np.asarray(named[key])).any()) for key, value in parameters.stats(model).items()
+      ]
       assert moved and all(moved) == training and any(moved) == training
 
 
 def test_both_starts_are_as_named():
   build = lambda init: keypoints.Classic(*MAPS, keypoints=17, width=16, init=init, **KINDS, rngs=InitKeys(0))
   name = "deconv_layers/0/kernel"
-  fresh = {init: params.describe(lambda init=init: build(init)).initialize([name]) for init in ("released", "fan_in")}
+  fresh = {
+    init: parameters.describe(lambda init=init: build(init)).initialize([name]) for init in ("released", "fan_in")
+  }
   spread = {init: float(np.std(values[name])) for init, values in fresh.items()}
   assert abs(spread["released"] - 0.001) < 1e-4
   np.testing.assert_allclose(spread["fan_in"], (2 / (16 * 64)) ** 0.5, rtol=0.05)

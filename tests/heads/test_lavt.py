@@ -6,9 +6,9 @@ import pytest
 
 from tests import oracle, tiny
 from tests.golden import fill
-from vpd_jax import params
-from vpd_jax.heads import lavt
-from vpd_jax.initializers import InitKeys
+from vpd_jax.models import parameters
+from vpd_jax.models.heads import lavt
+from vpd_jax.models.initializers import InitKeys
 from vpd_jax.types import Features
 
 KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
@@ -49,7 +49,7 @@ def test_the_decoder_is_pytorchs():
   import torch
   import torch.nn.functional as F
 
-  given, parts = features((72, 104)), params.describe(lambda: head(frame="resized"))
+  given, parts = features((72, 104)), parameters.describe(lambda: head(frame="resized"))
   named = tiny.filled(parts.shapes)
   model = parts.merge({name: jnp.asarray(x) for name, x in named.items()})
   logits = model(given, training=True)["logits"]
@@ -64,24 +64,24 @@ def test_the_decoder_is_pytorchs():
       x = F.relu(F.batch_norm(x, *norm, training=True, momentum=0.1, eps=1e-5))
   expected = up(F.conv2d(x, t["conv1_1/kernel"], t["conv1_1/bias"]), (72, 104)).numpy()
   np.testing.assert_allclose(oracle.nchw(logits), expected, rtol=0, atol=3e-5 * np.abs(expected).max())
-  for name, value in params.stats(model).items():
+  for name, value in parameters.stats(model).items():
     np.testing.assert_allclose(value, t[name], rtol=1e-4, atol=1e-5, err_msg=name)  # torch moved its own in place
 
 
 def test_scores_of_a_padded_image_are_cut_and_those_of_an_image_stretched():
   given = features((128, 128))._replace(image_size=(100, 72))
-  named = tiny.filled(params.describe(head).shapes)
-  model = params.describe(head).merge(named)
+  named = tiny.filled(parameters.describe(head).shapes)
+  model = parameters.describe(head).merge(named)
   scores = model.scores(given.maps, training=False)
   assert scores.shape == (2, 16, 16, 2)
   cut = model(given, training=False)["logits"]
   np.testing.assert_array_equal(cut, lavt.resize_corners(scores, (128, 128))[:, :100, :72])
-  shown = params.describe(lambda: head(frame="resized")).merge(named)(given, training=False)["logits"]
+  shown = parameters.describe(lambda: head(frame="resized")).merge(named)(given, training=False)["logits"]
   np.testing.assert_array_equal(shown, lavt.resize_corners(scores, (100, 72)))
 
 
 def test_names_are_the_authors():
-  names = {"/".join(name.split("/")[:1]) for name in params.describe(head).shapes}
+  names = {"/".join(name.split("/")[:1]) for name in parameters.describe(head).shapes}
   assert names == {f"{layer}_{level}" for layer in ("conv1", "bn1", "conv2", "bn2") for level in (2, 3, 4)} | {
     "conv1_1"
   }
@@ -93,4 +93,4 @@ def test_names_are_the_authors():
 ])  # fmt: skip
 def test_options_that_do_not_fit_are_refused(build, message):
   with pytest.raises(ValueError, match=message):
-    params.describe(build)
+    parameters.describe(build)

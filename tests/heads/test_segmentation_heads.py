@@ -7,11 +7,11 @@ import pytest
 
 from tests import oracle, tiny
 from tests.golden import fill
-from vpd_jax import params
-from vpd_jax.backbones import layers
-from vpd_jax.heads.fpn import Fpn, SemanticFpn
-from vpd_jax.heads.upernet import UperNet
-from vpd_jax.initializers import InitKeys
+from vpd_jax.models import parameters
+from vpd_jax.models.backbones import layers
+from vpd_jax.models.heads.fpn import Fpn, SemanticFpn
+from vpd_jax.models.heads.upernet import UperNet
+from vpd_jax.models.initializers import InitKeys
 from vpd_jax.types import Features
 
 KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
@@ -35,7 +35,7 @@ def upernet(**options):
 
 def authors(build, prefixes=("",)):
   """The module with the weights the authors' names give, which its own names are up to their last word."""
-  parts = params.describe(build)
+  parts = parameters.describe(build)
   words = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
   def source(name, shape):
@@ -114,7 +114,7 @@ def test_names_are_the_authors():
     words = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
     ours = {}
     for prefix, build in builds.items():
-      for name, s in params.describe(build).shapes.items():
+      for name, s in parameters.describe(build).shapes.items():
         *path, last = name.split("/")
         shape = (s.shape[3], s.shape[2], *s.shape[:2]) if len(s.shape) == 4 else s.shape
         ours[prefix + ".".join((*path, words.get(last, last)))] = shape
@@ -128,7 +128,7 @@ def test_upernet_is_pytorchs(training):
   import torch
   import torch.nn.functional as F
 
-  parts = params.describe(lambda: upernet())
+  parts = parameters.describe(lambda: upernet())
   named = tiny.filled(parts.shapes)
   given = features(UPER_WIDTHS, UPER_STRIDES, (72, 104))
   model = parts.merge({name: jnp.asarray(x) for name, x in named.items()})  # statistics move in place in numpy arrays
@@ -159,7 +159,7 @@ def test_upernet_is_pytorchs(training):
   for name, expected in (("logits", logits), ("aux_logits", aux)):
     expected = expected.numpy()
     np.testing.assert_allclose(oracle.nchw(outputs[name]), expected, rtol=0, atol=3e-5 * np.abs(expected).max())
-  for name, value in params.stats(model).items():
+  for name, value in parameters.stats(model).items():
     np.testing.assert_allclose(value, t[name], rtol=1e-4, atol=1e-5, err_msg=name)  # torch moved its own in place
 
 
@@ -172,7 +172,7 @@ def test_the_fpn_and_its_head_are_pytorchs():
   given = features(FPN_WIDTHS, FPN_STRIDES, (72, 104))
   results, t = given, {}
   for prefix, build in (("", fpn_neck), ("", fpn_head)):
-    parts = params.describe(build)
+    parts = parameters.describe(build)
     named = tiny.filled(parts.shapes)
     model = parts.merge(named)
     results = model(results) if build is fpn_neck else model.decode_head(results.maps, training=False)
@@ -207,14 +207,14 @@ def test_bins_of_adaptive_pooling_overlap(size):
 
 def test_scores_of_a_padded_image_are_cut_and_those_of_an_image_stretched():
   given = features((32,) * 4, FPN_STRIDES, (128, 128))._replace(image_size=(100, 72))
-  parts = params.describe(fpn_head)
+  parts = parameters.describe(fpn_head)
   named = tiny.filled(parts.shapes)
   model = parts.merge(named)
   scores = model.decode_head(given.maps, training=False)
   whole = layers.resize(scores, (128, 128))
   cut = model(given, training=False)["logits"]
   np.testing.assert_array_equal(cut, whole[:, :100, :72])
-  shown = params.describe(lambda: fpn_head(frame="resized")).merge(named)(given, training=False)["logits"]
+  shown = parameters.describe(lambda: fpn_head(frame="resized")).merge(named)(given, training=False)["logits"]
   np.testing.assert_array_equal(shown, layers.resize(scores, (100, 72)))
 
 
@@ -225,7 +225,7 @@ def test_dropout_drops_whole_channels_before_the_classifier_in_training_only():
   assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
   assert abs((dropped == 0).mean() - 0.25) < 0.05
   given = features(UPER_WIDTHS, UPER_STRIDES, (64, 64))
-  parts = params.describe(lambda: upernet(dropout=0.5))
+  parts = parameters.describe(lambda: upernet(dropout=0.5))
   named = tiny.filled(parts.shapes)
   run = lambda **options: parts.merge(named)(given, **options)["logits"]
   first, second = (run(training=True, key=jax.random.key(i)) for i in (0, 1))
@@ -237,7 +237,7 @@ def test_dropout_drops_whole_channels_before_the_classifier_in_training_only():
 
 
 def test_the_auxiliary_head_can_be_left_out():
-  parts = params.describe(lambda: upernet(auxiliary_width=0))
+  parts = parameters.describe(lambda: upernet(auxiliary_width=0))
   assert not [name for name in parts.shapes if "auxiliary" in name]
   given = features(UPER_WIDTHS, UPER_STRIDES, (64, 64))
   shapes = jax.eval_shape(lambda maps: parts.merge(tiny.filled(parts.shapes))(
@@ -253,4 +253,4 @@ def test_the_auxiliary_head_can_be_left_out():
 ])  # fmt: skip
 def test_options_that_do_not_fit_are_refused(build, message):
   with pytest.raises(ValueError, match=message):
-    params.describe(build)
+    parameters.describe(build)

@@ -6,9 +6,10 @@ import pytest
 from flax import nnx
 
 from tests import tiny
-from vpd_jax import assemble, config_file
-from vpd_jax.backbones import layers
-from vpd_jax.methods import images
+from vpd_jax import experiment
+from vpd_jax.config import loader
+from vpd_jax.models.backbones import layers
+from vpd_jax.models.methods import image_input
 from vpd_jax.types import Branch, Features
 
 NAME = "one_convolution"
@@ -37,13 +38,13 @@ class OneConvolution(nnx.Module):
 
   def __call__(self, batch, *, training):
     del training
-    x = self.only(images.network_input(batch, self.dtype))
+    x = self.only(image_input.network_input(batch, self.dtype))
     return Features((x,), x.reshape(x.shape[0], -1, 8)[:, :1], tuple(batch["image"].shape[1:3]))
 
 
 def rooms(**changes):
   """The depth of rooms with this method, four steps, two of them saved."""
-  config = tiny.shrunk(config_file.load("configs/rooms.py:depth,tiny")).unlock()
+  config = tiny.shrunk(loader.load("configs/rooms.py:depth,tiny")).unlock()
   config.method, config.neck = {"name": NAME}, {"name": "none"}
   config.optim.lr_groups = ((r"", 1.0),)
   config.update(num_steps=4, log_every=1, eval_every=4, save_every=2, keep=5)
@@ -56,5 +57,5 @@ def rooms(**changes):
 def known():
   """Configs know the method here only."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(assemble.METHODS, NAME, OneConvolution)
+    patch.setitem(experiment.METHODS, NAME, OneConvolution)
     yield

@@ -10,10 +10,13 @@ from flax import nnx
 
 from tests import oracle, tiny
 from tests.golden import fill
-from vpd_jax import assemble, config_file, params
-from vpd_jax.backbones import layers, unet
-from vpd_jax.convert import released, rules
-from vpd_jax.heads import conv_module, fpn
+from vpd_jax import experiment
+from vpd_jax.config import loader
+from vpd_jax.convert import rules
+from vpd_jax.convert.tables import released
+from vpd_jax.models import parameters
+from vpd_jax.models.backbones import layers, unet
+from vpd_jax.models.heads import conv_module, fpn
 from vpd_jax.types import Features
 
 CONFIGS = {
@@ -27,7 +30,7 @@ LAST_BLOCK = {"vpd_seg": "unet.unet.diffusion_model.out.", "meta_seg_ade": "cros
 
 def config(setup, **changes):
   """As the oracle ran it: batch 2, statistics and loss over both images, no dropout, 3 of 10 steps to warm up."""
-  made = config_file.load(CONFIGS[setup] + ",tiny").unlock()
+  made = loader.load(CONFIGS[setup] + ",tiny").unlock()
   made.data.batch_size = 2
   made.optim.norm_group = made.optim.loss_group = 0
   made.head.dropout = 0.0
@@ -85,7 +88,7 @@ def check_logs(logs, arrays, batch):
 
 @functools.cache
 def product(setup, **changes):
-  return assemble.assemble(config(setup, **changes))
+  return experiment.assemble(config(setup, **changes))
 
 
 class Tapped:
@@ -186,7 +189,7 @@ class Forward:
       model = self.product.parts.merge(*named)
       outputs = model.head(Features(maps, context, batch["image"].shape[1:3]), training=True)
       loss = self.product.task.loss(outputs, batch)
-      return loss.value, loss.logs, params.stats(model)
+      return loss.value, loss.logs, parameters.stats(model)
 
     return run(everything(self.state), features["maps"], features["context"], batch)
 

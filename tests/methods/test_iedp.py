@@ -12,13 +12,16 @@ from ml_collections import ConfigDict
 
 from tests import tiny
 from tests.golden import fill
-from vpd_jax import assemble, config_file, presets, train
-from vpd_jax.backbones.clip_image import ClipImage
-from vpd_jax.backbones.unet import UNet, UNetOutput
-from vpd_jax.backbones.vae import VaeEncoder
-from vpd_jax.data import nyu
-from vpd_jax.methods import images, prompts
-from vpd_jax.methods.iedp import Iedp
+from vpd_jax import experiment
+from vpd_jax.config import loader, presets
+from vpd_jax.data.datasets import nyu
+from vpd_jax.models.backbones.clip_image import ClipImage
+from vpd_jax.models.backbones.unet import UNet, UNetOutput
+from vpd_jax.models.backbones.vae import VaeEncoder
+from vpd_jax.models.context import class_context
+from vpd_jax.models.methods import image_input
+from vpd_jax.models.methods.iedp import Iedp
+from vpd_jax.training import train
 from vpd_jax.types import Branch
 
 QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time; what is compared here is compiled alike
@@ -27,7 +30,7 @@ WIDTH, TOKENS, BATCH, LAMBDA = 16, 12, 2, 0.5
 
 def iedp_config(**changes):
   """The smallest network on the rooms; both branches have 12 tokens; statistics and loss per branch."""
-  config = config_file.load("configs/rooms.py:depth,tiny").copy_and_resolve_references().unlock()
+  config = loader.load("configs/rooms.py:depth,tiny").copy_and_resolve_references().unlock()
   for section, content in presets.iedp_depth(tiny=True, head_init="fan_in").items():
     if section in ("backbone", "init"):
       config[section].update(content)
@@ -45,7 +48,7 @@ def iedp_config(**changes):
 @functools.cache
 def network():
   """The training product, and made-up values of all its arrays."""
-  product = assemble.assemble(iedp_config())
+  product = experiment.assemble(iedp_config())
   return product, tiny.filled(product.parts.shapes)
 
 
@@ -130,14 +133,14 @@ def test_towers_are_never_trained_whatever_the_config_says():
   towers = {n for n in product.parts.shapes if n.startswith(("method/image_encoder/", "method/text_encoder/"))}
   assert towers and towers <= product.parts.buffers
   assert product.groups.lr.keys() == product.parts.params  # the rooms train everything else
-  kept = assemble.assemble(iedp_config(**{"method.tower_dtype": "bfloat16"})).parts.shapes
+  kept = experiment.assemble(iedp_config(**{"method.tower_dtype": "bfloat16"})).parts.shapes
   assert {kept[n].dtype for n in towers} == {jnp.dtype(jnp.bfloat16)}
   assert {s.dtype for n, s in kept.items() if n not in towers} == {jnp.dtype(jnp.float32)}
 
 
 def test_evaluation_has_neither_text_encoder_nor_labels_and_gives_the_same_depth():
   trained, named = network()
-  product = assemble.assemble(iedp_config(**{"method.tokenizer": ""}), training=False)
+  product = experiment.assemble(iedp_config(**{"method.tokenizer": ""}), training=False)
   left_out = trained.parts.shapes.keys() - product.parts.shapes.keys()
   assert {name.split("/")[1] for name in left_out} == {"text_encoder", "text_adapter", "gamma"}
   assert not product.method.needs and not product.method.adds and product.keys == ("image", "depth")
@@ -157,7 +160,7 @@ def test_evaluation_has_neither_text_encoder_nor_labels_and_gives_the_same_depth
 
 def recorded(monkeypatch, training, **changes):
   """Rows and tokens of every call of the UNet, and how often VAE and image encoder run; nothing is computed."""
-  product, _ = network() if not changes else (assemble.assemble(iedp_config(**changes)), None)
+  product, _ = network() if not changes else (experiment.assemble(iedp_config(**changes)), None)
   calls, counts = [], {"vae": 0, "clip": 0}
 
   def unet(self, latents, context, **_):
@@ -199,12 +202,12 @@ def test_branches_and_their_weights():
   method = network()[0].method
   assert method.branches(True) == (Branch("implicit", 1.0), Branch("explicit", LAMBDA))
   assert method.branches(False) == (Branch("implicit", 1.0),)
-  alone = assemble.assemble(iedp_config(**{"method.branch_mode": "implicit"})).method
+  alone = experiment.assemble(iedp_config(**{"method.branch_mode": "implicit"})).method
   assert alone.branches(True) == (Branch("implicit", 1.0),) and not alone.needs
 
 
 def test_latents_are_scaled(monkeypatch):
-  product = assemble.assemble(iedp_config(**{"method.latent_scale": 0.18215}))
+  product = experiment.assemble(iedp_config(**{"method.latent_scale": 0.18215}))
   seen = []
 
   class Called(Exception):
@@ -234,20 +237,20 @@ def test_sentences_become_tokens_on_the_host():
 
 
 def test_a_sentence_without_a_place_is_that_of_every_image():
-  method = assemble.assemble(iedp_config(**{"method.sentence": "a photo of a street"})).method
+  method = experiment.assemble(iedp_config(**{"method.sentence": "a photo of a street"})).method
   assert method.needs == {"tokens"} and not method.prepare_reads
   assert method.prepare({})["tokens"].tolist() == method.prepare({"class_id": np.int32(5)})["tokens"].tolist()
-  assert prompts.sentences_of("a photo of a {}", ("dining_room", "cafe")) == (
+  assert class_context.sentences_of("a photo of a {}", ("dining_room", "cafe")) == (
     "a photo of a dining room",
     "a photo of a cafe",
   )
   for wrong in ("", "{} and {}", "a {name}"):
     with pytest.raises(ValueError, match="must be a text with at most one"):
-      prompts.sentences_of(wrong, ("a",))
+      class_context.sentences_of(wrong, ("a",))
 
 
 def test_training_without_tokenizer_says_what_to_give():
-  product = assemble.assemble(iedp_config(**{"method.tokenizer": "", "init.clip": ""}))
+  product = experiment.assemble(iedp_config(**{"method.tokenizer": "", "init.clip": ""}))
   with pytest.raises(ValueError, match=r"there is no tokenizer .* set config.method.tokenizer to a folder") as caught:
     _ = product.method.prepare
   assert "\n" not in str(caught.value)
@@ -257,12 +260,12 @@ def test_wrong_options_are_refused_together():
   changes = {"clip_features": "first", "num_queries": 0, "lambda_exp": -1.0, "output_norm": "bn"}
   config = iedp_config(**{f"method.{name}": value for name, value in changes.items()})
   with pytest.raises(ValueError) as caught:
-    assemble.assemble(config)
+    experiment.assemble(config)
   assert all(f"method.{name}" in str(caught.value) for name in changes) and "\n" not in str(caught.value)
   with pytest.raises(ValueError, match="num_heads=3 must divide 16"):
-    assemble.assemble(iedp_config(**{"method.num_heads": 3}))
+    experiment.assemble(iedp_config(**{"method.num_heads": 3}))
   with pytest.raises(ValueError, match="is 64 wide, the UNet's context 16"):
-    assemble.assemble(iedp_config(**{"backbone.text.width": 64}))
+    experiment.assemble(iedp_config(**{"backbone.text.width": 64}))
 
 
 def test_the_assumptions_in_force_are_told():
@@ -276,7 +279,7 @@ def test_the_assumptions_in_force_are_told():
 def test_padding_is_the_vae_side_only(monkeypatch):
   """CLIP sees the picture, not the mid grey that the VAE's input grows by."""
   shapes = {}
-  monkeypatch.setattr(images, "padded", lambda x, *a, p=images.padded: shapes.setdefault("vae", p(x, *a)))
+  monkeypatch.setattr(image_input, "padded", lambda x, *a, p=image_input.padded: shapes.setdefault("vae", p(x, *a)))
   original = ClipImage.__call__
   monkeypatch.setattr(ClipImage, "__call__", lambda self, x: shapes.setdefault("clip", x) is None or original(self, x))
   product, named = network()

@@ -11,10 +11,11 @@ from scipy.special import erf
 from tests import tiny
 from tests.golden import fill
 from tests.methods.test_iedp import BATCH, TOKENS, WIDTH, batch, iedp_config
-from vpd_jax import assemble, params
-from vpd_jax.backbones.clip_image import pixels
-from vpd_jax.initializers import InitKeys
-from vpd_jax.methods.iedp import ImplicitText
+from vpd_jax import experiment
+from vpd_jax.models import parameters
+from vpd_jax.models.backbones.clip_image import pixels
+from vpd_jax.models.initializers import InitKeys
+from vpd_jax.models.methods.iedp import ImplicitText
 
 
 def gelu(x):
@@ -65,7 +66,7 @@ def implicit_by_hand(named, features, heads, blocks):
 def test_implicit_text_is_the_formula(heads, blocks, norm, ratio):
   options = {"num_queries": 5, "query_init": 0.02, "num_heads": heads, "num_blocks": blocks, "ffn_ratio": ratio}
   kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": InitKeys(0)}
-  parts = params.describe(lambda: ImplicitText(12, 8, **options, output_norm=norm, attention="auto", **kinds))
+  parts = parameters.describe(lambda: ImplicitText(12, 8, **options, output_norm=norm, attention="auto", **kinds))
   assert parts.shapes["blocks/0/ffn/0/kernel"].shape == (8, 8 * ratio)
   named = tiny.filled(parts.shapes)
   features = fill.normal("features", (2, 7, 12), 0).astype(np.float32)
@@ -79,13 +80,13 @@ def test_queries_start_normal_with_the_given_deviation():
   kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32}
   options = {"num_queries": 77, "num_heads": 2, "num_blocks": 1, "ffn_ratio": 1, "output_norm": "none"}
   make = lambda: ImplicitText(8, 64, query_init=0.02, attention="auto", rngs=InitKeys(0), **options, **kinds)
-  queries = params.describe(make).initialize(["queries"])["queries"]
+  queries = parameters.describe(make).initialize(["queries"])["queries"]
   assert queries.shape == (77, 64) and abs(queries.std() - 0.02) < 1e-3 and abs(queries.mean()) < 1e-3
 
 
 def contexts(config):
   """(implicit, explicit) contexts of the batch, and the states of CLIP's towers behind them."""
-  product = assemble.assemble(config)
+  product = experiment.assemble(config)
   named = tiny.filled(product.parts.shapes)
 
   def run(named, batch):

@@ -10,13 +10,15 @@ import pytest
 from tests import oracle, tiny
 from tests.golden import fill
 from tests.methods import test_meta_prompts_oracle as single
-from vpd_jax import assemble, params
-from vpd_jax.backbones import layers
-from vpd_jax.backbones.unet import UNet, UNetOutput, UNetSizes
-from vpd_jax.backbones.vae import VaeEncoder, VaeSizes
-from vpd_jax.convert import rules, stable_diffusion
-from vpd_jax.initializers import InitKeys
-from vpd_jax.methods.meta_prompts import MetaPrompts
+from vpd_jax import experiment
+from vpd_jax.convert import rules
+from vpd_jax.convert.tables import stable_diffusion
+from vpd_jax.models import parameters
+from vpd_jax.models.backbones import layers
+from vpd_jax.models.backbones.unet import UNet, UNetOutput, UNetSizes
+from vpd_jax.models.backbones.vae import VaeEncoder, VaeSizes
+from vpd_jax.models.initializers import InitKeys
+from vpd_jax.models.methods.meta_prompts import MetaPrompts
 from vpd_jax.types import Branch
 
 # Compiles in half the time; what is compared here is compiled alike.
@@ -43,20 +45,20 @@ def smallest(**changes):
 @pytest.fixture(scope="module")
 def network():
   """The smallest network, and made-up values of all its arrays."""
-  product = assemble.assemble(smallest())
+  product = experiment.assemble(smallest())
   return product, tiny.filled(product.parts.shapes)
 
 
 def make(**options):
   """A method with shapes in place of arrays."""
   kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32}
-  return params.describe(lambda: MetaPrompts(**(SIZES | options), **kinds, rngs=InitKeys(0))).model
+  return parameters.describe(lambda: MetaPrompts(**(SIZES | options), **kinds, rngs=InitKeys(0))).model
 
 
 def names(**options):
   """Names of the method's own arrays."""
   kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32}
-  parts = params.describe(lambda: MetaPrompts(**(SIZES | options), **kinds, rngs=InitKeys(0)))
+  parts = parameters.describe(lambda: MetaPrompts(**(SIZES | options), **kinds, rngs=InitKeys(0)))
   return {name: shape.shape for name, shape in parts.shapes.items() if not name.startswith("vae/")}
 
 
@@ -104,7 +106,7 @@ def by_hand(network, latents, steps):
 
 def run(steps, network, latents):
   """The method's features with so many steps, of weights that hold three."""
-  product = assemble.assemble(smallest(**{"method.refine_steps": steps, "method.trained_steps": 3}))
+  product = experiment.assemble(smallest(**{"method.refine_steps": steps, "method.trained_steps": 3}))
   assert product.parts.shapes == network[0].parts.shapes
   batch = {"image": jnp.zeros((latents.shape[0], 64, 64, 3), jnp.uint8), "latents": latents}
   call = lambda named, batch: product.parts.merge(named).method(batch, training=False)._replace(image_size=(0, 0))
@@ -147,7 +149,7 @@ def shown(monkeypatch):
 
   def run(batch, *, training=False, **options):
     config = smallest(**{f"method.{name}": value for name, value in options.items()})
-    product = assemble.assemble(config)
+    product = experiment.assemble(config)
     calls, images = [], []
 
     def pass_of(self, latents, context, **told):
@@ -208,7 +210,7 @@ def test_time_may_be_a_diffusion_timestep(shown):
 
 def test_fifty_images_are_treated_as_any_other_number():
   """The release gives each image a single prompt there."""
-  product = assemble.assemble(smallest())
+  product = experiment.assemble(smallest())
   call = lambda named, image: product.parts.merge(named).method({"image": image}, training=False).context
   for batch in (50, PROMPTS):
     shape = jax.ShapeDtypeStruct((batch, 64, 64, 3), jnp.uint8)
@@ -232,7 +234,7 @@ def test_the_image_is_resized_to_multiples_of_64(size, scale, expected):
   ((352, 1216), 2, (448, 1344), (44, 152)), ((488, 643), 1, (512, 704), (61, 80)), ((30, 5), 1, (64, 64), (3, 1)),
 ])  # fmt: skip
 def test_depth_has_the_size_of_the_image(size, scale, resized, cells):
-  product = assemble.assemble(smallest(**{"method.resize_scale": scale, "task.max_depth": 80.0}))
+  product = experiment.assemble(smallest(**{"method.resize_scale": scale, "task.max_depth": 80.0}))
 
   def call(named, image):
     model = product.parts.merge(named)
@@ -278,7 +280,7 @@ def test_the_block_between_passes_is_the_unets_own_and_absent_for_one_pass():
 
 
 def test_fresh_prompts_and_times_are_standard_normal():
-  product = assemble.assemble(smallest())
+  product = experiment.assemble(smallest())
   wanted = [n for n in product.parts.shapes if n.startswith(("method/t/", "method/meta_prompts/"))]
   fresh = product.parts.initialize(wanted)
   values = np.concatenate([np.ravel(fresh[name]) for name in wanted])
@@ -312,7 +314,7 @@ def test_an_image_that_would_vanish_is_one_line():
 
 
 def test_stable_diffusion_fills_unet_and_vae_and_leaves_its_time_layers():
-  targets = assemble.assemble(single.config("nyu")).parts.shapes
+  targets = experiment.assemble(single.config("nyu")).parts.shapes
   source = oracle.weights("sd_unet_hier") | oracle.weights("sd_vae_encoder")
   named, report = rules.convert(
     source, stable_diffusion.compvis(targets), targets, fresh=(r"^/(?!method/(unet|vae)/)",)

@@ -12,9 +12,11 @@ from tests import oracle
 from tests.golden import fill
 from tests.methods import test_meta_prompts_oracle as single
 from tests.methods.test_vpd_oracle import check_gradients
-from vpd_jax import assemble, train
-from vpd_jax.convert import released, rules
-from vpd_jax.tasks.depth import silog
+from vpd_jax import experiment
+from vpd_jax.convert import rules
+from vpd_jax.convert.tables import released
+from vpd_jax.tasks.depth.task import silog
+from vpd_jax.training import train
 
 pytestmark = pytest.mark.x64
 TABLE = released.meta_prompts_depth()
@@ -25,7 +27,7 @@ class Run:
 
   def __init__(self, data):
     self.data = data
-    self.product = assemble.assemble(single.config(data, dtype="float64", param_dtype="float64"))
+    self.product = experiment.assemble(single.config(data, dtype="float64", param_dtype="float64"))
     self.batch = single.batch_of(data, jnp.float64)
     self.states = [single.state_of(self.product, np.float64)]
     self.gradients = jax.jit(train.make_gradients(self.product, loss_group=0, accumulation=1))

@@ -10,10 +10,10 @@ from tests import tiny
 from tests.golden import fill
 from tests.methods.test_meta_prompts import bilinear
 from tests.test_necks_heads import convolved, group_normed
-from vpd_jax import params
-from vpd_jax.heads.deconv import Deconv
-from vpd_jax.initializers import InitKeys
-from vpd_jax.necks import Einsum, Fusion
+from vpd_jax.models import parameters
+from vpd_jax.models.heads.deconv import Deconv
+from vpd_jax.models.initializers import InitKeys
+from vpd_jax.models.necks.unet_features import Einsum, Fusion
 from vpd_jax.types import Features
 
 WIDTHS, STRIDES, PROMPTS, WIDTH = (16, 32, 16, 48), (8, 16, 32, 64), 5, 32
@@ -34,7 +34,7 @@ def features(height, width, image_size, batch=2):
 
 @pytest.fixture(scope="module")
 def made():
-  parts = params.describe(neck())
+  parts = parameters.describe(neck())
   named = tiny.filled(parts.shapes)
   return parts, named
 
@@ -79,7 +79,7 @@ def test_einsum_is_its_formula(made):
 
 
 def test_einsum_states_what_it_gives_and_takes_groups_for_its_norms():
-  module = params.describe(neck(norm_group=3)).model
+  module = parameters.describe(neck(norm_group=3)).model
   assert (module.widths, module.strides) == ((PROMPTS,), (8,))
   norms = [layer for name in ("layer2", "layer3", "layer4") for part in ("deconv_layers", "conv_layers")
            for layer in getattr(getattr(module, name), part) if hasattr(layer, "group")]  # fmt: skip
@@ -88,7 +88,7 @@ def test_einsum_states_what_it_gives_and_takes_groups_for_its_norms():
 
 def test_fresh_kernels_are_the_releases():
   wanted = ["layer1/0/kernel", "layer2/deconv_layers/0/kernel", "layer4/conv_layers/0/kernel", "out_layer/0/kernel"]
-  fresh = params.describe(neck()).initialize(wanted)
+  fresh = parameters.describe(neck()).initialize(wanted)
   # PyTorch's default of a transposed convolution: uniform up to 1 / sqrt(outputs x 16).
   bound = 1 / np.sqrt(8 * 16)
   deconv = np.asarray(fresh.pop("layer2/deconv_layers/0/kernel"))
@@ -118,7 +118,7 @@ def test_other_maps_are_refused(widths, strides, message):
 def test_a_map_that_ends_before_the_image_is_stretched_to_it():
   """20 rows of stride 8 round down to 2 cells, which show all 20: 16 rows become 20."""
   build = lambda: Deconv((4,), (8,), max_depth=10.0, filters=(8, 8, 8), width=12, **KINDS, rngs=nnx.Rngs(0))
-  parts = params.describe(build)
+  parts = parameters.describe(build)
   named = tiny.filled(parts.shapes)
   x = jnp.asarray(fill.normal("x", (1, 2, 3, 4), 0))
   run = lambda size: jax.jit(lambda n, x: parts.merge(n)(Features((x,), None, size), training=False)["depth"])(named, x)

@@ -13,11 +13,13 @@ import pytest
 
 from tests import oracle, tiny
 from tests.golden import fill
-from vpd_jax import assemble, config_file, presets
-from vpd_jax.backbones import layers, unet
-from vpd_jax.convert import released, rules
-from vpd_jax.methods import vpd
-from vpd_jax.tasks.depth import silog
+from vpd_jax import experiment
+from vpd_jax.config import loader, presets
+from vpd_jax.convert import rules
+from vpd_jax.convert.tables import released
+from vpd_jax.models.backbones import layers, unet
+from vpd_jax.models.methods import vpd
+from vpd_jax.tasks.depth.task import silog
 
 RESIZE_SCALE = {"nyu": 1, "kitti": 2}
 MAX_DEPTH = {"nyu": 10.0, "kitti": 80.0}
@@ -27,7 +29,7 @@ LIMIT = 5e-5
 
 def config(data, *, tiny_network=True, **changes):
   """MetaPrompts as the oracle ran it: batch 2, statistics and loss over both images."""
-  made = config_file.load("configs/nyu_depth.py" + (":tiny" if tiny_network else "")).unlock()
+  made = loader.load("configs/nyu_depth.py" + (":tiny" if tiny_network else "")).unlock()
   sections = presets.meta_prompts_depth(tiny=tiny_network, head_init="released", resize_scale=RESIZE_SCALE[data])
   for name, section in sections.items():
     made[name] = type(made)(section)
@@ -112,7 +114,7 @@ def tapped(product, named, batch):
 @pytest.fixture(scope="module", params=["nyu", pytest.param("kitti", marks=pytest.mark.slow)])
 def case(request):
   """(data, the authors' arrays, our taps, our depth)."""
-  product = assemble.assemble(config(request.param))
+  product = experiment.assemble(config(request.param))
   run = jax.jit(lambda named, batch: tapped(product, named, batch))
   taps, depth = run(everything(state_of(product)), batch_of(request.param))
   return request.param, oracle.golden(f"meta_depth_{request.param}.tiny.npz"), taps, depth
@@ -139,7 +141,7 @@ def test_every_parameter_of_the_full_network_is_in_the_authors_group(data):
   with gzip.open(oracle.GOLDEN / "optimizer_groups.meta_depth.json.gz", "rt") as f:
     authors = json.load(f)[f"meta_depth_{data}"]
   made = config(data, tiny_network=False)
-  product = assemble.assemble(made)
+  product = experiment.assemble(made)
   assert authors["base_lr"] == made.optim.lr and authors["trainable_but_in_no_group"] == []
   expected = {}
   for key, group in authors["groups"].items():

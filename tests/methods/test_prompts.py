@@ -8,10 +8,12 @@ from flax import nnx
 
 from tests import tiny
 from tests.golden import fill
-from vpd_jax import assemble, config_file, params
-from vpd_jax.backbones.clip_image import ImageSizes, pixels
-from vpd_jax.methods import prompts
-from vpd_jax.methods.vpd import Vpd
+from vpd_jax import experiment
+from vpd_jax.config import loader
+from vpd_jax.models import parameters
+from vpd_jax.models.backbones.clip_image import ImageSizes, pixels
+from vpd_jax.models.context import class_context
+from vpd_jax.models.methods.vpd import Vpd
 
 SIZES = {"width": 16, "layers": 2, "heads": 2, "mlp_width": 32, "image_size": 28, "patch": 14, "projection": 8}
 KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
@@ -22,7 +24,7 @@ IMAGES = (COLOURS * 0.9 + fill.integers("images", (6, 40, 56, 3), 25, 0)).astype
 @pytest.fixture(scope="module")
 def predictor():
   """Described, with made-up values, and its answers for six images."""
-  parts = params.describe(lambda: prompts.ClassPredictor(ImageSizes(**SIZES), 27, **KINDS, rngs=nnx.Rngs(0)))
+  parts = parameters.describe(lambda: class_context.ClassPredictor(ImageSizes(**SIZES), 27, **KINDS, rngs=nnx.Rngs(0)))
   named = tiny.filled(parts.shapes)
 
   def run(named, image):
@@ -53,7 +55,7 @@ def test_nothing_of_it_is_trained(predictor):
 
 
 def vpd_config(prompt):
-  config = tiny.shrunk(config_file.load("configs/nyu_depth.py:tiny")).unlock()
+  config = tiny.shrunk(loader.load("configs/nyu_depth.py:tiny")).unlock()
   config.method.prompt = prompt
   config.backbone.image = dict(SIZES)
   return config.lock()
@@ -61,14 +63,14 @@ def vpd_config(prompt):
 
 @pytest.fixture(scope="module")
 def vpd():
-  product = assemble.assemble(vpd_config("predicted"))
+  product = experiment.assemble(vpd_config("predicted"))
   return product, tiny.filled(product.parts.shapes)
 
 
 def test_a_predicted_class_needs_no_label(vpd):
   product, _ = vpd
   assert product.keys == ("image", "depth") and not product.method.needs
-  told = assemble.assemble(vpd_config("scene_class"))
+  told = experiment.assemble(vpd_config("scene_class"))
   assert told.method.needs == {"class_id"}
   more = product.parts.shapes.keys() - told.parts.shapes.keys()
   assert more and all(name.startswith("method/class_predictor/") for name in more) and more <= product.parts.buffers
@@ -102,4 +104,4 @@ def test_the_network_attends_to_the_predicted_class(vpd, monkeypatch):
 
 def test_an_unknown_prompt_lists_the_known():
   with pytest.raises(ValueError, match=r"method.prompt='told' is unknown to vpd; choose one of \('scene_class', 'pred"):
-    assemble.assemble(vpd_config("told"))
+    experiment.assemble(vpd_config("told"))

@@ -10,10 +10,11 @@ from tests.golden import fill
 from tests.methods import test_refer_oracle as single
 from tests.methods.test_vpd_oracle import check_gradients
 from vpd_jax import optim
-from vpd_jax import params as params_lib
-from vpd_jax.backbones import layers
-from vpd_jax.convert import released_refer, rules
-from vpd_jax.tasks.referring import Referring
+from vpd_jax.convert import rules
+from vpd_jax.convert.tables import released_referring
+from vpd_jax.models import parameters as params_lib
+from vpd_jax.models.backbones import layers
+from vpd_jax.tasks.referring.task import Referring
 
 pytestmark = [pytest.mark.x64, pytest.mark.slow]
 TOKENS = 40
@@ -63,7 +64,7 @@ def run():
 
 
 def in_their_names(named):
-  return rules.to_source({n: x for n, x in named.items() if n != single.CLASS_VECTORS}, released_refer.vpd_refer())
+  return rules.to_source({n: x for n, x in named.items() if n != single.CLASS_VECTORS}, released_referring.vpd_refer())
 
 
 def test_losses_agree_to_1e_10(run, arrays):

@@ -11,17 +11,18 @@ import pytest
 from tests import oracle
 from tests.golden import fill
 from vpd_jax import optim
-from vpd_jax import params as params_lib
-from vpd_jax.backbones import unet
-from vpd_jax.backbones.unet import UNetSizes
-from vpd_jax.backbones.vae import VaeSizes
-from vpd_jax.convert import released_refer, rules
-from vpd_jax.heads.lavt import Lavt
-from vpd_jax.initializers import InitKeys
-from vpd_jax.methods.vpd import Vpd
-from vpd_jax.model import PerceptionModel
-from vpd_jax.presets import referring
-from vpd_jax.tasks.referring import Referring
+from vpd_jax.config.presets import referring
+from vpd_jax.convert import rules
+from vpd_jax.convert.tables import released_referring
+from vpd_jax.models import parameters as params_lib
+from vpd_jax.models.backbones import unet
+from vpd_jax.models.backbones.unet import UNetSizes
+from vpd_jax.models.backbones.vae import VaeSizes
+from vpd_jax.models.heads.lavt import Lavt
+from vpd_jax.models.initializers import InitKeys
+from vpd_jax.models.methods.vpd import Vpd
+from vpd_jax.models.perception_model import PerceptionModel
+from vpd_jax.tasks.referring.task import Referring
 
 RECIPE = referring.referring_optimizer(num_steps=40_000)
 AS_RUN, DECAY = RECIPE["lr_groups"], RECIPE["decay_groups"]
@@ -59,7 +60,7 @@ def describe(tokens, dtype=jnp.float32, unet_sizes=None, vae_sizes=None, width=6
 def weights(parts, tokens, dtype=np.float32):
   """The authors' rebuilt weights under our names."""
   shapes = {name: s for name, s in parts.shapes.items() if name != CLASS_VECTORS}
-  named, _ = rules.convert(oracle.weights(f"vpd_refer_{tokens}"), released_refer.vpd_refer(), shapes)
+  named, _ = rules.convert(oracle.weights(f"vpd_refer_{tokens}"), released_referring.vpd_refer(), shapes)
   unused = {CLASS_VECTORS: np.zeros(parts.shapes[CLASS_VECTORS].shape, dtype)}
   return {name: jnp.asarray(x, dtype) for name, x in (named | unused).items()}
 
@@ -118,7 +119,7 @@ def test_scores_and_losses_are_the_authors(forward):
 def test_batch_statistics_move_as_the_authors(forward):
   arrays, stats = forward[0], forward[-1]
   expected = {name.removeprefix("train/bn_after/"): x for name, x in arrays.items() if "train/bn_after" in name}
-  after = rules.to_source(stats, released_refer.vpd_refer())
+  after = rules.to_source(stats, released_referring.vpd_refer())
   assert not expected or expected.keys() == after.keys()
   for name, value in expected.items():
     np.testing.assert_allclose(after[name], value, atol=1e-5, rtol=1e-5, err_msg=name)
@@ -132,7 +133,7 @@ def test_groups_are_the_authors_as_run_and_as_intended(factor):
   parts = describe(40, unet_sizes=UNetSizes(), vae_sizes=VaeSizes(), width=640)
   recipe = referring.referring_optimizer(unet_lr=factor)
   groups = optim.groups(parts.params, recipe["lr_groups"], recipe["decay_groups"])
-  names = {name: next(iter(rules.to_source({name: phantom(parts, name)}, released_refer.vpd_refer())))
+  names = {name: next(iter(rules.to_source({name: phantom(parts, name)}, released_referring.vpd_refer())))
            for name in parts.params}  # fmt: skip
   ours = {}
   for name, rate in groups.lr.items():

@@ -13,8 +13,9 @@ from tests import oracle
 from tests.golden import fill
 from tests.methods import segmentation_setups as setups
 from tests.methods.test_vpd_oracle import check_gradients
-from vpd_jax import assemble, train
-from vpd_jax.backbones import layers
+from vpd_jax import experiment
+from vpd_jax.models.backbones import layers
+from vpd_jax.training import train
 
 pytestmark = pytest.mark.x64
 
@@ -24,7 +25,7 @@ class Run:
 
   def __init__(self, setup):
     self.setup = setup
-    self.product = assemble.assemble(setups.config(setup, dtype="float64", param_dtype="float64"))
+    self.product = experiment.assemble(setups.config(setup, dtype="float64", param_dtype="float64"))
     self.batch = setups.batch_of(setup, jnp.float64)
     self.states = [setups.state_of(setup, self.product, np.float64)]
     self.gradients = jax.jit(train.make_gradients(self.product, loss_group=0, accumulation=1))

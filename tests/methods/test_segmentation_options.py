@@ -8,15 +8,19 @@ import pytest
 from tests import tiny
 from tests.golden import fill
 from tests.test_class_vectors import VOCABULARY, write_tokenizer
-from vpd_jax import assemble, config_file, params, tiles
-from vpd_jax.backbones import layers, transformer
-from vpd_jax.backbones.unet import UNetOutput, UNetSizes
-from vpd_jax.backbones.vae import VaeSizes
+from vpd_jax import experiment
+from vpd_jax.config import loader
 from vpd_jax.convert.tokenizer import Tokenize
-from vpd_jax.initializers import InitKeys
-from vpd_jax.methods import images, prompts
-from vpd_jax.methods.vpd import Vpd
-from vpd_jax.tasks.segmentation import Segmentation
+from vpd_jax.inference import tiles
+from vpd_jax.models import parameters
+from vpd_jax.models.backbones import layers, transformer
+from vpd_jax.models.backbones.unet import UNetOutput, UNetSizes
+from vpd_jax.models.backbones.vae import VaeSizes
+from vpd_jax.models.context import class_context
+from vpd_jax.models.initializers import InitKeys
+from vpd_jax.models.methods import image_input
+from vpd_jax.models.methods.vpd import Vpd
+from vpd_jax.tasks.segmentation.task import Segmentation
 
 KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 CLASSES = 5
@@ -30,7 +34,7 @@ def method(**options):
   """The smallest VPD with maps, described, and made-up values of its arrays."""
   vae = VaeSizes(channels=32, channel_mult=(1,) * 4, num_res_blocks=1)
   kinds = {"classes": CLASSES, "prompt": "all_classes", "attention_maps": True, **options}
-  parts = params.describe(lambda: Vpd(unet=UNET, vae=vae, **kinds, **KINDS, rngs=InitKeys(0)))
+  parts = parameters.describe(lambda: Vpd(unet=UNET, vae=vae, **kinds, **KINDS, rngs=InitKeys(0)))
   return parts, {name: jnp.asarray(x) for name, x in tiny.filled(parts.shapes).items()}
 
 
@@ -83,7 +87,7 @@ def test_maps_of_a_wide_image_are_attention_by_hand(plain):
 
 
 def test_the_whole_network_takes_an_image_that_is_not_square():
-  product = assemble.assemble(config_file.load("configs/ade20k_seg.py:tiny"))
+  product = experiment.assemble(loader.load("configs/ade20k_seg.py:tiny"))
   image = jax.ShapeDtypeStruct((1, 64, 128, 3), jnp.float32)
   forward = lambda named, image: product.parts.merge(named)({"image": image}, training=False)["logits"]
   assert jax.eval_shape(forward, product.parts.shapes, image).shape == (1, 64, 128, 150)
@@ -91,7 +95,7 @@ def test_the_whole_network_takes_an_image_that_is_not_square():
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_the_maps_carry_a_gradient_only_if_asked(gradient):
-  join = images.joined_maps(SD, 150, use=True, max_size=32, gradient=gradient)
+  join = image_input.joined_maps(SD, 150, use=True, max_size=32, gradient=gradient)
   features = tuple(jnp.ones((1, 8 >> i, 12 >> i, w)) for i, w in enumerate(SD.widths))
   maps = {(4, 6): jnp.full((1, 4, 6, 150), 2.0), (2, 3): jnp.full((1, 2, 3, 150), 3.0)}
   total = lambda features, maps: sum(jnp.square(x).sum() for x in join(UNetOutput(features, maps, None)))
@@ -104,7 +108,7 @@ def test_the_maps_carry_a_gradient_only_if_asked(gradient):
 
 @pytest.mark.parametrize("size, levels", [(64, (0, 1, 2)), (32, (1, 2)), (16, (2,))])
 def test_the_largest_map_that_is_joined_is_a_choice(size, levels):
-  join = images.joined_maps(SD, 150, use=True, max_size=size, gradient=False)
+  join = image_input.joined_maps(SD, 150, use=True, max_size=size, gradient=False)
   assert set(join.levels) == set(levels)
   assert join.widths == tuple(w + 150 * (i in levels) for i, w in enumerate((320, 640, 1280, 1280)))
   # Of a wide image too, the UNet keeps the maps up to the finest that is joined.
@@ -118,7 +122,7 @@ def test_the_largest_map_that_is_joined_is_a_choice(size, levels):
 
 
 def test_no_map_is_kept_where_none_is_joined():
-  join = images.joined_maps(SD, 150, use=False, max_size=32, gradient=False)
+  join = image_input.joined_maps(SD, 150, use=False, max_size=32, gradient=False)
   assert join.widths == SD.widths and join.positions(jnp.zeros((1, 64, 64, 4))) == 0
 
 
@@ -126,7 +130,7 @@ def test_no_map_is_kept_where_none_is_joined():
 def test_a_size_that_no_map_has_is_refused(size):
   message = rf"^method\.attention_max_size={size} must be .* for an image of 512: one of \[16, 32, 64\]\.$"
   with pytest.raises(ValueError, match=message):
-    images.joined_maps(SD, 150, use=True, max_size=size, gradient=False)
+    image_input.joined_maps(SD, 150, use=True, max_size=size, gradient=False)
 
 
 NAMES = ("a_bed", "cat", "a bed cat", "x")
@@ -142,8 +146,8 @@ def tokenize(tmp_path_factory):
 
 def sentence(tokenize, label, length=32):
   """Our token ids of a label map, and a function from a sentence to those of the tokenizer."""
-  table = tokenize(length)(prompts.sentences_of("{}", NAMES))
-  tokens = prompts.Names(table)({"label": np.asarray(label, np.uint8)})["tokens"]
+  table = tokenize(length)(class_context.sentences_of("{}", NAMES))
+  tokens = class_context.Names(table)({"label": np.asarray(label, np.uint8)})["tokens"]
   assert tokens.dtype == np.int32 and tokens.shape == (length,)
   return tokens.tolist(), lambda text: tokenize(length)((text,))[0].tolist()
 
@@ -160,7 +164,7 @@ def test_names_in_a_label_map_are_the_tokens_of_their_sentence(tokenize, label, 
 
 def test_names_of_the_smallest_areas_are_left_out_where_all_are_too_many(tokenize):
   label = [[2] * 4 + [1] * 3 + [0] * 2 + [3]]
-  table = tokenize(32)(prompts.sentences_of("{}", NAMES))
+  table = tokenize(32)(class_context.sentences_of("{}", NAMES))
   lengths = (table != table.max()).sum(axis=1) - 1
   for kept, text in (((2,), "a bed cat"), ((1, 2), "cat a bed cat"), ((0, 1, 2), "a bed cat a bed cat")):
     tokens, of = sentence(tokenize, label, length=2 + sum(int(lengths[k]) for k in kept))
@@ -177,9 +181,9 @@ def test_padding_of_a_picture_is_exactly_zero(kind):
   image = whole if kind is np.uint8 else whole / kind(255)
   valid = np.array([[4, 8], [6, 5]], np.int32)
   padded = np.asarray(
-    images.network_input({"image": jnp.asarray(image), "valid_size": jnp.asarray(valid)}, jnp.float32)
+    image_input.network_input({"image": jnp.asarray(image), "valid_size": jnp.asarray(valid)}, jnp.float32)
   )
-  without = np.asarray(images.network_input({"image": jnp.asarray(image)}, jnp.float32))
+  without = np.asarray(image_input.network_input({"image": jnp.asarray(image)}, jnp.float32))
   for i, (height, width) in enumerate(valid):
     np.testing.assert_array_equal(padded[i, :height, :width], without[i, :height, :width])
     rest = np.ones((6, 8), bool)

@@ -13,7 +13,9 @@ import pytest
 
 from tests import oracle
 from tests.methods import segmentation_setups as setups
-from vpd_jax import assemble, config_file, labelling, optim
+from vpd_jax import experiment, optim
+from vpd_jax.config import loader
+from vpd_jax.inference import sliding_window
 
 # The authors' own distance between float32 and float64 is 4e-6 and 1.7e-5 of the largest value.
 LIMIT = {"vpd_seg": 1e-5, "meta_seg_ade": 5e-5, "meta_seg_cityscapes": 5e-5}
@@ -78,10 +80,10 @@ def test_losses_logs_and_statistics_in_training_are_the_authors(forward, setup, 
 
 def labelled(forward, images, arrays, words, softmax=True):
   """The result for one picture given in several scales, [1, K, H, W]."""
-  engine = labelling.Labelling(forward.logits, labelling.parse(words), at_once=2, softmax=softmax)
+  engine = sliding_window.Labelling(forward.logits, sliding_window.parse(words), at_once=2, softmax=softmax)
   engine._predict = forward.logits  # compiled for the taps already
   size = tuple(int(side) for side in arrays["input/slide_ori_shape"])
-  views = labelling.Views([image[0].astype(np.float32) for image in images], size, {})
+  views = sliding_window.Views([image[0].astype(np.float32) for image in images], size, {})
   (result,) = engine(None, [views])
   return oracle.nchw(np.asarray(result)[None, : size[0], : size[1]])
 
@@ -128,8 +130,8 @@ def test_every_parameter_of_the_full_network_is_in_the_authors_group(setup):
   """Norms of the UNet's transformers at the full rate without decay; biases and BatchNorms decay."""
   with gzip.open(oracle.GOLDEN / "optimizer_groups.segmentation.json.gz", "rt") as f:
     authors = json.load(f)[setup]
-  made = config_file.load(setups.CONFIGS[setup])
-  product = assemble.assemble(made)
+  made = loader.load(setups.CONFIGS[setup])
+  product = experiment.assemble(made)
   assert authors["base_lr"] == made.optim.lr and authors["trainable_but_in_no_group"] == []
   words = f"AdamW betas ({made.optim.b1}, {made.optim.b2}) eps {made.optim.epsilon}, no gradient clipping"
   assert authors["optimizer"] == words and made.optim.clip_norm == 0
@@ -156,7 +158,7 @@ def test_every_parameter_of_the_full_network_is_in_the_authors_group(setup):
 
 @pytest.mark.parametrize("rate", ["8e-5", "1.6e-4"])
 def test_the_learning_rate_of_every_step_is_the_authors(rate):
-  arrays, made = oracle.golden("schedules.segmentation.npz"), config_file.load("configs/ade20k_seg.py").optim
+  arrays, made = oracle.golden("schedules.segmentation.npz"), loader.load("configs/ade20k_seg.py").optim
   steps, expected = arrays[f"seg_80k_{rate}/iter"], arrays[f"seg_80k_{rate}/lr"]
   options = dict(made.schedule) | {"num_steps": 80_000}
   actual = optim.schedule(**options, lr=float(rate))(jnp.asarray(steps, jnp.int32))
@@ -166,7 +168,7 @@ def test_the_learning_rate_of_every_step_is_the_authors(rate):
 
 
 def test_the_shipped_configs_have_the_authors_losses():
-  made = {setup: config_file.load(name) for setup, name in setups.CONFIGS.items()}
+  made = {setup: loader.load(name) for setup, name in setups.CONFIGS.items()}
   options = {
     setup: (c.task.lovasz, c.task.auxiliary, c.task.avg_non_ignore, c.head.dropout) for setup, c in made.items()
   }

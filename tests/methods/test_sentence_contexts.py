@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vpd_jax import assemble, config_file
+from vpd_jax import experiment
+from vpd_jax.config import loader
 
 QUICK = {"xla_backend_optimization_level": 0}
 # Tokens behind those of the sentence, and the trained arrays that make them.
@@ -13,12 +14,12 @@ BEHIND = {"meta_prompts": (50, "method/meta_prompts/0"), "iedp": (8, "method/imp
 
 
 def config_of(method):
-  return tiny.shrunk(config_file.load(f"configs/refcoco_refer.py:{method},tiny"))
+  return tiny.shrunk(loader.load(f"configs/refcoco_refer.py:{method},tiny"))
 
 
 @pytest.mark.parametrize("method", BEHIND)
 def test_the_network_attends_to_the_sentence_and_to_what_stands_behind_it(method):
-  product = assemble.assemble(config_of(method), training=False)
+  product = experiment.assemble(config_of(method), training=False)
   count, name = BEHIND[method]
   shapes, made = product.parts.shapes, product.method
   width = shapes[name].shape[-1]
@@ -62,4 +63,4 @@ def test_what_cannot_be_is_refused(method, changes, message):
   config = config_of(method).unlock()
   config.update_from_flattened_dict(changes)
   with pytest.raises(ValueError, match=message):
-    assemble.assemble(config.lock())
+    experiment.assemble(config.lock())

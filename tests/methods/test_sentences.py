@@ -10,11 +10,11 @@ import pytest
 
 from tests import tiny
 from tests.test_class_vectors import VOCABULARY, write_tokenizer
-from vpd_jax import params
-from vpd_jax.backbones.clip import TextSizes
 from vpd_jax.convert.tokenizer import Tokenize
-from vpd_jax.initializers import InitKeys
-from vpd_jax.methods import sentences
+from vpd_jax.models import parameters
+from vpd_jax.models.backbones.clip_text import TextSizes
+from vpd_jax.models.context import sentences
+from vpd_jax.models.initializers import InitKeys
 
 SIZES = TextSizes(vocab_size=100, width=16, layers=1, heads=2, mlp_width=32, positions=12)
 KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
@@ -85,7 +85,7 @@ def test_an_example_gets_its_tokens_and_the_transform_travels():
 
 
 def test_ready_states_go_before_tokens():
-  parts = params.describe(lambda: sentences.text_encoder(SIZES, 8, 16, **KINDS, rngs=InitKeys(0)))
+  parts = parameters.describe(lambda: sentences.text_encoder(SIZES, 8, 16, **KINDS, rngs=InitKeys(0)))
   assert not parts.params and parts.buffers  # never trained, whatever the config says
   encoder = parts.merge(tiny.filled(parts.shapes))
   tokens = jnp.asarray(tokens_of(8).rows(("ab", "cd"))[0])

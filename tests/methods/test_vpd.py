@@ -11,11 +11,12 @@ from scipy.special import erf
 
 from tests import tiny
 from tests.golden import fill
-from vpd_jax import assemble, config_file
-from vpd_jax.backbones.unet import UNetSizes
-from vpd_jax.backbones.vae import VaeSizes
-from vpd_jax.methods import images
-from vpd_jax.methods.vpd import Vpd
+from vpd_jax import experiment
+from vpd_jax.config import loader
+from vpd_jax.models.backbones.unet import UNetSizes
+from vpd_jax.models.backbones.vae import VaeSizes
+from vpd_jax.models.methods import image_input
+from vpd_jax.models.methods.vpd import Vpd
 from vpd_jax.types import Branch
 
 # Compiles in half the time; what is compared here is compiled alike.
@@ -25,7 +26,7 @@ QUICK = {"xla_backend_optimization_level": 0}
 @pytest.fixture(scope="module")
 def network():
   """The smallest network of the NYU config, and made-up values of all its arrays."""
-  product = assemble.assemble(tiny.shrunk(config_file.load("configs/nyu_depth.py:tiny")))
+  product = experiment.assemble(tiny.shrunk(loader.load("configs/nyu_depth.py:tiny")))
   return product, tiny.filled(product.parts.shapes)
 
 
@@ -86,7 +87,7 @@ def test_ready_latents_stand_for_the_encoded_image(network, depth_of, small):
   @jax.jit
   def encode(named, image):
     method = product.parts.merge(named).method
-    return method.vae(images.padded(images.signed(image, jnp.float32), 64, 0.0)).mean
+    return method.vae(image_input.padded(image_input.signed(image, jnp.float32), 64, 0.0)).mean
 
   latents = encode(named, jnp.asarray(image(64, 128, 2)))
   blank = np.zeros_like(image(64, 128, 2))
@@ -195,7 +196,7 @@ def test_the_context_is_the_vector_plus_gamma_times_the_adapter(network, context
   ((480, 640), 128, (512, 640)),
 ])  # fmt: skip
 def test_padding_grows_to_the_next_multiple(size, multiple, expected):
-  assert images.padded(jnp.zeros((1, *size, 3)), multiple, 0.0).shape[1:3] == expected
+  assert image_input.padded(jnp.zeros((1, *size, 3)), multiple, 0.0).shape[1:3] == expected
 
 
 def make(**options):
@@ -217,9 +218,9 @@ def test_the_defaults_are_the_release_and_there_is_one_branch():
 
 
 def test_gamma_starts_at_the_residual_scale():
-  config = tiny.shrunk(config_file.load("configs/nyu_depth.py:tiny")).unlock()
+  config = tiny.shrunk(loader.load("configs/nyu_depth.py:tiny")).unlock()
   config.method.residual_scale = 0.25
-  gamma = assemble.assemble(config).parts.initialize(["method/gamma"])["method/gamma"]
+  gamma = experiment.assemble(config).parts.initialize(["method/gamma"])["method/gamma"]
   np.testing.assert_array_equal(gamma, np.full(16, 0.25, np.float32))
 
 
@@ -241,14 +242,14 @@ def test_wrong_options_are_one_line(options, message):
   ("dtype", "float64", r"^float64 is for both or neither: config\.dtype='float64', config\.param_dtype='float32'"),
 ])  # fmt: skip
 def test_wrong_words_of_a_config_are_one_line(field, value, message):
-  config = tiny.shrunk(config_file.load("configs/nyu_depth.py:tiny")).unlock()
+  config = tiny.shrunk(loader.load("configs/nyu_depth.py:tiny")).unlock()
   config.update_from_flattened_dict({field: value})
   with pytest.raises(ValueError, match=message):
-    assemble.assemble(config)
+    experiment.assemble(config)
 
 
 def test_float64_without_x64_says_what_to_set():
-  config = tiny.shrunk(config_file.load("configs/nyu_depth.py:tiny")).unlock()
+  config = tiny.shrunk(loader.load("configs/nyu_depth.py:tiny")).unlock()
   config.dtype = config.param_dtype = "float64"
   with pytest.raises(ValueError, match=r"='float64' needs JAX_ENABLE_X64=1 in the environment"):
-    assemble.assemble(config)
+    experiment.assemble(config)

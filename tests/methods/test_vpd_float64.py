@@ -8,10 +8,11 @@ import pytest
 from tests import oracle, tiny
 from tests.golden import fill
 from tests.methods import test_vpd_oracle as single
-from vpd_jax import assemble
-from vpd_jax.backbones import layers
-from vpd_jax.convert import released, rules
-from vpd_jax.tasks.depth import silog
+from vpd_jax import experiment
+from vpd_jax.convert import rules
+from vpd_jax.convert.tables import released
+from vpd_jax.models.backbones import layers
+from vpd_jax.tasks.depth.task import silog
 
 pytestmark = pytest.mark.x64
 
@@ -24,7 +25,7 @@ def arrays():
 @pytest.fixture(scope="module")
 def run():
   """Five steps in float64; the sinusoid is the authors' float32 one, widened, as libraries differ in its last bit."""
-  product = assemble.assemble(tiny.depth_config(dtype="float64", param_dtype="float64"))
+  product = experiment.assemble(tiny.depth_config(dtype="float64", param_dtype="float64"))
   state = tiny.train_state(product, tiny.depth_weights(dtype=np.float64))
   sinusoid = oracle.golden("sd_unet_hier.tiny.npz")["output/timestep_embedding"][1:2]
   inputs = oracle.golden("vpd_depth.tiny.npz")

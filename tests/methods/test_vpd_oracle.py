@@ -7,10 +7,13 @@ import pytest
 
 from tests import oracle, tiny
 from tests.golden import fill
-from vpd_jax import assemble, config_file, train
-from vpd_jax.backbones import unet
-from vpd_jax.convert import released, rules
-from vpd_jax.tasks.depth import silog
+from vpd_jax import experiment
+from vpd_jax.config import loader
+from vpd_jax.convert import rules
+from vpd_jax.convert.tables import released
+from vpd_jax.models.backbones import unet
+from vpd_jax.tasks.depth.task import silog
+from vpd_jax.training import train
 
 UNET = "encoder.unet.unet.diffusion_model."
 FULL = (
@@ -29,7 +32,7 @@ def arrays():
 
 @pytest.fixture(scope="module")
 def setup():
-  product = assemble.assemble(tiny.depth_config())
+  product = experiment.assemble(tiny.depth_config())
   return product, tiny.train_state(product, tiny.depth_weights())
 
 
@@ -185,9 +188,9 @@ def test_frozen_arrays_do_not_move(trained):
 def test_full_size_network_is_the_authors(full_oracle):
   """Output, loss, gradients and statistics at Stable Diffusion 1.5's sizes; about 14 GiB."""
   arrays = full_oracle("vpd_depth")
-  config = config_file.load("configs/nyu_depth.py").unlock()
+  config = loader.load("configs/nyu_depth.py").unlock()
   config.data.batch_size, config.optim.norm_group, config.optim.loss_group = 1, 0, 0
-  product = assemble.assemble(config.lock())
+  product = experiment.assemble(config.lock())
   named = tiny.depth_weights("full")
   groups = product.groups.lr
   params = {n: x for n, x in named.items() if n in groups}

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vpd_jax.tasks.baselines import depth_baselines
+from vpd_jax.tasks.depth.baselines import depth_baselines
 
 
 def example(depth: np.ndarray, image: np.ndarray | None = None) -> dict[str, np.ndarray]:

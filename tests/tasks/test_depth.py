@@ -10,9 +10,9 @@ import pytest
 
 from tests import oracle
 from tests.golden import fill
-from vpd_jax.data import files
-from vpd_jax.tasks import depth
-from vpd_jax.tasks.depth import SCORES, Depth, silog
+from vpd_jax.data.readers import image_files
+from vpd_jax.tasks.depth import task as depth_task
+from vpd_jax.tasks.depth.task import SCORES, Depth, silog
 
 # case: size of the image, largest depth, crop
 CASES = {
@@ -226,7 +226,7 @@ def test_no_scored_pixel_at_all_is_an_error():
   ("eigen_kitti", (352, 1216), (117, 321, 43, 1172)),
 ])  # fmt: skip
 def test_crops_are_these_rows_and_columns(crop, size, expected):
-  assert depth.EVAL_CROPS[crop](*size) == expected
+  assert depth_task.EVAL_CROPS[crop](*size) == expected
 
 
 def test_wrong_options_are_one_line():
@@ -266,7 +266,7 @@ def test_the_png_holds_metres_times_its_scale_and_0_for_no_value(tmp_path, large
   stored = cv2.imread(str(tmp_path / "0000000008.depth.png"), cv2.IMREAD_UNCHANGED)
   assert stored.dtype == np.uint16 and stored.shape == (6, 8)
   assert stored[0, :3].tolist() == [0, 1, 65535]  # what is a number never becomes "no value"
-  read = files.read_depth(tmp_path / "0000000008.depth.png", scale=scale)
+  read = image_files.read_depth(tmp_path / "0000000008.depth.png", scale=scale)
   np.testing.assert_allclose(read[1:], prediction[1:], atol=0.501 / scale)
   np.testing.assert_allclose(read[0, 3], largest, atol=0.501 / scale)
 

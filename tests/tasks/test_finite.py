@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from tests.data import coco_people
-from vpd_jax.data.coco_pose import CocoPose
-from vpd_jax.data.keypoints import COCO
-from vpd_jax.tasks import heatmaps, oks
-from vpd_jax.tasks.depth import Depth
-from vpd_jax.tasks.pose import Pose
-from vpd_jax.tasks.referring import Referring
-from vpd_jax.tasks.segmentation import Segmentation
+from vpd_jax.data.datasets.coco_pose import CocoPose
+from vpd_jax.data.transforms.top_down import COCO
+from vpd_jax.tasks.depth.task import Depth
+from vpd_jax.tasks.pose import heatmaps, oks
+from vpd_jax.tasks.pose.task import Pose
+from vpd_jax.tasks.referring.task import Referring
+from vpd_jax.tasks.segmentation.task import Segmentation
 
 BAD = [np.nan, np.inf, -np.inf]
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpd_jax.tasks import heatmaps
+from vpd_jax.tasks.pose import heatmaps
 
 CROP, SIZE = (256, 192), (64, 48)
 PAIRS = ((1, 2), (3, 4))

@@ -12,11 +12,11 @@ import pytest
 
 from tests.data import coco_people
 from tests.tasks.test_heatmaps import written_targets
-from vpd_jax import inference
-from vpd_jax.data.coco_pose import CocoPose
-from vpd_jax.data.keypoints import COCO, described, mirrored
-from vpd_jax.tasks import heatmaps, oks
-from vpd_jax.tasks.pose import Pose, joints_mse
+from vpd_jax.data.datasets.coco_pose import CocoPose
+from vpd_jax.data.transforms.top_down import COCO, described, mirrored
+from vpd_jax.inference import tta
+from vpd_jax.tasks.pose import heatmaps, oks
+from vpd_jax.tasks.pose.task import Pose, joints_mse
 
 CROP, SIZE = (256, 192), (64, 48)
 
@@ -238,15 +238,15 @@ def test_mirroring_averages_heatmaps_whose_sides_are_swapped():
 
   image = np.random.default_rng(3).uniform(0, 1, (2, 8, 6, 3)).astype(np.float32)
   batch = {"image": jnp.asarray(image), "extra": jnp.arange(2)}
-  plain = inference.test_time(network, ())(batch)
-  both = inference.test_time(network, ("flip",), mirrored=task.mirrored)(batch)
+  plain = tta.test_time(network, ())(batch)
+  both = tta.test_time(network, ("flip",), mirrored=task.mirrored)(batch)
   assert seen == [(2, 8, 6, 3), (4, 8, 6, 3)]
   # Mirrored twice the pixels are where they were; left and right colours are exchanged.
   np.testing.assert_allclose(both[..., 0], plain[..., 0], rtol=1e-6)
   np.testing.assert_allclose(both[..., 1], (plain[..., 1] + plain[..., 2]) / 2, rtol=1e-6)
   np.testing.assert_array_equal(both[..., 1], both[..., 2])
   with pytest.raises(ValueError, match=r"^eval\.test_time has 'shift:2'; known are 'flip'\.$"):
-    inference.parse(("shift:2",), task.way)
+    tta.parse(("shift:2",), task.way)
 
 
 def test_a_mirrored_input_gives_mirrored_keypoints():
@@ -260,7 +260,7 @@ def test_a_mirrored_input_gives_mirrored_keypoints():
     shift = moved[:, None, None] * jnp.asarray([[[1.0, 0.5, 0]]])
     return heatmaps.targets(symmetric + shift, CROP, SIZE)[0]
 
-  predict = inference.test_time(network, ("flip",), mirrored=task.mirrored)
+  predict = tta.test_time(network, ("flip",), mirrored=task.mirrored)
   centre, extent = jnp.full((2, 2), 100.0), jnp.full((2, 2), 64.0)
   image = jnp.asarray(rng.uniform(0, 1, (2, *CROP, 3)), jnp.float32).at[0, :, 30:].set(0)
   plain, turned, bare = (

@@ -10,8 +10,9 @@ import pytest
 
 from tests import oracle
 from tests.golden import fill
-from vpd_jax.tasks import mask_baselines, referring
-from vpd_jax.tasks.referring import Referring
+from vpd_jax.tasks.referring import baselines
+from vpd_jax.tasks.referring import task as referring_task
+from vpd_jax.tasks.referring.task import Referring
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_the_loss_is_pytorchs_weighted_mean():
 
 def test_weights_move_the_loss_and_equal_ones_do_not():
   logits, mask = jnp.asarray(fill.normal("logits", (1, 8, 8, 2), 0)), jnp.asarray(random_masks("mask", (1, 8, 8)))
-  of = lambda *w: float(referring.weighted_cross_entropy(logits, mask, w))
+  of = lambda *w: float(referring_task.weighted_cross_entropy(logits, mask, w))
   np.testing.assert_allclose(of(3.0, 3.0), of(1.0, 1.0), rtol=1e-6)
   inside = mask[..., None].astype(bool)
   lost = -jax.nn.log_softmax(logits)
@@ -98,14 +99,14 @@ def test_at_the_original_size_scores_are_resized_as_pytorch_does():
 
 def test_a_smaller_original_is_not_averaged():
   margin = jnp.asarray(fill.normal("margin", (12, 10), 0))
-  found = referring.at_size(margin, jnp.asarray([5, 4]), (8, 8))[:5, :4]
+  found = referring_task.at_size(margin, jnp.asarray([5, 4]), (8, 8))[:5, :4]
   np.testing.assert_allclose(found, jax.image.resize(margin, (5, 4), "linear", antialias=False), atol=1e-6)
 
 
 def test_the_best_constant_mask_beats_every_other_one():
   masks = random_masks("masks", (7, 2, 4), 0.4)
   oiou = lambda guess: (masks & guess).sum() / (masks | guess).sum()
-  best = mask_baselines.best_constant(list(masks)).astype(np.uint8)
+  best = baselines.best_constant(list(masks)).astype(np.uint8)
   every = [np.array([code >> bit & 1 for bit in range(8)], np.uint8).reshape(2, 4) for code in range(1, 256)]
   assert oiou(best) == max(map(oiou, every)) > oiou(np.ones_like(best))
 
@@ -113,7 +114,7 @@ def test_the_best_constant_mask_beats_every_other_one():
 def test_baselines_are_fitted_on_training_and_scored_on_evaluation():
   train = [{"mask": m} for m in random_masks("train", (9, 4, 4), 0.4)]
   evaluation = [{"mask": m} for m in random_masks("eval", (5, 4, 4), 0.4)]
-  best = mask_baselines.best_constant([e["mask"] for e in train])
+  best = baselines.best_constant([e["mask"] for e in train])
   masks = np.stack([e["mask"] for e in evaluation]).astype(bool)
   found = Referring().baselines(train, evaluation)
   assert found["constant_mask"] == (masks & best).sum() / (masks | best).sum()
@@ -164,7 +165,7 @@ def test_files_of_a_sentence(tmp_path):
   (lambda: Referring().loss({"logits": jnp.zeros((1, 4, 4, 2))}, {"mask": jnp.zeros((1, 4, 5), jnp.uint8)}),
    r"^the scores have the size \(4, 4\), the masks \(4, 5\); data\.crop must be that of both"),
   (lambda: Referring().baselines([{"mask": np.zeros((2, 2))}], []), r"^no training example has an object"),
-  (lambda: mask_baselines.best_constant([np.ones((2, 2)), np.ones((2, 3))]), r"^masks of the sizes"),
+  (lambda: baselines.best_constant([np.ones((2, 2)), np.ones((2, 3))]), r"^masks of the sizes"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(call, message):
   with pytest.raises(ValueError, match=message):

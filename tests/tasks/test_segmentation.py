@@ -10,9 +10,9 @@ from PIL import Image
 
 from tests import oracle
 from tests.golden import fill
-from vpd_jax.tasks import segmentation
-from vpd_jax.tasks.lovasz import lovasz_softmax
-from vpd_jax.tasks.segmentation import Segmentation, cross_entropy
+from vpd_jax.tasks.segmentation import task as segmentation_task
+from vpd_jax.tasks.segmentation.lovasz import lovasz_softmax
+from vpd_jax.tasks.segmentation.task import Segmentation, cross_entropy
 
 MIOU = {"ade": 150, "ade_labels_already_reduced": 150, "cityscapes": 19}
 
@@ -75,7 +75,7 @@ def test_losses_and_gradients_are_the_authors(arrays, loss, name, limit):
 
 
 def test_accuracy_is_the_authors(arrays):
-  np.testing.assert_allclose(segmentation.accuracy(*scores_and_label()), arrays["segloss/accuracy"], rtol=1e-6)
+  np.testing.assert_allclose(segmentation_task.accuracy(*scores_and_label()), arrays["segloss/accuracy"], rtol=1e-6)
 
 
 def written_lovasz(logits, label):
@@ -171,7 +171,7 @@ def test_the_loss_of_the_task_is_the_sum_of_its_parts(arrays):
 def test_scores_are_resized_to_the_labels_before_the_loss():
   logits, label = scores_and_label()
   task, small = Segmentation(classes=7), logits[:, ::2, ::2]
-  resized = segmentation.resized(small, label.shape[1:])
+  resized = segmentation_task.resized(small, label.shape[1:])
   first, second = (task.loss({"logits": x}, {"label": label}).value for x in (small, resized))
   np.testing.assert_array_equal(first, second)
 

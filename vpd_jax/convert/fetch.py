@@ -24,9 +24,9 @@ from typing import NamedTuple
 
 from etils import epath
 
-from vpd_jax import atomic
-from vpd_jax.convert import files
+from vpd_jax.convert.formats import weight_files
 from vpd_jax.errors import UserError
+from vpd_jax.files import atomic
 
 NETWORKS = ("unet", "vae", "text_encoder")
 TOKENIZER = "tokenizer"
@@ -140,12 +140,12 @@ def _needed(folder: epath.Path, parts: tuple[str, ...]) -> list[epath.Path]:
     if part == TOKENIZER:
       needed += [inner / name for name in TOKENIZER_FILES if name in names]
       continue
-    weights = files.weights_name(names) if part in there else None
+    weights = weight_files.weights_name(names) if part in there else None
     if weights is None:
       raise UserError(f"{folder} holds no weights of {part}/; give a diffusers folder.")
     needed.append(inner / weights)
-    if files.INDEX.search(weights):
-      needed += [inner / shard for shard in files.shards(inner / weights)]
+    if weight_files.INDEX.search(weights):
+      needed += [inner / shard for shard in weight_files.shards(inner / weights)]
   return needed
 
 
@@ -163,7 +163,7 @@ def _from_hub(source: str, found: HubId, parts: tuple[str, ...]) -> pathlib.Path
   if TOKENIZER in parts:
     patterns += [f"{folder}{name}" for folder in (f"{TOKENIZER}/", "") for name in TOKENIZER_FILES]
   lacking = [part for part in parts if part != TOKENIZER]
-  for suffix in files.SUFFIXES:  # One form after the other, until every network has its weights in one of them.
+  for suffix in weight_files.SUFFIXES:  # One form after the other, until every network has its weights in one of them.
     wanted = [pattern for part in lacking for pattern in _patterns(part, suffix)]
     try:
       folder = pathlib.Path(
@@ -187,12 +187,15 @@ def _patterns(part: str, suffix: str) -> list[str]:
   """Names that the weights of a network may have in one form."""
   variant, _, form = suffix.removeprefix(".").rpartition(".")
   numbered = [f"-*-of-*{suffix}"] + [f".{variant}-*-of-*.{form}"] * bool(variant)
-  ends = [(stem + suffix, *files.indices(stem, suffix), *(stem + end for end in numbered)) for stem in files.STEMS]
+  ends = [
+    (stem + suffix, *weight_files.indices(stem, suffix), *(stem + end for end in numbered))
+    for stem in weight_files.STEMS
+  ]
   return [f"{part}/{name}" for names in ends for name in names]
 
 
 def _held(folder: pathlib.Path) -> bool:
-  return folder.is_dir() and files.weights_name({path.name for path in folder.iterdir()}) is not None
+  return folder.is_dir() and weight_files.weights_name({path.name for path in folder.iterdir()}) is not None
 
 
 def _unreachable(url: str, error: Exception) -> UserError:

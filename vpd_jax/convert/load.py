@@ -15,10 +15,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from vpd_jax import atomic, checkpoint, damage, reading
-from vpd_jax.convert import clip, fetch, files, released, stable_diffusion
+from vpd_jax.convert import fetch
+from vpd_jax.convert.formats import weight_files
 from vpd_jax.convert.rules import COUNTER, ConversionError, NotFinite, Report, Same, convert
+from vpd_jax.convert.tables import clip, released, stable_diffusion
 from vpd_jax.errors import UserError
+from vpd_jax.files import atomic, damage, paths, reading
 
 KINDS = ("diffusers", "compvis", *(f"released:{name}" for name in released.TABLES), "ours")
 ACCEPTED = (
@@ -98,9 +100,9 @@ def load_text_encoder(path: str | epath.PathLike, targets: Mapping[str, Any]) ->
   folder = fetch.local(path, ("text_encoder",))
   if folder.is_dir():
     inner = folder / "text_encoder"
-    weights = files.open_folder(inner if inner.is_dir() else folder, ("",))
+    weights = weight_files.open_folder(inner if inner.is_dir() else folder, ("",))
   else:
-    weights = files.open_file(folder)
+    weights = weight_files.open_file(folder)
   try:
     rules = clip.text(weights.tensors)
   except UserError as error:
@@ -115,7 +117,7 @@ def source_files(path: str | epath.PathLike) -> dict[str, str]:
   if weights is None:
     return manifest(path)["files"]
   root = weights.files[0].parents[1 if kind == "diffusers" else 0]
-  return {file.relative_to(root).as_posix(): files.sha256(file) for file in weights.files}
+  return {file.relative_to(root).as_posix(): weight_files.sha256(file) for file in weights.files}
 
 
 def save(
@@ -135,7 +137,7 @@ def save(
   output = _absolute(output)
   if output.exists():
     raise UserError(f"output={str(output)!r} exists already; choose another name or remove it.")
-  checkpoint.check_name(output, "output")
+  paths.check_name(output, "output")
   content = {
     "table": report.table,
     "step": report.step,
@@ -168,7 +170,7 @@ def manifest(path: str | epath.PathLike) -> dict[str, Any]:
     raise UserError(f"{file} is not the manifest of converted weights ({error}); convert them again.") from error
 
 
-def _open(path: str | epath.PathLike) -> tuple[str, files.Weights | None]:
+def _open(path: str | epath.PathLike) -> tuple[str, weight_files.Weights | None]:
   """(kind, tensors) of a source, nothing read yet; None for a directory of ours."""
   there = fetch.bucket(str(path)) if fetch.in_bucket(path) else _absolute(path)
   if (there / "manifest.json").exists() and (there / "arrays").is_dir():
@@ -177,10 +179,10 @@ def _open(path: str | epath.PathLike) -> tuple[str, files.Weights | None]:
   if not found.exists():
     raise UserError(f"weights {str(path)!r} does not exist; give {ACCEPTED}.")
   if all((found / part).is_dir() for part in NETWORKS):
-    return "diffusers", files.open_folder(found, NETWORKS)
+    return "diffusers", weight_files.open_folder(found, NETWORKS)
   if found.is_dir():
     raise UserError(f"weights {str(path)!r} is a folder without unet/ and vae/; give {ACCEPTED}.")
-  weights = files.open_file(found)
+  weights = weight_files.open_file(found)
   signs = {sign: f"released:{name}" for name, sign in released.SIGNS.items()} | {"model.diffusion_model.": "compvis"}
   for sign, kind in signs.items():
     if any(name.startswith(sign) for name in weights.tensors):
@@ -195,7 +197,7 @@ def _steps(tensors: Mapping[str, Any]) -> int:
   return max((int(x[0]) for x in counts if x.size == 1 and np.isfinite(x[0]) and x[0] >= 0), default=0)
 
 
-def _with_others(report: Report, weights: files.Weights) -> Report:
+def _with_others(report: Report, weights: weight_files.Weights) -> Report:
   """The report, with the entries that are no tensors among what was dropped."""
   others = {name: f"not a tensor, but {kind}" for name, kind in weights.others.items()}
   return dataclasses.replace(report, dropped=report.dropped | others)
@@ -216,7 +218,7 @@ def _restore(path: str | epath.PathLike) -> dict[str, np.ndarray]:
   """All arrays of a converted directory, on the host."""
   named = {}
   folder = _absolute(path)
-  checkpoint.check_name(folder, "weights")
+  paths.check_name(folder, "weights")
   told = damage.told(f"weights {path}", folder, "and convert them again")
   with told, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     arrays = folder / "arrays"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vpd_jax import finite
+from vpd_jax.convert import finite
 from vpd_jax.errors import UserError
 
 

@@ -23,8 +23,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from vpd_jax.data import lost_workers, records
-from vpd_jax.data.records import unending
+from vpd_jax.data import worker_failures
+from vpd_jax.data.shards import reader
+from vpd_jax.data.shards.reader import unending
 from vpd_jax.errors import UserError
 from vpd_jax.types import Batch, Example
 
@@ -87,10 +88,10 @@ def train_batches(
   Raises:
     ValueError: batch_size is no multiple of process_count, the split is empty, or on_bad_record is unknown.
   """
-  records.check_on_bad_record(on_bad_record)
+  reader.check_on_bad_record(on_bad_record)
   source, report = _source(dataset, "train", batch_size, process_count), None
   if on_bad_record == "skip":
-    source, report, keys = records.Readable(source), records.Report(source), (*keys, records.SKIPPED)
+    source, report, keys = reader.Readable(source), reader.Report(source), (*keys, reader.SKIPPED)
   order_seed, transform_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(2))
   examples = (
     grain.MapDataset.source(source)
@@ -99,7 +100,7 @@ def train_batches(
     .repeat(_EPOCHS)
     .random_map(_TrainTransform(dataset, len(source), prepare), seed=transform_seed)
   )
-  batches = examples.batch(batch_size // process_count, batch_fn=records.Stack(tuple(sorted(keys))))
+  batches = examples.batch(batch_size // process_count, batch_fn=reader.Stack(tuple(sorted(keys))))
   return Batches(batches[start_step * process_count + process_index :: process_count], workers, report)
 
 
@@ -125,9 +126,9 @@ def eval_batches(
     rows that only fill.
   """
   source = _source(dataset, "eval", batch_size, process_count)
-  examples = grain.MapDataset.source(records.Filled(source, -(-len(source) // batch_size) * batch_size))
+  examples = grain.MapDataset.source(reader.Filled(source, -(-len(source) // batch_size) * batch_size))
   examples = examples.map(_EvalTransform(dataset, prepare))
-  batches = examples.batch(batch_size // process_count, batch_fn=records.Stack(tuple(sorted({*keys, "real"}))))
+  batches = examples.batch(batch_size // process_count, batch_fn=reader.Stack(tuple(sorted({*keys, "real"}))))
   return Batches(batches[process_index::process_count], workers)
 
 
@@ -140,7 +141,7 @@ def eval_examples(
 ) -> "Batches":
   """As `eval_batches`, but single Examples, each in its own size; the last ones may be repeated with "real" False."""
   source = _source(dataset, "eval", process_count, process_count)
-  filled = records.Filled(source, -(-len(source) // process_count) * process_count)
+  filled = reader.Filled(source, -(-len(source) // process_count) * process_count)
   examples = grain.MapDataset.source(filled).map(_EvalTransform(dataset, prepare))
   return Batches(examples[process_index::process_count], 0)
 
@@ -152,7 +153,7 @@ class Batches:
   iterator is dropped or the program ends.
   """
 
-  def __init__(self, batches: grain.MapDataset, workers: int, report: records.Report | None = None):
+  def __init__(self, batches: grain.MapDataset, workers: int, report: reader.Report | None = None):
     threads = 0 if workers else _THREADS
     reading = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
     if workers:
@@ -170,7 +171,7 @@ class Batches:
   def __next__(self) -> NumpyBatch:
     if not self._open:
       raise StopIteration
-    batch = lost_workers.following(self._open[0])
+    batch = worker_failures.following(self._open[0])
     # Out of the memory shared with the worker, which must not outlive the iterator.
     batch = {key: np.array(array) for key, array in batch.items()} if self._shared else batch
     return self._report(batch) if self._report else batch
@@ -277,7 +278,7 @@ def _source(dataset: DataSet, split: str, batch_size: int, process_count: int) -
   source = dataset.source(split)
   if not len(source):
     raise UserError(f"the {split} split has no records.")
-  return records.Unending(source)
+  return reader.Unending(source)
 
 
 def _with_place(place: int, example: Example) -> tuple[int, Example]:
@@ -296,7 +297,7 @@ class _TrainTransform:
   @unending
   def __call__(self, placed: tuple[int, Example], rng: np.random.Generator) -> Example:
     place, example = placed
-    skipped = {key: example[key] for key in (records.SKIPPED,) if key in example}
+    skipped = {key: example[key] for key in (reader.SKIPPED,) if key in example}
     example = self.dataset.train_transform(example, rng, place % self.records)
     return {**(self.prepare(example) if self.prepare else example), **skipped}
 

@@ -1,0 +1,1 @@
+"""Checkpoints of runs, and where the initial weights come from."""

@@ -1,0 +1,319 @@
+"""Checkpoints of a run: state, step and config in one orbax directory.
+
+`<workdir>/checkpoints/<step>/` holds `state` (the TrainState), `config` (JSON) and, where a score was given,
+`metrics`. A directory appears under its final name only when it is complete. With several processes, each of them
+makes the same calls in the same order; each writes its own part of the arrays.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
+
+from vpd_jax.errors import UserError
+from vpd_jax.files import damage, paths
+
+WEIGHTS = ("params", "frozen", "stats", "ema")
+FOLDER = "checkpoints"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # device, quota and file size: room is missing
+_STATUS = re.compile(r"[A-Z_]+: ")  # how errors of the library that writes arrays begin: they come as ValueErrors
+
+
+class Checkpoints:
+  """The checkpoints of one workdir: the newest `keep` and the best `keep_best` are kept.
+
+  Saving runs in the background: `save` returns when the state has been copied, so that it may be donated; `close`
+  (or leaving the `with`) waits for the disk. So does the first `save`, which reads back what it has written.
+
+  Args:
+    workdir: a local folder or a bucket ('gs://...').
+    keep: how many of the newest to keep.
+    keep_best: how many of the best to keep besides.
+    best_metric: the score, by its full name, e.g. 'eval/nyu/rmse'; None: none is best.
+    best_mode: 'min' or 'max': which end is better. NaN and a missing score are the worst.
+    read_only: nothing is created, cleaned or written.
+
+  Raises:
+    ValueError: for a bad option, or a workdir that cannot be made, read, or read again.
+  """
+
+  def __init__(
+    self,
+    workdir: str | epath.PathLike,
+    *,
+    keep: int = 3,
+    keep_best: int = 1,
+    best_metric: str | None = None,
+    best_mode: str = "min",
+    read_only: bool = False,
+  ):
+    if best_mode not in ("min", "max"):
+      raise UserError(f"best_mode={best_mode!r} is unknown; choose one of ['max', 'min'].")
+    if keep < 1 or keep_best < 0:
+      raise UserError(f"keep={keep} and keep_best={keep_best}: keep at least one checkpoint, and no fewer than 0 best.")
+    self._best_metric, self._keep, self._keep_best = best_metric, keep, keep_best
+    self._sign = 1 if best_mode == "max" else -1
+    self._directory, self._read_back = _directory(workdir), False
+    paths.check_name(self._directory, "workdir")
+    # Orbax's own max_to_keep with best_fn would drop the newest checkpoint where it is not among the best.
+    kept: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
+    if best_metric is not None:
+      kept.append(policies.BestN(get_metric_fn=self._score, n=keep_best, keep_checkpoints_without_metrics=False))
+    try:
+      self._manager = _Manager(
+        self._directory,
+        options=ocp.CheckpointManagerOptions(
+          preservation_policy=policies.AnyPreservationPolicy(kept),
+          best_fn=self._score if best_metric is not None else None,
+          best_mode="max",
+          create=not read_only,
+          read_only=read_only,
+          cleanup_tmp_directories=not read_only,
+        ),
+        # What is being written is held twice; without a limit, most of the state.
+        item_handlers={
+          "state": ocp.StandardCheckpointHandler(save_concurrent_gb=1),
+          "config": ocp.JsonCheckpointHandler(),
+        },
+      )
+    except Exception as error:
+      if not isinstance(error, OSError) and "://" not in str(workdir):  # a bucket fails with any kind of error
+        raise
+      raise UserError(f"workdir={str(workdir)!r} cannot be used: {error}; choose another.") from error
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def save(
+    self,
+    step: int,
+    state: Any,
+    config: str | Mapping[str, Any],
+    metrics: Mapping[str, float] | None = None,
+    *,
+    force: bool = False,
+  ) -> bool:
+    """Saves in the background, after an earlier save has ended; False where this step is saved already.
+
+    Args:
+      step: the number of finished steps.
+      state: a TrainState, or any tree of arrays.
+      config: as a mapping or as JSON.
+      metrics: the scores of this state; kept beside it, `best_metric` decides what is best.
+      force: waits until the checkpoint is on disk, as before an exit.
+
+    Raises:
+      OSError: this checkpoint, or the one before, could not be written. One line: why, and what is still there.
+    """
+    saved = False
+    if step not in self._manager.all_steps():
+      self.wait()
+      self._writing, self._bytes = step, sum(x.nbytes for x in jax.tree.leaves(state))
+      items = ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        config=ocp.args.JsonSave(json.loads(config) if isinstance(config, str) else dict(config)),
+      )
+      scores = {name: float(value) for name, value in metrics.items()} if metrics else None
+      with self._reported():
+        saved = self._manager.save(step, args=items, metrics=scores)
+    if force or (saved and not self._read_back):
+      self.wait()
+    if saved and not self._read_back:
+      self._read_back = True
+      if _described(self._saved(step)) != _described(state):
+        raise UserError(f"checkpoint {step} of {self._directory} cannot be read back; choose another --workdir.")
+    return saved
+
+  def scores(self, step: int) -> dict[str, float]:
+    """The scores of a saved step; empty where it has none."""
+    with self._read(step):
+      return self._manager.metrics(step) or {}
+
+  def add_scores(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Gives a saved step without scores its scores, as if they had been saved with it; waits until it is on disk."""
+    self.wait()
+    self._check_exists(step)
+    scores = {name: float(value) for name, value in metrics.items()}
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler("metrics")) as writer:
+      writer.save(self._directory / str(step) / "metrics", args=ocp.args.JsonSave(scores))
+    self._manager.reload()
+    if self._best_metric is not None:
+      scored = sorted((s for s in self.steps() if self.scores(s)), key=lambda s: self._score(self.scores(s)))
+      kept = {*self.steps()[-self._keep :], *scored[len(scored) - min(self._keep_best, len(scored)) :]}
+      for other in set(self.steps()) - kept:  # the best of before, else kept until the next save
+        self._manager.delete(other)
+
+  def steps(self) -> list[int]:
+    """The steps on disk, rising."""
+    return sorted(self._manager.all_steps())
+
+  def latest_step(self) -> int | None:
+    """The newest step; None where there is no checkpoint."""
+    return self._manager.latest_step()
+
+  def best_step(self) -> int | None:
+    """The step with the best score; None where none has one."""
+    return self._manager.best_step() if self._best_metric is not None else None
+
+  def restore(self, step: int, state: Any) -> Any:
+    """The saved state, onto the devices that `state` names, whatever mesh it was saved from.
+
+    Args:
+      step: one of `steps()`.
+      state: ShapeDtypeStructs with shardings, e.g. of `sharding.abstract`.
+
+    Raises:
+      ValueError: where names, shapes or dtypes differ; all of them are counted, the first ten listed.
+    """
+    self._check_same(step, state)
+    with self._read(step):
+      return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state)))["state"]
+
+  def restore_config(self, step: int) -> dict[str, Any]:
+    """The config this step was trained with, as plain values; tuples have become lists."""
+    self._check_exists(step)
+    with self._read(step):
+      return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+
+  def restore_weights(self, step: int, skip: tuple[str, ...] = ()) -> dict[str, dict[str, np.ndarray]]:
+    """Parameters and statistics only, on the host: {'params', 'frozen', 'stats'} and, where kept, 'ema'.
+
+    Read is neither the optimizer's, two thirds of it, nor what begins with one of `skip`.
+    """
+    saved = self._saved(step)
+    wanted = {k: w for k in WEIGHTS if (w := {n: x for n, x in (saved.get(k) or {}).items() if not n.startswith(skip)})}
+    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    with self._read(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      weights = reader.restore(
+        self._directory / str(step) / "state",
+        args=ocp.args.PyTreeRestore(item=wanted, restore_args=arguments, partial_restore=True),
+      )
+    return {"params": {}, "frozen": {}, "stats": {}} | weights
+
+  def wait(self) -> None:
+    """Returns when what was saved is on disk; raises like `save`."""
+    with self._reported():
+      self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, then ends the background threads; raises like `save`."""
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _reported(self) -> Iterator[None]:
+    """An error of writing as one line; what it left behind is removed, which also gives its room back."""
+    try:
+      yield
+    except (OSError, ValueError) as error:
+      if isinstance(error, ValueError) and not _STATUS.match(str(error)):
+        raise
+      for part in self._directory.glob(f"{self._writing}.*"):  # unfinished; a finished one has no suffix
+        with contextlib.suppress(OSError):
+          part.rmtree()
+      code, text = getattr(error, "errno", None), " ".join(str(error).split())
+      full = [os.strerror(number) for number in _FULL if number == code or os.strerror(number) in text]
+      cause, remedy = (
+        (full[0], f"Make room for it, up to {self._bytes / 2**20:,.0f} MiB") if full else (text, "Mend that")
+      )
+      left = max(ocp.utils.checkpoint_steps(self._directory), default=None)
+      raise OSError(
+        f"the checkpoint of step {self._writing} could not be written to {self._directory}: {cause}; "
+        + ("no step is there. " if left is None else f"step {left} is still there. ")
+        + f"{remedy}, and give the same command again: it goes on from step {left or 0}."
+      ) from error
+
+  def _score(self, metrics: Mapping[str, float]) -> float:
+    """Larger is better, whatever the mode."""
+    value = self._sign * metrics.get(cast(str, self._best_metric), math.nan)
+    return -math.inf if math.isnan(value) else value
+
+  def _check_exists(self, step: int) -> None:
+    """Raises where there is no such checkpoint."""
+    if step not in self._manager.all_steps():
+      raise UserError(f"{self._directory} holds no checkpoint of step {step}; it holds {self.steps() or 'none'}.")
+
+  def _saved(self, step: int) -> dict[str, Any]:
+    """Names, shapes and dtypes of what is on disk."""
+    self._check_exists(step)
+    with self._read(step):
+      return ocp.StandardCheckpointHandler().metadata(self._directory / str(step) / "state").tree
+
+  def _read(self, step: int) -> contextlib.AbstractContextManager:
+    """Errors of reading a step as damage.told tells them."""
+    older = max((other for other in self.steps() if other < step), default=None)
+    then = "start in another workdir" if older is None else f"step {older} is then used"
+    return damage.told(f"checkpoint {step} of {self._directory}", self._directory / str(step), then)
+
+  def _check_same(self, step: int, state: Any) -> None:
+    """Raises where the arrays on disk are not those of `state`: orbax would cast, cut or pad in silence."""
+    saved, wanted = _described(self._saved(step)), _described(state)
+    problems = [
+      f"{name}: {saved.get(name, 'absent')} on disk, {wanted.get(name, 'absent')} in the config"
+      for name in sorted(saved.keys() | wanted.keys())
+      if saved.get(name) != wanted.get(name)
+    ]
+    if problems:
+      raise UserError(
+        f"checkpoint {step} of {self._directory} does not fit the config in {len(problems)} arrays: "
+        + "; ".join(problems[:10])
+      )
+
+
+class _Manager(ocp.CheckpointManager):
+  """Orbax's manager, that leaves it to stop.StopRequest when to stop: both would count the calls of one service."""
+
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
+
+
+def is_workdir(path: str | epath.PathLike) -> bool:
+  """Whether a folder holds at least one complete checkpoint of a run; an error where it must not be looked into."""
+  try:
+    folder = _directory(path)
+    there = folder.is_dir() if "://" in str(folder) else stat.S_ISDIR(os.stat(folder).st_mode)
+    return there and bool(ocp.utils.checkpoint_steps(folder))
+  except (PermissionError, ConnectionError, TimeoutError) as error:
+    raise UserError(f"{path} cannot be searched for checkpoints ({error}); see to that and try again.") from error
+  except Exception:  # a file system that cannot be asked, in any of many ways; whoever reads the source says why
+    return False
+
+
+def _directory(workdir: str | epath.PathLike) -> epath.Path:
+  """The folder of the checkpoints; absolute, as orbax wants it."""
+  try:
+    path = epath.Path(workdir)
+  except KeyError as error:
+    raise UserError(f"workdir={str(workdir)!r}: the scheme {error} is unknown; use a path or 'gs://BUCKET'.") from error
+  return (path if "://" in str(workdir) else path.expanduser().resolve()) / FOLDER
+
+
+def _described(tree: Any) -> dict[str, str]:
+  """{path: 'dtype [shape]'} of arrays, or of orbax's descriptions of them."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {".".join(map(_key, path)): f"{np.dtype(leaf.dtype).name} {list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _key(key: Any) -> str:
+  """A step of a tree path without its brackets: fields of tuples on disk are keys of dicts."""
+  for attribute in ("name", "key", "idx"):
+    if hasattr(key, attribute):
+      return str(getattr(key, attribute))
+  return str(key)

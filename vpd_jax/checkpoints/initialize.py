@@ -1,0 +1,333 @@
+"""Where the arrays of a run come from: a checkpoint of its own, another run, foreign weights, or chance."""
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from vpd_jax import experiment, optim
+from vpd_jax.checkpoints import class_vectors, clip_towers
+from vpd_jax.checkpoints.checkpointer import Checkpoints, is_workdir
+from vpd_jax.config import loader
+from vpd_jax.convert import finite, load
+from vpd_jax.convert.tables import clip, stable_diffusion
+from vpd_jax.data.shards import reader
+from vpd_jax.distributed import sharding
+from vpd_jax.errors import UserError
+from vpd_jax.experiment import Product
+from vpd_jax.types import Named, TrainState
+
+Gather = Callable[[Named], Named]
+
+CLASS_VECTORS = "method/class_vectors"
+TEXT_ENCODER, IMAGE_ENCODER = "method/text_encoder/", "method/image_encoder/"
+CLASS_PREDICTOR = "method/class_predictor/"  # never in a checkpoint of the network that was trained without it
+
+
+def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[dict[str, Any], list[str]]:
+  """Every array of the model, and lines that say where each came from.
+
+  Args:
+    config: of the run; `init.run`, then `init.pretrained` are used where `source` is empty.
+    product: of `assemble`.
+    source: a workdir of ours, or anything `convert.load.load_pretrained` takes.
+
+  Returns:
+    Arrays by name in the dtypes of the model, on the host.
+
+  Raises:
+    ValueError: a source that cannot be read or does not fit; no source of class vectors or of CLIP's towers.
+  """
+  shapes = product.parts.shapes
+  source = source or config.init.run or config.init.pretrained
+  named, lines = {}, []
+  if source and is_workdir(source):
+    named, line = _of_run(config, product, source)
+    lines.append(line)
+  elif source:
+    held = {name: shape for name, shape in shapes.items() if not name.startswith(CLASS_PREDICTOR)}
+    named, report = load.load_pretrained(source, held)
+    lines.append(f"weights: {source}: {report.summary()}")
+    lines += [f"class vectors: those of {source}"] if CLASS_VECTORS in named else []
+  for found, line in _prompts(config, product, named, source):
+    named |= found
+    lines.append(line)
+  rest = shapes.keys() - named.keys()
+  if rest:
+    tops = sorted({"/".join(name.split("/")[:2]) for name in rest})
+    lines.append(f"fresh, from seed {config.seed}: {len(rest)} arrays of {', '.join(tops)}")
+  return named | product.parts.initialize(sorted(rest)), lines
+
+
+def _prompts(config: ConfigDict, product: Product, named: Named, source: str) -> Iterator[tuple[dict[str, Any], str]]:
+  """What prompts are made of and the weights do not bring: arrays by name, and a line that says where from."""
+  shapes, classes, text = product.parts.shapes, product.classes, experiment.sizes(config)[2]
+  pretrained, chosen = "" if source and is_workdir(source) else source, config.init.get("clip", "")
+  missing = shapes.keys() - named.keys()
+  if CLASS_VECTORS in missing:
+    rows, width = shapes[CLASS_VECTORS].shape
+    vectors, line = class_vectors.resolve(
+      setting=config.method.class_vectors,
+      classes=classes[:rows],
+      width=width,
+      pretrained=source,
+      dtype=experiment.dtype(config, "param_dtype"),
+      sizes=text,
+      tokenizer=config.method.tokenizer,
+      templates=config.method.get("templates", "imagenet_80"),
+    )
+    yield {CLASS_VECTORS: vectors.astype(shapes[CLASS_VECTORS].dtype)}, line
+  makers = {
+    TEXT_ENCODER: functools.partial(clip_towers.text_encoder, pretrained=pretrained, source=chosen),
+    IMAGE_ENCODER: functools.partial(clip_towers.image_encoder, source=chosen),
+    CLASS_PREDICTOR: lambda wanted: clip_towers.class_predictor(
+      wanted,
+      source=chosen,
+      classes=classes,
+      templates=class_vectors.read_templates("imagenet_80"),
+      words=config.method.tokenizer,
+      sizes=text,
+    ),
+  }
+  for prefix, make in makers.items():
+    wanted = {name.removeprefix(prefix): shapes[name] for name in missing if name.startswith(prefix)}
+    if wanted:
+      found, line = make(wanted)
+      yield {prefix + name: value for name, value in found.items()}, line
+
+
+def best_metric(config: ConfigDict, product: Product) -> str:
+  """Full name of the score that chooses the best checkpoint, e.g. "eval/nyu/rmse"."""
+  return f"eval/{config.data.name}/{product.task.best[0]}"
+
+
+def complete(config: ConfigDict, source: str) -> ConfigDict:
+  """The config with the backbones' sizes as the source of the weights states them, where it does.
+
+  Those of the image encoder are stated by a folder in `init.clip`. A workdir also states how many refinement steps its
+  weights hold, so that `method.refine_steps` can be chosen anew.
+
+  Args:
+    config: of a file.
+    source: a workdir of ours, whose checkpoint holds its config; a diffusers folder; or anything else, which states
+      nothing.
+  """
+  steps = 0
+  if source and is_workdir(source):
+    with Checkpoints(source, read_only=True) as held:
+      stored = held.restore_config(cast(int, held.latest_step()))
+    stated = {part: stored["backbone"][part] for part in ("unet", "vae", "text", "image") if part in stored["backbone"]}
+    steps = stored["method"].get("trained_steps") or stored["method"].get("refine_steps", 0)
+  else:
+    stated = (stable_diffusion.sizes(source) if source else None) or {}
+  chosen = config.init.get("clip", "")
+  if chosen and clip_towers.random_seed(chosen) is None:
+    stated |= {part: values for part, values in clip.sizes(chosen).items() if part == "image"}
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    for part, values in stated.items():
+      plain = {key: tuple(x) if isinstance(x, list) else 0 if x is None else x for key, x in values.items()}
+      known = config.backbone.get(part, plain)
+      config.backbone[part] = dict(known) | {key: x for key, x in plain.items() if key in known}
+    # As many as the config has anyway are left unsaid: a run that resumes compares its config with the stored one.
+    if steps and not config.method.get("trained_steps", 1) and steps != config.method.refine_steps:
+      config.method.trained_steps = steps
+  return config.lock()
+
+
+def check_training(config: ConfigDict) -> None:
+  """Raises ValueError for what can be evaluated, but would not be trained as it is told.
+
+  An unknown word of data.on_bad_record; a schedule that ends before the run does; parameters in bfloat16, of whose 8
+  bits most updates are rounded away: those of parameters, of their moments and of a moving average alike.
+  """
+  reader.check_on_bad_record(config.data.on_bad_record)
+  optim.check_length(config.num_steps, **loader.schedule(config))
+  if config.param_dtype == "bfloat16":
+    raise UserError(
+      "config.param_dtype='bfloat16' cannot be trained: small updates of parameters, of their moments and of a moving "
+      "average would be rounded away. Set config.dtype='bfloat16', which computes in it, and "
+      "config.param_dtype='float32'."
+    )
+
+
+def predicting_class(config: ConfigDict) -> ConfigDict:
+  """The config for pictures whose class nobody may tell: `init.clip`, where there is one, predicts it.
+
+  A class that is told still counts, see `method.prompt`.
+  """
+  if config.method.get("prompt", "") != "scene_class" or not config.init.get("clip", ""):
+    return config
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.method.prompt = "predicted"
+  return config.lock()
+
+
+def checkpoints(config: ConfigDict, product: Product, workdir: str, *, read_only: bool = False) -> Checkpoints:
+  """The checkpoints of a workdir, with what the config says about keeping them."""
+  return Checkpoints(
+    workdir,
+    keep=config.keep,
+    keep_best=config.keep_best,
+    best_metric=best_metric(config, product),
+    best_mode=product.task.best[1],
+    read_only=read_only,
+  )
+
+
+def _of_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[str, np.ndarray], str]:
+  """Parameters and statistics of a run's newest or best checkpoint; its EMA in place of the parameters where kept.
+
+  What the method has for training only is left out where the model does. What predicts the class may be missing.
+
+  Raises:
+    ValueError: the names or shapes are not those of the model; NaN or infinity.
+  """
+  which, shapes = config.eval.checkpoint, product.parts.shapes
+  if which not in ("newest", "best"):
+    raise UserError(f"config.eval.checkpoint={which!r} is unknown; choose 'newest' or 'best'.")
+  parts = tuple(f"method/{part}" for part in product.method.training_only)
+  absent = tuple(part for part in parts if not any(name.startswith(part) for name in shapes))
+  with checkpoints(config, product, workdir, read_only=True) as held:
+    best = held.best_step() if which == "best" else None
+    step = held.latest_step() if best is None else best
+    saved = held.restore_weights(cast(int, step), skip=absent)
+  named = saved["params"] | saved["frozen"] | saved["stats"] | saved.get("ema", {})
+  needed = {n for n in shapes if not n.startswith(CLASS_PREDICTOR)}
+  wrong = sorted(
+    n for n in needed | named.keys() if n not in named or n not in shapes or named[n].shape != shapes[n].shape
+  )
+  if wrong:
+    raise UserError(
+      f"checkpoint {step} of {workdir} is not of this config: {len(wrong)} arrays are missing, unknown or "
+      f"of another shape, like {wrong[:3]}; give the config it was trained with."
+    )
+  named = {n: x.astype(shapes[n].dtype) for n, x in named.items()}
+  finite.check(named, f"checkpoint {step} of {workdir}")
+  return named, f"weights: {workdir}, checkpoint of step {step}" + (", moving average" if saved.get("ema") else "")
+
+
+def new_state(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> tuple[TrainState, list[str]]:
+  """A state before the first step, on the mesh, and lines that say where its arrays came from."""
+  check_training(config)
+  named, lines = weights(config, product)
+  where = state_shardings(config, product, mesh)
+  fields = split(product, named) | {"step": np.zeros((), np.int32)}
+  placed = sharding.place(fields, {field: getattr(where, field) for field in fields})
+  # A moving average of its own memory: the step donates both.
+  copied = lambda n, x: jax.device_put(jnp.copy(x), cast(Named, where.ema)[n])
+  ema = {n: copied(n, x) for n, x in placed["params"].items()} if config.optim.ema_decay else None
+  opt_state = jax.jit(product.optimizer.init, out_shardings=where.opt_state)(placed["params"])
+  return TrainState(**placed, opt_state=opt_state, ema=ema), lines
+
+
+def split(product: Product, named: Named) -> dict[str, Named]:
+  """The arrays of a model as the fields of a TrainState: trained, frozen, statistics."""
+  trained, stats = product.groups.lr, product.parts.stats
+  return {
+    "params": {n: x for n, x in named.items() if n in trained},
+    "frozen": {n: x for n, x in named.items() if n not in trained and n not in stats},
+    "stats": {n: x for n, x in named.items() if n in stats},
+  }
+
+
+def state_shapes(config: ConfigDict, product: Product) -> TrainState:
+  """The TrainState as ShapeDtypeStructs."""
+  fields = split(product, product.parts.shapes)
+  opt_state = _optimizer_state(product.optimizer.init, tuple(fields["params"].items()))
+  ema = dict(fields["params"]) if config.optim.ema_decay else None
+  return TrainState(cast(Any, jax.ShapeDtypeStruct((), jnp.int32)), **fields, opt_state=opt_state, ema=ema)
+
+
+@functools.lru_cache(maxsize=4)
+def _optimizer_state(init: Callable[[Named], Any], params: tuple[tuple[str, jax.ShapeDtypeStruct], ...]) -> Any:
+  """Shapes of the state that `init` makes: asked for several times at a start, and a tenth of its tracing."""
+  return jax.eval_shape(init, dict(params))
+
+
+def state_shardings(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> TrainState:
+  """Where each array of the state lies."""
+  return sharding.state_shardings(mesh, state_shapes(config, product), rules=config.mesh.rules)
+
+
+def gather(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> Gather:
+  """Makes the model's arrays whole where a program for this mesh uses them, see sharding.gathered."""
+  where = state_shardings(config, product, mesh)
+  lying = {**where.params, **where.frozen, **where.stats}
+  return lambda named: sharding.gathered(named, lying, experiment.dtype(config, "dtype"))
+
+
+def resume_or_start(
+  config: ConfigDict,
+  product: Product,
+  mesh: jax.sharding.Mesh,
+  checkpoints: Checkpoints,
+  *,
+  accept_changes: bool = False,
+) -> tuple[TrainState, list[str]]:
+  """The state to go on from, by the first that applies, and lines that say which it was.
+
+  1. the newest checkpoint of the workdir; 2. `init.run`; 3. `init.pretrained`; 4. fresh parameters.
+
+  Args:
+    config, product, mesh: of the run.
+    checkpoints: of its workdir.
+    accept_changes: go on although the config differs from the checkpoint's where it matters.
+
+  Raises:
+    ValueError: the workdir was made with another method, neck, head, task, data, optim or backbone; its checkpoint
+      holds NaN or infinity.
+  """
+  step = checkpoints.latest_step()
+  if step is None:
+    return new_state(config, product, mesh)
+  changed = loader.differences(checkpoints.restore_config(step), json.loads(to_json(config)))
+  if changed and not accept_changes:
+    raise UserError(
+      f"the workdir was made with another config: {'; '.join(changed)}. Choose another --workdir, or "
+      "go on all the same with --accept_config_changes."
+    )
+  abstract = sharding.abstract(state_shapes(config, product), state_shardings(config, product, mesh))
+  state = checkpoints.restore(step, abstract)
+  named = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(state)}
+  finite.check(named, f"checkpoint {step} of the workdir")
+  return state, [
+    f"resumed: checkpoint of step {step}",
+    *(f"changed: {c}" for c in changed),
+  ]
+
+
+def to_json(config: ConfigDict) -> str:
+  """The config as JSON, tuples as lists."""
+  return json.dumps(config.to_dict(), indent=1)
+
+
+def weights_on_mesh(
+  config: ConfigDict, product: Product, mesh: jax.sharding.Mesh, source: str = "", *, complete: bool
+) -> tuple[tuple[Named, Named, Named], list[str]]:
+  """(params, frozen, stats) on the mesh, for evaluation and prediction, and lines that say where they came from.
+
+  Args:
+    config, product, mesh: what to fill.
+    source: as in `weights`.
+    complete: refuse weights that leave arrays fresh.
+
+  Raises:
+    ValueError: as `weights`; something is left fresh.
+  """
+  named, lines = weights(config, product, source)
+  fresh = [line for line in lines if line.startswith("fresh")]
+  if complete and fresh:
+    raise UserError(
+      f"there is nothing trained to evaluate: {fresh[0]}. Give a workdir with a checkpoint, or a released "
+      "checkpoint as config.init.pretrained."
+    )
+  where, fields = state_shardings(config, product, mesh), split(product, named)
+  placed = sharding.place(fields, {field: getattr(where, field) for field in fields})
+  return (placed["params"], placed["frozen"], placed["stats"]), lines

@@ -1,0 +1,35 @@
+"""Small functions that return parts of a config, so that config files say only what is their own."""
+
+from vpd_jax.config.presets.backbones import clip_image, sd_tiny, sd_v1
+from vpd_jax.config.presets.depth import iedp_assumptions, iedp_depth, meta_prompts_depth, vpd_depth
+from vpd_jax.config.presets.recipe import adamw, evaluation, labelling, no_decay_for_vectors, run
+from vpd_jax.config.presets.referring import iedp_referring, meta_prompts_referring, referring_optimizer, vpd_referring
+from vpd_jax.config.presets.segmentation import (
+  iedp_segmentation,
+  meta_prompts_segmentation,
+  segmentation_optimizer,
+  vpd_segmentation,
+)
+
+__all__ = [
+  "adamw",
+  "clip_image",
+  "evaluation",
+  "iedp_assumptions",
+  "iedp_depth",
+  "iedp_referring",
+  "iedp_segmentation",
+  "labelling",
+  "meta_prompts_depth",
+  "meta_prompts_referring",
+  "meta_prompts_segmentation",
+  "no_decay_for_vectors",
+  "referring_optimizer",
+  "run",
+  "sd_tiny",
+  "sd_v1",
+  "segmentation_optimizer",
+  "vpd_depth",
+  "vpd_referring",
+  "vpd_segmentation",
+]

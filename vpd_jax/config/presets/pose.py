@@ -1,0 +1,98 @@
+"""Method, neck, head, task and optimizer of human pose, for each of the three methods.
+
+No paper's pose code is published. The recipe is ViTPose's, which MetaPrompts' authors name; what they say nothing of is
+an assumption, and each of these is an option.
+"""
+
+from typing import Any
+
+from vpd_jax.config.presets.depth import iedp_depth, meta_prompts_depth, vpd_depth
+from vpd_jax.config.presets.recipe import adamw
+
+
+def pose_task(*, sigma: int) -> dict[str, Any]:
+  """The section task: mmpose's loss, decoding and scores.
+
+  Args:
+    sigma: of the targets, in pixels of the heatmap. Release: 2 at 256 x 192, growing with the size.
+  """
+  return {
+    "name": "pose",
+    "sigma": sigma,
+    "blur": 0,  # taps before decoding, 0: 6 sigma - 1, which is 11 and 17 at the released 2 and 3
+    "shift_flipped": False,  # True where data.udp is False
+    "score_above": 0.2,
+    "nms": 0.9,
+  }
+
+
+def vpd_pose(*, tiny: bool, head_init: str = "released") -> dict[str, Any]:
+  """The sections method, neck and head of VPD for pose: the UNet attends to the names of all keypoints.
+
+  Args:
+    tiny: the small network's class vectors: random ones, in place of those of the weights.
+    head_init: see heads/keypoints.py; "released" suits pretrained weights, "fan_in" a start from nothing.
+  """
+  method = vpd_depth(tiny=tiny, head_init="released")["method"]
+  return {
+    "method": method | {"prompt": "all_classes", "templates": "a photo of a {}"},
+    "neck": {"name": "none"},
+    "head": {"name": "simple", "stride": 8, "init": head_init},  # the finest map, ViTPose has one of 16
+  }
+
+
+def meta_prompts_pose(*, tiny: bool, head_init: str = "released") -> dict[str, Any]:
+  """The sections method, neck and head of MetaPrompts for pose: segmentation's prompts and necks, a head of our own.
+
+  Args:
+    tiny: width of the small head.
+    head_init: see `vpd_pose`.
+  """
+  # The image stays as it is: where a side is no multiple of 64, the UNet resizes the maps it joins.
+  method = meta_prompts_depth(tiny=tiny, head_init="released", resize_scale=-1)["method"]
+  return {
+    "method": method
+    | {
+      "prompts": 150,  # as in segmentation; 17 for the head "direct"
+      "share_prompts": True,
+      "adapt_prompts": False,
+    },
+    "neck": {"name": "einsum_levels"},
+    "head": {"name": "fused", "width": 32 if tiny else 256, "init": head_init},  # "simple", "classic", "direct"
+  }
+
+
+def iedp_pose(*, tiny: bool, head_init: str = "released") -> dict[str, Any]:
+  """The sections method, neck and head of IEDP for pose, and what it sets in init; one sentence for all crops.
+
+  Args:
+    tiny: random towers of CLIP.
+    head_init: see `vpd_pose`.
+  """
+  depth, vpd = iedp_depth(tiny=tiny, head_init="released"), vpd_pose(tiny=tiny, head_init=head_init)
+  return {
+    "init": depth["init"],
+    "method": depth["method"] | {"sentence": "a photo of a person"},
+    "neck": vpd["neck"],
+    "head": vpd["head"],
+  }
+
+
+def pose_optimizer(*, lr: float, drops: tuple[int, ...], warmup: int = 500) -> dict[str, Any]:
+  """AdamW as ViTPose's recipes run it, but for the UNet's rate in place of a decay by layers.
+
+  Args:
+    lr: largest learning rate. Release: 5e-4 at a global batch of 512.
+    drops: steps at which the rate falls to a tenth. Release: after 170 and 200 of 210 epochs.
+    warmup: steps. Release: 500.
+
+  Source: ViTPose configs/body/2d_kpt_sview_rgb_img/topdown_heatmap/coco/ViTPose_base_coco_256x192.py.
+  """
+  section = adamw(
+    lr=lr,
+    decay=0.1,
+    schedule={"name": "step", "drops": drops, "factor": 0.1, "warmup": warmup, "warmup_ratio": 1e-3},
+    lr_groups=((r"/vae/", None), (r"/unet/", 0.1), (r"", 1.0)),
+    decay_groups=((r"/(bias|scale|gamma)$", 0.0), (r"", 1.0)),
+  )
+  return section | {"clip_norm": 1.0}

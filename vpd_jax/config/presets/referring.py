@@ -1,0 +1,81 @@
+"""Method, neck, head, task and optimizer of referring segmentation.
+
+VPD's is published. That of the two other methods is an experiment of ours: their context behind the sentence's.
+"""
+
+from typing import Any
+
+from vpd_jax.config.presets.depth import iedp_depth, vpd_depth
+from vpd_jax.config.presets.recipe import adamw
+from vpd_jax.config.presets.segmentation import meta_prompts_segmentation
+
+
+def vpd_referring(*, tiny: bool, token_length: int = 40) -> dict[str, Any]:
+  """The sections method, neck, head and task of VPD's referring segmentation, and what it sets in init, as released.
+
+  Args:
+    tiny: widths of the tiny network, with a random text encoder and a stand-in for the tokenizer.
+    token_length: tokens of a sentence. Release: 40 on RefCOCO and RefCOCO+, 77 on RefCOCOg; the decoder's widths depend
+      on it, so weights of one do not fit the other.
+  """
+  method = {key: value for key, value in vpd_depth(tiny=tiny, head_init="released")["method"].items()
+            if key != "class_vectors"}  # fmt: skip
+  return {
+    "init": {"clip": "random:0" if tiny else ""},  # CLIP's text encoder: a folder, where the weights bring none
+    "method": method
+    | {
+      "prompt": "sentence",
+      "token_length": token_length,
+      "tokenizer": "characters" if tiny else "",  # a folder, where the weights bring none; "words" for trying
+      "attention_maps": True,
+      "attention_max_size": 32,  # as for an image of 512: strides 16 and 32
+      "attention_gradient": False,
+      "keep_unused": True,  # the released files hold the UNet's last block
+    },
+    "neck": {"name": "none"},
+    "head": {"name": "lavt", "width": 64 if tiny else 640},
+    "task": {"name": "referring", "class_weights": (0.9, 1.1), "eval_at": "network"},  # "original"
+  }
+
+
+def meta_prompts_referring(*, tiny: bool, token_length: int = 40) -> dict[str, Any]:
+  """As `vpd_referring`, for MetaPrompts: 50 learned prompts behind the sentence, else as in segmentation."""
+  vpd, segmentation = vpd_referring(tiny=tiny, token_length=token_length), meta_prompts_segmentation(tiny=tiny)
+  told = {name: vpd["method"][name] for name in ("token_length", "tokenizer")}
+  return {
+    **vpd,
+    "method": segmentation["method"] | told | {"prompt": "sentence+learned", "prompts": 50, "keep_unused": False},
+    "neck": segmentation["neck"],
+  }
+
+
+def iedp_referring(*, tiny: bool, token_length: int = 40) -> dict[str, Any]:
+  """As `vpd_referring`, for IEDP: one branch, with the implicit tokens of the image behind the sentence."""
+  vpd, depth = vpd_referring(tiny=tiny, token_length=token_length), iedp_depth(tiny=tiny, head_init="released")
+  names = ("token_length", "tokenizer", "attention_maps", "attention_max_size", "attention_gradient")
+  told = {name: vpd["method"][name] for name in names}
+  return {
+    **vpd,
+    "init": depth["init"],
+    "method": depth["method"] | told | {"prompt": "sentence+image", "branch_mode": "implicit"},
+  }
+
+
+def referring_optimizer(*, lr: float = 5e-5, num_steps: int = 0, unet_lr: float = 1.0) -> dict[str, Any]:
+  """AdamW as VPD's referring segmentation runs it: no decay for the norms of the UNet's transformers, nothing else.
+
+  Args:
+    lr: largest learning rate.
+    num_steps: of the schedule; 0 is as long as the run.
+    unet_lr: multiplier of the UNet's rate. Release: 1.0 as run; 0.01 is what it states and nothing reads.
+
+  Source: VPD refer/train.py (lr_scale of the parameter groups, torch.optim.AdamW, LambdaLR).
+  """
+  unet = () if unet_lr == 1.0 else ((r"/unet/", unet_lr),)
+  return adamw(
+    lr=lr,
+    decay=1e-2,
+    schedule={"name": "poly", "num_steps": num_steps, "power": 0.9, "warmup": 0, "warmup_ratio": 1e-6},
+    lr_groups=((r"/vae/", None), *unet, (r"", 1.0)),
+    decay_groups=((r"/unet/.*norm", 0.0), (r"", 1.0)),
+  )

@@ -1,0 +1,94 @@
+"""Method, neck, head, task and optimizer of semantic segmentation, for each of the three methods."""
+
+from typing import Any
+
+from vpd_jax.config.presets.depth import iedp_depth, meta_prompts_depth, vpd_depth
+from vpd_jax.config.presets.recipe import adamw
+
+
+def vpd_segmentation(*, tiny: bool, dropout: float = 0.1) -> dict[str, Any]:
+  """The sections method, neck, head and task of VPD's segmentation, as released for ADE20K.
+
+  Args:
+    tiny: widths of the tiny network, and random class vectors in place of those of the weights.
+    dropout: see heads/fpn.py.
+  """
+  method = vpd_depth(tiny=tiny, head_init="released")["method"]
+  width = 32 if tiny else 256
+  return {
+    "method": method
+    | {
+      "prompt": "all_classes",
+      "templates": "a photo of a {}",  # of vectors that are encoded from the names; "imagenet_80"
+      "attention_maps": True,
+      "attention_max_size": 32,  # as for an image of 512: strides 16 and 32
+      "attention_gradient": False,
+      "keep_unused": True,  # the released files hold the UNet's last block
+    },
+    "neck": {"name": "fpn", "width": width},
+    "head": {"name": "fpn", "width": width, "dropout": dropout},
+    "task": {"name": "segmentation", "lovasz": 0.0, "auxiliary": 0.0, "avg_non_ignore": False, "merge": ()},
+  }
+
+
+def meta_prompts_segmentation(*, tiny: bool, dropout: float = 0.0, refine_steps: int = 3) -> dict[str, Any]:
+  """The sections method, neck, head and task of MetaPrompts' segmentation, as released.
+
+  Args:
+    tiny: widths of the tiny network.
+    dropout: see heads/upernet.py. Release: 0.0 on ADE20K, 0.1 on Cityscapes.
+    refine_steps: passes of the UNet. Release: 3, and 1 for Cityscapes with its extra frames.
+  """
+  method = meta_prompts_depth(tiny=tiny, head_init="released", resize_scale=-1)["method"]
+  return {
+    "method": method
+    | {
+      "prompts": 150,
+      "refine_steps": refine_steps,
+      "share_prompts": True,
+      "adapt_prompts": False,
+      "keep_unused": True,  # the released files hold the layers for the time
+    },
+    "neck": {"name": "einsum_levels"},
+    "head": {"name": "upernet", "width": 32 if tiny else 512, "dropout": dropout},
+    "task": {"name": "segmentation", "lovasz": 1.0, "auxiliary": 0.4, "avg_non_ignore": False, "merge": ()},
+  }
+
+
+def iedp_segmentation(*, tiny: bool, dropout: float = 0.1) -> dict[str, Any]:
+  """The sections method, neck, head and task of IEDP's segmentation, and what it sets in init; see `iedp_depth`.
+
+  Args:
+    tiny: widths of the tiny network, and random towers of CLIP.
+    dropout: see heads/fpn.py.
+  """
+  depth, vpd = iedp_depth(tiny=tiny, head_init="released"), vpd_segmentation(tiny=tiny, dropout=dropout)
+  maps = {name: vpd["method"][name] for name in ("attention_maps", "attention_max_size", "attention_gradient")}
+  return {
+    "init": depth["init"],
+    "method": depth["method"] | {"sentence": "names"} | maps,  # names of the classes in the label map
+    "neck": vpd["neck"],
+    "head": vpd["head"],
+    "task": vpd["task"] | {"avg_non_ignore": True},
+  }
+
+
+def segmentation_optimizer(*, lr: float = 8e-5, num_steps: int = 80_000, warmup: int = 1500) -> dict[str, Any]:
+  """AdamW as mmsegmentation's recipes of VPD and MetaPrompts run it.
+
+  The rule for names with "norm" is tried before that for the UNet and states no rate: the UNet's transformer norms
+  learn at the full rate, without decay. Its residual blocks' norms are called otherwise and do not.
+
+  Args:
+    lr: largest learning rate.
+    num_steps, warmup: of the schedule; 0 steps is as long as the run.
+
+  Source: mmcv 1.7 runner/optimizer/default_constructor.py; VPD segmentation/configs/fpn_vpd_sd1-5_512x512_gpu8x2.py.
+  """
+  return adamw(
+    lr=lr,
+    decay=1e-3,
+    schedule={"name": "poly", "num_steps": num_steps, "power": 1.0, "warmup": warmup, "warmup_ratio": 1e-6},
+    lr_groups=((r"/vae/", None), (r"/unet/.*norm", 1.0), (r"/unet/", 0.1), (r"", 1.0)),
+    decay_groups=((r"norm", 0.0), (r"", 1.0)),
+  )

@@ -1,0 +1,275 @@
+"""PyTorch's pickled files (.pth, .ckpt, .bin), read without PyTorch and without running anything a file asks for.
+
+Published checkpoints hold training objects beside the weights. The unpickler knows dicts, tensors and storages; every
+other class or function in the file becomes an inert placeholder: it accepts every call and keeps nothing.
+
+Source of both layouts: PyTorch, torch/serialization.py (the zip archive since 1.6, the older run of pickles before).
+"""
+
+import functools
+import pathlib
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Callable
+from typing import IO, Any, BinaryIO, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from vpd_jax.convert.formats.lazy_tensor import RawTensor
+from vpd_jax.errors import UserError
+
+STORAGES = {
+  "FloatStorage": np.float32,
+  "HalfStorage": np.float16,
+  "BFloat16Storage": ml_dtypes.bfloat16,
+  "DoubleStorage": np.float64,
+  "LongStorage": np.int64,
+  "IntStorage": np.int32,
+  "ShortStorage": np.int16,
+  "CharStorage": np.int8,
+  "ByteStorage": np.uint8,
+  "BoolStorage": np.bool_,
+  "UntypedStorage": np.uint8,
+}
+# Bytes of a number in storages that are not read.
+STRANGE = {"ComplexFloat": 8, "ComplexDouble": 16, "QInt8": 1, "QUInt8": 1, "QInt32": 4, "QUInt4x2": 1, "QUInt2x4": 1}
+# Those that only the newer form of a tensor names, with a storage of bytes.
+DTYPES = {"uint16": np.uint16, "uint32": np.uint32, "uint64": np.uint64}
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+
+
+class Inert:
+  """Stands for every class and function that is not a dict or a tensor: any call succeeds, nothing is kept."""
+
+  def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
+    return object.__new__(cls)
+
+  def __init__(self, *args: Any, **kwargs: Any) -> None:
+    pass
+
+  def __call__(self, *args: Any, **kwargs: Any) -> "Inert":
+    return self
+
+  def __setstate__(self, state: Any) -> None:
+    pass
+
+  def __setitem__(self, key: Any, value: Any) -> None:
+    pass
+
+  def append(self, item: Any) -> None:
+    pass
+
+  def extend(self, items: Any) -> None:
+    pass
+
+  def add(self, item: Any) -> None:
+    pass
+
+
+class StorageType(NamedTuple):
+  """PyTorch's FloatStorage and the like."""
+
+  dtype: np.dtype
+
+
+class NumberType(NamedTuple):
+  """PyTorch's float8_e4m3fn and the like."""
+
+  name: str
+
+
+class Strange(NamedTuple):
+  """A tensor of numbers that are not read."""
+
+  kind: str
+
+
+class Storage(NamedTuple):
+  """A run of `count` numbers in the file; a tensor is a view of it."""
+
+  key: str
+  dtype: np.dtype
+  count: int
+
+
+class View(NamedTuple):
+  """A tensor as pickled, before it is known where its storage lies."""
+
+  storage: Storage
+  offset: int
+  shape: tuple[int, ...]
+  strides: tuple[int, ...]
+
+
+class _Unpickler(pickle.Unpickler):
+  """Everything it can build is defined in this file, anew for every file read."""
+
+  def __init__(self, file: IO[bytes]):
+    super().__init__(file, encoding="utf-8", errors="replace")
+    self.storages: list[Storage] = []
+    self.sizes: dict[str, int] = {}  # bytes of a number of each storage
+
+  def find_class(self, module: str, name: str) -> Any:
+    if module in ("torch", "torch.storage") and name in STORAGES:
+      return StorageType(np.dtype(STORAGES[name]))
+    if module in ("torch", "torch.storage") and name.endswith("Storage"):
+      return Strange(name.removesuffix("Storage"))
+    if module == "torch" and re.fullmatch(r"(q?u?int|b?float|complex|bits)\d+.*", name):
+      return NumberType(name)
+    known: dict[str, Callable[..., Any]] = {
+      "collections.OrderedDict": functools.partial(_ordered_dict),
+      "torch.Size": functools.partial(_size),
+      "torch._utils._rebuild_tensor": functools.partial(_view),
+      "torch._utils._rebuild_tensor_v2": functools.partial(_view),
+      "torch._utils._rebuild_tensor_v3": functools.partial(_typed_view),
+      "torch._utils._rebuild_qtensor": functools.partial(_quantized),
+      "torch._utils._rebuild_parameter": functools.partial(_first),
+      "torch._utils._rebuild_parameter_with_state": functools.partial(_first),
+      "torch._tensor._rebuild_from_type_v2": functools.partial(_from_type),
+    }
+    return known.get(f"{module}.{name}") or type(name, (Inert,), {"__module__": module})
+
+  def persistent_load(self, pid: Any) -> Storage | Strange:
+    kind, storage_type, key, _, count, *view = pid
+    if isinstance(storage_type, Strange):
+      self.sizes[str(key)] = STRANGE.get(storage_type.kind, 1)
+      return storage_type
+    if kind != "storage" or not isinstance(storage_type, StorageType) or count < 0 or view not in ([], [None]):
+      raise pickle.UnpicklingError("it refers to something that is not a plain storage")
+    self.storages.append(Storage(str(key), storage_type.dtype, int(count)))
+    self.sizes[str(key)] = storage_type.dtype.itemsize
+    return self.storages[-1]
+
+
+def _ordered_dict(*args: Any) -> dict[Any, Any]:
+  return _Dict(*args)
+
+
+class _Dict(dict):
+  """An ordered dict without the attributes that PyTorch hangs on it."""
+
+  def __setstate__(self, state: Any) -> None:
+    pass
+
+
+def _size(values: Any = ()) -> tuple[int, ...]:
+  return tuple(values)
+
+
+def _first(value: Any, *_: Any) -> Any:
+  return value
+
+
+def _from_type(rebuild: Any, _: Any, args: tuple[Any, ...], __: Any = None) -> Any:
+  return rebuild(*args)
+
+
+def _typed_view(storage: Any, offset: int, shape: Any, strides: Any, grad: Any, hooks: Any, kind: Any, *_: Any) -> Any:
+  """A tensor of a type that has no storage of its own: the storage is one of bytes."""
+  name = kind.name if isinstance(kind, NumberType) else "unknown"
+  if name not in DTYPES:
+    return Strange(name)
+  dtype = np.dtype(DTYPES[name])
+  return _view(Storage(storage.key, dtype, storage.count // dtype.itemsize), offset, shape, strides)
+
+
+def _quantized(storage: Any, *_: Any) -> Any:
+  return storage if isinstance(storage, Strange) else Strange("quantized numbers")
+
+
+def _view(storage: Any, offset: int, shape: Any, strides: Any, *_: Any) -> Any:
+  """Checks that a tensor lies inside its storage."""
+  if isinstance(storage, Strange):
+    return storage
+  shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
+  view = View(storage, int(offset), shape, strides)
+  extent = RawTensor(pathlib.Path(), 0, storage.dtype, shape, strides).extent
+  if min((offset, *shape, *strides)) < 0 or len(shape) != len(strides) or offset + extent > storage.count:
+    raise pickle.UnpicklingError(f"a tensor of shape {list(shape)} reaches outside its storage")
+  return view
+
+
+def read(path: pathlib.Path) -> Any:
+  """What the file holds: dicts, lists and numbers, a RawTensor for every tensor, Inert objects for all else.
+
+  Raises:
+    ValueError: not such a file, or a truncated one; says which and what to do.
+  """
+  try:
+    with path.open("rb") as file:
+      is_zip = file.read(2) == b"PK"
+    return _read_zip(path) if is_zip else _read_legacy(path)
+  except (_Refused, OSError):
+    raise
+  except MemoryError as error:
+    raise UserError(
+      f"{path} asks for more memory than there is: make room, or fetch it again where it is damaged."
+    ) from error
+  except zipfile.BadZipFile as error:
+    raise UserError(
+      f"{path} is damaged: its end, where the table of contents lies, is missing; fetch it again."
+    ) from error
+  except Exception as error:  # A damaged pickle can fail anywhere.
+    raise UserError(f"{path} is damaged or not a PyTorch checkpoint ({error}); fetch it again.") from error
+
+
+class _Refused(UserError):
+  """A file that is whole but of no use here."""
+
+
+def _read_zip(path: pathlib.Path) -> Any:
+  with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+    entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+    if "data.pkl" not in entries:
+      raise _Refused(f"{path} is a zip archive without a PyTorch checkpoint (no data.pkl); give the checkpoint itself.")
+    if "byteorder" in entries and archive.read(entries["byteorder"]).strip() != b"little":
+      raise _Refused(f"{path} was written on a big-endian machine; save it again on a little-endian one.")
+    with archive.open(entries["data.pkl"]) as pickled:
+      unpickler = _Unpickler(pickled)
+      content = unpickler.load()
+    places = {s.key: _place(file, entries[f"data/{s.key}"], s) for s in unpickler.storages}
+  return _locate(content, path, places)
+
+
+def _place(file: BinaryIO, info: zipfile.ZipInfo, storage: Storage) -> int:
+  """Where the bytes of an uncompressed entry begin: after its own header, whose length only the header tells."""
+  if info.compress_type != zipfile.ZIP_STORED or info.file_size < storage.count * storage.dtype.itemsize:
+    raise UserError(f"storage {storage.key} is compressed or too short")
+  file.seek(info.header_offset)
+  signature, name, extra = struct.unpack("<4s22xHH", file.read(30))
+  if signature != b"PK\x03\x04":
+    raise UserError(f"storage {storage.key} is not where the directory says")
+  return info.header_offset + 30 + name + extra
+
+
+def _read_legacy(path: pathlib.Path) -> Any:
+  """Three pickles of marks, the content, the keys of the storages, then each storage as a count and its bytes."""
+  with path.open("rb") as file:
+    if _Unpickler(file).load() != LEGACY_MAGIC:
+      raise _Refused(f"{path} is a pickle, but not one of PyTorch; save the weights with torch.save.")
+    for _ in ("version", "platform"):
+      _Unpickler(file).load()
+    unpickler = _Unpickler(file)
+    content = unpickler.load()
+    keys = _Unpickler(file).load()
+    places, position, end = {}, file.tell(), path.stat().st_size
+    for key in keys:
+      file.seek(position)
+      places[key] = position + 8
+      position += 8 + struct.unpack("<q", file.read(8))[0] * unpickler.sizes[key]
+    if position > end:
+      raise UserError(f"{position - end} bytes are missing at its end")
+  return _locate(content, path, places)
+
+
+def _locate(value: Any, path: pathlib.Path, places: dict[str, int], depth: int = 2) -> Any:
+  """The same content with a RawTensor for every View, down to a state dict inside its wrapper."""
+  if isinstance(value, View):
+    start = places[value.storage.key] + value.offset * value.storage.dtype.itemsize
+    return RawTensor(path, start, value.storage.dtype, value.shape, value.strides)
+  if isinstance(value, dict) and depth:
+    return {key: _locate(item, path, places, depth - 1) for key, item in value.items()}
+  return value

@@ -1,0 +1,89 @@
+"""A state dict written in PyTorch's own file formats, tensor by tensor and in the order given, without PyTorch."""
+
+import functools
+import json
+import pathlib
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping
+
+import numpy as np
+
+from vpd_jax.convert.formats.lazy_tensor import contiguous
+from vpd_jax.convert.formats.pickles import STORAGES
+from vpd_jax.convert.formats.weight_files import SAFETENSORS
+from vpd_jax.errors import UserError
+from vpd_jax.files import atomic
+
+
+def write(path: str | pathlib.Path, state: Mapping[str, np.ndarray], *, wrapper: str = "model") -> None:
+  """Writes a state dict; the file appears under its name only when it is complete.
+
+  Args:
+    path: ends in .pth or .safetensors.
+    state: arrays in PyTorch's names and layouts.
+    wrapper: key of the state dict in a .pth, as the authors save: "model", or mmsegmentation's "state_dict".
+
+  Raises:
+    ValueError: for another ending, or a dtype the format does not know.
+  """
+  path = pathlib.Path(path)
+  writers = {".pth": functools.partial(_write_pth, wrapper=wrapper), ".safetensors": _write_safetensors}
+  if path.suffix.lower() not in writers:
+    raise UserError(f"output={str(path)!r} must end in one of {sorted(writers)}.")
+  atomic.write(path, lambda unfinished: writers[path.suffix.lower()](unfinished, state))
+
+
+def _write_safetensors(path: pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
+  names = {np.dtype(dtype): name for name, dtype in SAFETENSORS.items()}
+  header, end = {}, 0
+  for name, array in state.items():
+    begin, end = end, end + array.nbytes
+    header[name] = {"dtype": _known(names, name, array), "shape": list(array.shape), "data_offsets": [begin, end]}
+  text = json.dumps(header).encode()
+  text += b" " * (-len(text) % 8)
+  with path.open("wb") as file:
+    file.write(struct.pack("<Q", len(text)) + text)
+    for array in state.values():
+      file.write(_bytes(array))
+
+
+def _write_pth(path: pathlib.Path, state: Mapping[str, np.ndarray], *, wrapper: str) -> None:
+  """The zip archive of torch.save: one pickle that refers to storages, and one entry of raw bytes per storage."""
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+    archive.writestr("archive/data.pkl", _pickle(state, wrapper))
+    archive.writestr("archive/byteorder", "little")
+    for i, array in enumerate(state.values()):
+      with archive.open(f"archive/data/{i}", "w", force_zip64=True) as entry:
+        entry.write(_bytes(array))
+    archive.writestr("archive/version", "3\n")
+
+
+def _pickle(state: Mapping[str, np.ndarray], wrapper: str) -> bytes:
+  """{wrapper: OrderedDict of tensors} in pickle protocol 2, spelled out: its classes are PyTorch's."""
+  storages = {np.dtype(dtype): name for name, dtype in STORAGES.items() if name != "UntypedStorage"}
+  ordered = b"ccollections\nOrderedDict\n)R"  # GLOBAL, EMPTY_TUPLE, REDUCE
+  parts = [b"\x80\x02}", _value(wrapper), ordered, b"("]
+  for i, (name, array) in enumerate(state.items()):
+    storage = b"ctorch\n" + _known(storages, name, array).encode() + b"\n"
+    persistent = b"(" + _value("storage") + storage + _value(str(i)) + _value("cpu") + _value(array.size) + b"tQ"
+    view = _value(0) + _value(tuple(array.shape)) + _value(contiguous(array.shape)) + _value(False) + ordered
+    parts += [_value(name), b"ctorch._utils\n_rebuild_tensor_v2\n(", persistent, view, b"tR"]
+  return b"".join([*parts, b"u", b"s."])
+
+
+def _value(value: object) -> bytes:
+  """Opcodes that push a plain value: its pickle without the frame around it."""
+  return pickle.dumps(value, 2)[2:-1]
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+  """The numbers in row-major order, without a further copy of what lies so already."""
+  return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _known(names: Mapping[np.dtype, str], name: str, array: np.ndarray) -> str:
+  if array.dtype not in names:
+    raise UserError(f"{name} is {array.dtype}, which this format cannot hold; convert it to float32.")
+  return names[array.dtype]

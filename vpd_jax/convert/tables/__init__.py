@@ -1,0 +1,1 @@
+"""Tables of names: one per kind of checkpoint."""

@@ -1,0 +1,198 @@
+"""CLIP's two towers in Hugging Face's names: tables, sizes, reading.
+
+Our names are theirs with '/' for '.'. The text encoder also comes inside Stable Diffusion files.
+"""
+
+import functools
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from vpd_jax.convert import fetch
+from vpd_jax.convert.formats import weight_files
+from vpd_jax.convert.rules import Drop, Rule, convert, drop, embedding, plain
+from vpd_jax.errors import UserError
+from vpd_jax.models.backbones.clip_text import ACTIVATIONS
+
+# Longest first. In a diffusers folder and in SD 1.x files the names go on with `text_model.`; some files leave it out.
+PREFIXES = ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.", "text_model.", "")
+IMAGE_PREFIXES = ("vision_model.", "")
+OTHER_PARTS = r"(vision_model|visual_projection)\..*|logit_scale"
+TEXT_PARTS = r"(text_model|text_projection)\..*|logit_scale"
+WANTED = "the folder of a whole CLIP in Hugging Face's names, such as openai/clip-vit-large-patch14"
+
+
+def text(source: Iterable[str], *, projected: bool = False) -> list[Rule | Drop]:
+  """Table of the text encoder for the spelling that the source's names are in.
+
+  Args:
+    source: its names.
+    projected: with the projection into the space shared with images.
+
+  Raises:
+    ValueError: names of no known spelling; OpenCLIP's own, inside SD 2.x files, are named; no projection.
+  """
+  names = set(source)
+  if any(name.startswith("cond_stage_model.model.") for name in names):
+    raise UserError("this file holds a text encoder in OpenCLIP's own names; give the diffusers folder of the model.")
+  prefix = next((p for p in PREFIXES if f"{p}final_layer_norm.weight" in names), None)
+  if prefix is None:
+    raise UserError(
+      "no text encoder: no name ends in 'final_layer_norm.weight'; give a CLIP or Stable Diffusion source."
+    )
+  if projected and "text_projection.weight" not in names:
+    raise UserError(f"no 'text_projection.weight': a text encoder alone; give {WANTED}.")
+  embeddings = [
+    Rule(f"{prefix}embeddings.{table}", f"text_model/embeddings/{table}", (embedding,))
+    for table in ("token_embedding", "position_embedding")
+  ]
+  why_not = "the vectors before the projection are used"
+  return [
+    *embeddings,
+    Rule(f"{prefix}encoder.layers", "text_model/encoder/layers"),
+    Rule(f"{prefix}final_layer_norm", "text_model/final_layer_norm"),
+    drop(rf"{re.escape(prefix)}embeddings\.position_ids", "counts from 0, stored by older versions", optional=True),
+    Rule("text_projection", "text_projection") if projected else drop(r"text_projection\..*", why_not, optional=True),
+    drop(
+      r"(?!cond_stage_model\.).*" if prefix.startswith("cond_") else OTHER_PARTS, "not the text encoder", optional=True
+    ),
+  ]
+
+
+def image(source: Iterable[str], *, projected: bool) -> list[Rule | Drop]:
+  """Table of the image encoder, out of a whole CLIP or of a vision model alone.
+
+  Args:
+    source: its names.
+    projected: with the last norm and the projection into the space shared with texts.
+
+  Raises:
+    ValueError: names of no known spelling; no projection.
+  """
+  names = set(source)
+  prefix = next((p for p in IMAGE_PREFIXES if f"{p}embeddings.patch_embedding.weight" in names), None)
+  if prefix is None:
+    raise UserError(f"no image encoder: no name ends in 'embeddings.patch_embedding.weight'; give {WANTED}.")
+  if projected and "visual_projection.weight" not in names:
+    raise UserError(f"no 'visual_projection.weight': an image encoder alone; give {WANTED}.")
+  start, why_not = f"{prefix}embeddings", "the states before it are used"
+  last = rf"{re.escape(prefix)}post_layernorm\..*|visual_projection\..*"
+  return [
+    Rule(f"{start}.class_embedding", "vision_model/embeddings/class_embedding", (plain,)),
+    Rule(f"{start}.patch_embedding", "vision_model/embeddings/patch_embedding"),
+    Rule(f"{start}.position_embedding", "vision_model/embeddings/position_embedding", (embedding,)),
+    Rule(f"{prefix}pre_layrnorm", "vision_model/pre_layrnorm"),
+    Rule(f"{prefix}encoder.layers", "vision_model/encoder/layers"),
+    drop(rf"{re.escape(start)}\.position_ids", "counts from 0, stored by older versions", optional=True),
+    drop(TEXT_PARTS, "not the image encoder", optional=True),
+    *(
+      [
+        Rule(f"{prefix}post_layernorm", "vision_model/post_layernorm"),
+        Rule("visual_projection", "visual_projection"),
+      ]
+      if projected
+      else [drop(last, why_not, optional=True)]
+    ),
+  ]
+
+
+def load_image(path: str | epath.PathLike, targets: Mapping[str, Any], *, projected: bool) -> dict[str, np.ndarray]:
+  """The image encoder of a folder of CLIP or of a single file, on the host.
+
+  Args:
+    path: a folder with model.safetensors or pytorch_model.bin, or a file.
+    targets: shape and dtype by name of every array of the encoder.
+    projected: as in `image`.
+
+  Raises:
+    ValueError: a source that cannot be read, is none, or does not fit; everything at once.
+  """
+  return _load(path, functools.partial(image, projected=projected), targets, "CLIP image encoder")
+
+
+def load_text(path: str | epath.PathLike, targets: Mapping[str, Any], *, projected: bool) -> dict[str, np.ndarray]:
+  """The text encoder of a folder of CLIP or of a single file; as `load_image`."""
+  return _load(path, functools.partial(text, projected=projected), targets, "CLIP text encoder")
+
+
+def _load(path: str | epath.PathLike, table: Any, targets: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
+  place = fetch.local(path)
+  if not place.exists():
+    raise UserError(f"{str(path)!r} does not exist; give {WANTED}.")
+  weights = weight_files.open_folder(place, ("",)) if place.is_dir() else weight_files.open_file(place)
+  try:
+    rules = table(weights.tensors)
+  except UserError as error:
+    raise UserError(f"{path}: {error}") from error
+  return convert(weights.tensors, rules, targets, table=f"{name} of {path}")[0]
+
+
+def holds_text(path: str | epath.PathLike) -> bool:
+  """Whether a Stable Diffusion source, a diffusers folder or a single file, has a text encoder that can be read."""
+  path = fetch.local(path)
+  if path.is_dir():
+    return (path / "text_encoder").is_dir()
+  names = weight_files.open_file(path).tensors
+  return any(f"{prefix}final_layer_norm.weight" in names for prefix in PREFIXES)
+
+
+def sizes(path: str | epath.PathLike) -> dict[str, dict[str, Any]]:
+  """Sizes of the towers as the config.json of a folder states them; nothing where there is none.
+
+  Returns:
+    {"image": ..., "text": ...}: keyword arguments of ImageSizes and TextSizes, what it describes of them.
+
+  Raises:
+    ValueError: a config that cannot be read, or asks for what our networks do not do; one line.
+  """
+  path = fetch.local(path)
+  if not (path / "config.json").is_file():
+    return {}
+  config = weight_files.read_config(path)
+  kind = str(config.get("model_type", "clip"))
+  vision = config.get("vision_config") if kind == "clip" else config if kind == "clip_vision_model" else None
+  words = config.get("text_config") if kind == "clip" else config if kind == "clip_text_model" else None
+  result = {}
+  if vision is not None:
+    result["image"] = _image_sizes(path, vision, config)
+  if words is not None:
+    result["text"] = _text_sizes(path, words)
+  return result
+
+
+def _image_sizes(path: pathlib.Path, vision: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+  """Absent fields have transformers' defaults, those of ViT-B/32."""
+  side, patch = vision.get("image_size", 224), vision.get("patch_size", 32)
+  if side % patch:
+    raise UserError(f"{path / 'config.json'} asks for patches of {patch} in {side} pixels, which do not divide them.")
+  return {
+    **_transformer(path, vision, (768, 12, 12, 3072)),
+    "image_size": side,
+    "patch": patch,
+    "projection": config.get("projection_dim", vision.get("projection_dim", 512)),
+  }
+
+
+def _text_sizes(path: pathlib.Path, words: Mapping[str, Any]) -> dict[str, Any]:
+  return {
+    **_transformer(path, words, (512, 12, 8, 2048)),
+    "vocab_size": words.get("vocab_size", 49408),
+    "positions": words.get("max_position_embeddings", 77),
+  }
+
+
+def _transformer(path: pathlib.Path, part: Mapping[str, Any], defaults: tuple[int, ...]) -> dict[str, Any]:
+  keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+  ours = ("width", "layers", "heads", "mlp_width")
+  values = {name: part.get(key, default) for name, key, default in zip(ours, keys, defaults, strict=True)}
+  activation, epsilon = part.get("hidden_act", "quick_gelu"), part.get("layer_norm_eps", 1e-5)
+  if activation not in ACTIVATIONS or epsilon != 1e-5:
+    raise UserError(
+      f"{path / 'config.json'} asks for hidden_act={activation!r}, layer_norm_eps={epsilon}; known are "
+      f"{sorted(ACTIVATIONS)} and 1e-05."
+    )
+  return {**values, "activation": activation}

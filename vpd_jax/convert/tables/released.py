@@ -1,0 +1,214 @@
+"""The authors' fine-tuned checkpoints: Stable Diffusion's table under a prefix, plus adapter, neck and head."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vpd_jax.convert.rules import (
+  BATCH_NORM,
+  COUNTER,
+  LAYER,
+  Drop,
+  Rule,
+  bias,
+  conv,
+  deconv,
+  drop,
+  export,
+  norm,
+  plain,
+  to_source,
+)
+from vpd_jax.convert.tables import released_referring, released_segmentation, stable_diffusion
+from vpd_jax.errors import UserError
+
+_UNET = "encoder.unet.unet.diffusion_model"
+_LAST_BLOCK = "encoder.cross_unet_conv2"  # of MetaPrompts' UNet: its first name
+MOST_STEPS = released_segmentation.MOST_STEPS  # of refinement; each has rules of its own
+
+
+def _raised(source: str, target: str) -> list[Rule]:
+  """Transposed convolutions and the convolutions after them, both with batch normalisation."""
+  return [
+    Rule(f"{source}.deconv_layers", f"{target}/deconv_layers", (deconv, norm, bias, *BATCH_NORM)),
+    Rule(f"{source}.conv_layers", f"{target}/conv_layers", (conv, norm, bias, *BATCH_NORM)),
+  ]
+
+
+def _depth_head() -> list[Rule]:
+  return [*_raised("decoder", "head"), Rule("last_layer_depth", "head/last_layer_depth")]
+
+
+def vpd_depth() -> list[Rule | Drop]:
+  """VPD on NYU Depth v2. Source: VPD depth/models_depth/model.py, class VPDDepth."""
+  return [
+    Rule("encoder.gamma", "method/gamma", (plain,)),
+    Rule("encoder.class_embeddings", "method/class_vectors", (plain,)),
+    Rule("encoder.layer1", "neck/layer1"),
+    Rule("encoder.layer2", "neck/layer2"),
+    Rule("encoder.out_layer", "neck/out_layer"),
+    *stable_diffusion.first_stage("encoder.encoder_vq"),
+    *stable_diffusion.unet(_UNET, out=False),
+    Rule("encoder.text_adapter", "method/text_adapter"),
+    *_depth_head(),
+    drop(rf".*\.{COUNTER}", "our state counts the steps once", optional=True),
+  ]
+
+
+def meta_prompts_depth() -> list[Rule | Drop]:
+  """MetaPrompts on NYU Depth v2 and KITTI. Source: MetaPrompts depth/models_depth/model.py, class VPDDepth.
+
+  The steps are numbered from 1, and their parts may be absent from the second on. The UNet's last block is one module
+  with several names: "cross_unet_conv2", under which it is registered first, is the one that is read and that its
+  gradients have; an export repeats it, see `manifest`.
+  """
+  steps = [
+    Rule(f"encoder.{name}{i}", f"method/{name}/{i - 1}", leaves, optional=i > 1)
+    for i in range(1, MOST_STEPS + 1)
+    for name, leaves in (("t", (plain,)), ("meta_prompts", (plain,)), ("text_adapter", LAYER))
+  ]
+  repeated = "the same module as cross_unet_conv2"
+  return [
+    *steps,
+    Rule("encoder.layer1", "neck/layer1"),
+    *(rule for name in ("layer2", "layer3", "layer4") for rule in _raised(f"encoder.{name}", f"neck/{name}")),
+    Rule("encoder.out_layer", "neck/out_layer"),
+    *stable_diffusion.first_stage("encoder.encoder_vq"),
+    *(Rule(f"{_UNET}.{part}", f"method/unet/{part}") for part in ("input_blocks", "middle_block", "output_blocks")),
+    Rule(_LAST_BLOCK, "method/unet/out", optional=True),
+    drop(r"encoder\.cross_unet_conv([3-9]|[1-9]\d+)\..*", repeated, optional=True),
+    drop(rf"{re.escape(_UNET)}\.out\..*", repeated, optional=True),
+    *_depth_head(),
+    drop(rf".*\.{COUNTER}", "our state counts the steps once", optional=True),
+  ]
+
+
+# Of one module with several names, the one that the table reads, and the others. A file may hold any of them alone.
+SHARED = {
+  "meta_prompts_depth": (_LAST_BLOCK, rf"encoder\.cross_unet_conv\d+|{re.escape(_UNET)}\.out"),
+  "meta_prompts_segmentation": released_segmentation.SHARED,
+}
+TABLES = {
+  "meta_prompts_depth": meta_prompts_depth,
+  "vpd_depth": vpd_depth,
+  "meta_prompts_segmentation": released_segmentation.meta_prompts_segmentation,
+  "vpd_segmentation": released_segmentation.vpd_segmentation,
+  "vpd_refer": released_referring.vpd_refer,
+}
+TASKS = {"referring": "refer"}  # Names of tasks in TABLES where they differ from ours.
+# A prefix by which a release is known; the first that is found decides.
+SIGNS = {
+  "meta_prompts_depth": "encoder.meta_prompts1",
+  "vpd_depth": f"{_UNET}.",
+  **released_segmentation.SIGNS,
+  "vpd_refer": released_referring.SIGN,
+}
+# What of a model no release holds, whatever its config: CLIP's towers, which come from CLIP.
+CLIP = (r"^/method/text_encoder/", r"^/method/class_predictor/")
+OUTSIDE = dict.fromkeys(TABLES, CLIP)  # What the file of a release need not hold, found in "/" + name.
+# Under which key of a .pth the authors' code looks for weights, where not under "model".
+WRAPPERS = dict.fromkeys(released_segmentation.SIGNS, released_segmentation.WRAPPER)
+
+# The order in which the authors' modules register their children, one list for all modules: no two of them disagree.
+_ORDER = (
+  "encoder decoder last_layer_depth "
+  + "".join(f"t{i} meta_prompts{i} " for i in range(1, MOST_STEPS + 1))
+  + "meta_prompts gamma class_embeddings layer1 layer2 layer3 layer4 out_layer text_adapter1 "
+  + "".join(f"cross_unet_conv{i} text_adapter{i} " for i in range(2, MOST_STEPS + 1))
+  + f"encoder_vq unet {released_segmentation.ORDER} "
+  "conv_in down mid norm_out conv_out quant_conv post_quant_conv "
+  "block attn downsample block_1 attn_1 block_2 "
+  "time_embed input_blocks middle_block output_blocks out "
+  "in_layers emb_layers out_layers skip_connection "
+  "norm q k v proj_in transformer_blocks proj_out "
+  "attn1 ff attn2 norm1 conv1 norm2 conv2 norm3 nin_shortcut to_q to_k to_v to_out "
+  "deconv_layers conv_layers "
+  f"{released_referring.ORDER} "
+  "weight bias running_mean running_var num_batches_tracked "
+)
+_RANK = {word: rank for rank, word in enumerate(_ORDER.split())}
+
+
+def of(method: str, task: str) -> str:
+  """The key of TABLES for the names of a config.
+
+  Raises:
+    ValueError: there is no release of this method on this task.
+  """
+  release = f"{method}_{TASKS.get(task, task)}"
+  if release not in TABLES:
+    raise UserError(f"there is no released checkpoint of {release!r}; there is one of each of {sorted(TABLES)}.")
+  return release
+
+
+def inside(named: Mapping[str, Any], release: str) -> dict[str, Any]:
+  """The arrays of a model, or their shapes, that a file of the release holds."""
+  return {name: x for name, x in named.items() if not any(re.search(p, "/" + name) for p in OUTSIDE[release])}
+
+
+def named_for(release: str, source: Mapping[str, Any], targets: Mapping[str, Any]) -> dict[str, Any]:
+  """The tensors of a file, those of a module with several names also under the name that the table reads.
+
+  Args:
+    release: key of TABLES.
+    source: tensors by name.
+    targets: arrays of the model by our names: one without the module needs no name for it.
+  """
+  name, others = SHARED.get(release, ("", ""))
+  if not name or not any(target.startswith("method/unet/out/") for target in targets):
+    return dict(source)
+  found = {f"{name}.{match[2]}": x for n, x in source.items() if (match := re.fullmatch(rf"({others})\.(.+)", n))}
+  return found | dict(source)
+
+
+def manifest(shapes: Mapping[str, Any], rules: list[Rule | Drop]) -> list[dict[str, Any]]:
+  """Entries {name, shape, dtype} of the authors' state dict, in its order, for a model of these shapes.
+
+  Args:
+    shapes: all arrays of the model by our names; anything with `.shape`.
+    rules: the table.
+
+  Returns:
+    The entries; one that repeats another has its name as {alias_of}.
+  """
+  phantoms = {name: np.broadcast_to(np.float32(0), tuple(value.shape)) for name, value in shapes.items()}
+  entries = {
+    name: {"shape": list(array.shape), "dtype": "float32"} for name, array in to_source(phantoms, rules).items()
+  }
+  for name in [name for name in entries if name.endswith(".running_var")]:
+    entries[f"{name.removesuffix('running_var')}{COUNTER}"] = {"shape": [], "dtype": "int64"}
+  steps = sum(f"encoder.t{i}" in entries or f"encoder.meta_prompts{i}" in entries for i in range(1, MOST_STEPS + 1))
+  others = (*(f"encoder.cross_unet_conv{i}" for i in range(3, steps + 1)), f"{_UNET}.out")
+  for name in [name for name in entries if name.startswith(f"{_LAST_BLOCK}.")]:
+    entries |= {name.replace(_LAST_BLOCK, other): entries[name] | {"alias_of": name} for other in others}
+  entries |= released_segmentation.repeated(entries)
+  return [{"name": name, **entries[name]} for name in sorted(entries, key=_place)]
+
+
+def state_dict(
+  named: Mapping[str, Any], rules: list[Rule | Drop], entries: Sequence[Mapping[str, Any]], step: int
+) -> dict[str, np.ndarray]:
+  """The authors' state dict of our arrays: `rules.export`, with the constants that some releases hold beside them.
+
+  Args:
+    named: all arrays of the model by our names: trained, frozen and statistics.
+    rules: the table.
+    entries: of `manifest`, or of a file's own list.
+    step: number of finished steps.
+
+  Raises:
+    ConversionError: entries that nothing fills, arrays without an entry, wrong shapes; all at once.
+  """
+  constants = released_segmentation.constants()
+  held = {e["name"] for e in entries if e["name"] in constants and constants[e["name"]].shape == tuple(e["shape"])}
+  rest = [released_segmentation.resolved(entry) for entry in entries if entry["name"] not in held]
+  exported = export(named, rules, rest, step)
+  value = lambda entry: constants[entry["name"]].astype(entry["dtype"], copy=False)
+  return {e["name"]: value(e) if e["name"] in held else exported[e["name"]] for e in entries}
+
+
+def _place(name: str) -> list[tuple[int, int]]:
+  """Sort key of a name: numbers by value, words by the order above, unlisted ones as they come."""
+  return [(0, int(part)) if part.isdigit() else (1, _RANK.get(part, len(_RANK))) for part in name.split(".")]

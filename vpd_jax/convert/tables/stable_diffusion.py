@@ -1,0 +1,286 @@
+"""Stable Diffusion 1.x and 2.x: the single CompVis file and the diffusers folder -> method/unet, method/vae.
+
+Our names are CompVis' own, so its table is four prefixes. diffusers numbers blocks per level; the numbers of CompVis
+count through all levels, hence the loops.
+"""
+
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from etils import epath
+
+from vpd_jax.convert import fetch
+from vpd_jax.convert.formats import weight_files
+from vpd_jax.convert.rules import Drop, Rule, bias, conv, drop, linear_as_conv
+from vpd_jax.errors import UserError
+
+DECODER = "the VAE's decoder is not used"
+NOT_IN_ALL = {"time_embed": "the model learns its time vectors", "out": "the model ends at the features"}
+# Models by the channels of their UNet and of their VAE.
+OTHER_INPUTS = {
+  (9, 4): "Stable Diffusion for inpainting",
+  (5, 4): "Stable Diffusion with depth (depth2img)",
+  (8, 4): "InstructPix2Pix, Marigold or another model of two pictures",
+  (7, 4): "Stable Diffusion's upscaler",
+}
+UNET_PARTS = ("time_embed", "input_blocks", "middle_block", "output_blocks", "out")
+SCHEDULE = (
+  r"(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|betas|posterior_\w+"
+  r"|lvlb_weights|logvar|scale_factor"
+)
+
+
+def unet(source: str, *, time_embed: bool = True, out: bool) -> list[Rule]:
+  """CompVis names below `source`, with the layers for the timestep and the last block where a model has them."""
+  held = {"time_embed": time_embed, "out": out}
+  return [Rule(f"{source}.{part}", f"method/unet/{part}") for part in UNET_PARTS if held.get(part, True)]
+
+
+def first_stage(source: str) -> list[Rule]:
+  """The encoder's half of the autoencoder, CompVis names below `source`."""
+  return [Rule(f"{source}.{part}", f"method/vae/{part}") for part in ("encoder", "quant_conv", "post_quant_conv")]
+
+
+def compvis(targets: Iterable[str]) -> list[Rule | Drop]:
+  """Table of a single file, e.g. v1-5-pruned-emaonly.ckpt."""
+  held = {part: _has(part, targets) for part in NOT_IN_ALL}
+  return [
+    *unet("model.diffusion_model", **held),
+    *first_stage("first_stage_model"),
+    *(
+      drop(rf"model\.diffusion_model\.{part}\..*", why, optional=True)
+      for part, why in NOT_IN_ALL.items()
+      if not held[part]
+    ),
+    drop(r"first_stage_model\.decoder\..*", DECODER, optional=True),
+    drop(r"first_stage_model\.loss\..*", "the VAE is not trained", optional=True),
+    drop(r"model_ema\..*", "the plain weights are used", optional=True),
+    drop(r"cond_stage_model\..*", "the text encoder is loaded by itself", optional=True),
+    drop(SCHEDULE, "constants of the noise schedule", optional=True),
+  ]
+
+
+def diffusers(source: Iterable[str], targets: Iterable[str]) -> list[Rule | Drop]:
+  """Table of a folder's unet/ and vae/, whose numbers of levels and blocks are read off the names."""
+  names = list(source)
+  words = {
+    "time_embed": {"time_embedding.linear_1": "0", "time_embedding.linear_2": "2"},
+    "out": {"conv_norm_out": "0", "conv_out": "2"},
+  }
+  return [
+    *_diffusers_unet(names),
+    *_diffusers_vae(names),
+    *(
+      Rule(f"unet.{old}", f"method/unet/{part}/{new}")
+      if _has(part, targets)
+      else drop(rf"unet\.{re.escape(old)}\..*", NOT_IN_ALL[part], optional=True)
+      for part, pairs in words.items()
+      for old, new in pairs.items()
+    ),
+    drop(r"vae\.decoder\..*", DECODER, optional=True),
+  ]
+
+
+def _has(part: str, targets: Iterable[str]) -> bool:
+  return any(name.startswith(f"method/unet/{part}/") for name in targets)
+
+
+def _count(names: list[str], pattern: str) -> int:
+  """One more than the largest number that `pattern` captures."""
+  return max((int(match[1]) + 1 for name in names if (match := re.match(pattern, name))), default=0)
+
+
+def _residual(source: str, target: str) -> list[Rule]:
+  """A residual block of the UNet."""
+  pairs = {"norm1": "in_layers/0", "conv1": "in_layers/2", "time_emb_proj": "emb_layers/1"}
+  pairs |= {"norm2": "out_layers/0", "conv2": "out_layers/3"}
+  return [
+    *(Rule(f"{source}.{old}", f"{target}/{new}") for old, new in pairs.items()),
+    Rule(f"{source}.conv_shortcut", f"{target}/skip_connection", optional=True),  # Where the width changes.
+  ]
+
+
+def _diffusers_unet(names: list[str]) -> list[Rule]:
+  levels, blocks = (
+    _count(names, r"unet\.down_blocks\.(\d+)\."),
+    _count(names, r"unet\.down_blocks\.0\.resnets\.(\d+)\."),
+  )
+  rules = [
+    Rule("unet.conv_in", "method/unet/input_blocks/0/0"),
+    *_residual("unet.mid_block.resnets.0", "method/unet/middle_block/0"),
+    Rule("unet.mid_block.attentions.0", "method/unet/middle_block/1"),
+    *_residual("unet.mid_block.resnets.1", "method/unet/middle_block/2"),
+  ]
+  attended = {name.rpartition(".transformer_blocks.")[0] for name in names}
+  for level in range(levels):
+    # Down: input block 0 is conv_in, then per level the residual blocks and, but for the last level, one that shrinks.
+    # Up: output blocks per level one more residual block; the last one of a level also enlarges, as its last module.
+    down, up = f"unet.down_blocks.{level}", f"unet.up_blocks.{level}"
+    first_in, first_out = 1 + level * (blocks + 1), level * (blocks + 1)
+    for source, target, count in ((down, "input_blocks", blocks), (up, "output_blocks", blocks + 1)):
+      first = first_in if source == down else first_out
+      for i in range(count):
+        rules += _residual(f"{source}.resnets.{i}", f"method/unet/{target}/{first + i}/0")
+        if f"{source}.attentions.{i}" in attended:
+          rules.append(Rule(f"{source}.attentions.{i}", f"method/unet/{target}/{first + i}/1"))
+    if level < levels - 1:
+      place = 2 if f"{up}.attentions.{blocks}" in attended else 1
+      rules += [
+        Rule(f"{down}.downsamplers.0.conv", f"method/unet/input_blocks/{first_in + blocks}/0/op"),
+        Rule(f"{up}.upsamplers.0.conv", f"method/unet/output_blocks/{first_out + blocks}/{place}/conv"),
+      ]
+  return rules
+
+
+def _diffusers_vae(names: list[str]) -> list[Rule]:
+  levels = _count(names, r"vae\.encoder\.down_blocks\.(\d+)\.")
+  blocks = _count(names, r"vae\.encoder\.down_blocks\.0\.resnets\.(\d+)\.")
+  residual = [(f"down_blocks.{i}.resnets.{j}", f"down/{i}/block/{j}") for i in range(levels) for j in range(blocks)]
+  residual += [("mid_block.resnets.0", "mid/block_1"), ("mid_block.resnets.1", "mid/block_2")]
+  rules = [Rule(f"vae.encoder.{part}", f"method/vae/encoder/{part}") for part in ("conv_in", "conv_out")]
+  rules += [Rule(f"vae.{part}", f"method/vae/{part}") for part in ("quant_conv", "post_quant_conv")]
+  rules.append(Rule("vae.encoder.conv_norm_out", "method/vae/encoder/norm_out"))
+  for old, new in residual:
+    source, target = f"vae.encoder.{old}", f"method/vae/encoder/{new}"
+    rules += [Rule(f"{source}.{part}", f"{target}/{part}") for part in ("norm1", "conv1", "norm2", "conv2")]
+    rules.append(Rule(f"{source}.conv_shortcut", f"{target}/nin_shortcut", optional=True))
+  for i in range(levels - 1):
+    rules.append(
+      Rule(f"vae.encoder.down_blocks.{i}.downsamplers.0.conv", f"method/vae/encoder/down/{i}/downsample/conv")
+    )
+  source, target = "vae.encoder.mid_block.attentions.0", "method/vae/encoder/mid/attn_1"
+  rules.append(Rule(f"{source}.group_norm", f"{target}/norm"))
+  # Files before diffusers 0.18 use the older words; either way most are matrices, in CompVis 1x1 convolutions.
+  words = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+  words |= {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
+  attention = (linear_as_conv, conv, bias)
+  return rules + [Rule(f"{source}.{old}", f"{target}/{new}", attention, optional=True) for old, new in words.items()]
+
+
+def sizes(path: str | epath.PathLike) -> dict[str, dict[str, Any]] | None:
+  """Sizes of the three networks, from the config files of a diffusers folder; None for a single file.
+
+  Args:
+    path: any source of weights, see fetch.py. Flax folders and those of PyTorch have the same config files.
+
+  Returns:
+    {"unet": ..., "vae": ..., "text": ...}: keyword arguments of UNetSizes, VaeSizes and TextSizes. A network whose
+    folder is missing is left out.
+
+  Raises:
+    ValueError: a config that cannot be read, or asks for what our networks do not do; one line.
+  """
+  path = fetch.local(path)
+  if not path.is_dir():
+    return None
+  readers = {"unet": ("unet", _unet_sizes), "vae": ("vae", _vae_sizes), "text": ("text_encoder", _text_sizes)}
+  result = {}
+  for part, (folder, reader) in readers.items():
+    if not (path / folder).is_dir():
+      continue
+    config = weight_files.read_config(path / folder)
+    try:
+      result[part] = reader(config)
+    except KeyError as error:
+      raise UserError(f"{path / folder / 'config.json'} lacks {error.args[0]!r}; complete the folder.") from error
+    except UserError as error:
+      raise UserError(f"{path / folder / 'config.json'} {error}") from error
+  _check_latents(path, result)
+  return result
+
+
+def _check_latents(path: pathlib.Path, found: Mapping[str, Mapping[str, Any]]) -> None:
+  """Raises where the UNet reads something else than the latents of the VAE, and says which model that is."""
+  if not {"unet", "vae"} <= found.keys():
+    return
+  taken, given = found["unet"]["in_channels"], found["vae"]["z_channels"]
+  if taken == given:
+    return
+  named = OTHER_INPUTS.get((taken, given), "another model")
+  if (path / "model_index.json").is_file():
+    named += f" ({weight_files.read_config(path, 'model_index.json').get('_class_name')})"
+  raise UserError(
+    f"{path}: its UNet takes {taken} channels, its VAE gives {given}: this is {named}; give a Stable Diffusion 1.x or "
+    "2.x that makes pictures from text alone."
+  )
+
+
+def _refuse(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
+  """Raises where an option has a value that would change the network; an absent one counts as the first."""
+  wrong = [f"{key}={config[key]!r}" for key, values in allowed.items() if config.get(key, values[0]) not in values]
+  if wrong:
+    raise UserError(f"asks for {', '.join(wrong)}, which is not Stable Diffusion 1.x or 2.x; use one of those.")
+
+
+def _multiples(widths: list[int]) -> tuple[int, ...]:
+  if any(width % widths[0] for width in widths):
+    raise UserError(f"asks for widths {widths}, which are not multiples of the first.")
+  return tuple(width // widths[0] for width in widths)
+
+
+def _unet_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+  kinds = config["down_block_types"]
+  _refuse(
+    config,
+    {
+      "mid_block_type": ("UNetMidBlock2DCrossAttn", None),
+      "class_embed_type": (None,),
+      "addition_embed_type": (None,),
+      "num_class_embeds": (None,),
+      "encoder_hid_dim": (None,),
+      "transformer_layers_per_block": (1, [1] * len(kinds)),
+      "resnet_time_scale_shift": ("default",),
+      "dual_cross_attention": (False,),
+      "only_cross_attention": (False,),
+      "act_fn": ("silu",),
+      "norm_num_groups": (32,),
+    },
+  )
+  strange = sorted(set(kinds) - {"CrossAttnDownBlock2D", "DownBlock2D"})
+  if strange:
+    raise UserError(f"asks for blocks {strange}, which Stable Diffusion 1.x and 2.x do not have; use one of those.")
+  widths = config["block_out_channels"]
+  # diffusers calls the number of heads attention_head_dim: one for all levels in SD 1.x, one per level in SD 2.x.
+  heads = config.get("num_attention_heads") or config["attention_head_dim"]
+  per_level = heads if isinstance(heads, list) else [heads] * len(widths)
+  head_widths = {width // count for width, count in zip(widths, per_level, strict=True)}
+  if len(set(per_level)) > 1 and len(head_widths) > 1:
+    raise UserError(f"asks for {per_level} heads, neither equal in number nor in width on all levels.")
+  return {
+    "in_channels": config["in_channels"],
+    "out_channels": config["out_channels"],
+    "model_channels": widths[0],
+    "channel_mult": _multiples(widths),
+    "num_res_blocks": config["layers_per_block"],
+    "attention_levels": tuple(i for i, kind in enumerate(kinds) if kind == "CrossAttnDownBlock2D"),
+    "num_heads": per_level[0] if len(set(per_level)) == 1 else None,
+    "head_width": None if len(set(per_level)) == 1 else head_widths.pop(),
+    "context_dim": config["cross_attention_dim"],
+    "linear_projection": bool(config.get("use_linear_projection", False)),
+  }
+
+
+def _vae_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+  _refuse(config, {"act_fn": ("silu",), "norm_num_groups": (32,), "in_channels": (3,)})
+  widths = config["block_out_channels"]
+  return {
+    "channels": widths[0],
+    "channel_mult": _multiples(widths),
+    "num_res_blocks": config["layers_per_block"],
+    "z_channels": config["latent_channels"],
+  }
+
+
+def _text_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+  _refuse(config, {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,)})
+  return {
+    "vocab_size": config["vocab_size"],
+    "width": config["hidden_size"],
+    "layers": config["num_hidden_layers"],
+    "heads": config["num_attention_heads"],
+    "mlp_width": config["intermediate_size"],
+    "positions": config["max_position_embeddings"],
+    "activation": config["hidden_act"],
+  }

@@ -1,0 +1,194 @@
+"""Cityscapes: 19 classes of street scenes, with the fine, the coarse and machine labels.
+
+Files, below `root`:
+  leftImg8bit/{train,val,train_extra}/<city>/<frame>_leftImg8bit.png
+  gtFine/{train,val}/<city>/<frame>_gtFine_labelTrainIds.png, or _labelIds.png as downloaded
+  gtCoarse/train_extra/<city>/<frame>_gtCoarse_labelTrainIds.png, or _labelIds.png   for extra="coarse"
+  convert_autolabelled/<city>/<frame>_gtFine_labelTrainIds.png                       for extra="autolabelled"
+with <frame> as in aachen_000000_000019. Where a file with train ids is there it is read, else label ids are mapped.
+"""
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vpd_jax.data.readers import image_files, label_maps
+from vpd_jax.data.shards import reader
+from vpd_jax.data.transforms import segmentation as segmentation_transforms
+from vpd_jax.errors import UserError
+from vpd_jax.files import reading
+from vpd_jax.types import Example
+
+LIST = label_maps.read_class_list("cityscapes_classes.json")
+SPLITS = {"train": "train", "eval": "val"}
+COUNTS = {"train": 2_975, "eval": 500}
+EXTRA = ("none", "coarse", "autolabelled")
+EXTRA_COUNT = 19_997  # of 19 998; the other one is
+CORRUPT = "troisdorf_000000_000073"  # a frame of train_extra that holds no picture
+IMAGE = "_leftImg8bit.png"
+SOURCES = {
+  "leftImg8bit": "it comes from leftImg8bit_trainvaltest.zip of cityscapes-dataset.com, train_extra from the one of "
+  "that name.",
+  "gtFine": "they come from gtFine_trainvaltest.zip of cityscapes-dataset.com.",
+  "gtCoarse": "they come from gtCoarse.zip of cityscapes-dataset.com.",
+  "convert_autolabelled": "they are machine labels with train ids, named as those of gtFine.",
+}
+LABEL_IDS = {row["label_id"]: train_id for train_id, row in enumerate(LIST.rows)}
+_REMEDY = "a file of label ids must end in _labelIds.png, one of train ids in _labelTrainIds.png."
+KINDS = {  # by the end of a file's name
+  "_labelTrainIds.png": label_maps.values(
+    {index: index for index in range(len(LIST.names))}, (label_maps.IGNORE,), _REMEDY
+  ),
+  # 0 to 33 are defined; the licence plate is -1, which eight bits hold as 255.
+  "_labelIds.png": label_maps.values(LABEL_IDS, {*range(34), 255} - LABEL_IDS.keys(), _REMEDY),
+}
+
+
+class Cityscapes:
+  """Cityscapes with mmsegmentation's augmentation.
+
+  Args:
+    root: folder that holds leftImg8bit/ and gtFine/, or with format="tfds" the one that prepare_data.py wrote.
+    crop, scale, ratio_range, cat_max_ratio, colour: see segmentation_transforms.Augmentation.
+    extra: what is trained on beside the fine labels: "none"; "coarse", train_extra with the coarse labels; or
+      "autolabelled", train_extra with machine labels, as MetaPrompts' best model.
+    cities: names of the training cities, as folders; () takes all. Evaluation always has all of its three.
+    complete: whether the published numbers of pictures must be there; False takes what there is.
+    format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
+
+  Attributes:
+    provides: see ade20k.Ade20k; "index" is the place in the sorted folders, extra frames last.
+    classes: the 19 names, by train id.
+    palette: their colours.
+    published, stored: see nyu.Nyu.
+    made_with: the options on which the records depend; shards must have been made with the same.
+
+  Source: mmseg/datasets/cityscapes.py; MetaPrompts segmentation/configs/cityscapes_extra.py. The table of label ids is
+  that of cityscapesscripts/helpers/labels.py.
+  """
+
+  provides = frozenset({"image", "label", "index"}) | segmentation_transforms.ADDED
+  classes = LIST.names
+  palette = LIST.palette
+  label_ids = tuple(sorted(LABEL_IDS, key=LABEL_IDS.__getitem__))  # as the test server takes them
+  stored = label_maps.STORED
+
+  def __init__(
+    self,
+    *,
+    root: str,
+    crop: tuple[int, int] = (1024, 1024),
+    scale: tuple[int, int] = (2048, 1024),
+    ratio_range: tuple[float, float] = (0.5, 2.0),
+    cat_max_ratio: float = 0.75,
+    colour: bool = True,
+    extra: str = "none",
+    cities: tuple[str, ...] = (),
+    complete: bool = True,
+    format: str = "files",
+  ):
+    if extra not in EXTRA:
+      raise UserError(f"extra={extra!r} is unknown; choose one of {EXTRA}.")
+    if isinstance(cities, str):
+      raise UserError(f"cities={cities!r} must be a tuple of names; write ({cities!r},).")
+    self.root, self.format = root, reader.check_format(format)
+    self.extra, self.cities = extra, tuple(cities)
+    self.augmentation = segmentation_transforms.Augmentation(crop, scale, ratio_range, cat_max_ratio, colour)
+    self.counts: dict[str, int] = {}
+    if complete:
+      self.counts = dict(COUNTS, train=COUNTS["train"] + (EXTRA_COUNT if extra != "none" else 0))
+      if cities:
+        del self.counts["train"]
+    self.published = image_files.Published(self.counts, (1024, 2048), {})
+    self.made_with = {"extra": extra, "cities": self.cities}
+    if format == "files":
+      image_files.require_folder(root, f"that holds leftImg8bit/ and gtFine/ of Cityscapes: {SOURCES['leftImg8bit']}")
+
+  @reader.read_once
+  def source(self, split: str) -> Any:
+    """The frames of "train" or "eval", sorted by name, whose labels are all there.
+
+    Raises:
+      ValueError: no such folder or city, labels are missing (all are counted), or with `complete` frames are. With
+        format="tfds", the shards are not there or not whole.
+    """
+    if split not in SPLITS:
+      raise UserError(f"split={split!r} is unknown; choose one of {sorted(SPLITS)}.")
+    if self.format == "tfds":
+      decode = functools.partial(label_maps.decode, kinds=KINDS)
+      found: Any = reader.Shards(self.root, "cityscapes", split, decode=decode, made_with=self.made_with)
+    else:
+      root = Path(self.root).expanduser()
+      cities = self.cities if split == "train" else ()
+      pairs = frames(root, SPLITS[split], f"gtFine/{SPLITS[split]}", "gtFine", cities)
+      if split == "train" and self.extra == "coarse":
+        pairs += frames(root, "train_extra", "gtCoarse/train_extra", "gtCoarse")
+      elif split == "train" and self.extra == "autolabelled":
+        pairs += frames(root, "train_extra", "convert_autolabelled", "gtFine")
+      found = label_maps.Pictures(root, pairs, KINDS)
+    return label_maps.check_count(found, split, self.counts.get(split), "Cityscapes")
+
+  def describe(self) -> list[str]:
+    """Which labels occur in training, for the start of a run; see labels.histogram."""
+    return label_maps.histogram(self.source("train"), self.classes)
+
+  def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
+    """The released augmentation."""
+    del position
+    return self.augmentation.training(example, rng)
+
+  def eval_transform(self, example: Example) -> Example:
+    """The whole picture, see Augmentation.evaluation."""
+    return self.augmentation.evaluation(example)
+
+
+def frames(root: Path, images: str, labelled: str, kind: str, cities: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+  """Pictures and label files of a split, sorted.
+
+  Args:
+    root: of the data set.
+    images: folder below leftImg8bit.
+    labelled: folder of the label files, below `root`.
+    kind: "gtFine" or "gtCoarse", as in the label files' names.
+    cities: folders to take; () takes all.
+
+  Raises:
+    ValueError: the folder of pictures or a city is not there, or label files are missing.
+  """
+  folder = root / "leftImg8bit" / images
+  there = reading.visible(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+  if not there:
+    raise UserError(f"{folder} holds no cities; {SOURCES['leftImg8bit']}")
+  if unknown := sorted(set(cities) - set(there)):
+    raise UserError(f"cities={unknown} are not in {folder}; choose among {', '.join(there)}.")
+  pairs = []
+  for city in there if not cities else [city for city in there if city in cities]:
+    place = root / labelled / city
+    ready = set(os.listdir(place)) if place.is_dir() else set()
+    for name in reading.visible(os.listdir(folder / city)):
+      frame = name.removesuffix(IMAGE)
+      if frame != name and frame != CORRUPT:
+        ids = next((f"{frame}_{kind}{end}" for end in KINDS if f"{frame}_{kind}{end}" in ready), "")
+        pairs.append(
+          (f"leftImg8bit/{images}/{city}/{name}", f"{labelled}/{city}/{ids or f'{frame}_{kind}_labelIds.png'}")
+        )
+  image_files.require_files(root, (label for _, label in pairs), SOURCES[labelled.split("/")[0]])
+  return pairs
+
+
+def to_label_ids(label: np.ndarray) -> np.ndarray:
+  """Train ids as the label ids that the test server takes: uint8 of the same shape; IGNORE becomes 0, unlabeled.
+
+  Raises:
+    ValueError: values that are no train id.
+  """
+  table = np.full(256, label_maps.IGNORE, np.uint8)
+  table[list(LABEL_IDS.values())] = list(LABEL_IDS)
+  table[label_maps.IGNORE] = 0
+  found = table[label]
+  if wrong := sorted(set(np.unique(label[found == label_maps.IGNORE]).tolist())):
+    raise UserError(f"values {wrong[: image_files.SHOWN]} are no train ids of Cityscapes, which are 0 to 18 and 255.")
+  return found

@@ -1,0 +1,248 @@
+"""KITTI's raw sequences with the annotated depth, in the Eigen split of the depth papers.
+
+Files, below `root`, as the lists of VPD and MetaPrompts name them:
+  raw_data/<date>/<drive>_sync/image_02/data/<10 digits>.png
+  data_depth_annotated/{train,val}/<drive>_sync/proj_depth/groundtruth/image_02/<10 digits>.png
+  train_list.txt and test_list.txt (or eigen_benchmark_train_list.txt, eigen_train_files_with_gt.txt, ..., or .gz)
+The dates may also lie in `root` itself, the drives with depth in `root`, in `train` and `val`, or below a `depth_root`
+of their own: what counts is the end of a name, from the date or the drive on. So lists of BTS and of VPD both serve.
+Depth is a 16-bit PNG in 1/256 metre, 0 where no LiDAR point fell.
+"""
+
+import functools
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vpd_jax.data.datasets import depth_list, nyu
+from vpd_jax.data.readers import image_files
+from vpd_jax.data.shards import reader
+from vpd_jax.data.transforms import depth as depth_transforms
+from vpd_jax.errors import UserError
+from vpd_jax.types import Example
+
+DEPTH_SCALE = 256.0  # units per metre in the files
+MAX_DEPTH = 80.0  # metres
+LISTS = {
+  "train": ("train_list.txt", "eigen_benchmark_train_list.txt", "eigen_train_files_with_gt.txt"),
+  "eval": ("test_list.txt", "eigen_benchmark_test_list.txt", "eigen_test_files_with_gt.txt"),
+}
+LISTS_SOURCE = (
+  "take it from depth/dataset/filenames/eigen_benchmark of github.com/wl-zhao/VPD, or name it in data.{option}."
+)
+FILES_SOURCE = (
+  "images come from the raw data of cvlibs.net/datasets/kitti, depth from its data_depth_annotated.zip; "
+  "set data.root and data.depth_root to where they are."
+)
+NO_DEPTH = "None"  # in place of a name in the lists of BTS
+# The part of a name that is the same in all layouts, and the folders it is looked for in.
+IMAGE = re.compile(r"(\d{4}_\d\d_\d\d/[^/]+/image_0[23]/data/[^/]+)$")
+DEPTH = re.compile(r"([^/]+/proj_depth/groundtruth/image_0[23]/[^/]+)$")
+IMAGE_FOLDERS = ("raw_data", "", "raw")
+DEPTH_FOLDERS = ("data_depth_annotated/train", "data_depth_annotated/val", "data_depth_annotated", "train", "val", "")
+
+
+class Kitti:
+  """KITTI with the crop of its depth benchmark and the augmentation of the depth release.
+
+  Args:
+    root: folder of the images, and of the depth where `depth_root` is empty.
+    depth_root: folder of the annotated depth.
+    train_list: list file of the training frames; empty looks for the usual names in `root` and beside it. A line holds
+      the image, its depth or "None", and maybe the focal length, which is not used. Frames without depth are left out.
+    test_list: the same for evaluation.
+    kb_crop: (height, width) of the part that is trained on and scored, see transforms.kb_crop; () keeps whole frames,
+      which differ in size by a few pixels.
+    crop: (height, width) of a training example.
+    resize: (height, width) that images and depth get after kb_crop; (): none. Scores of resized data are not the
+      published ones.
+    scene: KITTI states no scene classes. The one class given to all frames, for methods that are told a class; empty:
+      no class is provided.
+    cut_depth: "released", "scaled" or "off", see transforms.vertical_cut_depth; "released" wraps 1/256 metres.
+    colour: False trains without the changes of colour.
+    format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same whole frames in the same order.
+
+  Attributes:
+    provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "depth" float32 [H, W] metres (0 is no measurement),
+      "index" int32 [], position among the frames, and where there is a scene "class_id" int32 [], always 0.
+    classes: the scene, or nothing.
+    published: what a complete copy holds: 652 test frames, which are Eigen's 697 without the 45 that have no annotated
+      depth.
+    stored: what a record of `source` holds, by key, see builders.KINDS.
+
+  Source: MetaPrompts depth/dataset/kitti.py and base_dataset.py.
+  """
+
+  provides = frozenset({"image", "depth", "class_id", "index"})
+  classes = ("street",)
+  published = image_files.Published({"train": 23_158, "eval": 652}, None, {"depth": (0.0, 65535 / DEPTH_SCALE)})
+  stored = {**image_files.FRAME, "index": "int32"}  # noqa: RUF012 (never changed)
+
+  def __init__(
+    self,
+    *,
+    root: str,
+    depth_root: str = "",
+    train_list: str = "",
+    test_list: str = "",
+    kb_crop: tuple[int, int] = (352, 1216),
+    crop: tuple[int, int] = (352, 352),
+    resize: tuple[int, int] | tuple[()] = (),
+    scene: str = "street",
+    cut_depth: str = "released",
+    colour: bool = True,
+    format: str = "files",
+  ):
+    depth_transforms.check_cut_depth(cut_depth)
+    self.crop = nyu.check_size("crop", crop)
+    self.kb_crop = None if not kb_crop else nyu.check_size("kb_crop", kb_crop)
+    self.resize = None if not resize else nyu.check_size("resize", resize)
+    self.classes, self.provides = depth_list.one_scene(scene, Kitti.provides)
+    self.root, self.depth_root, self.format = root, depth_root or root, reader.check_format(format)
+    self.lists = {"train": train_list or None, "eval": test_list or None}
+    self.cut_depth, self.colour = cut_depth, colour
+    whole = self.resize or self.kb_crop
+    if whole and (self.crop[0] > whole[0] or self.crop[1] > whole[1]):
+      option = "resize" if self.resize else "kb_crop"
+      raise UserError(f"crop={self.crop} does not fit into {option}={whole}; make data.crop smaller.")
+    if format == "tfds":
+      given = {"train_list": train_list, "test_list": test_list, "depth_root": depth_root}
+      if any(given.values()):
+        idle = ", ".join(f"data.{name}" for name, value in given.items() if value)
+        raise UserError(f"{idle} has no effect with data.format='tfds': the shards were made from the files.")
+    else:
+      image_files.require_folder(root, f"that holds raw_data/ and data_depth_annotated/ of KITTI: {FILES_SOURCE}")
+      if not Path(self.depth_root).expanduser().is_dir():
+        raise UserError(f"depth_root={depth_root!r} is not a folder; {FILES_SOURCE}")
+
+  @staticmethod
+  def classes_of(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes for these options, known before any file is."""
+    return depth_list.one_scene(options.get("scene", "street"), frozenset())[0]
+
+  @staticmethod
+  def cut_top(options: Mapping[str, Any], size: tuple[int, int]) -> int:
+    """Rows to take off a picture of (height, width) so that the network sees it at the scale it was trained on.
+
+    A frame as KITTI has it, at most a tenth larger than kb_crop, loses the rows above the benchmark's window, and would
+    otherwise be shrunk by 6 %. Every column stays. 0 for any other picture.
+    """
+    height, width = options.get("kb_crop") or (0, 0)
+    return size[0] - height if height <= size[0] <= 1.1 * height and width <= size[1] <= 1.1 * width else 0
+
+  @reader.read_once
+  def source(self, split: str) -> "Frames | reader.Shards":
+    """The frames of "train" or "eval" that have depth, in the order of the list file, whose files are all there.
+
+    Raises:
+      ValueError: the list file or listed files are missing (all are counted), or lines of the wrong number of columns.
+        With format="tfds", the shards are not there or not whole.
+    """
+    if split not in LISTS:
+      raise UserError(f"split={split!r} is unknown; choose one of {sorted(LISTS)}.")
+    example = functools.partial(decode, provides=self.provides, least=self.kb_crop or (1, 1))
+    if self.format == "tfds":
+      return reader.Shards(self.root, "kitti", split, decode=example)
+    root, depth_root = (Path(folder).expanduser() for folder in (self.root, self.depth_root))
+    hint = LISTS_SOURCE.format(option="train_list" if split == "train" else "test_list")
+    path = image_files.find_list(root, self.lists[split], LISTS[split], hint)
+    lines = [line for line in depth_list.read_columns(path, columns=(2, 3)) if line[1] != NO_DEPTH]
+    if not lines:
+      raise UserError(f"list file {path} names no frame with depth; {hint}")
+    named = [line[0] for line in lines], [line[1] for line in lines]
+    images, depths = place(root, IMAGE_FOLDERS, IMAGE, named[0]), place(depth_root, DEPTH_FOLDERS, DEPTH, named[1])
+    listed, found = (*named[0], *named[1]), (*images, *depths)
+    missing = [name for name, file in zip(listed, found, strict=True) if file is None]
+    if missing:
+      shown = ", ".join(missing[: image_files.SHOWN]) + (", ..." if len(missing) > image_files.SHOWN else "")
+      where = self.root if self.depth_root == self.root else f"{self.root} and {self.depth_root}"
+      raise UserError(f"{len(missing)} files are missing in {where}: {shown}; {FILES_SOURCE}")
+    pairs = [(image, depth) for image, depth in zip(images, depths, strict=True) if image and depth]
+    if depth_root != root:
+      pairs = [(image, str(depth_root.absolute() / depth)) for image, depth in pairs]
+    return Frames(root, pairs, example)
+
+  def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
+    """The released augmentation of one frame, see transforms.depth_training."""
+    return depth_transforms.depth_training(
+      self.eval_transform(example),
+      rng,
+      position,
+      crop=self.crop,
+      cut_depth=self.cut_depth,
+      depth_scale=DEPTH_SCALE,
+      max_depth=MAX_DEPTH,
+      colour=self.colour,
+    )
+
+  def eval_transform(self, example: Example) -> Example:
+    """The benchmark's part of the frame, resized where asked."""
+    if self.kb_crop is not None:
+      example = depth_transforms.kb_crop(example, size=self.kb_crop)
+    return example if self.resize is None else depth_transforms.resize(example, size=self.resize)
+
+
+class Frames:
+  """Random access to the frames of one split, whole; reading starts with `[]`."""
+
+  def __init__(
+    self, folder: Path, pairs: list[tuple[str, str]], example: Callable[[image_files.Record, Path], Example]
+  ):
+    self.folder, self.pairs, self.example = folder, pairs, example
+
+  def __len__(self) -> int:
+    return len(self.pairs)
+
+  def record(self, index: int) -> image_files.Record:
+    """What is stored of a frame, see Kitti.stored: the files as they are."""
+    return {**image_files.read_frame(self.folder, *self.pairs[index]), "index": np.int32(index)}
+
+  def __getitem__(self, index: int) -> Example:
+    return self.example(self.record(index), self.folder)
+
+
+def decode(
+  record: image_files.Record, folder: Path | None = None, *, provides: frozenset[str], least: tuple[int, int]
+) -> Example:
+  """The Example of a record, be it from files or from shards.
+
+  Args:
+    record: see Kitti.stored.
+    folder: for messages.
+    provides: keys of an Example.
+    least: (height, width) a frame must have.
+
+  Raises:
+    ValueError: a picture is damaged or of the wrong kind, the two differ in size, the frame is smaller than `least`, or
+      not one LiDAR point is in it; names the file.
+  """
+  frame = image_files.decode_frame(record, folder, scale=DEPTH_SCALE)
+  names = [name if folder is None else folder / name for name in (record["image_path"], record["depth_path"])]
+  (height, width), (h, w) = frame["image"].shape[:2], least
+  if height < h or width < w:
+    raise UserError(
+      f"{names[0]} is {height}x{width}, smaller than kb_crop={h}x{w}; take frames as KITTI has them, about 375x1242, "
+      "or make data.kb_crop smaller."
+    )
+  if not frame["depth"].any():
+    raise UserError(f"depth file {names[1]} is empty, all of it 0; copy it again, or take it out of the list.")
+  example = {**frame, "class_id": np.zeros((), np.int32), "index": np.asarray(record["index"], np.int32)}
+  return {name: value for name, value in example.items() if name in provides}
+
+
+def place(root: Path, folders: tuple[str, ...], ending: re.Pattern, names: list[str]) -> list[str | None]:
+  """Where in `root` each listed file is: under its name as listed, or under the part that `ending` matches in a folder.
+
+  Every directory is read once. None for a file that is nowhere.
+  """
+  entries = functools.cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
+  found: list[str | None] = []
+  for name in names:
+    match = ending.search(name)
+    places = [name, *(os.path.join(folder, match[1]) for folder in folders)] if match else [name]
+    found.append(next((p for p in places if os.path.basename(p) in entries(root / os.path.dirname(p))), None))
+  return found

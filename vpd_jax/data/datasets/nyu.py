@@ -1,0 +1,192 @@
+"""NYU Depth v2 as the depth papers use it: BTS's synchronized frames for training, the official 654 for evaluation.
+
+Files, below `root`:
+  sync/<scene>_<nnnn>/rgb_<nnnnn>.jpg and sync_depth_<nnnnn>.png
+  official_splits/test/<scene>/rgb_<nnnnn>.jpg and sync_depth_<nnnnn>.png
+  train_list.txt and test_list.txt (or nyudepthv2_train_list.txt ..., or .gz; in `root` or beside it)
+Depth is a 16-bit PNG in millimetres, 0 where nothing was measured.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from vpd_jax.data.readers import image_files
+from vpd_jax.data.shards import reader
+from vpd_jax.data.transforms import depth as depth_transforms
+from vpd_jax.errors import UserError
+from vpd_jax.types import Example
+
+# The order is that of the class vectors in the released checkpoints; 'excercise_room' is spelt as in the data.
+# Source: VPD depth/nyu_class_list.json.
+CLASSES = (
+  *("printer_room", "bathroom", "living_room", "study", "conference_room", "study_room", "kitchen", "home_office"),
+  *("bedroom", "dinette", "playroom", "indoor_balcony", "laundry_room", "basement", "excercise_room", "foyer"),
+  *("home_storage", "cafe", "furniture_store", "office_kitchen", "student_lounge", "dining_room", "reception_room"),
+  *("computer_lab", "classroom", "office", "bookstore"),
+)
+DEPTH_SCALE = 1000.0  # millimetres in the files
+MAX_DEPTH = 10.0  # metres, the range of the data set's sensor as all papers take it
+FOLDERS = {"train": "sync", "eval": "official_splits/test"}
+LISTS = {
+  "train": ("train_list.txt", "nyudepthv2_train_list.txt"),
+  "eval": ("test_list.txt", "nyudepthv2_test_list.txt"),
+}
+LISTS_SOURCE = "take it from depth/dataset/filenames/nyudepthv2 of github.com/wl-zhao/VPD, or name it in data.{option}."
+FILES_SOURCE = {
+  "train": "they come from sync.zip, which github.com/cleinc/bts links to.",
+  "eval": "they are cut out of nyu_depth_v2_labeled.mat of NYU by the extraction script of github.com/cleinc/bts.",
+}
+
+
+class Nyu:
+  """NYU Depth v2 with VPD's augmentation and scene classes.
+
+  Args:
+    root: folder that holds sync/ and official_splits/, or with format="tfds" the one that prepare_data.py wrote.
+    crop: (height, width) of a training example.
+    cut_depth: "released", "scaled" or "off", see transforms.vertical_cut_depth.
+    train_list: list file of the training frames; empty looks for the usual names in `root` and beside it.
+    test_list: the same for evaluation.
+    resize: (height, width) that images and depth get before anything else; () keeps the files' 480x640. Scores of
+      resized data are not the published ones.
+    colour: False trains without the changes of colour.
+    format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
+
+  Attributes:
+    provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "depth" float32 [H, W] metres (0 is no measurement),
+      "class_id" int32 [] into `classes`, "index" int32 [], position in the list file.
+    classes: names of the 27 scene classes.
+    published: what a complete copy holds.
+    stored: what a record of `source` holds, by key, see builders.KINDS.
+
+  Source: VPD depth/dataset/nyudepthv2.py.
+  """
+
+  provides = frozenset({"image", "depth", "class_id", "index"})
+  classes = CLASSES
+  published = image_files.Published({"train": 24_231, "eval": 654}, (480, 640), {"depth": (0.0, MAX_DEPTH)})
+  stored = {**image_files.FRAME, "class_id": "int32", "index": "int32"}  # noqa: RUF012 (never changed)
+
+  def __init__(
+    self,
+    *,
+    root: str,
+    crop: tuple[int, int] = (480, 480),
+    cut_depth: str = "released",
+    train_list: str = "",
+    test_list: str = "",
+    resize: tuple[int, int] | tuple[()] = (),
+    colour: bool = True,
+    format: str = "files",
+  ):
+    depth_transforms.check_cut_depth(cut_depth)
+    self.root, self.format = root, reader.check_format(format)
+    self.crop = check_size("crop", crop)
+    self.cut_depth = cut_depth
+    self.lists = {"train": train_list or None, "eval": test_list or None}
+    self.resize = None if not resize else check_size("resize", resize)
+    self.colour = colour
+    if self.resize and (self.crop[0] > self.resize[0] or self.crop[1] > self.resize[1]):
+      raise UserError(f"crop={self.crop} does not fit into resize={self.resize}; make data.crop smaller.")
+    if format == "tfds":
+      given = [f"{split}_list" for split, name in (("train", train_list), ("test", test_list)) if name]
+      if given:
+        raise UserError(f"data.{given[0]} has no effect with data.format='tfds': the shards were made from a list.")
+    else:
+      image_files.require_folder(
+        root, f"that holds sync/ and official_splits/ of NYU Depth v2: {FILES_SOURCE['train']}"
+      )
+
+  @reader.read_once
+  def source(self, split: str) -> "Frames | reader.Shards":
+    """The frames of "train" or "eval", in the order of the list file, whose files are all there.
+
+    Raises:
+      ValueError: the list file or listed files are missing (all are counted), or a folder belongs to no scene class.
+        With format="tfds", the shards are not there or not whole.
+    """
+    if split not in FOLDERS:
+      raise UserError(f"split={split!r} is unknown; choose one of {sorted(FOLDERS)}.")
+    if self.format == "tfds":
+      return reader.Shards(self.root, "nyu", split, decode=decode)
+    root = Path(self.root).expanduser()
+    hint = LISTS_SOURCE.format(option="train_list" if split == "train" else "test_list")
+    pairs = image_files.read_list(image_files.find_list(root, self.lists[split], LISTS[split], hint))
+    folder = root / FOLDERS[split]
+    image_files.require_files(folder, (name for pair in pairs for name in pair), FILES_SOURCE[split])
+    return Frames(folder, pairs, scene_classes([image for image, _ in pairs]))
+
+  def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
+    """The released augmentation of one frame, see transforms.depth_training."""
+    return depth_transforms.depth_training(
+      self.eval_transform(example),
+      rng,
+      position,
+      crop=self.crop,
+      cut_depth=self.cut_depth,
+      depth_scale=DEPTH_SCALE,
+      max_depth=MAX_DEPTH,
+      colour=self.colour,
+    )
+
+  def eval_transform(self, example: Example) -> Example:
+    """The whole frame, resized where asked."""
+    return example if self.resize is None else depth_transforms.resize(example, size=self.resize)
+
+
+class Frames:
+  """Random access to the frames of one split; reading starts with `[]`."""
+
+  def __init__(self, folder: Path, pairs: list[tuple[str, str]], class_ids: list[int]):
+    self.folder, self.pairs, self.class_ids = folder, pairs, class_ids
+
+  def __len__(self) -> int:
+    return len(self.pairs)
+
+  def record(self, index: int) -> image_files.Record:
+    """What is stored of a frame, see Nyu.stored: the files as they are."""
+    frame = image_files.read_frame(self.folder, *self.pairs[index])
+    return {**frame, "class_id": np.int32(self.class_ids[index]), "index": np.int32(index)}
+
+  def __getitem__(self, index: int) -> Example:
+    return decode(self.record(index), self.folder)
+
+
+def decode(record: image_files.Record, folder: Path | None = None) -> Example:
+  """The Example of a record, be it from files or from shards; `folder` is for messages.
+
+  Raises:
+    ValueError: a picture is damaged or of the wrong kind, or the two differ in size; names the file.
+  """
+  numbers = {key: np.asarray(record[key], np.int32) for key in ("class_id", "index")}
+  return {**image_files.decode_frame(record, folder, scale=DEPTH_SCALE), **numbers}
+
+
+def scene_classes(names: list[str]) -> list[int]:
+  """Class of each frame: the lowest index whose class name is a substring of '<folder>_<file>'.
+
+  So 'study_room' becomes 'study' and 'office_kitchen' becomes 'kitchen': classes 5 and 19 never occur.
+
+  Raises:
+    ValueError: frames of no class, the first ten and their number.
+
+  Source: VPD depth/dataset/nyudepthv2.py, `__getitem__`.
+  """
+  labels = ["_".join(name.split("/")[-2:]) for name in names]
+  ids = [next((index for index, scene in enumerate(CLASSES) if scene in label), -1) for label in labels]
+  unknown = [name for name, index in zip(names, ids, strict=True) if index < 0]
+  if unknown:
+    raise UserError(
+      f"{len(unknown)} frames lie in folders of no scene class: {', '.join(unknown[: image_files.SHOWN])}; "
+      f"folder names must contain one of {', '.join(CLASSES)}."
+    )
+  return ids
+
+
+def check_size(option: str, size: tuple[int, int]) -> tuple[int, int]:
+  """(height, width) as two positive whole numbers, or a ValueError that names the option."""
+  sides = tuple(size) if isinstance(size, tuple | list) else (size,)
+  if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+    raise UserError(f"{option}={size!r} must be (height, width), two positive whole numbers.")
+  return sides

@@ -1,0 +1,273 @@
+"""RefCOCO, RefCOCO+ and RefCOCOg: sentences about objects in pictures of COCO.
+
+Files, below `root`:
+  refcoco/instances.json     refcoco/refs(unc).p     refcoco/refs(google).p
+  refcoco+/instances.json    refcoco+/refs(unc).p
+  refcocog/instances.json    refcocog/refs(umd).p    refcocog/refs(google).p
+  images/mscoco/images/train2014/COCO_train2014_<12 digits>.jpg, or images/train2014/..., or data.images/...
+A reference is one object with several sentences. Its mask is that of its annotation in instances.json.
+
+Source: Yu et al. 2016, https://arxiv.org/abs/1608.00272; VPD refer/data/dataset_refer_clip.py; REFER's refer.py.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vpd_jax.data.readers import coco_masks, image_files, referring, safe_pickle
+from vpd_jax.data.readers.referring import Item
+from vpd_jax.data.shards import reader
+from vpd_jax.errors import UserError
+from vpd_jax.files import reading
+from vpd_jax.types import Example
+
+# (references, pictures) by split, as published; None where no published number is known to us.
+Counts = dict[str, tuple[int, int] | None]
+UNKNOWN: Counts = {"train": None, "val": None, "test": None}
+PUBLISHED: dict[tuple[str, str], Counts] = {
+  ("refcoco", "unc"): {"train": (42_404, 16_994), "val": (3_811, 1_500), "testA": (1_975, 750), "testB": (1_810, 750)},
+  ("refcoco+", "unc"): {"train": (42_278, 16_992), "val": (3_805, 1_500), "testA": (1_975, 750), "testB": (1_798, 750)},
+  ("refcocog", "umd"): {"train": (42_226, 21_899), "val": (2_573, 1_300), "test": (5_023, 2_600)},
+  ("refcoco", "google"): UNKNOWN,
+  ("refcocog", "google"): {"train": None, "val": None},
+}
+PICTURES = ("images/mscoco/images/train2014", "images/train2014", "train2014")
+SOURCE = "refs and instances come with the REFER toolkit of the data sets' authors, pictures are COCO's train2014."
+ON_EMPTY = ("stop", "leave_out")
+KEYS = {"ann_id": int, "image_id": int, "split": str, "sentences": list}  # of a reference
+
+
+class RefCoco:
+  """One of the RefCOCO family.
+
+  Args:
+    root: the folder with refcoco/, refcoco+/ and refcocog/, or with format="tfds" the one that prepare_data.py wrote.
+    variant: "refcoco", "refcoco+" or "refcocog".
+    split_by: who divided it: "unc" for the first two, "umd" for the third, "google" for the first and the third.
+    eval_split: "val"; "testA" or "testB" of unc; "test" of umd and google.
+    images: folder of the pictures, below `root` or anywhere; empty: the first of PICTURES that is there.
+    crop: (height, width) of the network's input, to which pictures are resized whole, aspect not kept. Release:
+      (512, 512).
+    canvas: see referring.Transforms.
+    overlap: of polygons of one object, "released" or "union", see coco_masks.decode.
+    on_empty: "stop" where a sentence has no words or an annotation no outline, or "leave_out" these.
+    complete: whether the published numbers of references and pictures must be there; False takes what there is.
+    cache, cache_folder: see refer_list.ReferList.
+    format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
+
+  Attributes:
+    provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "mask" uint8 [H, W], 1 on the object, "sentence" str,
+      "image_id" int32 [], COCO's number of the picture, "index" int32 [], place in the split; "full_mask" and
+      "full_size", see referring.Transforms.evaluation.
+    classes: none.
+    published, stored, made_with: see nyu.Nyu and rooms.Rooms.
+  """
+
+  provides = referring.PROVIDES
+  classes = ()
+  stored = referring.STORED
+
+  def __init__(
+    self,
+    *,
+    root: str,
+    variant: str = "refcoco",
+    split_by: str = "unc",
+    eval_split: str = "val",
+    images: str = "",
+    crop: tuple[int, int] = (512, 512),
+    canvas: tuple[int, int] = (640, 640),
+    overlap: str = "released",
+    on_empty: str = "stop",
+    complete: bool = True,
+    cache: str = "off",
+    cache_folder: str = "",
+    format: str = "files",
+  ):
+    """Checks the options; files are looked for by `source`.
+
+    Raises:
+      ValueError: in one line, for everything that is wrong with them.
+    """
+    words = {"overlap": (overlap, coco_masks.OVERLAPS), "on_empty": (on_empty, ON_EMPTY)}
+    wrong = [f"{name}={word!r} is unknown, choose one of {known}" for name, (word, known) in words.items() if
+             word not in known]  # fmt: skip
+    if (variant, split_by) not in PUBLISHED:
+      known = ", ".join(f"{name} by {who}" for name, who in PUBLISHED)
+      wrong.append(f"variant={variant!r} by split_by={split_by!r} does not exist, there are {known}")
+    elif eval_split not in (splits := tuple(PUBLISHED[variant, split_by])[1:]):
+      wrong.append(f"eval_split={eval_split!r} is none of {variant} by {split_by}, choose one of {splits}")
+    if wrong:
+      raise UserError(f"data: {'; '.join(wrong)}.")
+    self.root, self.format, self.images = root, reader.check_format(format), images
+    self.variant, self.split_by, self.complete = variant, split_by, complete
+    self.overlap, self.on_empty = overlap, on_empty
+    self.splits = {"train": "train", "eval": eval_split}
+    self.transforms, self.cache = referring.Transforms(crop, canvas), referring.check_cache(cache, cache_folder)
+    counts = PUBLISHED[variant, split_by]
+    self.published = image_files.Published(
+      {"train": counts["train"][0]} if complete and counts["train"] else {}, None, {}
+    )
+    self.made_with = {"variant": variant, "split_by": split_by, "eval_split": eval_split, "overlap": overlap}
+    self.made_with |= {"on_empty": on_empty}
+    if format == "files":
+      image_files.require_folder(root, f"that holds {variant}/: {SOURCE}")
+
+  @staticmethod
+  def only_resizes(options: Mapping[str, Any]) -> bool:
+    """Whether a picture is always seen alike, so that it can be encoded ahead of the network, see encoder_cache.planned."""
+    return True
+
+  @reader.read_once
+  def source(self, split: str) -> Any:
+    """The objects of "train", in the order of the file, or the sentences of "eval", those of a picture together.
+
+    Raises:
+      ValueError: files or pictures are missing (all are counted), references whose picture or annotation is not in
+        instances.json, sentences without words, annotations without an outline, or with `complete` other numbers than
+        the published ones. With format="tfds", the shards are not there or not whole.
+    """
+    if split not in self.splits:
+      raise UserError(f"split={split!r} is unknown; choose one of {sorted(self.splits)}.")
+    if self.format == "tfds":
+      return reader.Shards(self.root, "refcoco", split, decode=referring.decode, made_with=self.made_with)
+    root, name = Path(self.root).expanduser(), self.splits[split]
+    folder = root / self.variant
+    path = folder / f"refs({self.split_by}).p"
+    image_files.require_files(folder, (path.name, "instances.json"), SOURCE)
+    refs = [ref for ref in read_refs(path) if ref["split"] == name]
+    self._check_count(refs, name, path)
+    items = self._items(refs, read_instances(folder / "instances.json"), path)
+    pictures = self._pictures(root)
+    image_files.require_files(pictures, sorted({item.image for item in items}), "they are COCO's train2014 pictures.")
+    items = [item._replace(image=_below(root, pictures / item.image)) for item in items]
+    read_mask = functools.partial(_read_mask, overlap=self.overlap)
+    return referring.Expressions(root, items if split == "train" else referring.by_sentence(items), read_mask)
+
+  def describe(self) -> list[str]:
+    """Lines on how much there is, for the start of a run."""
+    return referring.describe(self)
+
+  def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
+    """One sentence of the object; picture and mask resized."""
+    del position
+    return self.transforms.training(example, rng)
+
+  def eval_transform(self, example: Example) -> Example:
+    """Picture and mask resized, and the mask as it is."""
+    return self.transforms.evaluation(example)
+
+  def _items(self, refs: Sequence[dict[str, Any]], instances: tuple[Mapping, Mapping], path: Path) -> list[Item]:
+    """The references as items; everything that is wrong with them is reported together."""
+    pictures, annotations = instances
+    ids = lambda found: (
+      f"{', '.join(map(str, found[: image_files.SHOWN]))}{', ...' if len(found) > image_files.SHOWN else ''}"
+    )
+    fatal = []
+    no_picture = [ref["image_id"] for ref in refs if ref["image_id"] not in pictures]
+    no_outline = [ref["ann_id"] for ref in refs if ref["ann_id"] not in annotations]
+    for lost, what in ((no_picture, "a picture"), (no_outline, "an annotation")):
+      if lost:
+        fatal.append(f"{len(lost)} references name {what} that instances.json has not ({ids(lost)})")
+    known = [ref for ref in refs if ref["image_id"] in pictures and ref["ann_id"] in annotations]
+    outlines = {ref["ann_id"]: coco_masks.problem(annotations[ref["ann_id"]]) for ref in known}
+    empty = [ann for ann, what in outlines.items() if what]
+    wordless = [s.get("sent_id", "?") for ref in known for s in ref["sentences"] if not s["sent"].strip()]
+    unspoken = [ref["ann_id"] for ref in known if not ref["sentences"]]
+    missing = {
+      f"{len(empty)} annotations have no usable outline: {ids([f'{ann} {outlines[ann]}' for ann in empty])}": empty,
+      f"{len(wordless)} sentences have no words: sent_id {ids(wordless)}": wordless,
+      f"{len(unspoken)} references have no sentence: ann_id {ids(unspoken)}": unspoken,
+    }
+    if self.on_empty == "stop":
+      fatal += [f"{line}; data.on_empty='leave_out' goes on without them" for line, found in missing.items() if found]
+    if fatal:
+      raise UserError(f"{path}: {'; '.join(fatal)}; complete the copy: {SOURCE}")
+    items = []
+    for ref in known:
+      texts = tuple(" ".join(s["sent"].split()) for s in ref["sentences"] if s["sent"].strip())
+      if texts and not outlines[ref["ann_id"]]:
+        name, *size = pictures[ref["image_id"]]
+        items.append(Item(name, ref["image_id"], (annotations[ref["ann_id"]], *size), texts))
+    return items
+
+  def _check_count(self, refs: Sequence[dict[str, Any]], split: str, path: Path) -> None:
+    """Raises where the references and pictures of a split are not as many as published."""
+    found = (len(refs), len({ref["image_id"] for ref in refs}))
+    expected = PUBLISHED[self.variant, self.split_by][split] if self.complete else None
+    if not refs or (expected and found != expected):
+      published = f", published are {expected[0]} in {expected[1]}" if expected else ""
+      raise UserError(
+        f"{path}: {found[0]} references in {found[1]} pictures are of {split!r}{published}; fetch the file again, "
+        "or set data.complete=False, and scores are not comparable."
+      )
+
+  def _pictures(self, root: Path) -> Path:
+    """The folder of the pictures."""
+    given = (
+      [Path(self.images).expanduser(), root / self.images] if self.images else [root / place for place in PICTURES]
+    )
+    for place in given:
+      if place.is_dir():
+        return place
+    raise UserError(
+      f"{root} holds no pictures: none of {', '.join(map(str, given))} is a folder; set data.images to that of COCO's "
+      "train2014 pictures."
+    )
+
+
+def read_refs(path: Path) -> list[dict[str, Any]]:
+  """The references of a refs(...).p.
+
+  Raises:
+    ValueError: it asks for more than plain data (nothing of it is run), or does not hold references; one line.
+  """
+  found = safe_pickle.read(path)
+  if not isinstance(found, list) or not found:
+    raise UserError(f"{path} holds {type(found).__name__} in place of a list of references; {SOURCE}")
+  wrong = [place for place, ref in enumerate(found) if not _is_reference(ref)]
+  if wrong:
+    raise UserError(
+      f"{path}: {len(wrong)} of {len(found)} entries, the first is number {wrong[0]}, have not the fields "
+      f"{', '.join(KEYS)}, and a text 'sent' in every sentence; {SOURCE}"
+    )
+  return found
+
+
+def _is_reference(ref: Any) -> bool:
+  if not isinstance(ref, dict) or not all(isinstance(ref.get(key), kind) for key, kind in KEYS.items()):
+    return False
+  return all(isinstance(s, dict) and isinstance(s.get("sent"), str) for s in ref["sentences"])
+
+
+def read_instances(path: Path) -> tuple[dict[int, tuple[str, int, int]], dict[int, Any]]:
+  """(File name, height, width) by picture and outlines by annotation of an instances.json.
+
+  Raises:
+    ValueError: it is damaged or another file; one line.
+  """
+  content = reading.read_json(path)
+  try:
+    facts = lambda entry: (str(entry["file_name"]), int(entry["height"]), int(entry["width"]))
+    pictures = {int(entry["id"]): facts(entry) for entry in content["images"]}
+    return pictures, {int(entry["id"]): entry.get("segmentation") for entry in content["annotations"]}
+  except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    reason = " ".join(str(error).split())
+    raise UserError(f"{path} is damaged or not COCO's instances ({type(error).__name__} {reason}); {SOURCE}") from None
+
+
+def _read_mask(annotated: tuple[Any, int, int], folder: Path, size: tuple[int, int], *, overlap: str) -> np.ndarray:
+  """The mask of (outline, height, width)."""
+  del folder  # outlines are in the annotations
+  outline, *expected = annotated
+  if tuple(expected) != size:
+    raise UserError(f"a picture is {size[0]}x{size[1]}, but was annotated at {expected[0]}x{expected[1]}.")
+  return coco_masks.decode(outline, size, overlap=overlap)
+
+
+def _below(root: Path, path: Path) -> str:
+  """The path from `root` on, or the whole of it where it lies elsewhere."""
+  return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)

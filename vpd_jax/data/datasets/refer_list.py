@@ -1,0 +1,191 @@
+"""Sentences, pictures and masks of the user's own, in one JSON file.
+
+The file holds a list, one entry per object:
+  {"image": "street/1.jpg", "mask": "street/1.png", "sentences": ["the red car", "car on the left"]}
+Names start from data.root. A mask is a PNG of one channel, grey or with a palette, of the size of its picture: the
+object is where it is not 0. Where one file holds several objects, "value" says which number is this one:
+  {"image": "street/2.jpg", "mask": "street/2.png", "value": 3, "sentences": ["the bus"]}
+"split": "train" or "eval" says what an entry is for. Without any "eval" the last pictures are held out.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vpd_jax.data.readers import image_files, label_maps, referring
+from vpd_jax.data.readers.referring import Item
+from vpd_jax.data.shards import reader
+from vpd_jax.errors import UserError
+from vpd_jax.files import reading
+from vpd_jax.types import Example
+
+EXAMPLE = '{"image": "1.jpg", "mask": "1.png", "sentences": ["the red car"]}'
+KNOWN = frozenset({"image", "mask", "sentences", "value", "split"})
+EVERY_NUMBER = label_maps.values(
+  {n: n for n in range(label_maps.MOST_CLASSES)}, (255,), "number objects from 1 to 253."
+)
+SPLITS = ("train", "eval")
+
+
+class ReferList:
+  """Referring expressions of a user, resized as in the release.
+
+  Args:
+    root: folder of all others, or with format="tfds" the one that prepare_data.py wrote.
+    file: the JSON file, from here or below `root`.
+    holdout: share of the pictures, rounded, at least one, that is evaluated on where no entry says "split": "eval".
+      They are the last ones in the file, because neighbours are often frames of one video.
+    crop: (height, width) of the network's input, to which pictures are resized whole, aspect not kept. Release:
+      (512, 512).
+    canvas: see referring.Transforms.
+    cache, cache_folder: what is kept of the VAE's and the text encoder's work: "off", "memory", or "disk" with a
+      folder; see evaluation/encoder_cache.py.
+    exif: "stored" or "turned", see files.EXIF.
+    format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
+
+  Attributes:
+    provides, classes, stored, made_with: see refcoco.RefCoco. "image_id" counts the pictures in the order of the file.
+  """
+
+  provides = referring.PROVIDES
+  classes = ()
+  stored = referring.STORED
+
+  def __init__(
+    self,
+    *,
+    root: str,
+    file: str = "sentences.json",
+    holdout: float = 0.1,
+    crop: tuple[int, int] = (512, 512),
+    canvas: tuple[int, int] = (640, 640),
+    cache: str = "off",
+    cache_folder: str = "",
+    exif: str = "stored",
+    format: str = "files",
+  ):
+    """Checks the options; files are looked for by `source`.
+
+    Raises:
+      ValueError: one that cannot be.
+    """
+    if not 0 < holdout < 1:
+      raise UserError(f"data.holdout={holdout} must lie between 0 and 1, both excluded.")
+    self.root, self.file, self.holdout, self.format = root, file, holdout, reader.check_format(format)
+    self.transforms, self.cache = referring.Transforms(crop, canvas), referring.check_cache(cache, cache_folder)
+    self.made_with, self.exif = {"file": file, "holdout": holdout}, image_files.check_exif(exif)
+    if format == "files":
+      image_files.require_folder(root, "that holds the pictures, the masks and the JSON file data.file.")
+
+  @staticmethod
+  def only_resizes(options: Mapping[str, Any]) -> bool:
+    """Whether a picture is always seen alike, so that it can be encoded ahead of the network, see encoder_cache.planned."""
+    return True
+
+  @reader.read_once
+  def source(self, split: str) -> Any:
+    """The objects of "train" in the order of the file, or the sentences of "eval", those of a picture together.
+
+    Raises:
+      ValueError: the JSON file is missing or damaged, entries are wrong (all are counted), pictures or masks are
+        missing, or nothing is left to train on. With format="tfds", the shards are not there or not whole.
+    """
+    if split not in SPLITS:
+      raise UserError(f"split={split!r} is unknown; choose one of {sorted(SPLITS)}.")
+    if self.format == "tfds":
+      decode = functools.partial(referring.decode, exif=self.exif)
+      return reader.Shards(self.root, "refer_list", split, decode=decode, made_with=self.made_with)
+    root = Path(self.root).expanduser()
+    path = image_files.find_list(root, self.file, (), "name it in data.file.")
+    entries = read_entries(path)
+    numbers: dict[str, int] = {}
+    for entry in entries:
+      numbers.setdefault(entry["image"], len(numbers))
+    if any(entry.get("split") == "eval" for entry in entries):
+      chosen = [entry for entry in entries if entry.get("split", "train") == split]
+    else:
+      kept = len(numbers) - max(1, round(self.holdout * len(numbers)))
+      chosen = [entry for entry in entries if (numbers[entry["image"]] < kept) == (split == "train")]
+    if not chosen:
+      raise UserError(f'{path} has nothing for {split!r}; add pictures, or entries of that "split".')
+    image_files.require_files(
+      root, (name for e in chosen for name in (e["image"], e["mask"])), f"they are named in {path}."
+    )
+    items = [
+      Item(entry["image"], numbers[entry["image"]], (entry["mask"], entry.get("value")), tuple(entry["sentences"]))
+      for entry in chosen
+    ]
+    items = items if split == "train" else referring.by_sentence(items)
+    found = referring.Expressions(root, items, functools.partial(_read_mask, exif=self.exif), self.exif)
+    found.notes = image_files.exif_notes((root / item.image for item in items), self.exif)
+    return found
+
+  def describe(self) -> list[str]:
+    """Lines on how much there is, for the start of a run."""
+    return referring.describe(self)
+
+  def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
+    """One sentence of the object; picture and mask resized."""
+    del position
+    return self.transforms.training(example, rng)
+
+  def eval_transform(self, example: Example) -> Example:
+    """Picture and mask resized, and the mask as it is."""
+    return self.transforms.evaluation(example)
+
+
+def read_entries(path: Path) -> list[dict[str, Any]]:
+  """The entries of a JSON file, sentences without line breaks.
+
+  Raises:
+    ValueError: it cannot be read, or entries are wrong: how many, and for the first ones what.
+  """
+  content = reading.read_json(path)
+  if not isinstance(content, list) or not content:
+    raise UserError(f"{path} must hold a list of entries like {EXAMPLE}.")
+  wrong = [f"number {place} {what}" for place, entry in enumerate(content, 1) if (what := _problem(entry))]
+  if wrong:
+    shown = "; ".join(wrong[: image_files.SHOWN]) + ("; ..." if len(wrong) > image_files.SHOWN else "")
+    raise UserError(f"{path}: {len(wrong)} of {len(content)} entries are wrong: {shown}. One is like {EXAMPLE}.")
+  return [entry | {"sentences": [" ".join(text.split()) for text in entry["sentences"]]} for entry in content]
+
+
+def _problem(entry: Any) -> str:
+  """What is wrong with an entry, or an empty text."""
+  if not isinstance(entry, dict):
+    return "is not an object with names and values"
+  if unknown := sorted(entry.keys() - KNOWN):
+    return f"has {unknown}, known are {sorted(KNOWN)}"
+  for key in ("image", "mask"):
+    if not isinstance(entry.get(key), str) or not entry[key]:
+      return f"names no {key}"
+  texts = entry.get("sentences")
+  if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+    return "has no list of sentences"
+  if not all(text.strip() for text in texts):
+    return "has an empty sentence"
+  if "value" in entry and entry["value"] not in (*range(1, label_maps.MOST_CLASSES), 255):
+    return f"has the value {entry['value']!r}, not a number from 1 to {label_maps.MOST_CLASSES - 1}, or 255"
+  return "" if entry.get("split", "train") in SPLITS else f"has the split {entry['split']!r}, not one of {SPLITS}"
+
+
+def _read_mask(outline: tuple[str, int | None], folder: Path, size: tuple[int, int], *, exif: str) -> np.ndarray:
+  """The mask of (file, number of the object)."""
+  name, value = outline
+  path = folder / name
+  numbers = label_maps.decode_labels(image_files.read_bytes(path), path, EVERY_NUMBER)
+  if numbers.shape != size:
+    hint = image_files.turned_hint(np.empty(size), numbers, exif)
+    raise UserError(f"mask {path} is {numbers.shape[0]}x{numbers.shape[1]}, its picture {size[0]}x{size[1]}{hint}.")
+  found: Sequence[int] = [int(n) for n in np.unique(numbers) if n]
+  if value is None and len(found) > 1:
+    raise UserError(
+      f'mask {path} holds the numbers {found[: image_files.SHOWN]}; say which one in the entry\'s "value".'
+    )
+  if not found or value not in (None, *found):
+    what = f"has no pixel of the number {value}" if found else "is empty"
+    raise UserError(f"mask {path} {what}.")
+  return (numbers == (found[0] if value is None else value)).astype(np.uint8)

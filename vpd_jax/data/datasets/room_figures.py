@@ -1,0 +1,171 @@
+"""The figures of the embedded rooms: one person a room, 17 COCO keypoints in view or hidden; no files.
+
+A record is the first room that shows enough of a figure among those numbered index, index + count, index + 2 count and
+so on, so that no room is taken twice. Figures have no face: only those seen from the front are taken, for from behind
+nobody could tell their left from their right.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from vpd_jax.data.datasets import nyu, rooms
+from vpd_jax.data.readers import coco_json
+from vpd_jax.data.rooms import render
+from vpd_jax.data.rooms import scene as room_scene
+from vpd_jax.data.shards import reader
+from vpd_jax.data.transforms import top_down as top_down_transforms
+from vpd_jax.errors import UserError
+from vpd_jax.types import Example
+
+LEAST = 6  # keypoints inside the picture
+NARROWEST = 16  # pixels of the box's shorter side, in a picture of 120 rows
+TRIES = 64
+LEFT, RIGHT = (top_down_transforms.COCO.names.index(f"{side}_shoulder") for side in ("left", "right"))
+
+
+class RoomFigures:
+  """Crops of figures in procedural rooms, with the augmentation of keypoints.Augmentation.
+
+  Args:
+    size: (height, width) of a room's picture.
+    crop: (H, W).
+    train_count, eval_count: figures in each split.
+    seed: another seed is another data set.
+    udp, padding, centre_jitter, flip, half_body, scale, rotation, rotation_chance: see keypoints.Augmentation.
+    format: "files" draws each room when it is asked for, "tfds" reads drawn ones from prepared shards.
+    root: folder of the shards, with format="tfds".
+
+  Attributes:
+    provides, made_with: see coco_pose.CocoPose.
+    classes: the names of the 17 keypoints.
+  """
+
+  provides = top_down_transforms.PROVIDES
+  classes = top_down_transforms.COCO.names
+
+  def __init__(
+    self,
+    *,
+    size: tuple[int, int] = (120, 160),
+    crop: tuple[int, int] = (128, 96),
+    train_count: int = 4096,
+    eval_count: int = 64,
+    seed: int = 0,
+    udp: bool = True,
+    padding: float = 1.25,
+    centre_jitter: str = "once",
+    flip: float = 0.5,
+    half_body: float = 0.3,
+    scale: float = 0.5,
+    rotation: float = 40.0,
+    rotation_chance: float = 0.6,
+    format: str = "files",
+    root: str = "",
+  ):
+    if root and reader.check_format(format) == "files":
+      raise UserError(f"root={str(root)!r} has no effect: rooms are drawn; leave it empty, or set data.format='tfds'.")
+    self.root, self.format = root, reader.check_format(format)
+    self.size = nyu.check_size("size", size)
+    for option, number, least in (("train_count", train_count, 1), ("eval_count", eval_count, 1), ("seed", seed, 0)):
+      if int(number) != number or number < least:
+        raise UserError(f"{option}={number} must be a whole number of at least {least}.")
+    options = {"udp": udp, "padding": padding, "centre_jitter": centre_jitter, "flip": flip, "half_body": half_body}
+    options |= {"scale": scale, "rotation": rotation, "rotation_chance": rotation_chance}
+    self.augmentation = top_down_transforms.Augmentation(crop, top_down_transforms.COCO, **options)
+    self.counts, self.seed = {"train": int(train_count), "eval": int(eval_count)}, int(seed)
+    self.made_with = {"size": self.size, "seed": self.seed, **self.counts}
+
+  @staticmethod
+  def facts_of(options: Any) -> dict[str, Any]:
+    """What the task is told of the data, see coco_pose.CocoPose."""
+    return {"keypoints": top_down_transforms.COCO, "udp": options.get("udp", True)}
+
+  def source(self, split: str) -> "Figures | reader.Shards":
+    """The figures of "train" or "eval", drawn at `[]`, or read from shards."""
+    if self.format == "tfds":
+      return reader.Shards(self.root, "room_figures", split, made_with=self.made_with)
+    return self._figures(split)
+
+  def _figures(self, split: str) -> "Figures":
+    if split not in rooms.SPLITS:
+      raise UserError(f"split={split!r} is unknown; choose one of {rooms.SPLITS}.")
+    return Figures(self.seed, split, self.counts[split], self.size)
+
+  def truth(self, split: str) -> dict[str, Any]:
+    """What is scored against, see coco_pose.CocoPose.truth: every room is drawn once."""
+    source, height, width = self._figures(split), *self.size
+    people = [source.person(index) for index in range(len(source))]
+    images = [{"id": i, "file_name": f"room {i}", "height": height, "width": width} for i in range(len(people))]
+    category = {"id": 1, "name": "person", "keypoints": list(self.classes)}
+    for i, entry in enumerate(people):
+      entry["image_id"] = i
+    found = coco_json.Annotations(None, images, [[entry] for entry in people], category)
+    return coco_json.truth(found, range(len(people)))
+
+  def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
+    """The augmentation of the options."""
+    del position
+    return self.augmentation.training(example, rng)
+
+  def eval_transform(self, example: Example) -> Example:
+    """The crop of the box."""
+    return self.augmentation.evaluation(example)
+
+
+class Figures:
+  """Random access to the figures of one split; holds nothing but what defines them."""
+
+  def __init__(self, seed: int, split: str, count: int, size: tuple[int, int]):
+    self.seed, self.split, self.count, self.size = seed, split, count, size
+
+  def __len__(self) -> int:
+    return self.count
+
+  def __getitem__(self, index: int) -> Example:
+    """What keypoints.Augmentation begins with."""
+    if not 0 <= index < self.count:
+      raise IndexError(f"index={index} is outside the {self.count} figures of {self.split!r}.")
+    room, points, box = self._found(int(index))
+    return {
+      "image": room.image,
+      "keypoints": points,
+      "box": box,
+      "box_score": np.asarray(1, np.float32),
+      "image_index": np.asarray(index, np.int32),
+      "index": np.asarray(index, np.int32),
+    }
+
+  def person(self, index: int) -> dict[str, Any]:
+    """The figure as an annotation of COCO's form; its area is what is seen of it."""
+    room, points, box = self._found(index)
+    return {
+      "bbox": box.tolist(),
+      "area": float(np.sum(room.labels == rooms.CLASSES.index("person"))),
+      "iscrowd": 0,
+      "keypoints": points.ravel().tolist(),
+      "num_keypoints": int(np.sum(points[:, 2] > 0)),
+    }
+
+  def _found(self, index: int) -> tuple[rooms.Room, np.ndarray, np.ndarray]:
+    """Room, keypoints and box of a figure."""
+    for number in range(index, index + TRIES * self.count, self.count):
+      if not self._shows_front(number):
+        continue
+      room = rooms.draw(self.seed, self.split, number, self.size)
+      points, box = rooms.keypoints(room), rooms.person_box(room)
+      if np.sum(points[:, 2] > 0) >= LEAST and min(box[2:]) >= NARROWEST * self.size[0] / 120:
+        return room, points, box
+    raise UserError(
+      f"none of {TRIES} rooms of {self.size[0]}x{self.size[1]} pixels shows a figure from the front; make size larger."
+    )
+
+  def _shows_front(self, number: int) -> bool:
+    """Whether somebody is in a room, the left shoulder right of the other in the picture; before it is drawn."""
+    rng = np.random.default_rng((self.seed, rooms.SPLITS.index(self.split), number))
+    kind = room_scene.SCENES[rng.integers(len(room_scene.SCENES))]
+    scene = room_scene.build(rng, kind)
+    if scene.joints is None:
+      return False
+    pixels, depth = render.project(scene.joints, scene.camera, self.size)
+    return bool(min(depth[LEFT], depth[RIGHT]) > 0 and pixels[LEFT, 0] > pixels[RIGHT, 0])

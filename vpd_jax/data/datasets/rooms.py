@@ -1,0 +1,289 @@
+"""The embedded data set: procedural rooms with metric depth, drawn when asked for; no files.
+
+Everything follows from (seed, split, index), so that any process draws the same room. Depth is planar depth, measured
+along the optical axis as in NYU Depth v2, at most 10 m; 0 marks what a sensor would miss: window panes and small holes.
+The camera has NYU's field of view and is placed, raised, tilted and turned at random in rooms of random size.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+
+from vpd_jax.data.datasets import nyu
+from vpd_jax.data.readers import referring
+from vpd_jax.data.rooms import expressions, render
+from vpd_jax.data.rooms import scene as room_scene
+from vpd_jax.data.shards import reader
+from vpd_jax.data.transforms import depth as depth_transforms
+from vpd_jax.data.transforms import segmentation as segmentation_transforms
+from vpd_jax.errors import UserError
+from vpd_jax.types import Example
+
+CLASSES = room_scene.CLASSES  # of "labels"; all pixels have one
+SPLITS = ("train", "eval")  # position is part of the random seed: no room is in both
+KEYS = {  # of an Example, by task; those of a record are without segmentation_transforms.ADDED
+  "depth": frozenset({"image", "depth", "class_id", "index"}),
+  "segmentation": frozenset({"image", "label", "index"}) | segmentation_transforms.ADDED,
+  "referring": referring.PROVIDES,
+}
+TASKS = tuple(KEYS)
+MAX_DEPTH = 10.0  # metres
+DEPTH_SCALE = 1000.0  # units per metre that `cut_depth="released"` wraps, as in NYU's files
+GAMMA = 1 / 2.2
+MENTIONED = 0.004  # share of the picture from which on an object gets a sentence
+LIMB = 0.2  # metres a keypoint may lie behind the surface that shows it
+
+
+class Rooms:
+  """Procedural rooms.
+
+  Args:
+    task: "depth", "segmentation" into the 19 classes of what is drawn, or "referring": sentences about its objects.
+    size: (height, width) of a picture.
+    crop: (height, width) of a training example; for "referring" that to which all pictures are resized.
+    train_count: rooms in the training split.
+    eval_count: rooms in the evaluation split; for "referring" with all their sentences.
+    seed: another seed is another data set.
+    cut_depth: for depth, "released", "scaled" or "off", see transforms.vertical_cut_depth.
+    ratio_range: for segmentation, (lowest, highest) factor of the random rescaling; () is (1, 1).
+    colour: False trains without the changes of colour; "referring" has none.
+    cache, cache_folder: for "referring", see refer_list.ReferList.
+    format: "files" draws each room when it is asked for, "tfds" reads drawn ones from prepared shards.
+    root: folder of the shards, with format="tfds".
+
+  Attributes:
+    provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "index" int32 []; for depth "depth" float32 [H, W]
+      metres (0 is no measurement) and "class_id" int32 [] into `classes`; for segmentation "label" uint8 [H, W] into
+      `classes`, "valid_size" int32 [2], see segmentation_transforms.Augmentation; for referring what
+      referring.PROVIDES names, see refcoco.RefCoco.
+    classes: for depth NYU's 27 scene classes in VPD's order; the five of room_scene.SCENES occur, each with furniture
+      of its own. For segmentation CLASSES, for referring none.
+    made_with: the options on which the records depend; shards must have been made with the same.
+  """
+
+  provides = KEYS["depth"]
+  classes = nyu.CLASSES
+
+  def __init__(
+    self,
+    *,
+    task: str = "depth",
+    size: tuple[int, int] = (96, 128),
+    crop: tuple[int, int] = (96, 96),
+    train_count: int = 4096,
+    eval_count: int = 64,
+    seed: int = 0,
+    cut_depth: str = "off",
+    ratio_range: tuple[float, float] | tuple[()] = (),
+    colour: bool = True,
+    cache: str = "off",
+    cache_folder: str = "",
+    format: str = "files",
+    root: str = "",
+  ):
+    self.classes = self.classes_of({"task": task})
+    self.task, self.provides = task, KEYS[task]
+    if task != "segmentation" and ratio_range:
+      raise UserError(f"data.ratio_range={ratio_range} has no effect where data.task={task!r}; leave it empty.")
+    if task != "depth" and cut_depth != "off":
+      raise UserError(f"data.cut_depth={cut_depth!r} has no effect where data.task={task!r}; set it to 'off'.")
+    if task != "referring" and (cache, cache_folder) != ("off", ""):
+      raise UserError(f"data.cache={cache!r} has no effect where data.task={task!r}; set it to 'off'.")
+    self.cache = referring.check_cache(cache, cache_folder) if task == "referring" else None
+    depth_transforms.check_cut_depth(cut_depth)
+    if root and reader.check_format(format) == "files":
+      raise UserError(f"root={str(root)!r} has no effect: rooms are drawn; leave it empty, or set data.format='tfds'.")
+    self.root, self.format = root, reader.check_format(format)
+    self.size, self.crop = nyu.check_size("size", size), nyu.check_size("crop", crop)
+    if task != "referring" and (self.crop[0] > self.size[0] or self.crop[1] > self.size[1]):
+      raise UserError(f"crop={self.crop} does not fit into size={self.size}; make data.crop smaller.")
+    for option, number, least in (("train_count", train_count, 1), ("eval_count", eval_count, 1), ("seed", seed, 0)):
+      if int(number) != number or number < least:
+        raise UserError(f"{option}={number} must be a whole number of at least {least}.")
+    self.counts = {"train": int(train_count), "eval": int(eval_count)}
+    self.seed, self.cut_depth, self.colour = int(seed), cut_depth, colour
+    self.made_with = {"task": task, "size": self.size, "seed": self.seed, **self.counts}
+    self.augmentation = segmentation_transforms.Augmentation(
+      self.crop, self.size, cast(tuple[float, float], tuple(ratio_range) or (1.0, 1.0)), colour=colour
+    )
+    self.resizing = referring.Transforms(self.crop, self.size)
+
+  @classmethod
+  def classes_of(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes of rooms with these options.
+
+    Raises:
+      ValueError: unknown task.
+    """
+    task = options.get("task", "depth")
+    if task not in TASKS:
+      raise UserError(f"task={task!r} is unknown to the rooms; choose one of {TASKS}.")
+    return {"depth": nyu.CLASSES, "segmentation": CLASSES, "referring": ()}[task]
+
+  @staticmethod
+  def only_resizes(options: Mapping[str, Any]) -> bool:
+    """Whether a picture is always seen alike, so that it can be encoded ahead of the network, see encoder_cache.planned."""
+    return options.get("task", "depth") == "referring"
+
+  def source(self, split: str) -> "DrawnRooms | expressions.RoomExpressions | reader.Shards":
+    """The rooms of "train" or "eval", drawn at `[]`, or read from shards; for "referring" the sentences of "eval"."""
+    if split not in SPLITS:
+      raise UserError(f"split={split!r} is unknown; choose one of {SPLITS}.")
+    if self.format == "tfds":
+      return reader.Shards(self.root, "rooms", split, made_with=self.made_with)
+    if self.task == "referring":
+      drawing = functools.partial(drawn, self.seed, split, self.size)
+      return expressions.RoomExpressions(drawing, sentences, self.counts[split], single=split == "eval")
+    return DrawnRooms(self.seed, split, self.counts[split], self.size, self.provides - segmentation_transforms.ADDED)
+
+  def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
+    """The augmentation of the task's release, see transforms.depth_training and segmentation_transforms."""
+    if self.task == "segmentation":
+      return self.augmentation.training(example, rng)
+    if self.task == "referring":
+      return expressions.training(example, rng, self.resizing)
+    return depth_transforms.depth_training(
+      example,
+      rng,
+      position,
+      crop=self.crop,
+      cut_depth=self.cut_depth,
+      depth_scale=DEPTH_SCALE,
+      max_depth=MAX_DEPTH,
+      colour=self.colour,
+    )
+
+  def eval_transform(self, example: Example) -> Example:
+    """The whole picture; for "referring" resized, with the mask of one sentence."""
+    if self.task == "referring":
+      return expressions.evaluation(example, self.resizing)
+    return self.augmentation.evaluation(example) if self.task == "segmentation" else example
+
+
+class DrawnRooms:
+  """Random access to the rooms of one split; holds nothing but what defines them."""
+
+  def __init__(self, seed: int, split: str, count: int, size: tuple[int, int], keys: frozenset[str]):
+    self.seed, self.split, self.count, self.size, self.keys = seed, split, count, size, keys
+
+  def __len__(self) -> int:
+    return self.count
+
+  def __getitem__(self, index: int) -> Example:
+    if not 0 <= index < self.count:
+      raise IndexError(f"index={index} is outside the {self.count} rooms of {self.split!r}.")
+    room = draw(self.seed, self.split, int(index), self.size)
+    class_id = np.asarray(nyu.CLASSES.index(room.scene), np.int32)
+    example = {"image": room.image, "depth": room.depth, "label": room.labels, "class_id": class_id}
+    example["index"] = np.asarray(index, np.int32)
+    return {key: value for key, value in example.items() if key in self.keys}
+
+
+class Room(NamedTuple):
+  """One drawn room.
+
+  Attributes:
+    scene: one of room_scene.SCENES.
+    image: uint8 [H, W, 3], RGB.
+    depth: float32 [H, W], metres along the optical axis as a sensor gives it; 0 is no measurement.
+    labels: uint8 [H, W] into CLASSES.
+    instances: int32 [H, W], number of the object, 0 for walls, floor and ceiling.
+    names: (colour, class) of each object, number 1 first, whether or not it is seen.
+    joints: float32 [17, 3], (x, y) in pixels and planar depth in metres of the COCO keypoints, or None.
+    surface: float32 [H, W], depth without gaps, metres.
+  """
+
+  scene: str
+  image: np.ndarray
+  depth: np.ndarray
+  labels: np.ndarray
+  instances: np.ndarray
+  names: list[tuple[str, str]]
+  joints: np.ndarray | None
+  surface: np.ndarray
+
+
+def drawn(seed: int, split: str, size: tuple[int, int], index: int) -> Room:
+  """As `draw`, with the index last."""
+  return draw(seed, split, index, size)
+
+
+def draw(seed: int, split: str, index: int, size: tuple[int, int]) -> Room:
+  """The room of (seed, split, index) as a picture of `size` = (height, width)."""
+  rng = np.random.default_rng((seed, SPLITS.index(split), index))
+  kind = room_scene.SCENES[rng.integers(len(room_scene.SCENES))]
+  scene = room_scene.build(rng, kind)
+  rays = render.cast_rays(scene.camera, size)
+  surface, seen = render.draw(scene.parts, scene.camera, rays)
+  radiance = render.shade(scene.parts, scene.camera, scene.light, rays, surface, seen)
+  labels, instances = scene.parts.labels[seen], scene.parts.instances[seen]
+  joints = None
+  if scene.joints is not None:
+    pixels, depth = render.project(scene.joints, scene.camera, size)
+    joints = np.concatenate([pixels, depth[:, None]], 1).astype(np.float32)
+  measured = np.where(holes(rng, labels), np.float32(0), surface)
+  return Room(kind, photograph(rng, radiance), measured, labels, instances, scene.names, joints, surface)
+
+
+def photograph(rng: np.random.Generator, radiance: np.ndarray) -> np.ndarray:
+  """An eight-bit picture of linear light [H, W, 3]: a little blur, gamma and noise."""
+  soft = radiance.copy()
+  soft[:, 1:-1] += 0.2 * (radiance[:, 2:] + radiance[:, :-2] - 2 * radiance[:, 1:-1])
+  image = np.clip(soft, 0, 1) ** np.float32(GAMMA)
+  noise = rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(1, 4))
+  return np.clip(image * 255 + noise + np.float32(0.5), 0, 255).astype(np.uint8)
+
+
+def holes(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
+  """Where the depth sensor has no measurement, bool [H, W]: window panes, single pixels and a few small patches."""
+  missing = (labels == CLASSES.index("window")) | (rng.random(labels.shape, np.float32) < 0.005)
+  height, width = labels.shape
+  for _ in range(rng.integers(0, 4)):
+    y, x = rng.integers(height), rng.integers(width)
+    missing[y : y + 1 + height // 16, x : x + 1 + width // 16] = True
+  return missing
+
+
+def sentences(room: Room) -> list[tuple[str, int]]:
+  """Referring expressions (text, instance), each true of one visible object only.
+
+  "the red box" where no other red box is seen, else "the red box on the left" and "... on the right" for the outermost.
+  """
+  columns, numbers = np.broadcast_to(np.arange(room.image.shape[1]), room.labels.shape), room.instances.ravel()
+  areas = np.bincount(numbers, minlength=len(room.names) + 1)
+  middles = np.bincount(numbers, columns.ravel(), minlength=len(room.names) + 1) / np.maximum(areas, 1)
+  alike: dict[tuple[str, str], list[int]] = {}
+  for number, name in enumerate(room.names, start=1):
+    if areas[number]:
+      alike.setdefault(name, []).append(number)
+  result = []
+  for (colour, name), members in alike.items():
+    text, order = f"the {colour} {name}", sorted(members, key=lambda number: middles[number])
+    if len(members) == 1:
+      result.append((text, members[0]))
+    else:
+      result += [(f"{text} on the left", order[0]), (f"{text} on the right", order[-1])]
+  return [(text, number) for text, number in result if areas[number] >= MENTIONED * room.labels.size]
+
+
+def keypoints(room: Room) -> np.ndarray:
+  """COCO keypoints float32 [17, 3] of the figure: x, y in pixels, and 2 visible, 1 hidden, 0 outside (then all 0)."""
+  result = np.zeros((17, 3), np.float32)
+  if room.joints is None:
+    return result
+  height, width = room.labels.shape
+  for row, (x, y, depth) in zip(result, room.joints, strict=True):
+    if 0 <= x < width and 0 <= y < height and depth > render.NEAR:
+      row[:] = x, y, 2 if room.surface[int(y), int(x)] > depth - LIMB else 1
+  return result
+
+
+def person_box(room: Room) -> np.ndarray:
+  """Box float32 [4] around the visible part of the figure: x, y, width, height in pixels; zeros where none is seen."""
+  rows, columns = np.nonzero(room.labels == CLASSES.index("person"))
+  if not len(rows):
+    return np.zeros(4, np.float32)
+  left, top = columns.min(), rows.min()
+  return np.array([left, top, columns.max() + 1 - left, rows.max() + 1 - top], np.float32)

@@ -1,0 +1,1 @@
+"""What several data sets read: image files, label maps, sentences, persons, COCO JSON."""

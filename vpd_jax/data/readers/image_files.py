@@ -1,0 +1,247 @@
+"""Files as users have them: list files, and pictures whose faults are reported by name.
+
+A record is what is stored of an Example: the bytes of its files as they are, their names, and small numbers. Folders
+and prepared shards (records.py) give the same records, and one function makes Examples of them.
+"""
+
+import os
+from collections.abc import Iterable
+from concurrent import futures
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from vpd_jax.errors import UserError
+from vpd_jax.files import image_decoding, reading
+
+SHOWN = 10  # names per error message
+Record = dict[str, Any]
+# What is done with pictures that EXIF data turn. What belongs to a picture, be it a label map, a mask, depth, keypoints
+# or outlines, is never turned: it was made on the picture as it is stored, or as a program shows it, turned. Data sets
+# that are published are read as they are stored.
+EXIF = ("stored", "turned")
+# What a picture and its depth map are in a record, by key; the kinds are those of builders.KINDS.
+FRAME = {"image": "picture", "depth": "depth16", "image_path": "text", "depth_path": "text"}
+
+
+class Published(NamedTuple):
+  """What a complete copy of a data set holds.
+
+  Attributes:
+    counts: records by split.
+    size: (height, width) of every picture, or None where sizes vary.
+    ranges: smallest and largest possible value by key of an Example; where 0 marks a missing value it does not count.
+  """
+
+  counts: dict[str, int]
+  size: tuple[int, int] | None
+  ranges: dict[str, tuple[float, float]]
+
+
+def read_list(path: str | Path) -> list[tuple[str, str]]:
+  """Reads a list file: one record per line, the image and its ground truth, separated by white space.
+
+  Plain or gzip-compressed text; a missing last newline, empty lines, other line ends, leading slashes and a third
+  column (the focal length in BTS's lists) do not matter.
+
+  Returns:
+    pairs of relative paths, in the order of the file.
+
+  Raises:
+    ValueError: the file cannot be read, is empty, or has lines of fewer than two columns (named).
+  """
+  text = reading.read_text(path, called=f"list file {path}")
+  lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+  wrong = [number for number, columns in lines if len(columns) < 2]
+  if wrong or not lines:
+    what = f"lines {_first(wrong)} do not hold" if wrong else "it is empty instead of holding"
+    raise UserError(f"list file {path}: {what} the image and the ground truth, separated by a space.")
+  return [(columns[0].lstrip("/"), columns[1].lstrip("/")) for _, columns in lines]
+
+
+def find_list(root: Path, given: str | None, names: Iterable[str], source: str) -> Path:
+  """Finds a list file: `given`, from here or below `root`, else the first of `names` in `root` or beside it.
+
+  Raises:
+    ValueError: nothing there, with what was looked for and `source`, where such a file is obtained.
+  """
+  if given is not None:
+    places = [Path(given).expanduser(), root / given]
+  else:
+    places = [folder / (name + end) for folder in (root, root.parent) for name in names for end in ("", ".gz")]
+  for place in places:
+    if place.is_file():
+      return place
+  wanted = f"list file {given!r}" if given is not None else f"list file {' or '.join(names)} (plain or .gz)"
+  raise UserError(f"{wanted} is neither in {root} nor in {root.parent}; {source}")
+
+
+def require_folder(root: str, what: str) -> None:
+  """Checks that `root` is a folder of files; `what` says which, as in "that holds sync/ of NYU Depth v2".
+
+  Raises:
+    ValueError: it is empty, is not there, or holds prepared shards.
+  """
+  if not root:
+    raise UserError(f"data.root is empty; set it to the folder {what}")
+  folder = Path(root).expanduser()
+  if not folder.is_dir():
+    raise UserError(f"root={str(folder)!r} is not a folder; set data.root to the folder {what}")
+  if (folder / "dataset_info.json").exists():
+    raise UserError(f"root={str(folder)!r} holds prepared shards; set data.format='tfds', or data.root to the files.")
+
+
+def require_files(folder: Path, names: Iterable[str], source: str) -> None:
+  """Checks that all files exist below `folder`, reading each directory once.
+
+  Raises:
+    ValueError: with the number of missing files, the first ten, and `source`, where they are obtained.
+  """
+  present: dict[str, set[str]] = {}
+  missing = []
+  for name in names:
+    directory, file = os.path.split(name)
+    if directory not in present:
+      present[directory] = entries(folder / directory)
+    if file not in present[directory]:
+      missing.append(name)
+  if missing:
+    raise UserError(f"{len(missing)} files are missing in {folder}: {_first(missing)}; {source}")
+
+
+def read_bytes(path: str | Path) -> bytes:
+  """A whole file.
+
+  Raises:
+    ValueError: it is missing or cannot be read; the message names it.
+  """
+  try:
+    return Path(path).read_bytes()
+  except OSError as error:
+    raise UserError(f"{path} cannot be read ({error.strerror}).") from None
+
+
+def read_image(path: str | Path, exif: str | None = None) -> np.ndarray:
+  """Reads a picture as uint8 [H, W, 3], RGB, whatever its own channels.
+
+  Raises:
+    ValueError: the file is missing, truncated or not a picture; the message names it.
+  """
+  return decode_image(read_bytes(path), path, exif)
+
+
+def read_depth(path: str | Path, *, scale: float) -> np.ndarray:
+  """Reads a 16-bit depth map, see decode_depth.
+
+  Raises:
+    ValueError: the file is missing, or as for decode_depth.
+  """
+  return decode_depth(read_bytes(path), path, scale=scale)
+
+
+def decode_image(raw: bytes, path: str | Path, exif: str | None = None) -> np.ndarray:
+  """A picture file's bytes as uint8 [H, W, 3], RGB; `path` is for the message of the ValueError, `exif` see EXIF."""
+  return cv2.cvtColor(image_decoding.decode(raw, path, turned=exif == "turned"), cv2.COLOR_BGR2RGB)
+
+
+def check_exif(exif: str) -> str:
+  """The given one of EXIF, or a ValueError with the list of them."""
+  if exif not in EXIF:
+    raise UserError(f"data.exif={exif!r} is unknown; choose one of {EXIF}.")
+  return exif
+
+
+def exif_notes(paths: Iterable[Path], exif: str) -> list[str]:
+  """A warning, for the start of a run, of pictures that EXIF data turn; nothing where there are none."""
+  paths = list(dict.fromkeys(paths))
+  with futures.ThreadPoolExecutor(8) as pool:
+    count = sum(found > 1 for found in pool.map(image_decoding.orientation, paths))
+  if not count:
+    return []
+  done, other = {"stored": ("are read as they are stored", "turned"), "turned": ("are turned", "stored")}[exif]
+  return [
+    f"WARNING: {count} of {len(paths)} pictures are turned by their EXIF data. They {done} (data.exif={exif!r}), their "
+    f"masks, labels, depth and annotations always are as stored; set data.exif={other!r} where they do not lie on each "
+    "other."
+  ]
+
+
+def split_notes(dataset: Any) -> list[str]:
+  """The notes of both splits, for the start of a run; shards have none."""
+  sources = {split: dataset.source(split) for split in ("train", "eval")}
+  return [f"{split}: {note}" for split, source in sources.items() for note in getattr(source, "notes", ())]
+
+
+def turned_hint(image: np.ndarray, other: np.ndarray, exif: str | None) -> str:
+  """What to try where a picture and what belongs to it differ in height and width."""
+  if image.shape[:2] != other.shape[1::-1]:
+    return ""
+  remedy = "" if exif is None else f": try data.exif={'stored' if exif == 'turned' else 'turned'!r}"
+  return f"; EXIF data may turn the image{remedy}"
+
+
+def decode_depth(raw: bytes, path: str | Path, *, scale: float) -> np.ndarray:
+  """A 16-bit depth map's bytes as float32 [H, W], metres; 0 where nothing was measured.
+
+  Args:
+    raw: PNG with one channel.
+    path: for messages.
+    scale: file units per metre, 1000 for millimetres.
+
+  Raises:
+    ValueError: truncated, not a picture, or not of one channel and 16 bits; the message names the file.
+  """
+  values = image_decoding.decode(raw, path, cv2.IMREAD_UNCHANGED)
+  if values.dtype != np.uint16 or values.ndim != 2:
+    channels = 1 if values.ndim == 2 else values.shape[2]
+    raise UserError(
+      f"depth file {path} has {channels} channel(s) of {values.dtype.itemsize * 8} bits; "
+      f"one of 16 bits is needed, {scale:g} per metre."
+    )
+  return values.astype(np.float32) / np.float32(scale)
+
+
+def read_frame(folder: Path, image: str, depth: str) -> Record:
+  """The record (see FRAME) of a picture and its depth map, two files below `folder`."""
+  return {
+    "image": read_bytes(folder / image),
+    "depth": read_bytes(folder / depth),
+    "image_path": image,
+    "depth_path": depth,
+  }
+
+
+def decode_frame(record: Record, folder: Path | None = None, *, scale: float) -> dict[str, np.ndarray]:
+  """ "image" uint8 [H, W, 3] RGB and "depth" float32 [H, W] metres of a record that holds FRAME.
+
+  Args:
+    record: see read_frame.
+    folder: where the files lie, for messages.
+    scale: units of the depth file per metre.
+
+  Raises:
+    ValueError: as for the two files, or they are of different size; names them.
+  """
+  paths = [name if folder is None else folder / name for name in (record["image_path"], record["depth_path"])]
+  image, depth = decode_image(record["image"], paths[0]), decode_depth(record["depth"], paths[1], scale=scale)
+  if image.shape[:2] != depth.shape:
+    sizes = ["{}x{}".format(*array.shape[:2]) for array in (depth, image)]
+    raise UserError(
+      f"depth file {paths[1]} is {sizes[0]}, but its image {paths[0]} is {sizes[1]}; bring both to one size."
+    )
+  return {"image": image, "depth": depth}
+
+
+def entries(folder: Path) -> set[str]:
+  """Names in a directory; none where it does not exist."""
+  try:
+    return set(os.listdir(folder))
+  except OSError:
+    return set()
+
+
+def _first(items: list) -> str:
+  """The first ten, comma-separated."""
+  return ", ".join(str(item) for item in items[:SHOWN]) + (", ..." if len(items) > SHOWN else "")

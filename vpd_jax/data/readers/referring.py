@@ -1,0 +1,232 @@
+"""Pictures, objects in them and sentences about the objects: what all such data sets share.
+
+In training an example is an object with all its sentences, of which one is drawn each time; in evaluation it is one
+sentence, and those of one picture stand together.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from vpd_jax.data.datasets import nyu
+from vpd_jax.data.readers import image_files
+from vpd_jax.errors import UserError
+from vpd_jax.files import image_decoding
+from vpd_jax.types import Example
+
+# What an object and its sentences are in a record; the kinds are those of builders.KINDS.
+STORED = {
+  **{"image": "picture", "mask": "labels8", "sentences": "text", "image_path": "text"},
+  **{"image_id": "int32", "index": "int32"},
+}
+ADDED = frozenset({"sentence", "full_mask", "full_size"})  # keys that the transforms add
+PROVIDES = frozenset({"image", "mask", "image_id", "index"}) | ADDED
+
+
+CACHES = ("off", "memory", "disk")
+
+
+class Cache(NamedTuple):
+  """What is kept of the frozen networks' work on pictures and sentences, see evaluation/encoder_cache.py.
+
+  Attributes:
+    kind: one of CACHES.
+    folder: for "disk".
+  """
+
+  kind: str
+  folder: str
+
+
+def check_cache(kind: str, folder: str) -> Cache:
+  """The two options of a config together.
+
+  Raises:
+    ValueError: an unknown word, "disk" without a folder, a folder without "disk".
+  """
+  if kind not in CACHES:
+    raise UserError(f"data.cache={kind!r} is unknown; choose one of {CACHES}.")
+  if (kind == "disk") != bool(folder):
+    remedy = "name a folder that may grow" if not folder else "leave it empty, or set data.cache='disk'"
+    raise UserError(f"data.cache={kind!r} with data.cache_folder={folder!r}: {remedy}.")
+  return Cache(kind, folder)
+
+
+class Item(NamedTuple):
+  """One object, or one sentence about it.
+
+  Attributes:
+    image: file of the picture, below the source's folder.
+    image_id: number of the picture in the data set.
+    outline: what `Expressions.read_mask` makes the mask of.
+    sentences: about the object.
+  """
+
+  image: str
+  image_id: int
+  outline: Any
+  sentences: tuple[str, ...]
+
+
+class Expressions:
+  """Random access to objects or sentences; reading starts with `[]`.
+
+  Attributes:
+    notes: lines for the start of a run.
+  """
+
+  notes: Sequence[str] = ()
+
+  def __init__(
+    self,
+    folder: Path,
+    items: Sequence[Item],
+    read_mask: Callable[[Any, Path, tuple[int, int]], np.ndarray],
+    exif: str | None = None,
+  ):
+    """
+    Args:
+      folder: the pictures' names start from.
+      items: see Item.
+      read_mask: (outline, folder, (height, width)) to uint8 [H, W], 1 on the object; a plain function or a partial.
+      exif: see files.EXIF; None for published data.
+    """
+    self.folder, self.items, self.read_mask, self.exif = folder, list(items), read_mask, exif
+
+  def __len__(self) -> int:
+    return len(self.items)
+
+  def __getitem__(self, index: int) -> Example:
+    """The Example of an item: see `decode`."""
+    return self._example(index, image_files.read_bytes(self.folder / self.items[index].image))
+
+  def record(self, index: int) -> image_files.Record:
+    """What is stored of an item, see STORED: the picture's file as it is, its mask as a PNG."""
+    item = self.items[index]
+    raw = image_files.read_bytes(self.folder / item.image)
+    mask = cv2.imencode(".png", self._example(index, raw)["mask"])[1].tobytes()
+    return {
+      **{"image": raw, "mask": mask, "sentences": "\n".join(item.sentences), "image_path": item.image},
+      **{"image_id": np.int32(item.image_id), "index": np.int32(index)},
+    }
+
+  def sentences(self) -> list[str]:
+    """All sentences, in the order of the items."""
+    return [sentence for item in self.items for sentence in item.sentences]
+
+  def summary(self) -> str:
+    """How much there is, for the start of a run."""
+    pictures = len({item.image_id for item in self.items})
+    said = sum(len(item.sentences) for item in self.items)
+    objects = "" if said == len(self.items) else f"{len(self.items)} objects with "
+    return f"{objects}{said} sentences in {pictures} pictures"
+
+  def _example(self, index: int, raw: bytes) -> Example:
+    item = self.items[index]
+    path = self.folder / item.image
+    image = image_files.decode_image(raw, path, self.exif)
+    try:
+      mask = self.read_mask(item.outline, self.folder, image.shape[:2])
+    except ValueError as error:
+      raise UserError(f"{error} It is about {item.sentences[0]!r} in {path}.") from None
+    return _example(image, mask, "\n".join(item.sentences), item.image_id, index)
+
+
+def decode(record: image_files.Record, *, exif: str | None = None) -> Example:
+  """The Example of a stored record; `exif` see files.EXIF.
+
+  Returns:
+    "image" uint8 [H, W, 3] RGB; "mask" uint8 [H, W], 1 on the object; "sentences" str, one a line; "image_id" and
+    "index" int32 [], numbers of the picture and of the item.
+  """
+  image = image_files.decode_image(record["image"], record["image_path"], exif)
+  mask = image_decoding.decode(record["mask"], f"the mask of {record['image_path']}", cv2.IMREAD_GRAYSCALE)
+  if image.shape[:2] != mask.shape:
+    sizes = ["{}x{}".format(*array.shape[:2]) for array in (mask, image)]
+    hint = image_files.turned_hint(image, mask, exif)
+    raise UserError(f"the mask of {record['image_path']} is {sizes[0]}, the picture {sizes[1]}{hint}.")
+  return _example(image, mask, record["sentences"], record["image_id"], record["index"])
+
+
+def _example(image: np.ndarray, mask: np.ndarray, sentences: str, image_id: int, index: int) -> Example:
+  numbers = {"image_id": np.asarray(image_id, np.int32), "index": np.asarray(index, np.int32)}
+  return {"image": image, "mask": mask, "sentences": sentences, **numbers}
+
+
+def describe(dataset: Any) -> list[str]:
+  """A line per split for the start of a run; shards are not looked through."""
+  sources = {split: dataset.source(split) for split in ("train", "eval")}
+  told = {
+    split: (source.summary(), *getattr(source, "notes", ()))
+    for split, source in sources.items()
+    if hasattr(source, "summary")
+  }
+  return [f"{split}: {'; '.join(parts)}" for split, parts in told.items()]
+
+
+def by_sentence(items: Iterable[Item]) -> list[Item]:
+  """An item per sentence, those of one picture together, in the order in which the pictures come first."""
+  of_picture: dict[int, list[Item]] = {}
+  for item in items:
+    of_picture.setdefault(item.image_id, []).extend(item._replace(sentences=(text,)) for text in item.sentences)
+  return [item for group in of_picture.values() for item in group]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transforms:
+  """The resizing of the release, which has no other augmentation, and the draw of a sentence.
+
+  Args:
+    size: (height, width) of the network's input; the aspect is not kept. Release: (512, 512).
+    canvas: (height, width) that holds any picture of the evaluation split, for scores at the pictures' own size.
+
+  Raises:
+    ValueError: a size that is none.
+  """
+
+  size: tuple[int, int] = (512, 512)
+  canvas: tuple[int, int] = (640, 640)
+
+  def __post_init__(self):
+    nyu.check_size("crop", self.size)
+    nyu.check_size("canvas", self.canvas)
+
+  def training(self, example: Example, rng: np.random.Generator) -> Example:
+    """One of the sentences, uniformly; picture and mask resized. Source: VPD refer/data/dataset_refer_clip.py."""
+    lines = example["sentences"].split("\n")
+    return self._resized(example) | {"sentence": lines[int(rng.integers(len(lines)))]}
+
+  def evaluation(self, example: Example) -> Example:
+    """The first sentence; picture and mask resized, and the mask as it is too.
+
+    Returns:
+      the Example with "sentence" str, "full_mask" uint8 [*canvas], whose top left holds the mask, and "full_size" int32
+      [2], its (height, width).
+
+    Raises:
+      ValueError: the picture is larger than the canvas.
+    """
+    height, width = example["mask"].shape
+    if height > self.canvas[0] or width > self.canvas[1]:
+      raise UserError(
+        f"a picture of {height}x{width} is larger than data.canvas={self.canvas}; set it to hold the largest."
+      )
+    full = np.zeros(self.canvas, np.uint8)
+    full[:height, :width] = example["mask"]
+    added = {"full_mask": full, "full_size": np.array([height, width], np.int32)}
+    return self._resized(example) | {"sentence": example["sentences"].split("\n")[0], **added}
+
+  def _resized(self, example: Example) -> Example:
+    """Image and mask at the size of the network's input, the mask by the nearest pixel."""
+    mask = Image.fromarray(example["mask"]).resize((self.size[1], self.size[0]), Image.Resampling.NEAREST)
+    return dict(example, image=resized_image(example["image"], self.size), mask=np.asarray(mask))
+
+
+def resized_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """uint8 [H, W, 3] at another size, bilinear by PIL as in the release, which averages where it shrinks."""
+  return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))

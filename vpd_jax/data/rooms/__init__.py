@@ -1,0 +1,1 @@
+"""The procedural rooms: scene, furniture, figure, ray caster, sentences."""

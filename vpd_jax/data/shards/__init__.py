@@ -1,0 +1,1 @@
+"""ArrayRecord shards of tensorflow-datasets: reading and writing."""

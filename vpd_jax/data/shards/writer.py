@@ -1,0 +1,302 @@
+"""tensorflow-datasets builders over our own sources: ArrayRecord shards for machines that read from a bucket.
+
+A shard holds what the files hold (a picture's own bytes, never decoded and encoded again), so that Examples from
+shards equal those from files and both pass through one decoder. tensorflow is not needed to write or to read.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+from tqdm import tqdm
+
+from vpd_jax.data.readers.image_files import Record
+from vpd_jax.data.shards import reader
+from vpd_jax.errors import UserError
+from vpd_jax.files import atomic
+
+KINDS: dict[str, Callable[[], Any]] = {  # what a data set may name in `stored`
+  "picture": lambda: tfds.features.Image(shape=(None, None, 3)),
+  "depth16": lambda: tfds.features.Image(shape=(None, None, 1), dtype=np.uint16, encoding_format="png"),
+  "labels8": lambda: tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
+  "text": tfds.features.Text,
+  "int32": lambda: tfds.features.Scalar(np.int32),
+  "float32": lambda: tfds.features.Scalar(np.float32),
+}
+SHARD_BYTES = 256 * 2**20
+SAMPLES = 32  # records by whose size the number of shards is chosen
+STATE = "state.json"
+
+
+class VpdJax(tfds.core.ShardBasedBuilder):
+  """Builder of any of our data sets.
+
+  tfds' GeneratorBasedBuilder either orders records by a hash, or, told not to, holds a whole split in memory: its keys
+  all fall into one bucket. This one writes shard by shard, in order.
+
+  Args:
+    name: of the data set.
+    sources: random access to the records by split.
+    features: see `describe`.
+    made_with: options of the data set on which its records depend; kept, and compared when the shards are read.
+    shard_bytes: about the size of a shard.
+    staging: folder of finished shards, which a later run takes over.
+    folder: for tfds.
+  """
+
+  VERSION = tfds.core.Version("1.0.0")
+  url_infos = None  # nothing is downloaded; tfds 4.9.10 would need importlib_resources to find that out
+
+  def __init__(
+    self,
+    *,
+    name: str,
+    sources: dict[str, Any],
+    features: dict[str, Any],
+    made_with: dict[str, Any],
+    shard_bytes: int,
+    staging: Path,
+    folder: Path,
+  ):
+    self._sources, self._features = sources, features
+    self._about = {"dataset": name, "made_with": made_with}
+    self._shard_bytes, self._staging = shard_bytes, staging
+    self._sizes: dict[str, int] = {}
+    super().__init__(data_dir=folder, file_format="array_record")
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description=f"{self._about['dataset']} in the order of its files, by scripts/prepare_data.py of vpd_jax.",
+      features=tfds.features.FeaturesDict(self._features),
+      metadata=tfds.core.MetadataDict(self._about),
+    )
+
+  def _example_writer(self) -> tfds.core.ExampleWriter:
+    return _Writer(self._staging)
+
+  def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, Sequence[Callable[[], Iterator[Any]]]]:
+    return {split: self._shards(split, source) for split, source in self._sources.items()}
+
+  def _shards(self, split: str, source: Any) -> Sequence[Callable[[], Iterator[Any]]]:
+    """One function per shard, that gives (place, record) of a range of records."""
+    count = min(-(-self.size(split) // self._shard_bytes), len(source))
+    bounds = [len(source) * number // count for number in range(count + 1)]
+    template = self._get_filename_template(split_name=split)
+    progress: list[tqdm] = []
+
+    def shard(number: int) -> Iterator[Any]:
+      if not progress:
+        progress.append(tqdm(total=len(source), desc=f"writing {split}", unit=" records", mininterval=1.0))
+      path = self._staging / template.sharded_filepath(shard_index=number, num_shards=count).name
+      finished = path.exists()
+      for index in range(bounds[number], bounds[number + 1]):
+        # tfds counts the records of every shard; those of a finished one need not be read again.
+        yield index, None if finished else record(source, index)
+        progress[0].update()
+      if number + 1 == count:
+        progress[0].close()
+
+    return [lambda number=number: shard(number) for number in range(count)]
+
+  def size(self, split: str) -> int:
+    """About how many bytes a split takes, by some of its records."""
+    if split not in self._sizes:
+      source = self._sources[split]
+      chosen = sorted({len(source) * step // SAMPLES for step in range(SAMPLES)})
+      features: Any = self.info.features
+      encoded = [features.serialize_example(record(source, index)) for index in chosen]
+      self._sizes[split] = max(sum(map(len, encoded)) * len(source) // len(chosen), 1)
+    return self._sizes[split]
+
+
+class _Writer(tfds.core.ExampleWriter):
+  """Writes a shard under a name of its own, renames it when it is whole, and links it to where tfds wants it."""
+
+  def __init__(self, staging: Path):
+    super().__init__(tfds.core.FileFormat.ARRAY_RECORD)
+    self._staging = staging
+
+  def write(self, path: os.PathLike, examples: Iterator[tuple[int, bytes]]) -> None:
+    finished = self._staging / Path(path).name
+    if not finished.exists():
+      part = finished.with_name(finished.name + ".part")
+      # Pictures are compressed already; one record per group, since single records are read.
+      writer = array_record_module.ArrayRecordWriter(str(part), "group_size:1,uncompressed")
+      for _, serialized in examples:
+        writer.write(serialized)
+      writer.close()
+      part.replace(finished)
+    try:
+      os.link(finished, path)
+    except OSError:  # a file system without links
+      shutil.copyfile(finished, path)
+
+
+def record(source: Any, index: int) -> Record:
+  """What is stored of a record: the source's own choice, or else the whole Example."""
+  return source.record(index) if hasattr(source, "record") else source[index]
+
+
+def describe(dataset: Any, source: Any) -> dict[str, Any]:
+  """tfds features by key: those of `dataset.stored`, or else of the first Example, its arrays exactly as they are.
+
+  Raises:
+    ValueError: `stored` names an unknown kind, or an Example holds what cannot be stored.
+  """
+  stored = getattr(dataset, "stored", None)
+  if stored is None:
+    return {key: _feature(key, value) for key, value in source[0].items()}
+  unknown = sorted(set(stored.values()) - set(KINDS))
+  if unknown:
+    raise UserError(f"stored={stored} names {unknown}; choose among {sorted(KINDS)}.")
+  return {key: KINDS[kind]() for key, kind in stored.items()}
+
+
+def prepare(
+  dataset: Any,
+  output: str | Path,
+  *,
+  name: str,
+  splits: Sequence[str] = ("train", "eval"),
+  shard_bytes: int = SHARD_BYTES,
+  say: Callable[[str], None] = print,
+) -> None:
+  """Writes the shards of a data set; `output` appears when all of them are whole.
+
+  Until then everything stands in `<output>.partial`. A run that was killed is continued by the same call: finished
+  shards are kept, a half one is written again. The files of the data set are only read.
+
+  Args:
+    dataset: see pipeline.DataSet. It may say in `stored` and by `record` of its sources what a record holds, else whole
+      Examples are stored; and in `made_with` on which of its options they depend, for instance the seed of drawings.
+    output: local folder that is not there yet, or empty.
+    name: of the data set.
+    splits: what to write.
+    shard_bytes: about the size of a shard.
+    say: gets one line on what is continued.
+
+  Raises:
+    ValueError: the output cannot be written, or holds something else; the disk is too small; a record cannot be read.
+  """
+  output = check_output(output)
+  made_with = reader.plain(getattr(dataset, "made_with", {}))
+  if (output / reader.INFO).exists():
+    for split in splits:
+      reader.Shards(str(output), name, split, made_with=made_with)
+    shutil.rmtree(output.with_name(output.name + ".partial"), ignore_errors=True)
+    say(f"{output} is prepared already; remove it to write it again")
+    return
+  partial = output.with_name(output.name + ".partial")
+  staging = partial / "shards"
+  sources = {split: dataset.source(split) for split in splits}
+  state = {
+    "name": name,
+    "made_with": made_with,
+    "shard_bytes": shard_bytes,
+    "sources": {
+      split: hashlib.sha256(json.dumps(_identity(source)).encode()).hexdigest() for split, source in sources.items()
+    },
+  }
+  try:
+    _continue(staging, state, say)
+    builder = VpdJax(
+      name=name,
+      sources=sources,
+      features=describe(dataset, next(iter(sources.values()))),
+      made_with=made_with,
+      shard_bytes=shard_bytes,
+      staging=staging,
+      folder=partial / "tfds",
+    )
+    done = sum(path.stat().st_size for path in staging.glob("*array_record*"))
+    needed, free = sum(map(builder.size, splits)) - done, shutil.disk_usage(partial).free
+    if needed > free:
+      raise UserError(f"{output.parent} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed.")
+    # tfds insists on a folder for downloads, and says that it downloads.
+    with tempfile.TemporaryDirectory(dir=partial) as downloads, contextlib.redirect_stdout(io.StringIO()):
+      builder.download_and_prepare(download_dir=downloads)
+    if output.is_dir():
+      output.rmdir()
+    builder.data_path.rename(output)
+  except OSError as error:
+    raise UserError(
+      f"output={str(output)!r} cannot be written: {error.strerror or error}; what is finished stays in {partial}."
+    ) from None
+  shutil.rmtree(partial)
+
+
+def check_output(output: str | Path) -> Path:
+  """The absolute path of a folder that is prepared, or can be written.
+
+  Raises:
+    ValueError: a bucket, or something else is there.
+  """
+  if "://" in str(output):
+    raise UserError(f"output={str(output)!r} must be a local folder; copy it to the bucket when it is whole.")
+  output = Path(output).expanduser().absolute()
+  empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+  if not empty and not (output / reader.INFO).exists():
+    raise UserError(f"output={str(output)!r} exists and is not an empty folder; give another one.")
+  return output
+
+
+def _continue(staging: Path, state: dict[str, Any], say: Callable[[str], None]) -> None:
+  """Keeps the finished shards of an earlier run of the same state, and nothing else."""
+  noted = staging / STATE
+  if noted.exists():
+    finished = sorted(path for path in staging.glob("*array_record*") if path.suffix != ".part")
+    if json.loads(noted.read_text()) == state:
+      say(f"continuing: {len(finished)} shards are finished, any other is written again")
+    else:
+      say(f"starting again: the data set or its options have changed since {len(finished)} shards were written")
+      shutil.rmtree(staging)
+  for left in itertools.chain(staging.glob("*.part"), staging.parent.glob("tmp*"), staging.parent.glob("tfds")):
+    left.unlink() if left.is_file() else shutil.rmtree(left)
+  staging.mkdir(parents=True, exist_ok=True)
+  atomic.write_json(noted, state)
+
+
+def _identity(value: Any) -> Any:
+  """What a source consists of, as JSON that is the same in every process; a pickle is not."""
+  if value is None or isinstance(value, bool | int | float | str):
+    return value
+  if isinstance(value, list | tuple):
+    return [_identity(item) for item in value]
+  if isinstance(value, set | frozenset):
+    return sorted(json.dumps(_identity(item)) for item in value)
+  if isinstance(value, dict):
+    return sorted([json.dumps(_identity(key)), _identity(item)] for key, item in value.items())
+  if isinstance(value, np.ndarray | np.generic):
+    return [str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
+  if isinstance(value, os.PathLike):
+    return os.fspath(value)
+  if isinstance(value, functools.partial):
+    return _identity([value.func, value.args, value.keywords])
+  if callable(value) and hasattr(value, "__qualname__"):
+    return [value.__module__, value.__qualname__]
+  return [type(value).__qualname__, _identity(vars(value))]
+
+
+def _feature(key: str, value: Any) -> Any:
+  """The tfds feature that stores an array exactly; text as text."""
+  if isinstance(value, str):
+    return tfds.features.Text()
+  array = np.asarray(value)
+  if array.dtype.kind not in "biuf":
+    raise UserError(f"an Example's {key!r} is of {array.dtype}, which shards cannot hold; numbers and text can.")
+  # Encoded: as plain numbers tfds stores every float as float32, and slowly.
+  encoding = tfds.features.Encoding.ZLIB if array.ndim else tfds.features.Encoding.BYTES
+  return tfds.features.Tensor(shape=(None,) * array.ndim, dtype=array.dtype, encoding=encoding)

@@ -1,0 +1,1 @@
+"""Augmentation and preprocessing on the host, in numpy and OpenCV."""

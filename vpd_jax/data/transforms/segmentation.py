@@ -1,0 +1,229 @@
+"""The augmentation of the segmentation releases.
+
+Pure functions on numpy arrays, as in transforms.py, whose notion of a map they share. The order and the numbers are
+those of mmsegmentation 0.30 with mmcv 1.7: rescale, crop, mirror, colour, pad. The releases work on BGR, we on RGB: of
+these steps only the change to HSV knows the channels, and OpenCV has it for both.
+
+The releases pad after they have brought the image to [-1, 1], with 0, which is 127.5 of 255. An image that travels as
+uint8 cannot hold that, so padding is PAD_GREY there, and "valid_size" says where it begins: the device puts 0.
+
+Source: mmseg/datasets/pipelines/transforms.py (Resize, RandomCrop, RandomFlip, PhotoMetricDistortion, Pad);
+mmcv/image/geometric.py (rescale_size).
+"""
+
+import dataclasses
+
+import cv2
+import numpy as np
+
+from vpd_jax.data.datasets import nyu
+from vpd_jax.data.readers.label_maps import IGNORE
+from vpd_jax.data.transforms import depth as depth_transforms
+from vpd_jax.errors import UserError
+from vpd_jax.types import Example
+
+TRIES = 10  # windows that may be refused for their labels
+PAD_GREY = 128  # 0.004 in place of 0 where a reader does not look at "valid_size"
+ADDED = frozenset({"valid_size"})  # keys that are added to an Example
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+  """The options of the augmentation, checked.
+
+  Args:
+    crop: (height, width) of a training example; a smaller picture is padded to it.
+    scale: (long, short) side within which a picture is made as large as possible, aspect kept, in either order.
+    ratio_range: (lowest, highest) factor on `scale` in training.
+    cat_max_ratio: share of the labelled pixels of a window that one class should stay below; 1 takes any window.
+    colour: False trains without the changes of colour.
+
+  Raises:
+    ValueError: in one line, for all that is wrong with them.
+  """
+
+  crop: tuple[int, int] = (512, 512)
+  scale: tuple[int, int] = (2048, 512)
+  ratio_range: tuple[float, float] = (0.5, 2.0)
+  cat_max_ratio: float = 0.75
+  colour: bool = True
+
+  def __post_init__(self):
+    nyu.check_size("crop", self.crop)
+    sides = tuple(self.scale) if isinstance(self.scale, tuple | list) else ()
+    wrong = []
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+      wrong.append(f"scale={self.scale!r} must be (long side, short side), two positive whole numbers")
+    ratios = tuple(self.ratio_range) if isinstance(self.ratio_range, tuple | list) else ()
+    if len(ratios) != 2 or not 0 < ratios[0] <= ratios[1]:
+      wrong.append(f"ratio_range={self.ratio_range!r} must be (lowest, highest), both above 0")
+    if not 0 < self.cat_max_ratio <= 1:
+      wrong.append(f"cat_max_ratio={self.cat_max_ratio} must lie above 0 and be at most 1")
+    if wrong:
+      raise UserError(f"data: {'; '.join(wrong)}.")
+
+  def training(self, example: Example, rng: np.random.Generator) -> Example:
+    """One augmented training example.
+
+    Args:
+      example: "image" uint8 [H, W, 3] RGB, "label" uint8 [H, W], and further maps.
+      rng: random numbers of this record alone.
+
+    Returns:
+      the Example with its maps of the size of `crop`, and "valid_size" int32 [2], the (height, width) from which on it
+      is padding.
+    """
+    example = random_rescale(example, rng, scale=self.scale, ratio_range=self.ratio_range)
+    example = random_crop(example, rng, size=self.crop, cat_max_ratio=self.cat_max_ratio)
+    example = depth_transforms.random_mirror(example, rng)
+    if self.colour:
+      example = dict(example, image=photometric_distortion(example["image"], rng))
+    return pad(example, size=self.crop)
+
+  def evaluation(self, example: Example) -> Example:
+    """The picture and its labels as they are, "valid_size" int32 [2] all of it.
+
+    Rescaling belongs to the test-time procedure, which makes every scale of the picture itself and scores at its size.
+    """
+    return dict(example, valid_size=_size(example["image"]))
+
+
+def rescaled_size(size: tuple[int, int], scale: tuple[int, int]) -> tuple[int, int]:
+  """(height, width) of a picture of `size` made as large as fits into `scale`, aspect kept.
+
+  With f = min(long / longer side, short / shorter side): int(side f + 0.5), at least 1. `scale` bounds the longer side
+  by its larger number and the shorter side by its smaller one, whichever of them is the height.
+
+  Source: mmcv/image/geometric.py, rescale_size.
+  """
+  factor = min(max(scale) / max(size), min(scale) / min(size))
+  height, width = (max(int(side * factor + 0.5), 1) for side in size)
+  return height, width
+
+
+def random_rescale(
+  example: Example, rng: np.random.Generator, *, scale: tuple[int, int], ratio_range: tuple[float, float]
+) -> Example:
+  """Rescales all maps into (int(long r), int(short r)) with r uniform in `ratio_range`.
+
+  The image is interpolated bilinearly, without averaging where it shrinks; labels take the nearest pixel.
+
+  Source: mmseg Resize, random_sample_ratio.
+  """
+  low, high = ratio_range
+  ratio = rng.random() * (high - low) + low
+  size = rescaled_size(example["image"].shape[:2], (int(scale[0] * ratio), int(scale[1] * ratio)))
+  return depth_transforms.resize(example, size=size)
+
+
+def random_crop(
+  example: Example, rng: np.random.Generator, *, size: tuple[int, int], cat_max_ratio: float = 1.0
+) -> Example:
+  """Cuts a window of at most `size` out of all maps, its corner uniform over all places, the last included.
+
+  A window is refused, up to TRIES times, where fewer than two classes occur or the most frequent one has at least the
+  share `cat_max_ratio` of the labelled pixels; what is drawn after that is taken in any case. A side of the picture
+  that is shorter than the window stays whole.
+
+  Source: mmseg RandomCrop.
+  """
+  margin_y, margin_x = (max(have - want, 0) for have, want in zip(example["image"].shape[:2], size, strict=True))
+  for tries in range(TRIES + 1):
+    top, left = (int(rng.integers(0, margin + 1)) for margin in (margin_y, margin_x))
+    window = np.s_[top : top + size[0], left : left + size[1]]
+    if cat_max_ratio >= 1 or tries == TRIES or is_varied(example["label"][window], cat_max_ratio):
+      break
+  maps = {name: np.ascontiguousarray(example[name][window]) for name in _maps(example)}
+  return {**example, **maps}
+
+
+def is_varied(label: np.ndarray, cat_max_ratio: float) -> bool:
+  """Whether uint8 [h, w] has two classes and none with the share `cat_max_ratio` of the labelled pixels or more."""
+  counts = np.bincount(label.ravel(), minlength=256)[:IGNORE]
+  return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < cat_max_ratio)
+
+
+def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """Brightness, contrast, saturation and hue of uint8 [H, W, 3] RGB, each with probability one half.
+
+  Brightness U(-32, 32) first; contrast U(0.5, 1.5) right after it or, with probability one half, last; saturation
+  U(0.5, 1.5); hue a whole number from -18 to 17. Each change truncates to uint8; saturation and hue go to HSV and back
+  one after the other, and round twice.
+
+  Source: mmseg PhotoMetricDistortion. Its documentation speaks of swapped channels, which it does not do.
+  """
+  if rng.integers(2):
+    image = change_levels(image, shift=rng.uniform(-32, 32))
+  contrast_first = rng.integers(2)
+  if contrast_first and rng.integers(2):
+    image = change_levels(image, factor=rng.uniform(0.5, 1.5))
+  if rng.integers(2):
+    image = change_saturation(image, factor=rng.uniform(0.5, 1.5))
+  if rng.integers(2):
+    image = change_hue(image, shift=int(rng.integers(-18, 18)))
+  if not contrast_first and rng.integers(2):
+    image = change_levels(image, factor=rng.uniform(0.5, 1.5))
+  return image
+
+
+def change_levels(image: np.ndarray, *, factor: float = 1.0, shift: float = 0.0) -> np.ndarray:
+  """Maps each level i to clip(i factor + shift, 0, 255) in float32, truncated. Source: mmseg `convert`."""
+  return cv2.LUT(image, _levels(factor, shift))
+
+
+def change_saturation(image: np.ndarray, *, factor: float) -> np.ndarray:
+  """Multiplies the saturation of OpenCV's uint8 HSV, clipped and truncated. Source: mmseg `saturation`."""
+  same = np.arange(256, dtype=np.uint8)
+  return _in_hsv(image, (same, _levels(factor, 0.0), same))
+
+
+def change_hue(image: np.ndarray, *, shift: int) -> np.ndarray:
+  """Adds to the hue of OpenCV's uint8 HSV, modulo 180, in steps of two degrees. Source: mmseg `hue`."""
+  same = np.arange(256, dtype=np.uint8)
+  return _in_hsv(image, (((np.arange(256) + shift) % 180).astype(np.uint8), same, same))
+
+
+def pad(example: Example, *, size: tuple[int, int]) -> Example:
+  """Grows the maps at the bottom and right to `size`: the image by PAD_GREY, labels by IGNORE, other maps by 0.
+
+  Returns:
+    the Example with "valid_size" int32 [2], (height, width) of what was there before.
+
+  Raises:
+    ValueError: the picture is larger than `size`.
+  """
+  height, width = example["image"].shape[:2]
+  if height > size[0] or width > size[1]:
+    raise UserError(f"a picture of {height}x{width} cannot be padded to {size[0]}x{size[1]}.")
+  valid = _size(example["image"])
+  if (height, width) == tuple(size):
+    return dict(example, valid_size=valid)
+  maps = {}
+  for name in _maps(example):
+    fill = {"image": PAD_GREY, "label": IGNORE}.get(name, 0)
+    array = example[name]
+    maps[name] = np.full((*size, *array.shape[2:]), fill, array.dtype)
+    maps[name][:height, :width] = array
+  return {**example, **maps, "valid_size": valid}
+
+
+def _levels(factor: float, shift: float) -> np.ndarray:
+  table = np.arange(256, dtype=np.float32) * np.float32(factor) + np.float32(shift)
+  return np.clip(table, 0, 255).astype(np.uint8)
+
+
+def _in_hsv(image: np.ndarray, tables: tuple[np.ndarray, ...]) -> np.ndarray:
+  """Looks hue, saturation and value up in one table each."""
+  changed = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), np.stack(tables, axis=-1)[None])
+  return cv2.cvtColor(changed, cv2.COLOR_HSV2RGB)
+
+
+def _size(image: np.ndarray) -> np.ndarray:
+  """(height, width) as int32 [2]."""
+  return np.array(image.shape[:2], np.int32)
+
+
+def _maps(example: Example) -> list[str]:
+  """Names of the arrays that have the image's height and width."""
+  shape = example["image"].shape[:2]
+  return [name for name, array in example.items() if np.shape(array)[:2] == shape]

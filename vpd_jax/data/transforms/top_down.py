@@ -1,0 +1,307 @@
+"""Keypoints of people on the host: what they are called, from box to crop, augmentation.
+
+A box becomes a centre and an extent, both in pixels of the picture: the extent is the padded box in the aspect of the
+crop, and is 200 times the "scale" of the releases. Pixels here are (x, y), as in COCO's files; sizes are (H, W).
+
+Source: mmpose 0.x datasets/pipelines/top_down_transform.py, core/post_processing/post_transforms.py; Huang et al. 2020,
+https://arxiv.org/abs/1911.07524 (UDP).
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import cv2
+import numpy as np
+
+from vpd_jax.data.datasets import nyu
+from vpd_jax.data.rooms.figure import KEYPOINTS
+from vpd_jax.errors import UserError
+from vpd_jax.types import Example
+
+PADDING = 1.25
+HALF_BODY_PADDING = 1.5
+JITTERS = ("once", "always", "off")
+# The release compares a standard normal number, not a uniform one, with 0.5: P(N(0, 1) < 0.5).
+UPPER_SHARE = 0.5 * (1 + math.erf(0.5 / math.sqrt(2)))
+UNKNOWN_SIGMA = 0.05  # of a name that COCO does not know, where none is given
+PROVIDES = frozenset({"image", "keypoints", "centre", "extent", "box_score", "image_index", "index"})
+
+
+class Keypoints(NamedTuple):
+  """The K keypoints of a data set.
+
+  Attributes:
+    names: by number.
+    pairs: numbers that a mirror image swaps.
+    skeleton: numbers between which a bone is drawn.
+    sigmas: deviation of an annotator for a person of area 1, in COCO's object keypoint similarity.
+    upper: numbers of the upper body, for the half-body augmentation; empty: there is none.
+  """
+
+  names: tuple[str, ...]
+  pairs: tuple[tuple[int, int], ...]
+  skeleton: tuple[tuple[int, int], ...]
+  sigmas: tuple[float, ...]
+  upper: tuple[int, ...]
+
+
+# Source: COCO keypoint annotations, `categories[0]`, numbers from 0 here; pycocotools cocoeval.py kpt_oks_sigmas.
+COCO = Keypoints(
+  KEYPOINTS,
+  tuple((left, left + 1) for left in range(1, 17, 2)),
+  (
+    *((15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8), (7, 9), (8, 10)),
+    *((1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6)),
+  ),
+  (0.026, *(s for s in (0.025, 0.035, 0.079, 0.072, 0.062, 0.107, 0.087, 0.089) for _ in range(2))),
+  tuple(range(11)),
+)
+
+
+def described(
+  names: Sequence[str],
+  *,
+  pairs: Sequence[tuple[str, str]] = (),
+  skeleton: Sequence[tuple[str, str]] = (),
+  sigmas: Sequence[float] = (),
+  upper: Sequence[str] = (),
+) -> Keypoints:
+  """Keypoints of a user's own, by their names.
+
+  Args:
+    names: of the keypoints, in the order of the files.
+    pairs: names that a mirror image swaps; empty: those that differ in "left" and "right".
+    skeleton: names between which a bone is drawn.
+    sigmas: one per keypoint, or one for all; empty: COCO's for names that COCO knows, UNKNOWN_SIGMA for others.
+    upper: names of the upper body; empty: no half-body augmentation.
+
+  Raises:
+    ValueError: in one line, everything that is wrong.
+  """
+  names, wrong = tuple(names), []
+  if not names or not all(isinstance(name, str) and name.strip() for name in names) or len(set(names)) < len(names):
+    raise UserError(f"data.keypoints={names!r} must be different names, in the order of the files' keypoints.")
+  number = {name: k for k, name in enumerate(names)}
+  if not pairs:
+    mirrored = {name: name.replace("left", "right") for name in names if "left" in name}
+    pairs = [(name, other) for name, other in mirrored.items() if other in number]
+  for field, groups in (("pairs", pairs), ("skeleton", skeleton)):
+    wrong += [f"{field} has {group!r}, not two names" for group in groups if len(group) != 2]
+  for field, given in (("pairs", sum(map(tuple, pairs), ())), ("skeleton", sum(map(tuple, skeleton), ())),
+                       ("upper", upper)):  # fmt: skip
+    unknown = sorted({str(name) for name in given if name not in number})
+    wrong += [f"{field} names {', '.join(unknown)}, which data.keypoints does not"] if unknown else []
+  twice = sorted({name for pair in pairs for name in pair if sum(name in p for p in pairs) > 1})
+  wrong += [f"pairs names {', '.join(twice)} more than once"] if twice else []
+  known = dict(zip(COCO.names, COCO.sigmas, strict=True))
+  deviations = tuple(sigmas) or tuple(known.get(name, UNKNOWN_SIGMA) for name in names)
+  deviations = deviations * len(names) if len(deviations) == 1 else deviations
+  if len(deviations) != len(names) or not all(s > 0 for s in deviations):
+    wrong.append(f"sigmas={tuple(sigmas)} must be 1 or {len(names)} numbers above 0")
+  if wrong:
+    raise UserError(f"data: {'; '.join(wrong)}.")
+  by_number = lambda groups: cast(Any, tuple(tuple(number[name] for name in group) for group in groups))
+  return Keypoints(names, by_number(pairs), by_number(skeleton), deviations, by_number([upper])[0])
+
+
+def centre_and_extent(
+  box: np.ndarray, crop: tuple[int, int], *, padding: float = PADDING, jitter: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+  """A box as centre and extent, float64 [2] each, (x, y) in pixels of the picture.
+
+  Args:
+    box: x, y, width, height, of which the last two are above 0.
+    crop: (H, W), whose aspect the extent takes by growing.
+    padding: factor on the extent.
+    jitter: float [2] in [0, 1): moves the centre by up to a fifth of the box to either side; None does not.
+
+  Source: mmpose 0.x datasets/datasets/base/kpt_2d_sview_rgb_img_top_down_dataset.py _xywh2cs.
+  """
+  x, y, width, height = (float(number) for number in box)
+  centre, extent = np.array([x + width / 2, y + height / 2]), np.array([width, height])
+  if jitter is not None:
+    centre = centre + 0.4 * (jitter - 0.5) * extent
+  return centre, padding * to_aspect(extent, crop)
+
+
+def to_aspect(extent: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
+  """(width, height) grown in one direction to the aspect of (H, W)."""
+  width, height = extent
+  aspect = crop[1] / crop[0]
+  return np.array([max(width, height * aspect), max(height, width / aspect)])
+
+
+def warp_matrix(
+  centre: np.ndarray, extent: np.ndarray, rotation: float, crop: tuple[int, int], *, udp: bool = True
+) -> np.ndarray:
+  """The affine map float64 [2, 3] from (x, y, 1) of the picture to (x, y) of the crop.
+
+  Args:
+    centre, extent: of the person.
+    rotation: degrees. The two ways turn in opposite directions, as in the release.
+    crop: (H, W).
+    udp: the first and last pixels of extent and crop fall on each other, each axis has its own factor; False: the
+      classic map, whose one factor is that of the widths.
+  """
+  cos, sin = math.cos(math.radians(rotation)), math.sin(math.radians(rotation))
+  size = np.array(crop[::-1], np.float64)
+  if udp:
+    linear = ((size - 1) / extent)[:, None] * np.array([[cos, -sin], [sin, cos]])
+    offset = (size - 1) / 2
+  else:
+    linear = size[0] / extent[0] * np.array([[cos, sin], [-sin, cos]])
+    offset = size / 2
+  return np.concatenate([linear, (offset - linear @ centre)[:, None]], axis=1)
+
+
+def warp_points(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+  """float [..., 2] through an affine map [2, 3]."""
+  return points @ matrix[:, :2].T + matrix[:, 2]
+
+
+def warp_image(image: np.ndarray, matrix: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
+  """The crop uint8 [H, W, 3] of a picture, bilinear; black where the picture ends."""
+  return cv2.warpAffine(image, matrix, crop[::-1], flags=cv2.INTER_LINEAR)
+
+
+def mirrored(points: np.ndarray, width: int, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+  """Keypoints float [K, 3] (x, y, visibility) of the mirror image: left and right swap. Those without label stay 0."""
+  order = np.arange(len(points))
+  for left, right in pairs:
+    order[[left, right]] = right, left
+  result = points[order].copy()
+  result[:, 0] = width - 1 - result[:, 0]
+  return result * (result[:, 2:] > 0)
+
+
+def half_body(
+  points: np.ndarray, upper: Sequence[int], crop: tuple[int, int], *, prefer_upper: bool
+) -> tuple[np.ndarray, np.ndarray] | None:
+  """Centre and extent of the upper or lower half of a body; None where neither gives a box.
+
+  Args:
+    points: float [K, 3], x, y, visibility.
+    upper: numbers of the upper half.
+    crop: (H, W).
+    prefer_upper: which half is tried first; one of two visible points or less gives way to the other half.
+
+  Source: mmpose 0.x datasets/pipelines/top_down_transform.py TopDownHalfBodyTransform. Points that all coincide are
+  passed over here; the release divides by 0.
+  """
+  of_upper = np.isin(np.arange(len(points)), upper)
+  visible = points[:, 2] > 0
+  above, below = points[visible & of_upper, :2], points[visible & ~of_upper, :2]
+  if prefer_upper and len(above) > 2:
+    chosen = above
+  else:
+    chosen = below if len(below) > 2 else above
+  if len(chosen) < 2 or not np.ptp(chosen, axis=0).any():
+    return None
+  return chosen.mean(axis=0), HALF_BODY_PADDING * to_aspect(np.ptp(chosen, axis=0), crop)
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+  """From a person in a picture to a crop, in training and in evaluation.
+
+  Attributes:
+    crop: (H, W).
+    keypoints: of the data set.
+    udp: see warp_matrix.
+    padding: see centre_and_extent.
+    centre_jitter: three of ten centres are moved, in training: "once", drawn by record and the same in every epoch (as
+      released, where the data set is built once), "always" anew, "off".
+    flip, half_body, rotation_chance: probabilities.
+    half_body_joints: visible keypoints that a body must exceed to be halved.
+    upper_share: probability of the upper half to be tried first.
+    scale: s of the factor clip(1 + s n, 1 - s, 1 + s), n normal.
+    rotation: r of the angle clip(r n, -2 r, 2 r), degrees.
+  """
+
+  crop: tuple[int, int]
+  keypoints: Keypoints
+  udp: bool = True
+  padding: float = PADDING
+  centre_jitter: str = "once"
+  flip: float = 0.5
+  half_body: float = 0.3
+  half_body_joints: int = 8
+  upper_share: float = UPPER_SHARE
+  scale: float = 0.5
+  rotation: float = 40.0
+  rotation_chance: float = 0.6
+
+  def __post_init__(self):
+    wrong = []
+    nyu.check_size("crop", self.crop)
+    if any(side % 4 or side < 8 for side in self.crop):
+      wrong.append(f"crop={self.crop} must have sides of multiples of 4, at least 8: heatmaps have a quarter of them")
+    for field in ("flip", "half_body", "upper_share", "rotation_chance"):
+      if not 0 <= getattr(self, field) <= 1:
+        wrong.append(f"{field}={getattr(self, field)} must lie between 0 and 1")
+    if not 0 <= self.scale < 1:
+      wrong.append(f"scale={self.scale} must be at least 0 and below 1")
+    if self.padding <= 0:
+      wrong.append(f"padding={self.padding} must be above 0")
+    if self.centre_jitter not in JITTERS:
+      wrong.append(f"centre_jitter={self.centre_jitter!r} is unknown; choose one of {JITTERS}")
+    if wrong:
+      raise UserError(f"data: {'; '.join(wrong)}.")
+
+  def training(self, example: Example, rng: np.random.Generator) -> Example:
+    """A crop at random, see `_cropped` for what it holds.
+
+    Args:
+      example: "image" uint8 [H', W', 3], "keypoints" float32 [K, 3] (x, y in the picture; 2 visible, 1 hidden, 0
+        without label), "box" float32 [4], "box_score" float32 [], "image_index" and "index" int32 [].
+      rng: of this example and epoch.
+    """
+    image, points, centre, extent = self._start(example, rng)
+    if rng.random() < self.flip:
+      width = image.shape[1]
+      image, points = cv2.flip(image, 1), mirrored(points, width, self.keypoints.pairs)
+      centre = np.array([width - 1 - centre[0], centre[1]])
+    visible = np.count_nonzero(points[:, 2] > 0)
+    if self.keypoints.upper and visible > self.half_body_joints and rng.random() < self.half_body:
+      prefer_upper = rng.random() < self.upper_share
+      found = half_body(points, self.keypoints.upper, self.crop, prefer_upper=prefer_upper)
+      centre, extent = found or (centre, extent)
+    extent = extent * np.clip(1 + self.scale * rng.standard_normal(), 1 - self.scale, 1 + self.scale)
+    angle = np.clip(self.rotation * rng.standard_normal(), -2 * self.rotation, 2 * self.rotation)
+    rotation = float(angle) if rng.random() < self.rotation_chance else 0.0
+    return self._cropped(example, image, points, centre, extent, rotation)
+
+  def evaluation(self, example: Example) -> Example:
+    """The crop of the box as it is."""
+    centre, extent = centre_and_extent(example["box"], self.crop, padding=self.padding)
+    return self._cropped(example, example["image"], example["keypoints"].astype(np.float64), centre, extent, 0.0)
+
+  def _start(self, example: Example, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """Picture, keypoints, jittered centre, extent."""
+    jitter = None
+    if self.centre_jitter != "off":
+      source = np.random.default_rng(int(example["index"])) if self.centre_jitter == "once" else rng
+      chance, *place = source.random(3)
+      jitter = np.array(place) if chance < 0.3 else None
+    centre, extent = centre_and_extent(example["box"], self.crop, padding=self.padding, jitter=jitter)
+    return example["image"], example["keypoints"].astype(np.float64), centre, extent
+
+  def _cropped(
+    self, example: Example, image: np.ndarray, points: np.ndarray, centre: np.ndarray, extent: np.ndarray, angle: float
+  ) -> Example:
+    """What a batch is made of, see PROVIDES.
+
+    "image" uint8 [H, W, 3], the crop; "keypoints" float32 [K, 3], x and y in its pixels, and 1 where labelled, visible
+    or not, else all 0; "centre" and "extent" float32 [2]; "box_score", "image_index", "index" as they came.
+    """
+    matrix = warp_matrix(centre, extent, angle, self.crop, udp=self.udp)
+    placed = np.concatenate([warp_points(points[:, :2], matrix), np.ones((len(points), 1))], axis=1)
+    result: dict[str, Any] = {
+      "image": warp_image(np.ascontiguousarray(image), matrix, self.crop),
+      "keypoints": (placed * (points[:, 2:] > 0)).astype(np.float32),
+      "centre": centre.astype(np.float32),
+      "extent": extent.astype(np.float32),
+    }
+    return result | {key: example[key] for key in ("box_score", "image_index", "index")}

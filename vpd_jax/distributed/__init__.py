@@ -1,0 +1,1 @@
+"""Sharding, several processes, preemption."""

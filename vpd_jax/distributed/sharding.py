@@ -1,0 +1,231 @@
+"""Where each array of the training state lives: one mesh, one rule."""
+
+import contextlib
+import gc
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vpd_jax.errors import UserError
+from vpd_jax.models import parameters as params_lib
+from vpd_jax.types import Device, Named
+
+AXES = ("data", "fsdp")
+Rules = Sequence[tuple[str, Sequence[str | None]]]
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[Device] | None = None) -> Mesh:
+  """A mesh with the axes ('data', 'fsdp'). The batch is split over both, large arrays of the state over 'fsdp'.
+
+  Args:
+    data: devices that hold copies of the state; -1 for all that `fsdp` leaves.
+    fsdp: devices that share one copy of the state; -1 for all that `data` leaves.
+    devices: default: all devices of all processes, in an order that suits their network.
+
+  Raises:
+    ValueError: where the product is not the number of devices.
+  """
+  count = len(devices) if devices is not None else jax.device_count()
+  sizes = {"data": data, "fsdp": fsdp}
+  known = [size for size in sizes.values() if size != -1]
+  if not known or any(size < 1 for size in known):
+    raise UserError(f"mesh data={data}, fsdp={fsdp}: give positive sizes, at most one of them -1.")
+  if len(known) == 1:
+    sizes = {axis: count // known[0] if size == -1 else size for axis, size in sizes.items()}
+  if sizes["data"] * sizes["fsdp"] != count:
+    raise UserError(
+      f"mesh data={data}, fsdp={fsdp} does not cover the {count} devices exactly; use data=-1 and an fsdp that "
+      f"divides {count}."
+    )
+  # Not jax.make_mesh, which splits a side of the network only on v5e: an fsdp of 8 on a v6e of 16 x 16 fails there.
+  placed = mesh_utils.create_device_mesh(
+    tuple(sizes.values()), devices if devices is not None else jax.devices(), allow_split_physical_axes=True
+  )
+  # Axes are Auto: flax's convolutions refuse explicit ones.
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def array_spec(shape: Sequence[int], itemsize: int, fsdp_size: int, *, min_bytes: int = 2**20) -> P:
+  """The one rule: an array of `min_bytes` or more is split over 'fsdp' along its largest divisible axis.
+
+  Of equally large axes the last one is taken. A smaller array, and one without a divisible axis, is replicated.
+
+  Args:
+    shape: of the array.
+    itemsize: bytes of a number.
+    fsdp_size: size of the mesh axis 'fsdp'.
+    min_bytes: below this, gathering costs more than the memory is worth.
+  """
+  elements = 1
+  for size in shape:
+    elements *= size
+  divisible = [axis for axis, size in enumerate(shape) if size and size % fsdp_size == 0]
+  if fsdp_size == 1 or elements * itemsize < min_bytes or not divisible:
+    return P()
+  chosen = max(divisible, key=lambda axis: (shape[axis], axis))
+  return P(*(None,) * chosen, "fsdp")
+
+
+def state_shardings(mesh: Mesh, state: Any, *, rules: Rules = (), min_bytes: int = 2**20) -> Any:
+  """A NamedSharding for every array of a TrainState, optimizer state included.
+
+  The rule looks at the shape only, so moments lie where their parameters lie. `jax.jit(optimizer.init)` would
+  replicate them, since zeros depend on no input: pass these as `out_shardings`.
+
+  Args:
+    mesh: of `make_mesh`.
+    state: arrays or ShapeDtypeStructs.
+    rules: (pattern, spec) pairs that go before the one rule, searched in "/" + full name as everywhere, first match
+      wins; a spec is a tuple of 'data', 'fsdp' or None per axis. Parameters and their moments have one name.
+    min_bytes: see `array_spec`.
+
+  Raises:
+    ValueError: where a rule counts for no name, or its spec does not fit an array it counts for.
+  """
+  names = {array_name(path) for path, leaf in jax.tree.leaves_with_path(state) if leaf.ndim}
+  first, idle = params_lib.first_rules(names, rules, field="config.mesh.rules")
+  if idle:
+    raise UserError(f"config.mesh.rules: {idle}; remove or correct them.")
+
+  def place(path: Any, leaf: Any) -> NamedSharding:
+    name = array_name(path)
+    if leaf.ndim and name in first:
+      pattern, spec = rules[first[name]]
+      _check_fits(mesh, name, leaf.shape, pattern, spec)
+      return NamedSharding(mesh, P(*spec))
+    return NamedSharding(mesh, array_spec(leaf.shape, leaf.dtype.itemsize, mesh.shape["fsdp"], min_bytes=min_bytes))
+
+  return jax.tree_util.tree_map_with_path(place, state)
+
+
+def abstract(state: Any, shardings: Any) -> Any:
+  """The state as ShapeDtypeStructs that know where they lie, which is what a restore needs."""
+  return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, shardings)
+
+
+def place(arrays: Any, shardings: Any) -> Any:
+  """Arrays of the host, or of one device, onto the mesh.
+
+  Args:
+    arrays: a tree; with several processes each of them holds all of it in full.
+    shardings: a tree like it of NamedShardings; where they name devices of several processes, all of these call.
+
+  Raises:
+    ValueError: the processes hold different arrays, e.g. were given different files.
+  """
+  if all(where.is_fully_addressable for where in jax.tree.leaves(shardings)):
+    return jax.tree.map(jax.device_put, arrays, shardings)
+  named = [(jax.tree_util.keystr(path), x) for path, x in jax.tree.leaves_with_path(arrays)]
+  # jax.device_put would send every array to every process to compare it.
+  sums = np.array([_checksum(x) for _, x in named], np.uint32)
+  everywhere = multihost_utils.process_allgather(sums)  # [P, arrays]
+  if different := [name for (name, _), same in zip(named, (everywhere == sums).all(0), strict=True) if not same]:
+    raise UserError(
+      f"the processes begin with different arrays, {len(different)} of {len(named)}, like {different[:3]}; give all of "
+      "them the same weights, config and version of this program."
+    )
+  return jax.tree.map(
+    lambda x, where: jax.make_array_from_callback(np.shape(x), where, np.asarray(x).__getitem__), arrays, shardings
+  )
+
+
+def _checksum(x: Any) -> int:
+  """Of the bytes of an array of the host or of a device of this process."""
+  return zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+
+
+@contextlib.contextmanager
+def tracing(mesh: Mesh) -> Iterator[None]:
+  """To be entered where a program for this mesh is traced: layers ask it for their platform and devices.
+
+  Python's garbage collector rests meanwhile. Tracing makes objects by the million that all live on, and looking through
+  them again and again takes an eighth of the time.
+  """
+  enabled = gc.isenabled()
+  gc.disable()
+  try:
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      yield
+  finally:
+    if enabled:
+      gc.enable()
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """The first axis of every array of a Batch is split over all devices."""
+  return NamedSharding(mesh, P(AXES))
+
+
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
+  """A copy on every device."""
+  return NamedSharding(mesh, P())
+
+
+def on_devices_of_one_process(arrays: Any, mesh: Mesh, local: Mesh) -> Any:
+  """Arrays that are spread over the devices of all processes, whole on each device of this one.
+
+  Args:
+    arrays: a tree; every process calls with the same.
+    mesh: over which they are spread.
+    local: of this process' devices.
+  """
+  whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(arrays)
+  return jax.tree.map(lambda x: jax.device_put(x.addressable_data(0), replicated(local)), whole)
+
+
+def gathered(arrays: Named, shardings: Mapping[str, NamedSharding], dtype: Any) -> Named:
+  """The arrays that are split, whole on every device in the dtype of computation; the others as they are.
+
+  To be called where a step uses them. Left alone, the partitioner splits activations along the axes of the weights and
+  carries them to and fro between the layers; so it carries the weights, and nothing else. Gradients come back split.
+
+  Args:
+    arrays: by name, in a traced function.
+    shardings: where they lie, by name.
+    dtype: in which the layers take them anyway: a wider one is cast first, so that less is carried.
+  """
+  split = {name: where for name, where in shardings.items() if any(axis is not None for axis in where.spec)}
+  return {name: _whole(x, split[name], dtype) if name in split else x for name, x in arrays.items()}
+
+
+def _whole(x: jax.Array, where: NamedSharding, dtype: Any) -> jax.Array:
+  """One array of `gathered`."""
+  kept = x.dtype
+  carried = min(kept, jnp.dtype(dtype), key=lambda kind: kind.itemsize)
+
+  @jax.custom_vjp
+  def gather(x: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x.astype(carried), replicated(where.mesh))
+
+  def backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(gradient, where).astype(kept),)
+
+  gather.defvjp(lambda x: (gather(x), None), backward)
+  return gather(x) if jnp.issubdtype(kept, jnp.floating) else x
+
+
+def array_name(path: Any) -> str:
+  """The full name inside a path of the state: the last string key of a dict, or the whole path where there is none."""
+  keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and isinstance(key.key, str)]
+  return keys[-1] if keys else jax.tree_util.keystr(path)
+
+
+def _check_fits(mesh: Mesh, name: str, shape: Sequence[int], pattern: str, spec: Sequence[str | None]) -> None:
+  """Raises where a rule's spec cannot split an array of this shape."""
+  if unknown := [axis for axis in spec if axis is not None and axis not in AXES]:
+    raise UserError(f"mesh rule {pattern!r} names the axes {unknown}; choose from {AXES} and None.")
+  fits = len(spec) <= len(shape) and all(
+    axis is None or size % mesh.shape[axis] == 0 for axis, size in zip(spec, shape, strict=False)
+  )
+  if not fits:
+    raise UserError(
+      f"mesh rule {pattern!r} with {tuple(spec)} does not fit {name} of shape {tuple(shape)} on a mesh of "
+      f"{dict(mesh.shape)}; give one entry per axis, and split only axes that divide."
+    )

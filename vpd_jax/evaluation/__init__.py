@@ -1,0 +1,1 @@
+"""Scores of a data set, and the encoder cache."""

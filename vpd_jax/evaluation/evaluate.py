@@ -1,0 +1,341 @@
+"""Batches -> measurements -> one dict of scores. Every image counts exactly once, whatever the number of devices."""
+
+import collections
+import contextlib
+import itertools
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from vpd_jax import experiment
+from vpd_jax.checkpoints import initialize
+from vpd_jax.checkpoints.checkpointer import is_workdir
+from vpd_jax.data import pipeline
+from vpd_jax.distributed import sharding
+from vpd_jax.errors import UserError
+from vpd_jax.evaluation import encoder_cache
+from vpd_jax.experiment import Product
+from vpd_jax.files import atomic
+from vpd_jax.inference import sliding_window, tiles, tta
+from vpd_jax.monitoring import writers
+from vpd_jax.tasks import colormaps as panels_lib
+from vpd_jax.types import Array, Batch, Named, Rows
+
+Weights = tuple[Named, Named, Named]  # params, frozen, stats
+Step = Callable[[Weights, Batch], Any]
+
+
+class Evaluation(NamedTuple):
+  """Result of one pass over the evaluation split: scores by name, panels uint8 [N, H, W', 3], all measurements."""
+
+  scores: dict[str, float]
+  panels: np.ndarray
+  rows: Rows
+
+
+def make_predict(product: Product, test_time: tuple[str, ...], coverage: str) -> Callable[[Weights, Batch], Array]:
+  """(weights, batch) -> prediction by the test-time procedure; pure."""
+
+  def predict(weights: Weights, batch: Batch) -> Array:
+    model = product.parts.merge(*weights)
+    plain = lambda part: product.task.predict(model(part, training=False))
+    mirrored = getattr(product.task, "mirrored", tta.mirror_back)
+    return tta.test_time(plain, test_time, coverage=coverage, mirrored=mirrored)(batch)
+
+  return predict
+
+
+def make_scores(product: Product) -> Callable[[Weights, Batch], Array]:
+  """(weights, batch of windows) -> scores of the classes [n, h, w, K]; pure."""
+
+  def scores(weights: Weights, batch: Batch) -> Array:
+    return product.task.predict(product.parts.merge(*weights)(batch, training=False))
+
+  return scores
+
+
+def make_step(config: ConfigDict, product: Product) -> Callable[[Weights, Batch], tuple[dict[str, Array], Array]]:
+  """(weights, batch) -> measurements and prediction of pictures of one size; pure."""
+  predict = make_predict(product, config.eval.test_time, config.eval.coverage)
+
+  def step(weights: Weights, batch: Batch) -> tuple[dict[str, Array], Array]:
+    check_coverage(config, product, batch["image"].shape[1:3])
+    prediction = predict(weights, encoder_cache.inputs(batch, product))
+    return product.task.measure(prediction, batch), prediction
+
+  return step
+
+
+def check_coverage(config: ConfigDict, product: Product, size: Sequence[int]) -> None:
+  """Raises ValueError where windows leave pixels of images of this size without a prediction that are scored."""
+  if product.task.way == "windows":
+    tta.check_coverage(size, config.eval.test_time, config.eval.coverage, product.task.region(size))
+
+
+def on_mesh(step: Step, config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> Step:
+  """A step as a program for this mesh: weights that are split are gathered, kernels run on each device's rows."""
+  gather = initialize.gather(config, product, mesh)
+
+  def run(weights: Weights, batch: Batch) -> Any:
+    with sharding.tracing(mesh):
+      params, frozen, stats = map(gather, weights)
+      return step((params, frozen, stats), batch)
+
+  return run
+
+
+def lower_step(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh, batch: Batch) -> jax.stages.Lowered:
+  """The network's part of evaluation before it is compiled, of a batch of pictures, or of windows for any size.
+
+  `batch` and the devices of `mesh` may be descriptions of what is not there.
+  """
+  state = sharding.abstract(initialize.state_shapes(config, product), initialize.state_shardings(config, product, mesh))
+  spread = sharding.batch_sharding(mesh)
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread), batch)
+  step = make_scores(product) if product.task.way == "sliding" else make_step(config, product)
+  return jax.jit(on_mesh(step, config, product, mesh)).lower((state.params, state.frozen, state.stats), shapes)
+
+
+class _Batches:
+  """Pictures of one size, in batches: one row and one prediction per picture."""
+
+  def __init__(
+    self,
+    config: ConfigDict,
+    product: Product,
+    dataset: Any,
+    mesh: jax.sharding.Mesh,
+    encodings: encoder_cache.Encodings,
+  ):
+    self._batch_size, self._product, self._dataset = config.eval.batch_size, product, dataset
+    self._encodings = encodings
+    self._sharding = sharding.batch_sharding(mesh)
+    self._step = jax.jit(on_mesh(make_step(config, product), config, product, mesh))
+
+  def __call__(self, weights: Weights, panels: int) -> Generator[tuple[Rows, np.ndarray | tuple[()]], None, None]:
+    """Rows of each batch, all processes together, with "real"; and the predictions, none once there are `panels`."""
+    local = pipeline.eval_batches(
+      self._dataset,
+      batch_size=self._batch_size,
+      keys=(*self._product.keys, *sorted(self._product.task.eval_needs)),
+      prepare=self._product.method.prepare,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    shown, local = 0, self._encodings(local, weights[1])
+    with contextlib.closing(pipeline.prefetch(local, self._sharding)) as batches:
+      for batch in batches:
+        measured, prediction = self._step(weights, batch)
+        predictions = _gathered({"prediction": prediction})["prediction"] if shown < panels else ()
+        shown += len(predictions)
+        yield _gathered(measured | {"real": batch["real"]}), predictions
+
+
+class _Pictures:
+  """Pictures of any size, one after the other, see inference/sliding_window.py. Each process has pictures of its own."""
+
+  def __init__(self, config: ConfigDict, product: Product, dataset: Any, mesh: jax.sharding.Mesh):
+    self._product, self._dataset, self._mesh = product, dataset, mesh
+    # The devices of one process work together, and wait for no other.
+    self._local = mesh if jax.process_count() == 1 else sharding.make_mesh(devices=jax.local_devices())
+    self._labelling = sliding_window.Labelling(
+      on_mesh(make_scores(product), config, product, self._local),
+      sliding_window.parse(config.eval.test_time),
+      at_once=config.eval.batch_size // jax.process_count(),
+      small=config.eval.small,
+      decide=sliding_window.finite_label,
+      place=lambda x: jax.device_put(x, sharding.batch_sharding(self._local)),
+      gathered=sharding.replicated(self._local),
+    )
+    self._measure = jax.jit(product.task.measure)
+
+  def __call__(self, weights: Weights, panels: int) -> Generator[tuple[Rows, np.ndarray | tuple[()]], None, None]:
+    """As _Batches, picture by picture, which is a batch of one for each process."""
+    examples = pipeline.eval_examples(
+      self._dataset,
+      prepare=self._product.method.prepare,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    if jax.process_count() > 1:
+      weights = sharding.on_devices_of_one_process(weights, self._mesh, self._local)
+    waiting: collections.deque[Any] = collections.deque()  # examples whose scores are on their way
+
+    def views() -> Iterator[sliding_window.Views]:
+      for example in examples:
+        waiting.append(example)
+        inputs = {name: example[name] for name in ("image", *sorted(self._product.method.needs))}
+        yield self._labelling.views(inputs)
+
+    with contextlib.closing(examples):
+      for shown, label in enumerate(self._labelling(weights, views())):
+        example = waiting.popleft()
+        bad = label == len(self._product.classes)
+        measured = self._areas(label, example) | {"not_finite": bad.sum()[None]}
+        measured |= {"real": np.asarray(example["real"])[None]}
+        yield _gathered(measured), label[None] if shown < panels else np.asarray(())
+
+  def _areas(self, label: np.ndarray, example: Any) -> Rows:
+    """The task's measurements of one picture, which are sums over its pixels: square by square, in one program."""
+    truth = {name: tiles.squares(example[name], tiles.NOWHERE) for name in self._product.task.needs}
+    label, count = tiles.squares(label, 0), tiles.SQUARES
+    rows = [
+      self._measure(label[i : i + count], {name: value[i : i + count] for name, value in truth.items()})
+      for i in range(0, len(label), count)
+    ]
+    joined = jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(rows))
+    return {name: value.sum(axis=0, keepdims=True, dtype=value.dtype) for name, value in joined.items()}
+
+
+class Evaluator:
+  """The evaluation split, its jitted step, and the trivial predictors, each made once.
+
+  Attributes:
+    source: of the split.
+    encodings: what is computed ahead of the network, also for training.
+  """
+
+  def __init__(self, config: ConfigDict, product: Product, dataset: Any, mesh: jax.sharding.Mesh):
+    """Finds the files.
+
+    Raises:
+      ValueError: the evaluation batch does not divide among the devices; files missing.
+    """
+    pipeline.check_batch_size(config.eval.batch_size, mesh.size, "devices")
+    self.config, self.product, self.dataset = config, product, dataset
+    self.source = dataset.source("eval")
+    if product.task.way == "windows" and config.eval.coverage != "full" and len(self.source):
+      check_coverage(config, product, dataset.eval_transform(self.source[0])["image"].shape[:2])  # told at the start
+    self._truth = {"truth": dataset.truth("eval")} if product.task.needs_truth else {}
+    self.encodings = encoder_cache.Encodings(config, product, dataset, mesh)
+    self._measured = (
+      _Pictures(config, product, dataset, mesh)
+      if product.task.way == "sliding"
+      else _Batches(config, product, dataset, mesh, self.encodings)
+    )
+    self._baselines: dict[str, float] | None = None
+
+  def run(self, weights: Weights, stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
+    """Scores "eval/<data set>/<name>" of the given weights, and panels of the first samples.
+
+    "not_finite" among the scores counts the pixels that were predicted as NaN or infinity and are scored nevertheless.
+    `stop` is asked after each batch, or each picture; None where it said so.
+
+    Raises:
+      ValueError: not every record of the split was scored.
+    """
+    rows, shown = [], []
+    with contextlib.closing(self._measured(weights, self.config.eval.panels)) as measured:
+      for row, predictions in measured:
+        if stop():
+          return None
+        rows.append(row)
+        shown += list(predictions)
+    scored, expected = sum(int(row["real"].sum()) for row in rows), len(self.source)
+    if scored != expected:
+      raise UserError(
+        f"the evaluation scored {scored} of the {expected} records of data set {self.config.data.name!r}: their "
+        "iteration ended early, or the length of the data set changed; mend the data set."
+      )
+    joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    real = joined.pop("real")
+    joined = {name: values[real] for name, values in joined.items()}
+    scores = self.product.task.summarize(joined, **self._truth)
+    prefix = f"eval/{self.config.data.name}"
+    return Evaluation({f"{prefix}/{name}": value for name, value in scores.items()}, self._panels(shown), joined)
+
+  def baselines(self) -> dict[str, float]:
+    """Scores of trivial predictors, by name; empty where `eval.baselines` is 0."""
+    count = self.config.eval.baselines
+    if self._baselines is None:
+      task = self.product.task
+      scores = task.baselines(self._examples("train", count), self._examples("eval"), **self._truth) if count else {}
+      self._baselines = scores
+      return scores
+    return self._baselines
+
+  def write_results(self, folder: epath.Path, rows: Rows) -> None:
+    """Writes the file that the task's benchmark takes, where there is one."""
+    if hasattr(self.product.task, "write_results"):
+      self.product.task.write_results(folder / "results.json", rows, **self._truth)
+
+  def report(self, scores: dict[str, float], rows: Rows | None = None) -> str:
+    """The scores in one line, the best of the trivial predictors beside; with `rows`, first those of every class."""
+    prefix = f"eval/{self.config.data.name}/"
+    line = writers.class_table(class_scores(self.product.task, rows) if rows else [])
+    line += "  ".join(f"{name.removeprefix(prefix)} {value:.4f}" for name, value in scores.items())
+    if bad := scores.get(f"{prefix}not_finite"):
+      line += f"\n  {bad:.0f} pixels were predicted as NaN or infinity: do not trust these scores"
+    baselines = self.baselines()
+    if not baselines:
+      return line
+    chosen = self.product.task.best[0]
+    share = lambda value: f" (x{scores[prefix + chosen] / value:.2f})" if value else ""
+    beside = ", ".join(f"{name} {value:.4f}{share(value)}" for name, value in baselines.items())
+    return f"{line}\n  {chosen} of trivial predictors, and ours as a share of it: {beside}"
+
+  def _examples(self, split: str, count: int | None = None) -> Iterator[Any]:
+    source = self.dataset.source(split)
+    indices = range(len(source)) if not count else range(min(count, len(source)))
+    return (self.dataset.eval_transform(source[i]) for i in indices)
+
+  def _panels(self, predictions: list[np.ndarray]) -> np.ndarray:
+    # With several processes the pictures of the first one are every so many of the split.
+    step = jax.process_count() if self.product.task.way == "sliding" else 1
+    examples = itertools.islice(self._examples("eval"), 0, None, step)
+    pairs = zip(predictions[: self.config.eval.panels], examples, strict=False)
+    return panels_lib.stacked([self.product.task.panel(example, prediction) for prediction, example in pairs])
+
+
+def class_scores(task: Any, rows: Rows) -> list[dict[str, Any]]:
+  """{"class": name, "IoU", "Acc"} of every class, None where it does not occur; empty where the task has no classes."""
+  if not hasattr(task, "per_class"):
+    return []
+  number = lambda value: None if np.isnan(value) else float(value)
+  of_class = task.per_class(rows)
+  return [
+    {"class": name, **{score: number(values[k]) for score, values in of_class.items()}}
+    for k, name in enumerate(task.class_names)
+  ]
+
+
+def _gathered(values: dict[str, Any]) -> Rows:
+  """Rows of all processes on the host, in the order of the global batch."""
+  if jax.process_count() > 1:
+    return multihost_utils.process_allgather(values, tiled=True)
+  return jax.device_get(values)
+
+
+def run(config: ConfigDict, workdir: str) -> dict[str, float]:
+  """--mode=eval: scores a workdir's checkpoint, or `init.pretrained` where the workdir has none; prints them."""
+  source = workdir if is_workdir(workdir) else ""
+  if not (source or config.init.run or config.init.pretrained):
+    raise UserError(
+      f"there is nothing trained to evaluate: --workdir={workdir!r} holds no checkpoint and config.init.pretrained "
+      "is empty; give one of them."
+    )
+  config = initialize.complete(config, source or config.init.run or config.init.pretrained)
+  product = experiment.assemble(config, training=False)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  dataset = experiment.dataset(config, product)
+  evaluator = Evaluator(config, product, dataset, mesh)
+  weights, lines = initialize.weights_on_mesh(config, product, mesh, source, complete=True)
+  first = jax.process_index() == 0
+  if first:
+    lines_of_data = [*getattr(evaluator.source, "notes", ()), *experiment.sentence_lines(product, dataset, ("eval",))]
+    print("\n".join([*lines, *lines_of_data, *evaluator.encodings.lines()]), flush=True)
+  result = cast(Evaluation, evaluator.run(weights))  # nothing stops it
+  if first:
+    print(evaluator.report(result.scores, result.rows), flush=True)
+    folder = epath.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"weights": lines, "scores": result.scores, "trivial predictors": evaluator.baselines()}
+    content |= {"classes": classes} if (classes := class_scores(product.task, result.rows)) else {}
+    evaluator.write_results(folder, result.rows)
+    atomic.write_json(folder / "eval.json", content)
+  return result.scores

@@ -1,0 +1,327 @@
+"""Config to objects: the only place where method, neck, head, task and data set meet.
+
+ConfigDict ends here: sections become keyword arguments.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from vpd_jax import optim
+from vpd_jax.config import fields, loader
+from vpd_jax.convert.tokenizer import Tokenize
+from vpd_jax.data.datasets import (
+  ade20k,
+  cityscapes,
+  coco_pose,
+  depth_list,
+  keypoint_list,
+  kitti,
+  mapillary,
+  mask_folder,
+  nyu,
+  refcoco,
+  refer_list,
+  room_figures,
+  rooms,
+)
+from vpd_jax.errors import UserError
+from vpd_jax.inference import sliding_window, tta
+from vpd_jax.models import parameters as params_lib
+from vpd_jax.models.backbones.attention import IMPLEMENTATIONS
+from vpd_jax.models.backbones.clip_image import ImageSizes
+from vpd_jax.models.backbones.clip_text import TextSizes
+from vpd_jax.models.backbones.unet import UNetSizes
+from vpd_jax.models.backbones.vae import VaeSizes
+from vpd_jax.models.heads import deconv, fpn, keypoints, lavt, upernet
+from vpd_jax.models.initializers import InitKeys
+from vpd_jax.models.methods import iedp, meta_prompts, vpd
+from vpd_jax.models.necks import unet_features
+from vpd_jax.models.perception_model import PerceptionModel
+from vpd_jax.tasks.depth import task as depth_task
+from vpd_jax.tasks.pose import task as pose_task
+from vpd_jax.tasks.referring import task as referring_task
+from vpd_jax.tasks.segmentation import task as segmentation_task
+
+METHODS = {"vpd": vpd.Vpd, "iedp": iedp.Iedp, "meta_prompts": meta_prompts.MetaPrompts}
+NECKS = {
+  "fusion": unet_features.Fusion,
+  "einsum": unet_features.Einsum,
+  "einsum_levels": unet_features.EinsumLevels,
+  "fpn": fpn.Fpn,
+  "none": unet_features.NoNeck,
+}
+HEADS = {
+  "deconv": deconv.Deconv,
+  "fpn": fpn.SemanticFpn,
+  "upernet": upernet.UperNet,
+  "lavt": lavt.Lavt,
+  "fused": keypoints.Fused,
+  "simple": keypoints.Simple,
+  "classic": keypoints.Classic,
+  "direct": keypoints.Direct,
+}
+TASKS = {
+  "depth": depth_task.Depth,
+  "segmentation": segmentation_task.Segmentation,
+  "referring": referring_task.Referring,
+  "pose": pose_task.Pose,
+}
+DATASETS = {
+  "nyu": nyu.Nyu,
+  "kitti": kitti.Kitti,
+  "depth_list": depth_list.DepthList,
+  "ade20k": ade20k.Ade20k,
+  "cityscapes": cityscapes.Cityscapes,
+  "mapillary": mapillary.Mapillary,
+  "mask_folder": mask_folder.MaskFolder,
+  "refcoco": refcoco.RefCoco,
+  "refer_list": refer_list.ReferList,
+  "coco_pose": coco_pose.CocoPose,
+  "keypoint_list": keypoint_list.KeypointList,
+  "rooms": rooms.Rooms,
+  "room_figures": room_figures.RoomFigures,
+}
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+NOT_OF_THE_DATASET = ("name", "batch_size", "workers", "on_bad_record")
+NOT_OF_THE_METHOD = ("name", "class_vectors", "tokenizer", "templates")
+# What is read of a method's section beside its constructor, where the prompts are made.
+OF_THE_PROMPTS = {"vpd": NOT_OF_THE_METHOD, "iedp": ("tokenizer",), "meta_prompts": ("tokenizer",)}
+
+
+class Product(NamedTuple):
+  """What a config stands for, before any array is allocated.
+
+  Attributes:
+    parts: names, shapes and kinds of its arrays.
+    task: loss and scores.
+    groups: learning-rate and decay multiplier of every trainable array, and what is frozen.
+    rate: learning rate by optimizer step.
+    optimizer: the optax chain.
+    classes: names of the classes the prompt knows, by class id.
+    keys: what a Batch must hold, "image" first.
+  """
+
+  parts: params_lib.Parts
+  task: Any
+  groups: optim.Groups
+  rate: optim.Schedule
+  optimizer: Any
+  classes: tuple[str, ...]
+  keys: tuple[str, ...]
+
+  @property
+  def method(self) -> Any:
+    """The method, with shapes in place of arrays."""
+    return self.parts.model.method
+
+
+def _rest(section: ConfigDict, without: tuple[str, ...] = ("name",)) -> dict[str, Any]:
+  return {key: value for key, value in section.items() if key not in without}
+
+
+def dtype(config: ConfigDict, field: str) -> Any:
+  """The dtype named by `config.dtype` or `config.param_dtype`.
+
+  Raises:
+    ValueError: unknown word; float64 without JAX_ENABLE_X64, or for one of the two only.
+  """
+  word = config[field]
+  if word not in DTYPES:
+    raise UserError(f"config.{field}={word!r} is unknown; choose one of {sorted(DTYPES)}.")
+  if "float64" in (config.dtype, config.param_dtype):
+    if config.dtype != config.param_dtype:
+      raise UserError(
+        f"float64 is for both or neither: config.dtype={config.dtype!r}, config.param_dtype={config.param_dtype!r}."
+      )
+    if not cast(Any, jax.config).jax_enable_x64:
+      raise UserError(f"config.{field}='float64' needs JAX_ENABLE_X64=1 in the environment.")
+  return DTYPES[word]
+
+
+def sizes(config: ConfigDict) -> tuple[UNetSizes, VaeSizes, TextSizes, ImageSizes]:
+  """Sizes of the four backbones; 0 heads, or a head width of 0, means "not this one"."""
+  kinds = {"unet": UNetSizes, "vae": VaeSizes, "text": TextSizes, "image": ImageSizes}
+  held = {part: config.backbone.get(part, {}) for part in kinds}
+  problems = [fields.misfit(kind, held[part], f"config.backbone.{part}") for part, kind in kinds.items()]
+  if problems := list(filter(None, problems)):
+    raise UserError("; ".join(problems) + ".")
+  made = {part: dict(section) for part, section in held.items()}
+  made["unet"] |= {key: made["unet"].get(key) or None for key in ("num_heads", "head_width")}
+  return tuple(kind(**made[part]) for part, kind in kinds.items())
+
+
+def _offered(config: ConfigDict, classes: tuple[str, ...], text: TextSizes, training: bool) -> dict[str, Any]:
+  """What only some methods ask for, by the name under which their constructors do."""
+  sources = (config.method.get("tokenizer", ""), config.init.pretrained, config.init.get("clip", ""))
+  return {
+    "classes": len(classes),
+    "class_names": tuple(classes),
+    "text": text,
+    "image": sizes(config)[3],
+    # One token more than a sentence keeps tells whether it is cut.
+    "tokenize": Tokenize(sources, text.vocab_size, config.method.get("token_length", text.positions - 1) + 1),
+    "training": training,
+  }
+
+
+def _builder(config: ConfigDict, task: Any, classes: tuple[str, ...], training: bool) -> Callable[[], nnx.Module]:
+  """A function that makes the model with fresh parameters of `config.seed`."""
+  unet, vae, text, _ = sizes(config)
+  if config.backbone.attention not in IMPLEMENTATIONS:
+    raise UserError(
+      f"config.backbone.attention={config.backbone.attention!r} is unknown; choose one of {IMPLEMENTATIONS}."
+    )
+  offered = _offered(config, classes, text, training)
+  prompts = OF_THE_PROMPTS.get(config.method.get("name"), ())
+  maker = fields.look_up(METHODS, config.method, "method", given=offered, more=prompts)
+  asked = inspect.signature(maker.__init__).parameters
+  method = functools.partial(
+    maker,
+    unet=unet,
+    vae=vae,
+    **{name: value for name, value in offered.items() if name in asked},
+    attention=config.backbone.attention,
+    remat=config.backbone.remat,
+    **_rest(config.method, NOT_OF_THE_METHOD),
+  )
+  neck, head = fields.look_up(NECKS, config.neck, "neck"), fields.look_up(HEADS, config.head, "head", told=task.output)
+  neck = functools.partial(neck, norm_group=config.optim.norm_group, **_rest(config.neck))
+  head = functools.partial(head, norm_group=config.optim.norm_group, **_rest(config.head), **task.output)
+  types = {"dtype": dtype(config, "dtype"), "param_dtype": dtype(config, "param_dtype")}
+
+  def build() -> nnx.Module:
+    kinds = {**types, "rngs": InitKeys(config.seed)}
+    m = method(**kinds)
+    n = neck(m.widths, m.strides, tokens=m.tokens, frame=m.frame, **kinds)
+    return PerceptionModel(m, n, head(n.widths, n.strides, frame=m.frame, **kinds))
+
+  return build
+
+
+def assemble(config: ConfigDict, *, training: bool = True) -> Product:
+  """Looks the names up, builds the model without arrays, resolves every per-name rule.
+
+  Args:
+    config: of the run.
+    training: False leaves the parts out that a method has for training only; rules are resolved with them all the same.
+
+  Raises:
+    ValueError: in one line, for an unknown name, an option of the wrong kind, a rule without effect, parts that do not
+      fit each other, groups that do not fit the batch.
+  """
+  loader.check(config)
+  fields.check(config)
+  fields.look_up(optim.SCHEDULES, config.optim.schedule, "optim.schedule")
+  data = fields.look_up(DATASETS, config.data, "data", more=NOT_OF_THE_DATASET)
+  # Some data sets are told their classes by the config.
+  classes = tuple(data.classes_of(config.data) if hasattr(data, "classes_of") else data.classes)
+  task = _task(config, data, classes)
+  _check_test_time(config, task)
+  parts = params_lib.describe(_builder(config, task, classes, training=True))
+  _check_groups(config, parts)
+  groups = optim.groups(parts.params, config.optim.lr_groups, config.optim.decay_groups)
+  rate = optim.schedule(**loader.schedule(config), lr=config.optim.lr)
+  optimizer = optim.optimizer(
+    rate, groups, **{k: config.optim[k] for k in ("decay", "b1", "b2", "epsilon", "clip_norm")}
+  )
+  if not training and parts.model.method.training_only:
+    parts = params_lib.describe(_builder(config, task, classes, training=False))
+  keys = ("image", *sorted(task.needs | parts.model.method.needs))
+  return Product(parts, task, groups, rate, optimizer, classes, keys)
+
+
+def _task(config: ConfigDict, data: Any, classes: tuple[str, ...]) -> Any:
+  """The task, told of the data set's classes and their colours and numbers where it asks for them."""
+  facts = {"classes": len(classes), "class_names": classes}
+  facts |= {name: getattr(data, name) for name in ("palette", "label_ids") if hasattr(data, name)}
+  facts |= data.facts_of(config.data) if hasattr(data, "facts_of") else {}
+  if told := [name for name in facts if name in config.task]:
+    raise UserError(f"config.task.{told[0]} is a fact of the data set {config.data.name!r}; leave it out.")
+  maker = fields.look_up(TASKS, config.task, "task", given=("keypoints", *facts))
+  asked = inspect.signature(maker.__init__).parameters
+  if "keypoints" in asked and "keypoints" not in facts:
+    raise UserError(f"task {config.task.name!r} needs keypoints, which data set {config.data.name!r} has not.")
+  return maker(**_rest(config.task), **{name: value for name, value in facts.items() if name in asked})
+
+
+def _check_test_time(config: ConfigDict, task: Any) -> None:
+  """The words of the test-time procedure, and the choice that goes with them."""
+  if task.way == "sliding":
+    sliding_window.parse(config.eval.test_time)
+    option, choices = "small", sliding_window.SMALL
+  else:
+    tta.parse(config.eval.test_time, task.way)
+    option, choices = "coverage", tta.COVERAGES
+  if config.eval.get(option) not in choices:
+    raise UserError(f"eval.{option}={config.eval.get(option)!r} is unknown; choose one of {choices}.")
+  if idle := [other for other in ("coverage", "small") if other != option and other in config.eval]:
+    raise UserError(f"config.eval does not take {idle} with task {config.task.name!r}; remove or correct them.")
+
+
+def _check_groups(config: ConfigDict, parts: params_lib.Parts) -> None:
+  """Groups of batch statistics and loss must cut every micro-batch into whole groups."""
+  batch, accumulation = config.data.batch_size, config.optim.accumulation
+  if accumulation < 1 or batch % accumulation:
+    raise UserError(f"config.optim.accumulation={accumulation} must divide config.data.batch_size={batch}.")
+  for field in ("norm_group", "loss_group"):
+    group = config.optim[field]
+    if not group and accumulation > 1 and (field == "loss_group" or parts.stats):
+      raise UserError(
+        f"config.optim.{field}=0, the whole batch, cannot be accumulated over {accumulation} parts; "
+        f"set it to a divisor of {batch // accumulation}, or config.optim.accumulation=1."
+      )
+    if group and (batch // accumulation) % group:
+      raise UserError(
+        f"config.optim.{field}={group} must divide the {batch // accumulation} images of "
+        f"{'a part of the' if accumulation > 1 else 'the'} batch."
+      )
+
+
+def dataset(config: ConfigDict, product: Product) -> Any:
+  """The data set, its files found.
+
+  Raises:
+    ValueError: files missing, or what method and task need is not what it provides.
+  """
+  made = DATASETS[config.data.name](**_rest(config.data, NOT_OF_THE_DATASET))
+  missing = sorted(
+    (set(product.keys) | product.method.prepare_reads | product.task.eval_needs) - made.provides - product.method.adds
+  )
+  if missing:
+    remedy = "Set config.data.scene to one name for all pictures." if "scene" in config.data else "Choose another."
+    raise UserError(
+      f"method {config.method.name!r} and task {config.task.name!r} need {missing}, but data set "
+      f"{config.data.name!r} provides {sorted(made.provides)}. {remedy}"
+    )
+  return made
+
+
+def batch_keys(product: Product, made: Any) -> tuple[str, ...]:
+  """What a Batch holds: what the product asks for, and where an image ends in its padding, if the data set says so."""
+  return (*product.keys, *sorted(made.provides & {"valid_size"}))
+
+
+def only_resizes(config: ConfigDict) -> bool:
+  """Whether the data set does nothing to a picture but resize it to `data.crop`, in training and in evaluation."""
+  made = DATASETS[config.data.name]
+  return hasattr(made, "only_resizes") and made.only_resizes(config.data)
+
+
+def sentence_lines(product: Product, made: Any, splits: tuple[str, ...] = ("train", "eval")) -> list[str]:
+  """For the start of a run: how many sentences are cut, of data sets that can tell without drawing or reading all."""
+  sources = {split: made.source(split) for split in splits} if hasattr(product.method.prepare, "census") else {}
+  known = {split: source.sentences() for split, source in sources.items() if hasattr(source, "sentences")}
+  return [f"{split}: {product.method.prepare.census(texts)}" for split, texts in known.items() if texts]
+
+
+def model_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shape and dtype of every array of the model, by name."""
+  return assemble(config).parts.shapes

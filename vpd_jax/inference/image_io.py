@@ -1,0 +1,100 @@
+"""Pictures as people have them: files of any kind, arrays of any size."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+
+from vpd_jax.errors import UserError
+from vpd_jax.files import image_decoding
+
+# Pictures of one layer of pixels, as Pillow calls them; not icons, layered files or vectors.
+FORMATS = (
+  "JPEG",
+  "MPO",
+  "PNG",
+  "WEBP",
+  "TIFF",
+  "BMP",
+  "DIB",
+  "GIF",
+  "PPM",
+  "JPEG2000",
+  "AVIF",
+  "TGA",
+  "PCX",
+  "SGI",
+  "QOI",
+)
+LONGEST = 16  # times the shorter side; longer pictures are squeezed to it
+
+
+def unit(image: Any, dtype: Any) -> np.ndarray:
+  """uint8 or float [H, W, 3] to float in [0, 1]."""
+  image = np.asarray(image)
+  if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+    raise UserError(f"an image has shape {image.shape}; give [H, W, 3].")
+  if image.dtype == np.uint8:
+    return image.astype(dtype) / np.asarray(255, dtype)
+  if not np.issubdtype(image.dtype, np.floating):
+    raise UserError(f"an image has dtype {image.dtype}; give uint8, or float in [0, 1].")
+  return image.astype(dtype)
+
+
+def as_bytes(image: Any) -> np.ndarray:
+  """uint8 or float in [0, 1] [H, W, 3] to uint8."""
+  image = np.asarray(image)
+  return (
+    image
+    if image.dtype == np.uint8 and image.ndim == 3
+    else np.rint(unit(image, np.float32).clip(0, 1) * 255).astype(np.uint8)
+  )
+
+
+def fit(image: np.ndarray, side: int) -> np.ndarray:
+  """[H, W, 3] resized so that its shorter side is `side`; the longer one keeps the aspect, up to LONGEST * side."""
+  scale = side / min(image.shape[:2])
+  return resized(image, tuple(min(max(round(s * scale), side), LONGEST * side) for s in image.shape[:2]))
+
+
+def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """[H, W, ...] at another size: by area where it shrinks, else bilinear; the same array where nothing changes."""
+  if image.shape[:2] == size:
+    return image
+  shrinks = size[0] * size[1] < image.shape[0] * image.shape[1]
+  return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def read_picture(path: Path) -> np.ndarray:
+  """uint8 [H, W, 3] of an image file of any mode, turned as its EXIF says.
+
+  Raises:
+    ValueError: it is not an image, or is damaged.
+  """
+  with image_decoding.faults(path.name, remedy=""):
+    raw = path.read_bytes()
+  image_decoding.check_whole(raw, path.name)
+  with image_decoding.faults(path.name, remedy=""), Image.open(io.BytesIO(raw)) as picture:
+    turned = ImageOps.exif_transpose(picture)
+    if turned.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
+      grey = np.asarray(turned, np.float64)
+      top = 65535.0 if turned.mode != "F" else max(grey.max(), 1e-12)
+      turned = Image.fromarray(np.clip(grey / top * 255, 0, 255).astype(np.uint8))
+    return np.asarray(turned.convert("RGB"))
+
+
+def is_picture(path: Path) -> bool:
+  """Whether a file is meant to be a picture of FORMATS, by its name, or else by how it begins."""
+  Image.init()
+  kind = Image.registered_extensions().get(path.suffix.lower())
+  if kind in FORMATS and (kind in Image.OPEN or kind == "MPO"):
+    return True
+  known = [name for name in FORMATS if name in Image.OPEN and name != "TGA"]  # which begins with nothing of its own
+  try:
+    with image_decoding.faults(path), Image.open(path, formats=known):
+      return True
+  except ValueError:
+    return False

@@ -1,0 +1,174 @@
+"""Where the windows and tiles of a picture lie, and sums of scores over them; see inference/sliding_window.py."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vpd_jax.types import Array
+
+TILE = 256  # pixels, of scores kept on the device
+CANVAS = 128
+SQUARES = 16
+NOWHERE = 255  # as a label on a canvas: beyond the picture, neither right nor wrong
+# Of "few_shapes": quarters of the window's side along rows and columns.
+QUARTERS = ((4, 4), (3, 4), (4, 3), (2, 4), (4, 2), (1, 4), (4, 1), (3, 3), (2, 2))
+MULTIPLE = 64  # the UNet's coarsest stride
+
+
+def scaled_size(size: tuple[int, int], scale: tuple[int, int] | None, ratio: float) -> tuple[int, int]:
+  """(H, W) of a picture whose sides fit into `ratio` times the scale, or are `ratio` times as long where it is None."""
+  if scale is None:
+    factor = ratio
+  else:
+    long, short = (int(side * ratio) for side in (max(scale), min(scale)))
+    factor = min(long / max(size), short / min(size))
+  height, width = (max(1, int(side * factor + 0.5)) for side in size)
+  return height, width
+
+
+def few_shapes(window: int) -> list[tuple[int, int]]:
+  """The windows of `eval.small="few_shapes"`, at most nine: sides that are quarters of the window, multiples of 64."""
+  side = lambda n: window if n == 4 else max(n * window // 4 // MULTIPLE * MULTIPLE, min(MULTIPLE, window))
+  return list(dict.fromkeys((side(rows), side(columns)) for rows, columns in QUARTERS))
+
+
+def window_of(size: tuple[int, int], window: int, small: str) -> tuple[int, int]:
+  """(H, W) of the windows of a view of this size, see `Labelling`; a view whose side is shorter is padded.
+
+  Of "few_shapes", the one with the smallest share of padding, and of several the largest.
+  """
+  if not window:
+    return size
+  if small == "whole":
+    return min(window, size[0]), min(window, size[1])
+  if small == "padded" or min(size) >= window:
+    return window, window
+  area = lambda shape: shape[0] * shape[1]
+  held = lambda shape: area([min(pair) for pair in zip(shape, size, strict=True)])
+  return max(few_shapes(window), key=lambda shape: (held(shape) / area(shape), area(shape)))
+
+
+def corners(
+  size: Sequence[int], window: int | Sequence[int], stride: int | Sequence[int]
+) -> tuple[list[int], list[int], tuple[int, ...]]:
+  """Where windows begin along rows and along columns, and their size, which is at most that of the picture.
+
+  The last windows are moved back inside. A side that is shorter than the window has one window of its own length.
+
+  Args:
+    size: (H, W).
+    window, stride: of both axes, or of rows and of columns; a window of 0 is the picture as a whole.
+  """
+  if not window:
+    return [0], [0], tuple(size)
+  windows, strides = ((given, given) if isinstance(given, int) else given for given in (window, stride))
+  starts: list[list[int]] = []
+  for side, length, step in zip(size, windows, strides, strict=True):
+    count = max(side - length + step - 1, 0) // step + 1
+    starts.append([max(min(i * step + length, side) - length, 0) for i in range(count)])
+  rows, columns = starts
+  return rows, columns, tuple(min(pair) for pair in zip(windows, size, strict=True))
+
+
+def canvas(size: Sequence[int]) -> tuple[int, int]:
+  """The size of the array that holds an image of this size."""
+  height, width = (-(-side // CANVAS) * CANVAS for side in size)
+  return height, width
+
+
+def on_canvas(image: np.ndarray, value: float) -> np.ndarray:
+  """[H, W, ...] grown at right and bottom to its canvas."""
+  grown = np.full((*canvas(image.shape[:2]), *image.shape[2:]), value, image.dtype)
+  grown[: image.shape[0], : image.shape[1]] = image
+  return grown
+
+
+def squares(image: np.ndarray, value: float) -> np.ndarray:
+  """[H, W] cut into [n, CANVAS, CANVAS]; beyond the image, and in squares up to a multiple of SQUARES, is `value`."""
+  grown = on_canvas(image, value)
+  parts = grown.reshape(grown.shape[0] // CANVAS, CANVAS, -1, CANVAS).swapaxes(1, 2).reshape(-1, CANVAS, CANVAS)
+  return np.pad(parts, ((0, -len(parts) % SQUARES), (0, 0), (0, 0)), constant_values=value)
+
+
+def taps(old: int, new: int, *, mirrored: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Bilinear resizing of one axis, align_corners=False: the neighbours of each new place, and the share of the second.
+
+  Args:
+    old, new: true sizes.
+    mirrored: the result runs backwards.
+  """
+  place = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
+  low = np.floor(place).astype(np.int32)
+  high, share = np.minimum(low + 1, old - 1), (place - low).astype(np.float32)
+  return (low[::-1], high[::-1], share[::-1]) if mirrored else (low, high, share)
+
+
+def shares(starts: list[int], length: int, side: int) -> np.ndarray:
+  """One over the number of windows at each place of an axis; float32, whole tiles, and one more."""
+  count = np.zeros((-(-side // TILE) + 1) * TILE)
+  for start in starts:
+    count[start : start + length] += 1
+  return (1 / np.maximum(count, 1)).astype(np.float32)
+
+
+def reading(
+  low: np.ndarray, high: np.ndarray, share: np.ndarray, over: np.ndarray, begin: int, step: int
+) -> tuple[int, tuple[np.ndarray, ...]]:
+  """What a tile of the result reads along one axis: the number of the first of two tiles, and `fold`'s steps in them.
+
+  Args:
+    low, high, share: of `taps`.
+    over: of `shares`.
+    begin, step: the first place of the tile, and how many it has, at most TILE.
+  """
+  part = slice(begin, begin + step)
+  tile = int(low[part].min()) // TILE
+  whole = lambda values: np.pad(values, (0, TILE - len(values)), mode="edge")
+  places = whole(low[part] - tile * TILE), whole(high[part] - tile * TILE), whole(share[part])
+  return tile, (*places, over[tile * TILE : (tile + 2) * TILE])
+
+
+def add(tile: Array, scores: Array, where: Array) -> Array:
+  """A tile of a view with that part of window i added which lies in it.
+
+  Args:
+    tile: float [TILE, TILE, K], what was there before.
+    scores: float [n, h, w, K].
+    where: int32: i; of the tile in the window, the first row and column; rows and columns of the window; 1 for the
+      first window of this tile, which replaces what was there.
+  """
+  i, top, left, height, width, first = where
+  rows, columns = (begin + jnp.arange(TILE) for begin in (top, left))
+  window = jax.lax.dynamic_index_in_dim(scores, i, keepdims=False).astype(tile.dtype)
+  here = window.take(jnp.clip(rows, 0, height - 1), 0).take(jnp.clip(columns, 0, width - 1), 1)
+  inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))[None, :]
+  return jnp.where(first > 0, 0, tile) + jnp.where(inside[..., None], here, 0)
+
+
+def _between(x: Array, low: Array, high: Array, share: Array, axis: int) -> Array:
+  share = jnp.expand_dims(share, [a for a in range(3) if a != axis]).astype(x.dtype)
+  return x.take(low, axis) * (1 - share) + x.take(high, axis) * share
+
+
+def fold(total: Array, tiles: list[Array], steps: Any, flags: Array, weight: Array, softmax: bool, decide: Any):
+  """A tile of the sum over views with one view added, and what is decided of it where that was the last one.
+
+  Args:
+    total: float [TILE, TILE, K], what was there before.
+    tiles: four tiles of the view: upper left, upper right, lower left, lower right.
+    steps: for rows and for columns, of the four as one: `taps` [TILE], and one over the number of windows [2 TILE].
+    flags: bool: the first view, which replaces what was there; the last one.
+    weight: of the view.
+    softmax, decide: see `Labelling`.
+  """
+  block = jnp.concatenate([jnp.concatenate(tiles[:2], axis=1), jnp.concatenate(tiles[2:], axis=1)])  # [2 T, 2 T, K]
+  (*rows, over_rows), (*columns, over_columns) = steps
+  block = block * over_rows[:, None, None] * over_columns[None, :, None]
+  resized = _between(_between(block, *rows, axis=0), *columns, axis=1)  # [T, T, K]
+  view = weight * (jax.nn.softmax(resized, axis=-1) if softmax else resized)
+  total = jnp.where(flags[0], 0, total) + view
+  decided = jax.eval_shape(decide, total)
+  return total, jax.lax.cond(flags[1], decide, lambda _: jnp.zeros(decided.shape, decided.dtype), total)

@@ -1,0 +1,1 @@
+"""Batch to Outputs: backbones, contexts, methods, necks and heads."""

@@ -1,0 +1,169 @@
+"""Scaled dot-product attention: one function, four implementations."""
+
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, PartitionSpec
+
+from vpd_jax.errors import UserError
+from vpd_jax.models.backbones.platform import platform
+from vpd_jax.types import Array
+
+Implementation = Literal["auto", "xla", "chunked", "cudnn", "splash"]
+IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn", "splash")
+OF_PLATFORM: dict[str, Implementation] = {"cpu": "chunked", "gpu": "cudnn", "tpu": "splash"}
+CHUNK = 256  # queries per scan step: 8 heads x 256 x 4096 float32 scores are 32 MiB per image
+CUDNN_WIDTH = 128  # widest head the fused kernel takes on every GPU; SD's coarsest levels and its VAE are wider
+CUDNN_FROM = 8.0  # compute capability: Ampere
+# Tokens, queries and keys alike, from which "auto" leaves "xla": below, all scores are small and its products fast.
+LONG = {"chunked": 1024, "cudnn": 1024, "splash": 2048}
+BLOCK = 512  # queries and keys that the kernel on TPUs holds at a time
+
+
+def attention(query: Array, key: Array, value: Array, *, implementation: Implementation = "auto") -> Array:
+  """softmax(query key^T / sqrt(D)) value, softmax in float32 or wider.
+
+  Args:
+    query: float [B, N, heads, D].
+    key, value: float [B, M, heads, D].
+    implementation: "xla" keeps all scores; "chunked" scans over blocks of queries and recomputes them in the backward
+      pass, so that memory grows with N and not N^2; "cudnn" is the fused kernel on NVIDIA GPUs (float16, bfloat16);
+      "splash" the Pallas kernel on TPUs; "auto" takes "chunked", "cudnn" or "splash" by the platform for long
+      self-attention, and "chunked" on a GPU where the fused kernel does not take it, else "xla". "cudnn" leaves heads
+      that are too wide for it to "xla" too.
+
+  Returns:
+    float [B, N, heads, D], the dtype of `query`.
+
+  Raises:
+    ValueError: unknown implementation.
+  """
+  if implementation not in IMPLEMENTATIONS:
+    raise UserError(f"attention={implementation!r} is unknown; choose one of {IMPLEMENTATIONS}.")
+  if implementation == "auto":
+    implementation = _best(query, key)
+  if implementation == "chunked":
+    return _chunked(query, key, value)
+  if implementation == "splash":
+    return _splash(query, key, value)
+  if implementation == "cudnn" and query.shape[-1] <= CUDNN_WIDTH:
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+  return _weighted(_probabilities(query, key), value)
+
+
+def _best(query: Array, key: Array) -> Implementation:
+  """What "auto" takes."""
+  here = platform()
+  best: Implementation = OF_PLATFORM.get(here, "xla")
+  if best == "cudnn" and not _cudnn_takes(query):
+    best = "chunked"
+  # On CPU few keys are no reason to keep the scores of many queries.
+  tokens = query.shape[1] if here == "cpu" else min(query.shape[1], key.shape[1])
+  return best if tokens >= LONG.get(best, 0) else "xla"
+
+
+def _cudnn_takes(query: Array) -> bool:
+  """Whether the fused kernel knows this dtype and width, and this GPU; one that is only compiled for counts as new."""
+  here = jax.devices()[0]
+  capability = CUDNN_FROM if here.platform == "cpu" else getattr(here, "compute_capability", None)
+  return (
+    query.dtype in (jnp.bfloat16, jnp.float16)
+    and query.shape[-1] <= CUDNN_WIDTH
+    and query.shape[-1] % 8 == 0
+    and float(capability or 0) >= CUDNN_FROM
+  )
+
+
+def attention_with_map(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+  """Attention as above, and its probabilities averaged over the heads.
+
+  Returns:
+    float [B, N, heads, D] and float [B, N, M].
+
+  Source: VPD vpd/models.py register_attention_control (the mean over heads).
+  """
+  probabilities = _probabilities(query, key)
+  return _weighted(probabilities, value), probabilities.mean(axis=1).astype(query.dtype)
+
+
+def masked_attention(query: Array, key: Array, value: Array, mask: np.ndarray) -> Array:
+  """Attention where `mask`, bool [N, M], says which keys a query may see."""
+  return _weighted(_probabilities(query, key, mask), value)
+
+
+def _probabilities(query: Array, key: Array, mask: np.ndarray | None = None) -> Array:
+  """softmax(query key^T / sqrt(D)): float32 or wider [B, heads, N, M].
+
+  Not jax.nn.dot_product_attention, whose softmax is float32 even for float64 inputs.
+  """
+  high = jnp.promote_types(query.dtype, jnp.float32)
+  scores = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=high) * query.shape[-1] ** -0.5
+  if mask is not None:
+    scores = jnp.where(jnp.asarray(mask)[None, None], scores, jnp.finfo(high).min)
+  return jax.nn.softmax(scores, axis=-1)
+
+
+def _weighted(probabilities: Array, value: Array) -> Array:
+  """The values under the probabilities: [B, N, heads, D]."""
+  return jnp.einsum("bhnm,bmhd->bnhd", probabilities.astype(value.dtype), value)
+
+
+def _chunked(query: Array, key: Array, value: Array) -> Array:
+  """Blocks of queries in a `lax.scan`; the last block is filled with zeros, whose rows are cut off again."""
+  batch, tokens, heads, width = query.shape
+  count = -(-tokens // CHUNK)
+  padded = jnp.pad(query, ((0, 0), (0, count * CHUNK - tokens), (0, 0), (0, 0)))
+  blocks = padded.reshape(batch, count, CHUNK, heads, width).swapaxes(0, 1)  # [count, B, CHUNK, heads, D]
+
+  @jax.checkpoint
+  def step(_, block):
+    return None, _weighted(_probabilities(block, key), value)
+
+  _, out = jax.lax.scan(step, None, blocks)
+  return out.swapaxes(0, 1).reshape(batch, count * CHUNK, heads, width)[:, :tokens]  # [B, N, heads, D]
+
+
+def _splash(query: Array, key: Array, value: Array, *, interpret: bool = False) -> Array:
+  """The kernel below; on a mesh each device runs it on its own rows, for XLA cannot cut a kernel itself."""
+  call = functools.partial(_splash_here, interpret=interpret)
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual)
+  count = math.prod(mesh.shape[name] for name in axes)
+  if count == 1:
+    return call(query, key, value)
+  rows = PartitionSpec(axes) if query.shape[0] % count == 0 else PartitionSpec()
+  return jax.shard_map(call, in_specs=rows, out_specs=rows, check_vma=False)(query, key, value)
+
+
+def _splash_here(query: Array, key: Array, value: Array, *, interpret: bool) -> Array:
+  """The Pallas kernel for TPUs: no scores in memory. Tokens are filled with zeros to whole blocks, widths to 128."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  tokens, heads, width = query.shape[1:]
+  q_block, kv_block = (min(BLOCK, n + -n % 128) for n in (tokens, key.shape[1]))
+  fill = lambda x, block: jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, -width % 128))).swapaxes(1, 2)
+  q = fill(query * width**-0.5, q_block)  # [B, heads, N, lanes]
+  k, v = fill(key, kv_block), fill(value, kv_block)
+  full = masks.MultiHeadMask([masks.FullMask((q.shape[2], k.shape[2])) for _ in range(heads)])
+  sizes: dict[str, Any] = {name: q_block if name.startswith("block_q") else kv_block for name in _BLOCKS}
+  attend = kernel.make_splash_mha_single_device(mask=full, block_sizes=kernel.BlockSizes(**sizes), interpret=interpret)
+  # A query sees the keys of its own segment: the added queries see the real keys too, so that no softmax is empty.
+  segments: Any = None
+  if k.shape[2] > key.shape[1]:
+    real = np.arange(k.shape[2]) < key.shape[1]
+    ids: Any = np.zeros(q.shape[2], np.int32), (~real).astype(np.int32)
+    segments = kernel.SegmentIds(*ids)
+  out: Any = jax.vmap(lambda *qkv: attend(*qkv, segments))(q, k, v)
+  return out.swapaxes(1, 2)[:, :tokens, :, :width].astype(query.dtype)  # [B, N, heads, D]
+
+
+# Of forward pass, gradient by keys and values, gradient by queries.
+_BLOCKS = (
+  *("block_q", "block_kv", "block_kv_compute"),
+  *("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"),
+)

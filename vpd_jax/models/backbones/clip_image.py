@@ -1,0 +1,138 @@
+"""CLIP's image encoder: a vision transformer whose states or projected vector are used.
+
+Source: Radford et al. 2021, https://arxiv.org/abs/2103.00020; transformers models/clip/modeling_clip.py.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vpd_jax.models import initializers
+from vpd_jax.models.backbones import layers, normalization
+from vpd_jax.models.backbones.clip_text import Encoder
+from vpd_jax.types import Array
+
+# Of CLIP's training images, in [0, 1], RGB.
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
+STD = np.array([0.26862954, 0.26130258, 0.27577711])
+RESIZES = {"bicubic": "cubic", "bilinear": "linear"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSizes:
+  """Sizes of an image encoder, as read from its config; the defaults are ViT-L/14 at 224 pixels.
+
+  Attributes:
+    width, layers, heads, mlp_width: of the transformer.
+    image_size: side of the square image, in pixels.
+    patch: side of a patch, in pixels.
+    projection: width of the vectors that images and texts share.
+    activation: "quick_gelu" (OpenAI) or "gelu" (OpenCLIP).
+  """
+
+  width: int = 1024
+  layers: int = 24
+  heads: int = 16
+  mlp_width: int = 4096
+  image_size: int = 224
+  patch: int = 14
+  projection: int = 768
+  activation: str = "quick_gelu"
+
+  @property
+  def tokens(self) -> int:
+    """The class token and the patches."""
+    return 1 + (self.image_size // self.patch) ** 2
+
+
+class ImageStates(NamedTuple):
+  """What the encoder gives.
+
+  Attributes:
+    last: float [B, N, D], the state after the last layer, the class token first, before any final norm.
+    hidden: the states before each layer (the first one normed) and after the last one.
+    embeds: float [B, P], the class token normed and projected, or None where the encoder has no projection.
+  """
+
+  last: Array
+  hidden: tuple[Array, ...]
+  embeds: Array | None
+
+
+def pixels(image: Array, size: int, *, dtype: Any, resize: str = "bicubic") -> Array:
+  """An image as CLIP takes it: squeezed to a square, cut to [0, 1], mean and deviation of CLIP's own images.
+
+  The resize is Pillow's, by which CLIP was trained: cubic with a = -0.5, widened where it shrinks, here without
+  rounding to 8 bits. The whole image is kept, where CLIP's own preparation cuts out the middle.
+
+  Args:
+    image: uint8 [B, H, W, 3], or float in [0, 1]; RGB.
+    size: side of the result.
+    dtype: of the result; everything before is float32 or wider.
+    resize: "bicubic" or "bilinear".
+
+  Returns:
+    [B, size, size, 3].
+  """
+  high = jnp.promote_types(dtype, jnp.float32)
+  image = image.astype(high) / 255 if jnp.issubdtype(image.dtype, jnp.integer) else image.astype(high)
+  shape = (image.shape[0], size, size, image.shape[3])
+  image = jnp.clip(jax.image.resize(image, shape, RESIZES[resize], antialias=True), 0, 1)  # cubic overshoots
+  mean, std = (jnp.asarray(x, high)[None, None, None] for x in (MEAN, STD))
+  return ((image - mean) / std).astype(dtype)
+
+
+class ImageEmbeddings(nnx.Module):
+  """Class token, then one token per patch, row by row; plus position."""
+
+  def __init__(self, sizes: ImageSizes, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    self.dtype = dtype
+    self.class_embedding = nnx.Param(initializers.normal(0.02)(rngs.params(), (sizes.width,), param_dtype))
+    patch = sizes.patch
+    self.patch_embedding = layers.conv(3, sizes.width, patch, stride=patch, padding=0, use_bias=False, **kinds)
+    self.position_embedding = layers.embed(sizes.tokens, sizes.width, **kinds)
+
+  def __call__(self, image: Array) -> Array:
+    patches = self.patch_embedding(image)
+    patches = patches.reshape(patches.shape[0], -1, patches.shape[-1])  # [B, N - 1, D]
+    first = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (patches.shape[0], 1, patches.shape[-1]))
+    tokens = jnp.concatenate([first, patches], axis=1)
+    return tokens + self.position_embedding(jnp.arange(tokens.shape[1]))[None]
+
+
+class VisionModel(nnx.Module):
+  """Embeddings, norm, layers; `post_layernorm` for the class token where it is projected. Names as in the source."""
+
+  def __init__(self, sizes: ImageSizes, *, projected: bool, **kinds: Any):
+    self.embeddings = ImageEmbeddings(sizes, **kinds)
+    self.pre_layrnorm = normalization.LayerNorm(sizes.width, **kinds)
+    self.encoder = Encoder(sizes.layers, sizes.width, sizes.heads, sizes.mlp_width, sizes.activation, **kinds)
+    if projected:
+      self.post_layernorm = normalization.LayerNorm(sizes.width, **kinds)
+
+  def __call__(self, image: Array) -> tuple[Array, ...]:
+    return self.encoder(self.pre_layrnorm(self.embeddings(image)), None)
+
+
+class ClipImage(nnx.Module):
+  """CLIP's image tower, with or without the projection into the space it shares with texts."""
+
+  def __init__(self, sizes: ImageSizes, *, projected: bool, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    self.image_size, self.projected, self.dtype = sizes.image_size, projected, dtype
+    self.vision_model = VisionModel(sizes, projected=projected, **kinds)
+    if projected:
+      self.visual_projection = layers.linear(sizes.width, sizes.projection, use_bias=False, **kinds)
+
+  def __call__(self, image: Array) -> ImageStates:
+    """Encodes float [B, image_size, image_size, 3], as `pixels` makes it."""
+    hidden = self.vision_model(image)
+    embeds = None
+    if self.projected:
+      embeds = self.visual_projection(self.vision_model.post_layernorm(hidden[-1][:, 0]))
+    return ImageStates(hidden[-1], hidden, embeds)

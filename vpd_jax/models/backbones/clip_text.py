@@ -1,0 +1,168 @@
+"""CLIP's text encoder, also in OpenCLIP's sizes; its layers also serve the image encoder.
+
+Source: Radford et al. 2021, https://arxiv.org/abs/2103.00020; transformers models/clip/modeling_clip.py.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vpd_jax.models.backbones import layers, normalization
+from vpd_jax.models.backbones.attention import attention, masked_attention
+from vpd_jax.types import Array, Buffer
+
+
+def quick_gelu(x: Array) -> Array:
+  """x * sigmoid(1.702 x), OpenAI's stand-in for GELU."""
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSizes:
+  """Sizes of a text encoder, as read from its config.
+
+  Attributes:
+    vocab_size, positions: rows of the two embedding tables.
+    width, layers, heads, mlp_width: of the transformer.
+    activation: "quick_gelu" (OpenAI) or "gelu" (OpenCLIP, SD 2.x).
+  """
+
+  vocab_size: int = 49408
+  width: int = 768
+  layers: int = 12
+  heads: int = 12
+  mlp_width: int = 3072
+  positions: int = 77
+  activation: str = "quick_gelu"
+
+
+class TextStates(NamedTuple):
+  """What the encoder gives.
+
+  Attributes:
+    last: float [B, N, D], after the final norm.
+    pooled: float [B, D], `last` at the first occurrence of the largest token id, the end of the text.
+    hidden: the states before each layer and after the last one, before the final norm.
+    embeds: float [B, P], `pooled` projected, or None where the encoder has no projection.
+  """
+
+  last: Array
+  pooled: Array
+  hidden: tuple[Array, ...]
+  embeds: Array | None = None
+
+
+class SelfAttention(nnx.Module):
+  """Multi-head attention with biases, under a mask."""
+
+  def __init__(self, width: int, heads: int, **kinds: Any):
+    self.heads = heads
+    self.q_proj, self.k_proj, self.v_proj, self.out_proj = (layers.linear(width, width, **kinds) for _ in range(4))
+
+  def __call__(self, x: Array, mask: np.ndarray | None) -> Array:
+    split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # [B, N, heads, D]
+    query, key, value = (split(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+    out = attention(query, key, value) if mask is None else masked_attention(query, key, value, mask)
+    return self.out_proj(out.reshape(x.shape))
+
+
+class Mlp(nnx.Module):
+  """Two linear layers around the activation."""
+
+  def __init__(self, width: int, hidden: int, activation: str, **kinds: Any):
+    self.activation = activation
+    self.fc1, self.fc2 = layers.linear(width, hidden, **kinds), layers.linear(hidden, width, **kinds)
+
+  def __call__(self, x: Array) -> Array:
+    return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+class Layer(nnx.Module):
+  """Attention and MLP, each after a norm and with a skip."""
+
+  def __init__(self, width: int, heads: int, mlp_width: int, activation: str, **kinds: Any):
+    self.self_attn = SelfAttention(width, heads, **kinds)
+    self.layer_norm1 = normalization.LayerNorm(width, **kinds)
+    self.mlp = Mlp(width, mlp_width, activation, **kinds)
+    self.layer_norm2 = normalization.LayerNorm(width, **kinds)
+
+  def __call__(self, x: Array, mask: np.ndarray | None) -> Array:
+    x = x + self.self_attn(self.layer_norm1(x), mask)
+    return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nnx.Module):
+  """The stack of layers; returns the state before each and after the last."""
+
+  def __init__(self, count: int, width: int, heads: int, mlp_width: int, activation: str, **kinds: Any):
+    self.layers = nnx.List([Layer(width, heads, mlp_width, activation, **kinds) for _ in range(count)])
+
+  def __call__(self, x: Array, mask: np.ndarray | None) -> tuple[Array, ...]:
+    states = [x]
+    for layer in self.layers:
+      states.append(layer(states[-1], mask))
+    return tuple(states)
+
+
+class TextEmbeddings(nnx.Module):
+  """Token plus position."""
+
+  def __init__(self, sizes: TextSizes, **kinds: Any):
+    self.token_embedding = layers.embed(sizes.vocab_size, sizes.width, **kinds)
+    self.position_embedding = layers.embed(sizes.positions, sizes.width, **kinds)
+
+  def __call__(self, tokens: Array) -> Array:
+    return self.token_embedding(tokens) + self.position_embedding(jnp.arange(tokens.shape[1]))[None]
+
+
+class TextModel(nnx.Module):
+  """Embeddings, causal layers, final norm."""
+
+  def __init__(self, sizes: TextSizes, **kinds: Any):
+    self.embeddings = TextEmbeddings(sizes, **kinds)
+    self.encoder = Encoder(sizes.layers, sizes.width, sizes.heads, sizes.mlp_width, sizes.activation, **kinds)
+    self.final_layer_norm = normalization.LayerNorm(sizes.width, **kinds)
+
+  def __call__(self, tokens: Array) -> TextStates:
+    causal = np.tri(tokens.shape[1], dtype=bool)
+    hidden = self.encoder(self.embeddings(tokens), causal)
+    last = self.final_layer_norm(hidden[-1])
+    end = jnp.argmax(tokens, axis=1)
+    pooled = jnp.take_along_axis(last, end[:, None, None], axis=1)[:, 0]  # [B, D]
+    return TextStates(last, pooled, hidden)
+
+
+class ClipText(nnx.Module):
+  """CLIP's text tower. The attention mask of padding is not applied, as in the releases: only the causal one."""
+
+  def __init__(self, sizes: TextSizes, *, projection: int = 0, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+    """`projection`: width of the vectors that images and texts share; 0 leaves the projection out."""
+    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    self.projected = projection > 0
+    self.text_model = TextModel(sizes, **kinds)
+    if self.projected:
+      self.text_projection = layers.linear(sizes.width, projection, use_bias=False, **kinds)
+
+  def __call__(self, tokens: Array) -> TextStates:
+    """Encodes int [B, N] token ids, N at most `positions`, padded with the end-of-text id."""
+    states = self.text_model(tokens)
+    return states._replace(embeds=self.text_projection(states.pooled)) if self.projected else states
+
+
+Tower = TypeVar("Tower", bound=nnx.Module)
+
+
+def never_trained(tower: Tower) -> Tower:
+  """The same module with all its parameters turned into buffers, which no optimizer sees, whatever the config says."""
+  for _, module in nnx.iter_modules(tower):
+    for name, value in list(vars(module).items()):
+      if isinstance(value, nnx.Param):
+        setattr(module, name, Buffer(value.get_value()))
+  return tower

@@ -1,0 +1,76 @@
+"""Convolutions: XLA's, and on CPU products of matrices in their place where those are slow.
+
+On few positions with many channels XLA on CPU carries the kernel about instead of computing, three times over in a
+training step; and for the gradient of a kernel over many positions it uses one core.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vpd_jax.models.backbones.platform import platform
+from vpd_jax.types import Array
+
+FEW, MANY = 256, 4096  # positions, 16 x 16 and 64 x 64
+LARGE, WIDE = 512 * 512, 128 * 128  # weights of one tap of a kernel
+
+
+def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any, **rest: Any) -> Array:
+  """jax.lax.conv_general_dilated, to be given to nnx.Conv.
+
+  Args:
+    x: float [B, H, W, C].
+    kernel: float [h, w, C, D].
+    strides, padding, rest: see there.
+  """
+  if platform() == "cpu" and _is_plain(kernel, strides, padding, rest):
+    positions, weights = x.shape[1] * x.shape[2], kernel.shape[2] * kernel.shape[3]
+    if positions <= FEW and weights >= LARGE:
+      return as_product(x, kernel)
+    if positions >= MANY and weights >= WIDE:
+      return with_product_gradient(x, kernel)
+  return jax.lax.conv_general_dilated(x, kernel, strides, padding, **rest)
+
+
+def _is_plain(kernel: Array, strides: Sequence[int], padding: Any, rest: dict[str, Any]) -> bool:
+  """Whether it is a 3x3 convolution that keeps the size, of all channels, undilated."""
+  dilated = {*(rest.get("lhs_dilation") or (1,)), *(rest.get("rhs_dilation") or (1,))} != {1}
+  same = kernel.shape[:2] == (3, 3) and tuple(map(tuple, padding)) == ((1, 1), (1, 1))
+  return same and set(strides) == {1} and not dilated and rest.get("feature_group_count", 1) == 1
+
+
+def as_product(x: Array, kernel: Array) -> Array:
+  """The neighbourhoods of all positions times the kernel: a 3x3 convolution of [B, H, W, C] that keeps the size."""
+  patches = jnp.stack(_shifted(x), axis=3).reshape(math.prod(x.shape[:3]), -1)  # [B H W, 9 C]
+  return (patches @ kernel.reshape(-1, kernel.shape[3])).reshape(*x.shape[:3], -1)
+
+
+@jax.custom_vjp
+def with_product_gradient(x: Array, kernel: Array) -> Array:
+  """A 3x3 convolution of [B, H, W, C] that keeps the size; the gradient of its kernel is a product for each tap."""
+  numbers = ("NHWC", "HWIO", "NHWC")
+  return jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=numbers)
+
+
+def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+  return with_product_gradient(x, kernel), (x, kernel)
+
+
+def _backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+  x, kernel = kept
+  turned = kernel[::-1, ::-1].swapaxes(2, 3)
+  taps = [jnp.einsum("bhwi,bhwo->io", part, gradient) for part in _shifted(x)]
+  return with_product_gradient(gradient, turned), jnp.stack(taps).reshape(kernel.shape)
+
+
+with_product_gradient.defvjp(_forward, _backward)
+
+
+def _shifted(x: Array) -> list[Array]:
+  """What each of the nine taps sees of [B, H, W, C], zeros outside."""
+  height, width = x.shape[1:3]
+  padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  return [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]

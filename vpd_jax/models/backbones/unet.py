@@ -1,0 +1,261 @@
+"""The UNet of Stable Diffusion 1.x and 2.x, read for its features and cross-attention maps.
+
+Block lists and parameter names are CompVis' own (`input_blocks`, `middle_block`, `output_blocks`), so that the forward
+pass is two loops, conversion is a renaming, and the papers' tap positions keep their numbers.
+
+Source: Rombach et al. 2022, https://arxiv.org/abs/2112.10752; CompVis ldm/modules/diffusionmodules/openaimodel.py.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, cast
+
+import jax.numpy as jnp
+from flax import nnx
+
+from vpd_jax.errors import UserError
+from vpd_jax.models import initializers
+from vpd_jax.models.backbones import layers, normalization
+from vpd_jax.models.backbones.attention import Implementation
+from vpd_jax.models.backbones.transformer import SpatialTransformer
+from vpd_jax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetSizes:
+  """Sizes of a UNet, as read from a checkpoint's config.
+
+  Attributes:
+    in_channels, out_channels: of the latents.
+    model_channels: width of the finest level.
+    channel_mult: width multiplier per level, finest first.
+    num_res_blocks: residual blocks per level on the way down (one more on the way up).
+    attention_levels: levels with transformer blocks.
+    num_heads, head_width: exactly one is set: 8 heads in SD 1.x, 64 channels per head in SD 2.x.
+    context_dim: width of the tokens attended to.
+    linear_projection: the transformers' projections are matrices (SD 2.x), not 1x1 convolutions.
+  """
+
+  in_channels: int = 4
+  out_channels: int = 4
+  model_channels: int = 320
+  channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+  num_res_blocks: int = 2
+  attention_levels: tuple[int, ...] = (0, 1, 2)
+  num_heads: int | None = 8
+  head_width: int | None = None
+  context_dim: int = 768
+  linear_projection: bool = False
+
+  def __post_init__(self):
+    if (self.num_heads is None) == (self.head_width is None):
+      raise UserError(f"set one of num_heads={self.num_heads} and head_width={self.head_width}, the other to None.")
+
+  def heads(self, width: int) -> int:
+    """Number of attention heads at `width` channels."""
+    return self.num_heads or width // cast(int, self.head_width)
+
+  @property
+  def taps(self) -> tuple[int, ...]:
+    """Output blocks whose results are the features: the one before each up-sampling, and the last."""
+    per_level = self.num_res_blocks + 1
+    levels = len(self.channel_mult)
+    return (*(per_level * (i + 1) - 2 for i in range(levels - 1)), per_level * levels - 1)
+
+  @property
+  def widths(self) -> tuple[int, ...]:
+    """Channels of the features, finest first."""
+    return tuple(self.model_channels * m for m in self.channel_mult)
+
+
+class UNetOutput(NamedTuple):
+  """Result of one pass.
+
+  Attributes:
+    features: float [B, h, w, C], finest first: output blocks 11, 7, 4, 1 in SD.
+    maps: (h, w) -> float [B, h, w, N], cross-attention probabilities averaged over heads and layers.
+    noise: float [B, h, w, out_channels], or None where it was not asked for.
+  """
+
+  features: tuple[Array, ...]
+  maps: dict[tuple[int, ...], Array]
+  noise: Array | None
+
+
+class ResBlock(nnx.Module):
+  """GN-SiLU-conv, + Linear(SiLU(time embedding)), GN-SiLU-conv, + skip."""
+
+  def __init__(self, in_width: int, out_width: int, embedding_width: int, **kinds: Any):
+    norm = lambda width: normalization.GroupNorm(width, epsilon=1e-5, **kinds)
+    self.in_layers = nnx.List([norm(in_width), layers.SiLU(), layers.conv(in_width, out_width, 3, **kinds)])
+    self.emb_layers = nnx.List([layers.SiLU(), layers.linear(embedding_width, out_width, **kinds)])
+    last = layers.conv(out_width, out_width, 3, kernel_init=initializers.zeros, **kinds)
+    self.out_layers = nnx.List([norm(out_width), layers.SiLU(), layers.Identity(), last])
+    self.skip_connection = layers.Identity() if in_width == out_width else layers.conv(in_width, out_width, 1, **kinds)
+
+  def __call__(self, x: Array, embedding: Array) -> Array:
+    h = layers.chain(self.in_layers, x)
+    h = h + layers.chain(self.emb_layers, embedding)[:, None, None, :]
+    return self.skip_connection(x) + layers.chain(self.out_layers, h)
+
+
+class Downsample(nnx.Module):
+  """A 3x3 convolution of stride 2, padded on all sides."""
+
+  def __init__(self, width: int, **kinds: Any):
+    self.op = layers.conv(width, width, 3, stride=2, **kinds)
+
+  def __call__(self, x: Array) -> Array:
+    return self.op(x)
+
+
+class Upsample(nnx.Module):
+  """Nearest by two, then a 3x3 convolution."""
+
+  def __init__(self, width: int, **kinds: Any):
+    self.conv = layers.conv(width, width, 3, **kinds)
+
+  def __call__(self, x: Array) -> Array:
+    return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))  # [B, 2h, 2w, C]
+
+
+class UNet(nnx.Module):
+  """Stable Diffusion's UNet with the features and attention maps that perception reads."""
+
+  def __init__(
+    self,
+    sizes: UNetSizes,
+    *,
+    with_time_embed: bool = True,
+    with_out: bool = True,
+    attention: Implementation = "auto",
+    remat: bool = False,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+  ):
+    """Builds the blocks.
+
+    Args:
+      sizes: see UNetSizes.
+      with_time_embed: also the two layers that embed the timestep; MetaPrompts depth deletes them.
+      with_out: also the last convolution, which predicts the noise; VPD depth deletes it.
+      attention: implementation of the self-attentions.
+      remat: recompute every block in the backward pass instead of keeping its activations.
+      dtype, param_dtype: of computation and of parameters.
+      rngs: for fresh parameters.
+    """
+    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    self.sizes, self.remat, self.dtype = sizes, remat, dtype
+    width, levels = sizes.model_channels, len(sizes.channel_mult)
+    embedding_width = 4 * width
+    res = lambda i, o: ResBlock(i, o, embedding_width, **kinds)
+    transformer = lambda w: SpatialTransformer(
+      w, sizes.context_dim, sizes.heads(w), linear=sizes.linear_projection, implementation=attention, **kinds
+    )
+    if with_time_embed:
+      self.time_embed = nnx.List(
+        [
+          layers.linear(width, embedding_width, **kinds),
+          layers.SiLU(),
+          layers.linear(embedding_width, embedding_width, **kinds),
+        ]
+      )
+    blocks: list[list[nnx.Module]] = [[layers.conv(sizes.in_channels, width, 3, **kinds)]]
+    skips = [width]
+    for level, multiplier in enumerate(sizes.channel_mult):
+      for _ in range(sizes.num_res_blocks):
+        block: list[nnx.Module] = [res(width, multiplier * sizes.model_channels)]
+        width = multiplier * sizes.model_channels
+        blocks.append([*block, transformer(width)] if level in sizes.attention_levels else block)
+        skips.append(width)
+      if level < levels - 1:
+        blocks.append([Downsample(width, **kinds)])
+        skips.append(width)
+    self.input_blocks = nnx.List([nnx.List(block) for block in blocks])
+    self.middle_block = nnx.List([res(width, width), transformer(width), res(width, width)])
+    blocks = []
+    for level, multiplier in reversed(list(enumerate(sizes.channel_mult))):
+      for i in range(sizes.num_res_blocks + 1):
+        block = [res(width + skips.pop(), multiplier * sizes.model_channels)]
+        width = multiplier * sizes.model_channels
+        block += [transformer(width)] if level in sizes.attention_levels else []
+        block += [Upsample(width, **kinds)] if level and i == sizes.num_res_blocks else []
+        blocks.append(block)
+    self.output_blocks = nnx.List([nnx.List(block) for block in blocks])
+    if with_out:
+      last = layers.conv(width, sizes.out_channels, 3, kernel_init=initializers.zeros, **kinds)
+      self.out = nnx.List([normalization.GroupNorm(width, epsilon=1e-5, **kinds), layers.SiLU(), last])
+
+  def embed_time(self, timesteps: int | Array) -> Array:
+    """The time embedding of diffusion timesteps: float [1, 4C] for one whole number, [B, 4C] for int [B]."""
+    return layers.chain(
+      self.time_embed, layers.timestep_embedding(timesteps, self.sizes.model_channels).astype(self.dtype)
+    )
+
+  def __call__(
+    self,
+    latents: Array,
+    context: Array,
+    *,
+    timesteps: int | Array | None = None,
+    time_embedding: Array | None = None,
+    map_max_positions: int = 0,
+    predict_noise: bool = False,
+  ) -> UNetOutput:
+    """One pass.
+
+    Args:
+      latents: float [B, h, w, in_channels], h and w multiples of 8 (others work: a skip is then resized).
+      context: float [B, N, context_dim].
+      timesteps: one whole number for all images, or int [B]; leave out where `time_embedding` is given.
+      time_embedding: float [1 or B, 4C], ready made, in place of the embedded timesteps.
+      map_max_positions: keep cross-attention maps of at most so many positions; 0 keeps none.
+      predict_noise: also run the last convolution.
+
+    Raises:
+      ValueError: neither or both of `timesteps` and `time_embedding`.
+
+    Source: VPD vpd/models.py register_hier_output, register_attention_control, UNetWrapper.
+    """
+    if timesteps is not None and time_embedding is None:
+      embedding = self.embed_time(timesteps)
+    elif timesteps is None and time_embedding is not None:
+      embedding = time_embedding.astype(self.dtype)
+    else:
+      raise UserError("give either timesteps or time_embedding.")
+    h, context = latents.astype(self.dtype), context.astype(self.dtype)
+    skips, features, kept = [], [], {}
+
+    def run(block: nnx.List, x: Array, path: str) -> Array:
+      x, maps = self._run(block, x, embedding, context, map_max_positions if path != "middle" else 0)
+      for m in maps:
+        kept.setdefault(m.shape[1:3], []).append(m)
+      return x
+
+    for block in self.input_blocks:
+      h = run(block, h, "down")
+      skips.append(h)
+    h = run(self.middle_block, h, "middle")
+    for i, block in enumerate(self.output_blocks):
+      skip = layers.resize(skips.pop(), h.shape[1:3])
+      h = run(block, jnp.concatenate([h, skip], axis=-1), "up")
+      if i in self.sizes.taps:
+        features.append(h)
+    maps = {size: cast(Array, sum(found)) / len(found) for size, found in kept.items()}
+    return UNetOutput(tuple(features[::-1]), maps, layers.chain(self.out, h) if predict_noise else None)
+
+  def _run(self, block: nnx.List, x: Array, embedding: Array, context: Array, max_positions: int) -> tuple[Array, list]:
+    """Applies the modules of one block; with `remat`, keeps only its input for the backward pass."""
+
+    def call(block: nnx.List, x: Array, embedding: Array, context: Array) -> tuple[Array, list]:
+      maps = []
+      for module in block:
+        if isinstance(module, SpatialTransformer):
+          keep_map = x.shape[1] * x.shape[2] <= max_positions
+          x, probabilities = layers.traced_once(module, x, context, keep_map=keep_map)
+          maps += [] if probabilities is None else [probabilities]
+        else:
+          x = layers.traced_once(module, x, embedding) if isinstance(module, ResBlock) else module(x)
+      return x, maps
+
+    return (nnx.remat(call) if self.remat else call)(block, x, embedding, context)

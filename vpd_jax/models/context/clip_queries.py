@@ -1,0 +1,85 @@
+"""IEDP's implicit text embeddings: learned queries that read CLIP's tokens of an image.
+
+Source: Wang et al. 2024, https://arxiv.org/abs/2404.07600, as far as presets.iedp_assumptions() says.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from vpd_jax.models import initializers
+from vpd_jax.models.backbones import layers, normalization
+from vpd_jax.models.backbones.attention import Implementation, attention
+from vpd_jax.types import Array
+
+
+class Attention(nnx.Module):
+  """Multi-head attention with biases; the keys may come from elsewhere than the queries."""
+
+  def __init__(self, width: int, heads: int, *, attention: Implementation, **kinds: Any):
+    self.heads = heads
+    self.attention: Implementation = attention
+    self.q_proj, self.k_proj, self.v_proj, self.out_proj = (layers.linear(width, width, **kinds) for _ in range(4))
+
+  def __call__(self, x: Array, memory: Array) -> Array:
+    """[B, N, D] reads [B, M, D]: [B, N, D]."""
+    split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # [B, N, heads, D / heads]
+    query, key, value = split(self.q_proj(x)), split(self.k_proj(memory)), split(self.v_proj(memory))
+    return self.out_proj(attention(query, key, value, implementation=self.attention).reshape(x.shape))
+
+
+class QueryBlock(nnx.Module):
+  """Pre-norm block: queries attend to each other, then to the visual features, then pass two linear layers."""
+
+  def __init__(self, width: int, heads: int, ffn_ratio: int, *, attention: Implementation, **kinds: Any):
+    self.norm1, self.norm2, self.norm_visual, self.norm3 = (normalization.LayerNorm(width, **kinds) for _ in range(4))
+    self.self_attn = Attention(width, heads, attention=attention, **kinds)
+    self.cross_attn = Attention(width, heads, attention=attention, **kinds)
+    hidden = ffn_ratio * width
+    self.ffn = nnx.List([layers.linear(width, hidden, **kinds), layers.GELU(), layers.linear(hidden, width, **kinds)])
+
+  def __call__(self, queries: Array, visual: Array) -> Array:
+    """[B, N, D] and [B, L, D] to [B, N, D]."""
+    normed = self.norm1(queries)
+    queries = queries + self.self_attn(normed, normed)
+    queries = queries + self.cross_attn(self.norm2(queries), self.norm_visual(visual))
+    return queries + layers.chain(self.ffn, self.norm3(queries))
+
+
+class ImplicitText(nnx.Module):
+  """CLIP's tokens of an image to implicit text embeddings: projector, learned queries, blocks."""
+
+  def __init__(
+    self,
+    in_width: int,
+    width: int,
+    *,
+    num_queries: int,
+    query_init: float,
+    num_blocks: int,
+    num_heads: int,
+    ffn_ratio: int,
+    output_norm: str,
+    attention: Implementation,
+    **kinds: Any,
+  ):
+    rngs, param_dtype, self.dtype = kinds["rngs"], kinds["param_dtype"], kinds["dtype"]
+    self.projector = nnx.List(
+      [layers.linear(in_width, width, **kinds), layers.GELU(), layers.linear(width, width, **kinds)]
+    )
+    initial = initializers.normal(query_init)(rngs.params(), (num_queries, width), param_dtype)
+    self.queries = nnx.Param(initial)
+    self.blocks = nnx.List(
+      [QueryBlock(width, num_heads, ffn_ratio, attention=attention, **kinds) for _ in range(num_blocks)]
+    )
+    self.output_norm = normalization.LayerNorm(width, **kinds) if output_norm == "ln" else layers.Identity()
+
+  def __call__(self, features: Array) -> Array:
+    """[B, L, Dv] to [B, N, D]."""
+    visual = layers.chain(self.projector, features)
+    queries = self.queries[...].astype(self.dtype)
+    x = jnp.broadcast_to(queries, (features.shape[0], *queries.shape))
+    for block in self.blocks:
+      x = block(x, visual)
+    return self.output_norm(x)

@@ -1,0 +1,80 @@
+"""What the segmentation heads of mmsegmentation 0.30 share: their layer, their classifier, the way to the image."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from vpd_jax.errors import UserError
+from vpd_jax.models import initializers
+from vpd_jax.models.backbones import layers, normalization
+from vpd_jax.types import Array, Features
+
+# Starts of mmseg: He's normal over the outputs, and a normal of deviation 0.01 for the classifier.
+HE_FAN_OUT = initializers.variance_scaling(2.0, "fan_out", "normal")
+CLASSIFIER = initializers.normal(0.01)
+FRAMES = ("padded", "resized")
+
+
+class ConvModule(nnx.Module):
+  """Convolution without bias, batch normalisation, ReLU.
+
+  Source: mmcv 1.7 cnn/bricks/conv_module.py.
+  """
+
+  def __init__(self, in_width: int, out_width: int, size: int, *, norm_group: int = 0, **kinds: Any):
+    self.conv = layers.conv(in_width, out_width, size, use_bias=False, kernel_init=HE_FAN_OUT, **kinds)
+    self.bn = normalization.BatchNorm(out_width, group=norm_group, **kinds)
+
+  def __call__(self, x: Array, *, training: bool) -> Array:
+    return layers.ReLU()(self.bn(self.conv(x), training=training))
+
+
+def classifier(width: int, classes: int, **kinds: Any) -> nnx.Conv:
+  """The 1x1 convolution `conv_seg` from features to one score per class."""
+  return layers.conv(width, classes, 1, kernel_init=CLASSIFIER, **kinds)
+
+
+def dropped(x: Array, rate: float, *, training: bool, key: Array | None) -> Array:
+  """Whole channels dropped before the classifier, in training.
+
+  Raises:
+    ValueError: training with a rate above 0, but no random key.
+  """
+  if not training or not rate:
+    return x
+  if key is None:
+    raise UserError(f"head.dropout={rate} needs a random key in training; give the model one, or set it to 0.")
+  return layers.drop_channels(x, rate, key)
+
+
+def check_dropout(rate: float) -> None:
+  """Raises where `rate` is no probability below 1."""
+  if not 0 <= rate < 1:
+    raise UserError(f"head.dropout={rate} must be at least 0 and below 1.")
+
+
+def check_frame(frame: str) -> None:
+  """Raises where the word is unknown."""
+  if frame not in FRAMES:
+    raise UserError(f"head.frame={frame!r} is unknown; choose one of {FRAMES}.")
+
+
+def to_image(logits: Array, features: Features, stride: int, frame: str) -> Array:
+  """Scores at the size of the image, bilinear, float32 or wider.
+
+  Args:
+    logits: float [B, h, w, K].
+    features: for the size of the image.
+    stride: of the logits.
+    frame: "padded": the map shows an image that grew at right and bottom to h * stride, which is cut off again;
+      "resized": it shows the whole image, whose sides need not be multiples of the stride.
+
+  Returns:
+    float [B, H, W, K].
+  """
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  height, width = features.image_size
+  if frame == "resized":
+    return layers.resize(logits, (height, width))
+  return layers.resize(logits, (logits.shape[1] * stride, logits.shape[2] * stride))[:, :height, :width]

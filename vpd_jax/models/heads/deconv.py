@@ -1,0 +1,87 @@
+"""The depth head of VPD and MetaPrompts: transposed convolutions to stride 4, bilinear to the image, sigmoid.
+
+Source: VPD depth/models_depth/model.py Decoder, VPDDepth.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vpd_jax.errors import UserError
+from vpd_jax.models import initializers
+from vpd_jax.models.backbones import layers, normalization
+from vpd_jax.types import Array, Features, Outputs
+
+INITS = {"released": initializers.normal(0.001), "fan_in": initializers.he_normal}
+
+
+class Deconv(nnx.Module):
+  """One map to metric depth at the size of the image."""
+
+  def __init__(
+    self,
+    widths: tuple[int, ...],
+    strides: tuple[int, ...],
+    *,
+    max_depth: float,
+    filters: tuple[int, ...] = (32, 32, 32),
+    width: int = 192,
+    init: str = "released",
+    frame: str = "padded",
+    norm_group: int = 0,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+  ):
+    """Builds the layers.
+
+    Args:
+      widths, strides: of the maps that come in; the first is read.
+      max_depth: metres, the upper end of the sigmoid.
+      filters: widths of the transposed convolutions, kernel 2 and stride 2 each.
+      width: of the convolutions after them.
+      init: of all kernels: "released", normal of deviation 0.001, which leaves the network before the head almost
+        without gradient at first and suits a pretrained one; "fan_in", He's, for a network that starts from nothing.
+      frame: what the map shows, which every head is told of; no use of it here, for the neck has cut padding off.
+      norm_group: images per group of batch normalisation, 0 for the whole batch.
+    """
+    del frame
+    doublings = math.log2(strides[0]) - len(filters)
+    if doublings < 0 or doublings != int(doublings):
+      raise UserError(
+        f"head 'deconv' with {len(filters)} filters cannot read a map of stride {strides[0]}; "
+        f"use at most {int(math.log2(strides[0]))} filters."
+      )
+    if init not in INITS:
+      raise UserError(f"head.init={init!r} is unknown; choose one of {sorted(INITS)}.")
+    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    small = {"kernel_init": INITS[init]}
+    self.max_depth, self.doublings = max_depth, int(doublings)
+    norm = lambda w: normalization.BatchNorm(w, group=norm_group, **kinds)
+    deconvs, last = [], widths[0]
+    for filter_width in filters:
+      deconvs += [layers.ConvTranspose(last, filter_width, 2, **small, **kinds), norm(filter_width), layers.ReLU()]
+      last = filter_width
+    self.deconv_layers = nnx.List(deconvs)
+    self.conv_layers = nnx.List([layers.conv(last, width, 3, **small, **kinds), norm(width), layers.ReLU()])
+    self.last_layer_depth = nnx.List(
+      [layers.conv(width, width, 3, **small, **kinds), layers.ReLU(), layers.conv(width, 1, 3, **small, **kinds)]
+    )
+
+  def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
+    """Returns {"depth": float32 or wider [B, H, W], metres, in (0, max_depth)}; no dropout asks for the key."""
+    del key
+    x = layers.chain(self.deconv_layers, features.maps[0], training=training)
+    x = layers.chain(self.conv_layers, x, training=training)
+    for _ in range(self.doublings):
+      x = layers.resize(x, (2 * x.shape[1], 2 * x.shape[2]))  # [B, 2h, 2w, width]
+    x = layers.chain(self.last_layer_depth, x)  # [B, H', W', 1]
+    # A side that the map's stride does not divide: a neck rounds up where the rows beyond the image show padding, and
+    # down where the map shows the image and nothing else.
+    x = layers.resize(x[:, : features.image_size[0], : features.image_size[1]], features.image_size)[
+      ..., 0
+    ]  # [B, H, W]
+    return {"depth": jax.nn.sigmoid(x.astype(jnp.promote_types(x.dtype, jnp.float32))) * self.max_depth}

@@ -1,0 +1,237 @@
+"""Heads that turn feature maps into heatmaps of keypoints, at a quarter of the image's sides.
+
+"fused" joins all maps, "simple" and "classic" read one, "direct" is no layer at all. In front of them stands the neck
+"einsum_levels", whose maps are of the prompts, or none, with the method's own. A head is told what
+its maps show: an image padded at its right and bottom, whose part beyond the image is cut off, or a resized one, which
+is stretched.
+
+Source: mmpose 0.x models/heads/topdown_heatmap_simple_head.py as ViTPose configures it (simple, classic); Xiao et al.
+2018, https://arxiv.org/abs/1804.06208 (classic). Fused and direct are ours: MetaPrompts' pose head is not published.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from vpd_jax.errors import UserError
+from vpd_jax.models import initializers
+from vpd_jax.models.backbones import layers, normalization
+from vpd_jax.models.heads import conv_module
+from vpd_jax.types import Array, Features, Outputs
+
+STRIDE = 4  # of heatmaps
+INITS = {"released": initializers.normal(0.001), "fan_in": initializers.he_normal}
+
+
+def heatmap_size(image_size: tuple[int, int]) -> tuple[int, int]:
+  """(h, w) of the heatmaps of an image (H, W)."""
+  height, width = image_size
+  return height // STRIDE, width // STRIDE
+
+
+def to_heatmaps(x: Array, features: Features, frame: str) -> Outputs:
+  """{"heatmaps": float32 or wider [B, H / 4, W / 4, K]} of scores of stride 4: cut, or stretched by a pixel or so."""
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  height, width = heatmap_size(features.image_size)
+  return {"heatmaps": x[:, :height, :width] if frame == "padded" else layers.resize(x, (height, width))}
+
+
+def up_size(x: Array, stride: int) -> tuple[int, int]:
+  """(h, w) that a map of that stride has at stride 4."""
+  return x.shape[1] * stride // STRIDE, x.shape[2] * stride // STRIDE
+
+
+def up(x: Array, stride: int) -> Array:
+  """A map of that stride at stride 4, bilinear."""
+  return layers.resize(x, up_size(x, stride))
+
+
+def _init(word: str) -> Callable[..., Array]:
+  if word not in INITS:
+    raise UserError(f"head.init={word!r} is unknown; choose one of {sorted(INITS)}.")
+  return INITS[word]
+
+
+def _chosen(stride: int, strides: tuple[int, ...], name: str) -> int:
+  """Number of the map of a stride."""
+  if stride not in strides:
+    raise UserError(f"head.stride={stride} of head {name!r} must be one of the strides of its maps, {tuple(strides)}.")
+  return tuple(strides).index(stride)
+
+
+class Fused(nnx.Module):
+  """All maps, bilinear at stride 4, joined; 3x3 convolution, batch normalisation, ReLU; 1x1 convolution to K."""
+
+  def __init__(
+    self,
+    widths: tuple[int, ...],
+    strides: tuple[int, ...],
+    *,
+    keypoints: int,
+    width: int = 256,
+    init: str = "released",
+    frame: str = "padded",
+    norm_group: int = 0,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+  ):
+    """Builds the layers.
+
+    Args:
+      widths, strides: of the maps that come in, finest first.
+      keypoints: K.
+      width: of the convolution over all maps.
+      init: of kernels: "released", normal of deviation 0.001 as in mmpose's heads; "fan_in", He's, for a network that
+        starts from nothing.
+      frame: what the maps show: "padded" or "resized", see Method.
+      norm_group: images per group of batch normalisation, 0 for the whole batch.
+
+    Raises:
+      ValueError: an unknown word.
+    """
+    conv_module.check_frame(frame)
+    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    self.stride, self.frame = strides[0], frame
+    self.conv = layers.conv(sum(widths), width, 3, use_bias=False, kernel_init=_init(init), **kinds)
+    self.bn = normalization.BatchNorm(width, group=norm_group, **kinds)
+    self.final_layer = layers.conv(width, keypoints, 1, kernel_init=_init(init), **kinds)
+
+  def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
+    """Returns {"heatmaps": float32 or wider [B, H / 4, W / 4, K]}; no dropout asks for the key."""
+    del key
+    size = up_size(features.maps[0], self.stride)
+    joined = jnp.concatenate([layers.resize(x, size) for x in features.maps], axis=-1)  # [B, H / 4, W / 4, sum(widths)]
+    x = layers.ReLU()(self.bn(self.conv(joined), training=training))
+    return to_heatmaps(self.final_layer(x), features, self.frame)
+
+
+class Simple(nnx.Module):
+  """ViTPose's simple decoder on one map: ReLU, bilinear to stride 4, 3x3 convolution to K."""
+
+  def __init__(
+    self,
+    widths: tuple[int, ...],
+    strides: tuple[int, ...],
+    *,
+    keypoints: int,
+    stride: int = 8,
+    init: str = "released",
+    frame: str = "padded",
+    norm_group: int = 0,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+  ):
+    """Builds the layer.
+
+    Args:
+      widths, strides, keypoints, init, frame: see Fused.
+      stride: of the map that is read. ViTPose has one of 16 only.
+      norm_group: which every head is told; no use of it here.
+
+    Raises:
+      ValueError: an unknown word; no map of that stride.
+    """
+    del norm_group
+    conv_module.check_frame(frame)
+    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    self.map, self.stride, self.frame = _chosen(stride, strides, "simple"), stride, frame
+    self.final_layer = layers.conv(widths[self.map], keypoints, 3, kernel_init=_init(init), **kinds)
+
+  def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
+    """Returns {"heatmaps": float32 or wider [B, H / 4, W / 4, K]}; neither training nor the key make a difference."""
+    del training, key
+    x = up(layers.ReLU()(features.maps[self.map]), self.stride)
+    return to_heatmaps(self.final_layer(x), features, self.frame)
+
+
+class Classic(nnx.Module):
+  """Transposed convolutions of kernel 4, stride 2 on one map up to stride 4, each normalised; 1x1 convolution to K."""
+
+  def __init__(
+    self,
+    widths: tuple[int, ...],
+    strides: tuple[int, ...],
+    *,
+    keypoints: int,
+    stride: int = 16,
+    width: int = 256,
+    init: str = "released",
+    frame: str = "padded",
+    norm_group: int = 0,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+  ):
+    """Builds the layers.
+
+    Args:
+      widths, strides, keypoints, init, frame, norm_group: see Fused.
+      stride: of the map that is read, 4 times a power of two. Release: 16, hence two transposed convolutions.
+      width: of the transposed convolutions.
+
+    Raises:
+      ValueError: an unknown word; no map of that stride, or one that doubling does not bring to 4.
+    """
+    conv_module.check_frame(frame)
+    self.map, self.frame = _chosen(stride, strides, "classic"), frame
+    doublings = math.log2(stride / STRIDE)
+    if doublings < 0 or doublings != int(doublings):
+      raise UserError(f"head.stride={stride} of head 'classic' must be {STRIDE} times a power of two.")
+    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    steps, last = [], widths[self.map]
+    for _ in range(int(doublings)):
+      steps.append(layers.ConvTranspose(last, width, 4, padding=1, kernel_init=_init(init), **kinds))
+      steps += [normalization.BatchNorm(width, group=norm_group, **kinds), layers.ReLU()]
+      last = width
+    self.deconv_layers = nnx.List(steps)
+    self.final_layer = layers.conv(last, keypoints, 1, kernel_init=_init(init), **kinds)
+
+  def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
+    """Returns {"heatmaps": float32 or wider [B, H / 4, W / 4, K]}; no dropout asks for the key."""
+    del key
+    x = layers.chain(self.deconv_layers, features.maps[self.map], training=training)  # [B, h * 2^n, w * 2^n, width]
+    return to_heatmaps(self.final_layer(x), features, self.frame)
+
+
+class Direct(nnx.Module):
+  """The finest map as it is: one channel, hence one prompt of the einsum neck, for each keypoint. No parameters."""
+
+  def __init__(
+    self,
+    widths: tuple[int, ...],
+    strides: tuple[int, ...],
+    *,
+    keypoints: int,
+    frame: str = "padded",
+    norm_group: int = 0,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+  ):
+    """Checks the map.
+
+    Args:
+      widths, strides, keypoints, frame: see Fused.
+      norm_group, dtype, param_dtype, rngs: which every head is told; no use of them here.
+
+    Raises:
+      ValueError: an unknown word; the finest map has not K channels.
+    """
+    del norm_group, dtype, param_dtype, rngs
+    conv_module.check_frame(frame)
+    if widths[0] != keypoints:
+      raise UserError(
+        f"head 'direct' takes the {widths[0]} channels of the finest map for {keypoints} keypoints; "
+        f"set method.prompts={keypoints} with a neck that multiplies by the prompts, or choose another head."
+      )
+    self.stride, self.frame = strides[0], frame
+
+  def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
+    """Returns {"heatmaps": float32 or wider [B, H / 4, W / 4, K]}; neither training nor the key make a difference."""
+    del training, key
+    return to_heatmaps(up(features.maps[0], self.stride), features, self.frame)

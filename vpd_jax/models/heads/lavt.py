@@ -1,0 +1,135 @@
+"""VPD's decoder for referring segmentation: maps from coarse to fine, two convolutions a level, two classes.
+
+The coarsest map grows to the size of the next one, stands before it on the channel axis, and both pass two 3x3
+convolutions; so on up to the finest map, where a 1x1 convolution gives the scores of background and object. All
+resizing keeps the corners of the maps on each other.
+
+Source: Yang et al. 2022, https://arxiv.org/abs/2112.02244 (LAVT, lib/mask_predictor.py SimpleDecoding); VPD
+refer/models_refer/model.py.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vpd_jax.errors import UserError
+from vpd_jax.models import initializers
+from vpd_jax.models.backbones import layers, normalization
+from vpd_jax.models.heads import conv_module
+from vpd_jax.types import Array, Features, Outputs
+
+# PyTorch's start of convolutions, for the release sets none of its own; biases start at 0 here.
+TORCH = initializers.torch_default
+
+
+def resize_corners(x: Array, size: Sequence[int]) -> Array:
+  """Resizes [B, H, W, C] bilinearly so that the centres of the corner pixels stay, without antialiasing.
+
+  Row i of n reads the H rows at i (H - 1) / (n - 1); one row alone reads the first.
+
+  Args:
+    x: float [B, H, W, C].
+    size: (H, W) of the result.
+
+  Returns:
+    float [B, *size, C] of the same dtype, computed in float32 or wider.
+
+  Source: torch.nn.functional.interpolate(mode="bilinear", align_corners=True).
+  """
+  if x.shape[1:3] == tuple(size):
+    return x
+  high = jnp.promote_types(x.dtype, jnp.float32)
+  rows, columns = (jnp.asarray(_shares(old, new), high) for old, new in zip(x.shape[1:3], size, strict=True))
+  grown = jnp.einsum("nh,bhwc->bnwc", rows, x.astype(high), precision="highest")
+  return jnp.einsum("mw,bnwc->bnmc", columns, grown, precision="highest").astype(x.dtype)
+
+
+def _shares(old: int, new: int) -> np.ndarray:
+  """What each of `new` places takes of `old` ones: float64 [new, old]."""
+  places = np.arange(new) * ((old - 1) / (new - 1) if new > 1 else 0.0)
+  low = np.minimum(places.astype(int), old - 1)
+  high = np.minimum(low + 1, old - 1)
+  shares = np.zeros((new, old))
+  np.add.at(shares, (np.arange(new), low), 1 - (places - low))
+  np.add.at(shares, (np.arange(new), high), places - low)
+  return shares
+
+
+class Lavt(nnx.Module):
+  """Maps to two scores of every pixel.
+
+  The layers have the release's names: conv1_4 to bn2_4 join the two coarsest maps, conv1_3 and conv1_2 start the next
+  levels, conv1_1 is the classifier.
+  """
+
+  def __init__(
+    self,
+    widths: tuple[int, ...],
+    strides: tuple[int, ...],
+    *,
+    classes: int = 2,
+    width: int = 640,
+    frame: str = "padded",
+    norm_group: int = 0,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+  ):
+    """Builds the layers.
+
+    Args:
+      widths, strides: of the maps that come in, finest first; at least two.
+      classes: scores per pixel. Release: 2.
+      width: of all convolutions but the last. Release: 640.
+      frame: what the maps show, as the method says: "padded" or "resized"; see `conv_module.to_image`.
+      norm_group: images per group of batch normalisation, 0 for the whole batch (SyncBatchNorm, as released).
+
+    Raises:
+      ValueError: fewer than two maps; an unknown word.
+    """
+    conv_module.check_frame(frame)
+    if len(widths) < 2:
+      raise UserError(f"head 'lavt' joins maps of several strides, but widths={tuple(widths)} is one; choose another.")
+    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    self.stride, self.frame = strides[0], frame
+    # The level of a map: 4 where it is joined first, then 3 and 2, whatever the number of maps.
+    self.levels = tuple(range(len(widths), 1, -1))
+    below = widths[-1]
+    for level in self.levels:
+      for part, in_width in ((1, below + widths[level - 2]), (2, width)):
+        conv = layers.conv(in_width, width, 3, use_bias=False, kernel_init=TORCH, **kinds)
+        setattr(self, f"conv{part}_{level}", conv)
+        setattr(self, f"bn{part}_{level}", normalization.BatchNorm(width, group=norm_group, **kinds))
+      below = width
+    self.conv1_1 = layers.conv(width, classes, 1, kernel_init=TORCH, **kinds)
+
+  def scores(self, maps: tuple[Array, ...], *, training: bool) -> Array:
+    """Scores at the size of the first map, float [B, h, w, K]."""
+    x = maps[-1]
+    for level in self.levels:
+      finer = maps[level - 2]
+      x = jnp.concatenate([resize_corners(x, finer.shape[1:3]), finer], axis=-1)
+      for part in (1, 2):
+        conv, norm = getattr(self, f"conv{part}_{level}"), getattr(self, f"bn{part}_{level}")
+        x = layers.ReLU()(norm(conv(x), training=training))
+    return self.conv1_1(x)
+
+  def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
+    """Returns {"logits": float32 or wider [B, H, W, K] at the size of the image}.
+
+    Args:
+      features: maps of the neck.
+      training: batch statistics.
+      key: of random numbers, of which there are none here.
+    """
+    del key
+    logits = self.scores(features.maps, training=training)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    height, width = features.image_size
+    if self.frame == "resized":
+      return {"logits": resize_corners(logits, (height, width))}
+    whole = resize_corners(logits, (logits.shape[1] * self.stride, logits.shape[2] * self.stride))
+    return {"logits": whole[:, :height, :width]}

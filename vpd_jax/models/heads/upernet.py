@@ -1,0 +1,153 @@
+"""MetaPrompts' segmentation head: UPerNet with an auxiliary FCN head.
+
+Source: Xiao et al. 2018, https://arxiv.org/abs/1807.10221; mmsegmentation 0.30 models/decode_heads/uper_head.py,
+psp_head.py, fcn_head.py; metaprompts/segmentation/configs.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vpd_jax.errors import UserError
+from vpd_jax.models.backbones import layers
+from vpd_jax.models.heads import conv_module
+from vpd_jax.models.heads.conv_module import ConvModule
+from vpd_jax.types import Array, Features, Outputs
+
+
+class Pooling(nnx.Module):
+  """Adaptive average pooling to size x size; stands in lists so that positions keep the source checkpoint's numbers."""
+
+  def __init__(self, size: int):
+    self.size = size
+
+  def __call__(self, x: Array) -> Array:
+    return layers.adaptive_avg_pool(x, self.size)
+
+
+class UperHead(nnx.Module):
+  """Pyramid pooling on the coarsest map, a feature pyramid over all, both joined at the finest map."""
+
+  def __init__(
+    self,
+    widths: tuple[int, ...],
+    classes: int,
+    *,
+    width: int,
+    pool_scales: tuple[int, ...],
+    dropout: float,
+    norm_group: int,
+    **kinds: Any,
+  ):
+    self.dropout = dropout
+    conv = lambda in_width, size: ConvModule(in_width, width, size, norm_group=norm_group, **kinds)
+    self.psp_modules: Any = nnx.List([nnx.List([Pooling(scale), conv(widths[-1], 1)]) for scale in pool_scales])
+    self.bottleneck = conv(widths[-1] + len(pool_scales) * width, 3)
+    self.lateral_convs = nnx.List([conv(w, 1) for w in widths[:-1]])
+    self.fpn_convs = nnx.List([conv(width, 3) for _ in widths[:-1]])
+    self.fpn_bottleneck = conv(len(widths) * width, 3)
+    self.conv_seg = conv_module.classifier(width, classes, **kinds)
+
+  def __call__(self, maps: tuple[Array, ...], *, training: bool, key: Array | None = None) -> Array:
+    """Scores, float [B, h, w, K] at the size of the first map."""
+    laterals = [conv(x, training=training) for conv, x in zip(self.lateral_convs, maps[:-1], strict=True)]
+    laterals.append(self.pooled(maps[-1], training=training))
+    for i in range(len(laterals) - 1, 0, -1):
+      laterals[i - 1] = laterals[i - 1] + layers.resize(laterals[i], laterals[i - 1].shape[1:3])
+    levels = [conv(x, training=training) for conv, x in zip(self.fpn_convs, laterals[:-1], strict=True)]
+    size = levels[0].shape[1:3]
+    levels = [layers.resize(x, size) for x in (*levels, laterals[-1])]
+    x = self.fpn_bottleneck(jnp.concatenate(levels, axis=-1), training=training)  # [B, h, w, width]
+    return self.conv_seg(conv_module.dropped(x, self.dropout, training=training, key=key))
+
+  def pooled(self, x: Array, *, training: bool) -> Array:
+    """The map joined with its means over ever smaller bins: float [B, h, w, width]."""
+    parts = [x]
+    for pool, conv in self.psp_modules:
+      parts.append(layers.resize(conv(pool(x), training=training), x.shape[1:3]))
+    return self.bottleneck(jnp.concatenate(parts, axis=-1), training=training)
+
+
+class FcnHead(nnx.Module):
+  """One 3x3 convolution and the classifier on one map; learns beside the main head and is not used afterwards."""
+
+  def __init__(self, in_width: int, classes: int, *, width: int, dropout: float, norm_group: int, **kinds: Any):
+    self.dropout = dropout
+    self.convs = nnx.List([ConvModule(in_width, width, 3, norm_group=norm_group, **kinds)])
+    self.conv_seg = conv_module.classifier(width, classes, **kinds)
+
+  def __call__(self, x: Array, *, training: bool, key: Array | None = None) -> Array:
+    """Scores, float [B, h, w, K] at the size of the map."""
+    x = self.convs[0](x, training=training)
+    return self.conv_seg(conv_module.dropped(x, self.dropout, training=training, key=key))
+
+
+class UperNet(nnx.Module):
+  """The head of MetaPrompts on ADE20K and Cityscapes: class scores of every pixel, and those of the auxiliary head."""
+
+  def __init__(
+    self,
+    widths: tuple[int, ...],
+    strides: tuple[int, ...],
+    *,
+    classes: int,
+    width: int = 512,
+    auxiliary_width: int | None = None,
+    auxiliary_map: int = 2,
+    pool_scales: tuple[int, ...] = (1, 2, 3, 6),
+    dropout: float = 0.0,
+    frame: str = "resized",
+    norm_group: int = 0,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+  ):
+    """Builds the layers.
+
+    Args:
+      widths, strides: of the maps that come in, finest first.
+      classes: K.
+      width: of all convolutions of the main head but the last.
+      auxiliary_width: of the auxiliary head; None is `width`, 0 leaves the head out.
+      auxiliary_map: number of the map it reads, from 0.
+      pool_scales: bins per side of the pyramid pooling.
+      dropout: probability of a whole channel to be dropped before both classifiers in training. Release: 0.0 on
+        ADE20K, 0.1 on Cityscapes.
+      frame: what the maps show, as the method says: "padded" or "resized"; see `conv_module.to_image`.
+      norm_group: images per group of batch normalisation, 0 for the whole batch (SyncBN, as released).
+
+    Raises:
+      ValueError: no such map; an unknown word; a rate that is no probability.
+    """
+    conv_module.check_dropout(dropout)
+    conv_module.check_frame(frame)
+    if not 0 <= auxiliary_map < len(widths):
+      raise UserError(f"head.auxiliary_map={auxiliary_map} must be the number of one of {len(widths)} maps, from 0.")
+    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    options = {"dropout": dropout, "norm_group": norm_group, **kinds}
+    self.stride, self.frame, self.auxiliary_map = strides[0], frame, auxiliary_map
+    self.decode_head = UperHead(tuple(widths), classes, width=width, pool_scales=tuple(pool_scales), **options)
+    beside = width if auxiliary_width is None else auxiliary_width
+    self.auxiliary_head = FcnHead(widths[auxiliary_map], classes, width=beside, **options) if beside else None
+
+  def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
+    """Class scores of the main head at the size of the image, of the auxiliary head at that of its map.
+
+    Args:
+      features: maps of the neck.
+      training: batch statistics and dropout.
+      key: random key of the dropout, needed in training where its rate is above 0.
+
+    Returns:
+      {"logits": float32 or wider [B, H, W, K], "aux_logits": float32 or wider [B, h, w, K]}; the second only where
+      there is such a head.
+    """
+    keys = (None, None) if key is None else jax.random.split(key)
+    logits = self.decode_head(features.maps, training=training, key=keys[0])
+    outputs = {"logits": conv_module.to_image(logits, features, self.stride, self.frame)}
+    if self.auxiliary_head is not None:
+      aux = self.auxiliary_head(features.maps[self.auxiliary_map], training=training, key=keys[1])
+      outputs["aux_logits"] = aux.astype(jnp.promote_types(aux.dtype, jnp.float32))
+    return outputs

@@ -1,0 +1,97 @@
+"""What methods do to the image before the VAE, and to the UNet's maps after it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vpd_jax.errors import UserError
+from vpd_jax.models.backbones.unet import UNetOutput, UNetSizes
+from vpd_jax.types import Array, Batch
+
+
+def signed(image: Array, dtype: Any) -> Array:
+  """uint8 [B, H, W, 3], or float in [0, 1], to float in [-1, 1]; scaled in float32 or wider, then cast."""
+  high = jnp.promote_types(dtype, jnp.float32)
+  image = image.astype(high) / 255 if jnp.issubdtype(image.dtype, jnp.integer) else image.astype(high)
+  return (image * 2 - 1).astype(dtype)
+
+
+def network_input(batch: Batch, dtype: Any) -> Array:
+  """The images of a batch, float [B, H, W, 3] in [-1, 1], with 0 where they are padding.
+
+  Args:
+    batch: "image" uint8 [B, H, W, 3], or float in [0, 1]; where there is padding at right and bottom that uint8 cannot
+      hold exactly, "valid_size" int [B, 2], (height, width) without it.
+    dtype: of the result.
+
+  Source: mmseg pads after it has normalised, with 0 (mmseg/datasets/pipelines/transforms.py Pad).
+  """
+  image = signed(batch["image"], dtype)
+  if "valid_size" not in batch:
+    return image
+  height, width = batch["valid_size"][:, 0, None, None], batch["valid_size"][:, 1, None, None]  # [B, 1, 1]
+  rows, columns = jnp.arange(image.shape[1])[None, :, None], jnp.arange(image.shape[2])[None, None, :]
+  return jnp.where(((rows < height) & (columns < width))[..., None], image, 0)
+
+
+def padded(image: Array, multiple: int, value: float) -> Array:
+  """[B, H, W, C] grown at the right and bottom to multiples of `multiple`, with `value`."""
+  bottom, right = (-side % multiple for side in image.shape[1:3])
+  return jnp.pad(image, ((0, 0), (0, bottom), (0, right), (0, 0)), constant_values=value)
+
+
+@dataclasses.dataclass(frozen=True)
+class JoinedMaps:
+  """Cross-attention maps, one channel per token, joined to the UNet's features of the same size; of `joined_maps`.
+
+  Attributes:
+    levels: of the features that get one.
+    widths: of the features with them.
+    gradient: whether the maps carry one.
+
+  Source: VPD vpd/models.py UNetWrapper.process_attn, register_attention_control.
+  """
+
+  levels: tuple[int, ...]
+  widths: tuple[int, ...]
+  gradient: bool
+
+  def positions(self, latents: Array) -> int:
+    """Most positions of a map that the UNet is to keep; 0 where none is."""
+    if not self.levels:
+      return 0
+    height, width = (-(-side // 2 ** min(self.levels)) for side in latents.shape[1:3])
+    return height * width
+
+  def __call__(self, out: UNetOutput) -> tuple[Array, ...]:
+    """The features, finest first, with the maps of their sizes at the end of their channels."""
+    joined = list(out.features)
+    for level in self.levels:
+      probabilities = out.maps[joined[level].shape[1:3]]
+      probabilities = probabilities if self.gradient else jax.lax.stop_gradient(probabilities)
+      joined[level] = jnp.concatenate([joined[level], probabilities], axis=-1)
+    return tuple(joined)
+
+
+def joined_maps(unet: UNetSizes, tokens: int, *, use: bool, max_size: int, gradient: bool) -> JoinedMaps:
+  """What is joined where.
+
+  Args:
+    unet: sizes of the UNet.
+    tokens: channels of a map.
+    use: False joins nothing.
+    max_size: the largest map that is joined, as its side for an image of 512 x 512: 32 is stride 16.
+    gradient: whether the maps carry a gradient.
+
+  Raises:
+    ValueError: a size that is that of no level with attention.
+  """
+  sides = {64 // 2**level: level for level in unet.attention_levels}
+  if use and max_size not in sides:
+    raise UserError(
+      f"method.attention_max_size={max_size} must be the side of a map for an image of 512: one of {sorted(sides)}."
+    )
+  levels = tuple(level for side, level in sides.items() if use and side <= max_size)
+  return JoinedMaps(levels, tuple(w + tokens * (i in levels) for i, w in enumerate(unet.widths)), gradient)

@@ -1,0 +1,1 @@
+"""Features to Features: what stands between a method and a head."""

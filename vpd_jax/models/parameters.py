@@ -1,0 +1,155 @@
+"""Between nnx models, inside traced functions only, and flat {name: array} dicts, which live everywhere else.
+
+The one file that touches nnx's graph functions; also the one home of per-name rules.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from vpd_jax.errors import UserError
+from vpd_jax.models import initializers
+from vpd_jax.types import Buffer, Named
+
+
+class Parts(NamedTuple):
+  """What a model is made of, without any array.
+
+  Attributes:
+    model: the modules with shapes in place of arrays; for what a method or head says of itself.
+    graphdef: nnx's description of the modules.
+    paths: nnx path of every array by name.
+    shapes: shape and dtype of every array by name.
+    params, buffers, stats: the names by kind: trainable, never trained, running statistics.
+    draws: how fresh values are drawn, by name, of the arrays that an Initializer with a HostKey made.
+  """
+
+  model: Any
+  graphdef: nnx.GraphDef
+  paths: dict[str, tuple[Any, ...]]
+  shapes: dict[str, jax.ShapeDtypeStruct]
+  params: frozenset[str]
+  buffers: frozenset[str]
+  stats: frozenset[str]
+  draws: dict[str, initializers.Draw]
+
+  def initialize(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Fresh values of the named arrays, on the host; the same ones whatever else is named or added to the model.
+
+    Raises:
+      ValueError: an array of a module that was not built with InitKeys.
+    """
+    if undrawn := sorted(set(names) - self.draws.keys()):
+      raise UserError(f"nothing says how {undrawn[:5]} are drawn; build the model with InitKeys and Initializers.")
+    return {name: self.draws[name](name) for name in names}
+
+  def merge(self, *arrays: Named) -> Any:
+    """The model holding `arrays`, for one traced function; variables are copies, so statistics may change."""
+    named = {name: value for part in arrays for name, value in part.items()}
+    missing, unknown = self.paths.keys() - named.keys(), named.keys() - self.paths.keys()
+    if missing or unknown:
+      raise UserError(f"arrays do not fit the model: missing {sorted(missing)[:5]}, unknown {sorted(unknown)[:5]}.")
+    return self.partial(named)
+
+  def partial(self, named: Named) -> Any:
+    """As `merge`, with mere shapes in place of the arrays that are not given: for what only uses some of them."""
+    state = nnx.from_flat_state([(path, named.get(name, self.shapes[name])) for name, path in self.paths.items()])
+    return nnx.merge(self.graphdef, state, copy=True)
+
+
+def _leaves(state: nnx.State) -> list[tuple[str, tuple[Any, ...], nnx.Variable]]:
+  return [("/".join(map(str, path)), path, leaf) for path, leaf in nnx.to_flat_state(state)]
+
+
+def describe(build: Callable[[], nnx.Module]) -> Parts:
+  """Names, shapes and kinds of the arrays of the model that `build` makes, without allocating any of them."""
+  drawn: dict[str, initializers.Draw] = {}
+
+  def recorded() -> nnx.Module:
+    with initializers.recording() as record:
+      model = build()
+    draws = {id(placeholder): draw for placeholder, draw in record}
+    for name, _, leaf in _leaves(nnx.state(model)):
+      if draw := draws.get(id(leaf.get_value())):
+        drawn[name] = draw
+    return model
+
+  model = nnx.eval_shape(recorded)
+  graphdef, state = nnx.split(model)
+  leaves = _leaves(state)
+  known = (nnx.Param, Buffer, nnx.BatchStat)
+  strange = [name for name, _, leaf in leaves if not isinstance(leaf, known)]
+  if strange:
+    raise TypeError(f"the model holds state that no checkpoint keeps: {strange}; use Param, Buffer or BatchStat.")
+  params, buffers, stats = (frozenset(name for name, _, leaf in leaves if isinstance(leaf, kind)) for kind in known)
+  shapes = {name: jax.ShapeDtypeStruct(leaf.get_value().shape, leaf.get_value().dtype) for name, _, leaf in leaves}
+  return Parts(model, graphdef, {name: path for name, path, _ in leaves}, shapes, params, buffers, stats, drawn)
+
+
+def stats(model: nnx.Module) -> Named:
+  """The running statistics that a forward pass in training has left in `model`."""
+  return {name: leaf.get_value() for name, _, leaf in _leaves(nnx.state(model, nnx.BatchStat))}
+
+
+def first_rules(names: Iterable[str], rules: Sequence[tuple[str, Any]], *, field: str) -> tuple[dict[str, int], str]:
+  """The rule that counts for each name: the first whose pattern is found in "/" + name.
+
+  Args:
+    names: full names; the leading slash lets a pattern such as "/unet/" name a whole level.
+    rules: ordered (regular expression, value) pairs.
+    field: name of the config option that holds the rules, for the message.
+
+  Returns:
+    Numbers of rules by name, without the names that match none; and what is wrong with the rules that count for no
+    name, because they match none or because earlier rules take all that they match; empty where there are none. A last
+    rule for whatever is left, such as (r"", 1.0), may find nothing left.
+
+  Raises:
+    ValueError: a pattern that is no regular expression.
+  """
+  try:
+    patterns = [re.compile(pattern) for pattern, _ in rules]
+  except re.error as error:
+    raise UserError(f"{field}: {error.pattern!r} is no regular expression: {error}; correct it.") from error
+  matching = {name: [i for i, pattern in enumerate(patterns) if pattern.search("/" + name)] for name in names}
+  first = {name: found[0] for name, found in matching.items() if found}
+  idle, shadowed = [], []
+  rest = [i for i, pattern in enumerate(patterns) if pattern.search("")]
+  allowed = set(rest[:1]) & {len(rules) - 1} & {i for found in matching.values() for i in found}
+  for i in sorted(set(range(len(rules))) - set(first.values()) - allowed):
+    before = sorted({first[name] for name, found in matching.items() if i in found})
+    if before:
+      shadowed.append(f"{rules[i][0]!r} behind {', '.join(repr(rules[j][0]) for j in before)}")
+    else:
+      idle.append(rules[i][0])
+  problems = [f"rules that match no array: {idle}"] if idle else []
+  problems += (
+    [f"rules that come too late, earlier ones match all they match: {', '.join(shadowed)}"] if shadowed else []
+  )
+  return first, "; ".join(problems)
+
+
+def assign(names: Iterable[str], rules: Sequence[tuple[str, Any]], *, field: str) -> dict[str, Any]:
+  """One value per name: of the first rule whose pattern is found in "/" + name.
+
+  Args:
+    names: full names; the leading slash lets a pattern such as "/unet/" name a whole level.
+    rules: ordered (regular expression, value) pairs.
+    field: name of the config option that holds the rules, for the message.
+
+  Raises:
+    ValueError: a name matches no rule, or a rule counts for no name; lists all of them.
+  """
+  names = list(names)
+  first, idle = first_rules(names, rules, field=field)
+  homeless = sorted(set(names) - first.keys())
+  if homeless or idle:
+    raise UserError(
+      f"{field}: {len(homeless)} arrays match no rule {homeless[:10]}; {idle or 'rules that match no array: []'}. "
+      "Add a rule, or remove or correct the idle one."
+    )
+  return {name: rules[i][1] for name, i in first.items()}

@@ -1,0 +1,1 @@
+"""Metric writers, profiler, cost of compiled programs, accelerators."""

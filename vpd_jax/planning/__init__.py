@@ -1,0 +1,1 @@
+"""--mode=plan: memory and cost of a run before it starts."""

@@ -1,0 +1,60 @@
+"""What --mode=plan says of a compiled step, for the reader at the terminal."""
+
+from typing import Any
+
+from vpd_jax.monitoring import writers
+
+Report = dict[str, Any]  # of plan.compiled_report
+
+
+def amount(count: float) -> str:
+  """Bytes for the reader."""
+  power = next((p for p in (30, 20) if count >= 2**p / 10), 10)
+  return f"{count / 2**power:.2f} {({30: 'GiB', 20: 'MiB', 10: 'KiB'})[power]}"
+
+
+def in_short(report: Report) -> str:
+  """Peak and verdict in a few words."""
+  peak = "more than there is" if report.get("peak") is None else amount(report["peak"])
+  verdict = {True: "fits", False: "does not fit", None: "no limit known"}[report["fits"]]
+  return f"{peak} of {amount(report['limit'])}, {verdict}" if report["limit"] else f"{peak}, {verdict}"
+
+
+def describe(report: Report) -> str:
+  """A report as a table."""
+  where = report["topology"] or "devices at hand"
+  mesh = report["mesh"]
+  bound = {"low": ", an upper bound: the compiler was in a hurry", "untimed": ", kernels chosen without timing them"}
+  rows = [
+    (
+      f"{report['step']} step",
+      f"{where}: {report['devices']} x {report['kind']}, mesh {mesh['data']} x {mesh['fsdp']}",
+    ),
+    (
+      "images",
+      f"{report['batch']} in all, {report['batch'] / report['devices']:g} a device, accumulation "
+      f"{report['accumulation']}, {report['dtype']}, attention {report['attention']}, remat {report['remat']}",
+    ),
+    ("on one device", ""),
+  ]
+  names = {"params": "parameters", "frozen": "frozen", "stats": "statistics", "opt_state": "optimizer state"}
+  names["ema"] = "moving average"
+  rows += [(f"  {names[part]}", amount(value)) for part, value in report["state"].items() if value]
+  rows += [("  encoders ahead of it", amount(report["encoders"]))] if report["encoders"] else []
+  rows += [("  activations, gradients", amount(report["temporaries"]))] if "temporaries" in report else []
+  rows += [("  peak", in_short(report) + bound.get(report["effort"], ""))]
+  if "flops" in report:
+    rows += [("  operations", f"{report['flops'] / 1e12:.3f} TFLOP a step")]
+  if "bytes_accessed" in report:
+    rows += [("  memory traffic", f"{report['bytes_accessed'] / 1e9:.1f} GB a step")]
+  rows += (
+    [] if "collectives" in report or "temporaries" not in report else [("  collectives", "the compiler tells none")]
+  )
+  for kind, (number, size) in sorted(report.get("collectives", {}).items()):
+    rows += [(f"  {kind}", f"{number}, {size / 1e6:.1f} MB")]
+  if "optimal_seconds" in report:
+    rows += [("  compiler's estimate", f"{1e3 * report['optimal_seconds']:.1f} ms a step")]
+  rows += [
+    ("compiled in", f"{report['compile_seconds']} s, traced in {report['trace_seconds']} s; {report['compiler']}")
+  ]
+  return writers.table(rows)

@@ -1,0 +1,132 @@
+"""Devices that are not there, to compile for: slices of TPUs by libtpu, GPUs of a machine by JAX's CUDA plugin."""
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jax.experimental import topologies
+
+from vpd_jax.distributed import sharding
+from vpd_jax.errors import UserError
+from vpd_jax.types import Device
+
+EFFORTS = ("low", "default")
+OPTIONS: dict[str, dict[str, Any]] = {
+  "default": {},
+  # Minutes; the program is slower and takes more memory than what a run would use. The levels are
+  # XLA's EFFORT_O0: the two efforts alone took five times as long for VPD on v5e:2x4, and saved no memory.
+  "low": {
+    **{"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0},
+    **{"optimization_level": 9, "memory_fitting_level": 9},
+  },
+  # A GPU that is not there can time no kernel: the libraries' own choices stand in for what is chosen by timing.
+  "untimed": {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False},
+}
+# libtpu asks a server in Google's cloud otherwise, writes a page of text, and lets one process in only.
+QUIET = {
+  **{"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"},
+  **{"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+}
+PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+_GPU = re.compile(r"([a-z]+\d+(?:-\d+gb)?):(\d+)")
+_HOPPER = {
+  **{"cores": 132, "fpus": 128, "shared": 233472, "most_shared": 232448, "l2": 52428800, "clock": 1.98},
+  "capability": (9, 0),
+}
+_AMPERE = {
+  **{"cores": 108, "fpus": 64, "shared": 167936, "most_shared": 166912, "l2": 41943040, "clock": 1.41},
+  "capability": (8, 0),
+}
+# What XLA asks of a GPU; bandwidth in bytes a second, memory in bytes.
+GPUS: dict[str, Mapping[str, Any]] = {
+  "a100-40gb": {"name": "NVIDIA A100-SXM4-40GB", "bandwidth": 1555e9, "memory": 42.4e9, **_AMPERE},
+  "a100-80gb": {"name": "NVIDIA A100-SXM4-80GB", "bandwidth": 2039e9, "memory": 84.9e9, **_AMPERE},
+  "h100": {"name": "NVIDIA H100 80GB HBM3", "bandwidth": 3352e9, "memory": 84.9e9, **_HOPPER},
+  "h200": {"name": "NVIDIA H200", "bandwidth": 4800e9, "memory": 150.1e9, **_HOPPER},
+}
+_DESCRIPTION = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared} shared_memory_per_block_optin: {most_shared}
+  core_count: {cores} fpus_per_core: {fpus} clock_rate_ghz: {clock}
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth:.0f} l2_cache_size: {l2} device_memory_size: {memory:.0f}
+  cuda_compute_capability {{ major: {capability[0]} minor: {capability[1]} }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
+device_description_str: "{name}"
+"""
+
+
+def of(topology: str) -> list[Device]:
+  """The devices of a topology, of which programs can be compiled but none can run.
+
+  Args:
+    topology: a slice of TPUs as libtpu names it, like "v5e:2x4", or a GPU and how many of it, like "h200:8".
+
+  Raises:
+    ValueError: what compiles for it is not installed, it is unknown, or jax makes no mesh of it, as of v4's.
+  """
+  gpu = _gpu(topology)
+  needed = PLUGINS if gpu else ("libtpu",)
+  if not any(map(importlib.util.find_spec, needed)):
+    word, extra = ("JAX's CUDA plugin, which also compiles without a GPU", "cuda12") if gpu else (
+      "libtpu, which also runs without a TPU", "plan")  # fmt: skip
+    raise UserError(f"--topology={topology!r} needs {word}: pip install 'vpd_jax[{extra}]'.")
+  try:
+    devices = _gpus(*gpu) if gpu else _tpus(topology)
+    sharding.make_mesh(devices=devices)
+  except Exception as error:
+    reason = " ".join(str(error).split())[:200]
+    raise UserError(
+      f"--topology={topology!r} cannot be planned for ({reason}); names are like v5e:2x4, v5p:2x2x1, v6e:16x16, and "
+      f"{', '.join(f'{name}:8' for name in GPUS)}."
+    ) from error
+  return devices
+
+
+def compiler(topology: str) -> str:
+  """Name and version of what compiles for a topology, or, without one, for the devices at hand."""
+  for name in (PLUGINS if _gpu(topology) else ("libtpu",)) if topology else ("jaxlib",):
+    if importlib.util.find_spec(name):
+      try:
+        return f"{name} {importlib.metadata.version(name)}"
+      except importlib.metadata.PackageNotFoundError:
+        return name
+  return "?"
+
+
+def effort(topology: str, wished: str) -> str:
+  """Key of OPTIONS by which a program is compiled: on GPUs that are not there always "untimed".
+
+  Raises:
+    ValueError: another effort than the first is wished where there is no choice.
+  """
+  if _gpu(topology) and wished != EFFORTS[0]:
+    raise UserError(f"--effort={wished!r} would have no effect with --topology={topology!r}; leave it out.")
+  return "default" if not topology else "untimed" if _gpu(topology) else wished
+
+
+def _gpu(topology: str) -> tuple[str, int] | None:
+  """Name and number of the GPUs, None where it is a slice of TPUs."""
+  found = _GPU.fullmatch(topology)
+  return (found[1], int(found[2])) if found and found[1] in GPUS else None
+
+
+def _gpus(name: str, count: int) -> list[Device]:
+  hosts = f"1x{count // 8}x8" if count % 8 == 0 else f"1x1x{count}"
+  description = _DESCRIPTION.format(**GPUS[name])
+  return list(topologies.get_topology_desc("", "cuda", target_config=description, topology=hosts).devices)
+
+
+def _tpus(topology: str) -> list[Device]:
+  for name, value in QUIET.items():
+    os.environ.setdefault(name, value)
+  # A host has four chips if it is not told otherwise.
+  alone = {"chips_per_host_bounds": (1, 1, 1)} if re.search(r":1(x1)*$", topology) else {}
+  return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **alone).devices)

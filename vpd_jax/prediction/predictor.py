@@ -1,0 +1,246 @@
+"""Predictor, the door for Python users."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from vpd_jax import experiment
+from vpd_jax.checkpoints import initialize
+from vpd_jax.config import loader
+from vpd_jax.distributed import sharding
+from vpd_jax.errors import UserError
+from vpd_jax.evaluation import evaluate
+from vpd_jax.experiment import Product
+from vpd_jax.inference import image_io as pictures_lib
+from vpd_jax.prediction import protocols
+
+
+@dataclasses.dataclass
+class Predictor:
+  """A network with its weights, for float images in and numpy arrays out.
+
+  Use `Predictor.load`. `forward` is the bare network, `predict` the published test-time procedure on any pictures.
+
+  Attributes:
+    config: what was loaded.
+    product: the objects it stands for.
+    weights: parameters, frozen arrays and statistics, on the devices.
+    origin: lines that say where the weights came from.
+  """
+
+  config: ConfigDict
+  product: Product
+  weights: evaluate.Weights
+  origin: list[str]
+
+  @classmethod
+  def load(cls, config: ConfigDict | str, weights: str | Path = "", *, fresh: bool = False) -> "Predictor":
+    """Builds the network and fills it.
+
+    Args:
+      config: a ConfigDict or the string of --config, e.g. "configs/nyu_depth.py:tiny"; a relative path is looked up in
+        the working directory, then beside the package.
+      weights: a workdir of ours, a released checkpoint (.pth), or converted weights; empty: `config.init`.
+      fresh: what the weights do not hold is random, as before training; all of it without weights.
+
+    Raises:
+      ValueError: in one line, for a config or weights that cannot be used, or weights of a part of the network only.
+    """
+    config = loader.load(config)
+    source = str(weights) or config.init.run or config.init.pretrained
+    if not (source or fresh):
+      raise UserError(
+        "Predictor.load has no weights: give weights=WORKDIR or a released checkpoint, set config.init.pretrained, or "
+        "give fresh=True for a network of random numbers."
+      )
+    config = initialize.complete(config, source)
+    config = initialize.predicting_class(config)
+    product = experiment.assemble(config, training=False)
+    mesh = sharding.make_mesh(1, 1, devices=jax.local_devices()[:1])
+    filled, lines = initialize.weights_on_mesh(config, product, mesh, str(weights), complete=not fresh)
+    return cls(config, product, filled, lines)
+
+  def __post_init__(self):
+    product = self.product
+    self._procedure = protocols.WAYS[product.task.way](self.config, product)
+    self._forward = jax.jit(lambda weights, batch: product.parts.merge(*weights)(batch, training=False))
+    predictor = lambda weights, image: product.parts.merge(*weights).method.class_predictor(image)
+    self._classify = jax.jit(predictor) if hasattr(product.method, "class_predictor") else None
+    attended = lambda weights, image: product.parts.merge(*weights).method.class_attention({"image": image})
+    self._attention = jax.jit(attended)
+    self._side = int(self.config.data.crop[0])
+    self._dtype = np.promote_types(experiment.dtype(self.config, "param_dtype"), np.float32)
+
+  @property
+  def takes_class(self) -> bool:
+    """Whether the method is told the class of an image, or predicts it."""
+    return self.predicts_class or "class_id" in self.product.method.needs
+
+  @property
+  def predicts_class(self) -> bool:
+    """Whether CLIP tells the class where nobody does."""
+    return self._classify is not None
+
+  @property
+  def takes_sentence(self) -> bool:
+    """Whether the method reads a sentence about each image."""
+    return "sentence" in self.product.method.prepare_reads
+
+  @property
+  def takes_boxes(self) -> bool:
+    """Whether people are looked for in given boxes."""
+    return self.product.task.way == "crops"
+
+  def class_id(self, name: str) -> int:
+    """Number of a class by its name, spaces or underscores alike.
+
+    Raises:
+      ValueError: unknown name; lists all.
+    """
+    wanted = name.strip().lower().replace(" ", "_")
+    if wanted not in self.product.classes:
+      raise UserError(f"class {name!r} is unknown; choose one of {', '.join(self.product.classes)}.")
+    return self.product.classes.index(wanted)
+
+  def forward(
+    self, images: Any, *, class_id: Any = None, sentences: Sequence[str] | None = None, text_states: Any = None
+  ) -> dict[str, np.ndarray]:
+    """The bare network in evaluation mode: no resizing, no windows, no mirroring.
+
+    Args:
+      images: float [B, H, W, 3] in [0, 1], RGB.
+      class_id: int or int [B], -1 for the mean of all class vectors; None is -1.
+      sentences: one per image, where the method reads sentences.
+      text_states: float [B, N, D] in their place: the text encoder's states after its final norm.
+
+    Returns:
+      What the head returns: {"depth": float32 [B, H, W] metres}, {"logits": float32 [B, H, W, K], "aux_logits": ..} or
+      {"heatmaps": float32 [B, h, w, K]}.
+
+    Raises:
+      ValueError: images of another shape or type; a class id out of range; sentences missing; a class id or sentences
+        for a method that reads none.
+    """
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[-1] != 3 or not np.issubdtype(images.dtype, np.floating):
+      raise UserError(f"images are {images.dtype} {images.shape}; give float [B, H, W, 3] in [0, 1].")
+    batch = {"image": images.astype(self._dtype)}
+    if text_states is not None:
+      batch["text_states"] = self._text_states(text_states, len(images), sentences)
+      sentences = None
+    known = self._known(len(images), class_id, sentences, None, complete=text_states is None)
+    batch |= {name: np.stack([own[name] for own in known]) for name in (known[0] if known else ())}
+    return jax.device_get(self._forward(self.weights, jax.tree.map(jnp.asarray, batch)))
+
+  def predict(
+    self,
+    images: Sequence[Any],
+    class_id: Any = None,
+    *,
+    sentences: Sequence[str] | None = None,
+    boxes: Sequence[Any] | None = None,
+  ) -> list[dict[str, np.ndarray]]:
+    """The test-time procedure of the config on pictures of any sizes; see prediction/protocols.py.
+
+    Args:
+      images: uint8 [H, W, 3], or float in [0, 1], each.
+      class_id: int, or one per image; None for the mean of all class vectors.
+      sentences: one per image, where the method reads sentences.
+      boxes: for poses, a list per image of [x, y, width, height] or [x, y, width, height, score]; None: every image
+        shows one person.
+
+    Returns:
+      One dict per image: {"depth": float32 [H, W] metres}, {"label": int32 [H, W]}, {"mask": bool [H, W]}, or
+      {"keypoints": float32 [N, K, 3] of x, y, score; "boxes" [N, 4]; "scores" [N]}; with "class_id" where the method
+      takes one.
+
+    Raises:
+      ValueError: an image of another shape or type; a class id out of range; sentences missing; a class id,
+        sentences or boxes where they would have no effect.
+    """
+    known = self._known(len(images), class_id, sentences, boxes)
+    images = [np.asarray(image) for image in images]
+    if self._classify is not None:  # from the whole picture, once for all of its windows
+      for image, own in zip(images, known, strict=True):
+        if own["class_id"] < 0:
+          own["class_id"] = np.int32(self._classified(pictures_lib.unit(image, self._dtype)))
+    results = self._procedure(self.weights, images, known)
+    if self.takes_class:
+      results = [result | {"class_id": own["class_id"]} for result, own in zip(results, known, strict=True)]
+    return results
+
+  def attention(self, images: Sequence[Any]) -> list[np.ndarray]:
+    """How much each place of a picture attends to each class, of methods that attend to all of them.
+
+    Args:
+      images: uint8 [H, W, 3], or float in [0, 1], each; squeezed to the training crop, the aspect not kept.
+
+    Returns:
+      float32 [h, w, K] each, of that crop: h and w are its sides over the stride of the finest joined maps.
+
+    Raises:
+      ValueError: the method has no such maps; an image of another shape or type.
+    """
+    if not getattr(self.product.method, "attends_to_classes", False):
+      raise UserError(f"{self._what} has no attention maps of classes.")
+    size = tuple(self.config.data.crop)
+    squeezed = [pictures_lib.resized(pictures_lib.unit(image, self._dtype), size) for image in images]
+    return [np.asarray(self._attention(self.weights, jnp.asarray(x[None])))[0].astype(np.float32) for x in squeezed]
+
+  def _known(
+    self, count: int, class_id: Any, sentences: Any, boxes: Any, complete: bool = True
+  ) -> list[dict[str, Any]]:
+    """What is known of each image, by the name under which it is read."""
+    if class_id is not None and not self.takes_class:
+      raise UserError(f"class_id has no effect on {self._what}; leave it out.")
+    for name, value, taken in (("sentences", sentences, self.takes_sentence), ("boxes", boxes, self.takes_boxes)):
+      if value is not None and not taken:
+        raise UserError(f"{name} have no effect on {self._what}; leave them out.")
+      if value is not None and (isinstance(value, str) or len(value) != count):
+        raise UserError(f"{name}: {1 if isinstance(value, str) else len(value)} for {count} images; give one each.")
+    if self.takes_sentence and sentences is None and complete:
+      raise UserError(f"{self._what} needs a sentence about each image; give sentences=[...].")
+    known = [{} for _ in range(count)]
+    ids = self._class_ids(class_id, count)
+    if self.takes_class:
+      for own, i in zip(known, ids, strict=True):
+        own["class_id"] = np.int32(i)
+    for own, text in zip(known, sentences or (), strict=False):
+      own["tokens"] = self.product.method.prepare({"sentence": text})["tokens"]
+    for own, given in zip(known, () if boxes is None else boxes, strict=False):
+      own["boxes"] = given
+    return known
+
+  @property
+  def _what(self) -> str:
+    return f"method {self.config.method.name!r} and task {self.config.task.name!r}"
+
+  def _text_states(self, states: Any, count: int, sentences: Any) -> np.ndarray:
+    if not self.takes_sentence:
+      raise UserError(f"text_states have no effect on {self._what}; leave them out.")
+    if sentences is not None:
+      raise UserError("sentences and text_states are given; give one of them.")
+    states, expected = np.asarray(states), (count, *self.product.method.sentence_tokens)
+    if states.shape != expected or not np.issubdtype(states.dtype, np.floating):
+      raise UserError(f"text_states are {states.dtype} {states.shape}; give float {expected}.")
+    return states.astype(self._dtype)
+
+  def _classified(self, picture: np.ndarray) -> int:
+    """The class that CLIP tells from a picture of any size, squeezed to one size for one program."""
+    squeezed = jnp.asarray(pictures_lib.resized(picture, (self._side, self._side))[None])
+    return int(cast(Any, self._classify)(self.weights, squeezed)[0])
+
+  def _class_ids(self, class_id: Any, count: int) -> np.ndarray:
+    ids = np.asarray(-1 if class_id is None else class_id)
+    if ids.shape not in ((), (count,)) or (not np.issubdtype(ids.dtype, np.integer) and ids.size):
+      raise UserError(f"class_id is {ids.dtype} {list(ids.shape)}; give one int, or one for each of {count} images.")
+    ids = np.broadcast_to(ids.astype(np.int32), (count,))
+    if ids.size and (ids.min() < -1 or ids.max() >= len(self.product.classes)):
+      raise UserError(f"class_id {ids.tolist()} must lie between -1 (the mean) and {len(self.product.classes) - 1}.")
+    return ids

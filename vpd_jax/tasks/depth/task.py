@@ -1,0 +1,225 @@
+"""Metric depth: scale-invariant loss, the scores of NYU and KITTI, pictures and files of the result."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jax.numpy as jnp
+import numpy as np
+
+from vpd_jax.errors import UserError
+from vpd_jax.files import atomic
+from vpd_jax.tasks import colormaps, finite
+from vpd_jax.tasks.depth.baselines import depth_baselines
+from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
+
+SCORES = ("d1", "d2", "d3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
+PNG_SCALES = (1000, 256, 100, 10, 1)  # units per metre of 16-bit depth pictures
+RANGE = (1e-9, 1e9)  # metres, within which no score overflows: beyond, a prediction counts as the end
+# Rows and columns of the image that are scored, as (top, bottom, left, right).
+EVAL_CROPS = {
+  "none": lambda h, w: (0, h, 0, w),
+  # 45:471, 41:601 at 480 x 640; the same part of an image of another size.
+  "eigen_nyu": lambda h, w: (45 * h // 480, 471 * h // 480, 41 * w // 640, 601 * w // 640),
+  "garg": lambda h, w: (int(0.40810811 * h), int(0.99189189 * h), int(0.03594771 * w), int(0.96405229 * w)),
+  "eigen_kitti": lambda h, w: (int(0.3324324 * h), int(0.91351351 * h), int(0.0359477 * w), int(0.96405229 * w)),
+}
+
+
+def silog(prediction: Array, target: Array, *, variance_focus: float = 0.5) -> tuple[Array, Array]:
+  """Scale-invariant log error over the valid pixels of all given images together.
+
+  sqrt(mean(e^2) - variance_focus * mean(e)^2) with e = log target - log prediction.
+
+  Args:
+    prediction: float32 or wider [B, H, W], metres, positive.
+    target: float32 [B, H, W], metres; 0 marks a pixel without ground truth.
+    variance_focus: 0 is the plain log RMSE, 1 ignores global scale.
+
+  Returns:
+    The error, float [], 0 where no pixel is valid; and whether one is, bool [].
+
+  Source: Eigen et al. 2014, training loss, here under a root; VPD depth/utils_depth/criterion.py (0.5).
+  """
+  valid = target > 0
+  count = valid.sum().astype(prediction.dtype)
+  safe = jnp.where(valid, target.astype(prediction.dtype), 1)
+  error = jnp.log(safe) - jnp.log(jnp.where(valid, prediction, 1))
+  share = 1 / jnp.maximum(count, 1)
+  square = (error**2).sum() * share - variance_focus * (error.sum() * share) ** 2
+  flat = square <= 0  # the root has no gradient at 0; not "square > 0", which would hide a NaN
+  return jnp.where(flat, 0, jnp.sqrt(jnp.where(flat, 1, square))), count > 0
+
+
+class Depth:
+  """Learns depth in metres, scores it per image.
+
+  Attributes:
+    output: what the head must know.
+    best: the score that chooses the best checkpoint.
+  """
+
+  needs = frozenset({"depth"})
+  result = "depth"
+  best = ("rmse", "min")
+  way = "windows"
+  eval_needs = frozenset()
+  needs_truth = False
+
+  def __init__(
+    self,
+    *,
+    max_depth: float,
+    min_depth: float = 1e-3,
+    eval_crop: str = "none",
+    variance_focus: float = 0.5,
+    png_scale: int = 0,
+  ):
+    """Options of loss, scores and files.
+
+    Args:
+      max_depth: metres; the head's largest value, and the scored ground truth is below it.
+      min_depth: metres; the scored ground truth is above it.
+      eval_crop: the part of the image that is scored: "eigen_nyu", "garg", "eigen_kitti" or "none".
+      variance_focus: of the loss.
+      png_scale: units per metre of the 16-bit depth pictures of `save`: 1000 as in NYU's files, 256 as the KITTI server
+        takes them; 0 is the first of PNG_SCALES at which 16 bits hold max_depth: 1000 up to 65 m, then 256.
+
+    Raises:
+      ValueError: unknown crop, an empty range of depth, or a scale at which 16 bits do not hold max_depth.
+    """
+    if eval_crop not in EVAL_CROPS:
+      raise UserError(f"task.eval_crop={eval_crop!r} is unknown; choose one of {sorted(EVAL_CROPS)}.")
+    if not 0 <= min_depth < max_depth:
+      raise UserError(f"task.min_depth={min_depth} must be at least 0 and below task.max_depth={max_depth}.")
+    self.png_scale = png_scale or next((scale for scale in PNG_SCALES if scale * max_depth <= 65535), 1)
+    if not 0 < self.png_scale * max_depth <= 65535:
+      raise UserError(
+        f"task.png_scale={png_scale} must be above 0 and at most {65535 / max_depth:.4g}, so that 16 bits hold "
+        f"task.max_depth={max_depth}; or 0, which chooses."
+      )
+    self.max_depth, self.min_depth = max_depth, min_depth
+    self.eval_crop, self.variance_focus = eval_crop, variance_focus
+    self.output = {"max_depth": max_depth}
+
+  def loss(self, outputs: Outputs, batch: Batch) -> Loss:
+    """SiLog of one group of images; weight 0 where no pixel has ground truth."""
+    value, any_valid = silog(outputs["depth"], batch["depth"], variance_focus=self.variance_focus)
+    return Loss(value, any_valid.astype(value.dtype), {"silog": value})
+
+  def predict(self, outputs: Outputs) -> Array:
+    """Depth, float [B, H, W], metres."""
+    return outputs["depth"]
+
+  def region(self, size: Sequence[int]) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) rows and columns of an image of this size that are scored."""
+    return EVAL_CROPS[self.eval_crop](*size)
+
+  def measure(self, prediction: Array, batch: Batch) -> dict[str, Array]:
+    """Scores of each image, float [B] each, and its number of scored pixels; 0 each where it has none.
+
+    Valid pixels have min_depth < truth < max_depth, both strict, inside the crop. The prediction is not clipped,
+    but to RANGE; infinities become `max_depth`, NaN `min_depth`, as released; "not_finite" counts both.
+
+    Source: VPD depth/utils_depth/metrics.py cropping_img, eval_depth.
+    """
+    truth = batch["depth"].astype(prediction.dtype)
+    finite = jnp.isfinite(prediction)
+    prediction = jnp.where(jnp.isinf(prediction), self.max_depth, prediction)
+    prediction = jnp.where(jnp.isnan(prediction), self.min_depth, prediction)
+    top, bottom, left, right = self.region(truth.shape[1:])
+    inside = np.zeros((1, *truth.shape[1:]), bool)
+    inside[:, top:bottom, left:right] = True
+    valid = (truth > self.min_depth) & (truth < self.max_depth) & jnp.asarray(inside)
+    p, g = jnp.where(valid, prediction, 1).clip(-RANGE[1], RANGE[1]), jnp.where(valid, truth, 1)
+    pixels = valid.sum(axis=(1, 2)).astype(prediction.dtype)
+    mean = lambda x: jnp.where(valid, x, 0).sum(axis=(1, 2)) / jnp.maximum(pixels, 1)
+    difference, p = p - g, jnp.maximum(p, RANGE[0])
+    ratio, logs = jnp.maximum(p / g, g / p), jnp.log(p) - jnp.log(g)
+    rows = {f"d{k}": mean((ratio < 1.25**k).astype(p.dtype)) for k in (1, 2, 3)}
+    return rows | {
+      "abs_rel": mean(jnp.abs(difference) / g),
+      "sq_rel": mean(difference**2 / g),
+      "rmse": jnp.sqrt(mean(difference**2)),
+      "rmse_log": jnp.sqrt(mean(logs**2)),
+      "log10": mean(jnp.abs(logs)) / jnp.log(jnp.asarray(10, p.dtype)),
+      "silog": jnp.sqrt(mean(logs**2) - 0.5 * mean(logs) ** 2),
+      "pixels": pixels,
+      "not_finite": (valid & ~finite).sum(axis=(1, 2), dtype=jnp.int32),
+    }
+
+  def summarize(self, rows: Rows) -> dict[str, float]:
+    """Means over the images that have a scored pixel (the published averaging), how many those are, "not_finite".
+
+    Raises:
+      ValueError: no image has one.
+    """
+    scored = rows["pixels"] > 0
+    if not scored.any():
+      raise UserError(
+        f"none of {len(scored)} images has ground truth in ({self.min_depth}, {self.max_depth}) metres; "
+        "check the depth unit and task.max_depth."
+      )
+    return (
+      {name: float(np.mean(rows[name][scored], dtype=np.float64)) for name in SCORES}
+      | {"images": float(scored.sum())}
+      | finite.total(rows)
+    )
+
+  def baselines(self, train: Iterable[Example], evaluation: Iterable[Example]) -> dict[str, float]:
+    """RMSE, under the same protocol, of three predictors that learn nothing from the picture's content."""
+    evaluation = iter(evaluation)
+    first = next(evaluation)
+    region = self.region(first["depth"].shape)
+    evaluation = itertools.chain((first,), evaluation)  # not a list: KITTI's images together take 2 GB
+    return depth_baselines(train, evaluation, min_depth=self.min_depth, max_depth=self.max_depth, region=region)
+
+  def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray:
+    """Input, prediction, truth and error of one image side by side: uint8 [H, 4 W, 3]."""
+    return colormaps.depth_panel(example["image"], prediction, example["depth"], self.max_depth)
+
+  def save(
+    self, stem: Path, prediction: np.ndarray, facts: dict[str, Any], image: np.ndarray | None = None
+  ) -> list[Path]:
+    """Writes the depth of one picture; files appear only when complete, the JSON last.
+
+    The PNG follows the rule of KITTI's development kit: value / png_scale is metres, 0 is no value. So a depth that is
+    a number is at least 1 there, and only NaN is 0.
+
+    Args:
+      stem: path without suffix: stem.colour.png, stem.depth.png (16 bit), stem.npy (float32 metres), stem.json.
+      prediction: float [H, W], metres.
+      facts: more entries for the JSON, which states unit and scale.
+      image: the picture; no use of it here.
+    """
+    del image
+    depth = prediction.astype(np.float32)
+    whole = np.clip(np.nan_to_num(depth, posinf=65535, neginf=0) * self.png_scale + 0.5, 1, 65535)
+    stored = np.where(np.isnan(depth), 0, whole).astype(np.uint16)
+    described = {
+      "unit": "metre",
+      "png_units_per_metre": self.png_scale,
+      "png_no_value": 0,
+      "max_depth": self.max_depth,
+      **finite.ends(depth),
+      "size": list(depth.shape),
+      **facts,
+    }
+    colour = colormaps.colour_depth(depth)
+    return [
+      _write(stem, ".colour.png", lambda path: _png(path, colour[..., ::-1])),
+      _write(stem, ".depth.png", lambda path: _png(path, stored)),
+      _write(stem, ".npy", lambda path: np.save(path, depth)),
+      _write(stem, ".json", lambda path: path.write_text(atomic.to_json(described, indent=1) + "\n")),
+    ]
+
+
+def _write(stem: Path, suffix: str, write: Any) -> Path:
+  return atomic.write(stem.with_name(stem.name + suffix), write)
+
+
+def _png(path: Path, image: np.ndarray) -> None:
+  if not cv2.imwrite(str(path), image):
+    raise OSError(f"{path} could not be written.")

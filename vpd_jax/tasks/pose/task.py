@@ -1,0 +1,252 @@
+"""Keypoints of people, one crop each: heatmaps are learned, decoded to the picture, scored as COCO does.
+
+Source: ViTPose configs/body/2d_kpt_sview_rgb_img/topdown_heatmap/coco; mmpose 0.x models/losses/mse_loss.py,
+models/heads/topdown_heatmap_base_head.py, datasets/datasets/top_down/topdown_coco_dataset.py.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from vpd_jax.errors import UserError
+from vpd_jax.files import atomic
+from vpd_jax.tasks import finite
+from vpd_jax.tasks.label_images import write, write_colours
+from vpd_jax.tasks.pose import baselines, heatmaps, oks, visualize
+from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
+
+STRIDE = 4  # pixels of the crop per pixel of a heatmap
+DRAWN = 0.2  # score above which a keypoint is drawn
+
+
+def joints_mse(predicted: Array, target: Array, weights: Array) -> Array:
+  """Mean over batch, pixels and keypoints of (w predicted - w target)^2.
+
+  A keypoint of weight 0 adds nothing and counts in the mean all the same.
+
+  Args:
+    predicted, target: float [B, h, w, K].
+    weights: float [B, K].
+
+  Returns:
+    float [].
+
+  Source: mmpose 0.x models/losses/mse_loss.py JointsMSELoss, use_target_weight.
+  """
+  return jnp.square((predicted - target) * weights[:, None, None]).mean()
+
+
+class Pose:
+  """Learns a heatmap per keypoint, scores keypoints in the picture.
+
+  Attributes:
+    output: what the head must know.
+    best: the score that chooses the best checkpoint.
+    needs_truth: `summarize` and `baselines` take what the data set's `truth` gives.
+  """
+
+  needs = frozenset({"keypoints", "centre", "extent", "box_score", "image_index"})
+  result = "keypoints"
+  best = ("AP", "max")
+  way = "crops"
+  eval_needs = frozenset()
+  needs_truth = True
+
+  def __init__(
+    self,
+    *,
+    keypoints: Any,
+    udp: bool = True,
+    sigma: int = 2,
+    blur: int = 0,
+    shift_flipped: bool = False,
+    score_above: float = 0.2,
+    nms: float = 0.9,
+  ):
+    """Options of loss, decoding and scores.
+
+    Args:
+      keypoints: names, pairs, skeleton and sigmas, a fact of the data set; see data/keypoints.py Keypoints.
+      udp: a fact of the data set, too: how crops, heatmaps and pictures lie on each other, see heatmaps.py.
+      sigma: of the Gaussians that are learned, in pixels of the heatmap. Release: 2 at 256 x 192, 3 at 384 x 288.
+      blur: taps of the blur before decoding, odd; 0: 6 sigma - 1. Release: 11 at sigma 2, 17 at sigma 3.
+      shift_flipped: moves the heatmaps of the mirrored crop by a pixel. Release: False with udp, True without.
+      score_above: keypoints whose score is above it count in a person's score. Release: 0.2.
+      nms: similarity above which the worse of two people of a picture is left out. Release: 0.9.
+
+    Raises:
+      ValueError: in one line, numbers out of their ranges.
+    """
+    wrong = []
+    blur = blur or 6 * sigma - 1
+    if sigma < 1 or sigma != int(sigma):
+      wrong.append(f"sigma={sigma} must be a whole number of at least 1")
+    if blur < 3 or blur % 2 != 1:
+      wrong.append(f"blur={blur} must be an odd number of at least 3, or 0")
+    if not 0 < nms <= 1:
+      wrong.append(f"nms={nms} must be above 0 and at most 1")
+    if wrong:
+      raise UserError(f"task: {'; '.join(wrong)}.")
+    self.keypoints, self.udp, self.sigma, self.blur = keypoints, udp, int(sigma), int(blur)
+    self.shift_flipped, self.score_above, self.nms = shift_flipped, score_above, nms
+    self.sigmas = np.asarray(keypoints.sigmas, np.float64)
+    self.output = {"keypoints": len(keypoints.names)}
+
+  def loss(self, outputs: Outputs, batch: Batch) -> Loss:
+    """Weighted squared error of one group of crops; weight 0 where no keypoint is labelled.
+
+    Args:
+      outputs: "heatmaps" float [B, h, w, K].
+      batch: "keypoints" float32 [B, K, 3], x and y in pixels of the crop, and 1 where labelled, else 0.
+    """
+    predicted = outputs["heatmaps"]
+    size = predicted.shape[1:3]
+    crop = tuple(STRIDE * side for side in size)
+    target, weights = heatmaps.targets(batch["keypoints"], crop, size, sigma=self.sigma, udp=self.udp)
+    target, weights = target.astype(predicted.dtype), weights.astype(predicted.dtype)
+    value = joints_mse(predicted, target, weights)
+    return Loss(value, (weights > 0).any().astype(value.dtype), {"joints_mse": value})
+
+  def predict(self, outputs: Outputs) -> Array:
+    """Heatmaps, float [B, h, w, K]."""
+    return outputs["heatmaps"]
+
+  def mirrored(self, prediction: Array) -> Array:
+    """Heatmaps of a mirrored crop mirrored back, left and right keypoints swapped.
+
+    Source: mmpose 0.x core/post_processing/post_transforms.py flip_back; models/heads/topdown_heatmap_base_head.py.
+    """
+    return heatmaps.mirrored(prediction, self.keypoints.pairs, shift=self.shift_flipped)
+
+  def locate(self, prediction: Array, centre: Array, extent: Array) -> Array:
+    """Keypoints in the picture: float [B, K, 3], x, y and score.
+
+    Args:
+      prediction: heatmaps, float [B, h, w, K].
+      centre, extent: float [B, 2] of the crops, which were not turned.
+    """
+    places, scores = heatmaps.decode(prediction, udp=self.udp, kernel=self.blur)
+    places = heatmaps.to_picture(places, centre, extent, prediction.shape[1:3], udp=self.udp)
+    return jnp.concatenate([places, scores[..., None]], axis=-1)
+
+  def measure(self, prediction: Array, batch: Batch) -> dict[str, Array]:
+    """One row per crop.
+
+    Returns:
+      "keypoints" float [B, K, 3], see `locate`; "area" float [B] of the padded box; "box_score" float [B];
+      "image_index" int32 [B]; "not_finite" int32 [B], pixels of the heatmaps, see finite.count.
+    """
+    centre, extent = batch["centre"], batch["extent"]
+    return {
+      "keypoints": self.locate(prediction, centre, extent),
+      "area": extent[:, 0] * extent[:, 1],
+      "box_score": batch["box_score"],
+      "image_index": batch["image_index"],
+      finite.KEY: finite.count(prediction),
+    }
+
+  def rescored(self, box_scores: np.ndarray, joint_scores: np.ndarray) -> np.ndarray:
+    """Scores of people, float64 [N], of boxes' [N] and keypoints' [N, K]; see oks.rescored."""
+    return oks.rescored(box_scores, joint_scores, self.score_above)
+
+  def results(self, rows: Rows, truth: dict[str, Any]) -> list[dict[str, Any]]:
+    """Entries of a COCO results file: rescored, doubles suppressed.
+
+    Args:
+      rows: of `measure`, of the whole split.
+      truth: of the data set.
+    """
+    return oks.detections(
+      rows["keypoints"],
+      self.rescored(rows["box_score"], rows["keypoints"][..., 2]),
+      rows["area"],
+      rows["image_index"],
+      sigmas=self.sigmas,
+      threshold=self.nms,
+      image_ids=[image["id"] for image in truth["images"]],
+      category=truth["categories"][0]["id"],
+    )
+
+  def summarize(self, rows: Rows, truth: dict[str, Any]) -> dict[str, float]:
+    """COCO's scores over all pictures of the truth, those without people or without rows included.
+
+    Returns:
+      oks.SCORES; "people", the rows; "not_finite".
+
+    Raises:
+      ValueError: nobody in the truth has a labelled keypoint.
+    """
+    if not any(person["num_keypoints"] and not person["iscrowd"] for person in truth["annotations"]):
+      raise UserError(f"none of {len(truth['images'])} images has a labelled keypoint to score; check the data set.")
+    scores = oks.coco_scores(truth, self.results(rows, truth), self.sigmas)
+    return scores | {"people": float(len(rows["area"]))} | finite.total(rows)
+
+  def write_results(self, path: Path, rows: Rows, truth: dict[str, Any]) -> Path:
+    """Writes `results` as COCO's servers and tools take them; the file appears only when complete."""
+    entries = self.results(rows, truth)
+    return write(path.with_suffix(""), path.suffix, lambda to: to.write_text(atomic.to_json(entries)))
+
+  def baselines(
+    self, train: Iterable[Example], evaluation: Iterable[Example], truth: dict[str, Any]
+  ) -> dict[str, float]:
+    """AP of two predictors: the mean pose, and a linear regression on the crop; see pose_baselines.py."""
+    fit, rows = baselines.Fit(len(self.keypoints.names)), {}
+    for example in train:
+      fit.add(example["image"], example["keypoints"])
+    predictors = fit.predictors()
+    for example in evaluation:
+      crop = np.array(example["image"].shape[1::-1]) - (1 if self.udp else 0)
+      corner = example["centre"] - example["extent"] / 2
+      for name, predictor in predictors.items():
+        points = predictor(example["image"]) * example["extent"] / crop + corner
+        row = {
+          "keypoints": np.concatenate([points, np.ones((len(points), 1))], axis=1),
+          "area": np.prod(example["extent"]),
+          "box_score": example["box_score"],
+          "image_index": example["image_index"],
+        }
+        rows.setdefault(name, []).append(row)
+    stacked = {name: {key: np.stack([row[key] for row in own]) for key in own[0]} for name, own in rows.items()}
+    return {name: self.summarize(own, truth)["AP"] for name, own in stacked.items()}
+
+  def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray:
+    """Crop with the predicted skeleton, with the annotated one, and the highest heatmap: uint8 [H, 3 W, 3]."""
+    height, width = example["image"].shape[:2]
+    less = 1 if self.udp else 0
+    places, scores = heatmaps.decode(jnp.asarray(prediction)[None], udp=self.udp, kernel=self.blur)
+    stride = (np.array([width, height]) - less) / (np.array(prediction.shape[1::-1]) - less)
+    found = np.concatenate([np.asarray(places[0]) * stride, np.asarray(scores[0])[:, None]], axis=-1)
+    shown = [self._drawn(example["image"], [points]) for points in (found, example["keypoints"])]
+    return np.concatenate([*shown, visualize.heat(example["image"], prediction.max(-1))], axis=1)
+
+  def save(
+    self, stem: Path, prediction: np.ndarray, facts: dict[str, Any], image: np.ndarray | None = None
+  ) -> list[Path]:
+    """Writes the people of one picture; files appear only when complete, the JSON last.
+
+    Args:
+      stem: path without suffix: stem.skeleton.png, where there is an image; stem.json, which gives each person's
+        keypoints by name as x, y, score, all 0 where they are not finite, and then "not_finite", their number.
+      prediction: float [N, K, 3] of `locate`, one entry per person, also none.
+      facts: more entries for the JSON; "people" among them is a list of N, what else is known of each person.
+      image: uint8, or float in [0, 1], [H, W, 3].
+    """
+    prediction, wrong = finite.points(prediction)
+    round_off = lambda numbers: [round(float(number), 3) for number in numbers]
+    named = lambda points: dict(zip(self.keypoints.names, map(round_off, points), strict=True))
+    known = facts.get("people", [{}] * len(prediction))
+    people = [own | {"keypoints": named(points)} for own, points in zip(known, prediction, strict=True)]
+    described = facts | {"people": people} | ({finite.KEY: wrong} if wrong else {})
+    parts = {}
+    if image is not None:
+      image = image if image.dtype == np.uint8 else np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
+      parts[".skeleton.png"] = lambda path: write_colours(path, self._drawn(image, prediction))
+    parts[".json"] = lambda path: path.write_text(atomic.to_json(described, indent=1) + "\n")
+    return [write(stem, suffix, content) for suffix, content in parts.items()]
+
+  def _drawn(self, image: np.ndarray, people: Iterable[np.ndarray]) -> np.ndarray:
+    found = self.keypoints
+    return visualize.draw(image, list(people), found.names, found.skeleton, least=DRAWN)

@@ -1,0 +1,232 @@
+"""Referring segmentation: weighted cross-entropy, overall and mean IoU per sentence, pictures and files.
+
+One example is one sentence: its mask is 1 on the object it speaks of and 0 elsewhere.
+
+Source: VPD refer/train.py criterion, refer/test.py evaluate.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vpd_jax.errors import UserError
+from vpd_jax.files import atomic
+from vpd_jax.tasks import finite, label_images
+from vpd_jax.tasks.referring import baselines, visualize
+from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
+
+EVAL_AT = ("network", "original")
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def weighted_cross_entropy(logits: Array, mask: Array, weights: Sequence[float]) -> Array:
+  """Mean cross-entropy of two classes in which each pixel weighs as its class does.
+
+  sum w[t] (logsumexp(x) - x[t]) / sum w[t], over all pixels of all images together.
+
+  Args:
+    logits: float32 or wider [..., 2], background first.
+    mask: int or bool [...], 1 on the object.
+    weights: of background and object.
+
+  Returns:
+    float [].
+
+  Source: torch.nn.functional.cross_entropy(weight=...); VPD refer/train.py criterion.
+  """
+  inside = mask.astype(bool)
+  lost = jax.nn.logsumexp(logits, axis=-1) - jnp.where(inside, logits[..., 1], logits[..., 0])
+  weight = jnp.where(inside, *(jnp.asarray(w, logits.dtype) for w in (weights[1], weights[0])))
+  return (weight * lost).sum() / weight.sum()
+
+
+def at_size(margin: Array, size: Array, canvas: Sequence[int]) -> Array:
+  """A map resized to a size that is known only when it runs, at the top left of a canvas; bilinear, no antialiasing.
+
+  Pixel i of n reads the map at (i + 0.5) h / n - 0.5, as torch's align_corners=False.
+
+  Args:
+    margin: float [h, w].
+    size: int [2], (height, width) of the result.
+    canvas: static (H, W) that holds it.
+
+  Returns:
+    float [H, W]; beyond `size` it repeats the border.
+  """
+
+  def shares(old: int, new: Array, count: int) -> Array:
+    scale = old / new.astype(margin.dtype)
+    places = jnp.clip((jnp.arange(count, dtype=margin.dtype) + 0.5) * scale - 0.5, 0, old - 1)
+    distance = jnp.abs(places[:, None] - jnp.arange(old, dtype=margin.dtype)[None])
+    return jnp.maximum(1 - distance, 0)  # [count, old]
+
+  rows, columns = (shares(margin.shape[i], size[i], canvas[i]) for i in (0, 1))
+  return jnp.einsum("hy,yx,wx->hw", rows, margin, columns, precision="highest")
+
+
+class Referring:
+  """Learns which pixels a sentence speaks of; scores intersection and union per sentence.
+
+  Attributes:
+    eval_needs: keys of a Batch that only `measure` reads.
+    output, best: see Task.
+  """
+
+  needs = frozenset({"mask"})
+  result = "mask"
+  best = ("oIoU", "max")
+  way = "squeezed"
+  needs_truth = False
+
+  def __init__(self, *, class_weights: tuple[float, float] = (0.9, 1.1), eval_at: str = "network"):
+    """Options of loss and scores.
+
+    Args:
+      class_weights: of background and object in the loss. Release: (0.9, 1.1).
+      eval_at: where IoU is measured: "network", at the size of the network's input, to which the mask was resized with
+        the nearest pixel, as released; or "original", at the size of the picture, to which the scores are resized
+        bilinearly.
+
+    Raises:
+      ValueError: weights that are not two numbers above 0, an unknown word.
+    """
+    if len(class_weights) != 2 or min(class_weights) <= 0:
+      raise UserError(
+        f"task.class_weights={class_weights} must be two numbers above 0, of background and object, such as (0.9, 1.1)."
+      )
+    if eval_at not in EVAL_AT:
+      raise UserError(f"task.eval_at={eval_at!r} is unknown; choose one of {EVAL_AT}.")
+    self.class_weights, self.eval_at = tuple(map(float, class_weights)), eval_at
+    self.output = {"classes": 2}
+    self.eval_needs = frozenset({"full_mask", "full_size"} if eval_at == "original" else ())
+
+  def loss(self, outputs: Outputs, batch: Batch) -> Loss:
+    """Weighted cross-entropy of one group of images, and as a log the share of pixels with the right class."""
+    logits, mask = outputs["logits"], batch["mask"]
+    _check_size(logits, mask)
+    value = weighted_cross_entropy(logits, mask, self.class_weights)
+    right = (logits[..., 1] > logits[..., 0]) == mask.astype(bool)
+    return Loss(value, jnp.ones((), value.dtype), {"pixel_accuracy": right.mean(dtype=jnp.float32)})
+
+  def predict(self, outputs: Outputs) -> Array:
+    """Scores of background and object, float [B, H, W, 2], before any softmax."""
+    return outputs["logits"]
+
+  def decide(self, scores: Array) -> Array:
+    """Bool [...], on the object, of scores [..., 2]."""
+    return scores[..., 1] > scores[..., 0]
+
+  def measure(self, prediction: Array, batch: Batch) -> dict[str, Array]:
+    """{"intersection", "union"}: pixels of each sentence, int32 [B] each; "not_finite", see finite.count.
+
+    Args:
+      prediction: scores float [B, H, W, 2]; object where its score is larger.
+      batch: "mask" [B, H, W], 1 on the object; for "original" also "full_mask" [B, H', W'], a canvas whose top left
+        holds the mask of the picture, and "full_size" int [B, 2], its (height, width).
+    """
+    counts = {finite.KEY: finite.count(prediction)}
+    margin = prediction[..., 1] - prediction[..., 0]
+    margin = jnp.where(jnp.isfinite(margin), margin, 0)  # no object
+    if self.eval_at == "network":
+      _check_size(prediction, batch["mask"])
+      return counts | jax.vmap(_overlap)(margin > 0, batch["mask"].astype(bool))
+    canvas = batch["full_mask"].shape[1:3]
+
+    def one(margin: Array, mask: Array, size: Array) -> dict[str, Array]:
+      rows, columns = (jnp.arange(side) < size[i] for i, side in enumerate(canvas))
+      valid = rows[:, None] & columns[None]
+      return _overlap(valid & (at_size(margin, size, canvas) > 0), valid & mask.astype(bool))
+
+    return counts | jax.vmap(one)(margin, batch["full_mask"], batch["full_size"])
+
+  def summarize(self, rows: Rows) -> dict[str, float]:
+    """Scores over all sentences, all between 0 and 1 but the last two.
+
+    Returns:
+      "oIoU", sum of intersections over sum of unions; "mIoU", mean over sentences, where a union of 0 counts as 0;
+      "P@0.5" to "P@0.9", share of sentences whose IoU is at least so large; "sentences"; "not_finite".
+
+    Source: VPD refer/test.py evaluate.
+    """
+    intersection, union = (rows[name].astype(np.int64) for name in ("intersection", "union"))
+    iou = np.where(union > 0, intersection / np.maximum(union, 1), 0.0)
+    return {
+      "oIoU": float(intersection.sum() / max(union.sum(), 1)),
+      "mIoU": float(iou.mean()),
+      **{f"P@{threshold}": float((iou >= threshold).mean()) for threshold in THRESHOLDS},
+      "sentences": float(len(iou)),
+      **finite.total(rows),
+    }
+
+  def baselines(self, train: Iterable[Example], evaluation: Iterable[Example]) -> dict[str, float]:
+    """Overall IoU of two predictors that read no sentence and see no picture.
+
+    "constant_mask": the mask that is best on the training examples among all there are; "everything": all pixels.
+
+    Raises:
+      ValueError: no training example has an object.
+    """
+    constant = baselines.best_constant([example["mask"] for example in train])
+    rows: dict[str, list[tuple[int, int]]] = {"constant_mask": [], "everything": []}
+    for example in evaluation:
+      mask = example["mask"].astype(bool)
+      if self.eval_at == "original":
+        height, width = (int(side) for side in example["full_size"])
+        mask = example["full_mask"][:height, :width].astype(bool)
+      guesses = {"constant_mask": baselines.nearest(constant, mask.shape), "everything": np.ones_like(mask)}
+      for name, guess in guesses.items():
+        rows[name].append((int((guess & mask).sum()), int((guess | mask).sum())))
+    total = {name: np.array(row).sum(axis=0) for name, row in rows.items()}
+    return {name: float(inside / max(union, 1)) for name, (inside, union) in total.items()}
+
+  def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray:
+    """The picture, the mask and the prediction over it, side by side above the sentence: uint8 [H + h, 3 W, 3]."""
+    image, mask = example["image"], example["mask"].astype(bool)
+    shown = (visualize.overlay(x, image) for x in (np.zeros_like(mask), mask, _object(prediction)))
+    return visualize.titled(np.concatenate(list(shown), axis=1), str(example.get("sentence", "")))
+
+  def save(
+    self, stem: Path, prediction: np.ndarray, facts: dict[str, Any], image: np.ndarray | None = None
+  ) -> list[Path]:
+    """Writes the mask of one sentence; files appear only when complete, the JSON last.
+
+    Args:
+      stem: path without suffix: stem.mask.png (255 on the object, else 0), stem.overlay.png (the object in colour over
+        the picture, the sentence below), stem.json.
+      prediction: bool or int [H, W], 1 on the object; or scores float [H, W, 2].
+      facts: more entries for the JSON, among them "sentence"; it gives the object's share and box (left, top, width,
+        height in pixels, None where nothing was found).
+      image: uint8, or float in [0, 1], [H, W, 3] below the colour; None shows it on black.
+    """
+    mask = _object(prediction)
+    background = np.zeros((*mask.shape, 3), np.uint8) if image is None else image
+    picture = visualize.titled(visualize.overlay(mask, background), str(facts.get("sentence", "")))
+    described = {"share": round(float(mask.mean()), 6), "box": visualize.box(mask), "size": list(mask.shape)}
+    parts = {
+      ".mask.png": lambda path: label_images.write_colours(path, mask.astype(np.uint8) * 255),
+      ".overlay.png": lambda path: label_images.write_colours(path, picture),
+      ".json": lambda path: path.write_text(atomic.to_json({**described, **facts}, indent=1) + "\n"),
+    }
+    return [label_images.write(stem, suffix, write) for suffix, write in parts.items()]
+
+
+def _overlap(prediction: Array, mask: Array) -> dict[str, Array]:
+  """Pixels of both, and of either, of bool [H, W]."""
+  count = lambda which: which.sum(dtype=jnp.int32)
+  return {"intersection": count(prediction & mask), "union": count(prediction | mask)}
+
+
+def _object(prediction: np.ndarray) -> np.ndarray:
+  """Bool [H, W] of scores [H, W, 2], or of a mask."""
+  return prediction[..., 1] > prediction[..., 0] if prediction.ndim == 3 else prediction.astype(bool)
+
+
+def _check_size(logits: Array, mask: Array) -> None:
+  if logits.shape[:3] != mask.shape:
+    raise UserError(
+      f"the scores have the size {logits.shape[1:3]}, the masks {mask.shape[1:]}; data.crop must be that of both."
+    )

@@ -1,0 +1,42 @@
+"""A mask and its sentence as pictures and files."""
+
+import cv2
+import numpy as np
+
+from vpd_jax.tasks.label_images import as_bytes
+
+COLOUR = (255, 40, 40)
+OPACITY = 0.5
+LINE = 18  # pixels of the sentence
+SCALE = 0.4  # of its letters
+
+
+def overlay(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
+  """Colour half over the object, and its outline in full: uint8 [H, W, 3].
+
+  Args:
+    mask: bool [H, W].
+    image: uint8, or float in [0, 1], [H, W, 3].
+  """
+  picture, colour = as_bytes(image).copy(), np.array(COLOUR, np.uint8)
+  picture[mask] = (picture[mask] * (1 - OPACITY) + colour * OPACITY).astype(np.uint8)
+  inner = cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
+  picture[mask & ~inner] = colour
+  return picture
+
+
+def titled(picture: np.ndarray, sentence: str) -> np.ndarray:
+  """The picture above a line with the sentence: uint8 [H + LINE, W, 3]; what does not fit is cut."""
+  line = np.full((LINE, picture.shape[1], 3), 255, np.uint8)
+  readable = sentence.encode("ascii", "replace").decode()  # OpenCV's letters
+  cv2.putText(line, readable, (4, LINE - 5), cv2.FONT_HERSHEY_SIMPLEX, SCALE, (0, 0, 0), 1, cv2.LINE_AA)
+  return np.concatenate([picture, line])
+
+
+def box(mask: np.ndarray) -> list[int] | None:
+  """[left, top, width, height] in pixels of what is True; None where nothing is."""
+  rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+  if not rows.size:
+    return None
+  left, top = int(columns[0]), int(rows[0])
+  return [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]

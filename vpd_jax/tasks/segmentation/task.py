@@ -1,0 +1,329 @@
+"""Semantic segmentation: the losses of mmsegmentation as they run, mean IoU from areas, pictures and files.
+
+Source: mmsegmentation 0.30 models/losses, models/decode_heads/decode_head.py losses, core/evaluation/metrics.py.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vpd_jax.errors import UserError
+from vpd_jax.files import atomic
+from vpd_jax.tasks import finite, label_images
+from vpd_jax.tasks.segmentation import baselines
+from vpd_jax.tasks.segmentation.lovasz import lovasz_softmax
+from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
+
+MOST_CLASSES = 255  # a label is one byte, and one number means "no label"
+
+
+def cross_entropy(logits: Array, label: Array, *, ignore_label: int = 255, avg_non_ignore: bool = False) -> Array:
+  """Cross-entropy of the labelled pixels, summed and divided by the number of all pixels.
+
+  Args:
+    logits: float32 or wider [..., K].
+    label: int [...]; `ignore_label` marks a pixel without a label. Another number outside 0 .. K - 1 gives NaN.
+    ignore_label: see `label`.
+    avg_non_ignore: divide by the number of labelled pixels instead. Release: False.
+
+  Returns:
+    float []; 0 where nothing is labelled.
+
+  Source: mmsegmentation 0.30 models/losses/cross_entropy_loss.py.
+  """
+  valid = label != ignore_label
+  unknown = valid & ((label < 0) | (label >= logits.shape[-1]))
+  lost = jax.nn.logsumexp(logits, axis=-1) - _of_label(logits, label)
+  total = jnp.where(unknown, jnp.nan, jnp.where(valid, lost, 0)).sum()
+  count = valid.sum() if avg_non_ignore else label.size
+  return total / jnp.maximum(count, 1).astype(logits.dtype)
+
+
+def _of_label(logits: Array, label: Array) -> Array:
+  """The score of the true class: [..., K] to [...]."""
+  # By comparison, not by index: the gradient of an index is a scatter.
+  return jnp.where(label[..., None] == _numbers(logits), logits, 0).sum(axis=-1)
+
+
+def _numbers(logits: Array) -> Array:
+  """0 .. K - 1 along the last axis of `logits`."""
+  return jnp.arange(logits.shape[-1]).reshape((1,) * (logits.ndim - 1) + (-1,))
+
+
+def accuracy(logits: Array, label: Array, *, ignore_label: int = 255) -> Array:
+  """Percent of the labelled pixels whose class has the highest score; 0 where nothing is labelled.
+
+  Source: mmsegmentation 0.30 models/losses/accuracy.py.
+  """
+  valid = label != ignore_label
+  right = valid & (_of_label(logits, label) >= logits.max(axis=-1))
+  return 100 * right.sum().astype(logits.dtype) / jnp.maximum(valid.sum(), 1).astype(logits.dtype)
+
+
+def resized(logits: Array, size: Sequence[int]) -> Array:
+  """[B, h, w, K] at another size, bilinear, as torch's align_corners=False."""
+  if logits.shape[1:3] == tuple(size):
+    return logits
+  return jax.image.resize(logits, (logits.shape[0], *size, logits.shape[3]), "linear", antialias=False)
+
+
+def areas(prediction: Array, label: Array, classes: int, *, ignore_label: int = 255) -> dict[str, Array]:
+  """Pixels of each class in one image, among those that have a label.
+
+  Args:
+    prediction: int [H, W], 0 .. K - 1.
+    label: int [H, W]; `ignore_label`, or another number outside 0 .. K - 1, marks a pixel that is not scored.
+    classes: K.
+    ignore_label: see `label`.
+
+  Returns:
+    int32 [K] each: "intersect", where both say the class; "predicted"; "labelled".
+
+  Source: mmsegmentation 0.30 core/evaluation/metrics.py intersect_and_union.
+  """
+  prediction, label = prediction.ravel(), label.ravel().astype(jnp.int32)
+  # Beyond a picture lies NOWHERE of inference/sliding_window.py, whatever the ignored label.
+  valid = (label != ignore_label) & (label >= 0) & (label < classes)
+  one = jnp.ones_like(label)
+  # Class K takes what does not count.
+  count = lambda which, where: jax.ops.segment_sum(one, jnp.where(where, which, classes), classes + 1)[:classes]
+  return {
+    "intersect": count(label, valid & (prediction == label)),
+    "predicted": count(prediction.astype(jnp.int32), valid),
+    "labelled": count(label, valid),
+  }
+
+
+def merged(entries: tuple[str, ...], names: tuple[str, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+  """(name, numbers of its parts) of each class after merging, in the order of first parts; see Segmentation.
+
+  Raises:
+    ValueError: an entry that cannot be read, a class that is unknown or in two entries; one line for all.
+  """
+  first, taken, wrong = {}, set(), []
+  for entry in entries:
+    name, _, parts = entry.partition("=")
+    known = [names.index(part) for part in parts.split("+") if part in names]
+    if not name or len(known) != len(parts.split("+")) or len(set(known) | taken) != len(known) + len(taken):
+      wrong.append(entry)
+      continue
+    taken |= set(known)
+    first[min(known)] = (name, tuple(sorted(known)))
+  if wrong:
+    raise UserError(
+      f"task.merge has {wrong}; write 'NEW=NAME+NAME..' with classes of {', '.join(names)}, each in one entry only."
+    )
+  return tuple(first.get(k, (name, (k,))) for k, name in enumerate(names) if k in first or k not in taken)
+
+
+class Segmentation:
+  """Learns the class of every pixel, scores it by areas over the whole data set.
+
+  Attributes:
+    output: what the head must know.
+    best: the score that chooses the best checkpoint.
+  """
+
+  needs = frozenset({"label"})
+  result = "label"
+  best = ("mIoU", "max")
+  way = "sliding"
+  eval_needs = frozenset()
+  needs_truth = False
+
+  def __init__(
+    self,
+    *,
+    classes: int,
+    lovasz: float = 0.0,
+    auxiliary: float = 0.0,
+    avg_non_ignore: bool = False,
+    ignore_label: int = 255,
+    class_names: tuple[str, ...] = (),
+    palette: tuple[tuple[int, int, int], ...] = (),
+    label_ids: tuple[int, ...] = (),
+    merge: tuple[str, ...] = (),
+  ):
+    """Options of losses, scores and files.
+
+    Args:
+      classes: K, at most 255.
+      lovasz: weight of the Lovász-Softmax loss beside the cross-entropy. Release: 1.0 for MetaPrompts, else 0.
+      auxiliary: weight of the cross-entropy of the auxiliary head. Release: 0.4 for MetaPrompts, else there is none.
+      avg_non_ignore: see `cross_entropy`. Release: False.
+      ignore_label: marks a pixel without a label.
+      class_names: K names for legends and files; empty: the numbers.
+      palette: K colours, RGB; empty: those of Pascal VOC.
+      label_ids: K numbers that `save` writes in place of 0 .. K - 1 in a further picture, such as the label ids a test
+        server wants; empty: no such picture.
+      merge: for predictions, not for scores: "NEW=NAME+NAME.." makes one class of several, or renames one; the others
+        stay.
+
+    Raises:
+      ValueError: too many classes, lists of another length, an ignored label that is a class, classes to merge that
+        are unknown or named twice.
+    """
+    if not 1 <= classes <= MOST_CLASSES:
+      raise UserError(f"task.classes={classes} must lie between 1 and {MOST_CLASSES}.")
+    if 0 <= ignore_label < classes:
+      raise UserError(f"task.ignore_label={ignore_label} is one of the {classes} classes; choose a number beyond.")
+    for field, values in (("class_names", class_names), ("palette", palette), ("label_ids", label_ids)):
+      if len(values) not in (0, classes):
+        raise UserError(f"task.{field} has {len(values)} entries for {classes} classes; give {classes}, or none.")
+    self.classes, self.lovasz, self.auxiliary = classes, lovasz, auxiliary
+    self.avg_non_ignore, self.ignore_label = avg_non_ignore, ignore_label
+    self.class_names = tuple(class_names) or tuple(map(str, range(classes)))
+    self.palette = np.asarray(palette or label_images.voc_palette(classes), np.uint8)
+    self.merge = merged(merge, self.class_names)
+    self.label_ids = np.asarray(() if merge else label_ids, np.uint8)
+    self.output = {"classes": classes}
+
+  def loss(self, outputs: Outputs, batch: Batch) -> Loss:
+    """Sum of the losses of one group of images; its logs are mmseg's by name and value.
+
+    Scores are resized to the labels first. A group without any label has loss 0 and counts as the others do: so it is
+    in the release, which averages over GPUs.
+
+    Raises:
+      ValueError: the head has an auxiliary part and no weight for it, or the reverse.
+    """
+    if ("aux_logits" in outputs) != (self.auxiliary > 0):
+      has = "an" if "aux_logits" in outputs else "no"
+      raise UserError(f"task.auxiliary={self.auxiliary}, but the head has {has} auxiliary part; make them agree.")
+    label = batch["label"].astype(jnp.int32)
+    logits = resized(outputs["logits"], label.shape[1:])
+    options = {"ignore_label": self.ignore_label, "avg_non_ignore": self.avg_non_ignore}
+    logs = {"decode.loss_ce": cross_entropy(logits, label, **options)}
+    if self.lovasz:
+      flat = logits.reshape(-1, self.classes), label.ravel()
+      logs["decode.loss_lovasz"] = self.lovasz * lovasz_softmax(*flat, flat[1] != self.ignore_label)
+    if self.auxiliary:
+      aux = resized(outputs["aux_logits"], label.shape[1:])
+      logs["aux.loss_ce_aux"] = self.auxiliary * cross_entropy(aux, label, **options)
+    total = cast(Array, sum(logs.values()))
+    logs["decode.acc_seg"] = accuracy(logits, label, ignore_label=self.ignore_label)
+    if self.auxiliary:
+      logs["aux.acc_seg"] = accuracy(aux, label, ignore_label=self.ignore_label)
+    return Loss(total, jnp.ones((), total.dtype), jax.lax.stop_gradient(logs))
+
+  def predict(self, outputs: Outputs) -> Array:
+    """Scores of the classes, float [B, H, W, K], before any softmax."""
+    return outputs["logits"]
+
+  def decide(self, scores: Array) -> Array:
+    """The class of every pixel among those of `merge`, int32 [...], of probabilities [..., K].
+
+    The probability of a merged class is the sum of those of its parts.
+    """
+    if len(self.merge) < self.classes:
+      scores = jnp.stack([sum(scores[..., k] for k in parts) for _, parts in self.merge], axis=-1)
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+  def measure(self, prediction: Array, batch: Batch) -> dict[str, Array]:
+    """Areas of each image, int32 [B, K] each; see `areas`, and of scores `finite.labels`.
+
+    Args:
+      prediction: int [B, H, W] classes, or float [B, H, W, K] scores.
+      batch: "label" int [B, H, W].
+    """
+    counts, prediction = finite.labels(prediction)
+    count = lambda p, t: areas(p, t, self.classes, ignore_label=self.ignore_label)
+    return counts | jax.vmap(count)(prediction, batch["label"])
+
+  def summarize(self, rows: Rows) -> dict[str, float]:
+    """Scores of the whole set: areas are summed over the images first.
+
+    Returns:
+      "mIoU", "mAcc": means over the classes that occur, in prediction or truth, and in truth; "aAcc": share of right
+      pixels; "images"; "not_finite". All between 0 and 1 but these.
+
+    Raises:
+      ValueError: no pixel has a label.
+
+    Source: mmsegmentation 0.30 core/evaluation/metrics.py total_area_to_metrics.
+    """
+    of_class = self.per_class(rows)
+    right, labelled = (rows[name].sum(dtype=np.int64) for name in ("intersect", "labelled"))
+    if not labelled:
+      raise UserError(f"none of {len(rows['labelled'])} images has a labelled pixel; check the labels of the data set.")
+    return {
+      "mIoU": float(np.nanmean(of_class["IoU"])),
+      "mAcc": float(np.nanmean(of_class["Acc"])),
+      "aAcc": float(right / labelled),
+      "images": float(len(rows["labelled"])),
+      **finite.total(rows),
+    }
+
+  def per_class(self, rows: Rows) -> dict[str, np.ndarray]:
+    """{"IoU", "Acc"}: float64 [K] each over the whole set; NaN for a class that does not occur."""
+    total = {name: rows[name].sum(axis=0, dtype=np.int64) for name in ("intersect", "predicted", "labelled")}
+    union = total["predicted"] + total["labelled"] - total["intersect"]
+    with np.errstate(invalid="ignore"):
+      return {"IoU": total["intersect"] / union, "Acc": total["intersect"] / total["labelled"]}
+
+  def baselines(self, train: Iterable[Example], evaluation: Iterable[Example]) -> dict[str, float]:
+    """Mean IoU of three predictors that learn nothing from the picture's content."""
+    fit = baselines.Fit(self.classes, self.ignore_label)
+    for example in train:
+      fit.add(example["image"], example["label"])
+    predictors, rows = fit.predictors(), {}
+    for example in evaluation:
+      label = example["label"].astype(np.int64)
+      valid = label != self.ignore_label
+      for name, predict in predictors.items():
+        guess = predict(example["image"])
+        count = lambda which, valid=valid: np.bincount(which[valid], minlength=self.classes)
+        both = np.bincount(label[valid & (guess == label)], minlength=self.classes)
+        row = {"intersect": both, "predicted": count(guess), "labelled": count(label)}
+        kept = rows.setdefault(name, row)
+        if kept is not row:
+          rows[name] = {key: kept[key] + row[key] for key in row}
+    return {n: self.summarize({k: v[None] for k, v in row.items()})["mIoU"] for n, row in rows.items()}
+
+  def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray:
+    """Image, label and prediction in the colours of the palette, side by side: uint8 [H, 3 W, 3]."""
+    height, width = example["label"].shape
+    prediction = prediction.argmax(-1) if prediction.ndim == 3 else prediction
+    painted = (label_images.paint(x[:height, :width], self.palette) for x in (example["label"], prediction))
+    return np.concatenate([label_images.as_bytes(example["image"]), *painted], axis=1)
+
+  def save_attention(self, stem: Path, attention: np.ndarray, prediction: np.ndarray, image: np.ndarray) -> Path:
+    """Writes stem.attention.png: float [h, w, K] for each class of int [H, W] of `decide`, over uint8 [H, W, 3]."""
+    maps = [(name, cast(np.ndarray, sum(attention[..., part] for part in parts))) for name, parts in self.merge]
+    picture = label_images.attention(maps, prediction, image)
+    return label_images.write(stem, ".attention.png", lambda path: label_images.write_colours(path, picture))
+
+  def save(
+    self, stem: Path, prediction: np.ndarray, facts: dict[str, Any], image: np.ndarray | None = None
+  ) -> list[Path]:
+    """Writes the labels of one picture; files appear only when complete, the JSON last.
+
+    Args:
+      stem: path without suffix: stem.label.png (numbers of classes, with palette), stem.overlay.png (colours over the
+        picture, with a legend), stem.label_ids.png where there are `label_ids`, stem.json.
+      prediction: int [H, W] of `decide`.
+      facts: more entries for the JSON, which gives the share of each class.
+      image: uint8, or float in [0, 1], [H, W, 3] below the colours; None shows the colours alone.
+    """
+    label, names = prediction.astype(np.uint8), [name for name, _ in self.merge]
+    palette = self.palette[[parts[0] for _, parts in self.merge]]
+    overlay = label_images.overlay(label, palette, names, image)
+    counts = np.bincount(label.ravel(), minlength=len(names)) / label.size
+    order = [k for k in np.argsort(-counts, kind="stable") if counts[k]]
+    described = {
+      "classes": {names[k]: {"number": int(k), "share": round(float(counts[k]), 6)} for k in order},
+      "size": list(label.shape),
+      **facts,
+    }
+    parts = {
+      ".label.png": lambda path: label_images.write_indexed(path, label, palette),
+      ".overlay.png": lambda path: label_images.write_colours(path, overlay),
+    }
+    if self.label_ids.size:
+      parts[".label_ids.png"] = lambda path: label_images.write_colours(path, self.label_ids[label])
+    parts[".json"] = lambda path: path.write_text(atomic.to_json(described, indent=1) + "\n")
+    return [label_images.write(stem, suffix, write) for suffix, write in parts.items()]

@@ -1,0 +1,55 @@
+"""What a run says of itself at the start: devices, weights, groups, parameters, config."""
+
+from collections.abc import Callable
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vpd_jax import optim
+from vpd_jax.checkpoints import initialize
+from vpd_jax.experiment import Product
+from vpd_jax.files import atomic
+from vpd_jax.monitoring import writers
+
+
+def describe(
+  config: ConfigDict,
+  product: Product,
+  mesh: Mesh,
+  writer: writers.Writer,
+  workdir: str,
+  lines: list[str],
+  begin: int,
+  log: Callable[[str], None],
+) -> None:
+  """Prints and writes it; process 0 writes.
+
+  Args:
+    config, product, mesh: of the run.
+    writer: gets config, groups and parameters where the run is new.
+    workdir: gets config.json and, where the run is new, parameters.txt.
+    lines: on weights and data.
+    begin: finished steps.
+    log: takes a line for the terminal.
+  """
+  devices = jax.devices()
+  local = config.data.batch_size // mesh.size
+  log(
+    f"jax {jax.__version__}, {len(devices)} {devices[0].device_kind} devices, mesh {dict(mesh.shape)}, "
+    f"batch {config.data.batch_size} = {mesh.size} x {local}, workdir {workdir}"
+  )
+  log("\n".join([*lines, *product.method.notes]))
+  groups = writers.table(
+    [("group", "lr x", "decay x", "arrays", "numbers", "first"), *optim.table(product.groups, product.parts.shapes)]
+  )
+  log(groups)
+  if jax.process_index() == 0:
+    atomic.write(epath.Path(workdir) / "config.json", initialize.to_json(config) + "\n")
+  if jax.process_index() == 0 and begin == 0:
+    overview = writers.parameter_overview(product.parts.shapes)
+    writer.write_hparams(config.to_dict())
+    texts = {"config": initialize.to_json(config), "groups": groups, "parameters": overview}
+    writer.write_texts(0, {name: f"```\n{text}\n```" for name, text in texts.items()})
+    atomic.write(epath.Path(workdir) / "parameters.txt", overview + "\n")
