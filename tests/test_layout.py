@@ -85,6 +85,16 @@ def test_imports_point_downwards(path):
     assert other in ONLY.get(part, ROW), f"{label(path)} imports {other}; {part} may only import {ONLY[part]}"
 
 
+@pytest.mark.parametrize("path", [path for path in FILES if part_of(path) == "models"], ids=label)
+def test_imports_of_models_point_downwards(path):
+  row = {part: number for number, parts in enumerate(MODELS) for part in parts}
+  inner = path.relative_to(PACKAGE / "models").parts[0].removesuffix(".py")
+  if inner == "__init__":
+    return
+  others = {name.split(".")[2] for name in imports(path) if name.startswith("vpd_jax.models.")} - {inner}
+  assert all(row[other] > row[inner] for other in others), f"{label(path)} imports {sorted(others)}"
+
+
 def test_only_the_pipeline_of_data_imports_jax():
   found = {label(path) for path in FILES if part_of(path) == "data" and {"jax", "flax"} & packages(imports(path))}
   assert found <= {"data/pipeline.py"}

@@ -137,7 +137,7 @@ class _Batches:
 
 
 class _Pictures:
-  """Pictures of any size, one after the other, see inference/sliding_window.py. Each process has pictures of its own."""
+  """Pictures of any size, one after the other, each process its own; see inference/sliding_window.py."""
 
   def __init__(self, config: ConfigDict, product: Product, dataset: Any, mesh: jax.sharding.Mesh):
     self._product, self._dataset, self._mesh = product, dataset, mesh

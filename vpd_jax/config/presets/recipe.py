@@ -79,7 +79,8 @@ def labelling(
 
   Args:
     batch_size: windows, all processes together, in one call of the network.
-    test_time: of "flip", "slide:WINDOW:STRIDE", "resize:LONG:SHORT" and "ms:RATIO:RATIO..", see inference/sliding_window.py.
+    test_time: of "flip", "slide:WINDOW:STRIDE", "resize:LONG:SHORT" and "ms:RATIO:RATIO..", see
+      inference/sliding_window.py.
     baselines: see `evaluation`.
     small: what a side shorter than the window does: "whole" makes the window shorter there, as released, and the
       network is compiled for every shape; "few_shapes": windows of at most nine shapes; "padded" with grey, one shape.

@@ -82,7 +82,7 @@ class ReferList:
 
   @staticmethod
   def only_resizes(options: Mapping[str, Any]) -> bool:
-    """Whether a picture is always seen alike, so that it can be encoded ahead of the network, see encoder_cache.planned."""
+    """Whether a picture is always seen alike, so that it can be encoded ahead, see encoder_cache.planned."""
     return True
 
   @reader.read_once

@@ -124,7 +124,7 @@ class Rooms:
 
   @staticmethod
   def only_resizes(options: Mapping[str, Any]) -> bool:
-    """Whether a picture is always seen alike, so that it can be encoded ahead of the network, see encoder_cache.planned."""
+    """Whether a picture is always seen alike, so that it can be encoded ahead, see encoder_cache.planned."""
     return options.get("task", "depth") == "referring"
 
   def source(self, split: str) -> "DrawnRooms | expressions.RoomExpressions | reader.Shards":
