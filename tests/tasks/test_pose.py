@@ -51,7 +51,7 @@ def directly(truth, entries):
 
   with contextlib.redirect_stdout(io.StringIO()):
     known = Coco()
-    known.dataset = json.loads(json.dumps(truth))
+    known.dataset = {"info": {}} | json.loads(json.dumps(truth))
     known.createIndex()
     scores = COCOeval(known, known.loadRes(json.loads(json.dumps(entries))), "keypoints")
     scores.evaluate()

@@ -129,7 +129,7 @@ def coco_scores(truth: dict[str, Any], entries: list[dict[str, Any]], sigmas: np
 
   with contextlib.redirect_stdout(io.StringIO()):  # it prints each step
     known = cast(Any, COCO())
-    known.dataset = truth
+    known.dataset = {"info": {}} | truth  # pycocotools 2.0.10 copies it without asking whether it is there
     known.createIndex()
     if entries:
       found = known.loadRes([dict(entry) for entry in entries])
