@@ -65,8 +65,8 @@ def test_nothing_else_writes_beside_and_renames_or_writes_json_in_place():
         renames = name == "rename" or (name == "replace" and (owner == "os" or len(node.args) == 1))
         if renames or (name == "write_text" and dumped):
           found.append(f"{path.relative_to(ROOT)}: {ast.unparse(node)}")
-  allowed = ("vpd_jax/atomic.py", "dataclasses.replace")
-  allowed += ("builders.py: builder.data_path.rename", "builders.py: part.replace")  # from a folder that resumes
+  allowed = ("vpd_jax/files/atomic.py", "dataclasses.replace")
+  allowed += ("shards/writer.py: builder.data_path.rename", "shards/writer.py: part.replace")  # from a folder that resumes
   # Inputs of a child process and made-up data are read by nobody else.
   allowed += ("scripts/benchmark.py: given.", "benchmarks/made_up_data.py", "benchmarks/torch_depth.py")
   assert not [line for line in found if not any(word in line for word in allowed)]

@@ -115,7 +115,7 @@ def test_the_templates_are_eighty_different_sentences():
   templates = class_vectors.read_templates("imagenet_80")
   assert len(set(templates)) == 80 and all(t.count("{}") == 1 for t in templates)
   assert class_vectors.read_templates("a picture of {}") == ("a picture of {}",)
-  assert (importlib.resources.files("vpd_jax") / "prompt_templates.json").is_file()
+  assert (importlib.resources.files("vpd_jax") / "data/assets/prompt_templates.json").is_file()
   with pytest.raises(ValueError, match=r"templates='imagenet_8' is unknown; choose one of \['imagenet_80', 'name'"):
     class_vectors.read_templates("imagenet_8")
 

@@ -142,7 +142,7 @@ def test_the_evaluation_of_referring_at_the_size_of_the_pictures_is_planned():
   config.task.eval_at = "original"
   product = experiment.assemble(config.lock(), training=False)
   mesh = plan.mesh_for(config, jax.devices()[:1])
-  batch, _ = plan.caching.planned(config, product, plan.step_shapes(config, product, "eval"))
+  batch, _ = plan.encoder_cache.planned(config, product, plan.step_shapes(config, product, "eval"))
   assert batch["full_mask"].shape == (2, *config.data.size) and batch["full_size"].shape == (2, 2)
   rows, _ = plan.evaluate.lower_step(config, product, mesh, batch).out_info
   assert rows["intersection"].shape == (2,)

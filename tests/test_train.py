@@ -95,16 +95,16 @@ def run(tmp_path, monkeypatch):
     return (checkpoints.restore(last, abstract) if last else begun()), []
 
   for place, name, value in (
-    (train.assemble, "assemble", lambda config: product),
-    (train.assemble, "dataset", lambda *_: types.SimpleNamespace(source=lambda split: [0])),
-    (train.assemble, "sentence_lines", lambda *_: []),
+    (train.experiment, "assemble", lambda config: product),
+    (train.experiment, "dataset", lambda *_: types.SimpleNamespace(source=lambda split: [0])),
+    (train.experiment, "sentence_lines", lambda *_: []),
     (train.sharding, "make_mesh", lambda *_: mesh),
     (evaluate, "Evaluator", Scored),
     (startup_report, "describe", lambda *_: None),
     (initialize, "resume_or_start", resume),
     (train, "_batches", lambda *_: Batches()),
     (train, "lower_step", lambda *_: Step()),
-    (train.programs, "in_words", lambda _: ""),
+    (train.xla_cost, "in_words", lambda _: ""),
   ):
     monkeypatch.setattr(place, name, value)
 

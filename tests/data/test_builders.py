@@ -80,8 +80,9 @@ def test_writing_leaves_the_files_alone_and_needs_no_tensorflow(root, tmp_path):
   before = snapshot(root)
   code = f"""
 import sys
-from vpd_jax.data import builders, nyu
-builders.prepare(nyu.Nyu(root={str(root)!r}), {str(tmp_path / "out")!r}, name="nyu")
+from vpd_jax.data.datasets import nyu
+from vpd_jax.data.shards import writer
+writer.prepare(nyu.Nyu(root={str(root)!r}), {str(tmp_path / "out")!r}, name="nyu")
 nyu.Nyu(root={str(tmp_path / "out")!r}, format="tfds").source("eval")[0]
 assert "tensorflow" not in sys.modules
 """
@@ -110,8 +111,8 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_is_continued(root, tmp
   output = tmp_path / "out"
   code = f"""
 from tests.data import test_builders
-from vpd_jax.data import builders
-builders.prepare(test_builders.Killed(root={str(root)!r}), {str(output)!r}, name="nyu", shard_bytes=1)
+from vpd_jax.data.shards import writer
+writer.prepare(test_builders.Killed(root={str(root)!r}), {str(output)!r}, name="nyu", shard_bytes=1)
 """
   environment = {**os.environ, "VPD_TEST_KILL": "1"}
   ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=100, env=environment)
