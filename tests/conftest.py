@@ -28,6 +28,7 @@ import jax
 import numpy as np
 import pytest
 
+pytest.register_assert_rewrite("tests.helpers")  # before anything imports them
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

@@ -1,16 +1,14 @@
 """Errors meant for users are told from errors of the program."""
 
 import ast
-import pathlib
 
 import pytest
 
+from tests.helpers.paths import ROOT
 from vpd_jax import errors
 from vpd_jax.convert import rules
 from vpd_jax.convert.formats import lazy_tensor
 from vpd_jax.distributed import multiprocess
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 def test_an_error_for_users_is_one_line_and_exit_code_2(capsys):

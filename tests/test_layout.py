@@ -2,12 +2,14 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 
 import vpd_jax
+from tests.helpers.paths import ROOT
 
-PACKAGE = pathlib.Path(__file__).parent.parent / "vpd_jax"
+PACKAGE = ROOT / "vpd_jax"
 
 # From top to bottom. A part imports parts of lower rows only, not its neighbors in a row; a folder is one part.
 LAYERS = (
@@ -132,3 +134,23 @@ def test_an_old_name_of_a_module_is_refused_with_the_new_one(name):
   with pytest.raises(ImportError, match=rf"^vpd_jax\.{name} is now vpd_jax\.{vpd_jax.MOVED[name]}; "):
     exec(f"from vpd_jax import {name}")
   assert (PACKAGE / (vpd_jax.MOVED[name].replace(".", "/") + ".py")).exists() or name == "presets"
+
+
+def imported_tests(path: pathlib.Path) -> set[str]:
+  """Test modules among what a file imports, also in the programs that it holds as text."""
+  found = imports(path)
+  for module, names in re.findall(r"\bfrom +(tests[.\w]*) +import +([\w ,]+)", path.read_text()):
+    found |= {f"{module}.{name.split()[0]}" for name in names.split(",") if name.strip()}
+  found |= set(re.findall(r"(?m)(?:^|[;\"']) *import +((?:tests\.[.\w]*)?test_\w+)", path.read_text()))
+  return {name for name in found if re.match(r"tests\.(.*\.)?test_|test_", name)}
+
+
+@pytest.mark.parametrize("part", ["tests", "benchmarks", "scripts"])
+def test_no_file_imports_a_test_module(part):
+  """What tests share is in tests/helpers. A test may name itself, for a process of its own."""
+  found = {}
+  for path in (ROOT / part).rglob("*.py"):
+    itself = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    if names := {name for name in imported_tests(path) if name != itself}:
+      found[str(path.relative_to(ROOT))] = names
+  assert not found

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import oracle
-from tests.golden import fill
+from tests.helpers import fill, oracle
 from vpd_jax import experiment, optim
 from vpd_jax.config import loader
 from vpd_jax.convert import rules

@@ -1,7 +1,6 @@
 """What a wheel carries, and that it works alone: no file of a checkout is needed."""
 
 import os
-import pathlib
 import subprocess
 import sys
 import tomllib
@@ -9,7 +8,7 @@ import zipfile
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests.helpers.paths import ROOT
 
 
 def run(*command, folder, **environment):

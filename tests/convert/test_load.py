@@ -4,7 +4,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import pathlib
 import sys
 import tracemalloc
 
@@ -14,14 +13,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tests import oracle, tiny
-from tests.convert import test_released
+from tests.helpers import oracle, released_states, tiny
+from tests.helpers.paths import ROOT
 from vpd_jax import experiment
 from vpd_jax.convert import load, rules
 from vpd_jax.convert.formats import weight_files, write
 from vpd_jax.convert.tables import released
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "convert_checkpoint.py"
+SCRIPT = ROOT / "scripts" / "convert_checkpoint.py"
 
 
 def named_arrays():
@@ -117,7 +116,7 @@ def test_source_files_are_named_with_their_sha256(tmp_path):
 def release(tmp_path_factory):
   """A tiny release, and the shapes it fills."""
   path = tmp_path_factory.mktemp("release") / "vpd.pth"
-  write.write(path, test_released.state_dict())
+  write.write(path, released_states.state_dict())
   return path
 
 
@@ -152,7 +151,7 @@ def test_the_script_goes_there_and_back_bit_for_bit(tmp_path, release, monkeypat
   for extra in ((), (f"--manifest={tmp_path / 'manifest.json'}",)):
     run(monkeypatch, f"--source={tmp_path / 'ours'}", f"--output={tmp_path / 'back.pth'}", "--reverse", *extra)
     back = weight_files.open_file(tmp_path / "back.pth").tensors
-    state = test_released.state_dict()
+    state = released_states.state_dict()
     assert list(back) == list(state)
     assert all(np.asarray(back[name]).tobytes() == value.tobytes() for name, value in state.items())
 

@@ -6,45 +6,13 @@ import time
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.helpers.paths import ROOT
+from tests.helpers.squares import KEYS, Records, Squares, sharding
 from vpd_jax.data import pipeline
 from vpd_jax.data.shards import reader
-
-KEYS = ("index", "position", "noise", "image")
-
-
-class Squares:
-  """A data set of small arrays; the record `bad`, or those in the tuple, cannot be read."""
-
-  provides = frozenset(KEYS)
-  classes = ()
-
-  def __init__(self, records=10, bad=None):
-    self.records, self.bad = records, bad
-
-  def source(self, split):
-    return Records(self.records, self.bad)
-
-  def train_transform(self, example, rng, position):
-    return dict(example, position=np.asarray(position), noise=np.asarray(rng.random()))
-
-  def eval_transform(self, example):
-    return example
-
-
-class Records:
-  def __init__(self, records, bad):
-    self.records, self.bad = records, bad
-
-  def __len__(self):
-    return self.records
-
-  def __getitem__(self, index):
-    if index in (self.bad if isinstance(self.bad, tuple) else (self.bad,)):
-      raise ValueError(f"folder/file_{index}.png is truncated.")
-    return {"image": np.full((40, 50, 3), index, np.uint8), "index": np.asarray(index, np.int32)}
 
 
 def observe_process(example):
@@ -288,12 +256,6 @@ def test_errors_are_one_line_and_say_what_to_do():
     assert "\n" not in str(caught.value)
 
 
-def sharding():
-  devices = np.array(jax.devices())
-  mesh = jax.sharding.Mesh(devices.reshape(-1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
-  return NamedSharding(mesh, P(("data", "fsdp")))
-
-
 def replicated():
   return NamedSharding(sharding().mesh, P())
 
@@ -355,20 +317,20 @@ def test_prefetch_raises_what_the_input_raised_and_closes_when_full():
 
 FORGETFUL = """
 import sys
-sys.path.insert(0, {folder!r})
-import test_pipeline
+sys.path.insert(0, {root!r})
+from tests.helpers import squares
 from vpd_jax.data import pipeline
 
 if __name__ == "__main__":
-  workers = pipeline.train_batches(test_pipeline.Squares(), batch_size=6, seed=0, workers=1, keys=("image",))
-  ahead = pipeline.prefetch(workers, test_pipeline.sharding())
+  workers = pipeline.train_batches(squares.Squares(), batch_size=6, seed=0, workers=1, keys=("image",))
+  ahead = pipeline.prefetch(workers, squares.sharding())
   kept = [next(ahead) for _ in range(3)]
 """
 
 
 def test_a_program_that_closes_nothing_ends_silently(tmp_path):
   script = tmp_path / "forgetful.py"
-  script.write_text(FORGETFUL.format(folder=os.path.dirname(__file__)))
+  script.write_text(FORGETFUL.format(root=str(ROOT)))
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
   ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, env=environment)
   assert (ended.returncode, ended.stderr) == (0, "")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.data import coco_people
+from tests.helpers import coco_people
 from vpd_jax.data.datasets.coco_pose import CocoPose
 from vpd_jax.data.transforms.top_down import COCO
 from vpd_jax.tasks.depth.task import Depth

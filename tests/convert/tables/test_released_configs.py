@@ -1,0 +1,94 @@
+"""Every released table against the real model of its config, in both directions."""
+
+import importlib.util
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import oracle, tiny
+from tests.helpers.paths import ROOT
+from vpd_jax import experiment
+from vpd_jax.checkpoints import initialize
+from vpd_jax.config import loader
+from vpd_jax.convert import load, rules
+from vpd_jax.convert.formats import weight_files
+from vpd_jax.convert.tables import released
+
+SCRIPT = ROOT / "scripts" / "convert_checkpoint.py"
+# (release, config, fields that change it) to the setup in tests/golden with the authors' own list of names and shapes.
+CASES = {
+  ("vpd_depth", "configs/nyu_depth.py:vpd"): "vpd_depth",
+  ("vpd_depth", "configs/nyu_depth.py:vpd", "predicted"): "vpd_depth",
+  ("meta_prompts_depth", "configs/nyu_depth.py:meta_prompts"): "meta_depth",
+  ("meta_prompts_depth", "configs/kitti_depth.py:meta_prompts"): "meta_depth",
+  ("vpd_segmentation", "configs/ade20k_seg.py:vpd"): "vpd_seg",
+  ("meta_prompts_segmentation", "configs/ade20k_seg.py:meta_prompts"): "meta_seg_ade",
+  ("meta_prompts_segmentation", "configs/cityscapes_seg.py:meta_prompts"): "meta_seg_cityscapes",
+  ("vpd_refer", "configs/refcoco_refer.py:refcoco"): "vpd_refer_40",
+  ("vpd_refer", "configs/refcoco_refer.py:refcocog"): "vpd_refer_77",
+}
+
+
+def config_of(string, prompt=""):
+  config = loader.load(string).unlock()
+  if prompt:
+    config.method.prompt = prompt
+  return config.lock()
+
+
+def test_every_table_has_a_config():
+  assert {case[0] for case in CASES} == set(released.TABLES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case[1:]))
+def test_the_table_fits_the_model_of_its_config_in_both_directions(case):
+  config = config_of(*case[1:])
+  release = released.of(config.method.name, config.task.name)
+  assert release == case[0]
+  shapes, table = experiment.model_shapes(config), released.TABLES[release]()
+  # Out: the authors' names and shapes, no more and no fewer.
+  entries = released.manifest(released.inside(shapes, release), table)
+  shape = lambda entry: (entry["name"], tuple(entry["shape"]))
+  assert list(map(shape, entries)) == list(map(shape, oracle.manifest(CASES[case], "full")))
+  # In: everything but CLIP's towers is filled.
+  planned, _, problems = rules._plan({e["name"]: np.broadcast_to(np.float32(0), e["shape"]) for e in entries}, table)
+  assert not any(problems.values())
+  assert {target for target, _ in planned.values()} == released.inside(shapes, release).keys()
+  left = {name.split("/")[1] for name in shapes.keys() - released.inside(shapes, release).keys()}
+  assert left == ({"text_encoder"} if "refer" in release else {"class_predictor"} if len(case) == 3 else set())
+
+
+def test_a_method_without_a_release_is_told():
+  with pytest.raises(ValueError, match=r"no released checkpoint of 'iedp_depth'; .*'vpd_refer'"):
+    released.of("iedp", "depth")
+
+
+@pytest.mark.parametrize(
+  "string, prompt", [("configs/refcoco_refer.py:refcoco", ""), ("configs/nyu_depth.py:tiny", "predicted")]
+)
+def test_a_run_is_exported_and_read_back(tmp_path, monkeypatch, string, prompt):
+  config = tiny.shrunk(config_of(string, prompt)).unlock()
+  if prompt:
+    config.backbone.image = {"width": 32, "layers": 1, "heads": 2, "mlp_width": 64, "image_size": 28, "projection": 16}
+  config.lock()
+  product = experiment.assemble(config)
+  named = tiny.filled(product.parts.shapes)
+  with initialize.checkpoints(config, product, str(tmp_path / "run")) as held:
+    held.save(3, tiny.train_state(product, named), initialize.to_json(config), {}, force=True)
+  monkeypatch.setattr(loader, "load", lambda _: config)
+  spec = importlib.util.spec_from_file_location("convert_checkpoint", SCRIPT)
+  script = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(script)
+  output = tmp_path / "out.pth"
+  words = [f"--config={string}", f"--source={tmp_path / 'run'}", f"--output={output}", "--reverse"]
+  monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *words])
+  script.main()
+  release = released.of(config.method.name, config.task.name)
+  assert load.detect(output) == f"released:{release}" and len(weight_files.open_file(output).tensors) > 100
+  shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in product.parts.shapes.items()}
+  back, report = load.load_pretrained(output, shapes)
+  assert back.keys() == released.inside(named, release).keys() < named.keys() and report.step == 3
+  for name, value in back.items():
+    np.testing.assert_array_equal(value, named[name], err_msg=name)

@@ -1,0 +1,52 @@
+"""One class for all pictures of a data set that states none: `data.scene`, from the config to what is built."""
+
+import pytest
+
+from tests.helpers import tiny
+from vpd_jax import experiment
+from vpd_jax.config import loader
+
+
+def assembled(string, **changes):
+  config = tiny.shrunk(loader.load(string)).unlock()
+  config.update_from_flattened_dict(changes)
+  return experiment.assemble(config.lock())
+
+
+@pytest.mark.parametrize("string", ["configs/kitti_depth.py:vpd,tiny", "configs/my_depth.py:vpd,tiny"])
+def test_the_scene_is_the_one_class_of_the_product(string):
+  product = assembled(string, **{"data.scene": "country_road"})
+  assert product.classes == ("country_road",)
+  assert product.parts.shapes["method/class_vectors"].shape[0] == 1
+
+
+@pytest.mark.parametrize(
+  "method, message",
+  [
+    (
+      "vpd",
+      r"^method\.prompt='scene_class' chooses among the classes of the data set, which names none; set config",
+    ),
+    (
+      "iedp",
+      r"^method\.sentence='a photo of a \{\}' names the class of an image, but the data set names none; set config",
+    ),
+  ],
+)
+def test_a_method_that_is_told_a_class_is_refused_at_assembly_where_there_is_none(method, message):
+  with pytest.raises(ValueError, match=message) as caught:
+    assembled(f"configs/kitti_depth.py:{method},tiny", **{"data.scene": ""})
+  assert "\n" not in str(caught.value) and "data.scene" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  "words, changes",
+  [
+    ("meta_prompts", {}),
+    ("iedp", {"method.sentence": "a photo of a street"}),
+    ("iedp", {"method.branch_mode": "implicit"}),
+  ],
+)
+def test_without_a_scene_methods_that_are_told_no_class_go_on(words, changes):
+  product = assembled(f"configs/kitti_depth.py:{words},tiny", **{"data.scene": ""}, **changes)
+  assert product.classes == () and "class_id" not in product.keys
