@@ -4,7 +4,7 @@ python benchmarks/large_pictures.py --measure=memory [--height=3000] [--width=40
 python benchmarks/large_pictures.py --measure=programs [--small=few_shapes] [--ratios=0.5,1] [--flip] [--run=50]
 
 A stand-in network of one matrix under the windows of configs/ade20k_seg.py: everything but the network is what
---mode=predict does. "memory" is the peak of resident memory while a picture of the given size is labelled, above that
+--mode=predict does. "memory" is the peak of resident memory while a picture of the given size is labeled, above that
 of the network's call alone. "programs" counts the shapes of windows of 2000 pictures whose sides are drawn
 evenly, on a logarithmic scale, from 256 to 2048 pixels; then it labels some and counts all that XLA compiles.
 """
@@ -28,7 +28,7 @@ HEIGHT = flags.DEFINE_integer("height", 3000, "rows of the large picture")
 WIDTH = flags.DEFINE_integer("width", 4000, "columns of the large picture")
 CLASSES = flags.DEFINE_integer("classes", 0, "number of classes; 0: 150 for memory, 2 for programs")
 COUNT = flags.DEFINE_integer("count", 2000, "pictures whose shapes are counted")
-RUN = flags.DEFINE_integer("run", 50, "how many of them are labelled")
+RUN = flags.DEFINE_integer("run", 50, "how many of them are labeled")
 RATIOS = flags.DEFINE_list("ratios", ["1"], "scales of each picture")
 FLIP = flags.DEFINE_bool("flip", False, "mirrored too")
 SMALL = flags.DEFINE_string("small", "", "config.eval.small; empty: as the config says")
@@ -65,7 +65,7 @@ def main(_: list[str]) -> None:
   config.eval.batch_size, config.eval.small = AT_ONCE.value, SMALL.value or config.eval.small
   classes = CLASSES.value or {"memory": 150, "programs": 2}[MEASURE.value]
   weights = (jax.random.normal(jax.random.key(0), (3, classes)),)
-  label = protocols.Sliding(config, stand_in(classes, shapes))
+  label = protocols.SlidingWindowProtocol(config, stand_in(classes, shapes))
   if MEASURE.value == "memory":
     call = jax.jit(lambda w, image: image @ w)
     call(*weights, jnp.zeros((AT_ONCE.value, 512, 512, 3))).block_until_ready()

@@ -63,7 +63,7 @@ def kitti(root: Path, count: int) -> None:
 
 
 def ade20k(root: Path, count: int) -> None:
-  """512 x 683 JPEG with grey PNG of 150 classes."""
+  """512 x 683 JPEG with gray PNG of 150 classes."""
   rng = np.random.default_rng(0)
   for index in range(count):
     name = f"training/ADE_train_{index:08}"

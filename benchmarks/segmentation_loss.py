@@ -2,7 +2,7 @@
 
 python benchmarks/segmentation_loss.py [--batch=1] [--repeats=5]
 
-An image shows `present` of the classes, in blobs; the scores favour the true class, as half-way through training.
+An image shows `present` of the classes, in blobs; the scores favor the true class, as half-way through training.
 """
 
 import time

@@ -33,7 +33,7 @@ def growth(count: int, size: tuple[int, int], classes: int) -> tuple[dict[str, f
   weights = jax.random.normal(jax.random.key(0), (3, classes))
   procedure = sliding_window.parse((f"slide:{min(size)}:{2 * min(size) // 3}",))
   options = {"at_once": 2, "decide": sliding_window.most_probable}
-  engine = sliding_window.Labelling(lambda w, batch: batch["image"] @ w, procedure, **options)
+  engine = sliding_window.SlidingWindowInference(lambda w, batch: batch["image"] @ w, procedure, **options)
   measure = jax.jit(lambda prediction, label: task.measure(prediction[None], {"label": label[None]}))
   labels = []
 

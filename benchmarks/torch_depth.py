@@ -5,7 +5,7 @@ python benchmarks/torch_depth.py --settings=FILE --output=FILE      (scripts/ben
 The same work as ours: frozen VAE encoder without gradient, text adapter, UNet, fusion, the depth head, SiLog in groups
 of images, gradients of everything else, AdamW with one rate for the UNet and one for the rest. On a GPU: bfloat16
 autocast around float32 weights, channels_last, scaled-dot-product attention, fused AdamW, torch.compile where it works.
-Batch normalisation takes the whole batch, as plain PyTorch does. Needs torch and diffusers (extra `reference`).
+Batch normalization takes the whole batch, as plain PyTorch does. Needs torch and diffusers (extra `reference`).
 """
 
 import argparse

@@ -25,7 +25,7 @@ METHODS = {
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.words(argument, method=tuple(METHODS), size=("full", "tiny"))
+  words = loader.parse_variant(argument, method=tuple(METHODS), size=("full", "tiny"))
   method, tiny = words["method"], words["size"] == "tiny"
   config = ml_collections.ConfigDict(presets.run(num_steps=80_000, log_every=50, eval_every=8000, save_every=2000))
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
@@ -37,7 +37,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     "scale": (512, 128) if tiny else (2048, 512),  # (long, short) side
     "ratio_range": (0.5, 2.0),
     "cat_max_ratio": 0.75,
-    "colour": True,
+    "color_jitter": True,
     "complete": True,  # False takes a part of the data set
     "format": "files",  # "tfds": prepared shards
     "batch_size": 8 if method == "meta_prompts" else 16,  # 8 GPUs x 1 or x 2 in the releases
@@ -48,5 +48,5 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   # Lovász is a loss over the images of one GPU.
   config.optim.loss_group = 1 if method == "meta_prompts" else 2
   words = ("resize:512:128", "slide:128:85") if tiny else ("resize:2048:512", "slide:512:341")
-  config.eval = presets.labelling(batch_size=8, test_time=words)
+  config.eval = presets.sliding_window_evaluation(batch_size=8, test_time=words)
   return config

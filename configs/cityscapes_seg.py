@@ -26,7 +26,7 @@ METHODS = {
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.words(argument, method=tuple(METHODS), data=("fine", "extra"), size=("full", "tiny"))
+  words = loader.parse_variant(argument, method=tuple(METHODS), data=("fine", "extra"), size=("full", "tiny"))
   method, extra, tiny = words["method"], words["data"] == "extra", words["size"] == "tiny"
   config = ml_collections.ConfigDict(presets.run(num_steps=80_000, log_every=50, eval_every=8000, save_every=2000))
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
@@ -40,7 +40,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     "scale": (256, 128) if tiny else (2048, 1024),  # (long, short) side
     "ratio_range": (0.5, 2.0),
     "cat_max_ratio": 0.75,
-    "colour": True,
+    "color_jitter": True,
     "extra": "autolabelled" if extra else "none",  # "coarse"
     "cities": (),
     "complete": True,  # False takes a part of the data set
@@ -53,5 +53,5 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   config.optim.loss_group = 1  # Lovász is a loss over the images of one GPU
   words = ("slide:128:64",) if tiny else ("slide:1024:512",)
   # All pictures have one size: a shape for each scale, as released.
-  config.eval = presets.labelling(batch_size=8, test_time=words, small="whole")
+  config.eval = presets.sliding_window_evaluation(batch_size=8, test_time=words, small="whole")
   return config

@@ -27,7 +27,7 @@ ITERATIONS = 293  # per epoch: 149 813 people over 512
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.words(
+  words = loader.parse_variant(
     argument, method=tuple(METHODS), crop=tuple(SIGMAS), length=tuple(LENGTHS), size=("full", "tiny")
   )
   tiny, (epochs, *drops) = words["size"] == "tiny", LENGTHS[words["length"]]
@@ -48,7 +48,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     "annotations": "annotations",
     "udp": True,
     "padding": 1.25,
-    "centre_jitter": "once",  # "always", "off"
+    "center_jitter": "once",  # "always", "off"
     "flip": 0.5,
     "half_body": 0.3,
     "upper_share": 0.6915,  # the release compares a normal number, not a uniform one, with 0.5; 0.5

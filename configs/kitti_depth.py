@@ -29,7 +29,7 @@ ITERATIONS = 965  # per epoch in the release: 23 160 padded frames over 8 x 3
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.words(argument, method=tuple(METHODS), size=("full", "tiny"))
+  words = loader.parse_variant(argument, method=tuple(METHODS), size=("full", "tiny"))
   method, tiny = words["method"], words["size"] == "tiny"
   config = ml_collections.ConfigDict(
     presets.run(num_steps=25 * ITERATIONS, log_every=50, eval_every=ITERATIONS, save_every=ITERATIONS)
@@ -55,7 +55,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     "resize": (96, 332) if tiny else (),  # () keeps 352 x 1216
     "scene": "street",  # in place of a class of each frame's own: for method.prompt="scene_class", method.sentence
     "cut_depth": "released",  # "scaled", "off"
-    "colour": True,
+    "color_jitter": True,
     "format": "files",  # "tfds": prepared shards
     "batch_size": 24,
     "workers": 8,

@@ -16,7 +16,7 @@ MAX_DEPTH = 10.0  # metres
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.words(argument, method=tuple(METHODS), size=("full", "tiny"))
+  words = loader.parse_variant(argument, method=tuple(METHODS), size=("full", "tiny"))
   tiny = words["size"] == "tiny"
   config = ml_collections.ConfigDict(presets.run(num_steps=20_000, log_every=50, eval_every=1000, save_every=1000))
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
@@ -25,7 +25,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   config.data = {"name": "depth_list", "root": "", "factor": 1000.0, "max_depth": MAX_DEPTH, "scene": "room"}
   config.data.update({"train_list": "train_list.txt", "eval_list": "", "holdout": 0.1, "exif": "stored"})
   config.data.update({"resize": (96, 128) if tiny else (480, 640), "crop": (96, 96) if tiny else (480, 480)})
-  config.data.update({"cut_depth": "scaled", "colour": True, "batch_size": 24, "workers": 8, "on_bad_record": "stop"})
+  config.data.update(
+    {"cut_depth": "scaled", "color_jitter": True, "batch_size": 24, "workers": 8, "on_bad_record": "stop"}
+  )
   config.optim = presets.adamw(
     lr=5e-4,
     decay=0.1,

@@ -18,7 +18,7 @@ SKELETON = (("nose", "left_eye"), ("nose", "right_eye"), ("nose", "tail"))  # li
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.words(argument, method=tuple(METHODS), size=("full", "tiny"))
+  words = loader.parse_variant(argument, method=tuple(METHODS), size=("full", "tiny"))
   tiny, steps = words["size"] == "tiny", 20_000
   config = ml_collections.ConfigDict(presets.run(num_steps=steps, log_every=50, eval_every=1000, save_every=1000))
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()

@@ -20,7 +20,7 @@ CLASSES = ("background", "person", "dog")  # in the order of the numbers in the 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.words(argument, method=tuple(METHODS), size=("full", "tiny"))
+  words = loader.parse_variant(argument, method=tuple(METHODS), size=("full", "tiny"))
   tiny = words["size"] == "tiny"
   config = ml_collections.ConfigDict(presets.run(num_steps=20_000, log_every=50, eval_every=1000, save_every=1000))
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
@@ -33,5 +33,5 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   config.data.update({"batch_size": 16, "workers": 8, "on_bad_record": "stop"})
   config.optim = presets.segmentation_optimizer(num_steps=0, warmup=500)  # 0: as long as the run
   slide = ("resize:512:128", "slide:128:85") if tiny else ("resize:2048:512", "slide:512:341")
-  config.eval = presets.labelling(batch_size=8, test_time=slide, baselines=64)
+  config.eval = presets.sliding_window_evaluation(batch_size=8, test_time=slide, baselines=64)
   return config

@@ -18,7 +18,7 @@ ITERATIONS = 1009  # per epoch in the release: 24 232 padded frames over 8 x 3
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.words(argument, method=tuple(METHODS), size=("full", "tiny"))
+  words = loader.parse_variant(argument, method=tuple(METHODS), size=("full", "tiny"))
   tiny = words["size"] == "tiny"
   config = ml_collections.ConfigDict(
     presets.run(num_steps=25 * ITERATIONS, log_every=50, eval_every=ITERATIONS, save_every=ITERATIONS)
@@ -34,7 +34,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     "crop": (96, 96) if tiny else (480, 480),
     "resize": (96, 128) if tiny else (),  # () keeps 480 x 640
     "cut_depth": "released",  # "scaled", "off"
-    "colour": True,
+    "color_jitter": True,
     "format": "files",  # "tfds": prepared shards
     "batch_size": 24,
     "workers": 8,

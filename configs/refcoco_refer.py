@@ -32,7 +32,7 @@ BATCH, EPOCHS = 32, 40
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.words(argument, data=tuple(DATA), method=tuple(METHODS), rate=("as_run", "as_intended"),
+  words = loader.parse_variant(argument, data=tuple(DATA), method=tuple(METHODS), rate=("as_run", "as_intended"),
                             size=("full", "tiny"))  # fmt: skip
   variant, split_by, objects, tokens = DATA[words["data"]]
   tiny, epoch = words["size"] == "tiny", objects // BATCH

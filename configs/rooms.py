@@ -41,7 +41,7 @@ OPTIONS = {  # of those functions
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.words(argument, task=tuple(METHODS), method=tuple(METHODS["depth"]), size=("tiny", "full"))
+  words = loader.parse_variant(argument, task=tuple(METHODS), method=tuple(METHODS["depth"]), size=("tiny", "full"))
   task, method, tiny = words["task"], words["method"], words["size"] == "tiny"
   steps = 320
   config = ml_collections.ConfigDict(presets.run(num_steps=steps, log_every=20, eval_every=steps, save_every=100))
@@ -77,7 +77,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   config.optim.b2 = 0.99  # some hundred steps are too few for a memory of 1000
   test_time = {"depth": ("flip", "shift:2"), "referring": (), "pose": ("flip",)}
   config.eval = (
-    presets.labelling(batch_size=8, test_time=("slide:96:32" if tiny else "slide:480:160",), baselines=256)
+    presets.sliding_window_evaluation(
+      batch_size=8, test_time=("slide:96:32" if tiny else "slide:480:160",), baselines=256
+    )
     if task == "segmentation"
     else presets.evaluation(batch_size=8, test_time=test_time[task], baselines=256)
   )
@@ -95,7 +97,7 @@ def rooms(task: str, *, tiny: bool) -> dict:
     "eval_count": 64,
     "seed": 0,
     "cut_depth": "off",
-    "colour": False,
+    "color_jitter": False,
     "format": "files",  # nothing on disk: drawn when asked for; "tfds": prepared shards in `root`
     "root": "",
     "batch_size": 6,
@@ -115,7 +117,7 @@ def figures(*, tiny: bool) -> dict:
     "seed": 0,
     "udp": True,
     "padding": 1.25,
-    "centre_jitter": "off",  # some hundred steps never see a figure twice: no need to vary them
+    "center_jitter": "off",  # some hundred steps never see a figure twice: no need to vary them
     "flip": 0.5,
     "half_body": 0.0,
     "scale": 0.0,

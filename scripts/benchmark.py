@@ -117,7 +117,7 @@ def made_up_batch(config: ConfigDict, product: Product, mesh: Any) -> dict[str, 
 def read(config: ConfigDict, product: Product, mesh: Any, state: Any) -> pipeline.Prefetch:
   """The training batches of a run."""
   dataset = experiment.dataset(config, product)
-  encodings = encoder_cache.Encodings(config, product, dataset, mesh)
+  encodings = encoder_cache.EncoderCache(config, product, dataset, mesh)
   return train._batches(config, product, dataset, mesh, 0, lambda local: encodings(local, state.frozen))
 
 

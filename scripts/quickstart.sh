@@ -28,7 +28,7 @@ echo "== prediction"
 cat <<END
 
 Done. Where to look, below $(pwd):
-  $run/predictions    coloured depth, 16-bit PNG, raw metres, and a JSON that states the units
+  $run/predictions    colored depth, 16-bit PNG, raw metres, and a JSON that states the units
   $run/metrics.jsonl  every scalar, one line per step
   $run/checkpoints    the state: the same command continues it
   curves and panels:  $PYTHON -m tensorboard.main --logdir $run

@@ -65,7 +65,7 @@ TASKS = (
     {
       "constant": "best constant depth",
       "position_mean": "mean depth of each position",
-      "linear_rgb_position": "linear regression on colour and position",
+      "linear_rgb_position": "linear regression on color and position",
     },
   ),
   Rows(
@@ -77,7 +77,7 @@ TASKS = (
     {
       "most_frequent": "most frequent class",
       "position_mode": "most frequent class of each position",
-      "linear_rgb_position": "linear classifier of colour and position",
+      "linear_rgb_position": "linear classifier of color and position",
     },
   ),
   Rows(

@@ -26,7 +26,7 @@ from vpd_jax.evaluation import encoder_cache, evaluate
 from vpd_jax.training import train
 
 BATCHES = flags.DEFINE_integer("batches", 8, "of each pass", lower_bound=2, flag_values=benchmark.FLAGS)
-WAYS = ("inside the network", "once a picture", "kept in memory")
+PROTOCOLS = ("inside the network", "once a picture", "kept in memory")
 
 
 def seconds(run: Callable[[Any], Any], batches: Callable[[], Iterator[Any]], passes: int = 2) -> float:
@@ -77,15 +77,15 @@ def measure(config: Any) -> dict[str, dict[str, float]]:
     source.close()
     count = sum(len(batch["image"]) for batch in rows)
     found[mode] = {}
-    for way in WAYS:
+    for way in PROTOCOLS:
       dataset.cache = referring.Cache("memory" if way == "kept in memory" else "off", "")
-      encodings = encoder_cache.Encodings(config, product, dataset, mesh)
+      encodings = encoder_cache.EncoderCache(config, product, dataset, mesh)
       encode = (lambda local: local) if way == "inside the network" else lambda local: encodings(local, frozen)  # noqa: B023
       passed = lambda: pipeline.prefetch(encode(iter(rows)), spread)  # noqa: B023
       found[mode][way] = seconds(runs[mode], passed) / count
     pictures = len({int(i) for batch in rows for i in batch["image_id"]}) if mode == "evaluation" else None
     print(f"{mode}: {count} sentences" + (f" about {pictures} pictures" if pictures else ""), flush=True)
-    first = found[mode][WAYS[0]]
+    first = found[mode][PROTOCOLS[0]]
     for way, value in found[mode].items():
       print(f"  {way:20} {1e3 * value:9.2f} ms a sentence, {first / value:.2f} times as fast", flush=True)
     if mode == "evaluation":

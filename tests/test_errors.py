@@ -13,7 +13,7 @@ from vpd_jax.distributed import multiprocess
 
 def test_an_error_for_users_is_one_line_and_exit_code_2(capsys):
   for error in (errors.UserError("give another\nname"), errors.NotFiniteError("the loss"), OSError(28, "disk full")):
-    with pytest.raises(SystemExit) as caught, multiprocess.answered():
+    with pytest.raises(SystemExit) as caught, multiprocess.report_errors():
       raise error
     assert caught.value.code == 2
     printed = capsys.readouterr().err
@@ -22,7 +22,7 @@ def test_an_error_for_users_is_one_line_and_exit_code_2(capsys):
 
 @pytest.mark.parametrize("error", [ValueError("shapes (2,) and (3,)"), FloatingPointError("a bug"), TypeError("a bug")])
 def test_any_other_error_keeps_its_traceback(error):
-  with pytest.raises(type(error)) as caught, multiprocess.answered():
+  with pytest.raises(type(error)) as caught, multiprocess.report_errors():
     raise error
   assert caught.value is error
 

@@ -62,10 +62,10 @@ HEADS = {
   "fpn": fpn.SemanticFpn,
   "upernet": upernet.UperNet,
   "lavt": lavt.Lavt,
-  "fused": keypoints.Fused,
-  "simple": keypoints.Simple,
-  "classic": keypoints.Classic,
-  "direct": keypoints.Direct,
+  "fused": keypoints.FusedHead,
+  "simple": keypoints.ViTPoseSimpleHead,
+  "classic": keypoints.DeconvHead,
+  "direct": keypoints.IdentityHead,
 }
 TASKS = {
   "depth": depth_task.Depth,
@@ -158,7 +158,9 @@ def sizes(config: ConfigDict) -> tuple[UNetSizes, VaeSizes, TextSizes, ImageSize
   return tuple(kind(**made[part]) for part, kind in kinds.items())
 
 
-def _offered(config: ConfigDict, classes: tuple[str, ...], text: TextSizes, training: bool) -> dict[str, Any]:
+def _constructor_context(
+  config: ConfigDict, classes: tuple[str, ...], text: TextSizes, training: bool
+) -> dict[str, Any]:
   """What only some methods ask for, by the name under which their constructors do."""
   sources = (config.method.get("tokenizer", ""), config.init.pretrained, config.init.get("clip", ""))
   return {
@@ -179,7 +181,7 @@ def _builder(config: ConfigDict, task: Any, classes: tuple[str, ...], training: 
     raise UserError(
       f"config.backbone.attention={config.backbone.attention!r} is unknown; choose one of {IMPLEMENTATIONS}."
     )
-  offered = _offered(config, classes, text, training)
+  offered = _constructor_context(config, classes, text, training)
   prompts = OF_THE_PROMPTS.get(config.method.get("name"), ())
   maker = fields.look_up(METHODS, config.method, "method", given=offered, more=prompts)
   asked = inspect.signature(maker.__init__).parameters
@@ -239,10 +241,10 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Product:
 
 
 def _task(config: ConfigDict, data: Any, classes: tuple[str, ...]) -> Any:
-  """The task, told of the data set's classes and their colours and numbers where it asks for them."""
+  """The task, told of the data set's classes and their colors and numbers where it asks for them."""
   facts = {"classes": len(classes), "class_names": classes}
   facts |= {name: getattr(data, name) for name in ("palette", "label_ids") if hasattr(data, name)}
-  facts |= data.facts_of(config.data) if hasattr(data, "facts_of") else {}
+  facts |= data.info_from_options(config.data) if hasattr(data, "facts_of") else {}
   if told := [name for name in facts if name in config.task]:
     raise UserError(f"config.task.{told[0]} is a fact of the data set {config.data.name!r}; leave it out.")
   maker = fields.look_up(TASKS, config.task, "task", given=("keypoints", *facts))

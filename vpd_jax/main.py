@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
   """Runs the mode; an error of the user's is one line and exit code 2."""
   # orbax tells every step it takes, and shows the traceback of what it raises anyway.
   logging.set_verbosity(logging.DEBUG if DEBUG.value else logging.FATAL)
-  with multiprocess.answered(DEBUG.value):
+  with multiprocess.report_errors(DEBUG.value):
     if len(arguments) > 1:
       raise UserError(f"words on the command line belong to no flag: {arguments[1:]}; write --flag=value.")
     _run()

@@ -17,7 +17,7 @@ Outputs = dict[str, Array]  # what a head returns: "depth" | "logits", "aux_logi
 Rows = dict[str, np.ndarray]  # one measurement per example, [N, ...], on the host
 # By full name, such as "method/unet/input_blocks/1/0/in_layers/2/kernel": arrays of devices or of the host, or what
 # stands for them: shapes, shardings.
-Named = dict[str, Any]
+ParamDict = dict[str, Any]
 
 
 class Features(NamedTuple):
@@ -76,11 +76,11 @@ class TrainState:
   """
 
   step: Array
-  params: Named
-  frozen: Named
-  stats: Named
+  params: ParamDict
+  frozen: ParamDict
+  stats: ParamDict
   opt_state: Any
-  ema: Named | None = None
+  ema: ParamDict | None = None
 
 
 class Method(Protocol):

@@ -20,7 +20,7 @@ import pytest
 
 from vpd_jax.checkpoints import checkpointer
 from vpd_jax.distributed import sharding
-from vpd_jax.distributed.preemption import StopRequest
+from vpd_jax.distributed.preemption import PreemptionGuard
 from vpd_jax.types import TrainState
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.scale_by_schedule(lambda _: -1e-2))
@@ -255,7 +255,7 @@ def test_a_relative_workdir_is_taken_from_here(tmp_path, monkeypatch):
 
 def test_sigterm_is_a_request_and_the_old_handler_returns():
   before = signal.getsignal(signal.SIGTERM)
-  with StopRequest() as stop:
+  with PreemptionGuard() as stop:
     assert not stop.requested and not stop.now()
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.requested and stop.now()
@@ -266,7 +266,7 @@ def test_in_another_thread_signals_are_left_alone():
   seen = []
 
   def run():
-    with StopRequest() as stop:
+    with PreemptionGuard() as stop:
       seen.append(stop.requested)
 
   thread = threading.Thread(target=run)

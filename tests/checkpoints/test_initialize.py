@@ -244,10 +244,10 @@ def test_a_run_that_was_told_the_class_may_predict_it(tmp_path, whole_clip):
   state = tiny.train_state(product, tiny.filled(product.parts.shapes))
   with initialize.checkpoints(config, product, str(tmp_path)) as held:
     held.save(1, state, initialize.to_json(config), {}, force=True)
-  assert initialize.predicting_class(config).method.prompt == "scene_class"
+  assert initialize.with_predicted_class(config).method.prompt == "scene_class"
   config = config.copy_and_resolve_references().unlock()
   config.init.clip = str(whole_clip)
-  config = initialize.predicting_class(initialize.complete(config.lock(), str(tmp_path)))
+  config = initialize.with_predicted_class(initialize.complete(config.lock(), str(tmp_path)))
   assert config.method.prompt == "predicted"
   product = experiment.assemble(config, training=False)
   named, lines = initialize.weights(config, product, str(tmp_path))

@@ -88,3 +88,19 @@ def test_the_table_holds_what_the_configs_of_the_package_have():
     for name, known in fields.FIELDS.items():
       optional = {"coverage", "small"} if name == "eval" else set()
       assert set(known) - optional == set(config[name] if name else config) - optional, (path, name)
+
+
+@pytest.mark.parametrize("old, new", fields.RENAMED.items())
+def test_a_renamed_option_is_refused_with_its_new_name_and_an_old_workdir_still_resumes(old, new):
+  section, old_name = old.split(".")
+  new_name = new.split(".")[1]
+  message = fields.unknown({old_name: 1}, (new_name,), f"config.{section} of name 'x'")
+  assert message == f"config.{section} of name 'x': {old_name} is now {new_name}; rename it in your config"
+  assert loader.differences({section: {old_name: 1}}, {section: {new_name: 1}}, (section,)) == []
+  assert loader.differences({section: {old_name: 1}}, {section: {new_name: 2}}, (section,)) == [f"{new}: 1 -> 2"]
+
+
+def test_a_renamed_option_on_the_command_line_is_refused_with_its_new_name():
+  argv = ["main", "--config=configs/nyu_depth.py:tiny", "--config.data.colour=False"]
+  with pytest.raises(ValueError, match=r"config\.data\.colour is now config\.data\.color_jitter"):
+    loader.resolve_argv(argv)

@@ -14,7 +14,7 @@ import ml_collections
 from vpd_jax.config import loader
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-  words = loader.words(argument, method=("vpd", "iedp"), size=("full", "tiny"))
+  words = loader.parse_variant(argument, method=("vpd", "iedp"), size=("full", "tiny"))
   config = ml_collections.ConfigDict()
   config.method = dict(name=words["method"], width=320 if words["size"] == "full" else 32)
   config.optim = dict(lr=5e-4, lr_groups=((r"/vae/", None), (r"", 1.0)))
@@ -42,23 +42,26 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("argument", ["tiny,iedp", "iedp,tiny", " iedp , tiny,"])
 def test_words_come_in_any_order(argument):
-  chosen = loader.words(argument, method=("vpd", "iedp"), size=("full", "tiny"))
+  chosen = loader.parse_variant(argument, method=("vpd", "iedp"), size=("full", "tiny"))
   assert chosen == {"method": "iedp", "size": "tiny"}
 
 
 @pytest.mark.parametrize("argument", ["", None])
 def test_the_first_word_of_a_kind_is_its_default(argument):
-  assert loader.words(argument, method=("vpd", "iedp"), size=("full", "tiny")) == {"method": "vpd", "size": "full"}
+  assert loader.parse_variant(argument, method=("vpd", "iedp"), size=("full", "tiny")) == {
+    "method": "vpd",
+    "size": "full",
+  }
 
 
 def test_an_unknown_word_fails_with_the_list():
   with pytest.raises(ValueError, match=r"'smal' is unknown; .*method: vpd, iedp; size: full, tiny"):
-    loader.words("vpd,smal", method=("vpd", "iedp"), size=("full", "tiny"))
+    loader.parse_variant("vpd,smal", method=("vpd", "iedp"), size=("full", "tiny"))
 
 
 def test_two_words_of_one_kind_fail():
   with pytest.raises(ValueError, match="two of method: 'vpd' and 'iedp'"):
-    loader.words("vpd,iedp", method=("vpd", "iedp"))
+    loader.parse_variant("vpd,iedp", method=("vpd", "iedp"))
 
 
 @pytest.mark.parametrize("path", ["configs/one.py", "configs/one"])

@@ -163,7 +163,7 @@ def test_the_script_fails_in_one_line(tmp_path, monkeypatch):
 
 def test_every_kind_has_its_table():
   assert {kind.removeprefix("released:") for kind in load.KINDS if ":" in kind} == set(released.TABLES)
-  assert released.SIGNS.keys() == released.TABLES.keys()
+  assert released.SIGNATURES.keys() == released.TABLES.keys()
 
 
 def test_a_directory_that_could_not_be_read_again_is_not_written(tmp_path):

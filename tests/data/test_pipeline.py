@@ -132,8 +132,8 @@ def test_too_many_bad_records_in_a_row_stop_all_the_same():
   with pytest.raises(ValueError, match=r"^10 records in a row cannot be read, the first: folder/file_\d\.png is trunc"):
     skipping(1, bad=tuple(range(10)))
   with pytest.raises(ValueError, match=r"^11 records in a row cannot be read"):
-    reader.Readable(Records(100, tuple(range(20, 40))))[25]
-  assert reader.Readable(Records(100, tuple(range(20, 30))))[20]["index"] == 30
+    reader.SkipUnreadable(Records(100, tuple(range(20, 40))))[25]
+  assert reader.SkipUnreadable(Records(100, tuple(range(20, 30))))[20]["index"] == 30
   with pytest.raises(ValueError, match=r"^on_bad_record='ignore' is unknown; choose one of \('stop', 'skip'\)\.$"):
     skipping(1, bad=None, on_bad_record="ignore")
 

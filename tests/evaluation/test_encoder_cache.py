@@ -35,7 +35,7 @@ def encodings(made, mesh, kind="off", folder=""):
   config, product, _ = made
   dataset = experiment.dataset(config, product)
   dataset.cache = referring.check_cache(kind, str(folder))
-  return encoder_cache.Encodings(config, product, dataset, mesh)
+  return encoder_cache.EncoderCache(config, product, dataset, mesh)
 
 
 def evaluation(made, batch_size=2):

@@ -28,31 +28,31 @@ def picture(seed=0, size=(48, 64)):
   return cv2.resize(small, size[::-1])
 
 
-def png_of(height, width, *, depth=8, colour=0):
+def png_of(height, width, *, depth=8, color=0):
   """A PNG that claims to be so large and holds next to nothing."""
   chunk = lambda name, data: struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-  header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+  header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
   return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0" * 99)) + chunk(b"IEND", b"")
 
 
-GREY = picture()[..., 0]
+GRAY = picture()[..., 0]
 READERS = {
   "picture": lambda raw, path: image_files.decode_image(raw, path),
   "depth": lambda raw, path: image_files.decode_depth(raw, path, scale=1000),
   "labels": lambda raw, path: label_maps.decode_labels(raw, path, ANY),
   "mask": lambda raw, path: referring.decode(
-    {"image": encoded("PNG", GREY), "mask": raw, "image_path": path, "sentences": "", "image_id": 0, "index": 0}
+    {"image": encoded("PNG", GRAY), "mask": raw, "image_path": path, "sentences": "", "image_id": 0, "index": 0}
   ),
   "any depth": lambda raw, path: (path.write_bytes(raw), depth_list.read_depth(path, factor=1.0, max_depth=1e6)),
   "prediction": lambda raw, path: (path.write_bytes(raw), image_io.read_picture(path)),
 }
 FILES = {
   **{kind: encoded(kind, picture()) for kind in ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")},
-  "palette": encoded("PNG", np.asarray(Image.fromarray(GREY).convert("P"))),
-  "1 bit": encoded("PNG", GREY > 100),
-  "16 bit": encoded("PNG", GREY.astype(np.uint16) * 200),
-  "float tiff": encoded("TIFF", GREY.astype(np.float32)),
-  "pfm": b"Pf\n64 48\n-1\n" + GREY.astype("<f4").tobytes(),
+  "palette": encoded("PNG", np.asarray(Image.fromarray(GRAY).convert("P"))),
+  "1 bit": encoded("PNG", GRAY > 100),
+  "16 bit": encoded("PNG", GRAY.astype(np.uint16) * 200),
+  "float tiff": encoded("TIFF", GRAY.astype(np.float32)),
+  "pfm": b"Pf\n64 48\n-1\n" + GRAY.astype("<f4").tobytes(),
 }
 SUFFIXES = {"pfm": ".pfm", "float tiff": ".tif", "TIFF": ".tif", "16 bit": ".png", "npy": ".npy"}
 
@@ -152,25 +152,25 @@ def test_a_jpeg_within_a_jpeg_does_not_end_it(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"quality": 5}, {"quality": 98, "subsampling": 0}, {"optimize": True}])
-@pytest.mark.parametrize("colours", ["photo", "flat", "grey"])
-def test_whole_jpegs_are_taken(options, colours):
+@pytest.mark.parametrize("colors", ["photo", "flat", "gray"])
+def test_whole_jpegs_are_taken(options, colors):
   for seed in range(20):
     rng = np.random.default_rng(seed)
     size = tuple(rng.integers(1, 200, 2))
-    image = np.full((*size, 3), 200, np.uint8) if colours == "flat" else photo(size)
-    raw = encoded("JPEG", image[..., 0] if colours == "grey" else image, **options)
+    image = np.full((*size, 3), 200, np.uint8) if colors == "flat" else photo(size)
+    raw = encoded("JPEG", image[..., 0] if colors == "gray" else image, **options)
     for whole in (raw, raw[:-2] + bytes(500) + raw[-2:], raw[:-2] + b"\xff\xff" + raw[-2:]):
       image_decoding.check_whole(whole, "a")
 
 
-@pytest.mark.parametrize("damage", ["cut", "grey", "zeros", "restart", "marker"])
-def test_a_jpeg_whose_rest_would_be_filled_with_grey_is_damaged(tmp_path, damage):
+@pytest.mark.parametrize("damage", ["cut", "gray", "zeros", "restart", "marker"])
+def test_a_jpeg_whose_rest_would_be_filled_with_gray_is_damaged(tmp_path, damage):
   raw = encoded("JPEG", photo(), quality=90)
   scan = image_decoding.jpeg_scans(raw)[0]
   place, size = (scan.begin + scan.end) // 2, (scan.end - scan.begin) // 4
   changed = {
     "cut": raw[:place] + raw[place + size :],
-    "grey": raw[:place] + raw[scan.end :],
+    "gray": raw[:place] + raw[scan.end :],
     "zeros": raw[:place] + bytes(size) + raw[place + size :],
     "restart": raw[:place] + b"\xff\xd0" + raw[place + 2 :],
     "marker": raw[:place] + b"\xff\x42" + raw[place + 2 :],
@@ -223,7 +223,7 @@ def test_pictures_are_read_as_stored_or_turned_whatever_their_kind(kind, orienta
 def test_labels_and_depth_are_never_turned(tmp_path, orientation):
   exif = Image.Exif()
   exif[0x0112] = orientation
-  for number, array in enumerate((GREY // 2, GREY.astype(np.uint16) + 300, GREY.astype(np.float32) + 1)):
+  for number, array in enumerate((GRAY // 2, GRAY.astype(np.uint16) + 300, GRAY.astype(np.float32) + 1)):
     if number:
       path = tmp_path / "a.tif"
       path.write_bytes(encoded("TIFF", array, tiffinfo={0x0112: orientation}))

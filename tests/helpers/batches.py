@@ -15,7 +15,7 @@ def batch_for(product, config):
     "label": rng.integers(0, 3, (size, height, width), np.uint8),
     "mask": rng.integers(0, 2, (size, height, width), np.uint8),
     "keypoints": np.concatenate([rng.uniform(0, 60, (size, 17, 2)), np.ones((size, 17, 1))], -1).astype(np.float32),
-    "centre": rng.uniform(10, 90, (size, 2)).astype(np.float32),
+    "center": rng.uniform(10, 90, (size, 2)).astype(np.float32),
     "extent": rng.uniform(20, 90, (size, 2)).astype(np.float32),
     "box_score": np.ones(size, np.float32),
     "image_index": np.arange(size, dtype=np.int32),

@@ -33,7 +33,7 @@ from tests.helpers import tiny
 from vpd_jax.config import loader
 
 def get_config(argument=""):
-  loader.words(argument, method=("vpd",), size=("tiny",))
+  loader.parse_variant(argument, method=("vpd",), size=("tiny",))
   config = tiny.shrunk(loader.load("configs/nyu_depth.py:tiny")).unlock()
   config.update(num_steps=4, log_every=1, eval_every=4, save_every=4)
   config.data.root = {root!r}

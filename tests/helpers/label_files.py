@@ -4,13 +4,13 @@ import cv2
 import numpy as np
 
 
-def write_pairs(images, masks, numbers, names, size=(40, 60), grey=False):
+def write_pairs(images, masks, numbers, names, size=(40, 60), gray=False):
   """Pictures and label files of random blocks of `numbers`."""
   images.mkdir(parents=True, exist_ok=True)
   masks.mkdir(parents=True, exist_ok=True)
   rng = np.random.default_rng(0)
   for name in names:
-    image = rng.integers(0, 256, (4, 6, 1 if grey else 3), dtype=np.uint8)
+    image = rng.integers(0, 256, (4, 6, 1 if gray else 3), dtype=np.uint8)
     cv2.imwrite(str(images / f"{name}.jpg"), cv2.resize(image, size[::-1]))
     blocks = rng.choice(np.array(numbers, np.uint8), (4, 6))
     cv2.imwrite(str(masks / f"{name}.png"), cv2.resize(blocks, size[::-1], interpolation=cv2.INTER_NEAREST))

@@ -10,14 +10,14 @@ import pytest
 
 from tests.helpers import fill
 from vpd_jax.inference import sliding_window, tiles
-from vpd_jax.inference.sliding_window import Labelling, Procedure, Views
+from vpd_jax.inference.sliding_window import Procedure, SlidingWindowInference, Views
 
 CLASSES = 4
 SLIDE = Procedure(window=32, stride=20)
 
 
 def stand_in(weights, batch):
-  """Scores that depend on colour, on the place in the window and on its size."""
+  """Scores that depend on color, on the place in the window and on its size."""
   image = batch["image"]
   height, width = image.shape[1:3]
   y = jnp.arange(height, dtype=jnp.float32)[None, :, None, None] / height
@@ -87,7 +87,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_probabilities_are_those_of_the_plain_loops(case, weights):
   procedure, many = CASES[case]
-  results = list(Labelling(stand_in, procedure, at_once=3)(weights, many))
+  results = list(SlidingWindowInference(stand_in, procedure, at_once=3)(weights, many))
   for views, result in zip(many, cropped(results, many), strict=True):
     np.testing.assert_allclose(result, restated(weights, views, procedure), rtol=0, atol=2e-6)
     np.testing.assert_allclose(result.sum(-1), 1, rtol=1e-5)
@@ -95,14 +95,14 @@ def test_probabilities_are_those_of_the_plain_loops(case, weights):
 
 def test_scores_without_softmax_are_averaged_as_they_are(weights):
   procedure, many = CASES["slide"]
-  (result,) = Labelling(stand_in, procedure, softmax=False)(weights, many)
+  (result,) = SlidingWindowInference(stand_in, procedure, softmax=False)(weights, many)
   expected = restated(weights, many[0], procedure, softmax=False)
   np.testing.assert_allclose(cropped([result], many)[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_labels_are_the_most_probable_classes(weights):
   procedure, many = CASES["several"]
-  engine = Labelling(stand_in, procedure, at_once=3)
+  engine = SlidingWindowInference(stand_in, procedure, at_once=3)
   for label, result in zip(
     map(sliding_window.most_probable, engine(weights, many)), engine(weights, many), strict=True
   ):
@@ -120,9 +120,9 @@ def test_windows_of_all_pictures_fill_calls_of_one_shape(at_once, weights):
     return stand_in(weights, batch)
 
   many = [Views([picture(i, (33 + i, 50 + 9 * i))], (40, 40), {"shift": np.float32(i)}) for i in range(4)]
-  together = list(Labelling(network, SLIDE, at_once=at_once)(weights, many))
+  together = list(SlidingWindowInference(network, SLIDE, at_once=at_once)(weights, many))
   assert shapes == [(at_once, 32, 32, 3)]
-  alone = [next(Labelling(stand_in, SLIDE, at_once=2)(weights, [views])) for views in many]
+  alone = [next(SlidingWindowInference(stand_in, SLIDE, at_once=2)(weights, [views])) for views in many]
   for first, second in zip(cropped(together, many), cropped(alone, many), strict=True):
     np.testing.assert_allclose(first, second, rtol=0, atol=1e-6)
   assert np.abs(np.asarray(together[0])[:40, :40] - np.asarray(together[3])[:40, :40]).max() > 0.01
@@ -137,14 +137,14 @@ def test_at_most_at_once_pictures_are_open(weights):
       taken.append(i)
       yield Views([picture(i, (20 + i, 30))], (20, 30), {})
 
-  ahead = [len(taken) - i for i, _ in enumerate(Labelling(stand_in, SLIDE, at_once=4)(weights, source()))]
+  ahead = [len(taken) - i for i, _ in enumerate(SlidingWindowInference(stand_in, SLIDE, at_once=4)(weights, source()))]
   assert len(ahead) == 12 and max(ahead) <= 4
 
 
 def test_nothing_outlives_its_picture(weights):
   """Without the help of the collector of cycles, which does not know how large arrays are on a device."""
   many = [Views([picture(i, (33, 50))], (200, 300), {}) for i in range(8)]
-  engine, alive = Labelling(stand_in, SLIDE, at_once=2), []
+  engine, alive = SlidingWindowInference(stand_in, SLIDE, at_once=2), []
   large = lambda: sum(x.size > 40_000 for x in jax.live_arrays())
   gc.collect()
   gc.disable()
@@ -159,7 +159,9 @@ def test_nothing_outlives_its_picture(weights):
 
 def test_what_is_smaller_than_the_window_is_taken_whole_or_padded(weights):
   views = Views([picture(0, (20, 71))], (20, 71), {})
-  whole, padded = (next(Labelling(stand_in, SLIDE, small=small)(weights, [views])) for small in ("whole", "padded"))
+  whole, padded = (
+    next(SlidingWindowInference(stand_in, SLIDE, small=small)(weights, [views])) for small in ("whole", "padded")
+  )
   np.testing.assert_allclose(whole[:20, :71], restated(weights, views, SLIDE), rtol=0, atol=2e-6)
   grown = Views([np.pad(views.images[0], ((0, 12), (0, 0), (0, 0)), constant_values=0.5)], (32, 71), {})
   np.testing.assert_allclose(padded[:20, :71], restated(weights, grown, SLIDE)[:20], rtol=0, atol=2e-6)
@@ -208,7 +210,7 @@ def test_all_programs_of_a_data_set_are_at_most_twelve():
 
   procedure = sliding_window.parse(("resize:512:128", "slide:128:85", "ms:0.5:0.75:1", "flip"))
   options = {"at_once": 4, "small": "few_shapes", "decide": sliding_window.most_probable}
-  engine, weights = Labelling(network, procedure, **options), fill.normal("weights", (5, CLASSES), 0)
+  engine, weights = SlidingWindowInference(network, procedure, **options), fill.normal("weights", (5, CLASSES), 0)
   pictures = [picture(i, size) for i, size in enumerate([(48, 64), (64, 47), (24, 130), (90, 91)])]
   listener = lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
   jax.monitoring.register_event_duration_secs_listener(listener)
@@ -227,13 +229,14 @@ def test_few_shapes_change_nothing_but_what_the_network_sees(weights):
   for size in ((130, 400), (300, 64), (100, 90), (40, 300), (30, 20)):
     views = Views([picture(0, size)], size, {})
     few, whole = (
-      next(Labelling(pixels, Procedure(256, 171), at_once=2, small=small)(weights, [views]))
+      next(SlidingWindowInference(pixels, Procedure(256, 171), at_once=2, small=small)(weights, [views]))
       for small in ("few_shapes", "whole")
     )
     np.testing.assert_allclose(few, whole, rtol=0, atol=1e-6)
   views = Views([picture(0, (70, 64))], (70, 64), {})
   few, whole = (
-    next(Labelling(stand_in, Procedure(64, 40), small=s)(weights, [views])) for s in ("few_shapes", "whole")
+    next(SlidingWindowInference(stand_in, Procedure(64, 40), small=s)(weights, [views]))
+    for s in ("few_shapes", "whole")
   )
   np.testing.assert_array_equal(few, whole)
 
@@ -252,7 +255,9 @@ def test_labels_do_not_depend_on_where_tiles_end(case, weights):
   views = Views([picture(i, s) for i, s in enumerate(sizes)], size, {})
   expected = restated(weights, views, procedure)
   options = {"decide": sliding_window.most_probable}, {}
-  label, probabilities = (next(Labelling(stand_in, procedure, at_once=3, **o)(weights, [views])) for o in options)
+  label, probabilities = (
+    next(SlidingWindowInference(stand_in, procedure, at_once=3, **o)(weights, [views])) for o in options
+  )
   assert label.shape == size and label.dtype == np.int32
   np.testing.assert_allclose(probabilities, expected, rtol=0, atol=2e-6)
   np.testing.assert_array_equal(label, probabilities.argmax(-1))
@@ -262,7 +267,7 @@ def test_labels_do_not_depend_on_where_tiles_end(case, weights):
 
 def test_a_large_picture_never_has_all_of_its_probabilities(weights):
   """A quarter of 12 megapixels with 4 classes are 48 MB."""
-  engine = Labelling(stand_in, SLIDE, at_once=2, decide=sliding_window.most_probable)
+  engine = SlidingWindowInference(stand_in, SLIDE, at_once=2, decide=sliding_window.most_probable)
   views, held = Views([picture(0, (32, 43))], (1500, 2000), {}), []
   gc.collect()
   others = sum(x.nbytes for x in jax.live_arrays())
@@ -312,7 +317,7 @@ def test_sizes_of_scaled_pictures(size, scale, ratio, expected):
 
 def test_pictures_are_resized_to_every_ratio(weights):
   procedure = sliding_window.parse(("resize:64:32", "slide:32:20", "ms:1:0.5", "flip"))
-  engine = Labelling(stand_in, procedure)
+  engine = SlidingWindowInference(stand_in, procedure)
   example = {"image": (255 * picture(0, (50, 70))).astype(np.uint8), "shift": np.float32(0)}
   views = engine.views(example)
   assert [x.shape for x in views.images] == [(32, 45, 3), (16, 22, 3)] and views.size == (50, 70)
@@ -345,4 +350,4 @@ def test_an_unknown_word_names_the_known_ones(words, word):
 ])  # fmt: skip
 def test_options_that_do_not_fit_are_refused(options, message):
   with pytest.raises(ValueError, match=message):
-    Labelling(stand_in, SLIDE, **options)
+    SlidingWindowInference(stand_in, SLIDE, **options)

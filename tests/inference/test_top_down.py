@@ -34,7 +34,7 @@ def made():
   task = Pose(keypoints=COCO, sigma=1)
   crop = Augmentation(CROP, COCO).evaluation
   options = {"keypoints": 17, "rescore": task.rescored, "at_once": 4}
-  return top_down.Posing(jax.jit(brightest), crop, jax.jit(task.locate), **options)
+  return top_down.TopDownPoseEstimator(jax.jit(brightest), crop, jax.jit(task.locate), **options)
 
 
 def test_everybody_is_found_in_the_picture_whatever_its_size_and_however_many_there_are(made):
@@ -71,7 +71,7 @@ def test_calls_are_no_larger_than_there_are_people(people, sizes):
     return brightest(weights, batch)
 
   options = {"keypoints": 17, "rescore": task.rescored, "at_once": 4}
-  made = top_down.Posing(predict, Augmentation(CROP, COCO).evaluation, task.locate, **options)
+  made = top_down.TopDownPoseEstimator(predict, Augmentation(CROP, COCO).evaluation, task.locate, **options)
   boxes = top_down.check_boxes([(1, 1, 20, 30)] * people, (60, 50), "it")
   (found,) = made(1.0, [picture((60, 50), [(12, 20)])], [boxes])
   assert seen == sizes and found.keypoints.shape == (people, 17, 3) and found.scores.shape == (people,)

@@ -24,7 +24,7 @@ def arrays():
 
 
 def stand_in(batch):
-  """The oracle's model: it knows where in its window a pixel is, what colour it has, and the class."""
+  """The oracle's model: it knows where in its window a pixel is, what color it has, and the class."""
   height, width = batch["image"].shape[1:3]
   red, green, blue = (batch["image"][..., i] for i in range(3))
   x = jnp.arange(width, dtype=jnp.float32)[None, None] / width
@@ -46,7 +46,7 @@ def validated(request):
     shapes.append(batch["image"].shape)
     return stand_in(batch)
 
-  predict = jax.jit(tta.test_time(model, words))
+  predict = jax.jit(tta.with_test_time_augmentation(model, words))
   batches = [
     {
       "image": jnp.asarray(image_of(request.param, i, size)),
@@ -88,7 +88,7 @@ def test_only_kitti_leaves_columns_uncovered_and_full_coverage_none(validated):
   uncovered = np.isnan(depths[0]).all(axis=0).nonzero()[0]
   assert uncovered.tolist() == (list(range(1207, 1216)) if case.startswith("kitti") else [])
   assert np.isnan(depths[0]).sum() == uncovered.size * depths[0].shape[0]
-  full = tta.test_time(stand_in, CASES[case][0], coverage="full")(batches[0])
+  full = tta.with_test_time_augmentation(stand_in, CASES[case][0], coverage="full")(batches[0])
   assert np.isfinite(full).all()
 
 
@@ -96,7 +96,7 @@ def test_images_of_a_batch_stay_apart():
   """Windows and mirrors of several images, with a class each, are those of the single images."""
   images = fill.uniform("batch", (3, 12, 20, 3), 0)
   classes = np.array([0, 40, 80])
-  predict = tta.test_time(stand_in, ("flip", "shift:3"))
+  predict = tta.with_test_time_augmentation(stand_in, ("flip", "shift:3"))
   together = predict({"image": jnp.asarray(images), "class_id": jnp.asarray(classes)})
   for i in range(3):
     alone = predict({"image": jnp.asarray(images[i : i + 1]), "class_id": jnp.asarray(classes[i : i + 1])})
@@ -108,12 +108,12 @@ def test_a_flip_averages_with_the_mirrored_prediction():
   batch = {"image": jnp.asarray(image), "class_id": jnp.asarray([1, 2])}
   mirrored = stand_in(batch | {"image": jnp.asarray(image[:, :, ::-1])})[:, :, ::-1]
   expected = (stand_in(batch) + mirrored) / 2
-  np.testing.assert_allclose(tta.test_time(stand_in, ("flip",))(batch), expected, rtol=1e-6)
+  np.testing.assert_allclose(tta.with_test_time_augmentation(stand_in, ("flip",))(batch), expected, rtol=1e-6)
 
 
 def test_no_words_leave_the_prediction_as_it_is():
   batch = {"image": np.random.default_rng(0).random((2, 8, 12, 3), np.float32), "class_id": np.zeros(2, np.int32)}
-  np.testing.assert_array_equal(tta.test_time(stand_in, ())(batch), stand_in(batch))
+  np.testing.assert_array_equal(tta.with_test_time_augmentation(stand_in, ())(batch), stand_in(batch))
 
 
 @pytest.mark.parametrize("size", [(9, 9), (9, 13), (13, 9), (5, 40), (40, 5), (352, 1216), (480, 640)])

@@ -19,7 +19,7 @@ def told(tmp_path_factory):
   lines, folder = [], tmp_path_factory.mktemp("trace")
   x, last = jnp.ones((256, 256)), None
   step = jax.jit(jax.grad(square)).lower(x).compile()
-  with trace_lib.Trace(2, str(folder), lines.append, step.as_text) as trace:
+  with trace_lib.Profiler(2, str(folder), lines.append, step.as_text) as trace:
     for number in range(1, 14):
       trace.before(number, last)
       last = step(x)
@@ -46,7 +46,7 @@ def test_it_tells_what_took_longest(told):
 
 def test_a_trace_that_is_cut_short_is_written_all_the_same(tmp_path):
   lines = []
-  with trace_lib.Trace(2, str(tmp_path), lines.append) as trace:
+  with trace_lib.Profiler(2, str(tmp_path), lines.append) as trace:
     for step in range(1, 12):
       trace.before(step)
   assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
@@ -54,7 +54,7 @@ def test_a_trace_that_is_cut_short_is_written_all_the_same(tmp_path):
 
 
 def test_no_trace_without_being_asked(tmp_path):
-  with trace_lib.Trace(0, str(tmp_path), print) as trace:
+  with trace_lib.Profiler(0, str(tmp_path), print) as trace:
     for step in range(1, 14):
       trace.before(step)
   assert not list(tmp_path.iterdir())

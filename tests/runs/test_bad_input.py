@@ -60,7 +60,7 @@ PREDICT = "--mode=predict --workdir={home}/run --input={here}/pictures --output=
 FOUR = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
 NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # a port where nobody answers
 BEGUN = ("work/config.json", "work/parameters.txt", "work/events.*")  # a run that is set up, without a checkpoint
-RESULTS = tuple(f"out/{name}{end}" for name in "ab" for end in (".npy", ".json", ".depth.png", ".colour.png"))
+RESULTS = tuple(f"out/{name}{end}" for name in "ab" for end in (".npy", ".json", ".depth.png", ".color.png"))
 
 CASES = {
   # The command line and the config file.

@@ -143,7 +143,7 @@ def test_segments_trained_scored_and_predicting(data, cell, method, real, tmp_pa
   if data == "photos":
     config.data = loader.load("configs/ade20k_seg.py:tiny").data
     config.data.update(root=str(root), complete=False, crop=(64, 64), batch_size=2, workers=0)
-    config.task.avg_non_ignore = True  # only people are labelled
+    config.task.avg_non_ignore = True  # only people are labeled
   else:
     config.data = rooms("segmentation", batch_size=2)
     config.eval.test_time = ("slide:96:32",)

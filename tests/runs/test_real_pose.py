@@ -72,16 +72,16 @@ def test_boxes_of_the_detector_run_to_the_results_file(root, tmp_path):
 
   def nearest(batch):
     points = batch["keypoints"].copy()
-    for row, (centre, extent, picture) in enumerate(
-      zip(batch["centre"], batch["extent"], batch["image_index"], strict=True)
+    for row, (center, extent, picture) in enumerate(
+      zip(batch["center"], batch["extent"], batch["image_index"], strict=True)
     ):
       own = [p for p in truth["annotations"] if p["image_id"] == truth["images"][int(picture)]["id"]]
       middle = lambda person: np.array(person["bbox"][:2]) + np.array(person["bbox"][2:]) / 2
       best = min(
-        own, key=lambda person: np.abs(middle(person) - centre).sum() + abs(person["bbox"][3] - extent[1] / 1.25)
+        own, key=lambda person: np.abs(middle(person) - center).sum() + abs(person["bbox"][3] - extent[1] / 1.25)
       )
       known = np.array(best["keypoints"], np.float32).reshape(17, 3)
-      place = (known[:, :2] - centre + extent / 2) / extent * (np.array([192, 256]) - 1)
+      place = (known[:, :2] - center + extent / 2) / extent * (np.array([192, 256]) - 1)
       points[row] = np.concatenate([place, np.ones((17, 1))], 1) * (known[:, 2:] > 0)
     return {**batch, "keypoints": points}
 

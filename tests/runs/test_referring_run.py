@@ -45,7 +45,7 @@ def one_device():
 def first_batch(config, product, state, times=1):
   """The first training batch, computed or found so many times."""
   dataset = experiment.dataset(config, product)
-  encodings = encoder_cache.Encodings(config, product, dataset, one_device())
+  encodings = encoder_cache.EncoderCache(config, product, dataset, one_device())
   for _ in range(times):
     keys = experiment.batch_keys(product, dataset)
     made = pipeline.train_batches(dataset, batch_size=4, seed=0, keys=keys, prepare=product.method.prepare)

@@ -165,18 +165,18 @@ def test_prediction_of_a_folder_writes_pictures_metres_and_facts(checkpoint, nyu
   folder, out = tmp_path / "in", tmp_path / "out"
   folder.mkdir()
   rng = np.random.default_rng(3)
-  colour = rng.integers(0, 256, (96, 128, 3), np.uint8)
-  Image.fromarray(colour).save(folder / "colour.png")
-  Image.fromarray(colour[..., 0]).save(folder / "grey.png")
-  Image.fromarray(np.dstack([colour, colour[..., :1]])).save(folder / "rgba.png")
-  Image.fromarray(colour[..., 0].astype(np.uint16) * 257).save(folder / "grey16.png")
-  Image.fromarray(colour[:1, :1]).save(folder / "pixel.png")
-  turned = Image.fromarray(colour)
+  color = rng.integers(0, 256, (96, 128, 3), np.uint8)
+  Image.fromarray(color).save(folder / "color.png")
+  Image.fromarray(color[..., 0]).save(folder / "gray.png")
+  Image.fromarray(np.dstack([color, color[..., :1]])).save(folder / "rgba.png")
+  Image.fromarray(color[..., 0].astype(np.uint16) * 257).save(folder / "gray16.png")
+  Image.fromarray(color[:1, :1]).save(folder / "pixel.png")
+  turned = Image.fromarray(color)
   exif = turned.getexif()
   exif[274] = 6
   turned.save(folder / "turned.jpg", exif=exif)
   (folder / "notes.txt").write_text("not an image")
-  (folder / "broken.png").write_bytes((folder / "colour.png").read_bytes()[:200])
+  (folder / "broken.png").write_bytes((folder / "color.png").read_bytes()[:200])
   with pytest.raises(ValueError, match=r"1 of 7 pictures .* cannot be read: broken.png .*The other 6 are done"):
     predict_folder.run(
       config(nyu, checkpoint), str(tmp_path / "none"), source=str(folder), output=str(out), class_name="kitchen"
@@ -186,16 +186,16 @@ def test_prediction_of_a_folder_writes_pictures_metres_and_facts(checkpoint, nyu
   assert "skipped: notes.txt" in text and "skipped: broken.png" in text
   assert {p.name for p in out.iterdir()} == {
     f"{stem}{suffix}"
-    for stem in ("colour", "grey", "rgba", "grey16", "pixel", "turned")
-    for suffix in (".colour.png", ".depth.png", ".npy", ".json")
+    for stem in ("color", "gray", "rgba", "gray16", "pixel", "turned")
+    for suffix in (".color.png", ".depth.png", ".npy", ".json")
   }
-  facts = json.loads((out / "colour.json").read_text())
-  metres = np.load(out / "colour.npy")
-  stored = cv2.imread(str(out / "colour.depth.png"), cv2.IMREAD_UNCHANGED)
+  facts = json.loads((out / "color.json").read_text())
+  metres = np.load(out / "color.npy")
+  stored = cv2.imread(str(out / "color.depth.png"), cv2.IMREAD_UNCHANGED)
   assert facts["unit"] == "metre" and facts["png_units_per_metre"] == 1000 and facts["class"] == "kitchen"
   assert stored.dtype == np.uint16
   np.testing.assert_allclose(stored / 1000, metres, atol=0.5001e-3)
-  np.testing.assert_allclose(metres, predictor.predict([colour], class_id=6)[0]["depth"], rtol=1e-6)
+  np.testing.assert_allclose(metres, predictor.predict([color], class_id=6)[0]["depth"], rtol=1e-6)
   assert np.load(out / "turned.npy").shape == (128, 96)
 
 

@@ -18,7 +18,7 @@ STEPS = 1000
 
 
 @pytest.mark.parametrize("method", ["vpd", "meta_prompts", "iedp"])
-def test_unseen_rooms_are_labelled_better_than_by_colour_and_position(method, tmp_path):
+def test_unseen_rooms_are_labeled_better_than_by_color_and_position(method, tmp_path):
   begin, config = time.monotonic(), loader.load(f"configs/rooms.py:segmentation,{method},tiny")
   config = tiny.shrunk(config).unlock()
   config.head.width = 32  # of 8 channels no 19 classes can be told

@@ -14,10 +14,10 @@ def test_a_panel_shows_input_prediction_truth_and_error_on_common_scales():
   given, predicted, true, error = np.split(panel, 4, axis=1)
   np.testing.assert_array_equal(given, image)
   np.testing.assert_array_equal(predicted[0, 0], true[0, 0])
-  np.testing.assert_array_equal(predicted[0, 2], true[0, 2])  # beyond the last colour
-  for grey in (true[1, 0], true[1, 1], predicted[1, 1], error[1, 0], error[1, 1]):
-    np.testing.assert_array_equal(grey, colormaps.INVALID)
-  assert error[0, 0].max() < 5 and (error[0, 1] > 100).all()  # 1 m of 10 m is the last colour of the error
+  np.testing.assert_array_equal(predicted[0, 2], true[0, 2])  # beyond the last color
+  for gray in (true[1, 0], true[1, 1], predicted[1, 1], error[1, 0], error[1, 1]):
+    np.testing.assert_array_equal(gray, colormaps.INVALID)
+  assert error[0, 0].max() < 5 and (error[0, 1] > 100).all()  # 1 m of 10 m is the last color of the error
   np.testing.assert_array_equal(error[0, 1], error[0, 2])
 
 
@@ -28,11 +28,11 @@ def test_a_panel_without_truth_spans_the_whole_range():
 
 
 def test_near_is_red_and_far_is_blue():
-  near, far = colormaps.colour_depth(np.array([[1.0, 4.0]]))[0].astype(int)
+  near, far = colormaps.color_depth(np.array([[1.0, 4.0]]))[0].astype(int)
   assert near[0] > near[2] + 50 and far[2] > far[0] + 50
 
 
 def test_odd_maps_are_painted_without_a_warning():
-  assert (colormaps.colour_depth(np.zeros((2, 2))) == colormaps.INVALID).all()
-  assert colormaps.colour_depth(np.full((2, 2), 3.0)).shape == (2, 2, 3)
-  assert (colormaps.colour_depth(np.array([[np.nan, -1.0, np.inf]])) == colormaps.INVALID).all()
+  assert (colormaps.color_depth(np.zeros((2, 2))) == colormaps.INVALID).all()
+  assert colormaps.color_depth(np.full((2, 2), 3.0)).shape == (2, 2, 3)
+  assert (colormaps.color_depth(np.array([[np.nan, -1.0, np.inf]])) == colormaps.INVALID).all()

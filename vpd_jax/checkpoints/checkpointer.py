@@ -277,7 +277,7 @@ class Checkpoints:
 
 
 class _Manager(ocp.CheckpointManager):
-  """Orbax's manager, that leaves it to stop.StopRequest when to stop: both would count the calls of one service."""
+  """Orbax's manager, that leaves it to stop.PreemptionGuard when to stop: both would count the calls of one service."""
 
   def reached_preemption(self, step: int) -> bool:
     del step

@@ -20,14 +20,14 @@ from flax import nnx
 
 from vpd_jax.convert import fetch, load
 from vpd_jax.convert.formats import pickles, weight_files
-from vpd_jax.convert.formats.lazy_tensor import RawTensor
+from vpd_jax.convert.formats.lazy_tensor import LazyTensor
 from vpd_jax.convert.tables import stable_diffusion
 from vpd_jax.convert.tokenizer import load as load_tokenizer
 from vpd_jax.convert.tokenizer import tokenize
 from vpd_jax.errors import UserError
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones.clip_text import ClipText, TextSizes
-from vpd_jax.types import Array, Named
+from vpd_jax.types import Array, ParamDict
 
 IN_NPZ = "class_vectors"
 IN_PTH = ("class_embeddings", "encoder.class_embeddings")
@@ -42,7 +42,7 @@ class TextEncoder(NamedTuple):
   """CLIP's text encoder as parts and arrays."""
 
   parts: params_lib.Parts
-  weights: Named
+  weights: ParamDict
 
 
 def read(path: str | epath.PathLike) -> np.ndarray:
@@ -91,7 +91,7 @@ def _read_numpy(path: pathlib.Path) -> np.ndarray:
 
 def _read_pth(path: pathlib.Path) -> np.ndarray:
   content = pickles.read(path)
-  if isinstance(content, RawTensor):
+  if isinstance(content, LazyTensor):
     return np.asarray(content)
   tensors = weight_files.open_file(path).tensors
   found = [name for name in IN_PTH if name in tensors]
@@ -143,7 +143,7 @@ def encode(
 ) -> np.ndarray:
   """Class vectors of names by VPD's recipe: float32 [K, D].
 
-  The pooled output is the final-norm state at the end of the text, neither projected nor normalised.
+  The pooled output is the final-norm state at the end of the text, neither projected nor normalized.
 
   Args:
     names: '_' stands for ' '.
@@ -164,7 +164,7 @@ def encode(
   vocabulary, _ = text.parts.shapes["text_model/embeddings/token_embedding/embedding"].shape
 
   @jax.jit
-  def mean_vector(weights: Named, tokens: Array) -> Array:
+  def mean_vector(weights: ParamDict, tokens: Array) -> Array:
     pooled = text.parts.merge(weights)(tokens).pooled  # [templates, D]
     return pooled.astype(jnp.promote_types(pooled.dtype, jnp.float32)).mean(axis=0)
 

@@ -18,7 +18,7 @@ from vpd_jax.convert.tables import clip
 from vpd_jax.errors import UserError
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones.clip_text import ClipText, TextSizes
-from vpd_jax.types import Array, Named
+from vpd_jax.types import Array, ParamDict
 
 RANDOM = "random:"
 CHOICES = f"set config.init.clip to {clip.WANTED}, or to random:SEED for trying"
@@ -158,7 +158,7 @@ def name_vectors(
   unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
   @jax.jit
-  def mean_direction(weights: Named, tokens: Array) -> Array:
+  def mean_direction(weights: ParamDict, tokens: Array) -> Array:
     return unit(unit(parts.merge(weights)(tokens).embeds).mean(axis=0))
 
   on_device = {name: jnp.asarray(value) for name, value in weights.items()}

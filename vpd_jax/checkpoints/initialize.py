@@ -20,9 +20,9 @@ from vpd_jax.data.shards import reader
 from vpd_jax.distributed import sharding
 from vpd_jax.errors import UserError
 from vpd_jax.experiment import Product
-from vpd_jax.types import Named, TrainState
+from vpd_jax.types import ParamDict, TrainState
 
-Gather = Callable[[Named], Named]
+Gather = Callable[[ParamDict], ParamDict]
 
 CLASS_VECTORS = "method/class_vectors"
 TEXT_ENCODER, IMAGE_ENCODER = "method/text_encoder/", "method/image_encoder/"
@@ -64,7 +64,9 @@ def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[dic
   return named | product.parts.initialize(sorted(rest)), lines
 
 
-def _prompts(config: ConfigDict, product: Product, named: Named, source: str) -> Iterator[tuple[dict[str, Any], str]]:
+def _prompts(
+  config: ConfigDict, product: Product, named: ParamDict, source: str
+) -> Iterator[tuple[dict[str, Any], str]]:
   """What prompts are made of and the weights do not bring: arrays by name, and a line that says where from."""
   shapes, classes, text = product.parts.shapes, product.classes, experiment.sizes(config)[2]
   pretrained, chosen = "" if source and is_workdir(source) else source, config.init.get("clip", "")
@@ -156,7 +158,7 @@ def check_training(config: ConfigDict) -> None:
     )
 
 
-def predicting_class(config: ConfigDict) -> ConfigDict:
+def with_predicted_class(config: ConfigDict) -> ConfigDict:
   """The config for pictures whose class nobody may tell: `init.clip`, where there is one, predicts it.
 
   A class that is told still counts, see `method.prompt`.
@@ -221,13 +223,13 @@ def new_state(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> 
   fields = split(product, named) | {"step": np.zeros((), np.int32)}
   placed = sharding.place(fields, {field: getattr(where, field) for field in fields})
   # A moving average of its own memory: the step donates both.
-  copied = lambda n, x: jax.device_put(jnp.copy(x), cast(Named, where.ema)[n])
+  copied = lambda n, x: jax.device_put(jnp.copy(x), cast(ParamDict, where.ema)[n])
   ema = {n: copied(n, x) for n, x in placed["params"].items()} if config.optim.ema_decay else None
   opt_state = jax.jit(product.optimizer.init, out_shardings=where.opt_state)(placed["params"])
   return TrainState(**placed, opt_state=opt_state, ema=ema), lines
 
 
-def split(product: Product, named: Named) -> dict[str, Named]:
+def split(product: Product, named: ParamDict) -> dict[str, ParamDict]:
   """The arrays of a model as the fields of a TrainState: trained, frozen, statistics."""
   trained, stats = product.groups.lr, product.parts.stats
   return {
@@ -246,7 +248,7 @@ def state_shapes(config: ConfigDict, product: Product) -> TrainState:
 
 
 @functools.lru_cache(maxsize=4)
-def _optimizer_state(init: Callable[[Named], Any], params: tuple[tuple[str, jax.ShapeDtypeStruct], ...]) -> Any:
+def _optimizer_state(init: Callable[[ParamDict], Any], params: tuple[tuple[str, jax.ShapeDtypeStruct], ...]) -> Any:
   """Shapes of the state that `init` makes: asked for several times at a start, and a tenth of its tracing."""
   return jax.eval_shape(init, dict(params))
 
@@ -310,7 +312,7 @@ def to_json(config: ConfigDict) -> str:
 
 def weights_on_mesh(
   config: ConfigDict, product: Product, mesh: jax.sharding.Mesh, source: str = "", *, complete: bool
-) -> tuple[tuple[Named, Named, Named], list[str]]:
+) -> tuple[tuple[ParamDict, ParamDict, ParamDict], list[str]]:
   """(params, frozen, stats) on the mesh, for evaluation and prediction, and lines that say where they came from.
 
   Args:

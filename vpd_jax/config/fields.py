@@ -25,6 +25,15 @@ FILLED = ("self", "unet", "vae", "attention", "remat", "widths", "strides", "tok
           "param_dtype", "rngs", "lr")  # fmt: skip
 
 
+# Options by their names in earlier versions: a config must say the new name, a workdir may still hold the old one.
+RENAMED = {"data.colour": "data.color_jitter", "data.centre_jitter": "data.center_jitter"}
+
+
+def with_new_names(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """{dotted field: value} of a config that may have been written before an option was renamed."""
+  return {RENAMED.get(field, field): value for field, value in flat.items()}
+
+
 def check(config: Any) -> None:
   """Raises ValueError where a section of FIELDS is none, or holds what is not there; names all of them."""
   problems = [unknown(config, FIELDS[""], "config")]
@@ -44,6 +53,14 @@ def unknown(section: Any, known: Sequence[str], where: str) -> str:
   if not hasattr(section, "keys"):
     return f"{where}={section!r} must be a section with fields of {', '.join(known)}; correct it"
   strange = [field for field in section if field not in known]
+  section_name = where.removeprefix("config.").split(" ")[0]
+  renamed = [
+    f"{field} is now {RENAMED[f'{section_name}.{field}'].rpartition('.')[2]}"
+    for field in strange
+    if f"{section_name}.{field}" in RENAMED
+  ]
+  if renamed:
+    return f"{where}: {', '.join(renamed)}; rename {'it' if len(renamed) == 1 else 'them'} in your config"
   near = [match for field in strange for match in difflib.get_close_matches(str(field), known, n=1, cutoff=0.7)]
   hint = f" (did you mean {', '.join(near)}?)" if near else ""
   return f"{where} does not take {strange}{hint}; remove or correct them" if strange else ""

@@ -15,12 +15,13 @@ from typing import Any
 
 import ml_collections
 
+from vpd_jax.config import fields
 from vpd_jax.errors import UserError
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 PROJECT = PACKAGE.parent  # of a checkout; a wheel has its configs/ in the package
-STRUCTURE = ("method", "neck", "head", "task", "data", "optim", "backbone", "seed", "dtype")
-INDIFFERENT = (
+RESUME_CHECKED = ("method", "neck", "head", "task", "data", "optim", "backbone", "seed", "dtype")
+RESUME_IGNORED = (
   "data.workers",
   "data.root",
   "data.format",
@@ -31,16 +32,16 @@ INDIFFERENT = (
   "method.class_vectors",
   "method.tokenizer",
 )
-NEEDED = (*STRUCTURE, "eval", "init", "mesh", "param_dtype")  # in every config
+REQUIRED = (*RESUME_CHECKED, "eval", "init", "mesh", "param_dtype")  # in every config
 # Field: the smallest value it may have.
-LEAST = {
+MINIMUM = {
   **dict.fromkeys(("num_steps", "log_every", "eval_every", "save_every", "keep", "optim.accumulation"), 1),
   **dict.fromkeys(("keep_best", "profile", "data.workers", "eval.panels", "eval.baselines"), 0),
   **dict.fromkeys(("optim.norm_group", "optim.loss_group", "optim.clip_norm", "optim.decay", "optim.ema_decay"), 0),
 }
 
 
-def words(argument: str | None, **kinds: Sequence[str]) -> dict[str, str]:
+def parse_variant(argument: str | None, **kinds: Sequence[str]) -> dict[str, str]:
   """Reads the part of a config string after the colon: at most one word of each kind, in any order.
 
   Args:
@@ -147,7 +148,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   Raises:
     ValueError: sections or fields left out, numbers that are too small or no numbers; names all of them.
   """
-  values = {field: _value(config, field) for field in (*NEEDED, *LEAST)}
+  values = {field: _value(config, field) for field in (*REQUIRED, *MINIMUM)}
   problems = [
     f"config.{field} is left out; copy it from a config of the package"
     for field, value in values.items()
@@ -155,7 +156,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   ]
   problems += [
     f"config.{field}={values[field]!r} must be at least {least}"
-    for field, least in LEAST.items()
+    for field, least in MINIMUM.items()
     if values[field] is not _ABSENT and not (isinstance(values[field], int | float) and values[field] >= least)
   ]
   decay = _value(config, "optim.ema_decay")
@@ -195,8 +196,8 @@ def schedule(config: Mapping[str, Any] | ml_collections.ConfigDict) -> dict[str,
 def differences(
   old: Mapping[str, Any] | ml_collections.ConfigDict,
   new: Mapping[str, Any] | ml_collections.ConfigDict,
-  prefixes: Sequence[str] = STRUCTURE,
-  indifferent: Sequence[str] = INDIFFERENT,
+  prefixes: Sequence[str] = RESUME_CHECKED,
+  indifferent: Sequence[str] = RESUME_IGNORED,
 ) -> list[str]:
   """What changed between two configs, one line a field: 'optim.lr: 0.0005 -> 0.001'.
 
@@ -210,7 +211,8 @@ def differences(
     indifferent: fields among them that may change, since no number depends on them.
   """
   old_fields, new_fields = (
-    _flat(config) | {f"optim.schedule.{name}": _as_tuples(value) for name, value in schedule(config).items()}
+    fields.with_new_names(_flat(config))
+    | {f"optim.schedule.{name}": _as_tuples(value) for name, value in schedule(config).items()}
     for config in (old, new)
   )
   lines = []
@@ -237,10 +239,10 @@ def _flat(section: Any, prefix: str = "") -> dict[str, Any]:
     section = section.to_dict()
   if not isinstance(section, Mapping) or not section:
     return {prefix: _as_tuples(section)} if prefix else {}
-  fields: dict[str, Any] = {}
+  found: dict[str, Any] = {}
   for key, value in section.items():
-    fields |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-  return fields
+    found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+  return found
 
 
 def _as_tuples(value: Any) -> Any:
@@ -268,6 +270,8 @@ def _unknown(config: ml_collections.ConfigDict, flag: str, field: str) -> str:
   held = list(config[section] if section else config)
   elsewhere = [other for other in _flat(config) if other.rpartition(".")[2] == name]
   near = [f"{section}.{other}".lstrip(".") for other in difflib.get_close_matches(name, held, n=1)] or elsewhere
+  if plain in fields.RENAMED:
+    return f"{flag}.{plain} is now {flag}.{fields.RENAMED[plain]}; write --{flag}.{fields.RENAMED[plain]}"
   hint = f"did you mean --{flag}.{near[0]}? " if near else ""
   where = ".".join(filter(None, (flag, section)))
   return f"{flag}.{plain} is unknown: {hint}{where} has the fields {', '.join(sorted(held))}"

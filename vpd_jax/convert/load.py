@@ -183,7 +183,9 @@ def _open(path: str | epath.PathLike) -> tuple[str, weight_files.Weights | None]
   if found.is_dir():
     raise UserError(f"weights {str(path)!r} is a folder without unet/ and vae/; give {ACCEPTED}.")
   weights = weight_files.open_file(found)
-  signs = {sign: f"released:{name}" for name, sign in released.SIGNS.items()} | {"model.diffusion_model.": "compvis"}
+  signs = {sign: f"released:{name}" for name, sign in released.SIGNATURES.items()} | {
+    "model.diffusion_model.": "compvis"
+  }
   for sign, kind in signs.items():
     if any(name.startswith(sign) for name in weights.tensors):
       return kind, weights

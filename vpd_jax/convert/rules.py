@@ -18,7 +18,7 @@ from vpd_jax.convert import finite
 from vpd_jax.errors import UserError
 
 
-class Leaf(NamedTuple):
+class TensorLayout(NamedTuple):
   """How one kind of tensor is called and laid out on both sides.
 
   Attributes:
@@ -49,16 +49,16 @@ class Leaf(NamedTuple):
     return x if self.source_ndim is None else x.reshape(x.shape[: self.source_ndim])
 
 
-plain = Leaf("", "", None)
-norm = Leaf("weight", "scale", (0,))
-bias = Leaf("bias", "bias", (0,))
-linear = Leaf("weight", "kernel", (1, 0))
-embedding = Leaf("weight", "embedding", (0, 1))
-conv = Leaf("weight", "kernel", (2, 3, 1, 0))  # OIHW -> HWIO
-deconv = Leaf("weight", "kernel", (2, 3, 0, 1))  # IOHW -> HWIO
-linear_as_conv = Leaf("weight", "kernel", (2, 3, 1, 0), source_ndim=2)  # OI -> 11IO
-mean = Leaf("running_mean", "mean", (0,))
-var = Leaf("running_var", "var", (0,))
+plain = TensorLayout("", "", None)
+norm = TensorLayout("weight", "scale", (0,))
+bias = TensorLayout("bias", "bias", (0,))
+linear = TensorLayout("weight", "kernel", (1, 0))
+embedding = TensorLayout("weight", "embedding", (0, 1))
+conv = TensorLayout("weight", "kernel", (2, 3, 1, 0))  # OIHW -> HWIO
+deconv = TensorLayout("weight", "kernel", (2, 3, 0, 1))  # IOHW -> HWIO
+linear_as_conv = TensorLayout("weight", "kernel", (2, 3, 1, 0), source_ndim=2)  # OI -> 11IO
+mean = TensorLayout("running_mean", "mean", (0,))
+var = TensorLayout("running_var", "var", (0,))
 
 LAYER = (norm, linear, conv, bias)
 BATCH_NORM = (mean, var)
@@ -77,17 +77,17 @@ class Rule:
 
   source: str
   target: str
-  leaves: tuple[Leaf, ...] = LAYER
+  leaves: tuple[TensorLayout, ...] = LAYER
   optional: bool = False
 
-  def to_target(self, name: str, ndim: int) -> tuple[str, Leaf] | None:
+  def to_target(self, name: str, ndim: int) -> tuple[str, TensorLayout] | None:
     for leaf in self.leaves:
       middle = _between(name, self.source, leaf.source, ".")
       if middle is not None and leaf.fits(ndim):
         return "/".join([self.target, *middle, *filter(None, [leaf.target])]), leaf
     return None
 
-  def to_source(self, name: str, ndim: int) -> tuple[str, Leaf] | None:
+  def to_source(self, name: str, ndim: int) -> tuple[str, TensorLayout] | None:
     for leaf in self.leaves:
       middle = _between(name, self.target, leaf.target, "/")
       if middle is not None and leaf.fits(ndim, back=True):
@@ -101,7 +101,7 @@ class Same:
 
   optional: bool = True
 
-  def to_target(self, name: str, ndim: int) -> tuple[str, Leaf]:
+  def to_target(self, name: str, ndim: int) -> tuple[str, TensorLayout]:
     return name, plain
 
 
@@ -207,7 +207,7 @@ def convert(
 
 def _plan(
   source: Mapping[str, Any], rules: Sequence[Rule | Drop | Same]
-) -> tuple[dict[str, tuple[str, Leaf]], dict[str, str], dict[str, list[str]]]:
+) -> tuple[dict[str, tuple[str, TensorLayout]], dict[str, str], dict[str, list[str]]]:
   """({name: (target, leaf)}, {name: reason it is dropped}, problems)."""
   plan, dropped, problems, effective = {}, {}, collections.defaultdict(list), set()
   for name, value in source.items():

@@ -91,7 +91,7 @@ def train_batches(
   reader.check_on_bad_record(on_bad_record)
   source, report = _source(dataset, "train", batch_size, process_count), None
   if on_bad_record == "skip":
-    source, report, keys = reader.Readable(source), reader.Report(source), (*keys, reader.SKIPPED)
+    source, report, keys = reader.SkipUnreadable(source), reader.Report(source), (*keys, reader.SKIPPED)
   order_seed, transform_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(2))
   examples = (
     grain.MapDataset.source(source)
@@ -100,7 +100,7 @@ def train_batches(
     .repeat(_EPOCHS)
     .random_map(_TrainTransform(dataset, len(source), prepare), seed=transform_seed)
   )
-  batches = examples.batch(batch_size // process_count, batch_fn=reader.Stack(tuple(sorted(keys))))
+  batches = examples.batch(batch_size // process_count, batch_fn=reader.Collate(tuple(sorted(keys))))
   return Batches(batches[start_step * process_count + process_index :: process_count], workers, report)
 
 
@@ -126,9 +126,9 @@ def eval_batches(
     rows that only fill.
   """
   source = _source(dataset, "eval", batch_size, process_count)
-  examples = grain.MapDataset.source(reader.Filled(source, -(-len(source) // batch_size) * batch_size))
+  examples = grain.MapDataset.source(reader.PadToLength(source, -(-len(source) // batch_size) * batch_size))
   examples = examples.map(_EvalTransform(dataset, prepare))
-  batches = examples.batch(batch_size // process_count, batch_fn=reader.Stack(tuple(sorted({*keys, "real"}))))
+  batches = examples.batch(batch_size // process_count, batch_fn=reader.Collate(tuple(sorted({*keys, "real"}))))
   return Batches(batches[process_index::process_count], workers)
 
 
@@ -141,7 +141,7 @@ def eval_examples(
 ) -> "Batches":
   """As `eval_batches`, but single Examples, each in its own size; the last ones may be repeated with "real" False."""
   source = _source(dataset, "eval", process_count, process_count)
-  filled = reader.Filled(source, -(-len(source) // process_count) * process_count)
+  filled = reader.PadToLength(source, -(-len(source) // process_count) * process_count)
   examples = grain.MapDataset.source(filled).map(_EvalTransform(dataset, prepare))
   return Batches(examples[process_index::process_count], 0)
 

@@ -25,7 +25,7 @@ _witness: subprocess.Popen | None = None  # says that this process was ended by 
 
 
 @contextlib.contextmanager
-def answered(debug: bool = False) -> Iterator[None]:
+def report_errors(debug: bool = False) -> Iterator[None]:
   """Ends the process at an error: with one line where it is the user's, and together with the others of the run.
 
   `debug` shows the traceback of any error.
@@ -43,14 +43,14 @@ def answered(debug: bool = False) -> Iterator[None]:
       time.sleep(_LOST + 2 * _BEAT)  # where another process is lost, this one learns which, and ends here
       line += f"error: another process may be lost: {text[:200]}. {_REMEDY}"
     if not alone:
-      _leave_all(line)
+      _abort_all(line)
     print(line, file=sys.stderr)
     sys.exit(2)
   finally:
     _finish()
 
 
-def _leave_all(line: str) -> None:
+def _abort_all(line: str) -> None:
   """Ends this process with a line, and the others by telling them."""
   index = _jax().process_index()
   try:
@@ -81,7 +81,7 @@ def _listen() -> None:
       late = [key for key, (sign, when) in seen.items() if sign != _DONE and now - when > _LOST]
       if late:
         lost = ", ".join(sorted(key.split("/")[-1] for key in late))
-        _leave_all(f"error: process {lost} is lost: no sign of life for {_LOST:.0f} s. {_REMEDY}")
+        _abort_all(f"error: process {lost} is lost: no sign of life for {_LOST:.0f} s. {_REMEDY}")
       line = _client().key_value_try_get(_FAILURE)
     except RuntimeError:  # nothing is told
       continue
@@ -97,7 +97,7 @@ def _finish() -> None:
   _dismiss_witness()
 
 
-def _call_witness() -> None:
+def _start_exit_watcher() -> None:
   """Starts a shell that speaks when this process ends without a word: jax aborts where process 0 is gone."""
   global _witness
   index = _jax().process_index()
@@ -232,7 +232,7 @@ def connect(address: str | None, count: int | None, index: int | None, seconds: 
     timer.cancel()
   # A collective with a process that is gone may wait for ever, or until jax aborts without the reason.
   threading.Thread(target=_listen, daemon=True, name="listen").start()
-  _call_witness()
+  _start_exit_watcher()
 
 
 def _leave(line: str) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-_calls = itertools.count(1)  # of StopRequest.now in this process
+_calls = itertools.count(1)  # of PreemptionGuard.now in this process
 
 
-class StopRequest:
-  """Notices SIGTERM: `with StopRequest() as stop: ... if stop.now(): save and leave`.
+class PreemptionGuard:
+  """Notices SIGTERM: `with PreemptionGuard() as stop: ... if stop.now(): save and leave`.
 
   Of several processes all must leave at the same point, whichever of them the signal reached, or the rest would wait
   in its next collective for ever. There jax's preemption service, which `jax.distributed.initialize` starts, takes the
@@ -27,7 +27,7 @@ class StopRequest:
     self.requested = False
     self._old: Any = None
 
-  def __enter__(self) -> "StopRequest":
+  def __enter__(self) -> "PreemptionGuard":
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
       self._old = signal.signal(signal.SIGTERM, self._handle)
     return self

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from vpd_jax.errors import UserError
 from vpd_jax.models import parameters as params_lib
-from vpd_jax.types import Device, Named
+from vpd_jax.types import Device, ParamDict
 
 AXES = ("data", "fsdp")
 Rules = Sequence[tuple[str, Sequence[str | None]]]
@@ -180,7 +180,7 @@ def on_devices_of_one_process(arrays: Any, mesh: Mesh, local: Mesh) -> Any:
   return jax.tree.map(lambda x: jax.device_put(x.addressable_data(0), replicated(local)), whole)
 
 
-def gathered(arrays: Named, shardings: Mapping[str, NamedSharding], dtype: Any) -> Named:
+def gathered(arrays: ParamDict, shardings: Mapping[str, NamedSharding], dtype: Any) -> ParamDict:
   """The arrays that are split, whole on every device in the dtype of computation; the others as they are.
 
   To be called where a step uses them. Left alone, the partitioner splits activations along the axes of the weights and

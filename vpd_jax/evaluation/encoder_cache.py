@@ -34,7 +34,7 @@ from vpd_jax.errors import UserError
 from vpd_jax.experiment import Product
 from vpd_jax.files import atomic
 from vpd_jax.models.parameters import Parts
-from vpd_jax.types import Array, Batch, Named
+from vpd_jax.types import Array, Batch, ParamDict
 
 Numpy = dict[str, np.ndarray]
 ENCODERS = {"latents": "method/vae/", "text_states": "method/text_encoder/"}  # result: its arrays
@@ -101,7 +101,7 @@ class Disk:
     return self._folder / key[:2] / key[2:]
 
 
-class Encodings:
+class EncoderCache:
   """Adds "latents", and where the method reads sentences "text_states", to the batches of a data set.
 
   Attributes:
@@ -137,7 +137,7 @@ class Encodings:
       return []
     return [f"latents and text states: {where.get(self._cache.kind, f'kept in {self._cache.folder}')}"]
 
-  def __call__(self, batches: Iterator[Numpy], frozen: Named) -> "Iterator[Numpy]":
+  def __call__(self, batches: Iterator[Numpy], frozen: ParamDict) -> "Iterator[Numpy]":
     """The same batches with the results in them, those for this process' rows; "tokens" are gone.
 
     Args:
@@ -152,7 +152,7 @@ class Encodings:
       self._ready(name, {n: x for n, x in frozen.items() if n.startswith(ENCODERS[name])})
     return Encoded(batches, [self._encoders[name] for name in names])
 
-  def _ready(self, name: str, arrays: Named) -> None:
+  def _ready(self, name: str, arrays: ParamDict) -> None:
     """Makes an encoder of these weights, where there is none yet."""
     if jax.process_count() > 1:
       arrays = sharding.on_devices_of_one_process(arrays, self._mesh, self._local)
@@ -241,7 +241,7 @@ class _Encoder:
   def __init__(
     self,
     name: str,
-    function: Callable[[Named, Array], Array],
+    function: Callable[[ParamDict, Array], Array],
     weights: Numpy,
     row: jax.ShapeDtypeStruct,
     mesh: jax.sharding.Mesh,
@@ -271,7 +271,7 @@ class _Encoder:
     return [row for made in waiting for row in np.asarray(made)][: len(rows)]
 
 
-def _encode(parts: Parts, name: str, weights: Named, rows: Array) -> Array:
+def _encode(parts: Parts, name: str, weights: ParamDict, rows: Array) -> Array:
   """Rows to results of this name, by the method that has these weights."""
   return getattr(parts.partial(weights).method, name)({READ[name]: rows})
 
@@ -296,7 +296,7 @@ def check(product: Product, dataset: Any) -> None:
 
 
 def planned(config: ConfigDict, product: Product, batch: Batch) -> tuple[Batch, int]:
-  """What `Encodings` would make of a batch, without the data set: for --mode=plan and benchmarks.
+  """What `EncoderCache` would make of a batch, without the data set: for --mode=plan and benchmarks.
 
   Args:
     config: of the run; its data set says by `only_resizes` whether results are made ahead.

@@ -24,9 +24,9 @@ from vpd_jax.files import atomic
 from vpd_jax.inference import sliding_window, tiles, tta
 from vpd_jax.monitoring import writers
 from vpd_jax.tasks import colormaps as panels_lib
-from vpd_jax.types import Array, Batch, Named, Rows
+from vpd_jax.types import Array, Batch, ParamDict, Rows
 
-Weights = tuple[Named, Named, Named]  # params, frozen, stats
+Weights = tuple[ParamDict, ParamDict, ParamDict]  # params, frozen, stats
 Step = Callable[[Weights, Batch], Any]
 
 
@@ -45,7 +45,7 @@ def make_predict(product: Product, test_time: tuple[str, ...], coverage: str) ->
     model = product.parts.merge(*weights)
     plain = lambda part: product.task.predict(model(part, training=False))
     mirrored = getattr(product.task, "mirrored", tta.mirror_back)
-    return tta.test_time(plain, test_time, coverage=coverage, mirrored=mirrored)(batch)
+    return tta.with_test_time_augmentation(plain, test_time, coverage=coverage, mirrored=mirrored)(batch)
 
   return predict
 
@@ -110,7 +110,7 @@ class _Batches:
     product: Product,
     dataset: Any,
     mesh: jax.sharding.Mesh,
-    encodings: encoder_cache.Encodings,
+    encodings: encoder_cache.EncoderCache,
   ):
     self._batch_size, self._product, self._dataset = config.eval.batch_size, product, dataset
     self._encodings = encodings
@@ -143,7 +143,7 @@ class _Pictures:
     self._product, self._dataset, self._mesh = product, dataset, mesh
     # The devices of one process work together, and wait for no other.
     self._local = mesh if jax.process_count() == 1 else sharding.make_mesh(devices=jax.local_devices())
-    self._labelling = sliding_window.Labelling(
+    self._labeling = sliding_window.SlidingWindowInference(
       on_mesh(make_scores(product), config, product, self._local),
       sliding_window.parse(config.eval.test_time),
       at_once=config.eval.batch_size // jax.process_count(),
@@ -170,10 +170,10 @@ class _Pictures:
       for example in examples:
         waiting.append(example)
         inputs = {name: example[name] for name in ("image", *sorted(self._product.method.needs))}
-        yield self._labelling.views(inputs)
+        yield self._labeling.views(inputs)
 
     with contextlib.closing(examples):
-      for shown, label in enumerate(self._labelling(weights, views())):
+      for shown, label in enumerate(self._labeling(weights, views())):
         example = waiting.popleft()
         bad = label == len(self._product.classes)
         measured = self._areas(label, example) | {"not_finite": bad.sum()[None]}
@@ -182,7 +182,7 @@ class _Pictures:
 
   def _areas(self, label: np.ndarray, example: Any) -> Rows:
     """The task's measurements of one picture, which are sums over its pixels: square by square, in one program."""
-    truth = {name: tiles.squares(example[name], tiles.NOWHERE) for name in self._product.task.needs}
+    truth = {name: tiles.squares(example[name], tiles.OUTSIDE_LABEL) for name in self._product.task.needs}
     label, count = tiles.squares(label, 0), tiles.SQUARES
     rows = [
       self._measure(label[i : i + count], {name: value[i : i + count] for name, value in truth.items()})
@@ -212,7 +212,7 @@ class Evaluator:
     if product.task.way == "windows" and config.eval.coverage != "full" and len(self.source):
       check_coverage(config, product, dataset.eval_transform(self.source[0])["image"].shape[:2])  # told at the start
     self._truth = {"truth": dataset.truth("eval")} if product.task.needs_truth else {}
-    self.encodings = encoder_cache.Encodings(config, product, dataset, mesh)
+    self.encodings = encoder_cache.EncoderCache(config, product, dataset, mesh)
     self._measured = (
       _Pictures(config, product, dataset, mesh)
       if product.task.way == "sliding"

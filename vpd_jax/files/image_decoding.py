@@ -103,7 +103,7 @@ def faults(path: str | Path, what: str = "a picture", remedy: str = AGAIN) -> It
 
 
 def check_whole(raw: bytes, path: str | Path) -> None:
-  """Raises where a PNG or JPEG is cut off, or a JPEG damaged within, which decoders fill with grey and go on."""
+  """Raises where a PNG or JPEG is cut off, or a JPEG damaged within, which decoders fill with gray and go on."""
   if not raw or (raw.startswith(b"\x89PNG") and b"IEND" not in raw):
     raise UserError(f"{path} is truncated ({len(raw)} bytes); {AGAIN}.")
   if raw.startswith(b"\xff\xd8"):

@@ -80,9 +80,9 @@ def read_picture(path: Path) -> np.ndarray:
   with image_decoding.faults(path.name, remedy=""), Image.open(io.BytesIO(raw)) as picture:
     turned = ImageOps.exif_transpose(picture)
     if turned.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
-      grey = np.asarray(turned, np.float64)
-      top = 65535.0 if turned.mode != "F" else max(grey.max(), 1e-12)
-      turned = Image.fromarray(np.clip(grey / top * 255, 0, 255).astype(np.uint8))
+      gray = np.asarray(turned, np.float64)
+      top = 65535.0 if turned.mode != "F" else max(gray.max(), 1e-12)
+      turned = Image.fromarray(np.clip(gray / top * 255, 0, 255).astype(np.uint8))
     return np.asarray(turned.convert("RGB"))
 
 

@@ -111,7 +111,7 @@ class _View:
         part = image[y : y + height, x : x + width]
         part = part.astype(np.float32) / 255 if part.dtype == np.uint8 else part.astype(np.float32)
         missing = [(0, full - side) for full, side in zip(self.window, part.shape, strict=False)]
-        # Mid grey, zero after scaling to [-1, 1].
+        # Mid gray, zero after scaling to [-1, 1].
         yield np.pad(part, (*missing, (0, 0)), constant_values=0.5) if max(missing)[1] else part, y, x
 
   def axes(self) -> list[tuple[np.ndarray, ...]]:
@@ -177,7 +177,7 @@ def finite_label(scores: Array) -> Array:
   return jnp.where(jnp.isfinite(scores).all(axis=-1), most_probable(scores), scores.shape[-1])
 
 
-class Labelling:
+class SlidingWindowInference:
   """Labels, probabilities or scores of the classes of pictures, one after the other.
 
   Attributes:
@@ -204,7 +204,7 @@ class Labelling:
       at_once: n, windows in one call.
       small: what a side shorter than the window does: "whole", as released, makes the window shorter there, which is
         another shape and another program; "few_shapes" takes windows of at most nine shapes, the largest that fits
-        into the view, as many as cover it; "padded" fills with mid grey at right and bottom, so that all windows are
+        into the view, as many as cover it; "padded" fills with mid gray at right and bottom, so that all windows are
         squares of one size. Both give other scores there than "whole".
       softmax: False adds up scores in place of probabilities.
       decide: scores [.., K] to what is wanted of each pixel, such as `most_probable`; traced.

@@ -12,7 +12,7 @@ from vpd_jax.types import Array
 TILE = 256  # pixels, of scores kept on the device
 CANVAS = 128
 SQUARES = 16
-NOWHERE = 255  # as a label on a canvas: beyond the picture, neither right nor wrong
+OUTSIDE_LABEL = 255  # as a label on a canvas: beyond the picture, neither right nor wrong
 # Of "few_shapes": quarters of the window's side along rows and columns.
 QUARTERS = ((4, 4), (3, 4), (4, 3), (2, 4), (4, 2), (1, 4), (4, 1), (3, 3), (2, 2))
 MULTIPLE = 64  # the UNet's coarsest stride
@@ -36,7 +36,7 @@ def few_shapes(window: int) -> list[tuple[int, int]]:
 
 
 def window_of(size: tuple[int, int], window: int, small: str) -> tuple[int, int]:
-  """(H, W) of the windows of a view of this size, see `Labelling`; a view whose side is shorter is padded.
+  """(H, W) of the windows of a view of this size, see `Labeling`; a view whose side is shorter is padded.
 
   Of "few_shapes", the one with the smallest share of padding, and of several the largest.
   """
@@ -94,7 +94,7 @@ def squares(image: np.ndarray, value: float) -> np.ndarray:
 
 
 def taps(old: int, new: int, *, mirrored: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Bilinear resizing of one axis, align_corners=False: the neighbours of each new place, and the share of the second.
+  """Bilinear resizing of one axis, align_corners=False: the neighbors of each new place, and the share of the second.
 
   Args:
     old, new: true sizes.
@@ -162,7 +162,7 @@ def fold(total: Array, tiles: list[Array], steps: Any, flags: Array, weight: Arr
     steps: for rows and for columns, of the four as one: `taps` [TILE], and one over the number of windows [2 TILE].
     flags: bool: the first view, which replaces what was there; the last one.
     weight: of the view.
-    softmax, decide: see `Labelling`.
+    softmax, decide: see `Labeling`.
   """
   block = jnp.concatenate([jnp.concatenate(tiles[:2], axis=1), jnp.concatenate(tiles[2:], axis=1)])  # [2 T, 2 T, K]
   (*rows, over_rows), (*columns, over_columns) = steps

@@ -13,7 +13,7 @@ from vpd_jax.types import Array, Example
 Predict = Callable[[Any, dict[str, Array]], Array]  # weights and batch of n crops to heatmaps [n, h, w, K]
 
 
-class People(NamedTuple):
+class PersonSource(NamedTuple):
   """The people of one picture.
 
   Attributes:
@@ -91,7 +91,7 @@ def _is_entry(entry: Any) -> bool:
   return isinstance(entry, dict) and isinstance(entry.get("file_name"), str) and isinstance(entry.get("bbox"), list)
 
 
-class Posing:
+class TopDownPoseEstimator:
   """Keypoints of the people in pictures, given their boxes."""
 
   def __init__(
@@ -108,8 +108,8 @@ class Posing:
     Args:
       predict: compiled; weights and {"image": uint8 [n, H, W, 3]} to heatmaps.
       crop: an example with "image", "keypoints" [K, 3], "box" and "box_score" to one with "image" uint8 [H, W, 3],
-        "centre" and "extent", as in evaluation.
-      locate: compiled; heatmaps, centre [n, 2], extent [n, 2] to keypoints [n, K, 3] in the picture.
+        "center" and "extent", as in evaluation.
+      locate: compiled; heatmaps, center [n, 2], extent [n, 2] to keypoints [n, K, 3] in the picture.
       keypoints: K.
       rescore: scores of boxes [N] and keypoints' [N, K] to scores of people [N].
       at_once: the largest n; where there are fewer people it is the power of two above their number.
@@ -117,7 +117,7 @@ class Posing:
     self._predict, self._crop, self._locate = predict, crop, locate
     self._keypoints, self._rescore, self._at_once = keypoints, rescore, at_once
 
-  def __call__(self, weights: Any, images: Sequence[np.ndarray], boxes: Sequence[np.ndarray]) -> list[People]:
+  def __call__(self, weights: Any, images: Sequence[np.ndarray], boxes: Sequence[np.ndarray]) -> list[PersonSource]:
     """The people of each picture, in the order of its boxes; none are left out.
 
     Args:
@@ -132,11 +132,11 @@ class Posing:
       chosen = places[begin : begin + size]
       crops = self._crops([(images[i], boxes[i][j]) for i, j in chosen], size)
       heatmaps = self._predict(weights, {"image": crops["image"]})
-      located = np.asarray(self._locate(heatmaps, crops["centre"], crops["extent"]))
+      located = np.asarray(self._locate(heatmaps, crops["center"], crops["extent"]))
       for (i, j), points in zip(chosen, located, strict=False):
         found[i][j] = points
     return [
-      People(points, own[:, :4], self._rescore(own[:, 4], points[..., 2]).astype(np.float32))
+      PersonSource(points, own[:, :4], self._rescore(own[:, 4], points[..., 2]).astype(np.float32))
       for points, own in zip(found, boxes, strict=True)
     ]
 
@@ -146,4 +146,4 @@ class Posing:
     nothing = {"keypoints": np.zeros((self._keypoints, 3), np.float32), "image_index": zero, "index": zero}
     made = [self._crop({"image": im, "box": box[:4], "box_score": box[4], **nothing}) for im, box in chosen]
     made += made[-1:] * (size - len(made))
-    return {key: np.stack([one[key] for one in made]) for key in ("image", "centre", "extent")}
+    return {key: np.stack([one[key] for one in made]) for key in ("image", "center", "extent")}

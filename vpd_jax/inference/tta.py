@@ -139,7 +139,7 @@ def parse(words: tuple[str, ...], way: str = "windows") -> tuple[bool, int]:
   return flip, windows
 
 
-def test_time(
+def with_test_time_augmentation(
   predict: Predict,
   words: tuple[str, ...],
   *,

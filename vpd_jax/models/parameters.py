@@ -13,7 +13,7 @@ from flax import nnx
 
 from vpd_jax.errors import UserError
 from vpd_jax.models import initializers
-from vpd_jax.types import Buffer, Named
+from vpd_jax.types import Buffer, ParamDict
 
 
 class Parts(NamedTuple):
@@ -47,7 +47,7 @@ class Parts(NamedTuple):
       raise UserError(f"nothing says how {undrawn[:5]} are drawn; build the model with InitKeys and Initializers.")
     return {name: self.draws[name](name) for name in names}
 
-  def merge(self, *arrays: Named) -> Any:
+  def merge(self, *arrays: ParamDict) -> Any:
     """The model holding `arrays`, for one traced function; variables are copies, so statistics may change."""
     named = {name: value for part in arrays for name, value in part.items()}
     missing, unknown = self.paths.keys() - named.keys(), named.keys() - self.paths.keys()
@@ -55,7 +55,7 @@ class Parts(NamedTuple):
       raise UserError(f"arrays do not fit the model: missing {sorted(missing)[:5]}, unknown {sorted(unknown)[:5]}.")
     return self.partial(named)
 
-  def partial(self, named: Named) -> Any:
+  def partial(self, named: ParamDict) -> Any:
     """As `merge`, with mere shapes in place of the arrays that are not given: for what only uses some of them."""
     state = nnx.from_flat_state([(path, named.get(name, self.shapes[name])) for name, path in self.paths.items()])
     return nnx.merge(self.graphdef, state, copy=True)
@@ -90,7 +90,7 @@ def describe(build: Callable[[], nnx.Module]) -> Parts:
   return Parts(model, graphdef, {name: path for name, path, _ in leaves}, shapes, params, buffers, stats, drawn)
 
 
-def stats(model: nnx.Module) -> Named:
+def stats(model: nnx.Module) -> ParamDict:
   """The running statistics that a forward pass in training has left in `model`."""
   return {name: leaf.get_value() for name, _, leaf in _leaves(nnx.state(model, nnx.BatchStat))}
 

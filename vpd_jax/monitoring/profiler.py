@@ -35,7 +35,7 @@ class Operation(NamedTuple):
   origin: str
 
 
-class Trace:
+class Profiler:
   """A profiler trace of `steps` steps from the tenth step of this process on; none for 0.
 
   At its end it says where it is, and which operations took longest.
@@ -51,7 +51,7 @@ class Trace:
     """
     self._steps, self._workdir, self._log, self._text, self._begun = steps, workdir, log, text, 0
 
-  def __enter__(self) -> "Trace":
+  def __enter__(self) -> "Profiler":
     return self
 
   def __exit__(self, *_: object) -> None:

@@ -54,7 +54,7 @@ def memory(compiled: jax.stages.Compiled) -> Memory | None:
   return Memory(arguments, analysis.alias_size_in_bytes, temporaries, max(peak, total))
 
 
-def in_words(compiled: jax.stages.Compiled) -> str:
+def memory_summary(compiled: jax.stages.Compiled) -> str:
   """XLA's own account of a program's memory."""
   analysis = compiled.memory_analysis()
   if analysis is None:

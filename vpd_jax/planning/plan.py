@@ -46,7 +46,7 @@ KEYS = {
   "valid_size": ((2,), np.int32),
   "tokens": (("tokens",), np.int32),
   "keypoints": (("keypoints", 3), np.float32),
-  "centre": ((2,), np.float32),
+  "center": ((2,), np.float32),
   "extent": ((2,), np.float32),
   "box_score": ((), np.float32),
   "image_index": ((), np.int32),
@@ -162,7 +162,7 @@ def batch_shapes(config: ConfigDict, keys: tuple[str, ...], step: str) -> Batch:
     "tokens": (config.method.get("token_length", config.backbone.text.positions),),
   }
   if "keypoints" in keys:
-    sides["keypoints"] = (len(experiment.DATASETS[config.data.name].facts_of(config.data)["keypoints"].names),)
+    sides["keypoints"] = (len(experiment.DATASETS[config.data.name].info_from_options(config.data)["keypoints"].names),)
   shapes = {}
   for key in keys:
     named, dtype = KEYS[key]

@@ -33,7 +33,7 @@ def candidates(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
 
   Without any change of the result: `mesh.fsdp`, from small to large, then `backbone.remat`, which costs a quarter more
   operations, with every fsdp again. Then `optim.accumulation`, which keeps the batch and its loss, but takes the
-  running statistics of batch normalisation part by part; from small to large, each with all of the above. Last
+  running statistics of batch normalization part by part; from small to large, each with all of the above. Last
   `data.batch_size`, halved again and again, which is another recipe; each with all of the above.
   """
   given = max(config.mesh.fsdp, 1) if config.mesh.fsdp != -1 else devices

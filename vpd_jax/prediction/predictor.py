@@ -60,7 +60,7 @@ class Predictor:
         "give fresh=True for a network of random numbers."
       )
     config = initialize.complete(config, source)
-    config = initialize.predicting_class(config)
+    config = initialize.with_predicted_class(config)
     product = experiment.assemble(config, training=False)
     mesh = sharding.make_mesh(1, 1, devices=jax.local_devices()[:1])
     filled, lines = initialize.weights_on_mesh(config, product, mesh, str(weights), complete=not fresh)
@@ -68,7 +68,7 @@ class Predictor:
 
   def __post_init__(self):
     product = self.product
-    self._procedure = protocols.WAYS[product.task.way](self.config, product)
+    self._procedure = protocols.PROTOCOLS[product.task.way](self.config, product)
     self._forward = jax.jit(lambda weights, batch: product.parts.merge(*weights)(batch, training=False))
     predictor = lambda weights, image: product.parts.merge(*weights).method.class_predictor(image)
     self._classify = jax.jit(predictor) if hasattr(product.method, "class_predictor") else None

@@ -25,7 +25,7 @@ Known = Sequence[dict[str, Any]]
 Results = list[dict[str, np.ndarray]]
 
 
-class Windows:
+class ShiftedWindowProtocol:
   """Resized so that the shorter side is the training crop; square windows along the longer one, averaged; resized back.
 
   There are as many windows as `eval.test_time` says, and at least as many as cover the picture. Rows that the data set
@@ -61,23 +61,25 @@ class Windows:
     return results
 
 
-class Sliding:
+class SlidingWindowProtocol:
   """Sliding windows and scales, see inference/sliding_window.py: the class of every pixel."""
 
   def __init__(self, config: ConfigDict, product: Product):
     words, options = config.eval.test_time, {"at_once": config.eval.batch_size, "small": config.eval.small}
     options["decide"] = product.task.decide
-    self._labelling = sliding_window.Labelling(evaluate.make_scores(product), sliding_window.parse(words), **options)
+    self._labeling = sliding_window.SlidingWindowInference(
+      evaluate.make_scores(product), sliding_window.parse(words), **options
+    )
     self._result, self._dtype = product.task.result, _dtype(config)
 
   def __call__(self, weights: Any, images: Sequence[np.ndarray], known: Known) -> Results:
     # Bytes stay bytes until they are resized, as in the evaluation.
     given = [image if image.dtype == np.uint8 else pictures_lib.unit(image, self._dtype) for image in images]
-    views = (self._labelling.views({"image": image, **own}) for image, own in zip(given, known, strict=True))
-    return [{self._result: label} for label in self._labelling(weights, views)]
+    views = (self._labeling.views({"image": image, **own}) for image, own in zip(given, known, strict=True))
+    return [{self._result: label} for label in self._labeling(weights, views)]
 
 
-class Squeezed:
+class ResizeProtocol:
   """Resized to the training crop, the aspect not kept, as in evaluation; scores resized back, bilinear."""
 
   def __init__(self, config: ConfigDict, product: Product):
@@ -95,7 +97,7 @@ class Squeezed:
     return [{self._result: np.asarray(self._decide(s))} for s in back]
 
 
-class Crops:
+class TopDownProtocol:
   """A crop around each box, see inference/top_down.py; a picture of which no "boxes" are known is one person."""
 
   def __init__(self, config: ConfigDict, product: Product):
@@ -104,7 +106,7 @@ class Crops:
       tuple(config.data.crop), task.keypoints, udp=task.udp, padding=padding
     ).evaluation
     predict = jax.jit(evaluate.make_predict(product, config.eval.test_time, ""))
-    self._posing = top_down.Posing(
+    self._posing = top_down.TopDownPoseEstimator(
       predict,
       crop,
       jax.jit(task.locate),
@@ -122,7 +124,12 @@ class Crops:
     return [found._asdict() for found in self._posing(weights, pictures, checked)]
 
 
-WAYS = {"windows": Windows, "sliding": Sliding, "squeezed": Squeezed, "crops": Crops}
+PROTOCOLS = {
+  "windows": ShiftedWindowProtocol,
+  "sliding": SlidingWindowProtocol,
+  "squeezed": ResizeProtocol,
+  "crops": TopDownProtocol,
+}
 
 
 def _dtype(config: ConfigDict) -> Any:

@@ -1,18 +1,18 @@
-"""Pictures of results: colour maps for depth, and one row of input, prediction, truth and error."""
+"""Pictures of results: color maps for depth, and one row of input, prediction, truth and error."""
 
 import functools
 
 import numpy as np
 
-INVALID = (128, 128, 128)  # grey: neither end of a colour map in use
+INVALID = (128, 128, 128)  # gray: neither end of a color map in use
 
 
 def depth_panel(image: np.ndarray, prediction: np.ndarray, truth: np.ndarray, max_depth: float) -> np.ndarray:
   """Input, prediction, truth and error of one image, side by side.
 
-  Prediction and truth share one colour scale, near red to far blue, which spans the valid truth; where no pixel is
+  Prediction and truth share one color scale, near red to far blue, which spans the valid truth; where no pixel is
   valid it spans 0 to `max_depth`. The error |prediction - truth| runs from black (0) to light yellow at a tenth of
-  `max_depth` and beyond. Pixels without a value are grey.
+  `max_depth` and beyond. Pixels without a value are gray.
 
   Args:
     image: uint8 [H, W, 3].
@@ -29,8 +29,8 @@ def depth_panel(image: np.ndarray, prediction: np.ndarray, truth: np.ndarray, ma
   return np.concatenate(
     [
       image,
-      colour_depth(prediction, high, min_depth=low),
-      colour_depth(truth, high, min_depth=low),
+      color_depth(prediction, high, min_depth=low),
+      color_depth(truth, high, min_depth=low),
       paint(error, 0.0, max_depth / 10, "magma"),
     ],
     axis=1,
@@ -38,7 +38,7 @@ def depth_panel(image: np.ndarray, prediction: np.ndarray, truth: np.ndarray, ma
 
 
 def stacked(pictures: list[np.ndarray]) -> np.ndarray:
-  """uint8 [N, H, W, 3] of pictures of any sizes, grey at the right and bottom of smaller ones; N may be 0."""
+  """uint8 [N, H, W, 3] of pictures of any sizes, gray at the right and bottom of smaller ones; N may be 0."""
   height, width = (max((p.shape[axis] for p in pictures), default=1) for axis in (0, 1))
   result = np.full((len(pictures), height, width, 3), INVALID[0], np.uint8)
   for row, picture in zip(result, pictures, strict=True):
@@ -46,13 +46,13 @@ def stacked(pictures: list[np.ndarray]) -> np.ndarray:
   return result
 
 
-def colour_depth(depth: np.ndarray, max_depth: float | None = None, *, min_depth: float | None = None) -> np.ndarray:
-  """A depth map in colour, near red to far blue.
+def color_depth(depth: np.ndarray, max_depth: float | None = None, *, min_depth: float | None = None) -> np.ndarray:
+  """A depth map in color, near red to far blue.
 
   Args:
-    depth: float [H, W]; what is not positive and finite is painted grey.
-    max_depth: depth of the last colour, which also holds for what lies beyond; None: the largest of this map.
-    min_depth: depth of the first colour; None: the smallest of this map.
+    depth: float [H, W]; what is not positive and finite is painted gray.
+    max_depth: depth of the last color, which also holds for what lies beyond; None: the largest of this map.
+    min_depth: depth of the first color; None: the smallest of this map.
 
   Returns:
     uint8 [H, W, 3].
@@ -64,21 +64,21 @@ def colour_depth(depth: np.ndarray, max_depth: float | None = None, *, min_depth
   return paint(depth, low, high, "Spectral")
 
 
-def paint(values: np.ndarray, low: float, high: float, colours: str) -> np.ndarray:
-  """Values through one of matplotlib's colour maps.
+def paint(values: np.ndarray, low: float, high: float, colors: str) -> np.ndarray:
+  """Values through one of matplotlib's color maps.
 
   Args:
-    values: float [...]; NaN is painted grey, what lies outside the ends is painted as the nearer end.
-    low: value of the first colour.
-    high: value of the last colour.
-    colours: name of the map.
+    values: float [...]; NaN is painted gray, what lies outside the ends is painted as the nearer end.
+    low: value of the first color.
+    high: value of the last color.
+    colors: name of the map.
 
   Returns:
     uint8 [..., 3].
   """
   known = ~np.isnan(values)
   fraction = (np.where(known, values, low) - low) / max(high - low, 1e-12)
-  painted = _colour_table(colours)[np.round(255 * fraction.clip(0, 1)).astype(np.uint8)]
+  painted = _color_table(colors)[np.round(255 * fraction.clip(0, 1)).astype(np.uint8)]
   return np.where(known[..., None], painted, np.array(INVALID, np.uint8))
 
 
@@ -88,8 +88,8 @@ def _valid(depth: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _colour_table(colours: str) -> np.ndarray:
+def _color_table(colors: str) -> np.ndarray:
   """uint8 [256, 3]; matplotlib is imported here, at the first picture."""
   import matplotlib
 
-  return np.round(255 * matplotlib.colormaps[colours](np.arange(256))[:, :3]).astype(np.uint8)
+  return np.round(255 * matplotlib.colormaps[colors](np.arange(256))[:, :3]).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Labels as pictures and files: palette, colours over the image, legend."""
+"""Labels as pictures and files: palette, colors over the image, legend."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from PIL import Image
 from vpd_jax.files import atomic
 from vpd_jax.tasks import colormaps
 
-UNLABELLED = (128, 128, 128)  # grey, in no published palette of the data sets here
+UNLABELED = (128, 128, 128)  # gray, in no published palette of the data sets here
 OPACITY = 0.5
 LINE = 18  # pixels of the legend per class
 SWATCH = 14
@@ -19,23 +19,23 @@ MOST_MAPS = 16  # attention maps in a picture
 
 
 def voc_palette(classes: int) -> np.ndarray:
-  """uint8 [K, 3]: colours of Pascal VOC, from class 1 on, whose black stands for the background.
+  """uint8 [K, 3]: colors of Pascal VOC, from class 1 on, whose black stands for the background.
 
-  The bits of the number are dealt out to red, green and blue in turn, the lowest becoming the highest of a colour.
+  The bits of the number are dealt out to red, green and blue in turn, the lowest becoming the highest of a color.
 
   Source: VOCdevkit VOClabelcolormap.m.
   """
   numbers = np.arange(1, classes + 1)
-  colours = np.zeros((classes, 3), np.uint8)
+  colors = np.zeros((classes, 3), np.uint8)
   for bit in range(8):
     for channel in range(3):
-      colours[:, channel] |= ((numbers >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-  return colours
+      colors[:, channel] |= ((numbers >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+  return colors
 
 
 def paint(label: np.ndarray, palette: np.ndarray) -> np.ndarray:
-  """int [H, W] to uint8 [H, W, 3]; numbers beyond the palette are grey."""
-  table = np.full((256, 3), UNLABELLED, np.uint8)
+  """int [H, W] to uint8 [H, W, 3]; numbers beyond the palette are gray."""
+  table = np.full((256, 3), UNLABELED, np.uint8)
   table[: len(palette)] = palette
   return table[label.astype(np.uint8)]
 
@@ -48,13 +48,13 @@ def as_bytes(image: np.ndarray) -> np.ndarray:
 def overlay(
   label: np.ndarray, palette: np.ndarray, names: Sequence[str], image: np.ndarray | None = None
 ) -> np.ndarray:
-  """Colours half over the image, and below it a legend of the classes that occur, largest first.
+  """Colors half over the image, and below it a legend of the classes that occur, largest first.
 
   Args:
     label: uint8 [H, W].
     palette: uint8 [K, 3].
     names: of the K classes.
-    image: uint8, or float in [0, 1], [H, W, 3]; None shows the colours alone.
+    image: uint8, or float in [0, 1], [H, W, 3]; None shows the colors alone.
 
   Returns:
     uint8 [H + h, W', 3], W' at least W.
@@ -82,9 +82,9 @@ def legend(entries: list[tuple[str, np.ndarray, float]], width: int) -> np.ndarr
   column = 3 * LINE // 2 + max((cv2.getTextSize(t, font, scale, 1)[0][0] for t in texts), default=0)
   columns = max(1, width // column)
   picture = np.full((LINE * -(-len(entries) // columns), max(width, column), 3), 255, np.uint8)
-  for i, (text, (_, colour, _)) in enumerate(zip(texts, entries, strict=True)):
+  for i, (text, (_, color, _)) in enumerate(zip(texts, entries, strict=True)):
     y, x = LINE * (i // columns), column * (i % columns)
-    picture[y + 2 : y + 2 + SWATCH, x + 2 : x + 2 + SWATCH] = colour
+    picture[y + 2 : y + 2 + SWATCH, x + 2 : x + 2 + SWATCH] = color
     cv2.putText(picture, text, (x + SWATCH + 6, y + SWATCH), font, scale, (0, 0, 0), 1, cv2.LINE_AA)
   return picture
 
@@ -127,6 +127,6 @@ def write_indexed(path: Path, label: np.ndarray, palette: np.ndarray) -> None:
   picture.save(path, "PNG")
 
 
-def write_colours(path: Path, picture: np.ndarray) -> None:
+def write_colors(path: Path, picture: np.ndarray) -> None:
   """A PNG of uint8 [H, W, 3] RGB, or [H, W]."""
   Image.fromarray(picture).save(path, "PNG")

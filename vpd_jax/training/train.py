@@ -18,14 +18,14 @@ from vpd_jax.config import loader
 from vpd_jax.convert.finite import check_finite
 from vpd_jax.data import pipeline
 from vpd_jax.distributed import sharding
-from vpd_jax.distributed.preemption import StopRequest
+from vpd_jax.distributed.preemption import PreemptionGuard
 from vpd_jax.evaluation import evaluate
 from vpd_jax.experiment import Product
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.monitoring import chips, writers, xla_cost
-from vpd_jax.monitoring.profiler import Trace
+from vpd_jax.monitoring.profiler import Profiler
 from vpd_jax.training import startup_report
-from vpd_jax.types import Array, Batch, Branch, Loss, Named, Outputs, Task, TrainState
+from vpd_jax.types import Array, Batch, Branch, Loss, Outputs, ParamDict, Task, TrainState
 
 SMALL = 2**16  # numbers
 
@@ -78,15 +78,15 @@ def make_gradients(
   parts, task = product.parts, product.task
   branches = product.method.branches(True)
 
-  def loss_fn(params: Named, frozen: Named, stats: Named, batch: Batch, key: Array | None):
+  def loss_fn(params: ParamDict, frozen: ParamDict, stats: ParamDict, batch: Batch, key: Array | None):
     model = parts.merge(gather(params), gather(frozen), stats)
     loss = group_losses(task, model(batch, training=True, key=key), batch, branches, loss_group)
     return loss.value, (loss, params_lib.stats(model))
 
-  def gradients(params: Named, frozen: Named, stats: Named, batch: Batch, key: Array | None):
+  def gradients(params: ParamDict, frozen: ParamDict, stats: ParamDict, batch: Batch, key: Array | None):
     return jax.grad(loss_fn, has_aux=True)(params, frozen, stats, batch, key)
 
-  def accumulated(params: Named, frozen: Named, stats: Named, batch: Batch, key: Array | None):
+  def accumulated(params: ParamDict, frozen: ParamDict, stats: ParamDict, batch: Batch, key: Array | None):
     cut = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)  # [A, B / A, ...]
     if mesh is not None:
       cut = jax.lax.with_sharding_constraint(cut, NamedSharding(mesh, P(None, sharding.AXES)))
@@ -98,7 +98,7 @@ def make_gradients(
     grads, (loss, stats) = jax.lax.scan(add, zero, cut)[0]
     return grads, (loss, {name: x / accumulation for name, x in stats.items()})
 
-  def run(params: Named, frozen: Named, stats: Named, batch: Batch, key: Array | None = None):
+  def run(params: ParamDict, frozen: ParamDict, stats: ParamDict, batch: Batch, key: Array | None = None):
     grads, (loss, stats) = (accumulated if accumulation > 1 else gradients)(params, frozen, stats, batch, key)
     share = 1 / jnp.maximum(loss.weight, 1)
     grads = {name: g * share.astype(g.dtype) for name, g in grads.items()}
@@ -113,7 +113,7 @@ def make_update(
   """(state, gradients, loss, logs, new stats) -> (next state, logs): the optimizer's half of a step."""
   labels = {product.groups.label[name]: multiplier for name, multiplier in sorted(product.groups.lr.items())}
 
-  def update(state: TrainState, grads: Named, loss: Array, logs: dict[str, Array], stats: Named):
+  def update(state: TrainState, grads: ParamDict, loss: Array, logs: dict[str, Array], stats: ParamDict):
     updates, opt_state = product.optimizer.update(grads, state.opt_state, state.params)
     params = {name: p + updates[name].astype(p.dtype) for name, p in state.params.items()}
     rate = product.rate(state.step)
@@ -152,7 +152,7 @@ def make_step(
   return train_step
 
 
-def _norm(grads: Named, devices: int) -> Array:
+def _norm(grads: ParamDict, devices: int) -> Array:
   """The norm of all gradients.
 
   On one device small ones are joined to one vector, for XLA on CPU makes several programs of every sum; on several the
@@ -198,7 +198,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     # Before the checkpoints, which remove what another run may be writing.
     alone = [] if jax.process_index() else stack.enter_context(workdir_lock.claimed(workdir))
     checkpoints = stack.enter_context(initialize.checkpoints(config, product, workdir))
-    stop = stack.enter_context(StopRequest())
+    stop = stack.enter_context(PreemptionGuard())
     state, lines = initialize.resume_or_start(config, product, mesh, checkpoints, accept_changes=accept_changes)
     lines += alone
     lines += dataset.describe() if hasattr(dataset, "describe") else []
@@ -239,9 +239,9 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     flops = (compiled.cost_analysis() or {}).get("flops", 0.0) * config.optim.accumulation
     # Counting takes seconds of tracing, and a share of the peak is known on accelerators only.
     model = model_flops(config, batch) if chips.of(mesh.devices.flat[0].device_kind) else 0.0
-    log(f"compiled; {flops / 1e9:.1f} GFLOP and {xla_cost.in_words(compiled)} per device and step; {seconds}")
+    log(f"compiled; {flops / 1e9:.1f} GFLOP and {xla_cost.memory_summary(compiled)} per device and step; {seconds}")
     progress = writers.Progress(end, config.data.batch_size, start=begin, devices=mesh.size)
-    trace = stack.enter_context(Trace(config.profile, workdir, log, lambda: xla_cost.text(compiled)))
+    trace = stack.enter_context(Profiler(config.profile, workdir, log, lambda: xla_cost.text(compiled)))
     pending, logs = [], {}
 
     def batch_of(step: int) -> Batch:

@@ -39,7 +39,7 @@ NAMES = {
 def test_names_and_axes_become_those_of_pytorch():
   for (name, ndim), (expected, axes) in NAMES.items():
     shape = (2, 3, 4, 5)[:ndim]
-    tensor = lazy_tensor.RawTensor(None, 0, np.dtype(np.float32), shape, lazy_tensor.contiguous(shape))
+    tensor = lazy_tensor.LazyTensor(None, 0, np.dtype(np.float32), shape, lazy_tensor.contiguous(shape))
     found, moved = flax_folder.in_pytorch(tuple(name.split("/")), tensor)
     assert (found, moved.shape) == (expected, tuple(shape[axis] for axis in axes))
 

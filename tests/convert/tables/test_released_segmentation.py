@@ -102,7 +102,7 @@ def bitwise_equal(actual, expected):
 
 
 def test_a_release_beside_its_pickled_meta_fills_the_model(tmp_path, setup, state, targets):
-  """mmsegmentation's file: names of classes, colours, versions and the optimizer beside the weights."""
+  """mmsegmentation's file: names of classes, colors, versions and the optimizer beside the weights."""
   meta = META | {"seed": pth.Call("numpy.core.multiarray", "scalar", 3), "config": pth.Call("mmcv.utils", "Config", {})}
   content = {"meta": meta, "state_dict": {name: pth.tensor(value) for name, value in state.items()}, "optimizer": {}}
   path = pth.write_zip(tmp_path / "iter_80000.pth", content)
@@ -181,8 +181,8 @@ def test_its_signs_are_in_no_other_release():
   setups = {"vpd_depth": "vpd_depth", "meta_depth": "meta_prompts_depth", **RELEASES}
   for setup, release in setups.items():
     names = [entry["name"] for entry in oracle.manifest(setup)]
-    found = [kind for kind, sign in released.SIGNS.items() if any(name.startswith(sign) for name in names)]
-    assert found[0] == release and set(found) & released_segmentation.SIGNS.keys() <= {release}
+    found = [kind for kind, sign in released.SIGNATURES.items() if any(name.startswith(sign) for name in names)]
+    assert found[0] == release and set(found) & released_segmentation.SIGNATURES.keys() <= {release}
 
 
 def test_the_constants_are_those_of_stable_diffusion():

@@ -21,7 +21,7 @@ def root(tmp_path):
   root = tmp_path / "ADEChallengeData2016"
   for split, kind, count in (("training", "train", 4), ("validation", "val", 2)):
     names = [f"ADE_{kind}_{index:08}" for index in range(1, count + 1)]
-    write_pairs(root / "images" / split, root / "annotations" / split, range(151), names, grey=split == "validation")
+    write_pairs(root / "images" / split, root / "annotations" / split, range(151), names, gray=split == "validation")
   return root
 
 
@@ -44,7 +44,7 @@ def test_examples_hold_classes_from_zero_and_255_for_none(root, small):
     example["image"], cv2.imread(str(root / "images/training/ADE_train_00000003.jpg"))[..., ::-1]
   )
   assert example["label"].dtype == np.uint8 and example["index"] == 2 and len(source) == 4
-  assert data.source("eval")[0]["image"].shape == (40, 60, 3)  # a grey JPEG
+  assert data.source("eval")[0]["image"].shape == (40, 60, 3)  # a gray JPEG
   assert len(data.classes) == len(data.palette) == 150 and data.classes[7] == "bed"
   ends = np.array([[0, 1, 150, 255]], np.uint8)
   raw = cv2.imencode(".png", ends)[1].tobytes()

@@ -14,13 +14,13 @@ IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 1
 IDS |= {28: 15, 31: 16, 32: 17, 33: 18}
 
 
-def write_frames(root, images, labelled, ending, frames, numbers, size=(16, 32)):
+def write_frames(root, images, labeled, ending, frames, numbers, size=(16, 32)):
   """Frames with blocks of the given numbers as label files."""
   rng = np.random.default_rng(0)
   for frame in frames:
     city = frame.split("_")[0]
     image = root / "leftImg8bit" / images / city / f"{frame}_leftImg8bit.png"
-    label = root / labelled / city / f"{frame}_{ending}.png"
+    label = root / labeled / city / f"{frame}_{ending}.png"
     for path in (image, label):
       path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(image), np.full((*size, 3), len(frame), np.uint8))

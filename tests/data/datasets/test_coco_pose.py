@@ -39,7 +39,7 @@ def test_people_who_can_be_learned_are_those_with_a_keypoint_and_a_box(root):
   assert len(source) == 4
   assert [int(source[i]["image_index"]) for i in range(4)] == [0, 0, 2, 3]
   assert source.notes == [
-    "1 people without a labelled keypoint are left out",
+    "1 people without a labeled keypoint are left out",
     "2 boxes without an area inside their image are left out",
   ]
   example = source[1]
@@ -210,7 +210,7 @@ def test_faults_of_pictures_are_named(tmp_path):
   nobody = coco_people.content() | {"annotations": coco_people.content()["annotations"][3:5]}
   empty = coco_people.write(tmp_path / "empty", train=nobody)
   message = check_message("gives no person to look at in 4 images", lambda: data(empty).source("train"))
-  assert "1 people without a labelled keypoint are left out" in message
+  assert "1 people without a labeled keypoint are left out" in message
 
 
 def test_files_may_leave_out_what_follows_from_the_rest(tmp_path):

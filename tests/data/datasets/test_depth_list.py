@@ -35,7 +35,7 @@ WRITERS = {
 
 
 def write_pictures(root, sizes=SIZES):
-  """Pictures of many sizes whose depth follows from their colour; returns the lines of their list."""
+  """Pictures of many sizes whose depth follows from their color; returns the lines of their list."""
   rng, lines = np.random.default_rng(0), []
   for number, size in enumerate(sizes):
     image = cv2.resize(rng.integers(0, 256, (4, 6, 3), np.uint8), size[::-1])

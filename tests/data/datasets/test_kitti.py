@@ -130,7 +130,7 @@ def test_a_stored_record_gives_the_same_example(root):
 
 @pytest.mark.parametrize("cut_depth", ["released", "scaled", "off"])
 def test_cut_depth_wraps_at_every_metre_or_scales_to_80_metres(root, cut_depth):
-  data = kitti.Kitti(root=str(root), kb_crop=(36, 122), crop=(36, 122), cut_depth=cut_depth, colour=False)
+  data = kitti.Kitti(root=str(root), kb_crop=(36, 122), crop=(36, 122), cut_depth=cut_depth, color_jitter=False)
   numbers = () if cut_depth == "off" else (0.25, 0.5)
   example = data.train_transform(data.source("train")[0], Fixed(*numbers, 0.9, 0, 0), 0)
   image, depth = (array[4:, 4:126].copy() for array in stored(root, TRAIN[0]))

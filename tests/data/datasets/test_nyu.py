@@ -95,7 +95,7 @@ def test_resize_and_crop_give_the_sizes_asked_for(root):
   source = data.source("train")
   assert data.eval_transform(source[0])["depth"].shape == (24, 32)
   assert data.train_transform(source[0], np.random.default_rng(0), 1)["image"].shape == (16, 24, 3)
-  plain = nyu.Nyu(root=str(root), crop=(48, 64), cut_depth="off", colour=False)
+  plain = nyu.Nyu(root=str(root), crop=(48, 64), cut_depth="off", color_jitter=False)
   example = plain.train_transform(source[0], np.random.default_rng(0), 0)
   assert any((example["image"] == source[0]["image"][:, ::step]).all() for step in (1, -1))
 
@@ -143,7 +143,7 @@ def test_all_missing_files_are_counted_and_ten_are_named(root):
 
 
 @pytest.mark.parametrize(
-  "fault", ["half png", "half jpg", "short jpg", "empty", "text", "gone", "8 bits", "colours", "size"]
+  "fault", ["half png", "half jpg", "short jpg", "empty", "text", "gone", "8 bits", "colors", "size"]
 )
 def test_a_bad_file_is_named(root, fault):
   image, depth = (
@@ -167,7 +167,7 @@ def test_a_bad_file_is_named(root, fault):
   elif fault == "8 bits":
     cv2.imwrite(str(depth), np.zeros((48, 64), np.uint8))
     message = "has 1 channel(s) of 8 bits; one of 16 bits is needed"
-  elif fault == "colours":
+  elif fault == "colors":
     cv2.imwrite(str(depth), np.zeros((48, 64, 3), np.uint16))
     message = "has 3 channel(s) of 16 bits"
   else:

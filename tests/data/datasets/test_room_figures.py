@@ -28,7 +28,7 @@ def test_every_record_is_a_figure_in_view(examples):
   for index, example in enumerate(examples):
     points, (x, y, w, h) = example["keypoints"], example["box"]
     seen = points[points[:, 2] > 0]
-    assert len(seen) >= room_figures.LEAST and example["index"] == example["image_index"] == index
+    assert len(seen) >= room_figures.MINIMUM and example["index"] == example["image_index"] == index
     assert example["image"].shape == (*SIZE, 3)
     # Joints lie inside the body, and so inside the box of what is seen, unless furniture hides them.
     plain = points[points[:, 2] == 2]
@@ -77,7 +77,7 @@ def test_figures_from_shards_equal_drawn_ones(tmp_path):
 def test_transforms_give_crops(data, examples):
   for example in (data.train_transform(examples[0], np.random.default_rng(0), 0), data.eval_transform(examples[0])):
     assert set(example) == data.provides and example["image"].shape == (64, 48, 3)
-  assert data.facts_of({}) == {"keypoints": top_down_transforms.COCO, "udp": True}
+  assert data.info_from_options({}) == {"keypoints": top_down_transforms.COCO, "udp": True}
 
 
 @pytest.mark.parametrize("call, message", [

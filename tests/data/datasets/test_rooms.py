@@ -76,7 +76,7 @@ def test_a_room_at_twice_the_size_is_the_same_room():
   assert np.mean(np.abs(large.surface[::2, ::2] - small.surface) < 0.2) > 0.9
 
 
-def test_the_rooms_are_not_solved_by_pixel_position_or_colour(examples):
+def test_the_rooms_are_not_solved_by_pixel_position_or_color(examples):
   scores = baselines.depth_baselines(examples["train"], examples["eval"])
   assert scores["constant"] > 0.8
   assert scores["position_mean"] > 0.7 * scores["constant"]
@@ -116,7 +116,7 @@ def test_a_sphere_and_a_box_lie_at_their_planar_depth():
     centers=np.array([[5, 0, 0], [3, 0, 0], [3, 1.0, 0]], np.float32),
     halves=np.array([[1, 9, 9], [0.5, 0.5, 0.5], [0.2, 0.2, 9]], np.float32),
     frames=np.stack([np.eye(3, dtype=np.float32)] * 3),
-    colours=np.ones((3, 2, 3), np.float32),
+    colors=np.ones((3, 2, 3), np.float32),
     textures=np.zeros(3, int),
     pitches=np.ones(3, np.float32),
     labels=np.zeros(3, np.uint8),

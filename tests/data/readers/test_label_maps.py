@@ -27,7 +27,7 @@ def png(tmp_path, array, palette=False, **options):
   return path.read_bytes()
 
 
-def test_grey_and_palette_files_give_the_same_classes(tmp_path):
+def test_gray_and_palette_files_give_the_same_classes(tmp_path):
   for raw in (png(tmp_path, NUMBERS), png(tmp_path, NUMBERS, palette=True), png(tmp_path, NUMBERS.astype(np.uint16))):
     found = label_maps.decode_labels(raw, "m.png", THREE)
     np.testing.assert_array_equal(found, NUMBERS)
@@ -40,14 +40,14 @@ def test_few_bits_are_numbers_not_brightness(tmp_path, bits):
   raw = png(tmp_path, numbers, palette=True, bits=bits)
   assert (raw[24], raw[25]) == (bits, 3)
   np.testing.assert_array_equal(label_maps.decode_labels(raw, "m.png", THREE), numbers)
-  # Grey of so few bits, which PIL does not write: from the header, and rows packed by hand.
+  # Gray of so few bits, which PIL does not write: from the header, and rows packed by hand.
   packed = np.packbits((numbers[..., None] >> np.arange(bits)[::-1] & 1).reshape(2, -1), axis=1)
-  grey = _grey_png(packed, numbers.shape, bits)
-  np.testing.assert_array_equal(label_maps.decode_labels(grey, "m.png", THREE), numbers)
+  gray = _gray_png(packed, numbers.shape, bits)
+  np.testing.assert_array_equal(label_maps.decode_labels(gray, "m.png", THREE), numbers)
 
 
-def _grey_png(packed, shape, bits):
-  """A PNG of grey rows that are packed already."""
+def _gray_png(packed, shape, bits):
+  """A PNG of gray rows that are packed already."""
 
   def chunk(name, data):
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -73,7 +73,7 @@ def test_numbers_beyond_the_classes_are_named_with_file_count_and_range(tmp_path
 
 
 @pytest.mark.parametrize("channels, words", [(3, "three channels (RGB)"), (4, "four channels (RGBA)")])
-def test_colours_are_no_classes(tmp_path, channels, words):
+def test_colors_are_no_classes(tmp_path, channels, words):
   raw = png(tmp_path, np.zeros((4, 4, channels), np.uint8))
   check_message(f"label file m.png has {words}; one is needed", lambda: label_maps.decode_labels(raw, "m.png", THREE))
 
@@ -103,12 +103,10 @@ def test_shipped_class_lists_are_whole():
   for name, count in (("ade20k_classes.json", 150), ("cityscapes_classes.json", 19)):
     listed = label_maps.read_class_list(name)
     assert len(set(listed.names)) == len(listed.palette) == len(listed.rows) == count
-    alike = [
-      name for name, colour in zip(listed.names, listed.palette, strict=True) if listed.palette.count(colour) > 1
-    ]
+    alike = [name for name, color in zip(listed.names, listed.palette, strict=True) if listed.palette.count(color) > 1]
     assert alike == (["road", "skyscraper"] if count == 150 else [])  # so in mmsegmentation
     assert all(name == name.strip() for name in listed.names)
-    assert all(len(colour) == 3 and min(colour) >= 0 and max(colour) <= 255 for colour in listed.palette)
+    assert all(len(color) == 3 and min(color) >= 0 and max(color) <= 255 for color in listed.palette)
   assert label_maps.read_class_list("ade20k_classes.json").names[:3] == ("wall", "building", "sky")
 
 

@@ -21,19 +21,19 @@ def example(height=48, width=64, seed=0):
 )
 def test_released_cut_depth_wraps_millimetres_modulo_256(millimetres, level):
   depth = np.full((2, 2), millimetres, np.float32) / np.float32(1000)
-  assert (depth_transforms.depth_as_colour(depth, "released", 1000.0, 10.0) == level).all()
+  assert (depth_transforms.depth_as_color(depth, "released", 1000.0, 10.0) == level).all()
 
 
 def test_every_depth_a_16_bit_file_can_hold_wraps_exactly():
   values = np.arange(65536).astype(np.float32)
   for scale in (1000.0, 256.0):
-    wrapped = depth_transforms.depth_as_colour(values / np.float32(scale), "released", scale, 10.0)
+    wrapped = depth_transforms.depth_as_color(values / np.float32(scale), "released", scale, 10.0)
     np.testing.assert_array_equal(wrapped, np.arange(65536) % 256)
 
 
 def test_scaled_cut_depth_is_proportional_and_clipped():
   depth = np.array([[0.0, 5.0, 10.0, 20.0]], np.float32)
-  np.testing.assert_array_equal(depth_transforms.depth_as_colour(depth, "scaled", 1000.0, 10.0), [[0, 127, 255, 255]])
+  np.testing.assert_array_equal(depth_transforms.depth_as_color(depth, "scaled", 1000.0, 10.0), [[0, 127, 255, 255]])
 
 
 def test_the_band_of_cut_depth_has_the_released_columns_and_full_height():
@@ -105,14 +105,14 @@ def test_hsv_shifts_wrap_hue_and_clip_the_others():
   image = cv2.cvtColor(np.array([[[170, 200, 100], [5, 10, 250]]], np.uint8), cv2.COLOR_HSV2RGB)
   before = cv2.cvtColor(image, cv2.COLOR_RGB2HSV).astype(int)
   hue = cv2.cvtColor(depth_transforms.shift_hsv(image, hue=20, saturation=0, value=0), cv2.COLOR_RGB2HSV).astype(int)
-  np.testing.assert_allclose((hue - before)[0, 0, 0] % 180, 20, atol=2)  # uint8 colours resolve hue to about this
-  grey = depth_transforms.shift_hsv(image, hue=0, saturation=-255, value=255)
-  np.testing.assert_array_equal(grey, np.full((1, 2, 3), 255))
+  np.testing.assert_allclose((hue - before)[0, 0, 0] % 180, 20, atol=2)  # uint8 colors resolve hue to about this
+  gray = depth_transforms.shift_hsv(image, hue=0, saturation=-255, value=255)
+  np.testing.assert_array_equal(gray, np.full((1, 2, 3), 255))
   unchanged = depth_transforms.shift_hsv(image, hue=0.9, saturation=0.9, value=0.9)
   np.testing.assert_array_equal(unchanged, cv2.cvtColor(before.astype(np.uint8), cv2.COLOR_HSV2RGB))  # truncated
 
 
-def test_resize_interpolates_colours_but_never_depth():
+def test_resize_interpolates_colors_but_never_depth():
   before = example()
   after = depth_transforms.resize(before, size=(24, 40))
   assert after["image"].shape == (24, 40, 3)
@@ -141,19 +141,19 @@ def test_training_is_a_function_of_record_and_random_numbers():
 
 
 def test_cut_depth_is_applied_at_every_fourth_position():
-  grey = {"image": np.full((48, 64, 3), 7, np.uint8), "depth": np.full((48, 64), 2.0, np.float32)}
+  gray = {"image": np.full((48, 64, 3), 7, np.uint8), "depth": np.full((48, 64), 2.0, np.float32)}
   touched = []
   for position in range(9):
-    after = depth_transforms.depth_training(grey, np.random.default_rng(1), position, crop=(48, 64), colour=False)
+    after = depth_transforms.depth_training(gray, np.random.default_rng(1), position, crop=(48, 64), color_jitter=False)
     touched.append(bool((after["image"] == 2000 % 256).any()))
   assert touched == [True, False, False, False, True, False, False, False, True]
 
 
-def test_colour_changes_half_of_the_time_each_and_never_depth():
+def test_color_changes_half_of_the_time_each_and_never_depth():
   before = example()
   changed = 0
   for seed in range(200):
-    after = depth_transforms.random_colour(before, np.random.default_rng(seed))
+    after = depth_transforms.random_color(before, np.random.default_rng(seed))
     np.testing.assert_array_equal(after["depth"], before["depth"])
     changed += bool((after["image"] != before["image"]).any())
   assert 150 < changed < 195  # 7/8 of 200, at three standard deviations

@@ -14,7 +14,7 @@ IGNORE = 255
 
 
 def picture(size=(60, 90), seed=0, classes=6):
-  """Smooth colours, blocks of labels, and a stripe of no class."""
+  """Smooth colors, blocks of labels, and a stripe of no class."""
   rng = np.random.default_rng(seed)
   coarse = rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)
   image = cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC)
@@ -50,11 +50,11 @@ class Released:
     image, label = image[y : y + crop[0], x : x + crop[1]], label[y : y + crop[0], x : x + crop[1]]
     if self.rng.random() < 0.5:
       image, label = image[:, ::-1], label[:, ::-1]
-    image = self.colour(np.ascontiguousarray(image))[..., ::-1]
-    normalised = (image.astype(np.float32) - np.float32(127.5)) / np.float32(127.5)
+    image = self.color(np.ascontiguousarray(image))[..., ::-1]
+    normalized = (image.astype(np.float32) - np.float32(127.5)) / np.float32(127.5)
     below, right = crop[0] - label.shape[0], crop[1] - label.shape[1]
     return (
-      np.pad(normalised, ((0, below), (0, right), (0, 0))),
+      np.pad(normalized, ((0, below), (0, right), (0, 0))),
       np.pad(label, ((0, below), (0, right)), constant_values=255),
     )
 
@@ -67,7 +67,7 @@ class Released:
   def contrast(self, image):
     return self.convert(image, alpha=self.rng.uniform(0.5, 1.5)) if self.rng.integers(2) else image
 
-  def colour(self, image):
+  def color(self, image):
     if self.rng.integers(2):
       image = self.convert(image, beta=self.rng.uniform(-32, 32))
     mode = self.rng.integers(2)
@@ -117,7 +117,7 @@ def test_rescaled_sizes(size, scale, expected):
   assert st.rescaled_size(size, scale) == expected
 
 
-def test_rescaling_takes_the_nearest_label_and_mixes_colours_only():
+def test_rescaling_takes_the_nearest_label_and_mixes_colors_only():
   example = picture((60, 90))
   out = st.random_rescale(example, np.random.default_rng(0), scale=(180, 120), ratio_range=(0.5, 0.5))
   np.testing.assert_array_equal(out["label"], example["label"])
@@ -189,7 +189,7 @@ def test_the_eleventh_window_is_taken_in_any_case(ratio, windows):
     ({255: 9}, False),
   ],
 )
-def test_variety_counts_labelled_pixels_only(counts, varied):
+def test_variety_counts_labeled_pixels_only(counts, varied):
   label = np.repeat(np.array(list(counts), np.uint8), list(counts.values()))[None]
   assert st.is_varied(label, 0.75) == varied
 
@@ -209,11 +209,11 @@ def test_hue_turns_and_saturation_fades():
   half = st.change_saturation(red, factor=0.5)[0, 0]
   assert half[0] == 200 and half[1] == half[2] and abs(int(half[1]) - 100) <= 1
   assert st.change_saturation(red, factor=1.5).tolist() == red.tolist()
-  grey = np.full((2, 2, 3), 90, np.uint8)
-  np.testing.assert_array_equal(st.change_saturation(grey, factor=1.5), grey)
+  gray = np.full((2, 2, 3), 90, np.uint8)
+  np.testing.assert_array_equal(st.change_saturation(gray, factor=1.5), gray)
 
 
-def test_padding_is_grey_of_no_class_and_its_border_is_known():
+def test_padding_is_gray_of_no_class_and_its_border_is_known():
   example = dict(picture((4, 6)), weight=np.ones((4, 6), np.float32))
   out = st.pad(example, size=(8, 8))
   assert out["valid_size"].tolist() == [4, 6] and out["valid_size"].dtype == np.int32
@@ -221,7 +221,7 @@ def test_padding_is_grey_of_no_class_and_its_border_is_known():
   np.testing.assert_array_equal(out["label"][:4, :6], example["label"])
   outside = np.ones((8, 8), bool)
   outside[:4, :6] = False
-  assert (out["image"][outside] == st.PAD_GREY).all() and (out["label"][outside] == IGNORE).all()
+  assert (out["image"][outside] == st.PAD_GRAY).all() and (out["label"][outside] == IGNORE).all()
   assert (out["weight"][outside] == 0).all() and out["image"].dtype == np.uint8
   same = st.pad(example, size=(4, 6))
   assert same["image"] is example["image"] and same["valid_size"].tolist() == [4, 6]

@@ -45,7 +45,7 @@ def test_cocos_facts():
   np.testing.assert_allclose(top_down_transforms.UPPER_SHARE, 0.6915, atol=1e-4)
 
 
-def test_centre_and_extent_are_the_written_formula():
+def test_center_and_extent_are_the_written_formula():
   rng = np.random.default_rng(0)
   for _ in range(100):
     x, y, w, h = box = random_box(rng)
@@ -56,16 +56,16 @@ def test_centre_and_extent_are_the_written_formula():
       h = w / aspect
     elif w < aspect * h:
       w = aspect * h
-    centre, extent = top_down_transforms.centre_and_extent(box, CROP, jitter=u)
-    np.testing.assert_allclose(centre, expected)
+    center, extent = top_down_transforms.box_to_center_scale(box, CROP, jitter=u)
+    np.testing.assert_allclose(center, expected)
     np.testing.assert_allclose(extent, 200 * (1.25 * np.array([w, h]) / 200))
-    np.testing.assert_allclose(top_down_transforms.centre_and_extent(box, CROP)[0], [x + box[2] / 2, y + box[3] / 2])
+    np.testing.assert_allclose(top_down_transforms.box_to_center_scale(box, CROP)[0], [x + box[2] / 2, y + box[3] / 2])
 
 
 def test_the_udp_matrix_is_the_written_formula():
   rng = np.random.default_rng(1)
   for _ in range(100):
-    (cx, cy), (sx, sy) = centre, extent = top_down_transforms.centre_and_extent(random_box(rng), CROP)
+    (cx, cy), (sx, sy) = center, extent = top_down_transforms.box_to_center_scale(random_box(rng), CROP)
     angle = rng.uniform(-80, 80)
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     kx, ky = 191 / sx, 255 / sy
@@ -74,7 +74,7 @@ def test_the_udp_matrix_is_the_written_formula():
       [ky * sin, ky * cos, ky * (-cx * sin - cy * cos + sy / 2)],
     ]
     np.testing.assert_allclose(
-      top_down_transforms.warp_matrix(centre, extent, angle, CROP), expected, rtol=1e-9, atol=1e-9
+      top_down_transforms.warp_matrix(center, extent, angle, CROP), expected, rtol=1e-9, atol=1e-9
     )
 
 
@@ -85,15 +85,15 @@ def test_the_classic_matrix_is_the_one_through_three_points():
     return b + np.array([-(a - b)[1], (a - b)[0]])
 
   for _ in range(100):
-    centre, extent = top_down_transforms.centre_and_extent(random_box(rng), CROP)
+    center, extent = top_down_transforms.box_to_center_scale(random_box(rng), CROP)
     angle = rng.uniform(-80, 80)
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     up = np.array([[cos, -sin], [sin, cos]]) @ [0, -extent[0] / 2]
-    source, target = [centre, centre + up], [np.array([96.0, 128.0]), np.array([96.0, 128.0 - 96.0])]
+    source, target = [center, center + up], [np.array([96.0, 128.0]), np.array([96.0, 128.0 - 96.0])]
     source.append(third(*source))
     target.append(third(*target))
     expected = cv2.getAffineTransform(np.float32(source), np.float32(target))
-    found = top_down_transforms.warp_matrix(centre, extent, angle, CROP, udp=False)
+    found = top_down_transforms.warp_matrix(center, extent, angle, CROP, udp=False)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())  # its inputs are float32
 
 
@@ -102,11 +102,11 @@ def test_udp_to_the_heatmap_and_back_is_exact_without_rotation():
   rng = np.random.default_rng(3)
   for _ in range(100):
     box = random_box(rng)
-    centre, extent = top_down_transforms.centre_and_extent(box, CROP)
+    center, extent = top_down_transforms.box_to_center_scale(box, CROP)
     points = rng.uniform(box[:2], box[:2] + box[2:], (17, 2))
-    crop = top_down_transforms.warp_points(points, top_down_transforms.warp_matrix(centre, extent, 0.0, CROP))
+    crop = top_down_transforms.warp_points(points, top_down_transforms.warp_matrix(center, extent, 0.0, CROP))
     on_map = crop / (np.array([191, 255]) / np.array([47, 63]))
-    back = on_map * extent / np.array([47, 63]) + centre - extent / 2
+    back = on_map * extent / np.array([47, 63]) + center - extent / 2
     np.testing.assert_allclose(back, points, rtol=0, atol=1e-9)
 
 
@@ -150,8 +150,8 @@ def test_warping_is_plain_bilinear_interpolation(udp):
     image = cv2.resize(coarse, (160, 120), interpolation=cv2.INTER_CUBIC)
     image[:3] = image[-3:] = image[:, :3] = image[:, -3:] = 0  # no step at the border, which is sampled alike
     image = cv2.GaussianBlur(image, (0, 0), 2)
-    centre, extent = rng.uniform((20, 20), (140, 100)), rng.uniform(40, 150) * np.array([0.75, 1.0])
-    matrix = top_down_transforms.warp_matrix(centre, extent, rng.uniform(-80, 80), size, udp=udp)
+    center, extent = rng.uniform((20, 20), (140, 100)), rng.uniform(40, 150) * np.array([0.75, 1.0])
+    matrix = top_down_transforms.warp_matrix(center, extent, rng.uniform(-80, 80), size, udp=udp)
     found = top_down_transforms.warp_image(image, matrix, size)
     np.testing.assert_allclose(found, written_warp(image, matrix, size), rtol=0, atol=2)
 
@@ -201,17 +201,17 @@ def test_half_bodies_are_the_written_rule(prefer_upper):
 def test_an_example_for_evaluation_is_the_box_as_it_is():
   example = Augmentation(CROP, COCO).evaluation(person())
   assert set(example) == top_down_transforms.PROVIDES
-  centre, extent = top_down_transforms.centre_and_extent(person()["box"], CROP)
-  np.testing.assert_allclose(example["centre"], centre)
+  center, extent = top_down_transforms.box_to_center_scale(person()["box"], CROP)
+  np.testing.assert_allclose(example["center"], center)
   np.testing.assert_allclose(example["extent"], extent)
   assert example["image"].shape == (*CROP, 3) and example["image"].dtype == np.uint8
-  labelled = person()["keypoints"][:, 2] > 0
-  np.testing.assert_array_equal(example["keypoints"][:, 2], labelled)
-  assert not example["keypoints"][~labelled].any()
-  matrix = top_down_transforms.warp_matrix(centre, extent, 0.0, CROP)
-  placed = top_down_transforms.warp_points(person()["keypoints"][labelled, :2], matrix)
-  np.testing.assert_allclose(example["keypoints"][labelled, :2], placed, atol=1e-4)
-  assert {str(example[k].dtype) for k in ("keypoints", "centre", "extent", "box_score")} == {"float32"}
+  labeled = person()["keypoints"][:, 2] > 0
+  np.testing.assert_array_equal(example["keypoints"][:, 2], labeled)
+  assert not example["keypoints"][~labeled].any()
+  matrix = top_down_transforms.warp_matrix(center, extent, 0.0, CROP)
+  placed = top_down_transforms.warp_points(person()["keypoints"][labeled, :2], matrix)
+  np.testing.assert_allclose(example["keypoints"][labeled, :2], placed, atol=1e-4)
+  assert {str(example[k].dtype) for k in ("keypoints", "center", "extent", "box_score")} == {"float32"}
 
 
 def test_training_examples_show_the_person_where_they_say():
@@ -236,10 +236,10 @@ def test_training_examples_show_the_person_where_they_say():
 
 
 def test_the_augmentation_draws_what_it_says():
-  """Shares of mirror images, of turned crops, of moved centres and of scales, over many draws."""
+  """Shares of mirror images, of turned crops, of moved centers and of scales, over many draws."""
   made = Augmentation((32, 24), COCO, half_body=0.0)
   plain = person(size=(60, 80)) | {"box": np.array([20, 10, 30, 40], np.float32)}
-  still = top_down_transforms.centre_and_extent(plain["box"], (32, 24))
+  still = top_down_transforms.box_to_center_scale(plain["box"], (32, 24))
   turned, moved, factors = 0, 0, []
   for seed in range(600):
     example = made.training({**plain, "index": np.int32(seed)}, np.random.default_rng(seed))
@@ -248,40 +248,40 @@ def test_the_augmentation_draws_what_it_says():
     c, d = (example["keypoints"][5] - example["keypoints"][11])[:2] / (np.array([23, 31]) / example["extent"])
     e, f = (example["keypoints"][6] - example["keypoints"][12])[:2] / (np.array([23, 31]) / example["extent"])
     turned += min(abs(c - a) + abs(d - b), abs(e + a) + abs(f - b)) > 1e-2
-    moved += min(abs(example["centre"][0] - still[0][0]), abs(79 - example["centre"][0] - still[0][0])) > 1e-3
+    moved += min(abs(example["center"][0] - still[0][0]), abs(79 - example["center"][0] - still[0][0])) > 1e-3
   assert abs(turned / 600 - 0.6) < 0.06 and abs(moved / 600 - 0.3) < 0.06
   assert min(factors) >= 0.499 and max(factors) <= 1.501
   assert 0.2 < np.mean(np.array(factors) < 0.501) + np.mean(np.array(factors) > 1.499) < 0.45  # beyond one deviation
 
 
-def test_each_jitter_moves_centres_as_named():
+def test_each_jitter_moves_centers_as_named():
   plain = [person(index=index) for index in range(40)]
 
-  def centres(word, seed):
-    made = Augmentation(CROP, COCO, centre_jitter=word, flip=0, half_body=0)
-    return np.array([made.training(example, np.random.default_rng(seed))["centre"] for example in plain])
+  def centers(word, seed):
+    made = Augmentation(CROP, COCO, center_jitter=word, flip=0, half_body=0)
+    return np.array([made.training(example, np.random.default_rng(seed))["center"] for example in plain])
 
-  still = centres("off", 0)
+  still = centers("off", 0)
   assert (still == still[0]).all()
-  np.testing.assert_array_equal(centres("once", 0), centres("once", 1))
-  assert 5 <= (centres("once", 0) != still).any(1).sum() <= 20
-  always = np.array([centres("always", seed)[0] for seed in range(20)])
+  np.testing.assert_array_equal(centers("once", 0), centers("once", 1))
+  assert 5 <= (centers("once", 0) != still).any(1).sum() <= 20
+  always = np.array([centers("always", seed)[0] for seed in range(20)])
   assert 1 <= (always != still[0]).any(1).sum() <= 14
 
 
 def test_half_bodies_come_as_often_as_asked():
   """With upper_share 1 and 0 the halves differ; a body of eight visible joints is left whole."""
-  options = {"flip": 0, "centre_jitter": "off", "scale": 0.0, "half_body": 1.0}
+  options = {"flip": 0, "center_jitter": "off", "scale": 0.0, "half_body": 1.0}
   made = {share: Augmentation(CROP, COCO, upper_share=share, **options) for share in (0.0, 1.0)}
   plain = person()
   for share, points in ((1.0, plain["keypoints"][:11]), (0.0, plain["keypoints"][11:])):
     example = made[share].training(plain, np.random.default_rng(0))
-    np.testing.assert_allclose(example["centre"], points[points[:, 2] > 0, :2].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(example["center"], points[points[:, 2] > 0, :2].mean(0), rtol=1e-5)
   few = plain["keypoints"].copy()
   few[8:] = 0
   few[3] = 30, 30, 2
   example = made[1.0].training(plain | {"keypoints": few}, np.random.default_rng(0))
-  np.testing.assert_allclose(example["centre"], top_down_transforms.centre_and_extent(plain["box"], CROP)[0])
+  np.testing.assert_allclose(example["center"], top_down_transforms.box_to_center_scale(plain["box"], CROP)[0])
 
 
 def test_keypoints_of_ones_own_are_described_by_names():
@@ -310,7 +310,7 @@ def test_names_that_do_not_fit_are_refused(options, message):
 @pytest.mark.parametrize("options, message", [
   ({"crop": (250, 192)}, r"^data: crop=\(250, 192\) must have sides of multiples of 4"),
   ({"flip": 2.0, "scale": 1.0}, r"^data: flip=2\.0 must lie between 0 and 1; scale=1\.0 must be at least 0"),
-  ({"centre_jitter": "never"}, r"centre_jitter='never' is unknown; choose one of \('once', 'always', 'off'\)"),
+  ({"center_jitter": "never"}, r"center_jitter='never' is unknown; choose one of \('once', 'always', 'off'\)"),
   ({"padding": 0.0}, r"padding=0\.0 must be above 0"),
 ])  # fmt: skip
 def test_options_that_cannot_be_are_refused(options, message):

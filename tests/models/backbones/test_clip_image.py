@@ -71,7 +71,7 @@ def test_pixels_are_those_of_pillow(word, resample, height):
 def test_a_tower_that_is_never_trained_has_buffers_only_and_gives_the_same():
   sizes = clip_text.TextSizes(vocab_size=20, width=16, layers=1, heads=2, mlp_width=32, positions=8)
   make = lambda: clip_text.ClipText(sizes, projection=8, **KINDS, rngs=nnx.Rngs(0))
-  trained, kept = params_lib.describe(make), params_lib.describe(lambda: clip_text.never_trained(make()))
+  trained, kept = params_lib.describe(make), params_lib.describe(lambda: clip_text.as_buffers(make()))
   assert not kept.params and not kept.stats and kept.buffers == trained.params
   named = {n: fill.weight(n, s.shape, 0) for n, s in trained.shapes.items()}
   tokens = jnp.asarray([[18, 3, 5, 19, 19]])

@@ -31,7 +31,7 @@ def batch_norm(width=3, **options):
   return norm
 
 
-def normalised(x, mean, var, norm):
+def normalized(x, mean, var, norm):
   """The formula in float64."""
   scale, bias = (np.asarray(p[...], np.float64) for p in (norm.scale, norm.bias))
   return (x - mean) / np.sqrt(var + 1e-5) * scale + bias
@@ -40,19 +40,19 @@ def normalised(x, mean, var, norm):
 def test_batch_norm_in_evaluation_uses_the_running_statistics():
   norm, x = batch_norm(), image(4, 5, 6, 3)
   before = np.asarray(norm.mean[...]), np.asarray(norm.var[...])
-  np.testing.assert_allclose(norm(jnp.asarray(x), training=False), normalised(x, *before, norm), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(norm(jnp.asarray(x), training=False), normalized(x, *before, norm), rtol=1e-5, atol=1e-6)
   np.testing.assert_array_equal(norm.mean[...], before[0])
   np.testing.assert_array_equal(norm.var[...], before[1])
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 6, 0])
-def test_batch_norm_in_training_normalises_every_group_by_itself(group):
+def test_batch_norm_in_training_normalizes_every_group_by_itself(group):
   norm, x = batch_norm(group=group), image(6, 5, 4, 3, scale=2.0, offset=3.0)
   actual = norm(jnp.asarray(x), training=True)
   x = x.astype(np.float64)
   for start in range(0, 6, group or 6):
     part = x[start : start + (group or 6)]
-    expected = normalised(part, part.mean((0, 1, 2)), part.var((0, 1, 2)), norm)
+    expected = normalized(part, part.mean((0, 1, 2)), part.var((0, 1, 2)), norm)
     np.testing.assert_allclose(actual[start : start + (group or 6)], expected, rtol=1e-5, atol=2e-6)
 
 
@@ -84,7 +84,7 @@ def test_batch_norm_keeps_float32_statistics_of_bfloat16_images():
 
 
 def test_batch_norm_refuses_a_batch_that_is_no_multiple_of_the_group():
-  with pytest.raises(ValueError, match="4 images cannot be split into groups of 3 for batch normalisation"):
+  with pytest.raises(ValueError, match="4 images cannot be split into groups of 3 for batch normalization"):
     batch_norm(group=3)(jnp.zeros((4, 2, 2, 3)), training=True)
 
 

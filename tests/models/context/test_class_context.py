@@ -16,8 +16,8 @@ from vpd_jax.models.methods.vpd import Vpd
 
 SIZES = {"width": 16, "layers": 2, "heads": 2, "mlp_width": 32, "image_size": 28, "patch": 14, "projection": 8}
 KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
-COLOURS = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255), (255, 255, 0)])[:, None, None]
-IMAGES = (COLOURS * 0.9 + fill.integers("images", (6, 40, 56, 3), 25, 0)).astype(np.uint8)
+COLORS = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255), (255, 255, 0)])[:, None, None]
+IMAGES = (COLORS * 0.9 + fill.integers("images", (6, 40, 56, 3), 25, 0)).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")

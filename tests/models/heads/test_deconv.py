@@ -29,7 +29,7 @@ def head(**options):
 
 
 def doubled(x):
-  """Bilinear to twice the size: quarters of the neighbours, edges repeated."""
+  """Bilinear to twice the size: quarters of the neighbors, edges repeated."""
   for axis in (1, 2):
     before = np.concatenate([x.take([0], axis), x.take(range(x.shape[axis] - 1), axis)], axis)
     after = np.concatenate([x.take(range(1, x.shape[axis]), axis), x.take([-1], axis)], axis)
@@ -97,7 +97,7 @@ def test_every_norm_of_the_head_has_the_group():
   assert [module.deconv_layers[i].group for i in (1, 4, 7)] + [module.conv_layers[1].group] == [3] * 4
 
 
-def test_groups_of_a_batch_are_normalised_apart():
+def test_groups_of_a_batch_are_normalized_apart():
   parts, named = made(head(norm_group=2))
   x = jnp.asarray(fill.normal("x", (4, 2, 2, 16), 0))
   run = jax.jit(lambda n, x: parts.merge(n)(Features((x,), None, (64, 64)), training=True)["depth"])

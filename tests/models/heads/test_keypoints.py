@@ -14,10 +14,10 @@ from vpd_jax.types import Features
 
 KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 HEADS = {
-  "fused": (keypoints.Fused, {"width": 16}),
-  "simple": (keypoints.Simple, {}),
-  "classic": (keypoints.Classic, {"width": 16}),
-  "direct": (keypoints.Direct, {}),
+  "fused": (keypoints.FusedHead, {"width": 16}),
+  "simple": (keypoints.ViTPoseSimpleHead, {}),
+  "classic": (keypoints.DeconvHead, {"width": 16}),
+  "direct": (keypoints.IdentityHead, {}),
 }
 PROMPTS = (17,) * 4, (4, 8, 16, 32)  # widths and strides after the einsum neck
 MAPS = (32, 64, 128, 128), (8, 16, 32, 64)  # of the UNet itself
@@ -72,7 +72,9 @@ def test_direct_is_the_finest_map():
 
 
 def test_heatmaps_are_float32_whatever_the_dtype():
-  build = lambda: keypoints.Simple(*MAPS, keypoints=17, dtype=jnp.bfloat16, param_dtype=jnp.float32, rngs=InitKeys(0))
+  build = lambda: keypoints.ViTPoseSimpleHead(
+    *MAPS, keypoints=17, dtype=jnp.bfloat16, param_dtype=jnp.float32, rngs=InitKeys(0)
+  )
   parts = parameters.describe(build)
   given = features(*MAPS, (64, 48), (64, 64))
   out = parts.merge(tiny.filled(parts.shapes))(given, training=False)["heatmaps"]
@@ -94,7 +96,7 @@ def test_statistics_move_in_training_only():
 
 
 def test_both_starts_are_as_named():
-  build = lambda init: keypoints.Classic(*MAPS, keypoints=17, width=16, init=init, **KINDS, rngs=InitKeys(0))
+  build = lambda init: keypoints.DeconvHead(*MAPS, keypoints=17, width=16, init=init, **KINDS, rngs=InitKeys(0))
   name = "deconv_layers/0/kernel"
   fresh = {
     init: parameters.describe(lambda init=init: build(init)).initialize([name]) for init in ("released", "fan_in")

@@ -239,7 +239,7 @@ def test_the_assumptions_in_force_are_told():
 
 
 def test_padding_is_the_vae_side_only(monkeypatch):
-  """CLIP sees the picture, not the mid grey that the VAE's input grows by."""
+  """CLIP sees the picture, not the mid gray that the VAE's input grows by."""
   shapes = {}
   monkeypatch.setattr(image_input, "padded", lambda x, *a, p=image_input.padded: shapes.setdefault("vae", p(x, *a)))
   original = ClipImage.__call__

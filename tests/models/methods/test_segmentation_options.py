@@ -220,10 +220,10 @@ def test_what_lies_beyond_the_picture_does_not_count(ignored):
   label[:9] = ignored
   scores = fill.normal("scores", (128, 128, 4), 0)
   measured = task(ignore_label=ignored).measure
-  canvas = tiles.on_canvas(label, tiles.NOWHERE)
+  canvas = tiles.on_canvas(label, tiles.OUTSIDE_LABEL)
   assert canvas.shape == (128, 128)
   whole = measured(jnp.asarray(scores)[None], {"label": jnp.asarray(canvas)[None]})
   cut = measured(jnp.asarray(scores)[None, :50, :70], {"label": jnp.asarray(label)[None]})
-  assert int(cut["predicted"].sum()) == int(cut["labelled"].sum()) == 41 * 70
+  assert int(cut["predicted"].sum()) == int(cut["labeled"].sum()) == 41 * 70
   for name, value in cut.items():
     np.testing.assert_array_equal(whole[name], value, err_msg=name)

@@ -78,9 +78,11 @@ def test_losses_logs_and_statistics_in_training_are_the_authors(forward, setup, 
     np.testing.assert_allclose(value, arrays[f"train/bn_after/{name}"], rtol=1e-5, atol=LIMIT[setup], err_msg=name)
 
 
-def labelled(forward, images, arrays, words, softmax=True):
+def labeled(forward, images, arrays, words, softmax=True):
   """The result for one picture given in several scales, [1, K, H, W]."""
-  engine = sliding_window.Labelling(forward.logits, sliding_window.parse(words), at_once=2, softmax=softmax)
+  engine = sliding_window.SlidingWindowInference(
+    forward.logits, sliding_window.parse(words), at_once=2, softmax=softmax
+  )
   engine._predict = forward.logits  # compiled for the taps already
   size = tuple(int(side) for side in arrays["input/slide_ori_shape"])
   views = sliding_window.Views([image[0].astype(np.float32) for image in images], size, {})
@@ -90,9 +92,9 @@ def labelled(forward, images, arrays, words, softmax=True):
 
 def test_sliding_windows_are_the_authors(setup, forward, arrays):
   image, words = setups.picture("input/slide_image", arrays["input/slide_image_shape"]), (f"slide:128:{STRIDE[setup]}",)
-  scores = labelled(forward, [image], arrays, words, softmax=False)
+  scores = labeled(forward, [image], arrays, words, softmax=False)
   oracle.compare(scores, arrays, "output/slide_logits", LIMIT[setup])
-  probabilities = labelled(forward, [image], arrays, words)
+  probabilities = labeled(forward, [image], arrays, words)
   oracle.compare(probabilities, arrays, "output/slide_softmax", LIMIT[setup])
   expected = arrays["output/slide_pred"]
   # Where another class won, it was a tie.
@@ -108,7 +110,7 @@ def views(setup, arrays):
 
 
 def check_scales(setup, forward, arrays):
-  probabilities = labelled(forward, views(setup, arrays), arrays, (f"slide:128:{STRIDE[setup]}", "flip"))
+  probabilities = labeled(forward, views(setup, arrays), arrays, (f"slide:128:{STRIDE[setup]}", "flip"))
   oracle.compare(probabilities, arrays, "output/ms_flip_softmax", LIMIT[setup])
 
 

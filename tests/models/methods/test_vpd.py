@@ -45,7 +45,7 @@ def class_ids(*ids):
   return np.asarray(ids, np.int32)
 
 
-def test_488x640_is_padded_with_mid_grey_at_the_bottom_and_cropped(depth_of):
+def test_488x640_is_padded_with_mid_gray_at_the_bottom_and_cropped(depth_of):
   whole = depth_of(image=image(488, 640), class_id=class_ids(3))
   assert whole.shape == (1, 488, 640)
   assert (whole > 0).all() and (whole < 10).all() and np.ptp(whole) > 0.01

@@ -16,8 +16,8 @@ def test_each_baseline_is_exact_on_what_it_can_express():
   flat = depth_baselines([example(np.full((3, 4), 2.0))] * 3, [example(np.full((3, 4), 2.5))])
   np.testing.assert_allclose(flat["constant"], 0.5, atol=1e-6)
   assert depth_baselines([example(bumps)] * 2, [example(bumps)])["position_mean"] < 1e-6
-  coloured = [example(ramp + image[..., 0] / 100, image) for image in images]
-  scores = depth_baselines(coloured[:2], coloured[2:])
+  colored = [example(ramp + image[..., 0] / 100, image) for image in images]
+  scores = depth_baselines(colored[:2], colored[2:])
   assert scores["linear_rgb_position"] < 1e-5 < scores["constant"]
 
 

@@ -148,11 +148,11 @@ def test_targets_come_back_within_a_ten_thousandth_of_a_pixel():
 @pytest.mark.parametrize("udp", [True, False])
 def test_the_way_back_to_the_picture_is_the_written_formula(udp):
   rng = np.random.default_rng(5)
-  places, centre = rng.uniform(0, 47, (6, 17, 2)).astype(np.float32), rng.uniform(0, 600, (6, 2)).astype(np.float32)
+  places, center = rng.uniform(0, 47, (6, 17, 2)).astype(np.float32), rng.uniform(0, 600, (6, 2)).astype(np.float32)
   extent = rng.uniform(20, 500, (6, 2)).astype(np.float32)
   less = 1 if udp else 0
-  expected = places * (extent / (np.array([48, 64]) - less))[:, None] + (centre - extent / 2)[:, None]
-  found = heatmaps.to_picture(jnp.asarray(places), jnp.asarray(centre), jnp.asarray(extent), SIZE, udp=udp)
+  expected = places * (extent / (np.array([48, 64]) - less))[:, None] + (center - extent / 2)[:, None]
+  found = heatmaps.to_picture(jnp.asarray(places), jnp.asarray(center), jnp.asarray(extent), SIZE, udp=udp)
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 

@@ -82,9 +82,9 @@ def test_perfect_heatmaps_score_one_though_one_image_is_without_people(data, exa
   assert task.summarize(rows, reachable)["AP"] > 0.99
   assert 0.5 < scores["AP"] < 0.75 and scores["people"] == 4
   for example, points in zip(examples, rows["keypoints"], strict=True):
-    labelled = example["keypoints"][:, 2] > 0
+    labeled = example["keypoints"][:, 2] > 0
     source = data.source("eval")[int(example["index"])]["keypoints"]
-    np.testing.assert_allclose(points[labelled, :2], source[labelled, :2], atol=0.5)
+    np.testing.assert_allclose(points[labeled, :2], source[labeled, :2], atol=0.5)
 
 
 @pytest.mark.parametrize("udp", [True, False])
@@ -96,8 +96,8 @@ def test_both_ways_of_counting_pixels_come_back_to_the_picture(data, udp):
   errors = []
   for example, points in zip(chosen, rows_of(task, chosen)["keypoints"], strict=True):
     known = source[int(example["index"])]["keypoints"]
-    labelled = known[:, 2] > 0
-    errors.append(np.abs(points[labelled, :2] - known[labelled, :2]).max())
+    labeled = known[:, 2] > 0
+    errors.append(np.abs(points[labeled, :2] - known[labeled, :2]).max())
   pixel = max(example["extent"].max() for example in chosen) / 64
   assert max(errors) < (0.1 if udp else 1.0) * pixel  # the classic target is rounded to a pixel
 
@@ -194,7 +194,7 @@ def test_rescoring_takes_the_mean_of_the_scores_above_the_threshold():
 def test_no_detection_at_all_scores_zero(data):
   assert oks.coco_scores(data.truth("eval"), [], np.array(COCO.sigmas))["AP"] == 0
   empty = data.truth("eval") | {"annotations": []}
-  with pytest.raises(ValueError, match=r"^none of 4 images has a labelled keypoint to score"):
+  with pytest.raises(ValueError, match=r"^none of 4 images has a labeled keypoint to score"):
     Pose(keypoints=COCO).summarize({"area": np.zeros(0)}, empty)
 
 
@@ -209,7 +209,7 @@ def test_results_are_taken_by_the_official_tool(data, examples, tmp_path):
 
 
 def test_mirroring_averages_heatmaps_whose_sides_are_swapped():
-  """A made-up network that shows each colour channel as a keypoint: left in red, right in green."""
+  """A made-up network that shows each color channel as a keypoint: left in red, right in green."""
   three = described(("nose", "left_eye", "right_eye"))
   task = Pose(keypoints=three)
   seen = []
@@ -221,10 +221,10 @@ def test_mirroring_averages_heatmaps_whose_sides_are_swapped():
 
   image = np.random.default_rng(3).uniform(0, 1, (2, 8, 6, 3)).astype(np.float32)
   batch = {"image": jnp.asarray(image), "extra": jnp.arange(2)}
-  plain = tta.test_time(network, ())(batch)
-  both = tta.test_time(network, ("flip",), mirrored=task.mirrored)(batch)
+  plain = tta.with_test_time_augmentation(network, ())(batch)
+  both = tta.with_test_time_augmentation(network, ("flip",), mirrored=task.mirrored)(batch)
   assert seen == [(2, 8, 6, 3), (4, 8, 6, 3)]
-  # Mirrored twice the pixels are where they were; left and right colours are exchanged.
+  # Mirrored twice the pixels are where they were; left and right colors are exchanged.
   np.testing.assert_allclose(both[..., 0], plain[..., 0], rtol=1e-6)
   np.testing.assert_allclose(both[..., 1], (plain[..., 1] + plain[..., 2]) / 2, rtol=1e-6)
   np.testing.assert_array_equal(both[..., 1], both[..., 2])
@@ -243,14 +243,14 @@ def test_a_mirrored_input_gives_mirrored_keypoints():
     shift = moved[:, None, None] * jnp.asarray([[[1.0, 0.5, 0]]])
     return heatmaps.targets(symmetric + shift, CROP, SIZE)[0]
 
-  predict = tta.test_time(network, ("flip",), mirrored=task.mirrored)
-  centre, extent = jnp.full((2, 2), 100.0), jnp.full((2, 2), 64.0)
+  predict = tta.with_test_time_augmentation(network, ("flip",), mirrored=task.mirrored)
+  center, extent = jnp.full((2, 2), 100.0), jnp.full((2, 2), 64.0)
   image = jnp.asarray(rng.uniform(0, 1, (2, *CROP, 3)), jnp.float32).at[0, :, 30:].set(0)
   plain, turned, bare = (
-    np.asarray(task.locate(maps, centre, extent))
+    np.asarray(task.locate(maps, center, extent))
     for maps in (predict({"image": image}), predict({"image": image[:, :, ::-1]}), network({"image": image}))
   )
-  expected = mirrored(plain[0], 201, COCO.pairs)  # about the centre of the crop
+  expected = mirrored(plain[0], 201, COCO.pairs)  # about the center of the crop
   np.testing.assert_allclose(turned[0], expected, atol=1e-3)
   np.testing.assert_allclose(turned[1], mirrored(plain[1], 201, COCO.pairs), atol=1e-3)
   assert np.abs(bare - plain).max() > 0.3

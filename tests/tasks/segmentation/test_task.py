@@ -130,7 +130,7 @@ def test_a_picture_without_labels_has_loss_zero_and_gradient_zero():
     assert value == 0 and not gradient.any()
 
 
-def test_avg_non_ignore_divides_by_the_labelled_pixels(arrays):
+def test_avg_non_ignore_divides_by_the_labeled_pixels(arrays):
   logits, label = scores_and_label()
   share = float((label != 255).mean())
   value = cross_entropy(logits, label, avg_non_ignore=True)
@@ -195,9 +195,9 @@ def test_head_and_task_agree_on_the_auxiliary_part(auxiliary, outputs):
 
 def test_areas_are_the_authors(measured, arrays):
   case, _, rows = measured
-  for ours, theirs in (("intersect", "intersect"), ("predicted", "pred_area"), ("labelled", "label_area")):
+  for ours, theirs in (("intersect", "intersect"), ("predicted", "pred_area"), ("labeled", "label_area")):
     np.testing.assert_array_equal(rows[ours], arrays[f"miou/{case}/{theirs}"])
-  union = rows["predicted"] + rows["labelled"] - rows["intersect"]
+  union = rows["predicted"] + rows["labeled"] - rows["intersect"]
   np.testing.assert_array_equal(union, arrays[f"miou/{case}/union"])
 
 
@@ -223,7 +223,7 @@ def test_scores_of_classes_are_taken_at_their_largest():
 def test_a_set_without_labels_is_refused():
   task = Segmentation(classes=3)
   rows = task.measure(jnp.zeros((1, 4, 4), jnp.int32), {"label": jnp.full((1, 4, 4), 255)})
-  with pytest.raises(ValueError, match=r"^none of 1 images has a labelled pixel"):
+  with pytest.raises(ValueError, match=r"^none of 1 images has a labeled pixel"):
     task.summarize(jax.device_get(rows))
 
 
@@ -240,16 +240,16 @@ def test_options_that_do_not_fit_are_refused(options, message):
 
 
 def picture(seed, classes=4, size=(40, 56)):
-  """Stripes of classes, whose colour gives them away up to noise."""
+  """Stripes of classes, whose color gives them away up to noise."""
   rng = np.random.default_rng(seed)
   label = np.broadcast_to((np.arange(size[1]) * classes // size[1])[None], size).copy()
-  colours = np.array([[250, 10, 10], [10, 250, 10], [10, 10, 250], [250, 250, 250]])[:classes]
-  image = np.clip(colours[label] + rng.normal(0, 20, (*size, 3)), 0, 255).astype(np.uint8)
+  colors = np.array([[250, 10, 10], [10, 250, 10], [10, 10, 250], [250, 250, 250]])[:classes]
+  image = np.clip(colors[label] + rng.normal(0, 20, (*size, 3)), 0, 255).astype(np.uint8)
   return {"image": image, "label": np.where(rng.random(size) < 0.1, 255, label).astype(np.uint8)}
 
 
-def test_baselines_know_frequency_position_and_colour():
-  """On stripes everything but the most frequent class is right; mirrored ones leave only the colour."""
+def test_baselines_know_frequency_position_and_color():
+  """On stripes everything but the most frequent class is right; mirrored ones leave only the color."""
   task = Segmentation(classes=4)
   train = [picture(i, size=(40, 56 + 8 * i)) for i in range(3)]
   scores = task.baselines(train, [picture(9, size=(64, 128))])
@@ -261,9 +261,9 @@ def test_baselines_know_frequency_position_and_colour():
   assert scores["position_mode"] < 0.6 < 0.95 < scores["linear_rgb_position"]
 
 
-def test_baselines_need_a_labelled_pixel():
+def test_baselines_need_a_labeled_pixel():
   example = picture(0) | {"label": np.full((40, 56), 255, np.uint8)}
-  with pytest.raises(ValueError, match=r"^no training image has a labelled pixel"):
+  with pytest.raises(ValueError, match=r"^no training image has a labeled pixel"):
     Segmentation(classes=4).baselines([example], [example])
 
 
@@ -300,7 +300,7 @@ def test_files_of_a_result(tmp_path):
   assert {name: c["number"] for name, c in described["classes"].items()} == {n: names.index(n) for n in names}
 
 
-def test_the_default_colours_differ():
+def test_the_default_colors_differ():
   palette = Segmentation(classes=255).palette
-  assert len({tuple(colour) for colour in palette.tolist()}) == 255
+  assert len({tuple(color) for color in palette.tolist()}) == 255
   np.testing.assert_array_equal(palette[[0, 1, 14]], [[128, 0, 0], [0, 128, 0], [192, 128, 128]])  # VOC: person is 15

@@ -2,7 +2,7 @@
 
 from vpd_jax.config.presets.backbones import clip_image, sd_tiny, sd_v1
 from vpd_jax.config.presets.depth import iedp_assumptions, iedp_depth, meta_prompts_depth, vpd_depth
-from vpd_jax.config.presets.recipe import adamw, evaluation, labelling, no_decay_for_vectors, run
+from vpd_jax.config.presets.recipe import adamw, evaluation, no_decay_for_vectors, run, sliding_window_evaluation
 from vpd_jax.config.presets.referring import iedp_referring, meta_prompts_referring, referring_optimizer, vpd_referring
 from vpd_jax.config.presets.segmentation import (
   iedp_segmentation,
@@ -19,7 +19,6 @@ __all__ = [
   "iedp_depth",
   "iedp_referring",
   "iedp_segmentation",
-  "labelling",
   "meta_prompts_depth",
   "meta_prompts_referring",
   "meta_prompts_segmentation",
@@ -29,6 +28,7 @@ __all__ = [
   "sd_tiny",
   "sd_v1",
   "segmentation_optimizer",
+  "sliding_window_evaluation",
   "vpd_depth",
   "vpd_referring",
   "vpd_segmentation",

@@ -72,7 +72,7 @@ def evaluation(
   }
 
 
-def labelling(
+def sliding_window_evaluation(
   *, batch_size: int, test_time: tuple[str, ...], baselines: int = 0, small: str = "few_shapes"
 ) -> dict[str, Any]:
   """How label maps are scored and predicted.
@@ -83,7 +83,7 @@ def labelling(
       inference/sliding_window.py.
     baselines: see `evaluation`.
     small: what a side shorter than the window does: "whole" makes the window shorter there, as released, and the
-      network is compiled for every shape; "few_shapes": windows of at most nine shapes; "padded" with grey, one shape.
+      network is compiled for every shape; "few_shapes": windows of at most nine shapes; "padded" with gray, one shape.
 
   Returns:
     also small; the rest as `evaluation`.

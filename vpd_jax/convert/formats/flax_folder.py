@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from vpd_jax.convert.formats.lazy_tensor import NotRead, RawTensor, contiguous
+from vpd_jax.convert.formats.lazy_tensor import LazyTensor, NotRead, contiguous
 from vpd_jax.errors import UserError
 
 # First bytes of a file that is a map with something in it.
@@ -46,7 +46,7 @@ class Place(NamedTuple):
   count: int
 
 
-def read(path: pathlib.Path) -> tuple[dict[str, RawTensor], dict[str, str]]:
+def read(path: pathlib.Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
   """(tensors by PyTorch's names, other entries with what they are) of diffusion_flax_model or flax_model.msgpack.
 
   Raises:
@@ -64,7 +64,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, RawTensor], dict[str, str]]:
     raise UserError(f"{path} is damaged or not a file of Flax ({error}); fetch it again.") from error
   tensors, others = {}, {}
   for parts, value in _leaves(content):
-    if isinstance(value, RawTensor):
+    if isinstance(value, LazyTensor):
       name, tensor = in_pytorch(parts, value)
       tensors[name] = tensor
     else:
@@ -74,7 +74,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, RawTensor], dict[str, str]]:
   return tensors, others
 
 
-def in_pytorch(parts: tuple[str, ...], tensor: RawTensor) -> tuple[str, RawTensor]:
+def in_pytorch(parts: tuple[str, ...], tensor: LazyTensor) -> tuple[str, LazyTensor]:
   """A Flax parameter by PyTorch's name, in PyTorch's axes: down_blocks_0/conv/kernel -> down_blocks.0.conv.weight."""
   *modules, last = (LISTED.sub(r"\1.\2", part) if LISTED.fullmatch(part) else part for part in parts)
   if last == "kernel":
@@ -92,7 +92,7 @@ def _leaves(value: Any, parts: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
 
 
 def _item(file: BinaryIO, path: pathlib.Path) -> Any:
-  """The next item; an array of Flax as a RawTensor, other bytes as a Place."""
+  """The next item; an array of Flax as a LazyTensor, other bytes as a Place."""
   kind, value = _head(file)
   if kind == "map":
     return {_item(file, path): _item(file, path) for _ in range(value)}
@@ -108,14 +108,14 @@ def _item(file: BinaryIO, path: pathlib.Path) -> Any:
   return _skip(file, path, value) if kind == "bytes" else value
 
 
-def _array(file: BinaryIO, path: pathlib.Path, end: int) -> RawTensor:
+def _array(file: BinaryIO, path: pathlib.Path, end: int) -> LazyTensor:
   """An array of Flax: its shape, the name of its dtype and its bytes."""
   shape, name, place = _item(file, path)
   if name not in DTYPES:
     if hasattr(ml_dtypes, str(name)) or str(name).startswith("complex"):
       raise NotRead(path, {f"the array at byte {place.offset}": name})
     raise UserError(f"it holds an array of {name}")
-  tensor = RawTensor(path, place.offset, DTYPES[name], tuple(shape), contiguous(shape))
+  tensor = LazyTensor(path, place.offset, DTYPES[name], tuple(shape), contiguous(shape))
   if min(shape, default=0) < 0 or place.count != math.prod(shape) * tensor.dtype.itemsize or file.tell() != end:
     raise UserError(f"shape {shape} does not fit the {place.count} bytes at {place.offset}")
   return tensor

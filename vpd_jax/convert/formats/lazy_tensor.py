@@ -26,7 +26,7 @@ class NotRead(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class RawTensor:
+class LazyTensor:
   """Numbers at a place in a file; `np.asarray(tensor)` reads them.
 
   Attributes:
@@ -54,7 +54,7 @@ class RawTensor:
       return 0
     return 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
 
-  def transpose(self, axes: tuple[int, ...]) -> "RawTensor":
+  def transpose(self, axes: tuple[int, ...]) -> "LazyTensor":
     """The same numbers with the axes in another order, as numpy does it."""
     shape, strides = (tuple(sizes[axis] for axis in axes) for sizes in (self.shape, self.strides))
     return dataclasses.replace(self, shape=shape, strides=strides)

@@ -18,7 +18,7 @@ from typing import IO, Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from vpd_jax.convert.formats.lazy_tensor import RawTensor
+from vpd_jax.convert.formats.lazy_tensor import LazyTensor
 from vpd_jax.errors import UserError
 
 STORAGES = {
@@ -186,14 +186,14 @@ def _view(storage: Any, offset: int, shape: Any, strides: Any, *_: Any) -> Any:
     return storage
   shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
   view = View(storage, int(offset), shape, strides)
-  extent = RawTensor(pathlib.Path(), 0, storage.dtype, shape, strides).extent
+  extent = LazyTensor(pathlib.Path(), 0, storage.dtype, shape, strides).extent
   if min((offset, *shape, *strides)) < 0 or len(shape) != len(strides) or offset + extent > storage.count:
     raise pickle.UnpicklingError(f"a tensor of shape {list(shape)} reaches outside its storage")
   return view
 
 
 def read(path: pathlib.Path) -> Any:
-  """What the file holds: dicts, lists and numbers, a RawTensor for every tensor, Inert objects for all else.
+  """What the file holds: dicts, lists and numbers, a LazyTensor for every tensor, Inert objects for all else.
 
   Raises:
     ValueError: not such a file, or a truncated one; says which and what to do.
@@ -266,10 +266,10 @@ def _read_legacy(path: pathlib.Path) -> Any:
 
 
 def _locate(value: Any, path: pathlib.Path, places: dict[str, int], depth: int = 2) -> Any:
-  """The same content with a RawTensor for every View, down to a state dict inside its wrapper."""
+  """The same content with a LazyTensor for every View, down to a state dict inside its wrapper."""
   if isinstance(value, View):
     start = places[value.storage.key] + value.offset * value.storage.dtype.itemsize
-    return RawTensor(path, start, value.storage.dtype, value.shape, value.strides)
+    return LazyTensor(path, start, value.storage.dtype, value.shape, value.strides)
   if isinstance(value, dict) and depth:
     return {key: _locate(item, path, places, depth - 1) for key, item in value.items()}
   return value

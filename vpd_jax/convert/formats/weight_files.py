@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from vpd_jax.convert.formats import flax_folder, pickles
-from vpd_jax.convert.formats.lazy_tensor import NotRead, RawTensor, contiguous
+from vpd_jax.convert.formats.lazy_tensor import LazyTensor, NotRead, contiguous
 from vpd_jax.errors import UserError
 from vpd_jax.files import reading
 
@@ -61,7 +61,7 @@ class Weights(NamedTuple):
     others: entries beside the tensors that are none, with what they are.
   """
 
-  tensors: dict[str, RawTensor]
+  tensors: dict[str, LazyTensor]
   files: tuple[pathlib.Path, ...]
   others: dict[str, str]
 
@@ -163,7 +163,7 @@ def shards(index: epath.Path | pathlib.Path) -> list[str]:
     raise UserError(f"{index} is not an index of shards ({error!r}); fetch it again.") from error
 
 
-def _read_safetensors(path: pathlib.Path) -> dict[str, RawTensor]:
+def _read_safetensors(path: pathlib.Path) -> dict[str, LazyTensor]:
   """Source: https://github.com/huggingface/safetensors, section Format."""
   size = path.stat().st_size
   try:
@@ -183,17 +183,17 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, RawTensor]:
   raise NotRead(path, strange)
 
 
-def _entry(path: pathlib.Path, base: int, size: int, entry: dict[str, Any]) -> RawTensor:
+def _entry(path: pathlib.Path, base: int, size: int, entry: dict[str, Any]) -> LazyTensor:
   dtype, shape = np.dtype(SAFETENSORS[entry["dtype"]]), tuple(entry["shape"])
   begin, end = entry["data_offsets"]
   if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
     raise UserError(f"shape {list(shape)} does not fit the bytes {begin} to {end}")
   if base + end > size:
     raise UserError(f"{base + end - size} bytes are missing at its end")
-  return RawTensor(path, base + begin, dtype, shape, contiguous(shape))
+  return LazyTensor(path, base + begin, dtype, shape, contiguous(shape))
 
 
-def _unwrap(content: Any, path: pathlib.Path) -> tuple[dict[str, RawTensor], dict[str, str]]:
+def _unwrap(content: Any, path: pathlib.Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
   """(tensors, other entries) of a state dict, bare or under one of the usual keys."""
   found = content
   if isinstance(content, dict):
@@ -202,7 +202,7 @@ def _unwrap(content: Any, path: pathlib.Path) -> tuple[dict[str, RawTensor], dic
   strange = {str(name): value.kind for name, value in entries.items() if isinstance(value, pickles.Strange)}
   if strange:
     raise NotRead(path, strange)
-  tensors = {str(name): value for name, value in entries.items() if isinstance(value, RawTensor)}
+  tensors = {str(name): value for name, value in entries.items() if isinstance(value, LazyTensor)}
   if not tensors:
     held = list(entries)[:5] if entries else type(content).__name__
     raise UserError(
@@ -213,7 +213,7 @@ def _unwrap(content: Any, path: pathlib.Path) -> tuple[dict[str, RawTensor], dic
   return tensors, others
 
 
-def _unwrapped(tensors: dict[str, RawTensor]) -> dict[str, RawTensor]:
+def _unwrapped(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
   """Names without the `module.` that DistributedDataParallel puts before every one, and without WRAPPING anywhere."""
   plain = {_plain(name): tensor for name, tensor in tensors.items()}
   if len(plain) < len(tensors):

@@ -30,7 +30,7 @@ MOST_STEPS = released_segmentation.MOST_STEPS  # of refinement; each has rules o
 
 
 def _raised(source: str, target: str) -> list[Rule]:
-  """Transposed convolutions and the convolutions after them, both with batch normalisation."""
+  """Transposed convolutions and the convolutions after them, both with batch normalization."""
   return [
     Rule(f"{source}.deconv_layers", f"{target}/deconv_layers", (deconv, norm, bias, *BATCH_NORM)),
     Rule(f"{source}.conv_layers", f"{target}/conv_layers", (conv, norm, bias, *BATCH_NORM)),
@@ -99,17 +99,17 @@ TABLES = {
 }
 TASKS = {"referring": "refer"}  # Names of tasks in TABLES where they differ from ours.
 # A prefix by which a release is known; the first that is found decides.
-SIGNS = {
+SIGNATURES = {
   "meta_prompts_depth": "encoder.meta_prompts1",
   "vpd_depth": f"{_UNET}.",
-  **released_segmentation.SIGNS,
+  **released_segmentation.SIGNATURES,
   "vpd_refer": released_referring.SIGN,
 }
 # What of a model no release holds, whatever its config: CLIP's towers, which come from CLIP.
 CLIP = (r"^/method/text_encoder/", r"^/method/class_predictor/")
 OUTSIDE = dict.fromkeys(TABLES, CLIP)  # What the file of a release need not hold, found in "/" + name.
 # Under which key of a .pth the authors' code looks for weights, where not under "model".
-WRAPPERS = dict.fromkeys(released_segmentation.SIGNS, released_segmentation.WRAPPER)
+WRAPPERS = dict.fromkeys(released_segmentation.SIGNATURES, released_segmentation.WRAPPER)
 
 # The order in which the authors' modules register their children, one list for all modules: no two of them disagree.
 _ORDER = (

@@ -20,7 +20,7 @@ from vpd_jax.convert.tables import stable_diffusion
 
 WRAPPER = "state_dict"  # under which mmsegmentation looks for weights
 # Prefixes that no other release has.
-SIGNS = {"meta_prompts_segmentation": "upconv1.", "vpd_segmentation": "class_embeddings"}
+SIGNATURES = {"meta_prompts_segmentation": "upconv1.", "vpd_segmentation": "class_embeddings"}
 MOST_STEPS = 9  # of refinement; each has a rule of its own
 _UNET = "unet.unet.diffusion_model"
 _LAST_BLOCK = f"{_UNET}.out"

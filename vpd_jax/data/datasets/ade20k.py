@@ -36,7 +36,7 @@ class Ade20k:
 
   Args:
     root: the folder ADEChallengeData2016, or with format="tfds" the one that prepare_data.py wrote.
-    crop, scale, ratio_range, cat_max_ratio, colour: see segmentation_transforms.Augmentation.
+    crop, scale, ratio_range, cat_max_ratio, color_jitter: see segmentation_transforms.Augmentation.
     complete: whether the published 20 210 and 2 000 pictures must be there; False takes what there is.
     format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
 
@@ -44,7 +44,7 @@ class Ade20k:
     provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "label" uint8 [H, W] into `classes`, 255 for none,
       "index" int32 [], place in the sorted folder, "valid_size" int32 [2], see Augmentation.
     classes: the 150 names.
-    palette: their colours.
+    palette: their colors.
     published, stored: see nyu.Nyu.
 
   Source: mmseg/datasets/ade.py (reduce_zero_label); VPD segmentation/configs/_base_/datasets/ade20k.py.
@@ -63,12 +63,12 @@ class Ade20k:
     scale: tuple[int, int] = (2048, 512),
     ratio_range: tuple[float, float] = (0.5, 2.0),
     cat_max_ratio: float = 0.75,
-    colour: bool = True,
+    color_jitter: bool = True,
     complete: bool = True,
     format: str = "files",
   ):
     self.root, self.format, self.complete = root, reader.check_format(format), complete
-    self.augmentation = segmentation_transforms.Augmentation(crop, scale, ratio_range, cat_max_ratio, colour)
+    self.augmentation = segmentation_transforms.Augmentation(crop, scale, ratio_range, cat_max_ratio, color_jitter)
     self.published = image_files.Published(COUNTS if complete else {}, None, {})
     if format == "files":
       image_files.require_folder(root, f"ADEChallengeData2016: {SOURCE}")

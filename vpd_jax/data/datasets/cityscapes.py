@@ -52,7 +52,7 @@ class Cityscapes:
 
   Args:
     root: folder that holds leftImg8bit/ and gtFine/, or with format="tfds" the one that prepare_data.py wrote.
-    crop, scale, ratio_range, cat_max_ratio, colour: see segmentation_transforms.Augmentation.
+    crop, scale, ratio_range, cat_max_ratio, color_jitter: see segmentation_transforms.Augmentation.
     extra: what is trained on beside the fine labels: "none"; "coarse", train_extra with the coarse labels; or
       "autolabelled", train_extra with machine labels, as MetaPrompts' best model.
     cities: names of the training cities, as folders; () takes all. Evaluation always has all of its three.
@@ -62,7 +62,7 @@ class Cityscapes:
   Attributes:
     provides: see ade20k.Ade20k; "index" is the place in the sorted folders, extra frames last.
     classes: the 19 names, by train id.
-    palette: their colours.
+    palette: their colors.
     published, stored: see nyu.Nyu.
     made_with: the options on which the records depend; shards must have been made with the same.
 
@@ -84,7 +84,7 @@ class Cityscapes:
     scale: tuple[int, int] = (2048, 1024),
     ratio_range: tuple[float, float] = (0.5, 2.0),
     cat_max_ratio: float = 0.75,
-    colour: bool = True,
+    color_jitter: bool = True,
     extra: str = "none",
     cities: tuple[str, ...] = (),
     complete: bool = True,
@@ -96,7 +96,7 @@ class Cityscapes:
       raise UserError(f"cities={cities!r} must be a tuple of names; write ({cities!r},).")
     self.root, self.format = root, reader.check_format(format)
     self.extra, self.cities = extra, tuple(cities)
-    self.augmentation = segmentation_transforms.Augmentation(crop, scale, ratio_range, cat_max_ratio, colour)
+    self.augmentation = segmentation_transforms.Augmentation(crop, scale, ratio_range, cat_max_ratio, color_jitter)
     self.counts: dict[str, int] = {}
     if complete:
       self.counts = dict(COUNTS, train=COUNTS["train"] + (EXTRA_COUNT if extra != "none" else 0))
@@ -145,13 +145,13 @@ class Cityscapes:
     return self.augmentation.evaluation(example)
 
 
-def frames(root: Path, images: str, labelled: str, kind: str, cities: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+def frames(root: Path, images: str, labeled: str, kind: str, cities: tuple[str, ...] = ()) -> list[tuple[str, str]]:
   """Pictures and label files of a split, sorted.
 
   Args:
     root: of the data set.
     images: folder below leftImg8bit.
-    labelled: folder of the label files, below `root`.
+    labeled: folder of the label files, below `root`.
     kind: "gtFine" or "gtCoarse", as in the label files' names.
     cities: folders to take; () takes all.
 
@@ -166,16 +166,16 @@ def frames(root: Path, images: str, labelled: str, kind: str, cities: tuple[str,
     raise UserError(f"cities={unknown} are not in {folder}; choose among {', '.join(there)}.")
   pairs = []
   for city in there if not cities else [city for city in there if city in cities]:
-    place = root / labelled / city
+    place = root / labeled / city
     ready = set(os.listdir(place)) if place.is_dir() else set()
     for name in reading.visible(os.listdir(folder / city)):
       frame = name.removesuffix(IMAGE)
       if frame != name and frame != CORRUPT:
         ids = next((f"{frame}_{kind}{end}" for end in KINDS if f"{frame}_{kind}{end}" in ready), "")
         pairs.append(
-          (f"leftImg8bit/{images}/{city}/{name}", f"{labelled}/{city}/{ids or f'{frame}_{kind}_labelIds.png'}")
+          (f"leftImg8bit/{images}/{city}/{name}", f"{labeled}/{city}/{ids or f'{frame}_{kind}_labelIds.png'}")
         )
-  image_files.require_files(root, (label for _, label in pairs), SOURCES[labelled.split("/")[0]])
+  image_files.require_files(root, (label for _, label in pairs), SOURCES[labeled.split("/")[0]])
   return pairs
 
 

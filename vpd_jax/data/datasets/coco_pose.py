@@ -42,7 +42,7 @@ class CocoPose:
     annotations: folder of the annotation files, from here or below `root`. Evaluation reads its file with
       format="tfds" too: it is the ground truth of pictures in which nobody was detected.
     train_images, eval_images: folders of the pictures, below `root`.
-    udp, padding, centre_jitter, flip, half_body, upper_share, scale, rotation, rotation_chance: see
+    udp, padding, center_jitter, flip, half_body, upper_share, scale, rotation, rotation_chance: see
       keypoints.Augmentation.
     complete: whether the published numbers of people must be there; False takes what there is, and leaves detections
       of pictures that the annotations do not list out.
@@ -75,7 +75,7 @@ class CocoPose:
     eval_images: str = YEARS["eval"],
     udp: bool = True,
     padding: float = top_down_transforms.PADDING,
-    centre_jitter: str = "once",
+    center_jitter: str = "once",
     flip: float = 0.5,
     half_body: float = 0.3,
     upper_share: float = top_down_transforms.UPPER_SHARE,
@@ -92,7 +92,7 @@ class CocoPose:
     """
     if boxes not in BOXES:
       raise UserError(f"data.boxes={boxes!r} is unknown; choose one of {BOXES}.")
-    options = {"udp": udp, "padding": padding, "centre_jitter": centre_jitter, "flip": flip, "half_body": half_body}
+    options = {"udp": udp, "padding": padding, "center_jitter": center_jitter, "flip": flip, "half_body": half_body}
     options |= {"upper_share": upper_share, "scale": scale, "rotation": rotation, "rotation_chance": rotation_chance}
     self.augmentation = top_down_transforms.Augmentation(crop, top_down_transforms.COCO, **options)
     self.root, self.format, self.complete = root, reader.check_format(format), complete
@@ -107,7 +107,7 @@ class CocoPose:
       image_files.require_folder(root, "of COCO that holds annotations/, train2017/ and val2017/.")
 
   @staticmethod
-  def facts_of(options: Any) -> dict[str, Any]:
+  def info_from_options(options: Any) -> dict[str, Any]:
     """What the task is told of a data set with these options, which may exist without its files."""
     return {"keypoints": top_down_transforms.COCO, "udp": options.get("udp", True)}
 

@@ -43,7 +43,7 @@ class DepthList:
     root: folder the lists' names start from.
     train_list: list of the training pictures, from here or below `root`.
     eval_list: the same for evaluation; empty holds out the last `holdout` of the training list, which are then not
-      trained on. They are the last ones, and not every tenth, because neighbours in a list are often frames of one
+      trained on. They are the last ones, and not every tenth, because neighbors in a list are often frames of one
       video.
     holdout: share of the training list, rounded, at least one line.
     factor: units of the depth files per metre: 1000 for millimetres, 256 for KITTI's, 1 for metres.
@@ -54,7 +54,7 @@ class DepthList:
       sides; scores are those at this size, for a batch has one size. () keeps the files' sizes: all must be the same.
     crop: (height, width) of a training example.
     cut_depth: "released", "scaled" or "off", see transforms.vertical_cut_depth.
-    colour: False trains without the changes of colour.
+    color_jitter: False trains without the changes of color.
     exif: "stored" or "turned", see files.EXIF.
 
   Attributes:
@@ -79,7 +79,7 @@ class DepthList:
     scene: str = "scene",
     resize: tuple[int, int] | tuple[()] = (),
     cut_depth: str = "scaled",
-    colour: bool = True,
+    color_jitter: bool = True,
     exif: str = "stored",
   ):
     """Checks the options; files are looked for by `source`.
@@ -103,7 +103,7 @@ class DepthList:
     if wrong:
       raise UserError(f"data: {'; '.join(wrong)}.")
     self.train_list, self.eval_list, self.holdout = train_list, eval_list, holdout
-    self.cut_depth, self.colour, self.exif = cut_depth, colour, image_files.check_exif(exif)
+    self.cut_depth, self.color_jitter, self.exif = cut_depth, color_jitter, image_files.check_exif(exif)
     self.classes, self.provides = one_scene(scene, DepthList.provides)
 
   @staticmethod
@@ -151,7 +151,7 @@ class DepthList:
       cut_depth=self.cut_depth,
       depth_scale=self.factor,
       max_depth=self.max_depth,
-      colour=self.colour,
+      color_jitter=self.color_jitter,
     )
 
   def eval_transform(self, example: Example) -> Example:

@@ -27,7 +27,7 @@ class KeypointList:
     root: folder of all others, or with format="tfds" the one that prepare_data.py wrote.
     crop: (H, W).
     train_json, eval_json: annotation files, from here or below `root`; an empty eval_json holds out the last `holdout`
-      of the training file's pictures, which are then not trained on. They are the last ones because neighbours are
+      of the training file's pictures, which are then not trained on. They are the last ones because neighbors are
       often frames of one video.
     json_root: folder below which JSON files are looked for; empty: `root`. With format="tfds" it is that of the files,
       whose annotations are the ground truth of evaluation.
@@ -38,7 +38,7 @@ class KeypointList:
     person_category: the category_id of people in the detections; -1: as in the annotations. Many programs count from 0.
     keypoints: the names, in the order of the files; empty: as the training file names them, which must then be there.
     pairs, skeleton, sigmas, upper: see keypoints.described.
-    udp, padding, centre_jitter, flip, half_body, scale, rotation, rotation_chance: see keypoints.Augmentation.
+    udp, padding, center_jitter, flip, half_body, scale, rotation, rotation_chance: see keypoints.Augmentation.
     exif: "stored" or "turned", see files.EXIF.
     format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
 
@@ -69,7 +69,7 @@ class KeypointList:
     upper: tuple[str, ...] = (),
     udp: bool = True,
     padding: float = 1.25,
-    centre_jitter: str = "once",
+    center_jitter: str = "once",
     flip: float = 0.5,
     half_body: float = 0.3,
     scale: float = 0.5,
@@ -85,7 +85,7 @@ class KeypointList:
     """
     named = {"keypoints": keypoints, "pairs": pairs, "skeleton": skeleton, "sigmas": sigmas, "upper": upper}
     found = self.keypoints_of({"root": root, "json_root": json_root, "train_json": train_json, **named})
-    options = {"udp": udp, "padding": padding, "centre_jitter": centre_jitter, "flip": flip, "half_body": half_body}
+    options = {"udp": udp, "padding": padding, "center_jitter": center_jitter, "flip": flip, "half_body": half_body}
     options |= {"scale": scale, "rotation": rotation, "rotation_chance": rotation_chance}
     self.augmentation = _augmentation(crop, found, options)
     if not 0 < holdout < 1:
@@ -117,7 +117,7 @@ class KeypointList:
     )
 
   @classmethod
-  def facts_of(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+  def info_from_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
     """What the task is told of a data set with these options, see `keypoints_of`."""
     return {"keypoints": cls.keypoints_of(options), "udp": options.get("udp", True)}
 

@@ -63,7 +63,7 @@ class Kitti:
     scene: KITTI states no scene classes. The one class given to all frames, for methods that are told a class; empty:
       no class is provided.
     cut_depth: "released", "scaled" or "off", see transforms.vertical_cut_depth; "released" wraps 1/256 metres.
-    colour: False trains without the changes of colour.
+    color_jitter: False trains without the changes of color.
     format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same whole frames in the same order.
 
   Attributes:
@@ -94,7 +94,7 @@ class Kitti:
     resize: tuple[int, int] | tuple[()] = (),
     scene: str = "street",
     cut_depth: str = "released",
-    colour: bool = True,
+    color_jitter: bool = True,
     format: str = "files",
   ):
     depth_transforms.check_cut_depth(cut_depth)
@@ -104,7 +104,7 @@ class Kitti:
     self.classes, self.provides = depth_list.one_scene(scene, Kitti.provides)
     self.root, self.depth_root, self.format = root, depth_root or root, reader.check_format(format)
     self.lists = {"train": train_list or None, "eval": test_list or None}
-    self.cut_depth, self.colour = cut_depth, colour
+    self.cut_depth, self.color_jitter = cut_depth, color_jitter
     whole = self.resize or self.kb_crop
     if whole and (self.crop[0] > whole[0] or self.crop[1] > whole[1]):
       option = "resize" if self.resize else "kb_crop"
@@ -176,7 +176,7 @@ class Kitti:
       cut_depth=self.cut_depth,
       depth_scale=DEPTH_SCALE,
       max_depth=MAX_DEPTH,
-      colour=self.colour,
+      color_jitter=self.color_jitter,
     )
 
   def eval_transform(self, example: Example) -> Example:

@@ -34,11 +34,11 @@ class Mapillary:
 
   Args:
     root: folder that holds training/ and validation/, or with format="tfds" the one that prepare_data.py wrote.
-    crop, scale, ratio_range, cat_max_ratio, colour: see segmentation_transforms.Augmentation.
+    crop, scale, ratio_range, cat_max_ratio, color_jitter: see segmentation_transforms.Augmentation.
     complete: whether the published 18 000 and 2 000 pictures must be there; False takes what there is.
     format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
 
-  Attributes: as of ade20k.Ade20k, with the classes and colours of Cityscapes.
+  Attributes: as of ade20k.Ade20k, with the classes and colors of Cityscapes.
 
   Source: MetaPrompts segmentation/mapillary_v1.py, MapillaryHack.
   """
@@ -56,12 +56,12 @@ class Mapillary:
     scale: tuple[int, int] = (2048, 1024),
     ratio_range: tuple[float, float] = (0.5, 2.0),
     cat_max_ratio: float = 0.75,
-    colour: bool = True,
+    color_jitter: bool = True,
     complete: bool = True,
     format: str = "files",
   ):
     self.root, self.format, self.complete = root, reader.check_format(format), complete
-    self.augmentation = segmentation_transforms.Augmentation(crop, scale, ratio_range, cat_max_ratio, colour)
+    self.augmentation = segmentation_transforms.Augmentation(crop, scale, ratio_range, cat_max_ratio, color_jitter)
     self.published = image_files.Published(COUNTS if complete else {}, None, {})
     if format == "files":
       image_files.require_folder(root, f"that holds training/ and validation/ of Mapillary Vistas: {SOURCE}")

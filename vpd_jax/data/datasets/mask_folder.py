@@ -2,7 +2,7 @@
 
 Files, below `root`:
   images/<name>.jpg    of any kind OpenCV reads, of any sizes, also in folders of their own
-  masks/<name>.png     of the size of its picture, one channel: grey, or with a palette whose indices count
+  masks/<name>.png     of the size of its picture, one channel: gray, or with a palette whose indices count
 By default the number in a mask is the class, in the order of `classes`, and 255 is no class.
 """
 
@@ -31,14 +31,14 @@ class MaskFolder:
     classes: their names, in the order of the numbers in the masks.
     images, masks: folders of the training pictures and masks, below `root`.
     eval_images, eval_masks: the same for evaluation; empty holds out the last `holdout` of the sorted pictures, which
-      are then not trained on. They are the last ones because neighbours are often frames of one video.
+      are then not trained on. They are the last ones because neighbors are often frames of one video.
     holdout: share that is held out, rounded, at least one picture.
     mask_ending: of a mask's name after its picture's name without suffix; the suffix in either case.
     values: number in the masks by class, such as (0, 255) for black and white masks or (1, 2, 3) where 0 is nothing;
       () takes 0, 1, 2 and so on.
     ignored: numbers of no class, neither learned nor scored. Those that are of a class are not ignored.
     exif: "stored" or "turned", see files.EXIF.
-    crop, scale, ratio_range, cat_max_ratio, colour: see segmentation_transforms.Augmentation.
+    crop, scale, ratio_range, cat_max_ratio, color_jitter: see segmentation_transforms.Augmentation.
     format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
 
   Attributes:
@@ -67,7 +67,7 @@ class MaskFolder:
     scale: tuple[int, int] = (2048, 512),
     ratio_range: tuple[float, float] = (0.5, 2.0),
     cat_max_ratio: float = 0.75,
-    colour: bool = True,
+    color_jitter: bool = True,
     format: str = "files",
   ):
     """Checks the options; files are looked for by `source`.
@@ -90,7 +90,7 @@ class MaskFolder:
       raise UserError(f"data: {'; '.join(wrong)}.")
     mapped = {number: index for index, number in enumerate(numbers)}
     self.kinds = {"": label_maps.values(mapped, set(ignored) - mapped.keys(), REMEDY)}
-    self.augmentation = segmentation_transforms.Augmentation(crop, scale, ratio_range, cat_max_ratio, colour)
+    self.augmentation = segmentation_transforms.Augmentation(crop, scale, ratio_range, cat_max_ratio, color_jitter)
     self.folders = {"train": (images, masks), "eval": (eval_images, eval_masks) if eval_images else (images, masks)}
     self.holdout, self.mask_ending = (0.0 if eval_images else holdout), mask_ending
     self.made_with = {

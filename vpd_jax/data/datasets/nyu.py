@@ -50,7 +50,7 @@ class Nyu:
     test_list: the same for evaluation.
     resize: (height, width) that images and depth get before anything else; () keeps the files' 480x640. Scores of
       resized data are not the published ones.
-    colour: False trains without the changes of colour.
+    color_jitter: False trains without the changes of color.
     format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
 
   Attributes:
@@ -77,7 +77,7 @@ class Nyu:
     train_list: str = "",
     test_list: str = "",
     resize: tuple[int, int] | tuple[()] = (),
-    colour: bool = True,
+    color_jitter: bool = True,
     format: str = "files",
   ):
     depth_transforms.check_cut_depth(cut_depth)
@@ -86,7 +86,7 @@ class Nyu:
     self.cut_depth = cut_depth
     self.lists = {"train": train_list or None, "eval": test_list or None}
     self.resize = None if not resize else check_size("resize", resize)
-    self.colour = colour
+    self.color_jitter = color_jitter
     if self.resize and (self.crop[0] > self.resize[0] or self.crop[1] > self.resize[1]):
       raise UserError(f"crop={self.crop} does not fit into resize={self.resize}; make data.crop smaller.")
     if format == "tfds":
@@ -127,7 +127,7 @@ class Nyu:
       cut_depth=self.cut_depth,
       depth_scale=DEPTH_SCALE,
       max_depth=MAX_DEPTH,
-      colour=self.colour,
+      color_jitter=self.color_jitter,
     )
 
   def eval_transform(self, example: Example) -> Example:

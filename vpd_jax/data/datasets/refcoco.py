@@ -145,7 +145,7 @@ class RefCoco:
     image_files.require_files(pictures, sorted({item.image for item in items}), "they are COCO's train2014 pictures.")
     items = [item._replace(image=_below(root, pictures / item.image)) for item in items]
     read_mask = functools.partial(_read_mask, overlap=self.overlap)
-    return referring.Expressions(root, items if split == "train" else referring.by_sentence(items), read_mask)
+    return referring.ReferringSource(root, items if split == "train" else referring.by_sentence(items), read_mask)
 
   def describe(self) -> list[str]:
     """Lines on how much there is, for the start of a run."""

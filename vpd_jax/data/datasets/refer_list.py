@@ -2,7 +2,7 @@
 
 The file holds a list, one entry per object:
   {"image": "street/1.jpg", "mask": "street/1.png", "sentences": ["the red car", "car on the left"]}
-Names start from data.root. A mask is a PNG of one channel, grey or with a palette, of the size of its picture: the
+Names start from data.root. A mask is a PNG of one channel, gray or with a palette, of the size of its picture: the
 object is where it is not 0. Where one file holds several objects, "value" says which number is this one:
   {"image": "street/2.jpg", "mask": "street/2.png", "value": 3, "sentences": ["the bus"]}
 "split": "train" or "eval" says what an entry is for. Without any "eval" the last pictures are held out.
@@ -37,7 +37,7 @@ class ReferList:
     root: folder of all others, or with format="tfds" the one that prepare_data.py wrote.
     file: the JSON file, from here or below `root`.
     holdout: share of the pictures, rounded, at least one, that is evaluated on where no entry says "split": "eval".
-      They are the last ones in the file, because neighbours are often frames of one video.
+      They are the last ones in the file, because neighbors are often frames of one video.
     crop: (height, width) of the network's input, to which pictures are resized whole, aspect not kept. Release:
       (512, 512).
     canvas: see referring.Transforms.
@@ -119,7 +119,7 @@ class ReferList:
       for entry in chosen
     ]
     items = items if split == "train" else referring.by_sentence(items)
-    found = referring.Expressions(root, items, functools.partial(_read_mask, exif=self.exif), self.exif)
+    found = referring.ReferringSource(root, items, functools.partial(_read_mask, exif=self.exif), self.exif)
     found.notes = image_files.exif_notes((root / item.image for item in items), self.exif)
     return found
 

@@ -18,7 +18,7 @@ from vpd_jax.data.transforms import top_down as top_down_transforms
 from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
-LEAST = 6  # keypoints inside the picture
+MINIMUM = 6  # keypoints inside the picture
 NARROWEST = 16  # pixels of the box's shorter side, in a picture of 120 rows
 TRIES = 64
 LEFT, RIGHT = (top_down_transforms.COCO.names.index(f"{side}_shoulder") for side in ("left", "right"))
@@ -32,7 +32,7 @@ class RoomFigures:
     crop: (H, W).
     train_count, eval_count: figures in each split.
     seed: another seed is another data set.
-    udp, padding, centre_jitter, flip, half_body, scale, rotation, rotation_chance: see keypoints.Augmentation.
+    udp, padding, center_jitter, flip, half_body, scale, rotation, rotation_chance: see keypoints.Augmentation.
     format: "files" draws each room when it is asked for, "tfds" reads drawn ones from prepared shards.
     root: folder of the shards, with format="tfds".
 
@@ -54,7 +54,7 @@ class RoomFigures:
     seed: int = 0,
     udp: bool = True,
     padding: float = 1.25,
-    centre_jitter: str = "once",
+    center_jitter: str = "once",
     flip: float = 0.5,
     half_body: float = 0.3,
     scale: float = 0.5,
@@ -70,14 +70,14 @@ class RoomFigures:
     for option, number, least in (("train_count", train_count, 1), ("eval_count", eval_count, 1), ("seed", seed, 0)):
       if int(number) != number or number < least:
         raise UserError(f"{option}={number} must be a whole number of at least {least}.")
-    options = {"udp": udp, "padding": padding, "centre_jitter": centre_jitter, "flip": flip, "half_body": half_body}
+    options = {"udp": udp, "padding": padding, "center_jitter": center_jitter, "flip": flip, "half_body": half_body}
     options |= {"scale": scale, "rotation": rotation, "rotation_chance": rotation_chance}
     self.augmentation = top_down_transforms.Augmentation(crop, top_down_transforms.COCO, **options)
     self.counts, self.seed = {"train": int(train_count), "eval": int(eval_count)}, int(seed)
     self.made_with = {"size": self.size, "seed": self.seed, **self.counts}
 
   @staticmethod
-  def facts_of(options: Any) -> dict[str, Any]:
+  def info_from_options(options: Any) -> dict[str, Any]:
     """What the task is told of the data, see coco_pose.CocoPose."""
     return {"keypoints": top_down_transforms.COCO, "udp": options.get("udp", True)}
 
@@ -154,7 +154,7 @@ class Figures:
         continue
       room = rooms.draw(self.seed, self.split, number, self.size)
       points, box = rooms.keypoints(room), rooms.person_box(room)
-      if np.sum(points[:, 2] > 0) >= LEAST and min(box[2:]) >= NARROWEST * self.size[0] / 120:
+      if np.sum(points[:, 2] > 0) >= MINIMUM and min(box[2:]) >= NARROWEST * self.size[0] / 120:
         return room, points, box
     raise UserError(
       f"none of {TRIES} rooms of {self.size[0]}x{self.size[1]} pixels shows a figure from the front; make size larger."

@@ -48,7 +48,7 @@ class Rooms:
     seed: another seed is another data set.
     cut_depth: for depth, "released", "scaled" or "off", see transforms.vertical_cut_depth.
     ratio_range: for segmentation, (lowest, highest) factor of the random rescaling; () is (1, 1).
-    colour: False trains without the changes of colour; "referring" has none.
+    color_jitter: False trains without the changes of color; "referring" has none.
     cache, cache_folder: for "referring", see refer_list.ReferList.
     format: "files" draws each room when it is asked for, "tfds" reads drawn ones from prepared shards.
     root: folder of the shards, with format="tfds".
@@ -77,7 +77,7 @@ class Rooms:
     seed: int = 0,
     cut_depth: str = "off",
     ratio_range: tuple[float, float] | tuple[()] = (),
-    colour: bool = True,
+    color_jitter: bool = True,
     cache: str = "off",
     cache_folder: str = "",
     format: str = "files",
@@ -103,10 +103,10 @@ class Rooms:
       if int(number) != number or number < least:
         raise UserError(f"{option}={number} must be a whole number of at least {least}.")
     self.counts = {"train": int(train_count), "eval": int(eval_count)}
-    self.seed, self.cut_depth, self.colour = int(seed), cut_depth, colour
+    self.seed, self.cut_depth, self.color_jitter = int(seed), cut_depth, color_jitter
     self.made_with = {"task": task, "size": self.size, "seed": self.seed, **self.counts}
     self.augmentation = segmentation_transforms.Augmentation(
-      self.crop, self.size, cast(tuple[float, float], tuple(ratio_range) or (1.0, 1.0)), colour=colour
+      self.crop, self.size, cast(tuple[float, float], tuple(ratio_range) or (1.0, 1.0)), color_jitter=color_jitter
     )
     self.resizing = referring.Transforms(self.crop, self.size)
 
@@ -152,7 +152,7 @@ class Rooms:
       cut_depth=self.cut_depth,
       depth_scale=DEPTH_SCALE,
       max_depth=MAX_DEPTH,
-      colour=self.colour,
+      color_jitter=self.color_jitter,
     )
 
   def eval_transform(self, example: Example) -> Example:
@@ -190,7 +190,7 @@ class Room(NamedTuple):
     depth: float32 [H, W], metres along the optical axis as a sensor gives it; 0 is no measurement.
     labels: uint8 [H, W] into CLASSES.
     instances: int32 [H, W], number of the object, 0 for walls, floor and ceiling.
-    names: (colour, class) of each object, number 1 first, whether or not it is seen.
+    names: (color, class) of each object, number 1 first, whether or not it is seen.
     joints: float32 [17, 3], (x, y) in pixels and planar depth in metres of the COCO keypoints, or None.
     surface: float32 [H, W], depth without gaps, metres.
   """
@@ -259,8 +259,8 @@ def sentences(room: Room) -> list[tuple[str, int]]:
     if areas[number]:
       alike.setdefault(name, []).append(number)
   result = []
-  for (colour, name), members in alike.items():
-    text, order = f"the {colour} {name}", sorted(members, key=lambda number: middles[number])
+  for (color, name), members in alike.items():
+    text, order = f"the {color} {name}", sorted(members, key=lambda number: middles[number])
     if len(members) == 1:
       result.append((text, members[0]))
     else:

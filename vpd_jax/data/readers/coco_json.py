@@ -128,7 +128,7 @@ def truth(found: Annotations, chosen: Sequence[int]) -> dict[str, Any]:
 
 
 def annotated(found: Annotations, chosen: Sequence[int]) -> Samples:
-  """The people of the chosen images who are no crowd, have a labelled keypoint and a box inside the image.
+  """The people of the chosen images who are no crowd, have a labeled keypoint and a box inside the image.
 
   `image` counts within `chosen`.
 
@@ -147,7 +147,7 @@ def annotated(found: Annotations, chosen: Sequence[int]) -> Samples:
       else:
         rows.append((place, box, entry["keypoints"]))
   notes = [f"{found.others} annotations of other categories are left out"] if found.others else []
-  notes += [f"{without} people without a labelled keypoint are left out"] if without else []
+  notes += [f"{without} people without a labeled keypoint are left out"] if without else []
   notes += [f"{empty} boxes without an area inside their image are left out"] if empty else []
   count = len(found.category["keypoints"])
   return Samples(
@@ -283,7 +283,7 @@ def _described(entry: dict[str, Any], count: int) -> bool:
 
 
 def _completed(entry: dict[str, Any], count: int) -> dict[str, Any]:
-  """The annotation with what files may leave out: the area of the box, the number of labelled keypoints."""
+  """The annotation with what files may leave out: the area of the box, the number of labeled keypoints."""
   points = entry.get("keypoints", [0] * 3 * count)
   return {
     "image_id": entry["image_id"],

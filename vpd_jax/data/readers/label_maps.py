@@ -1,6 +1,6 @@
 """Pictures with a label map each: which number in a file is which class, and what is wrong where a number is none.
 
-A label map is a PNG of one channel, grey or with a palette (then the index counts, not the colour), of the size of its
+A label map is a PNG of one channel, gray or with a palette (then the index counts, not the color), of the size of its
 picture. Examples hold it as uint8: the class from 0, and IGNORE where there is none.
 """
 
@@ -34,7 +34,7 @@ STORED = {"image": "picture", "label": "labels8", "image_path": "text", "label_p
 
 
 class ClassList(NamedTuple):
-  """Names and colours (red, green, blue) by class; `rows` are the entries of the file, with all they hold."""
+  """Names and colors (red, green, blue) by class; `rows` are the entries of the file, with all they hold."""
 
   names: tuple[str, ...]
   palette: tuple[tuple[int, int, int], ...]
@@ -87,7 +87,7 @@ def decode_labels(raw: bytes, path: str | Path, meaning: Values) -> np.ndarray:
   """A label file's bytes as uint8 [H, W]: the class, or IGNORE.
 
   Args:
-    raw: a PNG of one channel, grey of 1 to 16 bits or with a palette, whose indices are the numbers.
+    raw: a PNG of one channel, gray of 1 to 16 bits or with a palette, whose indices are the numbers.
     path: for messages.
     meaning: of the numbers.
 
@@ -251,10 +251,10 @@ def histogram(source: Any, classes: Sequence[str], *, samples: int = SAMPLES) ->
   if beyond.size:
     raise UserError(f"labels {beyond.tolist()[: image_files.SHOWN]} occur, but there are {len(classes)} classes.")
   total, known = int(counts.sum()), counts[: len(classes)]
-  labelled = int(known.sum())
-  lines = [f"labels of {len(chosen)} of {len(source)} pictures: {100 * (1 - labelled / total):.1f} % have no class"]
+  labeled = int(known.sum())
+  lines = [f"labels of {len(chosen)} of {len(source)} pictures: {100 * (1 - labeled / total):.1f} % have no class"]
   order = [int(index) for index in np.argsort(-known, kind="stable") if known[index]]
-  shares = [f"{classes[index]} {100 * known[index] / labelled:.1f} %" for index in order]
+  shares = [f"{classes[index]} {100 * known[index] / labeled:.1f} %" for index in order]
   more = f", and {len(shares) - SHOWN_CLASSES} more" if len(shares) > SHOWN_CLASSES else ""
   if shares:
     lines.append(f"  of the others: {', '.join(shares[:SHOWN_CLASSES])}{more}")
@@ -275,25 +275,25 @@ def _meaning(path: str | Path, kinds: Mapping[str, Values]) -> Values:
 
 
 def _decode_png(raw: bytes, path: str | Path) -> np.ndarray:
-  """The numbers of a PNG of one channel, uint8 or wider [H, W]; OpenCV would turn a palette into colours."""
+  """The numbers of a PNG of one channel, uint8 or wider [H, W]; OpenCV would turn a palette into colors."""
   if not raw.startswith(b"\x89PNG") or len(raw) < 33:
     kind = "a JPEG, which changes class numbers" if raw.startswith(b"\xff\xd8") else "no PNG, or damaged"
     raise UserError(f"label file {path} is {kind}; a PNG of one channel is needed.")
-  depth, colour = raw[24], raw[25]  # of the header chunk, which comes first
-  if colour not in (0, 3):
-    names = {2: "three channels (RGB)", 4: "two channels (grey and alpha)", 6: "four channels (RGBA)"}
+  depth, color = raw[24], raw[25]  # of the header chunk, which comes first
+  if color not in (0, 3):
+    names = {2: "three channels (RGB)", 4: "two channels (gray and alpha)", 6: "four channels (RGBA)"}
     raise UserError(
-      f"label file {path} has {names.get(colour, 'unknown channels')}; one is needed, grey or with a palette, whose "
-      "numbers are classes: replace each colour by the number of its class."
+      f"label file {path} has {names.get(color, 'unknown channels')}; one is needed, gray or with a palette, whose "
+      "numbers are classes: replace each color by the number of its class."
     )
   image_decoding.check_whole(raw, path)
-  if colour == 0 and depth >= 8:
+  if color == 0 and depth >= 8:
     numbers = image_decoding.decode(raw, path, cv2.IMREAD_UNCHANGED)
   else:
     with image_decoding.faults(path), Image.open(io.BytesIO(raw)) as picture:
       numbers = np.asarray(picture)
-    if colour == 0 and depth > 1:
-      numbers = numbers // (255 // (2**depth - 1))  # PIL stretches grey of 2 and 4 bits to 0..255
+    if color == 0 and depth > 1:
+      numbers = numbers // (255 // (2**depth - 1))  # PIL stretches gray of 2 and 4 bits to 0..255
   return numbers.astype(np.uint8) if numbers.dtype == bool else numbers
 
 

@@ -18,7 +18,7 @@ from vpd_jax.types import Example
 STORED = {"image": "picture", "image_path": "text", "person": "text", "image_index": "int32", "index": "int32"}
 
 
-class People:
+class PersonSource:
   """Random access to the people of a split; a picture is read with `[]`.
 
   Attributes:
@@ -103,7 +103,7 @@ def open_split(
   samples: coco_json.Samples,
   source: str,
   exif: str | None = None,
-) -> People:
+) -> PersonSource:
   """The people of the chosen images, whose files are all there.
 
   Args:
@@ -127,4 +127,4 @@ def open_split(
     samples = samples._replace(
       notes=[*samples.notes, *image_files.exif_notes((folder / name for name in needed), exif)]
     )
-  return People(folder, images, samples, exif)
+  return PersonSource(folder, images, samples, exif)

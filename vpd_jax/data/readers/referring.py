@@ -63,7 +63,7 @@ class Item(NamedTuple):
   Attributes:
     image: file of the picture, below the source's folder.
     image_id: number of the picture in the data set.
-    outline: what `Expressions.read_mask` makes the mask of.
+    outline: what `ReferringSource.read_mask` makes the mask of.
     sentences: about the object.
   """
 
@@ -73,7 +73,7 @@ class Item(NamedTuple):
   sentences: tuple[str, ...]
 
 
-class Expressions:
+class ReferringSource:
   """Random access to objects or sentences; reading starts with `[]`.
 
   Attributes:

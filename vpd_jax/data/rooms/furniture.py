@@ -9,16 +9,16 @@ import numpy as np
 
 from vpd_jax.data.rooms.render import BOOKS, BOX, CYLINDER, ELLIPSOID, NOISE, PANELS, PLAIN, STRIPES
 
-FIRST, SECOND, PALE, DARK = range(4)  # whose colour a solid has: the object's two, or one common to all objects
+FIRST, SECOND, PALE, DARK = range(4)  # whose color a solid has: the object's two, or one common to all objects
 
 
 class Solid(NamedTuple):
-  """One solid: kind of shape, centre and half extent in metres, colour, texture and size of its cells."""
+  """One solid: kind of shape, center and half extent in metres, color, texture and size of its cells."""
 
   shape: int
   center: tuple[float, float, float]
   half: tuple[float, float, float]
-  colour: int = FIRST
+  color: int = FIRST
   texture: int = PLAIN
   pitch: float = 0.2
 
@@ -38,9 +38,9 @@ def box(x: float, y: float, z: float, half: tuple[float, float, float], *look) -
   return Solid(BOX, (x, y, z + half[2]), half, *look)
 
 
-def legs(a: float, b: float, height: float, radius: float, colour: int = SECOND) -> list[Solid]:
+def legs(a: float, b: float, height: float, radius: float, color: int = SECOND) -> list[Solid]:
   """Four round legs at (+-a, +-b)."""
-  return [Solid(CYLINDER, (x, y, height / 2), (radius, radius, height / 2), colour) for x in (-a, a) for y in (-b, b)]
+  return [Solid(CYLINDER, (x, y, height / 2), (radius, radius, height / 2), color) for x in (-a, a) for y in (-b, b)]
 
 
 def bed(rng: np.random.Generator) -> Object:

@@ -1,7 +1,7 @@
 """Ray caster for the procedural rooms: boxes, cylinders and ellipsoids, in numpy and float32.
 
 A part is a unit solid under an affine map, so one ray in its coordinates is all that an intersection needs. Parts are
-drawn one after another into a depth buffer, each only within the rectangle of pixels that it can cover; colours are
+drawn one after another into a depth buffer, each only within the rectangle of pixels that it can cover; colors are
 computed afterwards, once per pixel. World coordinates are metres, z upwards. Camera axes are right, down, forward.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 BOX, CYLINDER, ELLIPSOID = range(3)
 PLAIN, CHECKER, STRIPES, PLANKS, TILES, NOISE, PANELS, SKY, PAINTING, BOOKS = range(10)
 FOCAL = 0.81  # focal length over image width: that of NYU's camera (519 of 640), 63 degrees
-HAZE_COLOUR = np.array([0.1, 0.15, 0.25], np.float32)
+HAZE_COLOR = np.array([0.1, 0.15, 0.25], np.float32)
 NEAR = 0.05  # metres; nothing nearer is drawn
 CORNERS = np.stack(np.meshgrid([-1, 1], [-1, 1], [-1, 1]), -1).reshape(8, 3).astype(np.float32)
 
@@ -25,7 +25,7 @@ class Parts(NamedTuple):
     centers: float32 [N, 3], metres.
     halves: float32 [N, 3], half of the extent along each axis of the frame, metres.
     frames: float32 [N, 3, 3], rows are the solid's axes.
-    colours: float32 [N, 2, 3], in [0, 1], light reflected; the texture mixes the two.
+    colors: float32 [N, 2, 3], in [0, 1], light reflected; the texture mixes the two.
     textures: [N], PLAIN, CHECKER, ...
     pitches: float32 [N], metres, size of the texture's cells.
     labels: uint8 [N], class.
@@ -36,7 +36,7 @@ class Parts(NamedTuple):
   centers: np.ndarray
   halves: np.ndarray
   frames: np.ndarray
-  colours: np.ndarray
+  colors: np.ndarray
   textures: np.ndarray
   pitches: np.ndarray
   labels: np.ndarray
@@ -56,7 +56,7 @@ class Light(NamedTuple):
   Attributes:
     position: float32 [3], metres.
     ambient: share of the light that comes from everywhere, in [0, 1].
-    tint: float32 [3], colour and strength.
+    tint: float32 [3], color and strength.
     haze: 1/metre, part of the light lost per metre on the way to the camera.
     room: float32 [3], size of the room, whose corners are darker.
     footprints: float32 [F, 4], (x, y, half width, half depth) of what stands on the floor and shades it.
@@ -88,7 +88,7 @@ def project(points: np.ndarray, camera: Camera, size: tuple[int, int]) -> tuple[
 
 
 def cast_rays(camera: Camera, size: tuple[int, int]) -> np.ndarray:
-  """Directions float32 [3, H, W] through the pixel centres, of length 1 along the optical axis.
+  """Directions float32 [3, H, W] through the pixel centers, of length 1 along the optical axis.
 
   So the parameter of a ray is the planar depth.
   """
@@ -162,7 +162,7 @@ def quadric(origin: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def shade(parts: Parts, camera: Camera, light: Light, rays: np.ndarray, depth: np.ndarray, seen: np.ndarray):
-  """Colour of every pixel, float32 [H, W, 3], unbounded above: texture times Lambert's law, and haze with distance."""
+  """Color of every pixel, float32 [H, W, 3], unbounded above: texture times Lambert's law, and haze with distance."""
   directions, part, reach = rays.reshape(3, -1).T, seen.ravel(), depth.ravel()[:, None]
   points = camera.origin + reach * directions  # [P, 3]
   frames, halves = parts.frames[part], parts.halves[part]
@@ -171,10 +171,10 @@ def shade(parts: Parts, camera: Camera, light: Light, rays: np.ndarray, depth: n
   normals = np.einsum("pi,pij->pj", normals, frames)
   slant = np.maximum(np.abs(np.einsum("pi,pi->p", normals, directions)), 0.05)
   footprint = reach[:, 0] / (FOCAL * depth.shape[1] * slant)
-  colour = reflectance(parts, part, cells, footprint)
+  color = reflectance(parts, part, cells, footprint)
   shine = np.where(parts.textures[part] == SKY, np.float32(1), irradiance(normals, points, light))
   fog = np.exp(-np.float32(light.haze) * reach)
-  return (colour * shine[:, None] * light.tint * fog + HAZE_COLOUR * (1 - fog)).reshape(*depth.shape, 3)
+  return (color * shine[:, None] * light.tint * fog + HAZE_COLOR * (1 - fog)).reshape(*depth.shape, 3)
 
 
 def surface(shapes: np.ndarray, unit: np.ndarray, local: np.ndarray, halves: np.ndarray):
@@ -219,7 +219,7 @@ def contact_shadow(points: np.ndarray, footprints: np.ndarray) -> np.ndarray:
 
 def reflectance(parts: Parts, part: np.ndarray, cells: np.ndarray, footprint: np.ndarray) -> np.ndarray:
   """Texture of every pixel, [P, 3]; a pattern finer than the pixel's footprint in metres fades to its mean."""
-  first, second = parts.colours[part, 0], parts.colours[part, 1]
+  first, second = parts.colors[part, 0], parts.colors[part, 1]
   textures, pitches = parts.textures[part], parts.pitches[part]
   mix, tone = np.zeros(len(part), np.float32), np.ones(len(part), np.float32)
   for texture in np.unique(textures):
@@ -233,7 +233,7 @@ def reflectance(parts: Parts, part: np.ndarray, cells: np.ndarray, footprint: np
 
 
 def pattern(texture: int, cells: np.ndarray, pitch: np.ndarray, part: np.ndarray):
-  """Share of the second colour and a factor of brightness, [P] each or a number."""
+  """Share of the second color and a factor of brightness, [P] each or a number."""
   u, v = cells[:, 0] / pitch, cells[:, 1] / pitch
   if texture == CHECKER:
     return (np.floor(u) + np.floor(v)) % 2, 1.0

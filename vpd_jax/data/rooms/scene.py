@@ -12,7 +12,7 @@ CLASSES = (
   *("shelf", "lamp", "box", "ball", "vase", "plant", "person"),
 )
 SCENES = tuple(furniture.MIXES)
-COLOURS = {
+COLORS = {
   "red": (0.72, 0.14, 0.11),
   "orange": (0.85, 0.45, 0.1),
   "yellow": (0.86, 0.74, 0.18),
@@ -38,7 +38,7 @@ class Scene(NamedTuple):
 
   Attributes:
     parts, camera, light: what `room_render` draws.
-    names: (colour, class name) of every instance, number 1 first.
+    names: (color, class name) of every instance, number 1 first.
     joints: float32 [17, 3], COCO keypoints in world coordinates, or None where nobody is in the room.
   """
 
@@ -81,10 +81,10 @@ class Builder:
     pitch = np.clip(rng.normal(-0.18, 0.08), -0.4, 0.05)
     return render.look(origin, yaw, pitch, rng.normal(0, 0.02))
 
-  def add(self, solid: Solid, frame: np.ndarray, center: np.ndarray, colours: np.ndarray, name: str, instance: int):
-    """One part from a solid, whose frame and centre are already those of the room."""
+  def add(self, solid: Solid, frame: np.ndarray, center: np.ndarray, colors: np.ndarray, name: str, instance: int):
+    """One part from a solid, whose frame and center are already those of the room."""
     self.rows.append(
-      (solid.shape, center, solid.half, frame, colours, solid.texture, solid.pitch, CLASSES.index(name), instance)
+      (solid.shape, center, solid.half, frame, colors, solid.texture, solid.pitch, CLASSES.index(name), instance)
     )
 
   def parts(self) -> render.Parts:
@@ -93,30 +93,28 @@ class Builder:
       *(np.array(column, kind) for column, kind in zip(zip(*self.rows, strict=True), kinds, strict=True))
     )
 
-  def colour(self) -> tuple[str, np.ndarray]:
-    """A named colour and a variation of it."""
-    name = list(COLOURS)[self.rng.integers(len(COLOURS))]
-    return name, np.clip(
-      np.array(COLOURS[name]) * self.rng.uniform(0.8, 1.15) + self.rng.normal(0, 0.02, 3), 0.03, 0.95
-    )
+  def color(self) -> tuple[str, np.ndarray]:
+    """A named color and a variation of it."""
+    name = list(COLORS)[self.rng.integers(len(COLORS))]
+    return name, np.clip(np.array(COLORS[name]) * self.rng.uniform(0.8, 1.15) + self.rng.normal(0, 0.02, 3), 0.03, 0.95)
 
   def wood(self) -> np.ndarray:
     return np.array(WOODS[self.rng.integers(len(WOODS))]) * self.rng.uniform(0.8, 1.15)
 
-  def put(self, thing: Object, place: tuple[float, float, float], yaw: float, colour: np.ndarray, instance: int):
+  def put(self, thing: Object, place: tuple[float, float, float], yaw: float, color: np.ndarray, instance: int):
     """The solids of an object at `place`, turned by `yaw` from x towards y."""
     cos, sin = np.cos(yaw), np.sin(yaw)
     frame = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
     wood = self.wood()
-    palette = {FIRST: colour, SECOND: wood, PALE: np.array([0.85, 0.84, 0.8]), DARK: np.array([0.13, 0.13, 0.14])}
+    palette = {FIRST: color, SECOND: wood, PALE: np.array([0.85, 0.84, 0.8]), DARK: np.array([0.13, 0.13, 0.14])}
     for solid in thing.solids:
-      first = palette[solid.colour]
+      first = palette[solid.color]
       second = first * 0.55 if solid.texture == render.PANELS else 0.3 * first + 0.7 * wood
       center = np.array(place) + np.array(solid.center) @ frame
       self.add(solid, frame, center, np.stack([first, second]), thing.name, instance)
 
-  def new_instance(self, colour: str, name: str) -> int:
-    self.names.append((colour, name))
+  def new_instance(self, color: str, name: str) -> int:
+    self.names.append((color, name))
     return len(self.names)
 
   def shell(self):
@@ -168,14 +166,14 @@ class Builder:
 
   def _hang(self, name: str, half: tuple[float, float, float], place: tuple[float, float, float], yaw: float):
     """One thing on a wall, with its frame."""
-    colour, first = self.colour()
+    color, first = self.color()
     if name == "window":
-      colour, first = "bright", np.array([0.75, 0.85, 0.95])
+      color, first = "bright", np.array([0.75, 0.85, 0.95])
     texture = {"door": render.PANELS, "window": render.SKY, "picture": render.PAINTING}[name]
     border = Solid(render.BOX, (0, 0, 0), (half[0] + 0.05, half[1] * 0.8, half[2] + 0.05), SECOND)
     pane = Solid(render.BOX, (0, 0, 0), half, FIRST, texture)
     bars = [Solid(render.BOX, (0, 0, 0), (0.025, half[1] + 0.01, half[2]), PALE)] if name == "window" else []
-    self.put(Object(name, 0, 0, [border, pane, *bars]), place, yaw, first, self.new_instance(colour, name))
+    self.put(Object(name, 0, 0, [border, pane, *bars]), place, yaw, first, self.new_instance(color, name))
 
   def free(self, x: float, y: float, a: float, b: float) -> bool:
     """Whether a rectangle of half sizes (a, b) around (x, y) is inside the room and unoccupied."""
@@ -199,13 +197,13 @@ class Builder:
     return False
 
   def put_new(self, thing: Object, place: tuple[float, float, float], yaw: float):
-    """An object of a random named colour; much furniture is of brown wood."""
-    colour, rgb = self.colour()
+    """An object of a random named color; much furniture is of brown wood."""
+    color, rgb = self.color()
     if thing.name in ("table", "cabinet", "shelf") and self.rng.random() < 0.6:
-      colour, rgb = "wooden", self.wood()
+      color, rgb = "wooden", self.wood()
     if thing.name == "plant":
-      colour, rgb = "green", np.array([0.15, 0.4, 0.12]) * self.rng.uniform(0.7, 1.3)
-    self.put(thing, place, yaw, rgb, self.new_instance(colour, thing.name))
+      color, rgb = "green", np.array([0.15, 0.4, 0.12]) * self.rng.uniform(0.7, 1.3)
+    self.put(thing, place, yaw, rgb, self.new_instance(color, thing.name))
 
   def furnish(self, at_walls: tuple, free: tuple, small: tuple):
     """A rug, furniture along the walls, free furniture, small things on tops and on the floor."""
@@ -257,12 +255,12 @@ class Builder:
     cos, sin = np.cos(yaw), np.sin(yaw)
     joints = figure.pose(rng) @ np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]]) + np.array([x, y, 0])
     skin = np.array(SKINS[rng.integers(len(SKINS))])
-    colours = (skin, self.colour()[1], self.colour()[1] * 0.8, self.wood() * 0.5)
+    colors = (skin, self.color()[1], self.color()[1] * 0.8, self.wood() * 0.5)
     instance = self.new_instance("standing", "person")
     for start, end, radius, kind in figure.bodies(joints):
       center, half, frame = figure.stretch(start, end, radius)
       solid = Solid(render.ELLIPSOID, tuple(center), tuple(half))
-      self.add(solid, frame, center, np.stack([colours[kind]] * 2), "person", instance)
+      self.add(solid, frame, center, np.stack([colors[kind]] * 2), "person", instance)
     return joints.astype(np.float32)
 
   def light(self) -> render.Light:

@@ -159,7 +159,7 @@ class Unending:
     return self.source[index]
 
 
-class Readable:
+class SkipUnreadable:
   """A source that gives the next readable record in place of one that is not.
 
   Which one depends on the files only, so that every process, worker and resumed run sees the same.
@@ -220,7 +220,7 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True)
-class Filled:
+class PadToLength:
   """A source lengthened by repeating its last record; a row is (Example, whether it is real)."""
 
   source: Any
@@ -235,7 +235,7 @@ class Filled:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stack:
+class Collate:
   """Examples to a batch that holds `keys` only."""
 
   keys: tuple[str, ...]

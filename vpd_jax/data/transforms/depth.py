@@ -1,6 +1,6 @@
 """Pure functions (Example, random numbers) -> Example, on numpy arrays; only numpy and OpenCV.
 
-A map is every array of an Example whose first two sizes are those of the image: geometry moves all maps alike, colour
+A map is every array of an Example whose first two sizes are those of the image: geometry moves all maps alike, color
 changes the image only. No function writes into the arrays it is given.
 
 The order and the numbers are those of the depth release, which uses albumentations 1.1.0: VPD
@@ -26,7 +26,7 @@ def depth_training(
   cut_depth: str = "released",
   depth_scale: float = 1000.0,
   max_depth: float = 10.0,
-  colour: bool = True,
+  color_jitter: bool = True,
 ) -> Example:
   """Applies the training augmentation of the depth release, in its order.
 
@@ -42,7 +42,7 @@ def depth_training(
     cut_depth: see `vertical_cut_depth`.
     depth_scale: file units per metre.
     max_depth: metres that become 255 where `cut_depth="scaled"`.
-    colour: False leaves the colours alone.
+    color_jitter: False leaves the colors alone.
 
   Returns:
     the Example with its maps of the size of `crop`.
@@ -53,7 +53,7 @@ def depth_training(
     example = vertical_cut_depth(example, rng, mode=cut_depth, depth_scale=depth_scale, max_depth=max_depth)
   example = random_mirror(example, rng)
   example = random_crop(example, rng, size=crop)
-  return random_colour(example, rng) if colour else example
+  return random_color(example, rng) if color_jitter else example
 
 
 def check_cut_depth(mode: str) -> None:
@@ -65,7 +65,7 @@ def check_cut_depth(mode: str) -> None:
 def vertical_cut_depth(
   example: Example, rng: np.random.Generator, *, mode: str, depth_scale: float, max_depth: float
 ) -> Example:
-  """Overwrites a vertical band of the image with its depth map, in all three colours.
+  """Overwrites a vertical band of the image with its depth map, in all three colors.
 
   With alpha, beta in [0, 1) the band covers the columns l .. l + w - 1, l = int(alpha W),
   w = int(max((W - alpha W) 0.75 beta, 1)).
@@ -92,11 +92,11 @@ def vertical_cut_depth(
   left = int(alpha * width)
   band = slice(left, left + int(max((width - alpha * width) * beta * 0.75, 1)))
   image = example["image"].copy()
-  image[:, band] = depth_as_colour(example["depth"][:, band], mode, depth_scale, max_depth)[..., None]
+  image[:, band] = depth_as_color(example["depth"][:, band], mode, depth_scale, max_depth)[..., None]
   return dict(example, image=image)
 
 
-def depth_as_colour(depth: np.ndarray, mode: str, depth_scale: float, max_depth: float) -> np.ndarray:
+def depth_as_color(depth: np.ndarray, mode: str, depth_scale: float, max_depth: float) -> np.ndarray:
   """Depth in metres as uint8: file units modulo 256 ("released"), or max_depth as 255 ("scaled")."""
   if mode == "released":
     return (np.rint(depth.astype(np.float64) * depth_scale).astype(np.int64) % 256).astype(np.uint8)
@@ -167,7 +167,7 @@ def resize_to_cover(example: Example, *, size: tuple[int, int]) -> Example:
   """Resizes all maps by one factor until they just cover `size` = (height, width), and cuts out the middle.
 
   For pictures of any sizes: their aspect is kept. The image is averaged where it shrinks, else interpolated; the other
-  maps take the pixel nearest to the centre of each new one, so that depth is never mixed.
+  maps take the pixel nearest to the center of each new one, so that depth is never mixed.
   """
   (height, width), (h, w) = example["image"].shape[:2], size
   scale = max(h / height, w / width)
@@ -179,7 +179,7 @@ def resize_to_cover(example: Example, *, size: tuple[int, int]) -> Example:
   return _window(example, (new[0] - h) // 2, (new[1] - w) // 2, size)
 
 
-def random_colour(example: Example, rng: np.random.Generator) -> Example:
+def random_color(example: Example, rng: np.random.Generator) -> Example:
   """Brightness and contrast, gamma, hue saturation and value: in this order, each with probability one half.
 
   Contrast 1 + U(-0.2, 0.2), brightness U(-0.2, 0.2), gamma a whole number of percent from 80 to 120, hue U(-20, 20),
@@ -222,7 +222,7 @@ def change_gamma(image: np.ndarray, *, gamma: float) -> np.ndarray:
 def shift_hsv(image: np.ndarray, *, hue: float, saturation: float, value: float) -> np.ndarray:
   """Shifts hue (modulo 180), saturation and value (clipped to 0..255) of an RGB image; each is truncated.
 
-  Source: albumentations 1.1.0 functional.py, `_shift_hsv_uint8`; the colour space is OpenCV's HSV of uint8.
+  Source: albumentations 1.1.0 functional.py, `_shift_hsv_uint8`; the color space is OpenCV's HSV of uint8.
   """
   levels = np.arange(256)
   tables = np.stack(

@@ -1,11 +1,11 @@
 """The augmentation of the segmentation releases.
 
 Pure functions on numpy arrays, as in transforms.py, whose notion of a map they share. The order and the numbers are
-those of mmsegmentation 0.30 with mmcv 1.7: rescale, crop, mirror, colour, pad. The releases work on BGR, we on RGB: of
+those of mmsegmentation 0.30 with mmcv 1.7: rescale, crop, mirror, color, pad. The releases work on BGR, we on RGB: of
 these steps only the change to HSV knows the channels, and OpenCV has it for both.
 
 The releases pad after they have brought the image to [-1, 1], with 0, which is 127.5 of 255. An image that travels as
-uint8 cannot hold that, so padding is PAD_GREY there, and "valid_size" says where it begins: the device puts 0.
+uint8 cannot hold that, so padding is PAD_GRAY there, and "valid_size" says where it begins: the device puts 0.
 
 Source: mmseg/datasets/pipelines/transforms.py (Resize, RandomCrop, RandomFlip, PhotoMetricDistortion, Pad);
 mmcv/image/geometric.py (rescale_size).
@@ -23,7 +23,7 @@ from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
 TRIES = 10  # windows that may be refused for their labels
-PAD_GREY = 128  # 0.004 in place of 0 where a reader does not look at "valid_size"
+PAD_GRAY = 128  # 0.004 in place of 0 where a reader does not look at "valid_size"
 ADDED = frozenset({"valid_size"})  # keys that are added to an Example
 
 
@@ -35,8 +35,8 @@ class Augmentation:
     crop: (height, width) of a training example; a smaller picture is padded to it.
     scale: (long, short) side within which a picture is made as large as possible, aspect kept, in either order.
     ratio_range: (lowest, highest) factor on `scale` in training.
-    cat_max_ratio: share of the labelled pixels of a window that one class should stay below; 1 takes any window.
-    colour: False trains without the changes of colour.
+    cat_max_ratio: share of the labeled pixels of a window that one class should stay below; 1 takes any window.
+    color_jitter: False trains without the changes of color.
 
   Raises:
     ValueError: in one line, for all that is wrong with them.
@@ -46,7 +46,7 @@ class Augmentation:
   scale: tuple[int, int] = (2048, 512)
   ratio_range: tuple[float, float] = (0.5, 2.0)
   cat_max_ratio: float = 0.75
-  colour: bool = True
+  color_jitter: bool = True
 
   def __post_init__(self):
     nyu.check_size("crop", self.crop)
@@ -76,7 +76,7 @@ class Augmentation:
     example = random_rescale(example, rng, scale=self.scale, ratio_range=self.ratio_range)
     example = random_crop(example, rng, size=self.crop, cat_max_ratio=self.cat_max_ratio)
     example = depth_transforms.random_mirror(example, rng)
-    if self.colour:
+    if self.color_jitter:
       example = dict(example, image=photometric_distortion(example["image"], rng))
     return pad(example, size=self.crop)
 
@@ -122,7 +122,7 @@ def random_crop(
   """Cuts a window of at most `size` out of all maps, its corner uniform over all places, the last included.
 
   A window is refused, up to TRIES times, where fewer than two classes occur or the most frequent one has at least the
-  share `cat_max_ratio` of the labelled pixels; what is drawn after that is taken in any case. A side of the picture
+  share `cat_max_ratio` of the labeled pixels; what is drawn after that is taken in any case. A side of the picture
   that is shorter than the window stays whole.
 
   Source: mmseg RandomCrop.
@@ -138,7 +138,7 @@ def random_crop(
 
 
 def is_varied(label: np.ndarray, cat_max_ratio: float) -> bool:
-  """Whether uint8 [h, w] has two classes and none with the share `cat_max_ratio` of the labelled pixels or more."""
+  """Whether uint8 [h, w] has two classes and none with the share `cat_max_ratio` of the labeled pixels or more."""
   counts = np.bincount(label.ravel(), minlength=256)[:IGNORE]
   return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < cat_max_ratio)
 
@@ -184,7 +184,7 @@ def change_hue(image: np.ndarray, *, shift: int) -> np.ndarray:
 
 
 def pad(example: Example, *, size: tuple[int, int]) -> Example:
-  """Grows the maps at the bottom and right to `size`: the image by PAD_GREY, labels by IGNORE, other maps by 0.
+  """Grows the maps at the bottom and right to `size`: the image by PAD_GRAY, labels by IGNORE, other maps by 0.
 
   Returns:
     the Example with "valid_size" int32 [2], (height, width) of what was there before.
@@ -200,7 +200,7 @@ def pad(example: Example, *, size: tuple[int, int]) -> Example:
     return dict(example, valid_size=valid)
   maps = {}
   for name in _maps(example):
-    fill = {"image": PAD_GREY, "label": IGNORE}.get(name, 0)
+    fill = {"image": PAD_GRAY, "label": IGNORE}.get(name, 0)
     array = example[name]
     maps[name] = np.full((*size, *array.shape[2:]), fill, array.dtype)
     maps[name][:height, :width] = array

@@ -1,6 +1,6 @@
 """Keypoints of people on the host: what they are called, from box to crop, augmentation.
 
-A box becomes a centre and an extent, both in pixels of the picture: the extent is the padded box in the aspect of the
+A box becomes a center and an extent, both in pixels of the picture: the extent is the padded box in the aspect of the
 crop, and is 200 times the "scale" of the releases. Pixels here are (x, y), as in COCO's files; sizes are (H, W).
 
 Source: mmpose 0.x datasets/pipelines/top_down_transform.py, core/post_processing/post_transforms.py; Huang et al. 2020,
@@ -26,7 +26,7 @@ JITTERS = ("once", "always", "off")
 # The release compares a standard normal number, not a uniform one, with 0.5: P(N(0, 1) < 0.5).
 UPPER_SHARE = 0.5 * (1 + math.erf(0.5 / math.sqrt(2)))
 UNKNOWN_SIGMA = 0.05  # of a name that COCO does not know, where none is given
-PROVIDES = frozenset({"image", "keypoints", "centre", "extent", "box_score", "image_index", "index"})
+PROVIDES = frozenset({"image", "keypoints", "center", "extent", "box_score", "image_index", "index"})
 
 
 class Keypoints(NamedTuple):
@@ -106,24 +106,24 @@ def described(
   return Keypoints(names, by_number(pairs), by_number(skeleton), deviations, by_number([upper])[0])
 
 
-def centre_and_extent(
+def box_to_center_scale(
   box: np.ndarray, crop: tuple[int, int], *, padding: float = PADDING, jitter: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-  """A box as centre and extent, float64 [2] each, (x, y) in pixels of the picture.
+  """A box as center and extent, float64 [2] each, (x, y) in pixels of the picture.
 
   Args:
     box: x, y, width, height, of which the last two are above 0.
     crop: (H, W), whose aspect the extent takes by growing.
     padding: factor on the extent.
-    jitter: float [2] in [0, 1): moves the centre by up to a fifth of the box to either side; None does not.
+    jitter: float [2] in [0, 1): moves the center by up to a fifth of the box to either side; None does not.
 
   Source: mmpose 0.x datasets/datasets/base/kpt_2d_sview_rgb_img_top_down_dataset.py _xywh2cs.
   """
   x, y, width, height = (float(number) for number in box)
-  centre, extent = np.array([x + width / 2, y + height / 2]), np.array([width, height])
+  center, extent = np.array([x + width / 2, y + height / 2]), np.array([width, height])
   if jitter is not None:
-    centre = centre + 0.4 * (jitter - 0.5) * extent
-  return centre, padding * to_aspect(extent, crop)
+    center = center + 0.4 * (jitter - 0.5) * extent
+  return center, padding * to_aspect(extent, crop)
 
 
 def to_aspect(extent: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
@@ -134,12 +134,12 @@ def to_aspect(extent: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
 
 
 def warp_matrix(
-  centre: np.ndarray, extent: np.ndarray, rotation: float, crop: tuple[int, int], *, udp: bool = True
+  center: np.ndarray, extent: np.ndarray, rotation: float, crop: tuple[int, int], *, udp: bool = True
 ) -> np.ndarray:
   """The affine map float64 [2, 3] from (x, y, 1) of the picture to (x, y) of the crop.
 
   Args:
-    centre, extent: of the person.
+    center, extent: of the person.
     rotation: degrees. The two ways turn in opposite directions, as in the release.
     crop: (H, W).
     udp: the first and last pixels of extent and crop fall on each other, each axis has its own factor; False: the
@@ -153,7 +153,7 @@ def warp_matrix(
   else:
     linear = size[0] / extent[0] * np.array([[cos, sin], [-sin, cos]])
     offset = size / 2
-  return np.concatenate([linear, (offset - linear @ centre)[:, None]], axis=1)
+  return np.concatenate([linear, (offset - linear @ center)[:, None]], axis=1)
 
 
 def warp_points(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
@@ -179,7 +179,7 @@ def mirrored(points: np.ndarray, width: int, pairs: Sequence[tuple[int, int]]) -
 def half_body(
   points: np.ndarray, upper: Sequence[int], crop: tuple[int, int], *, prefer_upper: bool
 ) -> tuple[np.ndarray, np.ndarray] | None:
-  """Centre and extent of the upper or lower half of a body; None where neither gives a box.
+  """Center and extent of the upper or lower half of a body; None where neither gives a box.
 
   Args:
     points: float [K, 3], x, y, visibility.
@@ -210,8 +210,8 @@ class Augmentation:
     crop: (H, W).
     keypoints: of the data set.
     udp: see warp_matrix.
-    padding: see centre_and_extent.
-    centre_jitter: three of ten centres are moved, in training: "once", drawn by record and the same in every epoch (as
+    padding: see box_to_center_scale.
+    center_jitter: three of ten centers are moved, in training: "once", drawn by record and the same in every epoch (as
       released, where the data set is built once), "always" anew, "off".
     flip, half_body, rotation_chance: probabilities.
     half_body_joints: visible keypoints that a body must exceed to be halved.
@@ -224,7 +224,7 @@ class Augmentation:
   keypoints: Keypoints
   udp: bool = True
   padding: float = PADDING
-  centre_jitter: str = "once"
+  center_jitter: str = "once"
   flip: float = 0.5
   half_body: float = 0.3
   half_body_joints: int = 8
@@ -245,8 +245,8 @@ class Augmentation:
       wrong.append(f"scale={self.scale} must be at least 0 and below 1")
     if self.padding <= 0:
       wrong.append(f"padding={self.padding} must be above 0")
-    if self.centre_jitter not in JITTERS:
-      wrong.append(f"centre_jitter={self.centre_jitter!r} is unknown; choose one of {JITTERS}")
+    if self.center_jitter not in JITTERS:
+      wrong.append(f"center_jitter={self.center_jitter!r} is unknown; choose one of {JITTERS}")
     if wrong:
       raise UserError(f"data: {'; '.join(wrong)}.")
 
@@ -258,50 +258,50 @@ class Augmentation:
         without label), "box" float32 [4], "box_score" float32 [], "image_index" and "index" int32 [].
       rng: of this example and epoch.
     """
-    image, points, centre, extent = self._start(example, rng)
+    image, points, center, extent = self._start(example, rng)
     if rng.random() < self.flip:
       width = image.shape[1]
       image, points = cv2.flip(image, 1), mirrored(points, width, self.keypoints.pairs)
-      centre = np.array([width - 1 - centre[0], centre[1]])
+      center = np.array([width - 1 - center[0], center[1]])
     visible = np.count_nonzero(points[:, 2] > 0)
     if self.keypoints.upper and visible > self.half_body_joints and rng.random() < self.half_body:
       prefer_upper = rng.random() < self.upper_share
       found = half_body(points, self.keypoints.upper, self.crop, prefer_upper=prefer_upper)
-      centre, extent = found or (centre, extent)
+      center, extent = found or (center, extent)
     extent = extent * np.clip(1 + self.scale * rng.standard_normal(), 1 - self.scale, 1 + self.scale)
     angle = np.clip(self.rotation * rng.standard_normal(), -2 * self.rotation, 2 * self.rotation)
     rotation = float(angle) if rng.random() < self.rotation_chance else 0.0
-    return self._cropped(example, image, points, centre, extent, rotation)
+    return self._cropped(example, image, points, center, extent, rotation)
 
   def evaluation(self, example: Example) -> Example:
     """The crop of the box as it is."""
-    centre, extent = centre_and_extent(example["box"], self.crop, padding=self.padding)
-    return self._cropped(example, example["image"], example["keypoints"].astype(np.float64), centre, extent, 0.0)
+    center, extent = box_to_center_scale(example["box"], self.crop, padding=self.padding)
+    return self._cropped(example, example["image"], example["keypoints"].astype(np.float64), center, extent, 0.0)
 
   def _start(self, example: Example, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Picture, keypoints, jittered centre, extent."""
+    """Picture, keypoints, jittered center, extent."""
     jitter = None
-    if self.centre_jitter != "off":
-      source = np.random.default_rng(int(example["index"])) if self.centre_jitter == "once" else rng
+    if self.center_jitter != "off":
+      source = np.random.default_rng(int(example["index"])) if self.center_jitter == "once" else rng
       chance, *place = source.random(3)
       jitter = np.array(place) if chance < 0.3 else None
-    centre, extent = centre_and_extent(example["box"], self.crop, padding=self.padding, jitter=jitter)
-    return example["image"], example["keypoints"].astype(np.float64), centre, extent
+    center, extent = box_to_center_scale(example["box"], self.crop, padding=self.padding, jitter=jitter)
+    return example["image"], example["keypoints"].astype(np.float64), center, extent
 
   def _cropped(
-    self, example: Example, image: np.ndarray, points: np.ndarray, centre: np.ndarray, extent: np.ndarray, angle: float
+    self, example: Example, image: np.ndarray, points: np.ndarray, center: np.ndarray, extent: np.ndarray, angle: float
   ) -> Example:
     """What a batch is made of, see PROVIDES.
 
-    "image" uint8 [H, W, 3], the crop; "keypoints" float32 [K, 3], x and y in its pixels, and 1 where labelled, visible
-    or not, else all 0; "centre" and "extent" float32 [2]; "box_score", "image_index", "index" as they came.
+    "image" uint8 [H, W, 3], the crop; "keypoints" float32 [K, 3], x and y in its pixels, and 1 where labeled, visible
+    or not, else all 0; "center" and "extent" float32 [2]; "box_score", "image_index", "index" as they came.
     """
-    matrix = warp_matrix(centre, extent, angle, self.crop, udp=self.udp)
+    matrix = warp_matrix(center, extent, angle, self.crop, udp=self.udp)
     placed = np.concatenate([warp_points(points[:, :2], matrix), np.ones((len(points), 1))], axis=1)
     result: dict[str, Any] = {
       "image": warp_image(np.ascontiguousarray(image), matrix, self.crop),
       "keypoints": (placed * (points[:, 2:] > 0)).astype(np.float32),
-      "centre": centre.astype(np.float32),
+      "center": center.astype(np.float32),
       "extent": extent.astype(np.float32),
     }
     return result | {key: example[key] for key in ("box_score", "image_index", "index")}

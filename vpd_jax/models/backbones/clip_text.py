@@ -159,7 +159,7 @@ class ClipText(nnx.Module):
 Tower = TypeVar("Tower", bound=nnx.Module)
 
 
-def never_trained(tower: Tower) -> Tower:
+def as_buffers(tower: Tower) -> Tower:
   """The same module with all its parameters turned into buffers, which no optimizer sees, whatever the config says."""
   for _, module in nnx.iter_modules(tower):
     for name, value in list(vars(module).items()):

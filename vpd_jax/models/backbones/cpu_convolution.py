@@ -43,7 +43,7 @@ def _is_plain(kernel: Array, strides: Sequence[int], padding: Any, rest: dict[st
 
 
 def as_product(x: Array, kernel: Array) -> Array:
-  """The neighbourhoods of all positions times the kernel: a 3x3 convolution of [B, H, W, C] that keeps the size."""
+  """The neighborhoods of all positions times the kernel: a 3x3 convolution of [B, H, W, C] that keeps the size."""
   patches = jnp.stack(_shifted(x), axis=3).reshape(math.prod(x.shape[:3]), -1)  # [B H W, 9 C]
   return (patches @ kernel.reshape(-1, kernel.shape[3])).reshape(*x.shape[:3], -1)
 

@@ -49,7 +49,7 @@ class Identity(nnx.Module):
 
 
 def chain(layers: nnx.List, x: Array, *, training: bool = False) -> Array:
-  """Applies the layers in order; batch normalisation is told whether this is training."""
+  """Applies the layers in order; batch normalization is told whether this is training."""
   for layer in layers:
     x = layer(x, training=training) if isinstance(layer, normalization.BatchNorm) else layer(x)
   return x

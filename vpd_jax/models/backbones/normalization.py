@@ -14,7 +14,7 @@ from vpd_jax.types import Array
 
 
 class GroupNorm(nnx.Module):
-  """Normalises groups of channels over all positions, statistics in float32 or wider whatever the dtype.
+  """Normalizes groups of channels over all positions, statistics in float32 or wider whatever the dtype.
 
   As SD's GroupNorm32. Sums run over positions first, channel by channel, and only then over the channels of a group:
   on CPU the gradient takes a third to a half of the time of a reduction over [H, W, G, C / G] at once.
@@ -27,7 +27,7 @@ class GroupNorm(nnx.Module):
     self.bias = nnx.Param(initializers.zeros(rngs.params(), (width,), param_dtype))
 
   def __call__(self, x: Array) -> Array:
-    """Normalises [B, H, W, C]."""
+    """Normalizes [B, H, W, C]."""
     high = jnp.promote_types(self.dtype, jnp.float32)
     scale, bias = self.scale[...].astype(high), self.bias[...].astype(high)
     y = cast(Array, _group_normalized(x, scale, bias, self.groups, self.epsilon))
@@ -35,7 +35,7 @@ class GroupNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-  """Normalises the last axis with PyTorch's epsilon of 1e-5, statistics in float32 or wider whatever the dtype."""
+  """Normalizes the last axis with PyTorch's epsilon of 1e-5, statistics in float32 or wider whatever the dtype."""
 
   def __init__(self, width: int, *, epsilon: float = 1e-5, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
     self.epsilon, self.dtype = epsilon, dtype
@@ -43,7 +43,7 @@ class LayerNorm(nnx.Module):
     self.bias = nnx.Param(initializers.zeros(rngs.params(), (width,), param_dtype))
 
   def __call__(self, x: Array) -> Array:
-    """Normalises [..., C]."""
+    """Normalizes [..., C]."""
     high = jnp.promote_types(self.dtype, jnp.float32)
     scale, bias = self.scale[...].astype(high), self.bias[...].astype(high)
     return cast(Array, _layer_normalized(x, scale, bias, self.epsilon)).astype(self.dtype)
@@ -121,7 +121,7 @@ _layer_normalized.defvjp(_layer_forward, _layer_backward)
 
 
 class BatchNorm(nnx.Module):
-  """Batch normalisation over consecutive groups of images, with PyTorch's running statistics.
+  """Batch normalization over consecutive groups of images, with PyTorch's running statistics.
 
   The released depth code keeps statistics per GPU, over the 3 images it holds; `group` is that number, whatever the
   number of devices here. The running mean and variance move towards the mean over all groups of the group's mean and
@@ -149,7 +149,7 @@ class BatchNorm(nnx.Module):
     self.var = nnx.BatchStat(initializers.ones(rngs.params(), (width,), param_dtype))
 
   def __call__(self, x: Array, *, training: bool) -> Array:
-    """Normalises [B, H, W, C]: with the statistics of each group in training, which also moves the running ones."""
+    """Normalizes [B, H, W, C]: with the statistics of each group in training, which also moves the running ones."""
     high = jnp.promote_types(self.dtype, jnp.float32)
     x = x.astype(high)
     if not training:
@@ -157,7 +157,7 @@ class BatchNorm(nnx.Module):
       return self._scaled(x, mean, var)
     group = self.group or x.shape[0]
     if x.shape[0] % group:
-      raise UserError(f"{x.shape[0]} images cannot be split into groups of {group} for batch normalisation.")
+      raise UserError(f"{x.shape[0]} images cannot be split into groups of {group} for batch normalization.")
     y = x.reshape(-1, group, *x.shape[1:])  # [G, B / G, H, W, C]
     mean = y.mean(axis=(1, 2, 3), keepdims=True)
     var = jnp.square(y - mean).mean(axis=(1, 2, 3), keepdims=True)

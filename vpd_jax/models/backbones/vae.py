@@ -130,7 +130,7 @@ class Encoder(nnx.Module):
     return self.conv_out(nnx.silu(self.norm_out(h)))
 
 
-class Ballast(nnx.Module):
+class UnusedConv(nnx.Module):
   """A 1x1 convolution that nothing applies; kept so that files can be written back whole."""
 
   def __init__(self, width: int, *, param_dtype: Any, rngs: nnx.Rngs, dtype: Any):
@@ -150,7 +150,7 @@ class VaeEncoder(nnx.Module):
     self.dtype = dtype
     self.encoder = Encoder(sizes, attention, **kinds)
     self.quant_conv = layers.conv(2 * sizes.z_channels, 2 * sizes.z_channels, 1, **kinds)
-    self.post_quant_conv = Ballast(sizes.z_channels, **kinds)
+    self.post_quant_conv = UnusedConv(sizes.z_channels, **kinds)
 
   def __call__(self, image: Array) -> Posterior:
     """Encodes float [B, H, W, 3] in [-1, 1], sides multiples of 8."""

@@ -13,7 +13,7 @@ from flax import nnx
 from vpd_jax.errors import UserError
 from vpd_jax.models import initializers
 from vpd_jax.models.backbones.clip_image import ClipImage, ImageSizes, pixels
-from vpd_jax.models.backbones.clip_text import never_trained
+from vpd_jax.models.backbones.clip_text import as_buffers
 from vpd_jax.types import Array, Buffer, Example
 
 # How a method that knows classes gets the class of an image: told with the image, by CLIP from the image, or not at all
@@ -34,7 +34,7 @@ class ClassPredictor(nnx.Module):
     kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     self.dtype = dtype
     self.names = Buffer(initializers.normal(1.0)(rngs.params(), (classes, sizes.projection), param_dtype))
-    self.image_encoder = never_trained(ClipImage(sizes, projected=True, **kinds))
+    self.image_encoder = as_buffers(ClipImage(sizes, projected=True, **kinds))
 
   def __call__(self, image: Array) -> Array:
     """Class ids, int32 [B], of uint8 [B, H, W, 3] or float in [0, 1], of any sides."""

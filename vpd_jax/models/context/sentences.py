@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from vpd_jax.errors import UserError
-from vpd_jax.models.backbones.clip_text import ClipText, TextSizes, never_trained
+from vpd_jax.models.backbones.clip_text import ClipText, TextSizes, as_buffers
 from vpd_jax.types import Array, Batch, Example
 
 SHOWN = 3  # cut sentences named in a line
@@ -100,7 +100,7 @@ def text_encoder(sizes: TextSizes, length: int, width: int, **kinds: Any) -> Cli
     problems.append(f"the text encoder (config.backbone.text) is {sizes.width} wide, the UNet's context {width}.")
   if problems:
     raise UserError(" ".join(problems))
-  return never_trained(ClipText(sizes, **kinds))
+  return as_buffers(ClipText(sizes, **kinds))
 
 
 def states(encoder: nnx.Module, batch: Batch, dtype: Any) -> Array:

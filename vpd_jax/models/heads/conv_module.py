@@ -17,7 +17,7 @@ FRAMES = ("padded", "resized")
 
 
 class ConvModule(nnx.Module):
-  """Convolution without bias, batch normalisation, ReLU.
+  """Convolution without bias, batch normalization, ReLU.
 
   Source: mmcv 1.7 cnn/bricks/conv_module.py.
   """
@@ -60,7 +60,7 @@ def check_frame(frame: str) -> None:
     raise UserError(f"head.frame={frame!r} is unknown; choose one of {FRAMES}.")
 
 
-def to_image(logits: Array, features: Features, stride: int, frame: str) -> Array:
+def resize_logits(logits: Array, features: Features, stride: int, frame: str) -> Array:
   """Scores at the size of the image, bilinear, float32 or wider.
 
   Args:

@@ -46,7 +46,7 @@ class Deconv(nnx.Module):
       init: of all kernels: "released", normal of deviation 0.001, which leaves the network before the head almost
         without gradient at first and suits a pretrained one; "fan_in", He's, for a network that starts from nothing.
       frame: what the map shows, which every head is told of; no use of it here, for the neck has cut padding off.
-      norm_group: images per group of batch normalisation, 0 for the whole batch.
+      norm_group: images per group of batch normalization, 0 for the whole batch.
     """
     del frame
     doublings = math.log2(strides[0]) - len(filters)

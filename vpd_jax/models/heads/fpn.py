@@ -32,7 +32,7 @@ class BiasedConv(nnx.Module):
 class Fpn(nnx.Module):
   """Feature pyramid: 1x1 convolutions to one width, sums from coarse to fine (nearest), one 3x3 convolution a level.
 
-  No normalisation and no activation.
+  No normalization and no activation.
   """
 
   needs_maps = 4
@@ -55,7 +55,7 @@ class Fpn(nnx.Module):
     Args:
       widths, strides: of the maps that come in, finest first.
       width: of those that go out.
-      frame, tokens, norm_group: what the maps show, the size of the context and groups of batch normalisation, which
+      frame, tokens, norm_group: what the maps show, the size of the context and groups of batch normalization, which
         every neck is told of; no use of them here.
     """
     del frame, tokens, norm_group
@@ -143,8 +143,8 @@ class SemanticFpn(nnx.Module):
       classes: K.
       width: of all convolutions but the last.
       dropout: probability of a whole channel to be dropped before the classifier in training. Release: 0.1.
-      frame: what the maps show, as the method says: "padded" or "resized"; see `conv_module.to_image`.
-      norm_group: images per group of batch normalisation, 0 for the whole batch (SyncBN, as released).
+      frame: what the maps show, as the method says: "padded" or "resized"; see `conv_module.resize_logits`.
+      norm_group: images per group of batch normalization, 0 for the whole batch (SyncBN, as released).
 
     Raises:
       ValueError: strides that are not powers of two apart; an unknown word; a rate that is no probability.
@@ -165,4 +165,4 @@ class SemanticFpn(nnx.Module):
       key: random key of the dropout, needed in training where its rate is above 0.
     """
     logits = self.decode_head(features.maps, training=training, key=key)
-    return {"logits": conv_module.to_image(logits, features, self.stride, self.frame)}
+    return {"logits": conv_module.resize_logits(logits, features, self.stride, self.frame)}

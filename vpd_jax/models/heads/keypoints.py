@@ -62,8 +62,8 @@ def _chosen(stride: int, strides: tuple[int, ...], name: str) -> int:
   return tuple(strides).index(stride)
 
 
-class Fused(nnx.Module):
-  """All maps, bilinear at stride 4, joined; 3x3 convolution, batch normalisation, ReLU; 1x1 convolution to K."""
+class FusedHead(nnx.Module):
+  """All maps, bilinear at stride 4, joined; 3x3 convolution, batch normalization, ReLU; 1x1 convolution to K."""
 
   def __init__(
     self,
@@ -88,7 +88,7 @@ class Fused(nnx.Module):
       init: of kernels: "released", normal of deviation 0.001 as in mmpose's heads; "fan_in", He's, for a network that
         starts from nothing.
       frame: what the maps show: "padded" or "resized", see Method.
-      norm_group: images per group of batch normalisation, 0 for the whole batch.
+      norm_group: images per group of batch normalization, 0 for the whole batch.
 
     Raises:
       ValueError: an unknown word.
@@ -109,7 +109,7 @@ class Fused(nnx.Module):
     return to_heatmaps(self.final_layer(x), features, self.frame)
 
 
-class Simple(nnx.Module):
+class ViTPoseSimpleHead(nnx.Module):
   """ViTPose's simple decoder on one map: ReLU, bilinear to stride 4, 3x3 convolution to K."""
 
   def __init__(
@@ -149,8 +149,8 @@ class Simple(nnx.Module):
     return to_heatmaps(self.final_layer(x), features, self.frame)
 
 
-class Classic(nnx.Module):
-  """Transposed convolutions of kernel 4, stride 2 on one map up to stride 4, each normalised; 1x1 convolution to K."""
+class DeconvHead(nnx.Module):
+  """Transposed convolutions of kernel 4, stride 2 on one map up to stride 4, each normalized; 1x1 convolution to K."""
 
   def __init__(
     self,
@@ -198,7 +198,7 @@ class Classic(nnx.Module):
     return to_heatmaps(self.final_layer(x), features, self.frame)
 
 
-class Direct(nnx.Module):
+class IdentityHead(nnx.Module):
   """The finest map as it is: one channel, hence one prompt of the einsum neck, for each keypoint. No parameters."""
 
   def __init__(

@@ -26,7 +26,7 @@ TORCH = initializers.torch_default
 
 
 def resize_corners(x: Array, size: Sequence[int]) -> Array:
-  """Resizes [B, H, W, C] bilinearly so that the centres of the corner pixels stay, without antialiasing.
+  """Resizes [B, H, W, C] bilinearly so that the centers of the corner pixels stay, without antialiasing.
 
   Row i of n reads the H rows at i (H - 1) / (n - 1); one row alone reads the first.
 
@@ -84,8 +84,8 @@ class Lavt(nnx.Module):
       widths, strides: of the maps that come in, finest first; at least two.
       classes: scores per pixel. Release: 2.
       width: of all convolutions but the last. Release: 640.
-      frame: what the maps show, as the method says: "padded" or "resized"; see `conv_module.to_image`.
-      norm_group: images per group of batch normalisation, 0 for the whole batch (SyncBatchNorm, as released).
+      frame: what the maps show, as the method says: "padded" or "resized"; see `conv_module.resize_logits`.
+      norm_group: images per group of batch normalization, 0 for the whole batch (SyncBatchNorm, as released).
 
     Raises:
       ValueError: fewer than two maps; an unknown word.

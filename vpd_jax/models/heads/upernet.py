@@ -115,8 +115,8 @@ class UperNet(nnx.Module):
       pool_scales: bins per side of the pyramid pooling.
       dropout: probability of a whole channel to be dropped before both classifiers in training. Release: 0.0 on
         ADE20K, 0.1 on Cityscapes.
-      frame: what the maps show, as the method says: "padded" or "resized"; see `conv_module.to_image`.
-      norm_group: images per group of batch normalisation, 0 for the whole batch (SyncBN, as released).
+      frame: what the maps show, as the method says: "padded" or "resized"; see `conv_module.resize_logits`.
+      norm_group: images per group of batch normalization, 0 for the whole batch (SyncBN, as released).
 
     Raises:
       ValueError: no such map; an unknown word; a rate that is no probability.
@@ -146,7 +146,7 @@ class UperNet(nnx.Module):
     """
     keys = (None, None) if key is None else jax.random.split(key)
     logits = self.decode_head(features.maps, training=training, key=keys[0])
-    outputs = {"logits": conv_module.to_image(logits, features, self.stride, self.frame)}
+    outputs = {"logits": conv_module.resize_logits(logits, features, self.stride, self.frame)}
     if self.auxiliary_head is not None:
       aux = self.auxiliary_head(features.maps[self.auxiliary_map], training=training, key=keys[1])
       outputs["aux_logits"] = aux.astype(jnp.promote_types(aux.dtype, jnp.float32))

@@ -26,7 +26,7 @@ from vpd_jax.errors import UserError
 from vpd_jax.models import initializers
 from vpd_jax.models.backbones.attention import Implementation
 from vpd_jax.models.backbones.clip_image import RESIZES, ClipImage, ImageSizes, pixels
-from vpd_jax.models.backbones.clip_text import ClipText, TextSizes, never_trained
+from vpd_jax.models.backbones.clip_text import ClipText, TextSizes, as_buffers
 from vpd_jax.models.backbones.unet import UNet, UNetSizes
 from vpd_jax.models.backbones.vae import VaeEncoder, VaeSizes
 from vpd_jax.models.context import class_context, sentences
@@ -152,7 +152,7 @@ class Iedp(nnx.Module):
     self.sentence_tokens = (token_length, unet.context_dim) if told else None
     self.vae = VaeEncoder(vae, attention=attention, **kinds)
     self.unet = UNet(unet, with_out=False, attention=attention, remat=remat, **kinds)
-    self.image_encoder = never_trained(ClipImage(image, projected=False, **towers))
+    self.image_encoder = as_buffers(ClipImage(image, projected=False, **towers))
     block = {name: options[name] for name in ("num_queries", "query_init", "num_blocks", "num_heads", "ffn_ratio")}
     self.implicit = ImplicitText(
       image.width, unet.context_dim, output_norm=output_norm, attention=attention, **block, **kinds
@@ -160,7 +160,7 @@ class Iedp(nnx.Module):
     if told:
       self.text_encoder = sentences.text_encoder(text, token_length, unet.context_dim, **towers)
     elif self.explicit:
-      self.text_encoder = never_trained(ClipText(text, **towers))
+      self.text_encoder = as_buffers(ClipText(text, **towers))
     if self.adapted:
       self.gamma = nnx.Param(initializers.constant(residual_scale)(rngs.params(), (unet.context_dim,), param_dtype))
       self.text_adapter = TextAdapter(unet.context_dim, **kinds)

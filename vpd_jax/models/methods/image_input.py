@@ -26,7 +26,7 @@ def network_input(batch: Batch, dtype: Any) -> Array:
       hold exactly, "valid_size" int [B, 2], (height, width) without it.
     dtype: of the result.
 
-  Source: mmseg pads after it has normalised, with 0 (mmseg/datasets/pipelines/transforms.py Pad).
+  Source: mmseg pads after it has normalized, with 0 (mmseg/datasets/pipelines/transforms.py Pad).
   """
   image = signed(batch["image"], dtype)
   if "valid_size" not in batch:

@@ -25,7 +25,7 @@ from vpd_jax.errors import UserError
 from vpd_jax.models import initializers
 from vpd_jax.models.backbones import layers
 from vpd_jax.models.backbones.attention import Implementation
-from vpd_jax.models.backbones.clip_text import TextSizes, never_trained
+from vpd_jax.models.backbones.clip_text import TextSizes, as_buffers
 from vpd_jax.models.backbones.unet import UNet, UNetSizes
 from vpd_jax.models.backbones.vae import VaeEncoder, VaeSizes
 from vpd_jax.models.context import class_context as sources
@@ -142,9 +142,9 @@ class MetaPrompts(nnx.Module):
     if held > 1 and refine_init == "fan_in":
       self.unet.out[-1] = layers.conv(unet.widths[0], unet.out_channels, 3, **kinds)
     if keep_unused and timestep is None:
-      self.unet.time_embed = never_trained(self.unet.time_embed)
+      self.unet.time_embed = as_buffers(self.unet.time_embed)
     if keep_unused and held == 1:
-      self.unet.out = never_trained(self.unet.out)
+      self.unet.out = as_buffers(self.unet.out)
 
   notes, training_only = (), ()
 

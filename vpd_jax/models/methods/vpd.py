@@ -23,7 +23,7 @@ from vpd_jax.models import initializers
 from vpd_jax.models.backbones import layers
 from vpd_jax.models.backbones.attention import Implementation
 from vpd_jax.models.backbones.clip_image import ImageSizes
-from vpd_jax.models.backbones.clip_text import TextSizes, never_trained
+from vpd_jax.models.backbones.clip_text import TextSizes, as_buffers
 from vpd_jax.models.backbones.unet import UNet, UNetSizes
 from vpd_jax.models.backbones.vae import VaeEncoder, VaeSizes
 from vpd_jax.models.context import class_context, sentences
@@ -93,7 +93,7 @@ class Vpd(nnx.Module):
       timestep: the diffusion timestep, the same for every image. Release: 1 (the paper says 0).
       latent_scale: factor on the latents. Release: 1.0; Stable Diffusion itself was trained with 0.18215.
       pad_multiple: the image grows at right and bottom to the next multiple. Release: 64, as 480 -> 512 and 352 -> 384.
-      pad_value: of the padding, after scaling to [-1, 1]. Release: 0, mid grey.
+      pad_value: of the padding, after scaling to [-1, 1]. Release: 0, mid gray.
       attention_maps: join the cross-attention maps to the features. Release: in segmentation and referring.
       attention_max_size, attention_gradient: which maps, and whether they carry a gradient; see images.joined_maps.
         Release: 32, False (they are stored by a pass without gradient).
@@ -136,7 +136,7 @@ class Vpd(nnx.Module):
     self.vae = VaeEncoder(vae, attention=attention, **kinds)
     self.unet = UNet(unet, with_out=keep_unused, attention=attention, remat=remat, **kinds)
     if keep_unused:
-      self.unet.out = never_trained(self.unet.out)
+      self.unet.out = as_buffers(self.unet.out)
     self.text_adapter = TextAdapter(unet.context_dim, **kinds)
     if prompt == "predicted":
       self.class_predictor = class_context.ClassPredictor(image or ImageSizes(), classes, **kinds)

@@ -72,7 +72,7 @@ class Fusion(nnx.Module):
       widths, strides: of the four maps that come in.
       frame: what they show; see Method.
       width: of the map that goes out.
-      tokens, norm_group: of the context and of batch normalisation, which every neck is told of; no use of them here.
+      tokens, norm_group: of the context and of batch normalization, which every neck is told of; no use of them here.
 
     Raises:
       ValueError: another number of maps than four, or maps of a resized image.
@@ -111,7 +111,7 @@ class Fusion(nnx.Module):
 
 
 class _Raised(nnx.Module):
-  """Transposed convolutions, each doubling the size, then a 3x3 convolution back to the width; all normalised."""
+  """Transposed convolutions, each doubling the size, then a 3x3 convolution back to the width; all normalized."""
 
   def __init__(self, width: int, doublings: int, *, inner: int, norm_group: int, **kinds: Any):
     norm = lambda w: normalization.BatchNorm(w, group=norm_group, **kinds)
@@ -158,7 +158,7 @@ class EinsumLevels(nnx.Module):
     Args:
       widths, strides: of the four maps that come in.
       tokens: number and width of the tokens of the method's context.
-      frame, norm_group: what the maps show and groups of batch normalisation, which every neck is told of; no use of
+      frame, norm_group: what the maps show and groups of batch normalization, which every neck is told of; no use of
         them here.
 
     Raises:
@@ -220,7 +220,7 @@ class Einsum(nnx.Module):
       tokens: number and width of the tokens of the method's context; the number is the channels of the map that goes
         out.
       inner: width of the transposed convolutions.
-      norm_group: images per group of batch normalisation, 0 for the whole batch.
+      norm_group: images per group of batch normalization, 0 for the whole batch.
 
     Raises:
       ValueError: another number of maps than four; strides that are not doubled from map to map; a padded image.

@@ -1,4 +1,4 @@
-"""What trivial predictors of depth reach on a data set: a network that has learnt anything is better."""
+"""What trivial predictors of depth reach on a data set: a network that has learned anything is better."""
 
 from collections.abc import Iterable
 
@@ -18,7 +18,7 @@ def depth_baselines(
   max_depth: float = 10.0,
   region: tuple[int, int, int, int] | None = None,
 ) -> dict[str, float]:
-  """RMSE of three predictors that are fitted on whole training images and look at no neighbouring pixel.
+  """RMSE of three predictors that are fitted on whole training images and look at no neighboring pixel.
 
   Each sequence is read once. All images of both must have the same size. Predictions are clipped to the valid range.
 

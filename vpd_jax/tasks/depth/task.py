@@ -189,7 +189,7 @@ class Depth:
     a number is at least 1 there, and only NaN is 0.
 
     Args:
-      stem: path without suffix: stem.colour.png, stem.depth.png (16 bit), stem.npy (float32 metres), stem.json.
+      stem: path without suffix: stem.color.png, stem.depth.png (16 bit), stem.npy (float32 metres), stem.json.
       prediction: float [H, W], metres.
       facts: more entries for the JSON, which states unit and scale.
       image: the picture; no use of it here.
@@ -207,9 +207,9 @@ class Depth:
       "size": list(depth.shape),
       **facts,
     }
-    colour = colormaps.colour_depth(depth)
+    color = colormaps.color_depth(depth)
     return [
-      _write(stem, ".colour.png", lambda path: _png(path, colour[..., ::-1])),
+      _write(stem, ".color.png", lambda path: _png(path, color[..., ::-1])),
       _write(stem, ".depth.png", lambda path: _png(path, stored)),
       _write(stem, ".npy", lambda path: np.save(path, depth)),
       _write(stem, ".json", lambda path: path.write_text(atomic.to_json(described, indent=1) + "\n")),

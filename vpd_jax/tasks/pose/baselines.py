@@ -1,4 +1,4 @@
-"""What trivial predictors of keypoints reach on a data set: a network that has learnt anything is better."""
+"""What trivial predictors of keypoints reach on a data set: a network that has learned anything is better."""
 
 from collections.abc import Callable
 
@@ -15,8 +15,8 @@ Predictor = Callable[[np.ndarray], np.ndarray]  # crop uint8 [H, W, 3] to places
 class Fit:
   """Sums over training crops, from which two predictors follow.
 
-  "mean_pose": the mean place of each keypoint, over those that are labelled; "linear_crop": a linear regression, with a
-  little ridge, from the colours of the crop shrunk to 8 x 8 to the place of each keypoint.
+  "mean_pose": the mean place of each keypoint, over those that are labeled; "linear_crop": a linear regression, with a
+  little ridge, from the colors of the crop shrunk to 8 x 8 to the place of each keypoint.
   """
 
   def __init__(self, count: int):
@@ -25,7 +25,7 @@ class Fit:
     self.gram, self.target = np.zeros((count, inputs, inputs)), np.zeros((count, inputs, 2))
 
   def add(self, crop: np.ndarray, keypoints: np.ndarray) -> None:
-    """One more training crop: uint8 [H, W, 3], and float [K, 3] (x, y, 1 where labelled)."""
+    """One more training crop: uint8 [H, W, 3], and float [K, 3] (x, y, 1 where labeled)."""
     inputs = regressors(crop)
     outer = np.outer(inputs, inputs)
     for k in np.flatnonzero(keypoints[:, 2] > 0):
@@ -38,10 +38,10 @@ class Fit:
     """The two, by name.
 
     Raises:
-      ValueError: no training crop has a labelled keypoint.
+      ValueError: no training crop has a labeled keypoint.
     """
     if not self.number.any():
-      raise UserError("no training crop has a labelled keypoint; check the data set.")
+      raise UserError("no training crop has a labeled keypoint; check the data set.")
     mean = self.total / np.maximum(self.number, 1)[:, None]
     offsets = self.target - np.einsum("ki,kj->kij", self.gram[:, :, -1], mean)  # of the places less their mean
     ridge = RIDGE * np.eye(self.gram.shape[1])
@@ -54,6 +54,6 @@ class Fit:
 
 
 def regressors(crop: np.ndarray) -> np.ndarray:
-  """Colours in [0, 1] of the shrunk crop, and 1: float64 [3 * SIDE^2 + 1]."""
+  """Colors in [0, 1] of the shrunk crop, and 1: float64 [3 * SIDE^2 + 1]."""
   small = cv2.resize(crop, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
   return np.append(small.ravel() / 255.0, 1.0)

@@ -1,7 +1,7 @@
 """Heatmaps of keypoints on the device: targets, mirrored maps, places with a fraction, the way back to the picture.
 
-Heatmaps are float [B, h, w, K]; places are (x, y). What is called UDP counts from the centre of the first pixel to the
-centre of the last one; the classic way counts pixels.
+Heatmaps are float [B, h, w, K]; places are (x, y). What is called UDP counts from the center of the first pixel to the
+center of the last one; the classic way counts pixels.
 
 Source: mmpose 0.x core/evaluation/top_down_eval.py keypoints_from_heatmaps, datasets/pipelines/top_down_transform.py
 TopDownGenerateTarget; Huang et al. 2020, https://arxiv.org/abs/1911.07524 (UDP); Zhang et al. 2020,
@@ -24,29 +24,29 @@ def targets(
   """Heatmaps with a Gaussian of height 1 at each keypoint, cut off 3 sigma from the nearest pixel.
 
   Args:
-    keypoints: float32 or wider [B, K, 3]: x and y in pixels of the crop, and 1 where labelled, else 0.
+    keypoints: float32 or wider [B, K, 3]: x and y in pixels of the crop, and 1 where labeled, else 0.
     crop: (H, W).
     size: (h, w) of the heatmaps.
     sigma: in pixels of the heatmap.
-    udp: the centre keeps its fraction; False rounds it (MSRA's).
+    udp: the center keeps its fraction; False rounds it (MSRA's).
 
   Returns:
-    float [B, h, w, K], 0 for a keypoint that has no label; and weights float [B, K]: 1 where labelled, but 0 where the
-    square around the centre lies wholly outside.
+    float [B, h, w, K], 0 for a keypoint that has no label; and weights float [B, K]: 1 where labeled, but 0 where the
+    square around the center lies wholly outside.
   """
   dtype = jnp.promote_types(keypoints.dtype, jnp.float32)
-  labelled = keypoints[..., 2].astype(dtype)  # [B, K]
-  inside, profiles = labelled > 0.5, []
+  labeled = keypoints[..., 2].astype(dtype)  # [B, K]
+  inside, profiles = labeled > 0.5, []
   for axis, side, cells in ((1, crop[0], size[0]), (0, crop[1], size[1])):
     stride = (side - 1) / (cells - 1) if udp else side / cells
     place = keypoints[..., axis].astype(dtype) / stride
     nearest = jnp.trunc(place + 0.5)
     inside &= (nearest - 3 * sigma < cells) & (nearest + 3 * sigma + 1 >= 0)
-    centre = (place if udp else nearest)[:, None]  # [B, 1, K]
+    center = (place if udp else nearest)[:, None]  # [B, 1, K]
     cell = jnp.arange(cells, dtype=dtype)[None, :, None]  # [1, h, 1]
     near = jnp.abs(cell - nearest[:, None]) <= 3 * sigma
-    profiles.append(jnp.where(near, jnp.exp(-((cell - centre) ** 2) / (2 * sigma**2)), 0))  # [B, h, K]
-  weights = jnp.where(inside, labelled, 0)
+    profiles.append(jnp.where(near, jnp.exp(-((cell - center) ** 2) / (2 * sigma**2)), 0))  # [B, h, K]
+  weights = jnp.where(inside, labeled, 0)
   heatmaps = profiles[0][:, :, None] * profiles[1][:, None]  # [B, h, w, K]
   return jnp.where(inside[:, None, None], heatmaps, 0), weights
 
@@ -104,7 +104,7 @@ def decode(heatmaps: Array, *, udp: bool = True, kernel: int = 11) -> tuple[Arra
     heatmaps: float [B, h, w, K].
     udp: from the highest pixel p one Newton step p - (H + eps I)^-1 g on the logarithm of the blurred heatmap, whose
       gradient and Hessian are central differences, the border repeated by one pixel; False: a quarter of a pixel to
-      the higher neighbour, in each axis, where p is not among the two first or the last pixel of either.
+      the higher neighbor, in each axis, where p is not among the two first or the last pixel of either.
     kernel: taps of the blur, odd. Release: 11 at sigma 2, 17 at sigma 3.
 
   Returns:
@@ -155,12 +155,12 @@ def _quarter(heatmaps: Array, place: Array) -> Array:
   return jnp.where(inside[..., None], jnp.sign(jnp.stack([across, down], axis=-1)) / 4, 0)
 
 
-def to_picture(places: Array, centre: Array, extent: Array, size: Sequence[int], *, udp: bool = True) -> Array:
+def to_picture(places: Array, center: Array, extent: Array, size: Sequence[int], *, udp: bool = True) -> Array:
   """Places in a heatmap as places in the picture.
 
   Args:
     places: float [B, K, 2], (x, y) in pixels of the heatmap.
-    centre, extent: float [B, 2] of the crops, in pixels of the picture; they were not turned.
+    center, extent: float [B, 2] of the crops, in pixels of the picture; they were not turned.
     size: (h, w) of the heatmap.
     udp: see the top of this file.
 
@@ -169,4 +169,4 @@ def to_picture(places: Array, centre: Array, extent: Array, size: Sequence[int],
   """
   cells = np.array(size[::-1], np.float32) - (1 if udp else 0)
   factor = (extent / jnp.asarray(cells, extent.dtype)[None])[:, None]
-  return places * factor.astype(places.dtype) + (centre - extent / 2)[:, None].astype(places.dtype)
+  return places * factor.astype(places.dtype) + (center - extent / 2)[:, None].astype(places.dtype)

@@ -14,7 +14,7 @@ import numpy as np
 from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
 from vpd_jax.tasks import finite
-from vpd_jax.tasks.label_images import write, write_colours
+from vpd_jax.tasks.label_images import write, write_colors
 from vpd_jax.tasks.pose import baselines, heatmaps, oks, visualize
 from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
 
@@ -48,7 +48,7 @@ class Pose:
     needs_truth: `summarize` and `baselines` take what the data set's `truth` gives.
   """
 
-  needs = frozenset({"keypoints", "centre", "extent", "box_score", "image_index"})
+  needs = frozenset({"keypoints", "center", "extent", "box_score", "image_index"})
   result = "keypoints"
   best = ("AP", "max")
   way = "crops"
@@ -96,11 +96,11 @@ class Pose:
     self.output = {"keypoints": len(keypoints.names)}
 
   def loss(self, outputs: Outputs, batch: Batch) -> Loss:
-    """Weighted squared error of one group of crops; weight 0 where no keypoint is labelled.
+    """Weighted squared error of one group of crops; weight 0 where no keypoint is labeled.
 
     Args:
       outputs: "heatmaps" float [B, h, w, K].
-      batch: "keypoints" float32 [B, K, 3], x and y in pixels of the crop, and 1 where labelled, else 0.
+      batch: "keypoints" float32 [B, K, 3], x and y in pixels of the crop, and 1 where labeled, else 0.
     """
     predicted = outputs["heatmaps"]
     size = predicted.shape[1:3]
@@ -121,15 +121,15 @@ class Pose:
     """
     return heatmaps.mirrored(prediction, self.keypoints.pairs, shift=self.shift_flipped)
 
-  def locate(self, prediction: Array, centre: Array, extent: Array) -> Array:
+  def locate(self, prediction: Array, center: Array, extent: Array) -> Array:
     """Keypoints in the picture: float [B, K, 3], x, y and score.
 
     Args:
       prediction: heatmaps, float [B, h, w, K].
-      centre, extent: float [B, 2] of the crops, which were not turned.
+      center, extent: float [B, 2] of the crops, which were not turned.
     """
     places, scores = heatmaps.decode(prediction, udp=self.udp, kernel=self.blur)
-    places = heatmaps.to_picture(places, centre, extent, prediction.shape[1:3], udp=self.udp)
+    places = heatmaps.to_picture(places, center, extent, prediction.shape[1:3], udp=self.udp)
     return jnp.concatenate([places, scores[..., None]], axis=-1)
 
   def measure(self, prediction: Array, batch: Batch) -> dict[str, Array]:
@@ -139,9 +139,9 @@ class Pose:
       "keypoints" float [B, K, 3], see `locate`; "area" float [B] of the padded box; "box_score" float [B];
       "image_index" int32 [B]; "not_finite" int32 [B], pixels of the heatmaps, see finite.count.
     """
-    centre, extent = batch["centre"], batch["extent"]
+    center, extent = batch["center"], batch["extent"]
     return {
-      "keypoints": self.locate(prediction, centre, extent),
+      "keypoints": self.locate(prediction, center, extent),
       "area": extent[:, 0] * extent[:, 1],
       "box_score": batch["box_score"],
       "image_index": batch["image_index"],
@@ -177,10 +177,10 @@ class Pose:
       oks.SCORES; "people", the rows; "not_finite".
 
     Raises:
-      ValueError: nobody in the truth has a labelled keypoint.
+      ValueError: nobody in the truth has a labeled keypoint.
     """
     if not any(person["num_keypoints"] and not person["iscrowd"] for person in truth["annotations"]):
-      raise UserError(f"none of {len(truth['images'])} images has a labelled keypoint to score; check the data set.")
+      raise UserError(f"none of {len(truth['images'])} images has a labeled keypoint to score; check the data set.")
     scores = oks.coco_scores(truth, self.results(rows, truth), self.sigmas)
     return scores | {"people": float(len(rows["area"]))} | finite.total(rows)
 
@@ -199,7 +199,7 @@ class Pose:
     predictors = fit.predictors()
     for example in evaluation:
       crop = np.array(example["image"].shape[1::-1]) - (1 if self.udp else 0)
-      corner = example["centre"] - example["extent"] / 2
+      corner = example["center"] - example["extent"] / 2
       for name, predictor in predictors.items():
         points = predictor(example["image"]) * example["extent"] / crop + corner
         row = {
@@ -243,7 +243,7 @@ class Pose:
     parts = {}
     if image is not None:
       image = image if image.dtype == np.uint8 else np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
-      parts[".skeleton.png"] = lambda path: write_colours(path, self._drawn(image, prediction))
+      parts[".skeleton.png"] = lambda path: write_colors(path, self._drawn(image, prediction))
     parts[".json"] = lambda path: path.write_text(atomic.to_json(described, indent=1) + "\n")
     return [write(stem, suffix, content) for suffix, content in parts.items()]
 

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 # By the side in the keypoints' names: orange left, blue right, green neither.
-COLOURS = {"left": (255, 140, 0), "right": (40, 130, 255), "": (0, 210, 90)}
+COLORS = {"left": (255, 140, 0), "right": (40, 130, 255), "": (0, 210, 90)}
 
 
 def side(name: str) -> str:
@@ -47,16 +47,16 @@ def draw(
     for a, b in skeleton:
       if known[a] and known[b]:
         both = {sides[a], sides[b]} - {""}
-        colour = COLOURS[both.pop()] if len(both) == 1 else COLOURS[""]
-        cv2.line(drawn, places[a].tolist(), places[b].tolist(), colour, thick, cv2.LINE_AA, 4)
+        color = COLORS[both.pop()] if len(both) == 1 else COLORS[""]
+        cv2.line(drawn, places[a].tolist(), places[b].tolist(), color, thick, cv2.LINE_AA, 4)
     for k in np.flatnonzero(known):
       cv2.circle(drawn, places[k].tolist(), 16 * (thick + 1), (255, 255, 255), -1, cv2.LINE_AA, 4)
-      cv2.circle(drawn, places[k].tolist(), 16 * thick, COLOURS[sides[k]], -1, cv2.LINE_AA, 4)
+      cv2.circle(drawn, places[k].tolist(), 16 * thick, COLORS[sides[k]], -1, cv2.LINE_AA, 4)
   return drawn
 
 
 def heat(image: np.ndarray, strongest: np.ndarray) -> np.ndarray:
-  """A picture, grey, with the highest of its heatmaps as red light: uint8 [H, W, 3].
+  """A picture, gray, with the highest of its heatmaps as red light: uint8 [H, W, 3].
 
   Args:
     image: uint8 [H, W, 3].
@@ -64,5 +64,5 @@ def heat(image: np.ndarray, strongest: np.ndarray) -> np.ndarray:
   """
   grown = cv2.resize(strongest.astype(np.float32), image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
   light = np.clip(np.nan_to_num(grown), 0, 1)[..., None]
-  grey = np.repeat(image.mean(-1, keepdims=True), 3, axis=-1) * 0.6
-  return (grey * (1 - light) + light * np.array([255.0, 60.0, 0.0])).astype(np.uint8)
+  gray = np.repeat(image.mean(-1, keepdims=True), 3, axis=-1) * 0.6
+  return (gray * (1 - light) + light * np.array([255.0, 60.0, 0.0])).astype(np.uint8)

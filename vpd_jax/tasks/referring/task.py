@@ -195,20 +195,20 @@ class Referring:
     """Writes the mask of one sentence; files appear only when complete, the JSON last.
 
     Args:
-      stem: path without suffix: stem.mask.png (255 on the object, else 0), stem.overlay.png (the object in colour over
+      stem: path without suffix: stem.mask.png (255 on the object, else 0), stem.overlay.png (the object in color over
         the picture, the sentence below), stem.json.
       prediction: bool or int [H, W], 1 on the object; or scores float [H, W, 2].
       facts: more entries for the JSON, among them "sentence"; it gives the object's share and box (left, top, width,
         height in pixels, None where nothing was found).
-      image: uint8, or float in [0, 1], [H, W, 3] below the colour; None shows it on black.
+      image: uint8, or float in [0, 1], [H, W, 3] below the color; None shows it on black.
     """
     mask = _object(prediction)
     background = np.zeros((*mask.shape, 3), np.uint8) if image is None else image
     picture = visualize.titled(visualize.overlay(mask, background), str(facts.get("sentence", "")))
     described = {"share": round(float(mask.mean()), 6), "box": visualize.box(mask), "size": list(mask.shape)}
     parts = {
-      ".mask.png": lambda path: label_images.write_colours(path, mask.astype(np.uint8) * 255),
-      ".overlay.png": lambda path: label_images.write_colours(path, picture),
+      ".mask.png": lambda path: label_images.write_colors(path, mask.astype(np.uint8) * 255),
+      ".overlay.png": lambda path: label_images.write_colors(path, picture),
       ".json": lambda path: path.write_text(atomic.to_json({**described, **facts}, indent=1) + "\n"),
     }
     return [label_images.write(stem, suffix, write) for suffix, write in parts.items()]

@@ -5,23 +5,23 @@ import numpy as np
 
 from vpd_jax.tasks.label_images import as_bytes
 
-COLOUR = (255, 40, 40)
+COLOR = (255, 40, 40)
 OPACITY = 0.5
 LINE = 18  # pixels of the sentence
 SCALE = 0.4  # of its letters
 
 
 def overlay(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
-  """Colour half over the object, and its outline in full: uint8 [H, W, 3].
+  """Color half over the object, and its outline in full: uint8 [H, W, 3].
 
   Args:
     mask: bool [H, W].
     image: uint8, or float in [0, 1], [H, W, 3].
   """
-  picture, colour = as_bytes(image).copy(), np.array(COLOUR, np.uint8)
-  picture[mask] = (picture[mask] * (1 - OPACITY) + colour * OPACITY).astype(np.uint8)
+  picture, color = as_bytes(image).copy(), np.array(COLOR, np.uint8)
+  picture[mask] = (picture[mask] * (1 - OPACITY) + color * OPACITY).astype(np.uint8)
   inner = cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
-  picture[mask & ~inner] = colour
+  picture[mask & ~inner] = color
   return picture
 
 

@@ -1,4 +1,4 @@
-"""What trivial predictors of labels reach on a data set: a network that has learnt anything is better."""
+"""What trivial predictors of labels reach on a data set: a network that has learned anything is better."""
 
 from collections.abc import Callable
 
@@ -38,11 +38,11 @@ class Fit:
     """The three, by name.
 
     Raises:
-      ValueError: no training image has a labelled pixel.
+      ValueError: no training image has a labeled pixel.
     """
     counts = self.cells.sum(0)
     if not counts.any():
-      raise UserError("no training image has a labelled pixel; check the data set.")
+      raise UserError("no training image has a labeled pixel; check the data set.")
     most = int(counts.argmax())
     position = np.where(self.cells.any(1), self.cells.argmax(1), most)
     weights, bias = self._discriminants(counts)

@@ -22,16 +22,16 @@ MOST_CLASSES = 255  # a label is one byte, and one number means "no label"
 
 
 def cross_entropy(logits: Array, label: Array, *, ignore_label: int = 255, avg_non_ignore: bool = False) -> Array:
-  """Cross-entropy of the labelled pixels, summed and divided by the number of all pixels.
+  """Cross-entropy of the labeled pixels, summed and divided by the number of all pixels.
 
   Args:
     logits: float32 or wider [..., K].
     label: int [...]; `ignore_label` marks a pixel without a label. Another number outside 0 .. K - 1 gives NaN.
     ignore_label: see `label`.
-    avg_non_ignore: divide by the number of labelled pixels instead. Release: False.
+    avg_non_ignore: divide by the number of labeled pixels instead. Release: False.
 
   Returns:
-    float []; 0 where nothing is labelled.
+    float []; 0 where nothing is labeled.
 
   Source: mmsegmentation 0.30 models/losses/cross_entropy_loss.py.
   """
@@ -55,7 +55,7 @@ def _numbers(logits: Array) -> Array:
 
 
 def accuracy(logits: Array, label: Array, *, ignore_label: int = 255) -> Array:
-  """Percent of the labelled pixels whose class has the highest score; 0 where nothing is labelled.
+  """Percent of the labeled pixels whose class has the highest score; 0 where nothing is labeled.
 
   Source: mmsegmentation 0.30 models/losses/accuracy.py.
   """
@@ -81,7 +81,7 @@ def areas(prediction: Array, label: Array, classes: int, *, ignore_label: int = 
     ignore_label: see `label`.
 
   Returns:
-    int32 [K] each: "intersect", where both say the class; "predicted"; "labelled".
+    int32 [K] each: "intersect", where both say the class; "predicted"; "labeled".
 
   Source: mmsegmentation 0.30 core/evaluation/metrics.py intersect_and_union.
   """
@@ -94,7 +94,7 @@ def areas(prediction: Array, label: Array, classes: int, *, ignore_label: int = 
   return {
     "intersect": count(label, valid & (prediction == label)),
     "predicted": count(prediction.astype(jnp.int32), valid),
-    "labelled": count(label, valid),
+    "labeled": count(label, valid),
   }
 
 
@@ -157,7 +157,7 @@ class Segmentation:
       avg_non_ignore: see `cross_entropy`. Release: False.
       ignore_label: marks a pixel without a label.
       class_names: K names for legends and files; empty: the numbers.
-      palette: K colours, RGB; empty: those of Pascal VOC.
+      palette: K colors, RGB; empty: those of Pascal VOC.
       label_ids: K numbers that `save` writes in place of 0 .. K - 1 in a further picture, such as the label ids a test
         server wants; empty: no such picture.
       merge: for predictions, not for scores: "NEW=NAME+NAME.." makes one class of several, or renames one; the others
@@ -247,23 +247,23 @@ class Segmentation:
     Source: mmsegmentation 0.30 core/evaluation/metrics.py total_area_to_metrics.
     """
     of_class = self.per_class(rows)
-    right, labelled = (rows[name].sum(dtype=np.int64) for name in ("intersect", "labelled"))
-    if not labelled:
-      raise UserError(f"none of {len(rows['labelled'])} images has a labelled pixel; check the labels of the data set.")
+    right, labeled = (rows[name].sum(dtype=np.int64) for name in ("intersect", "labeled"))
+    if not labeled:
+      raise UserError(f"none of {len(rows['labeled'])} images has a labeled pixel; check the labels of the data set.")
     return {
       "mIoU": float(np.nanmean(of_class["IoU"])),
       "mAcc": float(np.nanmean(of_class["Acc"])),
-      "aAcc": float(right / labelled),
-      "images": float(len(rows["labelled"])),
+      "aAcc": float(right / labeled),
+      "images": float(len(rows["labeled"])),
       **finite.total(rows),
     }
 
   def per_class(self, rows: Rows) -> dict[str, np.ndarray]:
     """{"IoU", "Acc"}: float64 [K] each over the whole set; NaN for a class that does not occur."""
-    total = {name: rows[name].sum(axis=0, dtype=np.int64) for name in ("intersect", "predicted", "labelled")}
-    union = total["predicted"] + total["labelled"] - total["intersect"]
+    total = {name: rows[name].sum(axis=0, dtype=np.int64) for name in ("intersect", "predicted", "labeled")}
+    union = total["predicted"] + total["labeled"] - total["intersect"]
     with np.errstate(invalid="ignore"):
-      return {"IoU": total["intersect"] / union, "Acc": total["intersect"] / total["labelled"]}
+      return {"IoU": total["intersect"] / union, "Acc": total["intersect"] / total["labeled"]}
 
   def baselines(self, train: Iterable[Example], evaluation: Iterable[Example]) -> dict[str, float]:
     """Mean IoU of three predictors that learn nothing from the picture's content."""
@@ -278,14 +278,14 @@ class Segmentation:
         guess = predict(example["image"])
         count = lambda which, valid=valid: np.bincount(which[valid], minlength=self.classes)
         both = np.bincount(label[valid & (guess == label)], minlength=self.classes)
-        row = {"intersect": both, "predicted": count(guess), "labelled": count(label)}
+        row = {"intersect": both, "predicted": count(guess), "labeled": count(label)}
         kept = rows.setdefault(name, row)
         if kept is not row:
           rows[name] = {key: kept[key] + row[key] for key in row}
     return {n: self.summarize({k: v[None] for k, v in row.items()})["mIoU"] for n, row in rows.items()}
 
   def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray:
-    """Image, label and prediction in the colours of the palette, side by side: uint8 [H, 3 W, 3]."""
+    """Image, label and prediction in the colors of the palette, side by side: uint8 [H, 3 W, 3]."""
     height, width = example["label"].shape
     prediction = prediction.argmax(-1) if prediction.ndim == 3 else prediction
     painted = (label_images.paint(x[:height, :width], self.palette) for x in (example["label"], prediction))
@@ -295,7 +295,7 @@ class Segmentation:
     """Writes stem.attention.png: float [h, w, K] for each class of int [H, W] of `decide`, over uint8 [H, W, 3]."""
     maps = [(name, cast(np.ndarray, sum(attention[..., part] for part in parts))) for name, parts in self.merge]
     picture = label_images.attention(maps, prediction, image)
-    return label_images.write(stem, ".attention.png", lambda path: label_images.write_colours(path, picture))
+    return label_images.write(stem, ".attention.png", lambda path: label_images.write_colors(path, picture))
 
   def save(
     self, stem: Path, prediction: np.ndarray, facts: dict[str, Any], image: np.ndarray | None = None
@@ -303,11 +303,11 @@ class Segmentation:
     """Writes the labels of one picture; files appear only when complete, the JSON last.
 
     Args:
-      stem: path without suffix: stem.label.png (numbers of classes, with palette), stem.overlay.png (colours over the
+      stem: path without suffix: stem.label.png (numbers of classes, with palette), stem.overlay.png (colors over the
         picture, with a legend), stem.label_ids.png where there are `label_ids`, stem.json.
       prediction: int [H, W] of `decide`.
       facts: more entries for the JSON, which gives the share of each class.
-      image: uint8, or float in [0, 1], [H, W, 3] below the colours; None shows the colours alone.
+      image: uint8, or float in [0, 1], [H, W, 3] below the colors; None shows the colors alone.
     """
     label, names = prediction.astype(np.uint8), [name for name, _ in self.merge]
     palette = self.palette[[parts[0] for _, parts in self.merge]]
@@ -321,9 +321,9 @@ class Segmentation:
     }
     parts = {
       ".label.png": lambda path: label_images.write_indexed(path, label, palette),
-      ".overlay.png": lambda path: label_images.write_colours(path, overlay),
+      ".overlay.png": lambda path: label_images.write_colors(path, overlay),
     }
     if self.label_ids.size:
-      parts[".label_ids.png"] = lambda path: label_images.write_colours(path, self.label_ids[label])
+      parts[".label_ids.png"] = lambda path: label_images.write_colors(path, self.label_ids[label])
     parts[".json"] = lambda path: path.write_text(atomic.to_json(described, indent=1) + "\n")
     return [label_images.write(stem, suffix, write) for suffix, write in parts.items()]
