@@ -74,6 +74,14 @@ def test_what_is_not_finite_is_counted_and_never_scored_well(name, people, bad, 
   assert worse and (share < 1 or least or scores[best] < 0.05)
 
 
+@pytest.mark.parametrize("name", ["segmentation", "referring", "referring original"])
+def test_an_infinite_score_of_the_right_class_is_not_right(name, people):
+  """The other scores of the pixel are finite: the largest of them all, and the difference of two, are known."""
+  task, prediction, batch, more = made(name, people)
+  scores = task.summarize(finite_rows(task, np.where(prediction == 1, np.inf, prediction), batch), **more)
+  assert scores[task.best[0]] == 0 and scores["not_finite"] == prediction[..., 0].size
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, 3e38, -3e38, 1e-30])
 def test_depth_that_no_logarithm_and_no_square_holds_has_finite_scores(people, value):
   task, prediction, batch, _ = made("depth", people)
