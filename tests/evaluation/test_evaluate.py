@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vpd_jax.config import loader
+from vpd_jax.distributed import sharding
 from vpd_jax.evaluation import evaluate
 from vpd_jax.inference import sliding_window
 from vpd_jax.tasks.depth.task import Depth
@@ -62,6 +63,31 @@ def test_a_pixel_that_is_not_finite_has_no_class():
   scores[0, 0], scores[2, 3, 4] = np.nan, np.inf
   label = np.asarray(sliding_window.finite_label(jnp.asarray(scores)))
   assert (label == 5).sum() == 2 and label[0, 0] == label[2, 3] == 5 and label[1, 1] == 0
+
+
+def test_label_maps_are_not_right_where_scores_are_not_finite(monkeypatch):
+  """The evaluation picture by picture, of a network that gives NaN for the white half of a picture of one class."""
+  monkeypatch.setattr(evaluate, "on_mesh", lambda step, *_: step)
+  image = np.zeros((128, 128, 3), np.uint8)
+  image[:64] = 255
+  picture = {"image": image, "label": np.zeros((128, 128), np.int32)}
+
+  def model(batch, training):
+    white = batch["image"][..., :1] > 0.5
+    return {"logits": jnp.where(white, jnp.nan, jnp.array([9.0, 0.0, 0.0]))}
+
+  product = types.SimpleNamespace(
+    task=Segmentation(classes=3),
+    parts=types.SimpleNamespace(merge=lambda *weights: model),
+    method=types.SimpleNamespace(needs=frozenset(), prepare=None),
+    classes=("wall", "sky", "cat"),
+  )
+  config = loader.load("configs/my_segmentation.py:tiny")
+  dataset = types.SimpleNamespace(source=lambda split: [picture], eval_transform=lambda example: example)
+  mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+  ((row, _),) = evaluate._Pictures(config, product, dataset, mesh)(({}, {}, {}), 0)
+  scores = product.task.summarize({name: value for name, value in row.items() if name != "real"})
+  assert scores["not_finite"] == 64 * 128 and scores["aAcc"] == 0.5
 
 
 def test_the_scores_of_every_class_are_in_the_report_and_in_the_result():
