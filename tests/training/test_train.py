@@ -131,6 +131,35 @@ def test_a_step_is_saved_before_it_is_scored_and_a_fault_in_scoring_costs_nothin
     assert [held.scores(step)[METRIC] for step in (4, 6)] == [0.25, 0.75]
 
 
+@pytest.mark.parametrize("blame", ["weights", "data", "neither"])
+def test_a_loss_that_is_not_finite_is_blamed_on_what_its_step_was_given(run, monkeypatch, blame):
+  """The second step is lost; the batch of that step, which is read again, or a frozen array holds infinity."""
+
+  class Lost(Step):
+    def __call__(self, state, batch):
+      state, logs = super().__call__(state, batch)
+      frozen = {"method/vae/a": jnp.full(2, np.inf if blame == "weights" else 1.0)}
+      lost = {"train/loss": jnp.float32(np.nan)} if state.step == 2 else {}
+      return state.replace(frozen=frozen), logs | lost
+
+  class From(Batches):
+    def __init__(self, begin):
+      self.begin = begin
+
+    def __next__(self):
+      return {"image": jnp.full((6, 2, 2, 3), np.inf if blame == "data" and self.begin == 1 else 0.0)}
+
+  monkeypatch.setattr(train, "lower_step", lambda *_: Lost())
+  monkeypatch.setattr(train, "_batches", lambda config, product, dataset, mesh, begin, *_: From(begin))
+  words = {
+    "weights": r"The weights are to blame: .*method/vae/a \(2 numbers\)",
+    "data": r"The data are to blame: .*image \(72 numbers\)",
+    "neither": r"hold finite numbers only\. Lower config\.optim\.lr",
+  }
+  with pytest.raises(FloatingPointError, match=rf"^the loss of step 2 is nan, .*{words[blame]}"):
+    run({})
+
+
 def test_the_newest_and_the_best_are_kept_whichever_it_is(run, tmp_path):
   run({2: 0.25, 4: 0.5, 6: 0.75})
   with checkpoints_of(tmp_path) as held:
