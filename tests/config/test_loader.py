@@ -1,6 +1,7 @@
 """Config strings, and what changed between two configs."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -150,3 +151,11 @@ def test_the_length_of_a_schedule_is_compared_as_the_run_takes_it(old, new, expe
   stored = json.loads(json.dumps(with_length(*old)))
   assert loader.differences(stored, with_length(*new)) == expected
   assert loader.differences(stored, ml_collections.ConfigDict(with_length(*new))) == expected
+
+
+@pytest.mark.parametrize("field", ["optim.clip_norm", "optim.decay", "optim.lr", "task.max_depth"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_refused(field, value):
+  config = loader.changed(loader.load("configs/nyu_depth.py:tiny"), {field: value})
+  with pytest.raises(ValueError, match=rf"config\.{re.escape(field)}={value} must be a finite number"):
+    loader.check(config)

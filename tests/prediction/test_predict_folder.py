@@ -22,6 +22,10 @@ FOLDERS = {
   "upper and lower case": ([("A.jpg", 1), ("a.png", 1)], [["A_jpg"], ["a_png"]]),
   "nothing but case": ([("A.jpg", 1), ("a.jpg", 1)], [["A.jpg_0"], ["a.jpg_1"]]),
   "two ways of writing one letter": ([("\u00e9.jpg", 1), ("e\u0301.png", 1)], [["\u00e9_jpg"], ["e\u0301_png"]]),
+  "even the numbered name is taken": (
+    [("A.jpg", 1), ("a.jpg", 1), ("A.jpg_0.png", 1)],
+    [["A.jpg_0_"], ["a.jpg_1"], ["A_jpg_0_png"]],
+  ),
   "a suffix inside": ([("a.jpg", 1), ("a.jpg.png", 1), ("a.png", 1)], [["a_jpg"], ["a.jpg"], ["a_png"]]),
 }
 

@@ -6,6 +6,7 @@ Imports only ml_collections and the standard library, because config files impor
 import difflib
 import importlib.util
 import inspect
+import math
 import pathlib
 import re
 import traceback
@@ -143,7 +144,7 @@ def resolve_argv(argv: Sequence[str], flag: str = "config") -> list[str]:
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-  """Checks what no other part of the program would find: that NEEDED is there, and the numbers of LEAST.
+  """Checks what no other part of the program would find: that REQUIRED is there, the numbers of MINIMUM, no NaN.
 
   Raises:
     ValueError: sections or fields left out, numbers that are too small or no numbers; names all of them.
@@ -158,6 +159,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     f"config.{field}={values[field]!r} must be at least {least}"
     for field, least in MINIMUM.items()
     if values[field] is not _ABSENT and not (isinstance(values[field], int | float) and values[field] >= least)
+  ]
+  problems += [
+    f"config.{field}={value!r} must be a finite number"
+    for field, value in _flat(config).items()
+    if isinstance(value, float) and not math.isfinite(value)
   ]
   decay = _value(config, "optim.ema_decay")
   if isinstance(decay, int | float) and decay >= 1:

@@ -182,8 +182,8 @@ def _given(name: str, predictor: Predictor, sentence: str, said: Any, found: Any
 def result_names(pictures: list[tuple[str, int]]) -> list[list[str]]:
   """Names of the results of each picture, no two alike, also where upper and lower case are not told apart.
 
-  A result is called as its picture is without its suffix, with _0, _1 .. where a picture has several; where results of
-  two pictures would have one name, "a_jpg" for a.jpg, or else "a.jpg", or else with the number of the picture.
+  A result has the name of its image without the suffix, with _0, _1 .. where an image has several. Where results of two
+  images would share a name: "a_jpg" for a.jpg, or else "a.jpg", then with the number of the image, then underscores.
 
   Args:
     pictures: name of the file, with a suffix, and how many results it has.
@@ -192,7 +192,8 @@ def result_names(pictures: list[tuple[str, int]]) -> list[list[str]]:
 
   def named(i: int) -> list[str]:
     name, count = pictures[i]
-    stem = (Path(name).stem, name.replace(".", "_"), name, f"{name}_{i}")[level[i]]
+    stems = (Path(name).stem, name.replace(".", "_"), name, f"{name}_{i}")
+    stem = stems[min(level[i], 3)] + "_" * max(level[i] - 3, 0)
     return [f"{stem}_{number}" for number in range(count)] if count > 1 else [stem]
 
   while True:

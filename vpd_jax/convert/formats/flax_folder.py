@@ -60,7 +60,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
       raise UserError(f"it goes on after its end, {size - end} bytes")
   except NotRead:
     raise
-  except (ValueError, TypeError, struct.error, RecursionError, MemoryError) as error:
+  except (ValueError, TypeError, struct.error, RecursionError) as error:
     raise UserError(f"{path} is damaged or not a file of Flax ({error}); fetch it again.") from error
   tensors, others = {}, {}
   for parts, value in _leaves(content):
