@@ -244,7 +244,7 @@ def _task(config: ConfigDict, data: Any, classes: tuple[str, ...]) -> Any:
   """The task, told of the data set's classes and their colors and numbers where it asks for them."""
   facts = {"classes": len(classes), "class_names": classes}
   facts |= {name: getattr(data, name) for name in ("palette", "label_ids") if hasattr(data, name)}
-  facts |= data.info_from_options(config.data) if hasattr(data, "facts_of") else {}
+  facts |= data.info_from_options(config.data) if hasattr(data, "info_from_options") else {}
   if told := [name for name in facts if name in config.task]:
     raise UserError(f"config.task.{told[0]} is a fact of the data set {config.data.name!r}; leave it out.")
   maker = fields.look_up(TASKS, config.task, "task", given=("keypoints", *facts))
