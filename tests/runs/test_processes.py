@@ -172,6 +172,9 @@ def test_processes_with_different_weights_are_refused(pair):
     assert found["different"].startswith(
       "the processes begin with different arrays, 1 of 1, like [\"['a']\"]; give all"
     )
+    # A whole start: new weights by another seed.
+    assert found["seeds"].startswith("the processes begin with different arrays, ")
+    assert "['params']['head/conv_layers/0/kernel']" in found["seeds"]
 
 
 @pytest.mark.multidevice
