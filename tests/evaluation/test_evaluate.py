@@ -90,11 +90,16 @@ def test_label_maps_are_not_right_where_scores_are_not_finite(monkeypatch):
   assert scores["not_finite"] == 64 * 128 and scores["aAcc"] == 0.5
 
 
-def test_the_scores_of_every_class_are_in_the_report_and_in_the_result():
+def labeled():
+  """An Evaluator around one picture of four pixels, three of them right, and its task."""
   task = Segmentation(classes=3, class_names=("wall", "sky", "cat"))
   label = jnp.asarray([[[0, 0, 1, 1]]])
   rows = jax.device_get(task.measure(jnp.asarray([[[0, 1, 1, 1]]]), {"label": label}))
-  made = evaluator([rows | {"not_finite": np.zeros(1, np.int32), "real": np.array([True])}], records=1, task=task)
+  return evaluator([rows | {"not_finite": np.zeros(1, np.int32), "real": np.array([True])}], records=1, task=task), task
+
+
+def test_the_scores_of_every_class_are_in_the_report_and_in_the_result():
+  made, task = labeled()
   result = made.run(None)
   lines = made.report(result.scores, result.rows).splitlines()
   assert [line.split() for line in lines[:-1]] == [
@@ -108,6 +113,28 @@ def test_the_scores_of_every_class_are_in_the_report_and_in_the_result():
   told = json.loads(json.dumps(evaluate.class_scores(task, result.rows), allow_nan=False))
   assert told[0] == {"class": "wall", "IoU": 0.5, "Acc": 0.5} and told[2] == {"class": "cat", "IoU": None, "Acc": None}
   assert evaluate.class_scores(Depth(max_depth=10.0), {}) == []  # depth has no classes
+
+
+def test_the_scores_of_every_class_are_printed_and_in_eval_json(tmp_path, monkeypatch, capsys):
+  made, _ = labeled()
+  made.encodings = types.SimpleNamespace(lines=lambda: [])
+  config = loader.changed(loader.load("configs/my_segmentation.py:tiny"), {"init.pretrained": "weights"})
+  for place, name, value in (
+    (evaluate.initialize, "complete", lambda config, _: config),
+    (evaluate.initialize, "weights_on_mesh", lambda *_, **__: (None, ["weights: made up"])),
+    (evaluate.experiment, "assemble", lambda *_, **__: made.product),
+    (evaluate.experiment, "dataset", lambda *_: made.dataset),
+    (evaluate.experiment, "sentence_lines", lambda *_: []),
+    (evaluate, "Evaluator", lambda *_: made),
+  ):
+    monkeypatch.setattr(place, name, value)
+  evaluate.run(config, str(tmp_path))
+  assert "wall   0.5000  0.5000\n" in capsys.readouterr().out
+  assert json.loads((tmp_path / "eval.json").read_text())["classes"] == [
+    {"class": "wall", "IoU": 0.5, "Acc": 0.5},
+    {"class": "sky", "IoU": pytest.approx(2 / 3), "Acc": 1.0},
+    {"class": "cat", "IoU": None, "Acc": None},
+  ]
 
 
 def depth_step(size, **changes):

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,11 @@ import pytest
 from tests.helpers import fill
 from vpd_jax.inference import sliding_window, tiles
 from vpd_jax.inference.sliding_window import Procedure, SlidingWindowInference, Views
+from vpd_jax.checkpoints import initialize
+from vpd_jax.config import loader
+from vpd_jax.distributed import sharding
+from vpd_jax.evaluation import evaluate
+from vpd_jax.prediction import protocols
 
 CLASSES = 4
 SLIDE = Procedure(window=32, stride=20)
@@ -189,6 +195,45 @@ def test_few_shapes_of_windows_serve_a_whole_data_set():
     assert few == whole or min(size) < 512
     if min(size) >= 128 and (max(size) >= 512 or min(size) >= 256):  # all of the picture, nothing else
       assert all(a <= b for a, b in zip(few, size, strict=True))
+
+
+# Configs of label maps, and the sizes of their pictures where all have one.
+LABEL_MAPS = {
+  "ade20k_seg.py": sizes(2000),
+  "my_segmentation.py": sizes(2000),
+  "cityscapes_seg.py": [(1024, 2048)],
+  "rooms.py:segmentation": [(480, 640)],
+}
+
+
+def test_every_config_of_label_maps_is_known():
+  configs = [loader.load(f"configs/{name}") for name in LABEL_MAPS]
+  assert {config.task.name for config in configs} == {"segmentation"}
+  assert {name.split(".")[0] for name in LABEL_MAPS} == {"rooms"} | {
+    path.stem
+    for path in (loader.PROJECT / "configs").glob("*.py")
+    if path.stem != "rooms" and loader.load(f"configs/{path.name}").task.name == "segmentation"
+  }
+
+
+@pytest.mark.parametrize("name", LABEL_MAPS)
+def test_every_config_of_label_maps_is_evaluated_with_few_shapes_of_windows(name):
+  config = loader.load(f"configs/{name}")
+  scales = (*config.eval.test_time, "ms:0.5:0.75:1:1.25:1.5:1.75:2", "flip")
+  for procedure in map(sliding_window.parse, (config.eval.test_time, scales)):
+    scaled = [sliding_window.scaled_size(s, procedure.scale, r) for s in LABEL_MAPS[name] for r in procedure.ratios]
+    assert len({tiles.window_of(size, procedure.window, config.eval.small) for size in scaled}) <= 9
+
+
+@pytest.mark.parametrize("small", sliding_window.SMALL)
+def test_evaluation_and_prediction_cut_windows_as_the_config_says(small, monkeypatch):
+  config = loader.changed(loader.load("configs/my_segmentation.py:tiny"), {"eval.small": small})
+  task = types.SimpleNamespace(measure=lambda *_: {}, decide=sliding_window.most_probable, result="label")
+  product = types.SimpleNamespace(task=task)
+  monkeypatch.setattr(initialize, "gather", lambda *_: None)
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  made = (evaluate._Pictures(config, product, None, mesh), protocols.SlidingWindowProtocol(config, product))
+  assert [one._labeling.small for one in made] == [small, small]
 
 
 @pytest.mark.parametrize("window, expected", [
