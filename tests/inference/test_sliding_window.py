@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from tests.helpers import fill
-from vpd_jax.inference import sliding_window, tiles
-from vpd_jax.inference.sliding_window import Procedure, SlidingWindowInference, Views
 from vpd_jax.checkpoints import initialize
 from vpd_jax.config import loader
 from vpd_jax.distributed import sharding
 from vpd_jax.evaluation import evaluate
+from vpd_jax.inference import sliding_window, tiles
+from vpd_jax.inference.sliding_window import Procedure, SlidingWindowInference, Views
 from vpd_jax.prediction import protocols
 
 CLASSES = 4
