@@ -15,7 +15,7 @@ import numpy as np
 
 from vpd_jax.checkpoints import class_vectors
 from vpd_jax.errors import UserError
-from vpd_jax.files import reading
+from vpd_jax.files import atomic, reading
 from vpd_jax.models.backbones.clip_text import TextSizes
 
 
@@ -46,8 +46,7 @@ def embed(args: argparse.Namespace) -> None:
   tokenizer = class_vectors.load_tokenizer(args.tokenizer or args.weights)
   text = class_vectors.load_text_encoder(args.weights, dtype=jnp.float32, sizes=TextSizes())
   vectors = class_vectors.encode(names, tokenizer=tokenizer, text=text, templates=templates, max_length=args.max_length)
-  args.output.parent.mkdir(parents=True, exist_ok=True)
-  np.savez(args.output, class_vectors=vectors, names=np.array(names))
+  atomic.write(args.output, lambda path: np.savez(path, class_vectors=vectors, names=np.array(names)))
   print(f"wrote {args.output}: {vectors.shape[0]} names, width {vectors.shape[1]}, {len(templates)} templates")
 
 

@@ -331,7 +331,7 @@ def main() -> None:
   if options.write:
     if old := stale(held()):
       print(f"made with another config than today's: {', '.join(old)}; --again makes them anew")
-    README.write_text(write(README.read_text(), held()))
+    atomic.write(README, write(README.read_text(), held()))
     return
   for rows in (known[task] for task in options.tasks or known):
     for method in (m for m in rows.methods if m in (options.methods or rows.methods)):

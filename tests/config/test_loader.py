@@ -159,3 +159,18 @@ def test_a_number_that_is_not_finite_is_refused(field, value):
   config = loader.changed(loader.load("configs/nyu_depth.py:tiny"), {field: value})
   with pytest.raises(ValueError, match=rf"config\.{re.escape(field)}={value} must be a finite number"):
     loader.check(config)
+
+
+@pytest.mark.parametrize("words", [3, (3,), ("flip", None)])
+def test_test_time_that_is_no_words_is_refused(words):
+  config = loader.load("configs/nyu_depth.py:tiny").copy_and_resolve_references().unlock()
+  with config.ignore_type():
+    config.eval.test_time = words
+  with pytest.raises(ValueError, match=r"config\.eval\.test_time=.* must be a tuple of words"):
+    loader.check(config)
+
+
+@pytest.mark.parametrize("field", ["data.batch_size", "eval.batch_size"])
+def test_a_batch_of_nothing_is_refused(field):
+  with pytest.raises(ValueError, match=rf"config\.{re.escape(field)}=0 must be at least 1"):
+    loader.check(loader.changed(loader.load("configs/nyu_depth.py:tiny"), {field: 0}))

@@ -55,7 +55,12 @@ def test_exit_codes_and_full_shared_memory_are_told():
     assert message(OSError(number, "No room")).startswith("a data worker found no room for a batch in shared memory")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("x"), OSError(errno.EACCES, "x"), ValueError("x"), KeyError("x")])
+FULL_DISK = OSError(errno.ENOSPC, "No space left on device", "/data/cache/x")  # no shared memory, which has no name
+
+
+@pytest.mark.parametrize(
+  "error", [RuntimeError("x"), OSError(errno.EACCES, "x"), FULL_DISK, ValueError("x"), KeyError("x")]
+)
 def test_other_errors_stay_what_they_are(error):
   with pytest.raises(type(error)) as caught:
     worker_failures.following(raising(error))

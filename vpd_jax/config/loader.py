@@ -11,7 +11,7 @@ import pathlib
 import re
 import traceback
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -37,6 +37,7 @@ REQUIRED = (*RESUME_CHECKED, "eval", "init", "mesh", "param_dtype")  # in every 
 # Field: the smallest value it may have.
 MINIMUM = {
   **dict.fromkeys(("num_steps", "log_every", "eval_every", "save_every", "keep", "optim.accumulation"), 1),
+  **dict.fromkeys(("data.batch_size", "eval.batch_size"), 1),
   **dict.fromkeys(("keep_best", "profile", "data.workers", "eval.panels", "eval.baselines"), 0),
   **dict.fromkeys(("optim.norm_group", "optim.loss_group", "optim.clip_norm", "optim.decay", "optim.ema_decay"), 0),
 }
@@ -165,6 +166,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     for field, value in _flat(config).items()
     if isinstance(value, float) and not math.isfinite(value)
   ]
+  words = _value(config, "eval.test_time")
+  listed = words if isinstance(words, Iterable) else [words]
+  if words is not _ABSENT and not all(isinstance(word, str) for word in listed):
+    problems.append(f"config.eval.test_time={words!r} must be a tuple of words, like ('flip',), or ()")
   decay = _value(config, "optim.ema_decay")
   if isinstance(decay, int | float) and decay >= 1:
     problems.append(f"config.optim.ema_decay={decay} must be below 1; 0 keeps no moving average")

@@ -41,7 +41,8 @@ def following(batches: Iterator[Any]) -> Any:
 def _reason(error: Exception) -> str | None:
   """What happened to a worker; None for errors of another kind."""
   if isinstance(error, OSError):
-    full = error.errno in (errno.ENOSPC, errno.ENOMEM)
+    # A file with a name is one that the data set or a transform opened: shared memory has none.
+    full = error.errno in (errno.ENOSPC, errno.ENOMEM) and error.filename is None
     return f"a data worker found no room for a batch in shared memory ({error.strerror})" if full else None
   found = _EXIT.search(str(error))
   if found is None:
