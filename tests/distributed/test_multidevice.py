@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.batches import batch_for
-from tests.helpers.devices import loss, make_mesh, setup, step
+from tests.helpers.devices import depth_of_rooms, loss, make_mesh, step
 from vpd_jax import experiment
 from vpd_jax.distributed import sharding
 from vpd_jax.evaluation import evaluate
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.multidevice
 
 
 def test_scores_count_each_image_once_whatever_the_devices():
-  config, product, state = setup()
+  config, product, state = depth_of_rooms()
   found = []
   for mesh in (make_mesh("one"), make_mesh("data")):
     evaluator = evaluate.Evaluator(config, product, experiment.dataset(config, product), mesh)
@@ -40,7 +40,7 @@ def test_a_loss_over_the_whole_batch_is_that_of_one_device():
 @pytest.mark.slow
 def test_the_parts_of_an_accumulated_batch_are_spread_over_all_devices():
   """XLA counts a loop's body once: per device, a half of the batch costs half of the whole."""
-  config, _, _ = setup()
+  config, _, _ = depth_of_rooms()
   flops = {}
   for accumulation in (1, 2):
     changed = config.copy_and_resolve_references().unlock()

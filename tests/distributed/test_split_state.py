@@ -17,7 +17,7 @@ pytestmark = pytest.mark.multidevice
 @pytest.fixture(scope="module")
 def split():
   """The compiled step with arrays of 4 KiB and more split over four devices, its logs, and those of unsplit arrays."""
-  config, product, _ = multidevice.setup(3)
+  config, product, _ = multidevice.depth_of_rooms(3)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sharding, "state_shardings", functools.partial(sharding.state_shardings, min_bytes=2**12))
     mesh, state, batch = multidevice.placed(3, "fsdp")

@@ -16,7 +16,7 @@ from vpd_jax.training import train
 
 
 @functools.cache
-def setup(group=3):
+def depth_of_rooms(group=3):
   """Config, product and state; statistics and loss over `group` images, 0 for all of the batch."""
   config = tiny.shrunk(loader.load("configs/rooms.py:depth,tiny")).unlock()
   config.data.batch_size, config.eval.batch_size = 24, 8
@@ -34,7 +34,7 @@ def make_mesh(name):
 
 def placed(group, name):
   """(mesh, state, batch) on it, of which each process gives its rows. No two images are alike in depth."""
-  config, product, state = setup(group)
+  config, product, state = depth_of_rooms(group)
   mesh = make_mesh(name)
   host = jax.device_get(batch_for(product, config))
   host["depth"] = host["depth"] * np.linspace(0.1, 1, config.data.batch_size, dtype=np.float32)[:, None, None]
@@ -57,13 +57,13 @@ def forward(product, group):
 @functools.cache
 def loss(group, name):
   mesh, state, batch = placed(group, name)
-  total = jax.jit(forward(setup(group)[1], group), out_shardings=sharding.replicated(mesh))(state, batch)
+  total = jax.jit(forward(depth_of_rooms(group)[1], group), out_shardings=sharding.replicated(mesh))(state, batch)
   return float(total.value / total.weight)
 
 
 @functools.cache
 def step(name):
   """The logs of a whole step, in groups of three."""
-  config, product, _ = setup(3)
+  config, product, _ = depth_of_rooms(3)
   mesh, state, batch = placed(3, name)
   return jax.device_get(train.compile_step(config, product, mesh, batch)(state, batch)[1])

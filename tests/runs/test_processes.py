@@ -78,7 +78,7 @@ if __name__ == "__main__":
 
   if index == 1:
     pipeline._TrainTransform.__call__ = broken
-  with multiprocess.answered():
+  with multiprocess.report_errors():
     train.run(processes.config(1000), str(folder / "broken"))
 """
 
