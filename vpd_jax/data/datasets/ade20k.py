@@ -7,6 +7,7 @@ In an annotation 0 is no class, and 1 to 150 are the classes 0 to 149.
 """
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from vpd_jax.data.readers import image_files, label_maps
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import segmentation as segmentation_transforms
 from vpd_jax.errors import UserError
-from vpd_jax.types import Example
+from vpd_jax.types import Dataset, DatasetInfo, Example, Published
 
 LIST = label_maps.read_class_list("ade20k_classes.json")
 SPLITS = {"train": "training", "eval": "validation"}
@@ -31,7 +32,7 @@ KINDS = {
 }
 
 
-class Ade20k:
+class Ade20k(Dataset):
   """ADE20K with mmsegmentation's augmentation.
 
   Args:
@@ -69,9 +70,15 @@ class Ade20k:
   ):
     self.root, self.format, self.complete = root, reader.check_format(format), complete
     self.augmentation = segmentation_transforms.Augmentation(crop, scale, ratio_range, cat_max_ratio, color_jitter)
-    self.published = image_files.Published(COUNTS if complete else {}, None, {})
+    self.published = Published(COUNTS if complete else {}, None, {})
     if format == "files":
       image_files.require_folder(root, f"ADEChallengeData2016: {SOURCE}")
+
+  @classmethod
+  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+    """See types.Dataset."""
+    del options
+    return DatasetInfo(classes=cls.classes, palette=cls.palette)
 
   @reader.read_once
   def source(self, split: str) -> Any:

@@ -10,6 +10,7 @@ with <frame> as in aachen_000000_000019. Where a file with train ids is there it
 
 import functools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import segmentation as segmentation_transforms
 from vpd_jax.errors import UserError
 from vpd_jax.files import reading
-from vpd_jax.types import Example
+from vpd_jax.types import Dataset, DatasetInfo, Example, Published
 
 LIST = label_maps.read_class_list("cityscapes_classes.json")
 SPLITS = {"train": "train", "eval": "val"}
@@ -47,7 +48,7 @@ KINDS = {  # by the end of a file's name
 }
 
 
-class Cityscapes:
+class Cityscapes(Dataset):
   """Cityscapes with mmsegmentation's augmentation.
 
   Args:
@@ -102,10 +103,16 @@ class Cityscapes:
       self.counts = dict(COUNTS, train=COUNTS["train"] + (EXTRA_COUNT if extra != "none" else 0))
       if cities:
         del self.counts["train"]
-    self.published = image_files.Published(self.counts, (1024, 2048), {})
+    self.published = Published(self.counts, (1024, 2048), {})
     self.made_with = {"extra": extra, "cities": self.cities}
     if format == "files":
       image_files.require_folder(root, f"that holds leftImg8bit/ and gtFine/ of Cityscapes: {SOURCES['leftImg8bit']}")
+
+  @classmethod
+  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+    """See types.Dataset."""
+    del options
+    return DatasetInfo(classes=cls.classes, palette=cls.palette, label_ids=cls.label_ids)
 
   @reader.read_once
   def source(self, split: str) -> Any:

@@ -6,6 +6,7 @@ Files, below `root`:
   person_detection_results/COCO_val2017_detections_AP_H_56_person.json
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from vpd_jax.data.readers import coco_json, image_files, label_maps, persons
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import top_down as top_down_transforms
 from vpd_jax.errors import UserError
-from vpd_jax.types import Example
+from vpd_jax.types import Dataset, DatasetInfo, Example, Published
 
 BOXES = ("detections", "annotated")
 YEARS = {"train": "train2017", "eval": "val2017"}
@@ -29,7 +30,7 @@ DETECTIONS = (
 )
 
 
-class CocoPose:
+class CocoPose(Dataset):
   """COCO keypoints with ViTPose's augmentation, a crop for each person.
 
   Args:
@@ -102,14 +103,14 @@ class CocoPose:
     self.made_with = {"boxes": boxes, "box_threshold": box_threshold}
     # A threshold of one's own leaves fewer.
     whole = {"train": COUNTS["train"]} | ({} if box_threshold else {"eval": COUNTS["eval", boxes]})
-    self.published = image_files.Published(whole if complete else {}, None, {})
+    self.published = Published(whole if complete else {}, None, {})
     if format == "files":
       image_files.require_folder(root, "of COCO that holds annotations/, train2017/ and val2017/.")
 
-  @staticmethod
-  def info_from_options(options: Any) -> dict[str, Any]:
-    """What the task is told of a data set with these options, which may exist without its files."""
-    return {"keypoints": top_down_transforms.COCO, "udp": options.get("udp", True)}
+  @classmethod
+  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+    """See types.Dataset."""
+    return DatasetInfo(classes=cls.classes, keypoints=top_down_transforms.COCO, udp=options.get("udp", True))
 
   @reader.read_once
   def source(self, split: str) -> Any:
@@ -136,10 +137,6 @@ class CocoPose:
       folder = Path(self.root).expanduser() / self.folders[split]
       found = persons.open_split(folder, annotations, chosen, samples, PICTURES)
     return label_maps.check_count(found, split, self.published.counts.get(split), "COCO keypoints")
-
-  def describe(self) -> list[str]:
-    """Lines on how many people there are and what was left out, for the start of a run."""
-    return persons.describe(self)
 
   def truth(self, split: str) -> dict[str, Any]:
     """What is scored against, for pycocotools: all pictures of the split with all their people.

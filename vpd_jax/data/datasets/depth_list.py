@@ -20,13 +20,13 @@ from typing import Any
 import cv2
 import numpy as np
 
-from vpd_jax.data.datasets import nyu
+from vpd_jax.data import validation
 from vpd_jax.data.readers import image_files
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import depth as depth_transforms
 from vpd_jax.errors import UserError
 from vpd_jax.files import image_decoding, reading
-from vpd_jax.types import Example
+from vpd_jax.types import Dataset, DatasetInfo, Example, Source
 
 SUFFIXES = (".png", ".tif", ".tiff", ".pfm", ".npy")
 _SPACE = rb"(?:\s|#[^\n]*\n)+"  # between the words of a header, comments too
@@ -36,7 +36,7 @@ _PFM = re.compile(
 )
 
 
-class DepthList:
+class DepthList(Dataset):
   """Pictures with depth, named by list files, with the augmentation of the depth release.
 
   Args:
@@ -88,8 +88,8 @@ class DepthList:
       ValueError: in one line, for everything that is wrong with them.
     """
     depth_transforms.check_cut_depth(cut_depth)
-    self.crop = nyu.check_size("crop", crop)
-    self.resize = None if not resize else nyu.check_size("resize", resize)
+    self.crop = validation.check_size("crop", crop)
+    self.resize = None if not resize else validation.check_size("resize", resize)
     self.root, self.factor, self.max_depth = Path(root).expanduser(), factor, max_depth
     wrong = [
       f"{name}={value} must be above 0" for name, value in (("factor", factor), ("max_depth", max_depth)) if value <= 0
@@ -106,10 +106,10 @@ class DepthList:
     self.cut_depth, self.color_jitter, self.exif = cut_depth, color_jitter, image_files.check_exif(exif)
     self.classes, self.provides = one_scene(scene, DepthList.provides)
 
-  @staticmethod
-  def classes_of(options: Mapping[str, Any]) -> tuple[str, ...]:
-    """The classes for these options, known before any file is."""
-    return one_scene(options.get("scene", "scene"), frozenset())[0]
+  @classmethod
+  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+    """See types.Dataset; raises as `one_scene`."""
+    return DatasetInfo(classes=one_scene(options.get("scene", "scene"), frozenset())[0])
 
   @reader.read_once
   def source(self, split: str) -> "Frames":
@@ -121,8 +121,10 @@ class DepthList:
     """
     if split not in ("train", "eval"):
       raise UserError(f"split={split!r} is unknown; choose one of ['eval', 'train'].")
-    option = "eval_list" if split == "eval" and self.eval_list else "train_list"
-    path = image_files.find_list(self.root, getattr(self, option), (), f"name it in data.{option}.")
+    if split == "eval" and self.eval_list:
+      path = image_files.find_list(self.root, self.eval_list, (), "name it in data.eval_list.")
+    else:
+      path = image_files.find_list(self.root, self.train_list, (), "name it in data.train_list.")
     records = [(image, depth) for image, depth in read_columns(path, columns=(2,))]
     if not self.eval_list:
       kept = len(records) - max(1, round(self.holdout * len(records)))
@@ -136,10 +138,6 @@ class DepthList:
     read = functools.partial(read_depth, factor=self.factor, max_depth=self.max_depth)
     pairs = [(self.root / image, self.root / depth) for image, depth in records]
     return Frames(pairs, read, self.provides, self.exif)
-
-  def describe(self) -> list[str]:
-    """Lines on what to look at, for the start of a run."""
-    return image_files.split_notes(self)
 
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
     """The released augmentation of one picture, see transforms.depth_training."""
@@ -159,7 +157,7 @@ class DepthList:
     return example if self.resize is None else depth_transforms.resize_to_cover(example, size=self.resize)
 
 
-class Frames:
+class Frames(Source):
   """Random access to images with a depth file each; reading starts with `[]`."""
 
   def __init__(

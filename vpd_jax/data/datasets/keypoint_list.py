@@ -17,10 +17,10 @@ from vpd_jax.data.readers import coco_json, image_files, persons
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import top_down as top_down_transforms
 from vpd_jax.errors import UserError
-from vpd_jax.types import Example
+from vpd_jax.types import Dataset, DatasetInfo, Example, Keypoints
 
 
-class KeypointList:
+class KeypointList(Dataset):
   """Pictures with annotated keypoints, with the augmentation of keypoints.Augmentation.
 
   Args:
@@ -101,7 +101,7 @@ class KeypointList:
       image_files.require_folder(root, f"that holds {train_json} and {images}/.")
 
   @classmethod
-  def keypoints_of(cls, options: Mapping[str, Any]) -> top_down_transforms.Keypoints:
+  def keypoints_of(cls, options: Mapping[str, Any]) -> Keypoints:
     """The keypoints of a data set with these options, which may exist without its files if they name them.
 
     Raises:
@@ -117,14 +117,10 @@ class KeypointList:
     )
 
   @classmethod
-  def info_from_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the task is told of a data set with these options, see `keypoints_of`."""
-    return {"keypoints": cls.keypoints_of(options), "udp": options.get("udp", True)}
-
-  @classmethod
-  def classes_of(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the keypoints, which are the classes."""
-    return cls.keypoints_of(options).names
+  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+    """See types.Dataset; raises as `keypoints_of`."""
+    keypoints = cls.keypoints_of(options)
+    return DatasetInfo(classes=keypoints.names, keypoints=keypoints, udp=options.get("udp", True))
 
   @reader.read_once
   def source(self, split: str) -> Any:
@@ -148,10 +144,6 @@ class KeypointList:
     folder = Path(self.root).expanduser() / self.images
     source = f"{found.path} names them, data.images their folder."
     return persons.open_split(folder, found, chosen, samples, source, self.exif)
-
-  def describe(self) -> list[str]:
-    """Lines on how many people there are and what was left out, for the start of a run."""
-    return persons.describe(self)
 
   def truth(self, split: str) -> dict[str, Any]:
     """What is scored against, see coco_pose.CocoPose.truth."""
@@ -183,7 +175,5 @@ class KeypointList:
     return found, range(kept) if split == "train" else range(kept, count)
 
 
-def _augmentation(
-  crop: tuple[int, int], found: top_down_transforms.Keypoints, options: dict[str, Any]
-) -> top_down_transforms.Augmentation:
+def _augmentation(crop: tuple[int, int], found: Keypoints, options: dict[str, Any]) -> top_down_transforms.Augmentation:
   return top_down_transforms.Augmentation(crop, found, **options)

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from vpd_jax.data.datasets import depth_list, nyu
+from vpd_jax.data import validation
+from vpd_jax.data.datasets import depth_list
 from vpd_jax.data.readers import image_files
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import depth as depth_transforms
 from vpd_jax.errors import UserError
-from vpd_jax.types import Example
+from vpd_jax.types import Dataset, DatasetInfo, Example, Published, Source
 
 DEPTH_SCALE = 256.0  # units per metre in the files
 MAX_DEPTH = 80.0  # metres
@@ -46,7 +47,7 @@ IMAGE_FOLDERS = ("raw_data", "", "raw")
 DEPTH_FOLDERS = ("data_depth_annotated/train", "data_depth_annotated/val", "data_depth_annotated", "train", "val", "")
 
 
-class Kitti:
+class Kitti(Dataset):
   """KITTI with the crop of its depth benchmark and the augmentation of the depth release.
 
   Args:
@@ -79,7 +80,7 @@ class Kitti:
 
   provides = frozenset({"image", "depth", "class_id", "index"})
   classes = ("street",)
-  published = image_files.Published({"train": 23_158, "eval": 652}, None, {"depth": (0.0, 65535 / DEPTH_SCALE)})
+  published = Published({"train": 23_158, "eval": 652}, None, {"depth": (0.0, 65535 / DEPTH_SCALE)})
   stored = {**image_files.FRAME, "index": "int32"}  # noqa: RUF012 (never changed)
 
   def __init__(
@@ -98,9 +99,9 @@ class Kitti:
     format: str = "files",
   ):
     depth_transforms.check_cut_depth(cut_depth)
-    self.crop = nyu.check_size("crop", crop)
-    self.kb_crop = None if not kb_crop else nyu.check_size("kb_crop", kb_crop)
-    self.resize = None if not resize else nyu.check_size("resize", resize)
+    self.crop = validation.check_size("crop", crop)
+    self.kb_crop = None if not kb_crop else validation.check_size("kb_crop", kb_crop)
+    self.resize = None if not resize else validation.check_size("resize", resize)
     self.classes, self.provides = depth_list.one_scene(scene, Kitti.provides)
     self.root, self.depth_root, self.format = root, depth_root or root, reader.check_format(format)
     self.lists = {"train": train_list or None, "eval": test_list or None}
@@ -119,20 +120,11 @@ class Kitti:
       if not Path(self.depth_root).expanduser().is_dir():
         raise UserError(f"depth_root={depth_root!r} is not a folder; {FILES_SOURCE}")
 
-  @staticmethod
-  def classes_of(options: Mapping[str, Any]) -> tuple[str, ...]:
-    """The classes for these options, known before any file is."""
-    return depth_list.one_scene(options.get("scene", "street"), frozenset())[0]
-
-  @staticmethod
-  def cut_top(options: Mapping[str, Any], size: tuple[int, int]) -> int:
-    """Rows to take off a picture of (height, width) so that the network sees it at the scale it was trained on.
-
-    A frame as KITTI has it, at most a tenth larger than kb_crop, loses the rows above the benchmark's window, and would
-    otherwise be shrunk by 6 %. Every column stays. 0 for any other picture.
-    """
-    height, width = options.get("kb_crop") or (0, 0)
-    return size[0] - height if height <= size[0] <= 1.1 * height and width <= size[1] <= 1.1 * width else 0
+  @classmethod
+  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+    """See types.Dataset; raises as depth_list.one_scene."""
+    classes, _ = depth_list.one_scene(options.get("scene", "street"), frozenset())
+    return DatasetInfo(classes=classes, window=tuple(options.get("kb_crop", ())) or None)
 
   @reader.read_once
   def source(self, split: str) -> "Frames | reader.Shards":
@@ -186,7 +178,7 @@ class Kitti:
     return example if self.resize is None else depth_transforms.resize(example, size=self.resize)
 
 
-class Frames:
+class Frames(Source):
   """Random access to the frames of one split, whole; reading starts with `[]`."""
 
   def __init__(

@@ -5,6 +5,7 @@ v1.2/labels where version 2 was downloaded. A label file has a palette and holds
 """
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from vpd_jax.data.readers import image_files, label_maps
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import segmentation as segmentation_transforms
 from vpd_jax.errors import UserError
-from vpd_jax.types import Example
+from vpd_jax.types import Dataset, DatasetInfo, Example, Published
 
 SPLITS = {"train": "training", "eval": "validation"}
 COUNTS = {"train": 18_000, "eval": 2_000}
@@ -26,7 +27,7 @@ MAPPED = {number: index for index, row in enumerate(cityscapes.LIST.rows) for nu
 KINDS = {"": label_maps.values(MAPPED, set(range(LABELS)) - MAPPED.keys(), "these are the labels of version 1.2.")}
 
 
-class Mapillary:
+class Mapillary(Dataset):
   """Mapillary Vistas with mmsegmentation's augmentation.
 
   MetaPrompts publishes the mapping of classes, but not the configuration of that training: crop and scale here are
@@ -62,9 +63,15 @@ class Mapillary:
   ):
     self.root, self.format, self.complete = root, reader.check_format(format), complete
     self.augmentation = segmentation_transforms.Augmentation(crop, scale, ratio_range, cat_max_ratio, color_jitter)
-    self.published = image_files.Published(COUNTS if complete else {}, None, {})
+    self.published = Published(COUNTS if complete else {}, None, {})
     if format == "files":
       image_files.require_folder(root, f"that holds training/ and validation/ of Mapillary Vistas: {SOURCE}")
+
+  @classmethod
+  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+    """See types.Dataset."""
+    del options
+    return DatasetInfo(classes=cls.classes, palette=cls.palette)
 
   @reader.read_once
   def source(self, split: str) -> Any:

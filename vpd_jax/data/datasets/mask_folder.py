@@ -17,13 +17,13 @@ from vpd_jax.data.readers import image_files, label_maps
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import segmentation as segmentation_transforms
 from vpd_jax.errors import UserError
-from vpd_jax.types import Example
+from vpd_jax.types import Dataset, DatasetInfo, Example
 
 SOURCE = "the options data.{images} and data.{masks} name the folders of pictures and of PNGs of the same names."
 REMEDY = "correct data.classes, data.values or data.ignored."
 
 
-class MaskFolder:
+class MaskFolder(Dataset):
   """Pictures and masks of a user, with mmsegmentation's augmentation.
 
   Args:
@@ -75,7 +75,7 @@ class MaskFolder:
     Raises:
       ValueError: in one line, for everything that is wrong with them.
     """
-    self.classes, wrong = self.classes_of({"classes": classes}), []
+    self.classes, wrong = self.info({"classes": classes}).classes, []
     self.root, self.format, self.exif = root, reader.check_format(format), image_files.check_exif(exif)
     numbers = tuple(values) or tuple(range(len(self.classes)))
     if len(numbers) != len(self.classes) or len(set(numbers)) != len(numbers):
@@ -101,8 +101,8 @@ class MaskFolder:
       image_files.require_folder(root, f"that holds {images}/ and {masks}/.")
 
   @classmethod
-  def classes_of(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
-    """The classes of a data set with these options, which may exist without its files.
+  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+    """See types.Dataset.
 
     Raises:
       ValueError: none, too many, not a list of names, or a name twice.
@@ -115,7 +115,7 @@ class MaskFolder:
     if twice or len(given) > label_maps.MOST_CLASSES:
       what = f"names {', '.join(twice)} twice" if twice else f"has {len(given)} names"
       raise UserError(f"data.classes {what}; give at most {label_maps.MOST_CLASSES} different ones.")
-    return given
+    return DatasetInfo(classes=given)
 
   @reader.read_once
   def source(self, split: str) -> Any:
@@ -145,7 +145,7 @@ class MaskFolder:
 
   def describe(self) -> list[str]:
     """Which labels occur in training, for the start of a run; see labels.histogram."""
-    return [*label_maps.histogram(self.source("train"), self.classes), *image_files.split_notes(self)]
+    return [*label_maps.histogram(self.source("train"), self.classes), *super().describe()]
 
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
     """The augmentation of the releases."""

@@ -7,15 +7,18 @@ Files, below `root`:
 Depth is a 16-bit PNG in millimetres, 0 where nothing was measured.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from vpd_jax.data import validation
 from vpd_jax.data.readers import image_files
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import depth as depth_transforms
 from vpd_jax.errors import UserError
-from vpd_jax.types import Example
+from vpd_jax.types import Dataset, DatasetInfo, Example, Published, Source
 
 # The order is that of the class vectors in the released checkpoints; 'excercise_room' is spelt as in the data.
 # Source: VPD depth/nyu_class_list.json.
@@ -39,7 +42,7 @@ FILES_SOURCE = {
 }
 
 
-class Nyu:
+class Nyu(Dataset):
   """NYU Depth v2 with VPD's augmentation and scene classes.
 
   Args:
@@ -65,7 +68,7 @@ class Nyu:
 
   provides = frozenset({"image", "depth", "class_id", "index"})
   classes = CLASSES
-  published = image_files.Published({"train": 24_231, "eval": 654}, (480, 640), {"depth": (0.0, MAX_DEPTH)})
+  published = Published({"train": 24_231, "eval": 654}, (480, 640), {"depth": (0.0, MAX_DEPTH)})
   stored = {**image_files.FRAME, "class_id": "int32", "index": "int32"}  # noqa: RUF012 (never changed)
 
   def __init__(
@@ -82,10 +85,10 @@ class Nyu:
   ):
     depth_transforms.check_cut_depth(cut_depth)
     self.root, self.format = root, reader.check_format(format)
-    self.crop = check_size("crop", crop)
+    self.crop = validation.check_size("crop", crop)
     self.cut_depth = cut_depth
     self.lists = {"train": train_list or None, "eval": test_list or None}
-    self.resize = None if not resize else check_size("resize", resize)
+    self.resize = None if not resize else validation.check_size("resize", resize)
     self.color_jitter = color_jitter
     if self.resize and (self.crop[0] > self.resize[0] or self.crop[1] > self.resize[1]):
       raise UserError(f"crop={self.crop} does not fit into resize={self.resize}; make data.crop smaller.")
@@ -97,6 +100,12 @@ class Nyu:
       image_files.require_folder(
         root, f"that holds sync/ and official_splits/ of NYU Depth v2: {FILES_SOURCE['train']}"
       )
+
+  @classmethod
+  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+    """See types.Dataset."""
+    del options
+    return DatasetInfo(classes=cls.classes)
 
   @reader.read_once
   def source(self, split: str) -> "Frames | reader.Shards":
@@ -135,7 +144,7 @@ class Nyu:
     return example if self.resize is None else depth_transforms.resize(example, size=self.resize)
 
 
-class Frames:
+class Frames(Source):
   """Random access to the frames of one split; reading starts with `[]`."""
 
   def __init__(self, folder: Path, pairs: list[tuple[str, str]], class_ids: list[int]):
@@ -182,11 +191,3 @@ def scene_classes(names: list[str]) -> list[int]:
       f"folder names must contain one of {', '.join(CLASSES)}."
     )
   return ids
-
-
-def check_size(option: str, size: tuple[int, int]) -> tuple[int, int]:
-  """(height, width) as two positive whole numbers, or a ValueError that names the option."""
-  sides = tuple(size) if isinstance(size, tuple | list) else (size,)
-  if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-    raise UserError(f"{option}={size!r} must be (height, width), two positive whole numbers.")
-  return sides

@@ -22,7 +22,7 @@ from vpd_jax.data.readers.referring import Item
 from vpd_jax.data.shards import reader
 from vpd_jax.errors import UserError
 from vpd_jax.files import reading
-from vpd_jax.types import Example
+from vpd_jax.types import Dataset, DatasetInfo, Example, Published
 
 # (references, pictures) by split, as published; None where no published number is known to us.
 Counts = dict[str, tuple[int, int] | None]
@@ -40,7 +40,7 @@ ON_EMPTY = ("stop", "leave_out")
 KEYS = {"ann_id": int, "image_id": int, "split": str, "sentences": list}  # of a reference
 
 
-class RefCoco:
+class RefCoco(Dataset):
   """One of the RefCOCO family.
 
   Args:
@@ -108,18 +108,17 @@ class RefCoco:
     self.splits = {"train": "train", "eval": eval_split}
     self.transforms, self.cache = referring.Transforms(crop, canvas), referring.check_cache(cache, cache_folder)
     counts = PUBLISHED[variant, split_by]
-    self.published = image_files.Published(
-      {"train": counts["train"][0]} if complete and counts["train"] else {}, None, {}
-    )
+    self.published = Published({"train": counts["train"][0]} if complete and counts["train"] else {}, None, {})
     self.made_with = {"variant": variant, "split_by": split_by, "eval_split": eval_split, "overlap": overlap}
     self.made_with |= {"on_empty": on_empty}
     if format == "files":
       image_files.require_folder(root, f"that holds {variant}/: {SOURCE}")
 
-  @staticmethod
-  def only_resizes(options: Mapping[str, Any]) -> bool:
-    """Whether a picture is always seen alike, so that it can be encoded ahead, see encoder_cache.planned."""
-    return True
+  @classmethod
+  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+    """See types.Dataset."""
+    del options
+    return DatasetInfo(only_resizes=True)
 
   @reader.read_once
   def source(self, split: str) -> Any:
@@ -146,10 +145,6 @@ class RefCoco:
     items = [item._replace(image=_below(root, pictures / item.image)) for item in items]
     read_mask = functools.partial(_read_mask, overlap=self.overlap)
     return referring.ReferringSource(root, items if split == "train" else referring.by_sentence(items), read_mask)
-
-  def describe(self) -> list[str]:
-    """Lines on how much there is, for the start of a run."""
-    return referring.describe(self)
 
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
     """One sentence of the object; picture and mask resized."""

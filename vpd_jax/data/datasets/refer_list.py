@@ -20,7 +20,7 @@ from vpd_jax.data.readers.referring import Item
 from vpd_jax.data.shards import reader
 from vpd_jax.errors import UserError
 from vpd_jax.files import reading
-from vpd_jax.types import Example
+from vpd_jax.types import Dataset, DatasetInfo, Example
 
 EXAMPLE = '{"image": "1.jpg", "mask": "1.png", "sentences": ["the red car"]}'
 KNOWN = frozenset({"image", "mask", "sentences", "value", "split"})
@@ -30,7 +30,7 @@ EVERY_NUMBER = label_maps.values(
 SPLITS = ("train", "eval")
 
 
-class ReferList:
+class ReferList(Dataset):
   """Referring expressions of a user, resized as in the release.
 
   Args:
@@ -80,10 +80,11 @@ class ReferList:
     if format == "files":
       image_files.require_folder(root, "that holds the pictures, the masks and the JSON file data.file.")
 
-  @staticmethod
-  def only_resizes(options: Mapping[str, Any]) -> bool:
-    """Whether a picture is always seen alike, so that it can be encoded ahead, see encoder_cache.planned."""
-    return True
+  @classmethod
+  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+    """See types.Dataset."""
+    del options
+    return DatasetInfo(only_resizes=True)
 
   @reader.read_once
   def source(self, split: str) -> Any:
@@ -122,10 +123,6 @@ class ReferList:
     found = referring.ReferringSource(root, items, functools.partial(_read_mask, exif=self.exif), self.exif)
     found.notes = image_files.exif_notes((root / item.image for item in items), self.exif)
     return found
-
-  def describe(self) -> list[str]:
-    """Lines on how much there is, for the start of a run."""
-    return referring.describe(self)
 
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
     """One sentence of the object; picture and mask resized."""

@@ -5,18 +5,20 @@ so on, so that no room is taken twice. Figures have no face: only those seen fro
 nobody could tell their left from their right.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from vpd_jax.data.datasets import nyu, rooms
+from vpd_jax.data import validation
+from vpd_jax.data.datasets import rooms
 from vpd_jax.data.readers import coco_json
 from vpd_jax.data.rooms import render
 from vpd_jax.data.rooms import scene as room_scene
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import top_down as top_down_transforms
 from vpd_jax.errors import UserError
-from vpd_jax.types import Example
+from vpd_jax.types import Dataset, DatasetInfo, Example, Source
 
 MINIMUM = 6  # keypoints inside the picture
 NARROWEST = 16  # pixels of the box's shorter side, in a picture of 120 rows
@@ -24,7 +26,7 @@ TRIES = 64
 LEFT, RIGHT = (top_down_transforms.COCO.names.index(f"{side}_shoulder") for side in ("left", "right"))
 
 
-class RoomFigures:
+class RoomFigures(Dataset):
   """Crops of figures in procedural rooms, with the augmentation of keypoints.Augmentation.
 
   Args:
@@ -66,7 +68,7 @@ class RoomFigures:
     if root and reader.check_format(format) == "files":
       raise UserError(f"root={str(root)!r} has no effect: rooms are drawn; leave it empty, or set data.format='tfds'.")
     self.root, self.format = root, reader.check_format(format)
-    self.size = nyu.check_size("size", size)
+    self.size = validation.check_size("size", size)
     for option, number, least in (("train_count", train_count, 1), ("eval_count", eval_count, 1), ("seed", seed, 0)):
       if int(number) != number or number < least:
         raise UserError(f"{option}={number} must be a whole number of at least {least}.")
@@ -76,10 +78,14 @@ class RoomFigures:
     self.counts, self.seed = {"train": int(train_count), "eval": int(eval_count)}, int(seed)
     self.made_with = {"size": self.size, "seed": self.seed, **self.counts}
 
-  @staticmethod
-  def info_from_options(options: Any) -> dict[str, Any]:
-    """What the task is told of the data, see coco_pose.CocoPose."""
-    return {"keypoints": top_down_transforms.COCO, "udp": options.get("udp", True)}
+  @classmethod
+  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+    """See types.Dataset."""
+    return DatasetInfo(classes=cls.classes, keypoints=top_down_transforms.COCO, udp=options.get("udp", True))
+
+  def describe(self) -> list[str]:
+    """Nothing: see rooms.Rooms."""
+    return []
 
   def source(self, split: str) -> "Figures | reader.Shards":
     """The figures of "train" or "eval", drawn at `[]`, or read from shards."""
@@ -113,7 +119,7 @@ class RoomFigures:
     return self.augmentation.evaluation(example)
 
 
-class Figures:
+class Figures(Source):
   """Random access to the figures of one split; holds nothing but what defines them."""
 
   def __init__(self, seed: int, split: str, count: int, size: tuple[int, int]):

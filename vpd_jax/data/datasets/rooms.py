@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from vpd_jax.data import validation
 from vpd_jax.data.datasets import nyu
 from vpd_jax.data.readers import referring
 from vpd_jax.data.rooms import expressions, render
@@ -19,7 +20,7 @@ from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import depth as depth_transforms
 from vpd_jax.data.transforms import segmentation as segmentation_transforms
 from vpd_jax.errors import UserError
-from vpd_jax.types import Example
+from vpd_jax.types import Dataset, DatasetInfo, Example, Source
 
 CLASSES = room_scene.CLASSES  # of "labels"; all pixels have one
 SPLITS = ("train", "eval")  # position is part of the random seed: no room is in both
@@ -36,7 +37,7 @@ MENTIONED = 0.004  # share of the picture from which on an object gets a sentenc
 LIMB = 0.2  # metres a keypoint may lie behind the surface that shows it
 
 
-class Rooms:
+class Rooms(Dataset):
   """Procedural rooms.
 
   Args:
@@ -83,7 +84,7 @@ class Rooms:
     format: str = "files",
     root: str = "",
   ):
-    self.classes = self.classes_of({"task": task})
+    self.classes = self.info({"task": task}).classes
     self.task, self.provides = task, KEYS[task]
     if task != "segmentation" and ratio_range:
       raise UserError(f"data.ratio_range={ratio_range} has no effect where data.task={task!r}; leave it empty.")
@@ -96,7 +97,7 @@ class Rooms:
     if root and reader.check_format(format) == "files":
       raise UserError(f"root={str(root)!r} has no effect: rooms are drawn; leave it empty, or set data.format='tfds'.")
     self.root, self.format = root, reader.check_format(format)
-    self.size, self.crop = nyu.check_size("size", size), nyu.check_size("crop", crop)
+    self.size, self.crop = validation.check_size("size", size), validation.check_size("crop", crop)
     if task != "referring" and (self.crop[0] > self.size[0] or self.crop[1] > self.size[1]):
       raise UserError(f"crop={self.crop} does not fit into size={self.size}; make data.crop smaller.")
     for option, number, least in (("train_count", train_count, 1), ("eval_count", eval_count, 1), ("seed", seed, 0)):
@@ -111,8 +112,8 @@ class Rooms:
     self.resizing = referring.Transforms(self.crop, self.size)
 
   @classmethod
-  def classes_of(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
-    """The classes of rooms with these options.
+  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+    """See types.Dataset.
 
     Raises:
       ValueError: unknown task.
@@ -120,12 +121,12 @@ class Rooms:
     task = options.get("task", "depth")
     if task not in TASKS:
       raise UserError(f"task={task!r} is unknown to the rooms; choose one of {TASKS}.")
-    return {"depth": nyu.CLASSES, "segmentation": CLASSES, "referring": ()}[task]
+    classes = {"depth": nyu.CLASSES, "segmentation": CLASSES, "referring": ()}[task]
+    return DatasetInfo(classes=classes, only_resizes=task == "referring")
 
-  @staticmethod
-  def only_resizes(options: Mapping[str, Any]) -> bool:
-    """Whether a picture is always seen alike, so that it can be encoded ahead, see encoder_cache.planned."""
-    return options.get("task", "depth") == "referring"
+  def describe(self) -> list[str]:
+    """Nothing: the rooms of "eval" would be drawn once more."""
+    return []
 
   def source(self, split: str) -> "DrawnRooms | expressions.RoomExpressions | reader.Shards":
     """The rooms of "train" or "eval", drawn at `[]`, or read from shards; for "referring" the sentences of "eval"."""
@@ -162,7 +163,7 @@ class Rooms:
     return self.augmentation.evaluation(example) if self.task == "segmentation" else example
 
 
-class DrawnRooms:
+class DrawnRooms(Source):
   """Random access to the rooms of one split; holds nothing but what defines them."""
 
   def __init__(self, seed: int, split: str, count: int, size: tuple[int, int], keys: frozenset[str]):
