@@ -78,7 +78,7 @@ def measure(config: Any) -> dict[str, dict[str, float]]:
     count = sum(len(batch["image"]) for batch in rows)
     found[mode] = {}
     for way in PROTOCOLS:
-      dataset.cache = Cache("memory" if way == "kept in memory" else "off", "")
+      dataset.encoder_cache = Cache("memory" if way == "kept in memory" else "off", "")
       encodings = encoder_cache.EncoderCache(config, product, dataset, mesh)
       encode = (lambda local: local) if way == "inside the network" else lambda local: encodings(local, frozen)  # noqa: B023
       passed = lambda: pipeline.prefetch(encode(iter(rows)), spread)  # noqa: B023

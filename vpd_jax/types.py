@@ -229,17 +229,19 @@ class Dataset(Protocol):
 
   Attributes:
     provides: keys of an Example after the transforms, of which a batch may be made.
+    classes: their names, by class id, see DatasetInfo.
     stored: what a record of `source` holds, by key, see shards/writer.py KINDS; None: whole Examples.
     made_with: the options on which the records depend; shards must have been made with the same.
     published: what a complete copy holds, as far as it is known.
-    cache: what is kept of the work of frozen networks; None where pictures are not encoded ahead.
+    encoder_cache: what is kept of the work of frozen networks; None where pictures are not encoded ahead.
   """
 
   provides: frozenset[str]
+  classes: tuple[str, ...] = ()
   stored: ClassVar[Mapping[str, str] | None] = None
   made_with: Mapping[str, Any] = {}
   published: Published = Published({}, None, {})
-  cache: Cache | None = None
+  encoder_cache: Cache | None = None
 
   def __init__(self, **options: Any): ...
 

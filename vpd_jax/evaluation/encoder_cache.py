@@ -115,16 +115,16 @@ class EncoderCache:
     Args:
       config: of the run.
       product: its method encodes.
-      dataset: has a `cache` where it only resizes its pictures, see types.Cache.
+      dataset: has an `encoder_cache` where it only resizes its pictures, see types.Cache.
       mesh: over which the weights are spread.
 
     Raises:
       ValueError: results are to be kept of a VAE that is trained.
     """
     check(product, dataset)
-    self._cache = dataset.cache or Cache("off", "")
+    self._cache = dataset.encoder_cache or Cache("off", "")
     self._product, self._mesh = product, mesh
-    self.active = dataset.cache is not None and not _vae_is_trained(product)
+    self.active = dataset.encoder_cache is not None and not _vae_is_trained(product)
     self._local = sharding.make_mesh(devices=[d for d in mesh.devices.flat if d.process_index == jax.process_index()])
     self._size = tuple(config.data.crop)
     self._weights: dict[str, str] = {}
@@ -287,7 +287,7 @@ def _vae_is_trained(product: Product) -> bool:
 
 def check(product: Product, dataset: Dataset) -> None:
   """Raises ValueError where results of a VAE are to be kept that is trained."""
-  cache = dataset.cache
+  cache = dataset.encoder_cache
   if cache is not None and cache.kind != "off" and _vae_is_trained(product):
     raise UserError(
       f"data.cache={cache.kind!r} keeps what the VAE makes of pictures, but config.optim.lr_groups trains it; "

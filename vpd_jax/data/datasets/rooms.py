@@ -5,6 +5,7 @@ along the optical axis as in NYU Depth v2, at most 10 m; 0 marks what a sensor w
 The camera has NYU's field of view and is placed, raised, tilted and turned at random in rooms of random size.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
@@ -37,6 +38,7 @@ MENTIONED = 0.004  # share of the picture from which on an object gets a sentenc
 LIMB = 0.2  # metres a keypoint may lie behind the surface that shows it
 
 
+@dataclasses.dataclass(eq=False, kw_only=True)
 class Rooms(Dataset):
   """Procedural rooms.
 
@@ -50,7 +52,7 @@ class Rooms(Dataset):
     cut_depth: for depth, "released", "scaled" or "off", see transforms.vertical_cut_depth.
     ratio_range: for segmentation, (lowest, highest) factor of the random rescaling; () is (1, 1).
     color_jitter: False trains without the changes of color; "referring" has none.
-    cache, cache_folder: for "referring", see refer_list.ReferList.
+    cache, cache_folder: for "referring", see referring.ReferringDataset.
     format: "files" draws each room when it is asked for, "tfds" reads drawn ones from prepared shards.
     root: folder of the shards, with format="tfds".
 
@@ -58,56 +60,49 @@ class Rooms(Dataset):
     provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "index" int32 []; for depth "depth" float32 [H, W]
       metres (0 is no measurement) and "class_id" int32 [] into `classes`; for segmentation "label" uint8 [H, W] into
       `classes`, "valid_size" int32 [2], see segmentation_transforms.Augmentation; for referring what
-      referring.PROVIDES names, see refcoco.RefCoco.
+      referring.PROVIDES names, see ReferringDataset.
     classes: for depth NYU's 27 scene classes in VPD's order; the five of room_scene.SCENES occur, each with furniture
       of its own. For segmentation CLASSES, for referring none.
     made_with: the options on which the records depend; shards must have been made with the same.
   """
 
+  task: str = "depth"
+  size: tuple[int, int] = (96, 128)
+  crop: tuple[int, int] = (96, 96)
+  train_count: int = 4096
+  eval_count: int = 64
+  seed: int = 0
+  cut_depth: str = "off"
+  ratio_range: tuple[float, float] | tuple[()] = ()
+  color_jitter: bool = True
+  cache: str = "off"
+  cache_folder: str = ""
+  format: str = "files"
+  root: str = ""
+
   provides = KEYS["depth"]
   classes = nyu.CLASSES
 
-  def __init__(
-    self,
-    *,
-    task: str = "depth",
-    size: tuple[int, int] = (96, 128),
-    crop: tuple[int, int] = (96, 96),
-    train_count: int = 4096,
-    eval_count: int = 64,
-    seed: int = 0,
-    cut_depth: str = "off",
-    ratio_range: tuple[float, float] | tuple[()] = (),
-    color_jitter: bool = True,
-    cache: str = "off",
-    cache_folder: str = "",
-    format: str = "files",
-    root: str = "",
-  ):
-    self.classes = self.info({"task": task}).classes
-    self.task, self.provides = task, KEYS[task]
-    if task != "segmentation" and ratio_range:
-      raise UserError(f"data.ratio_range={ratio_range} has no effect where data.task={task!r}; leave it empty.")
-    if task != "depth" and cut_depth != "off":
-      raise UserError(f"data.cut_depth={cut_depth!r} has no effect where data.task={task!r}; set it to 'off'.")
-    if task != "referring" and (cache, cache_folder) != ("off", ""):
-      raise UserError(f"data.cache={cache!r} has no effect where data.task={task!r}; set it to 'off'.")
-    self.cache = referring.check_cache(cache, cache_folder) if task == "referring" else None
-    depth_transforms.check_cut_depth(cut_depth)
-    if root and reader.check_format(format) == "files":
-      raise UserError(f"root={str(root)!r} has no effect: rooms are drawn; leave it empty, or set data.format='tfds'.")
-    self.root, self.format = root, reader.check_format(format)
-    self.size, self.crop = validation.check_size("size", size), validation.check_size("crop", crop)
+  def __post_init__(self):
+    task = self.task
+    self.classes, self.provides = self.info({"task": task}).classes, KEYS[task]
+    if task != "segmentation" and self.ratio_range:
+      raise UserError(f"data.ratio_range={self.ratio_range} has no effect where data.task={task!r}; leave it empty.")
+    if task != "depth" and self.cut_depth != "off":
+      raise UserError(f"data.cut_depth={self.cut_depth!r} has no effect where data.task={task!r}; set it to 'off'.")
+    if task != "referring" and (self.cache, self.cache_folder) != ("off", ""):
+      raise UserError(f"data.cache={self.cache!r} has no effect where data.task={task!r}; set it to 'off'.")
+    self.encoder_cache = referring.check_cache(self.cache, self.cache_folder) if task == "referring" else None
+    depth_transforms.check_cut_depth(self.cut_depth)
+    check_root(self.root, self.format)
+    self.size, self.crop = validation.check_size("size", self.size), validation.check_size("crop", self.crop)
     if task != "referring" and (self.crop[0] > self.size[0] or self.crop[1] > self.size[1]):
       raise UserError(f"crop={self.crop} does not fit into size={self.size}; make data.crop smaller.")
-    for option, number, least in (("train_count", train_count, 1), ("eval_count", eval_count, 1), ("seed", seed, 0)):
-      if int(number) != number or number < least:
-        raise UserError(f"{option}={number} must be a whole number of at least {least}.")
-    self.counts = {"train": int(train_count), "eval": int(eval_count)}
-    self.seed, self.cut_depth, self.color_jitter = int(seed), cut_depth, color_jitter
+    self.counts, self.seed = check_counts(self.train_count, self.eval_count, self.seed), int(self.seed)
     self.made_with = {"task": task, "size": self.size, "seed": self.seed, **self.counts}
+    ratios = cast(tuple[float, float], tuple(self.ratio_range) or (1.0, 1.0))
     self.augmentation = segmentation_transforms.Augmentation(
-      self.crop, self.size, cast(tuple[float, float], tuple(ratio_range) or (1.0, 1.0)), color_jitter=color_jitter
+      self.crop, self.size, ratios, color_jitter=self.color_jitter
     )
     self.resizing = referring.Transforms(self.crop, self.size)
 
@@ -161,6 +156,20 @@ class Rooms(Dataset):
     if self.task == "referring":
       return expressions.evaluation(example, self.resizing)
     return self.augmentation.evaluation(example) if self.task == "segmentation" else example
+
+
+def check_root(root: str, format: str) -> None:
+  """Raises ValueError where the format is unknown, or a folder is named though rooms are drawn."""
+  if reader.check_format(format) == "files" and root:
+    raise UserError(f"root={str(root)!r} has no effect: rooms are drawn; leave it empty, or set data.format='tfds'.")
+
+
+def check_counts(train: int, evaluation: int, seed: int) -> dict[str, int]:
+  """Records by split; raises ValueError where these or the seed are no whole numbers of the right range."""
+  for option, number, least in (("train_count", train, 1), ("eval_count", evaluation, 1), ("seed", seed, 0)):
+    if int(number) != number or number < least:
+      raise UserError(f"{option}={number} must be a whole number of at least {least}.")
+  return {"train": int(train), "eval": int(evaluation)}
 
 
 class DrawnRooms(Source):
