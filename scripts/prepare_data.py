@@ -30,6 +30,7 @@ from vpd_jax.data.readers import image_files
 from vpd_jax.data.shards import reader, writer
 from vpd_jax.errors import UserError
 from vpd_jax.experiment import DATASETS
+from vpd_jax.types import Published
 
 SPLITS = ("train", "eval")
 ACCEPT = ("counts", "sizes", "values")
@@ -98,7 +99,7 @@ def value(text: str) -> Any:
 
 def check(dataset: Any, splits: tuple[str, ...], accept: tuple[str, ...], say: Callable[[str], None]) -> list[str]:
   """Looks at every record; says what is there and returns what is wrong with it."""
-  published = getattr(dataset, "published", None) or image_files.Published({}, None, {})
+  published = dataset.published
   sources, wrong = {}, []
   for split in splits:
     try:
@@ -115,14 +116,14 @@ def check(dataset: Any, splits: tuple[str, ...], accept: tuple[str, ...], say: C
   return wrong
 
 
-def survey(source: Any, published: image_files.Published, split: str) -> list[Seen]:
+def survey(source: Any, published: Published, split: str) -> list[Seen]:
   """Decodes every record of a split, in threads."""
   with futures.ThreadPoolExecutor(THREADS) as pool:
     looked = pool.map(lambda index: look(source, index, published), range(len(source)))
     return list(tqdm(looked, total=len(source), desc=f"checking {split}", unit=" records", mininterval=1.0))
 
 
-def look(source: Any, index: int, published: image_files.Published) -> Seen:
+def look(source: Any, index: int, published: Published) -> Seen:
   """Decodes one record."""
   try:
     example = source[index]
@@ -136,7 +137,7 @@ def look(source: Any, index: int, published: image_files.Published) -> Seen:
   return Seen(example["image"].shape[:2], ranges, missing)
 
 
-def summary(looked: list[Seen], published: image_files.Published, count: int) -> str:
+def summary(looked: list[Seen], published: Published, count: int) -> str:
   """What a split holds, in one line."""
   readable = [seen for seen in looked if not seen.error]
   compared = f"published are {count}" if published.counts else "there is no published number"
@@ -151,7 +152,7 @@ def summary(looked: list[Seen], published: image_files.Published, count: int) ->
   return "; ".join(parts)
 
 
-def faults(source: Any, looked: list[Seen], published: image_files.Published, accept: tuple[str, ...]) -> list[str]:
+def faults(source: Any, looked: list[Seen], published: Published, accept: tuple[str, ...]) -> list[str]:
   """What is wrong with the records of a split, one text per kind."""
   found = []
   errors = [seen.error for seen in looked if seen.error]
@@ -186,7 +187,7 @@ def shown(values: tuple[float, float] | None) -> str:
 
 def label(source: Any, index: int) -> str:
   """The name of a record's picture, or its number."""
-  return writer.record(source, index).get("image_path", f"record {index}")
+  return source.record(index).get("image_path", f"record {index}")
 
 
 def first(names: list[str], count: int | None = None) -> str:

@@ -20,10 +20,10 @@ from absl import flags
 
 from vpd_jax import experiment
 from vpd_jax.data import pipeline
-from vpd_jax.data.readers import referring
 from vpd_jax.distributed import sharding
 from vpd_jax.evaluation import encoder_cache, evaluate
 from vpd_jax.training import train
+from vpd_jax.types import Cache
 
 BATCHES = flags.DEFINE_integer("batches", 8, "of each pass", lower_bound=2, flag_values=benchmark.FLAGS)
 PROTOCOLS = ("inside the network", "once a picture", "kept in memory")
@@ -78,7 +78,7 @@ def measure(config: Any) -> dict[str, dict[str, float]]:
     count = sum(len(batch["image"]) for batch in rows)
     found[mode] = {}
     for way in PROTOCOLS:
-      dataset.cache = referring.Cache("memory" if way == "kept in memory" else "off", "")
+      dataset.encoder_cache = Cache("memory" if way == "kept in memory" else "off", "")
       encodings = encoder_cache.EncoderCache(config, product, dataset, mesh)
       encode = (lambda local: local) if way == "inside the network" else lambda local: encodings(local, frozen)  # noqa: B023
       passed = lambda: pipeline.prefetch(encode(iter(rows)), spread)  # noqa: B023

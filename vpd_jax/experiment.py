@@ -48,6 +48,7 @@ from vpd_jax.tasks.depth import task as depth_task
 from vpd_jax.tasks.pose import task as pose_task
 from vpd_jax.tasks.referring import task as referring_task
 from vpd_jax.tasks.segmentation import task as segmentation_task
+from vpd_jax.types import Dataset, DatasetInfo, Task
 
 METHODS = {"vpd": vpd.Vpd, "iedp": iedp.Iedp, "meta_prompts": meta_prompts.MetaPrompts}
 NECKS = {
@@ -67,13 +68,13 @@ HEADS = {
   "classic": keypoints.DeconvHead,
   "direct": keypoints.IdentityHead,
 }
-TASKS = {
+TASKS: dict[str, type[Task]] = {
   "depth": depth_task.Depth,
   "segmentation": segmentation_task.Segmentation,
   "referring": referring_task.Referring,
   "pose": pose_task.Pose,
 }
-DATASETS = {
+DATASETS: dict[str, type[Dataset]] = {
   "nyu": nyu.Nyu,
   "kitti": kitti.Kitti,
   "depth_list": depth_list.DepthList,
@@ -223,9 +224,8 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Product:
   fields.check(config)
   fields.look_up(optim.SCHEDULES, config.optim.schedule, "optim.schedule")
   data = fields.look_up(DATASETS, config.data, "data", more=NOT_OF_THE_DATASET)
-  # Some data sets are told their classes by the config.
-  classes = tuple(data.classes_of(config.data) if hasattr(data, "classes_of") else data.classes)
-  task = _task(config, data, classes)
+  info = data.info(config.data)
+  classes, task = info.classes, _task(config, info)
   _check_test_time(config, task)
   parts = params_lib.describe(_builder(config, task, classes, training=True))
   _check_groups(config, parts)
@@ -240,11 +240,11 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Product:
   return Product(parts, task, groups, rate, optimizer, classes, keys)
 
 
-def _task(config: ConfigDict, data: Any, classes: tuple[str, ...]) -> Any:
+def _task(config: ConfigDict, info: DatasetInfo) -> Any:
   """The task, told of the data set's classes and their colors and numbers where it asks for them."""
-  facts = {"classes": len(classes), "class_names": classes}
-  facts |= {name: getattr(data, name) for name in ("palette", "label_ids") if hasattr(data, name)}
-  facts |= data.info_from_options(config.data) if hasattr(data, "info_from_options") else {}
+  facts: dict[str, Any] = {"classes": len(info.classes), "class_names": info.classes}
+  facts |= {name: values for name, values in (("palette", info.palette), ("label_ids", info.label_ids)) if values}
+  facts |= {"keypoints": info.keypoints, "udp": info.udp} if info.keypoints else {}
   if told := [name for name in facts if name in config.task]:
     raise UserError(f"config.task.{told[0]} is a fact of the data set {config.data.name!r}; leave it out.")
   maker = fields.look_up(TASKS, config.task, "task", given=("keypoints", *facts))
@@ -256,11 +256,11 @@ def _task(config: ConfigDict, data: Any, classes: tuple[str, ...]) -> Any:
 
 def _check_test_time(config: ConfigDict, task: Any) -> None:
   """The words of the test-time procedure, and the choice that goes with them."""
-  if task.way == "sliding":
+  if task.test_time_protocol == "sliding":
     sliding_window.parse(config.eval.test_time)
     option, choices = "small", sliding_window.SMALL
   else:
-    tta.parse(config.eval.test_time, task.way)
+    tta.parse(config.eval.test_time, task.test_time_protocol)
     option, choices = "coverage", tta.COVERAGES
   if config.eval.get(option) not in choices:
     raise UserError(f"eval.{option}={config.eval.get(option)!r} is unknown; choose one of {choices}.")
@@ -287,7 +287,7 @@ def _check_groups(config: ConfigDict, parts: params_lib.Parts) -> None:
       )
 
 
-def dataset(config: ConfigDict, product: Product) -> Any:
+def dataset(config: ConfigDict, product: Product) -> Dataset:
   """The data set, its files found.
 
   Raises:
@@ -306,21 +306,20 @@ def dataset(config: ConfigDict, product: Product) -> Any:
   return made
 
 
-def batch_keys(product: Product, made: Any) -> tuple[str, ...]:
+def batch_keys(product: Product, made: Dataset) -> tuple[str, ...]:
   """What a Batch holds: what the product asks for, and where an image ends in its padding, if the data set says so."""
   return (*product.keys, *sorted(made.provides & {"valid_size"}))
 
 
 def only_resizes(config: ConfigDict) -> bool:
   """Whether the data set does nothing to a picture but resize it to `data.crop`, in training and in evaluation."""
-  made = DATASETS[config.data.name]
-  return hasattr(made, "only_resizes") and made.only_resizes(config.data)
+  return DATASETS[config.data.name].info(config.data).only_resizes
 
 
-def sentence_lines(product: Product, made: Any, splits: tuple[str, ...] = ("train", "eval")) -> list[str]:
+def sentence_lines(product: Product, made: Dataset, splits: tuple[str, ...] = ("train", "eval")) -> list[str]:
   """For the start of a run: how many sentences are cut, of data sets that can tell without drawing or reading all."""
   sources = {split: made.source(split) for split in splits} if hasattr(product.method.prepare, "census") else {}
-  known = {split: source.sentences() for split, source in sources.items() if hasattr(source, "sentences")}
+  known = {split: source.sentences() for split, source in sources.items()}
   return [f"{split}: {product.method.prepare.census(texts)}" for split, texts in known.items() if texts]
 
 

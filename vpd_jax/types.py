@@ -1,8 +1,9 @@
 """The data types that flow: Example -> Batch -> Features -> Outputs -> Rows, and the state of a run."""
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import flax.struct
 import jax
@@ -118,27 +119,186 @@ class Method(Protocol):
   def __call__(self, batch: Batch, *, training: bool) -> Features: ...  # len(branches) * B rows, branch by branch
 
 
-class Task(Protocol):
-  """What is learned and how it is scored. All methods are pure; nothing here knows the network.
+class Keypoints(NamedTuple):
+  """The K keypoints of a data set.
 
-  A task whose predictions are no maps of the picture also has `mirrored(prediction)`, which turns that of a mirrored
-  image into that of the image; one with results for a benchmark's server has `write_results(path, rows, ..)`.
+  Attributes:
+    names: by number.
+    pairs: numbers that a mirror image swaps.
+    skeleton: numbers between which a bone is drawn.
+    sigmas: deviation of an annotator for a person of area 1, in COCO's object keypoint similarity.
+    upper: numbers of the upper body, for the half-body augmentation; empty: there is none.
   """
+
+  names: tuple[str, ...]
+  pairs: tuple[tuple[int, int], ...]
+  skeleton: tuple[tuple[int, int], ...]
+  sigmas: tuple[float, ...]
+  upper: tuple[int, ...]
+
+
+class Published(NamedTuple):
+  """What a complete copy of a data set holds.
+
+  Attributes:
+    counts: records by split.
+    size: (height, width) of every picture, or None where sizes vary.
+    ranges: smallest and largest possible value by key of an Example; where 0 marks a missing value it does not count.
+  """
+
+  counts: dict[str, int]
+  size: tuple[int, int] | None
+  ranges: dict[str, tuple[float, float]]
+
+
+class Cache(NamedTuple):
+  """What is kept of the frozen networks' work on pictures and sentences, see evaluation/encoder_cache.py.
+
+  Attributes:
+    kind: "off", "memory" or "disk".
+    folder: for "disk".
+  """
+
+  kind: str
+  folder: str
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+  """What is known of a data set by its options alone, before any of its files is there.
+
+  Attributes:
+    classes: their names, by class id; for keypoints the names of these.
+    palette: their colors, RGB; empty: the data set has none.
+    label_ids: their numbers as a test server takes them; empty: there is none.
+    keypoints: of a data set for pose, else None.
+    udp: how crops lie on their pictures, see tasks/pose/heatmaps.py.
+    only_resizes: whether a picture is always seen alike, so that it can be encoded ahead, see encoder_cache.planned.
+    window: (height, width) of the part of a picture, at its lower end, that is trained on; None: all of it.
+  """
+
+  classes: tuple[str, ...] = ()
+  palette: tuple[tuple[int, int, int], ...] = ()
+  label_ids: tuple[int, ...] = ()
+  keypoints: Keypoints | None = None
+  udp: bool = True
+  only_resizes: bool = False
+  window: tuple[int, int] | None = None
+
+  def cut_top(self, size: tuple[int, int]) -> int:
+    """Rows to take off a picture of (height, width) so that the network sees it at the scale it was trained on.
+
+    A picture at most a tenth larger than `window` loses the rows above it, and would otherwise be shrunk: a frame of
+    KITTI by 6 %. Every column stays. 0 for any other picture.
+    """
+    height, width = self.window or (0, 0)
+    return size[0] - height if height <= size[0] <= 1.1 * height and width <= size[1] <= 1.1 * width else 0
+
+
+class Source(Protocol):
+  """The records of one split, picklable for worker processes; one that cannot be read is a UserError with its file.
+
+  Attributes:
+    notes: lines for the start of a run, such as what was left out.
+  """
+
+  notes: Sequence[str] = ()
+
+  def __len__(self) -> int: ...
+  def __getitem__(self, index: int) -> Example: ...
+
+  def record(self, index: int) -> dict[str, Any]:
+    """What shards store of a record, see Dataset.stored; by default the whole Example."""
+    return self[index]
+
+  def label(self, index: int) -> np.ndarray:
+    """The label map alone, uint8 [H, W]; a source of files need not read the picture for it."""
+    return self[index]["label"]
+
+  def sentences(self) -> list[str]:
+    """All sentences, where they are known without drawing or reading all; else none."""
+    return []
+
+  def summary(self) -> str:
+    """How much there is, for the start of a run; empty where nothing is said."""
+    return ""
+
+
+class Dataset(Protocol):
+  """Pictures with their ground truth: the base of every class in data/datasets/.
+
+  Attributes:
+    provides: keys of an Example after the transforms, of which a batch may be made.
+    classes: their names, by class id, see DatasetInfo.
+    stored: what a record of `source` holds, by key, see shards/writer.py KINDS; None: whole Examples.
+    made_with: the options on which the records depend; shards must have been made with the same.
+    published: what a complete copy holds, as far as it is known.
+    encoder_cache: what is kept of the work of frozen networks; None where pictures are not encoded ahead.
+  """
+
+  provides: frozenset[str]
+  classes: tuple[str, ...] = ()
+  stored: ClassVar[Mapping[str, str] | None] = None
+  made_with: Mapping[str, Any] = {}
+  published: Published = Published({}, None, {})
+  encoder_cache: Cache | None = None
+
+  def __init__(self, **options: Any): ...
+
+  @classmethod
+  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+    """What follows from the options of a config's section `data`, those left out having their defaults."""
+    ...
+
+  def source(self, split: str) -> Source: ...  # "train" or "eval"
+  def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example: ...
+  def eval_transform(self, example: Example) -> Example: ...
+
+  def describe(self) -> list[str]:
+    """A line per split for the start of a run: how much there is, and its notes; shards have none."""
+    sources = {split: self.source(split) for split in ("train", "eval")}
+    parts = {split: [*filter(None, (source.summary(), *source.notes))] for split, source in sources.items()}
+    return [f"{split}: {'; '.join(lines)}" for split, lines in parts.items() if lines]
+
+  def truth(self, split: str) -> dict[str, Any]:
+    """What is scored against beside the batches, for tasks that need it; a data set for another task has none."""
+    raise NotImplementedError(f"{type(self).__name__} has no ground truth of the {split!r} split as a whole.")
+
+
+class Task(Protocol):
+  """What is learned and how it is scored. All methods are pure; nothing here knows the network."""
 
   needs: frozenset[str]  # keys of a Batch
   eval_needs: frozenset[str]  # further ones that only `measure` reads
   output: dict[str, Any]  # what every head of this task must be told: maximum depth, number of classes
   result: str  # name of a prediction, for Python users
   best: tuple[str, str]  # the score that chooses the best checkpoint, and "min" or "max"
-  way: str  # how pictures are cut and put together at test time, one of protocols.WAYS
+  test_time_protocol: str  # how pictures are cut and put together at test time, one of prediction/protocols.py
+  class_names: tuple[str, ...] = ()  # of `per_class`
   needs_truth: bool  # `summarize` and `baselines` also take `truth`, what the data set's method of that name gives
 
   def loss(self, outputs: Outputs, batch: Batch) -> Loss: ...  # one group of images
   def predict(self, outputs: Outputs) -> Array: ...  # depth | label scores | heatmaps
   def measure(self, prediction: Array, batch: Batch) -> dict[str, Array]: ...  # [B, ...] each
-  def summarize(self, rows: Rows) -> dict[str, float]: ...  # host, numpy
-  def baselines(self, train: Iterable[Example], evaluation: Iterable[Example]) -> dict[str, float]: ...  # of `best`
+  # On the host, numpy; where `needs_truth`, of the rows and the truth.
+  def summarize(self, rows: Rows, *args: Any, **kwargs: Any) -> dict[str, float]: ...
+  def baselines(
+    self, train: Iterable[Example], evaluation: Iterable[Example], *args: Any, **kwargs: Any
+  ) -> dict[str, float]: ...  # of `best`
   def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray: ...  # uint8 [H, W', 3]
   def save(
     self, stem: Path, prediction: np.ndarray, facts: dict[str, Any], image: np.ndarray | None = None
   ) -> list[Path]: ...  # files of one picture
+
+  def mirrored(self, prediction: Array) -> Array:
+    """The prediction of a mirrored image as that of the image; by default of maps [B, H, W, ...]."""
+    return prediction[:, :, ::-1]
+
+  def per_class(self, rows: Rows) -> dict[str, np.ndarray]:
+    """Scores float64 [K] by name, NaN for a class that does not occur; empty for a task without classes."""
+    del rows
+    return {}
+
+  def write_results(self, path: Path, rows: Rows, *args: Any, **kwargs: Any) -> Path | None:
+    """Writes the file that a benchmark's server takes, where there is one."""
+    return None

@@ -34,7 +34,7 @@ def mesh():
 def encodings(made, mesh, kind="off", folder=""):
   config, product, _ = made
   dataset = experiment.dataset(config, product)
-  dataset.cache = referring.check_cache(kind, str(folder))
+  dataset.encoder_cache = referring.check_cache(kind, str(folder))
   return encoder_cache.EncoderCache(config, product, dataset, mesh)
 
 
@@ -170,7 +170,8 @@ def test_data_sets_say_alike_whether_pictures_are_encoded_ahead(made, mesh):
   depth = tiny.shrunk(loader.load("configs/rooms.py:depth,tiny"))
   for config, product in ((made[0], made[1]), (depth, experiment.assemble(depth))):
     dataset = experiment.dataset(config, product)
-    assert dataset.only_resizes(config.data) == (dataset.cache is not None)
+    assert dataset.info(config.data).only_resizes == (dataset.encoder_cache is not None)
   for name, kind in experiment.DATASETS.items():
     if name != "rooms":
-      assert hasattr(kind, "only_resizes") == ("cache" in inspect.signature(kind.__init__).parameters), name
+      options = {"classes": ("a",), "keypoints": ("a",)}
+      assert kind.info(options).only_resizes == ("cache" in inspect.signature(kind.__init__).parameters), name

@@ -5,14 +5,15 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from vpd_jax.types import Dataset, Source
+
 KEYS = ("index", "position", "noise", "image")
 
 
-class Squares:
+class Squares(Dataset):
   """A data set of small arrays; the record `bad`, or those in the tuple, cannot be read."""
 
   provides = frozenset(KEYS)
-  classes = ()
 
   def __init__(self, records=10, bad=None):
     self.records, self.bad = records, bad
@@ -27,7 +28,7 @@ class Squares:
     return example
 
 
-class Records:
+class Records(Source):
   def __init__(self, records, bad):
     self.records, self.bad = records, bad
 

@@ -116,8 +116,8 @@ def test_every_option_of_every_task_is_planned(task, field, value):
   config = loader.load(f"configs/rooms.py:{task},tiny").copy_and_resolve_references().unlock()
   config.task[field] = value
   data = experiment.DATASETS[config.data.name]
-  classes = data.classes_of(config.data) if hasattr(data, "classes_of") else data.classes
-  made = experiment._task(config.lock(), data, tuple(classes))
+  info = data.info(config.data)
+  made, classes = experiment._task(config.lock(), info), info.classes
   product = types.SimpleNamespace(task=made, keys=("image", *sorted(made.needs)))
   rows, (height, width) = config.eval.batch_size, plan.picture_size(config)
   shape = {
@@ -125,7 +125,7 @@ def test_every_option_of_every_task_is_planned(task, field, value):
     "sliding": (height, width, len(classes)),
     "squeezed": (height, width, 2),
     "crops": (height // 4, width // 4, 17),
-  }[made.way]
+  }[made.test_time_protocol]
   prediction = jax.ShapeDtypeStruct((rows, *shape), np.float32)
   measured = jax.eval_shape(made.measure, prediction, plan.step_shapes(config, product, "eval"))
   assert all(x.shape[0] == rows for x in measured.values())

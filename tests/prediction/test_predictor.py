@@ -39,7 +39,9 @@ def known(class_id, *, takes, count=2):
   """`_known` of a predictor with 27 classes and no network."""
   made = object.__new__(predictor.Predictor)
   method = types.SimpleNamespace(needs={"class_id"} if takes else set(), prepare_reads=set())
-  made.product = types.SimpleNamespace(method=method, task=types.SimpleNamespace(way="windows"), classes=range(27))
+  made.product = types.SimpleNamespace(
+    method=method, task=types.SimpleNamespace(test_time_protocol="windows"), classes=range(27)
+  )
   made.config = types.SimpleNamespace(method=types.SimpleNamespace(name="a"), task=types.SimpleNamespace(name="b"))
   made._classify = None
   return made._known(count, class_id, None, None)

@@ -16,8 +16,8 @@ from vpd_jax.prediction.predictor import Predictor
   [((375, 1242), 23), ((370, 1224), 18), ((352, 1216), 0), ((351, 1216), 0), ((480, 1300), 0), ((375, 1400), 0)],
 )
 def test_only_frames_as_kitti_has_them_lose_rows(size, rows):
-  assert kitti.Kitti.cut_top({"kb_crop": (352, 1216)}, size) == rows
-  assert kitti.Kitti.cut_top({"kb_crop": ()}, size) == 0
+  assert kitti.Kitti.info({"kb_crop": (352, 1216)}).cut_top(size) == rows
+  assert kitti.Kitti.info({"kb_crop": ()}).cut_top(size) == 0
 
 
 def test_the_rows_above_the_benchmarks_are_nan_and_the_others_those_of_the_cut_frame():

@@ -111,7 +111,7 @@ def test_steps_and_evaluates_in_small(string):
   assert len(reached) > 0.8 * len(moments)
   predict = (
     evaluate.make_scores(product)  # of one window
-    if product.task.way == "sliding"
+    if product.task.test_time_protocol == "sliding"
     else evaluate.make_predict(product, config.eval.test_time, config.eval.coverage)
   )
 

@@ -96,7 +96,7 @@ def run(tmp_path, monkeypatch):
 
   for place, name, value in (
     (train.experiment, "assemble", lambda config: product),
-    (train.experiment, "dataset", lambda *_: types.SimpleNamespace(source=lambda split: [0])),
+    (train.experiment, "dataset", lambda *_: types.SimpleNamespace(source=lambda split: [0], describe=lambda: [])),
     (train.experiment, "sentence_lines", lambda *_: []),
     (train.sharding, "make_mesh", lambda *_: mesh),
     (evaluate, "Evaluator", Scored),

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import cv2
 import grain
@@ -27,7 +27,7 @@ from vpd_jax.data import worker_failures
 from vpd_jax.data.shards import reader
 from vpd_jax.data.shards.reader import unending
 from vpd_jax.errors import UserError
-from vpd_jax.types import Batch, Example
+from vpd_jax.types import Batch, Dataset, Example, Source
 
 NumpyBatch = dict[str, np.ndarray]
 _THREADS = 4  # that read and transform batches where there are no worker processes
@@ -35,26 +35,8 @@ _AHEAD = 2  # batches that are ready per worker
 _EPOCHS = 2**32  # without end; grain's own endless repetition has a length that batches of one overflow
 
 
-class Source(Protocol):
-  """The records of one split, picklable for worker processes; one that cannot be read is a UserError with its file."""
-
-  def __len__(self) -> int: ...
-  def __getitem__(self, index: int) -> Example: ...
-
-
-class DataSet(Protocol):
-  """What every file of this folder offers."""
-
-  provides: frozenset[str]  # keys that a batch may hold
-  classes: tuple[str, ...]
-
-  def source(self, split: str) -> Source: ...  # "train" or "eval"
-  def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example: ...
-  def eval_transform(self, example: Example) -> Example: ...
-
-
 def train_batches(
-  dataset: DataSet,
+  dataset: Dataset,
   *,
   batch_size: int,
   seed: int,
@@ -69,7 +51,7 @@ def train_batches(
   """Endless batches of the training split, this process' rows of them.
 
   Args:
-    dataset: see DataSet.
+    dataset: see types.Dataset.
     batch_size: rows of the global batch, a multiple of process_count.
     seed: of the order and of the augmentation.
     start_step: number of the first batch, from 0.
@@ -105,7 +87,7 @@ def train_batches(
 
 
 def eval_batches(
-  dataset: DataSet,
+  dataset: Dataset,
   *,
   batch_size: int,
   keys: Iterable[str],
@@ -133,7 +115,7 @@ def eval_batches(
 
 
 def eval_examples(
-  dataset: DataSet,
+  dataset: Dataset,
   *,
   prepare: Callable[[Example], Example] | None = None,
   process_index: int = 0,
@@ -273,7 +255,7 @@ def check_batch_size(batch_size: int, parts: int, name: str) -> None:
     raise UserError(f"batch_size={batch_size} must be a positive multiple of the {parts} {name}; use {nearest}.")
 
 
-def _source(dataset: DataSet, split: str, batch_size: int, process_count: int) -> Source:
+def _source(dataset: Dataset, split: str, batch_size: int, process_count: int) -> Source:
   check_batch_size(batch_size, process_count, "processes")
   source = dataset.source(split)
   if not len(source):
@@ -290,7 +272,7 @@ def _with_place(place: int, example: Example) -> tuple[int, Example]:
 class _TrainTransform:
   """The data set's transform and the method's, with the position in the epoch."""
 
-  dataset: DataSet
+  dataset: Dataset
   records: int
   prepare: Callable[[Example], Example] | None
 
@@ -306,7 +288,7 @@ class _TrainTransform:
 class _EvalTransform:
   """The data set's transform and the method's, then "real"."""
 
-  dataset: DataSet
+  dataset: Dataset
   prepare: Callable[[Example], Example] | None
 
   @unending

@@ -34,7 +34,7 @@ from vpd_jax.errors import UserError
 from vpd_jax.experiment import Product
 from vpd_jax.files import atomic
 from vpd_jax.models.parameters import Parts
-from vpd_jax.types import Array, Batch, ParamDict
+from vpd_jax.types import Array, Batch, Cache, Dataset, ParamDict
 
 Numpy = dict[str, np.ndarray]
 ENCODERS = {"latents": "method/vae/", "text_states": "method/text_encoder/"}  # result: its arrays
@@ -109,22 +109,22 @@ class EncoderCache:
       where the VAE is trained.
   """
 
-  def __init__(self, config: ConfigDict, product: Product, dataset: Any, mesh: jax.sharding.Mesh):
+  def __init__(self, config: ConfigDict, product: Product, dataset: Dataset, mesh: jax.sharding.Mesh):
     """Takes note of the options; nothing is computed.
 
     Args:
       config: of the run.
       product: its method encodes.
-      dataset: has a `cache` where it only resizes its pictures, see referring.Cache.
+      dataset: has an `encoder_cache` where it only resizes its pictures, see types.Cache.
       mesh: over which the weights are spread.
 
     Raises:
       ValueError: results are to be kept of a VAE that is trained.
     """
     check(product, dataset)
-    self._cache: Any = getattr(dataset, "cache", None)
+    self._cache = dataset.encoder_cache or Cache("off", "")
     self._product, self._mesh = product, mesh
-    self.active = self._cache is not None and not _vae_is_trained(product)
+    self.active = dataset.encoder_cache is not None and not _vae_is_trained(product)
     self._local = sharding.make_mesh(devices=[d for d in mesh.devices.flat if d.process_index == jax.process_index()])
     self._size = tuple(config.data.crop)
     self._weights: dict[str, str] = {}
@@ -285,9 +285,9 @@ def _vae_is_trained(product: Product) -> bool:
   return any(name.startswith(ENCODERS["latents"]) for name in product.groups.lr)
 
 
-def check(product: Product, dataset: Any) -> None:
+def check(product: Product, dataset: Dataset) -> None:
   """Raises ValueError where results of a VAE are to be kept that is trained."""
-  cache = getattr(dataset, "cache", None)
+  cache = dataset.encoder_cache
   if cache is not None and cache.kind != "off" and _vae_is_trained(product):
     raise UserError(
       f"data.cache={cache.kind!r} keeps what the VAE makes of pictures, but config.optim.lr_groups trains it; "

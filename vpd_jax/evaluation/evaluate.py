@@ -24,7 +24,7 @@ from vpd_jax.files import atomic
 from vpd_jax.inference import sliding_window, tiles, tta
 from vpd_jax.monitoring import writers
 from vpd_jax.tasks import colormaps as panels_lib
-from vpd_jax.types import Array, Batch, ParamDict, Rows
+from vpd_jax.types import Array, Batch, Dataset, ParamDict, Rows, Task
 
 Weights = tuple[ParamDict, ParamDict, ParamDict]  # params, frozen, stats
 Step = Callable[[Weights, Batch], Any]
@@ -44,8 +44,7 @@ def make_predict(product: Product, test_time: tuple[str, ...], coverage: str) ->
   def predict(weights: Weights, batch: Batch) -> Array:
     model = product.parts.merge(*weights)
     plain = lambda part: product.task.predict(model(part, training=False))
-    mirrored = getattr(product.task, "mirrored", tta.mirror_back)
-    return tta.with_test_time_augmentation(plain, test_time, coverage=coverage, mirrored=mirrored)(batch)
+    return tta.with_test_time_augmentation(plain, test_time, coverage=coverage, mirrored=product.task.mirrored)(batch)
 
   return predict
 
@@ -73,7 +72,7 @@ def make_step(config: ConfigDict, product: Product) -> Callable[[Weights, Batch]
 
 def check_coverage(config: ConfigDict, product: Product, size: Sequence[int]) -> None:
   """Raises ValueError where windows leave pixels of images of this size without a prediction that are scored."""
-  if product.task.way == "windows":
+  if product.task.test_time_protocol == "windows":
     tta.check_coverage(size, config.eval.test_time, config.eval.coverage, product.task.region(size))
 
 
@@ -97,7 +96,7 @@ def lower_step(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh, ba
   state = sharding.abstract(initialize.state_shapes(config, product), initialize.state_shardings(config, product, mesh))
   spread = sharding.batch_sharding(mesh)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread), batch)
-  step = make_scores(product) if product.task.way == "sliding" else make_step(config, product)
+  step = make_scores(product) if product.task.test_time_protocol == "sliding" else make_step(config, product)
   return jax.jit(on_mesh(step, config, product, mesh)).lower((state.params, state.frozen, state.stats), shapes)
 
 
@@ -108,7 +107,7 @@ class _Batches:
     self,
     config: ConfigDict,
     product: Product,
-    dataset: Any,
+    dataset: Dataset,
     mesh: jax.sharding.Mesh,
     encodings: encoder_cache.EncoderCache,
   ):
@@ -139,7 +138,7 @@ class _Batches:
 class _Pictures:
   """Pictures of any size, one after the other, each process its own; see inference/sliding_window.py."""
 
-  def __init__(self, config: ConfigDict, product: Product, dataset: Any, mesh: jax.sharding.Mesh):
+  def __init__(self, config: ConfigDict, product: Product, dataset: Dataset, mesh: jax.sharding.Mesh):
     self._product, self._dataset, self._mesh = product, dataset, mesh
     # The devices of one process work together, and wait for no other.
     self._local = mesh if jax.process_count() == 1 else sharding.make_mesh(devices=jax.local_devices())
@@ -200,7 +199,7 @@ class Evaluator:
     encodings: what is computed ahead of the network, also for training.
   """
 
-  def __init__(self, config: ConfigDict, product: Product, dataset: Any, mesh: jax.sharding.Mesh):
+  def __init__(self, config: ConfigDict, product: Product, dataset: Dataset, mesh: jax.sharding.Mesh):
     """Finds the files.
 
     Raises:
@@ -209,13 +208,13 @@ class Evaluator:
     pipeline.check_batch_size(config.eval.batch_size, mesh.size, "devices")
     self.config, self.product, self.dataset = config, product, dataset
     self.source = dataset.source("eval")
-    if product.task.way == "windows" and config.eval.coverage != "full" and len(self.source):
+    if product.task.test_time_protocol == "windows" and config.eval.coverage != "full" and len(self.source):
       check_coverage(config, product, dataset.eval_transform(self.source[0])["image"].shape[:2])  # told at the start
     self._truth = {"truth": dataset.truth("eval")} if product.task.needs_truth else {}
     self.encodings = encoder_cache.EncoderCache(config, product, dataset, mesh)
     self._measured = (
       _Pictures(config, product, dataset, mesh)
-      if product.task.way == "sliding"
+      if product.task.test_time_protocol == "sliding"
       else _Batches(config, product, dataset, mesh, self.encodings)
     )
     self._baselines: dict[str, float] | None = None
@@ -261,8 +260,7 @@ class Evaluator:
 
   def write_results(self, folder: epath.Path, rows: Rows) -> None:
     """Writes the file that the task's benchmark takes, where there is one."""
-    if hasattr(self.product.task, "write_results"):
-      self.product.task.write_results(folder / "results.json", rows, **self._truth)
+    self.product.task.write_results(folder / "results.json", rows, **self._truth)
 
   def report(self, scores: dict[str, float], rows: Rows | None = None) -> str:
     """The scores in one line, the best of the trivial predictors beside; with `rows`, first those of every class."""
@@ -286,16 +284,14 @@ class Evaluator:
 
   def _panels(self, predictions: list[np.ndarray]) -> np.ndarray:
     # With several processes the pictures of the first one are every so many of the split.
-    step = jax.process_count() if self.product.task.way == "sliding" else 1
+    step = jax.process_count() if self.product.task.test_time_protocol == "sliding" else 1
     examples = itertools.islice(self._examples("eval"), 0, None, step)
     pairs = zip(predictions[: self.config.eval.panels], examples, strict=False)
     return panels_lib.stacked([self.product.task.panel(example, prediction) for prediction, example in pairs])
 
 
-def class_scores(task: Any, rows: Rows) -> list[dict[str, Any]]:
+def class_scores(task: Task, rows: Rows) -> list[dict[str, Any]]:
   """{"class": name, "IoU", "Acc"} of every class, None where it does not occur; empty where the task has no classes."""
-  if not hasattr(task, "per_class"):
-    return []
   number = lambda value: None if np.isnan(value) else float(value)
   of_class = task.per_class(rows)
   return [
@@ -327,7 +323,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, float]:
   weights, lines = initialize.weights_on_mesh(config, product, mesh, source, complete=True)
   first = jax.process_index() == 0
   if first:
-    lines_of_data = [*getattr(evaluator.source, "notes", ()), *experiment.sentence_lines(product, dataset, ("eval",))]
+    lines_of_data = [*evaluator.source.notes, *experiment.sentence_lines(product, dataset, ("eval",))]
     print("\n".join([*lines, *lines_of_data, *evaluator.encodings.lines()]), flush=True)
   result = cast(Evaluation, evaluator.run(weights))  # nothing stops it
   if first:

@@ -162,7 +162,7 @@ def batch_shapes(config: ConfigDict, keys: tuple[str, ...], step: str) -> Batch:
     "tokens": (config.method.get("token_length", config.backbone.text.positions),),
   }
   if "keypoints" in keys:
-    sides["keypoints"] = (len(experiment.DATASETS[config.data.name].info_from_options(config.data)["keypoints"].names),)
+    sides["keypoints"] = (len(experiment.DATASETS[config.data.name].info(config.data).classes),)
   shapes = {}
   for key in keys:
     named, dtype = KEYS[key]
@@ -177,14 +177,15 @@ def picture_size(config: ConfigDict) -> tuple[int, int]:
   The first that is there: the window it is cut into, `data.resize`, `data.size`, `data.kb_crop`, the size of the
   published data, `data.crop`; the last alone where the task looks at crops in evaluation, too.
   """
-  if experiment.TASKS[config.task.name].way in CROPPED:
+  if experiment.TASKS[config.task.name].test_time_protocol in CROPPED:
     return tuple(config.data.crop)
   windows = [tuple(map(int, word.split(":")[1:])) for word in config.eval.test_time if word.startswith("slide:")]
   if windows:
     return windows[0][0], windows[0][0]
-  published = getattr(experiment.DATASETS[config.data.name], "published", None)
+  published = experiment.DATASETS[config.data.name].published
   given = [config.data.get(name, ()) for name in ("resize", "size", "kb_crop")]
-  return next(tuple(size) for size in (*given, published and published.size, config.data.crop) if size)
+  height, width = next(size for size in (*given, published.size, config.data.crop) if size)
+  return height, width
 
 
 def state_bytes(config: ConfigDict, product: experiment.Product, mesh: jax.sharding.Mesh) -> dict[str, int]:

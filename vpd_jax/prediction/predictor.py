@@ -68,7 +68,7 @@ class Predictor:
 
   def __post_init__(self):
     product = self.product
-    self._procedure = protocols.PROTOCOLS[product.task.way](self.config, product)
+    self._procedure = protocols.PROTOCOLS[product.task.test_time_protocol](self.config, product)
     self._forward = jax.jit(lambda weights, batch: product.parts.merge(*weights)(batch, training=False))
     predictor = lambda weights, image: product.parts.merge(*weights).method.class_predictor(image)
     self._classify = jax.jit(predictor) if hasattr(product.method, "class_predictor") else None
@@ -95,7 +95,7 @@ class Predictor:
   @property
   def takes_boxes(self) -> bool:
     """Whether people are looked for in given boxes."""
-    return self.product.task.way == "crops"
+    return self.product.task.test_time_protocol == "crops"
 
   def class_id(self, name: str) -> int:
     """Number of a class by its name, spaces or underscores alike.

@@ -37,13 +37,12 @@ class ShiftedWindowProtocol:
     self._predict = jax.jit(evaluate.make_predict(product, ("flip",) if flip else (), "full"))
     self._side, self._result = int(config.data.crop[0]), product.task.result
     self._most = max(self._windows, config.eval.batch_size)
-    cut_top = getattr(experiment.DATASETS[config.data.name], "cut_top", None)
-    self._cut_top = (lambda picture: cut_top(config.data, picture.shape[:2])) if cut_top else lambda picture: 0
+    self._cut_top = experiment.DATASETS[config.data.name].info(config.data).cut_top
     self._dtype = _dtype(config)
 
   def __call__(self, weights: Any, images: Sequence[np.ndarray], known: Known) -> Results:
     pictures = [pictures_lib.unit(image, self._dtype) for image in images]
-    tops = [self._cut_top(picture) for picture in pictures]
+    tops = [self._cut_top(picture.shape[:2]) for picture in pictures]
     fitted = [pictures_lib.fit(picture[top:], self._side) for picture, top in zip(pictures, tops, strict=True)]
     corners = [tta.offsets(f.shape[:2], self._windows, coverage="full") for f in fitted]
     rows = [

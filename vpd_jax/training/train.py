@@ -201,7 +201,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     stop = stack.enter_context(PreemptionGuard())
     state, lines = initialize.resume_or_start(config, product, mesh, checkpoints, accept_changes=accept_changes)
     lines += alone
-    lines += dataset.describe() if hasattr(dataset, "describe") else []
+    lines += dataset.describe()
     lines += [*experiment.sentence_lines(product, dataset), *evaluator.encodings.lines()]
     # Only now: a workdir that is refused stays as it was.
     writer = stack.enter_context(writers.create(workdir, just_logging=jax.process_index() > 0, backend=config.writer))

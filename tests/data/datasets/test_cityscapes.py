@@ -144,16 +144,6 @@ def test_shards_hold_the_same_examples_and_remember_what_was_chosen(root, tmp_pa
   check_message("extra='coarse' (here 'none')", lambda: made(tmp_path / "out", format="tfds").source("train"))
 
 
-def test_the_test_server_gets_label_ids():
-  train_ids = np.array([[*range(19), 255]], np.uint8)
-  sent = cityscapes.to_label_ids(train_ids)
-  assert sent.dtype == np.uint8 and sent[0, -1] == 0
-  assert [IDS[number] for number in sent[0, :-1].tolist()] == list(range(19))
-  raw = cv2.imencode(".png", sent)[1].tobytes()
-  np.testing.assert_array_equal(label_maps.decode_labels(raw, "x", cityscapes.KINDS["_labelIds.png"]), train_ids)
-  check_message("values [19, 40] are no train ids", lambda: cityscapes.to_label_ids(np.array([19, 40, 3], np.uint8)))
-
-
 def test_mapillary_is_mapped_to_the_nineteen_classes(tmp_path):
   # The lists of MetaPrompts segmentation/mapillary_v1.py, by train id.
   lists = [[13, 24, 41], [2, 15], [17], [6], [3], [45, 47], [48], [50], [30], [29], [27], [19], [20, 21, 22]]

@@ -252,7 +252,7 @@ def test_keypoints_of_ones_own_train_from_the_names_in_the_file(own):
   example = made.train_transform(train[0], np.random.default_rng(0), 0)
   assert example["keypoints"].shape == (3, 3) and set(example) == made.provides
   named = {"keypoints": made.classes, "sigmas": (0.1,)}
-  assert KeypointList.classes_of(named) == made.classes  # without any file
+  assert KeypointList.info(named).classes == made.classes  # without any file
   assert len(KeypointList(root=str(own), crop=CROP, eval_json="train.json").source("eval")) == 10
   check_message("make them agree in number", lambda: KeypointList(
     root=str(own), crop=CROP, keypoints=("a", "b", "c")).source("train"))  # fmt: skip

@@ -113,7 +113,7 @@ def test_options_are_checked_together(root):
     assert part in message
   check_message("values=(1, 1, 2) must be 3 different", lambda: made(root, values=(1, 1, 2)))
   check_message("data.classes=() must be names", lambda: made(root, classes=()))
-  check_message("data.classes=() must be names", lambda: mask_folder.MaskFolder.classes_of({"root": "x"}))
+  check_message("data.classes=() must be names", lambda: mask_folder.MaskFolder.info({"root": "x"}))
   check_message("data.classes='road' must be names", lambda: made(root, classes="road"))
   check_message("data.classes names car twice", lambda: made(root, classes=("car", "car")))
   check_message("data.classes has 255 names", lambda: made(root, classes=tuple(map(str, range(255)))))

@@ -9,6 +9,7 @@ from vpd_jax.data.datasets import room_figures, rooms
 from vpd_jax.data.datasets.room_figures import RoomFigures
 from vpd_jax.data.shards import writer
 from vpd_jax.data.transforms import top_down as top_down_transforms
+from vpd_jax.types import DatasetInfo
 
 SIZE = (96, 128)
 
@@ -77,7 +78,7 @@ def test_figures_from_shards_equal_drawn_ones(tmp_path):
 def test_transforms_give_crops(data, examples):
   for example in (data.train_transform(examples[0], np.random.default_rng(0), 0), data.eval_transform(examples[0])):
     assert set(example) == data.provides and example["image"].shape == (64, 48, 3)
-  assert data.info_from_options({}) == {"keypoints": top_down_transforms.COCO, "udp": True}
+  assert data.info({}) == DatasetInfo(data.classes, keypoints=top_down_transforms.COCO)
 
 
 @pytest.mark.parametrize("call, message", [

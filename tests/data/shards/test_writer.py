@@ -14,6 +14,7 @@ from tests.helpers.messages import check_message
 from vpd_jax.data import pipeline
 from vpd_jax.data.datasets import nyu, rooms
 from vpd_jax.data.shards import reader, writer
+from vpd_jax.types import Dataset, Source
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +200,7 @@ def test_shards_are_those_that_were_asked_for(root, shards, tmp_path):
     check_message(message, function)
 
 
-class Odd:
+class Odd(Dataset):
   """Examples of every kind that can be stored, and one that cannot."""
 
   made_with = {"widths": (1, 2)}  # noqa: RUF012
@@ -220,7 +221,18 @@ class Odd:
       "raw": np.asarray([None]),
     }
     keys = [self.key] if self.key == "raw" else [key for key in kinds if key != "raw"]
-    return [{key: kinds[key] for key in keys}] * 2
+    return Twice({key: kinds[key] for key in keys})
+
+
+class Twice(Source):
+  def __init__(self, example):
+    self.example = example
+
+  def __len__(self):
+    return 2
+
+  def __getitem__(self, index):
+    return self.example
 
 
 def test_whole_examples_are_stored_exactly_where_a_data_set_states_no_records(tmp_path):
@@ -236,4 +248,4 @@ def test_whole_examples_are_stored_exactly_where_a_data_set_states_no_records(tm
 
 def test_a_data_set_may_only_name_known_kinds():
   data = type("Data", (), {"stored": {"image": "picture", "sound": "wave"}})()
-  check_message("names ['wave']; choose among", lambda: writer.describe(data, []))
+  check_message("names ['wave']; choose among", lambda: writer.describe(data, Odd().source("train")))

@@ -258,7 +258,7 @@ def test_rooms_have_labels_of_their_nineteen_classes(tmp_path):
   data = rooms.Rooms(**options)
   source = data.source("train")
   assert data.classes == rooms.CLASSES and len(rooms.CLASSES) == 19
-  assert rooms.Rooms.classes_of({"task": "segmentation"}) == rooms.CLASSES
+  assert rooms.Rooms.info({"task": "segmentation"}).classes == rooms.CLASSES
   drawn = [rooms.draw(0, "train", index, (48, 64)) for index in range(6)]
   for index, room in enumerate(drawn):
     np.testing.assert_array_equal(source[index]["label"], room.labels)

@@ -229,7 +229,7 @@ def test_mirroring_averages_heatmaps_whose_sides_are_swapped():
   np.testing.assert_allclose(both[..., 1], (plain[..., 1] + plain[..., 2]) / 2, rtol=1e-6)
   np.testing.assert_array_equal(both[..., 1], both[..., 2])
   with pytest.raises(ValueError, match=r"^eval\.test_time has 'shift:2'; known are 'flip'\.$"):
-    tta.parse(("shift:2",), task.way)
+    tta.parse(("shift:2",), task.test_time_protocol)
 
 
 def test_a_mirrored_input_gives_mirrored_keypoints():

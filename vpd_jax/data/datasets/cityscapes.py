@@ -8,19 +8,15 @@ Files, below `root`:
 with <frame> as in aachen_000000_000019. Where a file with train ids is there it is read, else label ids are mapped.
 """
 
-import functools
+import dataclasses
 import os
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
+from vpd_jax.data.datasets.segmentation import SegmentationDataset
 from vpd_jax.data.readers import image_files, label_maps
-from vpd_jax.data.shards import reader
-from vpd_jax.data.transforms import segmentation as segmentation_transforms
 from vpd_jax.errors import UserError
 from vpd_jax.files import reading
-from vpd_jax.types import Example
+from vpd_jax.types import Published
 
 LIST = label_maps.read_class_list("cityscapes_classes.json")
 SPLITS = {"train": "train", "eval": "val"}
@@ -47,102 +43,60 @@ KINDS = {  # by the end of a file's name
 }
 
 
-class Cityscapes:
-  """Cityscapes with mmsegmentation's augmentation.
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Cityscapes(SegmentationDataset):
+  """Cityscapes.
 
   Args:
     root: folder that holds leftImg8bit/ and gtFine/, or with format="tfds" the one that prepare_data.py wrote.
-    crop, scale, ratio_range, cat_max_ratio, color_jitter: see segmentation_transforms.Augmentation.
     extra: what is trained on beside the fine labels: "none"; "coarse", train_extra with the coarse labels; or
       "autolabelled", train_extra with machine labels, as MetaPrompts' best model.
     cities: names of the training cities, as folders; () takes all. Evaluation always has all of its three.
     complete: whether the published numbers of pictures must be there; False takes what there is.
-    format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
 
   Attributes:
-    provides: see ade20k.Ade20k; "index" is the place in the sorted folders, extra frames last.
+    provides: see SegmentationDataset; "index" is the place in the sorted folders, extra frames last.
     classes: the 19 names, by train id.
-    palette: their colors.
-    published, stored: see nyu.Nyu.
-    made_with: the options on which the records depend; shards must have been made with the same.
 
   Source: mmseg/datasets/cityscapes.py; MetaPrompts segmentation/configs/cityscapes_extra.py. The table of label ids is
   that of cityscapesscripts/helpers/labels.py.
   """
 
-  provides = frozenset({"image", "label", "index"}) | segmentation_transforms.ADDED
-  classes = LIST.names
-  palette = LIST.palette
+  crop: tuple[int, int] = (1024, 1024)
+  scale: tuple[int, int] = (2048, 1024)
+  extra: str = "none"
+  cities: tuple[str, ...] = ()
+  complete: bool = True
+
+  name, title = "cityscapes", "Cityscapes"
+  classes, palette, kinds = LIST.names, LIST.palette, KINDS
   label_ids = tuple(sorted(LABEL_IDS, key=LABEL_IDS.__getitem__))  # as the test server takes them
-  stored = label_maps.STORED
 
-  def __init__(
-    self,
-    *,
-    root: str,
-    crop: tuple[int, int] = (1024, 1024),
-    scale: tuple[int, int] = (2048, 1024),
-    ratio_range: tuple[float, float] = (0.5, 2.0),
-    cat_max_ratio: float = 0.75,
-    color_jitter: bool = True,
-    extra: str = "none",
-    cities: tuple[str, ...] = (),
-    complete: bool = True,
-    format: str = "files",
-  ):
-    if extra not in EXTRA:
-      raise UserError(f"extra={extra!r} is unknown; choose one of {EXTRA}.")
-    if isinstance(cities, str):
-      raise UserError(f"cities={cities!r} must be a tuple of names; write ({cities!r},).")
-    self.root, self.format = root, reader.check_format(format)
-    self.extra, self.cities = extra, tuple(cities)
-    self.augmentation = segmentation_transforms.Augmentation(crop, scale, ratio_range, cat_max_ratio, color_jitter)
-    self.counts: dict[str, int] = {}
-    if complete:
-      self.counts = dict(COUNTS, train=COUNTS["train"] + (EXTRA_COUNT if extra != "none" else 0))
-      if cities:
-        del self.counts["train"]
-    self.published = image_files.Published(self.counts, (1024, 2048), {})
-    self.made_with = {"extra": extra, "cities": self.cities}
-    if format == "files":
-      image_files.require_folder(root, f"that holds leftImg8bit/ and gtFine/ of Cityscapes: {SOURCES['leftImg8bit']}")
+  def __post_init__(self):
+    if self.extra not in EXTRA:
+      raise UserError(f"extra={self.extra!r} is unknown; choose one of {EXTRA}.")
+    if isinstance(self.cities, str):
+      raise UserError(f"cities={self.cities!r} must be a tuple of names; write ({self.cities!r},).")
+    super().__post_init__()
+    counts = dict(COUNTS, train=COUNTS["train"] + (EXTRA_COUNT if self.extra != "none" else 0))
+    if self.cities:
+      del counts["train"]
+    self.published = Published(counts if self.complete else {}, (1024, 2048), {})
+    self.made_with = {"extra": self.extra, "cities": tuple(self.cities)}
+    if self.format == "files":
+      image_files.require_folder(
+        self.root, f"that holds leftImg8bit/ and gtFine/ of Cityscapes: {SOURCES['leftImg8bit']}"
+      )
 
-  @reader.read_once
-  def source(self, split: str) -> Any:
-    """The frames of "train" or "eval", sorted by name, whose labels are all there.
-
-    Raises:
-      ValueError: no such folder or city, labels are missing (all are counted), or with `complete` frames are. With
-        format="tfds", the shards are not there or not whole.
-    """
-    if split not in SPLITS:
-      raise UserError(f"split={split!r} is unknown; choose one of {sorted(SPLITS)}.")
-    if self.format == "tfds":
-      decode = functools.partial(label_maps.decode, kinds=KINDS)
-      found: Any = reader.Shards(self.root, "cityscapes", split, decode=decode, made_with=self.made_with)
-    else:
-      root = Path(self.root).expanduser()
-      cities = self.cities if split == "train" else ()
-      pairs = frames(root, SPLITS[split], f"gtFine/{SPLITS[split]}", "gtFine", cities)
-      if split == "train" and self.extra == "coarse":
-        pairs += frames(root, "train_extra", "gtCoarse/train_extra", "gtCoarse")
-      elif split == "train" and self.extra == "autolabelled":
-        pairs += frames(root, "train_extra", "convert_autolabelled", "gtFine")
-      found = label_maps.Pictures(root, pairs, KINDS)
-    return label_maps.check_count(found, split, self.counts.get(split), "Cityscapes")
-
-  def describe(self) -> list[str]:
-    """Which labels occur in training, for the start of a run; see labels.histogram."""
-    return label_maps.histogram(self.source("train"), self.classes)
-
-  def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
-    """The released augmentation."""
-    del position
-    return self.augmentation.training(example, rng)
-
-  def eval_transform(self, example: Example) -> Example:
-    """The whole picture, see Augmentation.evaluation."""
-    return self.augmentation.evaluation(example)
+  def pictures(self, split: str) -> label_maps.Pictures:
+    root = Path(self.root).expanduser()
+    cities = tuple(self.cities) if split == "train" else ()
+    pairs = frames(root, SPLITS[split], f"gtFine/{SPLITS[split]}", "gtFine", cities)
+    if split == "train" and self.extra == "coarse":
+      pairs += frames(root, "train_extra", "gtCoarse/train_extra", "gtCoarse")
+    elif split == "train" and self.extra == "autolabelled":
+      pairs += frames(root, "train_extra", "convert_autolabelled", "gtFine")
+    return label_maps.Pictures(root, pairs, KINDS)
 
 
 def frames(root: Path, images: str, labeled: str, kind: str, cities: tuple[str, ...] = ()) -> list[tuple[str, str]]:
@@ -177,18 +131,3 @@ def frames(root: Path, images: str, labeled: str, kind: str, cities: tuple[str, 
         )
   image_files.require_files(root, (label for _, label in pairs), SOURCES[labeled.split("/")[0]])
   return pairs
-
-
-def to_label_ids(label: np.ndarray) -> np.ndarray:
-  """Train ids as the label ids that the test server takes: uint8 of the same shape; IGNORE becomes 0, unlabeled.
-
-  Raises:
-    ValueError: values that are no train id.
-  """
-  table = np.full(256, label_maps.IGNORE, np.uint8)
-  table[list(LABEL_IDS.values())] = list(LABEL_IDS)
-  table[label_maps.IGNORE] = 0
-  found = table[label]
-  if wrong := sorted(set(np.unique(label[found == label_maps.IGNORE]).tolist())):
-    raise UserError(f"values {wrong[: image_files.SHOWN]} are no train ids of Cityscapes, which are 0 to 18 and 255.")
-  return found

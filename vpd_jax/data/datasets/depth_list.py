@@ -11,6 +11,7 @@ Images are of any kind OpenCV reads and of any size; a depth file has the size o
 Depth in metres is the file's value / `factor`. What is not finite, not above 0 or beyond `max_depth` is no measurement.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -20,13 +21,13 @@ from typing import Any
 import cv2
 import numpy as np
 
-from vpd_jax.data.datasets import nyu
+from vpd_jax.data.datasets.depth import DepthDataset
 from vpd_jax.data.readers import image_files
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import depth as depth_transforms
 from vpd_jax.errors import UserError
 from vpd_jax.files import image_decoding, reading
-from vpd_jax.types import Example
+from vpd_jax.types import DatasetInfo, Example, Source
 
 SUFFIXES = (".png", ".tif", ".tiff", ".pfm", ".npy")
 _SPACE = rb"(?:\s|#[^\n]*\n)+"  # between the words of a header, comments too
@@ -36,80 +37,66 @@ _PFM = re.compile(
 )
 
 
-class DepthList:
-  """Pictures with depth, named by list files, with the augmentation of the depth release.
+@dataclasses.dataclass(eq=False, kw_only=True)
+class DepthList(DepthDataset):
+  """Pictures with depth, named by list files.
 
   Args:
     root: folder the lists' names start from.
+    factor: units of the depth files per metre: 1000 for millimetres, 256 for KITTI's, 1 for metres.
+    max_depth: metres; a larger value counts as no measurement, for the head cannot reach it.
     train_list: list of the training pictures, from here or below `root`.
     eval_list: the same for evaluation; empty holds out the last `holdout` of the training list, which are then not
       trained on. They are the last ones, and not every tenth, because neighbors in a list are often frames of one
       video.
     holdout: share of the training list, rounded, at least one line.
-    factor: units of the depth files per metre: 1000 for millimetres, 256 for KITTI's, 1 for metres.
-    max_depth: metres; a larger value counts as no measurement, for the head cannot reach it.
     scene: the one class of all pictures, for methods that are told a class: lower-case words joined by '_'. Empty: no
       class is provided.
     resize: (height, width) to which all pictures are brought, aspect kept and what is over cut off evenly at both
       sides; scores are those at this size, for a batch has one size. () keeps the files' sizes: all must be the same.
-    crop: (height, width) of a training example.
-    cut_depth: "released", "scaled" or "off", see transforms.vertical_cut_depth.
-    color_jitter: False trains without the changes of color.
-    exif: "stored" or "turned", see files.EXIF.
+    exif: "stored" or "turned", see image_files.EXIF.
 
   Attributes:
-    provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "depth" float32 [H, W] metres (0 is no measurement),
-      "index" int32 [], position in the list, and where there is a scene "class_id" int32 [], always 0.
     classes: the scene, or nothing.
   """
 
-  provides = frozenset({"image", "depth", "class_id", "index"})
+  root: str
+  factor: float
+  max_depth: float = dataclasses.field()
+  train_list: str = "train_list.txt"
+  eval_list: str = ""
+  holdout: float = 0.1
+  scene: str = "scene"
+  cut_depth: str = "scaled"
+  exif: str = "stored"
+
   classes = ("scene",)
 
-  def __init__(
-    self,
-    *,
-    root: str,
-    factor: float,
-    max_depth: float,
-    crop: tuple[int, int],
-    train_list: str = "train_list.txt",
-    eval_list: str = "",
-    holdout: float = 0.1,
-    scene: str = "scene",
-    resize: tuple[int, int] | tuple[()] = (),
-    cut_depth: str = "scaled",
-    color_jitter: bool = True,
-    exif: str = "stored",
-  ):
+  def __post_init__(self):
     """Checks the options; files are looked for by `source`.
 
     Raises:
       ValueError: in one line, for everything that is wrong with them.
     """
-    depth_transforms.check_cut_depth(cut_depth)
-    self.crop = nyu.check_size("crop", crop)
-    self.resize = None if not resize else nyu.check_size("resize", resize)
-    self.root, self.factor, self.max_depth = Path(root).expanduser(), factor, max_depth
-    wrong = [
-      f"{name}={value} must be above 0" for name, value in (("factor", factor), ("max_depth", max_depth)) if value <= 0
-    ]
-    if not root or not self.root.is_dir():
-      wrong.append(f"root={root!r} is not a folder, set data.root to the one the names in the lists start from")
-    if not 0 < holdout < 1:
-      wrong.append(f"holdout={holdout} must lie between 0 and 1, both excluded")
+    super().__post_init__()
+    self.depth_scale, self._root = self.factor, Path(self.root).expanduser()
+    positive = {"factor": self.factor, "max_depth": self.max_depth}
+    wrong = [f"{name}={value} must be above 0" for name, value in positive.items() if value <= 0]
+    if not self.root or not self._root.is_dir():
+      wrong.append(f"root={self.root!r} is not a folder, set data.root to the one the names in the lists start from")
+    if not 0 < self.holdout < 1:
+      wrong.append(f"holdout={self.holdout} must lie between 0 and 1, both excluded")
     if self.resize and (self.crop[0] > self.resize[0] or self.crop[1] > self.resize[1]):
       wrong.append(f"crop={self.crop} does not fit into resize={self.resize}, make data.crop smaller")
     if wrong:
       raise UserError(f"data: {'; '.join(wrong)}.")
-    self.train_list, self.eval_list, self.holdout = train_list, eval_list, holdout
-    self.cut_depth, self.color_jitter, self.exif = cut_depth, color_jitter, image_files.check_exif(exif)
-    self.classes, self.provides = one_scene(scene, DepthList.provides)
+    image_files.check_exif(self.exif)
+    self.classes, self.provides = one_scene(self.scene, DepthList.provides)
 
-  @staticmethod
-  def classes_of(options: Mapping[str, Any]) -> tuple[str, ...]:
-    """The classes for these options, known before any file is."""
-    return one_scene(options.get("scene", "scene"), frozenset())[0]
+  @classmethod
+  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+    """See types.Dataset; raises as `one_scene`."""
+    return DatasetInfo(classes=one_scene(options.get("scene", "scene"), frozenset())[0])
 
   @reader.read_once
   def source(self, split: str) -> "Frames":
@@ -121,45 +108,30 @@ class DepthList:
     """
     if split not in ("train", "eval"):
       raise UserError(f"split={split!r} is unknown; choose one of ['eval', 'train'].")
-    option = "eval_list" if split == "eval" and self.eval_list else "train_list"
-    path = image_files.find_list(self.root, getattr(self, option), (), f"name it in data.{option}.")
+    if split == "eval" and self.eval_list:
+      path = image_files.find_list(self._root, self.eval_list, (), "name it in data.eval_list.")
+    else:
+      path = image_files.find_list(self._root, self.train_list, (), "name it in data.train_list.")
     records = [(image, depth) for image, depth in read_columns(path, columns=(2,))]
     if not self.eval_list:
       kept = len(records) - max(1, round(self.holdout * len(records)))
       if kept < 1:
         raise UserError(f"list file {path} has {len(records)} picture and one is held out; add more, or an eval_list.")
       records = records[:kept] if split == "train" else records[kept:]
-    image_files.require_files(self.root, (name for pair in records for name in pair), f"they are named in {path}.")
+    image_files.require_files(self._root, (name for pair in records for name in pair), f"they are named in {path}.")
     unknown = sorted({suffix for _, depth in records if (suffix := Path(depth).suffix).lower() not in SUFFIXES})
     if unknown:
       raise UserError(f"list file {path} names depth files ending in {', '.join(unknown)}; known are {SUFFIXES}.")
     read = functools.partial(read_depth, factor=self.factor, max_depth=self.max_depth)
-    pairs = [(self.root / image, self.root / depth) for image, depth in records]
+    pairs = [(self._root / image, self._root / depth) for image, depth in records]
     return Frames(pairs, read, self.provides, self.exif)
-
-  def describe(self) -> list[str]:
-    """Lines on what to look at, for the start of a run."""
-    return image_files.split_notes(self)
-
-  def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
-    """The released augmentation of one picture, see transforms.depth_training."""
-    return depth_transforms.depth_training(
-      self.eval_transform(example),
-      rng,
-      position,
-      crop=self.crop,
-      cut_depth=self.cut_depth,
-      depth_scale=self.factor,
-      max_depth=self.max_depth,
-      color_jitter=self.color_jitter,
-    )
 
   def eval_transform(self, example: Example) -> Example:
     """The picture at the one size of all."""
-    return example if self.resize is None else depth_transforms.resize_to_cover(example, size=self.resize)
+    return depth_transforms.resize_to_cover(example, size=self.resize) if self.resize else example
 
 
-class Frames:
+class Frames(Source):
   """Random access to images with a depth file each; reading starts with `[]`."""
 
   def __init__(

@@ -6,26 +6,26 @@ Files, below `root`:
   images/      the pictures that they name, of any kind OpenCV reads and of any sizes
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from vpd_jax.data.datasets.pose import PoseDataset
 from vpd_jax.data.readers import coco_json, image_files, persons
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import top_down as top_down_transforms
 from vpd_jax.errors import UserError
-from vpd_jax.types import Example
+from vpd_jax.types import Keypoints, Source
 
 
-class KeypointList:
-  """Pictures with annotated keypoints, with the augmentation of keypoints.Augmentation.
+@dataclasses.dataclass(eq=False, kw_only=True)
+class KeypointList(PoseDataset):
+  """Pictures with annotated keypoints.
 
   Args:
     root: folder of all others, or with format="tfds" the one that prepare_data.py wrote.
-    crop: (H, W).
     train_json, eval_json: annotation files, from here or below `root`; an empty eval_json holds out the last `holdout`
       of the training file's pictures, which are then not trained on. They are the last ones because neighbors are
       often frames of one video.
@@ -37,71 +37,48 @@ class KeypointList:
       empty: the annotated boxes.
     person_category: the category_id of people in the detections; -1: as in the annotations. Many programs count from 0.
     keypoints: the names, in the order of the files; empty: as the training file names them, which must then be there.
-    pairs, skeleton, sigmas, upper: see keypoints.described.
-    udp, padding, center_jitter, flip, half_body, scale, rotation, rotation_chance: see keypoints.Augmentation.
-    exif: "stored" or "turned", see files.EXIF.
-    format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
-
-  Attributes:
-    provides, stored, made_with: see coco_pose.CocoPose.
-    classes: the names of the keypoints.
+    pairs, skeleton, sigmas, upper: see top_down.described.
+    exif: "stored" or "turned", see image_files.EXIF.
   """
 
-  provides = top_down_transforms.PROVIDES
+  root: str
+  train_json: str = "train.json"
+  eval_json: str = ""
+  json_root: str = ""
+  images: str = "images"
+  holdout: float = 0.1
+  detections: str = ""
+  person_category: int = -1
+  keypoints: tuple[str, ...] = ()
+  pairs: tuple[tuple[str, str], ...] = ()
+  skeleton: tuple[tuple[str, str], ...] = ()
+  sigmas: tuple[float, ...] = ()
+  upper: tuple[str, ...] = ()
+  exif: str = "stored"
+
   stored = persons.STORED
 
-  def __init__(
-    self,
-    *,
-    root: str,
-    crop: tuple[int, int] = (256, 192),
-    train_json: str = "train.json",
-    eval_json: str = "",
-    json_root: str = "",
-    images: str = "images",
-    holdout: float = 0.1,
-    detections: str = "",
-    person_category: int = -1,
-    keypoints: tuple[str, ...] = (),
-    pairs: tuple[tuple[str, str], ...] = (),
-    skeleton: tuple[tuple[str, str], ...] = (),
-    sigmas: tuple[float, ...] = (),
-    upper: tuple[str, ...] = (),
-    udp: bool = True,
-    padding: float = 1.25,
-    center_jitter: str = "once",
-    flip: float = 0.5,
-    half_body: float = 0.3,
-    scale: float = 0.5,
-    rotation: float = 40.0,
-    rotation_chance: float = 0.6,
-    exif: str = "stored",
-    format: str = "files",
-  ):
+  def __post_init__(self):
     """Checks the options; pictures are looked for by `source`.
 
     Raises:
       ValueError: in one line, for everything that is wrong with them.
     """
-    named = {"keypoints": keypoints, "pairs": pairs, "skeleton": skeleton, "sigmas": sigmas, "upper": upper}
-    found = self.keypoints_of({"root": root, "json_root": json_root, "train_json": train_json, **named})
-    options = {"udp": udp, "padding": padding, "center_jitter": center_jitter, "flip": flip, "half_body": half_body}
-    options |= {"scale": scale, "rotation": rotation, "rotation_chance": rotation_chance}
-    self.augmentation = _augmentation(crop, found, options)
-    if not 0 < holdout < 1:
-      raise UserError(f"data.holdout={holdout} must lie between 0 and 1, both excluded.")
-    self.root, self.format, self.images, self.holdout = root, reader.check_format(format), images, holdout
-    self.exif = image_files.check_exif(exif)
-    self.json_root = Path(json_root or root).expanduser()
-    self.files = {"train": train_json, "eval": eval_json or train_json}
-    self.held_out, self.detections, self.classes = not eval_json, detections, found.names
-    self.person_category = person_category
-    self.made_with = {"train_json": train_json, "eval_json": eval_json, "holdout": holdout, "detections": detections}
-    if format == "files":
-      image_files.require_folder(root, f"that holds {train_json} and {images}/.")
+    found = self.keypoints_of(vars(self))
+    self.augmentation, self.classes = self._augmentation(found), found.names
+    if not 0 < self.holdout < 1:
+      raise UserError(f"data.holdout={self.holdout} must lie between 0 and 1, both excluded.")
+    reader.check_format(self.format)
+    image_files.check_exif(self.exif)
+    self._json_root = Path(self.json_root or self.root).expanduser()
+    self._files = {"train": self.train_json, "eval": self.eval_json or self.train_json}
+    self.made_with = {"train_json": self.train_json, "eval_json": self.eval_json}
+    self.made_with |= {"holdout": self.holdout, "detections": self.detections}
+    if self.format == "files":
+      image_files.require_folder(self.root, f"that holds {self.train_json} and {self.images}/.")
 
   @classmethod
-  def keypoints_of(cls, options: Mapping[str, Any]) -> top_down_transforms.Keypoints:
+  def keypoints_of(cls, options: Mapping[str, Any]) -> Keypoints:
     """The keypoints of a data set with these options, which may exist without its files if they name them.
 
     Raises:
@@ -116,18 +93,8 @@ class KeypointList:
       names, **{key: tuple(options.get(key, ())) for key in ("pairs", "skeleton", "sigmas", "upper")}
     )
 
-  @classmethod
-  def info_from_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the task is told of a data set with these options, see `keypoints_of`."""
-    return {"keypoints": cls.keypoints_of(options), "udp": options.get("udp", True)}
-
-  @classmethod
-  def classes_of(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the keypoints, which are the classes."""
-    return cls.keypoints_of(options).names
-
   @reader.read_once
-  def source(self, split: str) -> Any:
+  def source(self, split: str) -> Source:
     """The people of "train" or "eval", in the order of their pictures, whose pictures are all there.
 
     Raises:
@@ -139,9 +106,9 @@ class KeypointList:
       return reader.Shards(self.root, "keypoint_list", split, decode=decode, made_with=self.made_with)
     found, chosen = self._chosen(split)
     if split == "eval" and self.detections:
-      path = image_files.find_list(self.json_root, self.detections, (), "name it in data.detections.")
+      path = image_files.find_list(self._json_root, self.detections, (), "name it in data.detections.")
       # With a part held out, one file of detections may be of all pictures.
-      others = "skip" if self.held_out else "error"
+      others = "skip" if (not self.eval_json) else "error"
       samples = coco_json.detected(path, found, chosen, others=others, threshold=0.0, category=self.person_category)
     else:
       samples = coco_json.annotated(found, chosen)
@@ -149,41 +116,22 @@ class KeypointList:
     source = f"{found.path} names them, data.images their folder."
     return persons.open_split(folder, found, chosen, samples, source, self.exif)
 
-  def describe(self) -> list[str]:
-    """Lines on how many people there are and what was left out, for the start of a run."""
-    return persons.describe(self)
-
   def truth(self, split: str) -> dict[str, Any]:
     """What is scored against, see coco_pose.CocoPose.truth."""
     return coco_json.truth(*self._chosen(split))
 
-  def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
-    """The augmentation of the options."""
-    del position
-    return self.augmentation.training(example, rng)
-
-  def eval_transform(self, example: Example) -> Example:
-    """The crop of the box."""
-    return self.augmentation.evaluation(example)
-
   @reader.read_once
   def _chosen(self, split: str) -> tuple[coco_json.Annotations, range]:
     """The annotations of a split and the numbers of its images in them."""
-    if split not in self.files:
-      raise UserError(f"split={split!r} is unknown; choose one of {sorted(self.files)}.")
-    option = "eval_json" if split == "eval" and not self.held_out else "train_json"
-    path = image_files.find_list(self.json_root, self.files[split], (), f"name it in data.{option}.")
+    if split not in self._files:
+      raise UserError(f"split={split!r} is unknown; choose one of {sorted(self._files)}.")
+    option = "eval_json" if split == "eval" and self.eval_json else "train_json"
+    path = image_files.find_list(self._json_root, self._files[split], (), f"name it in data.{option}.")
     found = coco_json.annotations(path, self.classes)
     count = len(found.images)
-    if not self.held_out:
+    if self.eval_json:
       return found, range(count)
     kept = count - max(1, round(self.holdout * count))
     if kept < 1:
       raise UserError(f"{path} has {count} picture and one is held out; add more, or an eval_json.")
     return found, range(kept) if split == "train" else range(kept, count)
-
-
-def _augmentation(
-  crop: tuple[int, int], found: top_down_transforms.Keypoints, options: dict[str, Any]
-) -> top_down_transforms.Augmentation:
-  return top_down_transforms.Augmentation(crop, found, **options)

@@ -9,6 +9,7 @@ of their own: what counts is the end of a name, from the date or the drive on. S
 Depth is a 16-bit PNG in 1/256 metre, 0 where no LiDAR point fell.
 """
 
+import dataclasses
 import functools
 import os
 import re
@@ -18,12 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from vpd_jax.data.datasets import depth_list, nyu
+from vpd_jax.data import validation
+from vpd_jax.data.datasets import depth_list
+from vpd_jax.data.datasets.depth import DepthDataset
 from vpd_jax.data.readers import image_files
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import depth as depth_transforms
 from vpd_jax.errors import UserError
-from vpd_jax.types import Example
+from vpd_jax.types import DatasetInfo, Example, Published, Source
 
 DEPTH_SCALE = 256.0  # units per metre in the files
 MAX_DEPTH = 80.0  # metres
@@ -46,8 +49,9 @@ IMAGE_FOLDERS = ("raw_data", "", "raw")
 DEPTH_FOLDERS = ("data_depth_annotated/train", "data_depth_annotated/val", "data_depth_annotated", "train", "val", "")
 
 
-class Kitti:
-  """KITTI with the crop of its depth benchmark and the augmentation of the depth release.
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Kitti(DepthDataset):
+  """KITTI with the crop of its depth benchmark.
 
   Args:
     root: folder of the images, and of the depth where `depth_root` is empty.
@@ -55,84 +59,57 @@ class Kitti:
     train_list: list file of the training frames; empty looks for the usual names in `root` and beside it. A line holds
       the image, its depth or "None", and maybe the focal length, which is not used. Frames without depth are left out.
     test_list: the same for evaluation.
-    kb_crop: (height, width) of the part that is trained on and scored, see transforms.kb_crop; () keeps whole frames,
-      which differ in size by a few pixels.
-    crop: (height, width) of a training example.
-    resize: (height, width) that images and depth get after kb_crop; (): none. Scores of resized data are not the
-      published ones.
+    kb_crop: (height, width) of the part that is trained on and scored, before `resize`, see transforms.kb_crop; ()
+      keeps whole frames, which differ in size by a few pixels.
     scene: KITTI states no scene classes. The one class given to all frames, for methods that are told a class; empty:
       no class is provided.
-    cut_depth: "released", "scaled" or "off", see transforms.vertical_cut_depth; "released" wraps 1/256 metres.
-    color_jitter: False trains without the changes of color.
+    cut_depth: "released" wraps 1/256 metres.
     format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same whole frames in the same order.
 
   Attributes:
-    provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "depth" float32 [H, W] metres (0 is no measurement),
-      "index" int32 [], position among the frames, and where there is a scene "class_id" int32 [], always 0.
     classes: the scene, or nothing.
-    published: what a complete copy holds: 652 test frames, which are Eigen's 697 without the 45 that have no annotated
-      depth.
-    stored: what a record of `source` holds, by key, see builders.KINDS.
+    published: 652 test frames, which are Eigen's 697 without the 45 that have no annotated depth.
 
   Source: MetaPrompts depth/dataset/kitti.py and base_dataset.py.
   """
 
-  provides = frozenset({"image", "depth", "class_id", "index"})
+  root: str
+  depth_root: str = ""
+  train_list: str = ""
+  test_list: str = ""
+  kb_crop: tuple[int, int] | tuple[()] = (352, 1216)
+  crop: tuple[int, int] = (352, 352)
+  scene: str = "street"
+  format: str = "files"
+
   classes = ("street",)
-  published = image_files.Published({"train": 23_158, "eval": 652}, None, {"depth": (0.0, 65535 / DEPTH_SCALE)})
+  depth_scale, max_depth = DEPTH_SCALE, MAX_DEPTH
+  published = Published({"train": 23_158, "eval": 652}, None, {"depth": (0.0, 65535 / DEPTH_SCALE)})
   stored = {**image_files.FRAME, "index": "int32"}  # noqa: RUF012 (never changed)
 
-  def __init__(
-    self,
-    *,
-    root: str,
-    depth_root: str = "",
-    train_list: str = "",
-    test_list: str = "",
-    kb_crop: tuple[int, int] = (352, 1216),
-    crop: tuple[int, int] = (352, 352),
-    resize: tuple[int, int] | tuple[()] = (),
-    scene: str = "street",
-    cut_depth: str = "released",
-    color_jitter: bool = True,
-    format: str = "files",
-  ):
-    depth_transforms.check_cut_depth(cut_depth)
-    self.crop = nyu.check_size("crop", crop)
-    self.kb_crop = None if not kb_crop else nyu.check_size("kb_crop", kb_crop)
-    self.resize = None if not resize else nyu.check_size("resize", resize)
-    self.classes, self.provides = depth_list.one_scene(scene, Kitti.provides)
-    self.root, self.depth_root, self.format = root, depth_root or root, reader.check_format(format)
-    self.lists = {"train": train_list or None, "eval": test_list or None}
-    self.cut_depth, self.color_jitter = cut_depth, color_jitter
-    whole = self.resize or self.kb_crop
-    if whole and (self.crop[0] > whole[0] or self.crop[1] > whole[1]):
-      option = "resize" if self.resize else "kb_crop"
-      raise UserError(f"crop={self.crop} does not fit into {option}={whole}; make data.crop smaller.")
-    if format == "tfds":
-      given = {"train_list": train_list, "test_list": test_list, "depth_root": depth_root}
+  def __post_init__(self):
+    super().__post_init__()
+    self.kb_crop = validation.check_size("kb_crop", self.kb_crop) if self.kb_crop else ()
+    self.classes, self.provides = depth_list.one_scene(self.scene, Kitti.provides)
+    reader.check_format(self.format)
+    self._depth_root = self.depth_root or self.root
+    self.lists = {"train": self.train_list or None, "eval": self.test_list or None}
+    self.check_crop("resize" if self.resize else "kb_crop", self.resize or self.kb_crop)
+    if self.format == "tfds":
+      given = {"train_list": self.train_list, "test_list": self.test_list, "depth_root": self.depth_root}
       if any(given.values()):
         idle = ", ".join(f"data.{name}" for name, value in given.items() if value)
         raise UserError(f"{idle} has no effect with data.format='tfds': the shards were made from the files.")
     else:
-      image_files.require_folder(root, f"that holds raw_data/ and data_depth_annotated/ of KITTI: {FILES_SOURCE}")
-      if not Path(self.depth_root).expanduser().is_dir():
-        raise UserError(f"depth_root={depth_root!r} is not a folder; {FILES_SOURCE}")
+      image_files.require_folder(self.root, f"that holds raw_data/ and data_depth_annotated/ of KITTI: {FILES_SOURCE}")
+      if not Path(self._depth_root).expanduser().is_dir():
+        raise UserError(f"depth_root={self.depth_root!r} is not a folder; {FILES_SOURCE}")
 
-  @staticmethod
-  def classes_of(options: Mapping[str, Any]) -> tuple[str, ...]:
-    """The classes for these options, known before any file is."""
-    return depth_list.one_scene(options.get("scene", "street"), frozenset())[0]
-
-  @staticmethod
-  def cut_top(options: Mapping[str, Any], size: tuple[int, int]) -> int:
-    """Rows to take off a picture of (height, width) so that the network sees it at the scale it was trained on.
-
-    A frame as KITTI has it, at most a tenth larger than kb_crop, loses the rows above the benchmark's window, and would
-    otherwise be shrunk by 6 %. Every column stays. 0 for any other picture.
-    """
-    height, width = options.get("kb_crop") or (0, 0)
-    return size[0] - height if height <= size[0] <= 1.1 * height and width <= size[1] <= 1.1 * width else 0
+  @classmethod
+  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+    """See types.Dataset; raises as depth_list.one_scene."""
+    classes, _ = depth_list.one_scene(options.get("scene", "street"), frozenset())
+    return DatasetInfo(classes=classes, window=tuple(options.get("kb_crop", ())) or None)
 
   @reader.read_once
   def source(self, split: str) -> "Frames | reader.Shards":
@@ -147,7 +124,7 @@ class Kitti:
     example = functools.partial(decode, provides=self.provides, least=self.kb_crop or (1, 1))
     if self.format == "tfds":
       return reader.Shards(self.root, "kitti", split, decode=example)
-    root, depth_root = (Path(folder).expanduser() for folder in (self.root, self.depth_root))
+    root, depth_root = (Path(folder).expanduser() for folder in (self.root, self._depth_root))
     hint = LISTS_SOURCE.format(option="train_list" if split == "train" else "test_list")
     path = image_files.find_list(root, self.lists[split], LISTS[split], hint)
     lines = [line for line in depth_list.read_columns(path, columns=(2, 3)) if line[1] != NO_DEPTH]
@@ -159,34 +136,19 @@ class Kitti:
     missing = [name for name, file in zip(listed, found, strict=True) if file is None]
     if missing:
       shown = ", ".join(missing[: image_files.SHOWN]) + (", ..." if len(missing) > image_files.SHOWN else "")
-      where = self.root if self.depth_root == self.root else f"{self.root} and {self.depth_root}"
+      where = self.root if self._depth_root == self.root else f"{self.root} and {self._depth_root}"
       raise UserError(f"{len(missing)} files are missing in {where}: {shown}; {FILES_SOURCE}")
     pairs = [(image, depth) for image, depth in zip(images, depths, strict=True) if image and depth]
     if depth_root != root:
       pairs = [(image, str(depth_root.absolute() / depth)) for image, depth in pairs]
     return Frames(root, pairs, example)
 
-  def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
-    """The released augmentation of one frame, see transforms.depth_training."""
-    return depth_transforms.depth_training(
-      self.eval_transform(example),
-      rng,
-      position,
-      crop=self.crop,
-      cut_depth=self.cut_depth,
-      depth_scale=DEPTH_SCALE,
-      max_depth=MAX_DEPTH,
-      color_jitter=self.color_jitter,
-    )
-
   def eval_transform(self, example: Example) -> Example:
     """The benchmark's part of the frame, resized where asked."""
-    if self.kb_crop is not None:
-      example = depth_transforms.kb_crop(example, size=self.kb_crop)
-    return example if self.resize is None else depth_transforms.resize(example, size=self.resize)
+    return super().eval_transform(depth_transforms.kb_crop(example, size=self.kb_crop) if self.kb_crop else example)
 
 
-class Frames:
+class Frames(Source):
   """Random access to the frames of one split, whole; reading starts with `[]`."""
 
   def __init__(

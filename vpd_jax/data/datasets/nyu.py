@@ -7,15 +7,18 @@ Files, below `root`:
 Depth is a 16-bit PNG in millimetres, 0 where nothing was measured.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from vpd_jax.data.datasets.depth import DepthDataset
 from vpd_jax.data.readers import image_files
 from vpd_jax.data.shards import reader
-from vpd_jax.data.transforms import depth as depth_transforms
 from vpd_jax.errors import UserError
-from vpd_jax.types import Example
+from vpd_jax.types import DatasetInfo, Example, Published, Source
 
 # The order is that of the class vectors in the released checkpoints; 'excercise_room' is spelt as in the data.
 # Source: VPD depth/nyu_class_list.json.
@@ -39,64 +42,52 @@ FILES_SOURCE = {
 }
 
 
-class Nyu:
-  """NYU Depth v2 with VPD's augmentation and scene classes.
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Nyu(DepthDataset):
+  """NYU Depth v2 with VPD's scene classes; the files' pictures are 480x640.
 
   Args:
     root: folder that holds sync/ and official_splits/, or with format="tfds" the one that prepare_data.py wrote.
-    crop: (height, width) of a training example.
-    cut_depth: "released", "scaled" or "off", see transforms.vertical_cut_depth.
     train_list: list file of the training frames; empty looks for the usual names in `root` and beside it.
     test_list: the same for evaluation.
-    resize: (height, width) that images and depth get before anything else; () keeps the files' 480x640. Scores of
-      resized data are not the published ones.
-    color_jitter: False trains without the changes of color.
     format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
 
   Attributes:
-    provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "depth" float32 [H, W] metres (0 is no measurement),
-      "class_id" int32 [] into `classes`, "index" int32 [], position in the list file.
     classes: names of the 27 scene classes.
-    published: what a complete copy holds.
-    stored: what a record of `source` holds, by key, see builders.KINDS.
 
   Source: VPD depth/dataset/nyudepthv2.py.
   """
 
-  provides = frozenset({"image", "depth", "class_id", "index"})
+  root: str
+  crop: tuple[int, int] = (480, 480)
+  train_list: str = ""
+  test_list: str = ""
+  format: str = "files"
+
   classes = CLASSES
-  published = image_files.Published({"train": 24_231, "eval": 654}, (480, 640), {"depth": (0.0, MAX_DEPTH)})
+  depth_scale, max_depth = DEPTH_SCALE, MAX_DEPTH
+  published = Published({"train": 24_231, "eval": 654}, (480, 640), {"depth": (0.0, MAX_DEPTH)})
   stored = {**image_files.FRAME, "class_id": "int32", "index": "int32"}  # noqa: RUF012 (never changed)
 
-  def __init__(
-    self,
-    *,
-    root: str,
-    crop: tuple[int, int] = (480, 480),
-    cut_depth: str = "released",
-    train_list: str = "",
-    test_list: str = "",
-    resize: tuple[int, int] | tuple[()] = (),
-    color_jitter: bool = True,
-    format: str = "files",
-  ):
-    depth_transforms.check_cut_depth(cut_depth)
-    self.root, self.format = root, reader.check_format(format)
-    self.crop = check_size("crop", crop)
-    self.cut_depth = cut_depth
-    self.lists = {"train": train_list or None, "eval": test_list or None}
-    self.resize = None if not resize else check_size("resize", resize)
-    self.color_jitter = color_jitter
-    if self.resize and (self.crop[0] > self.resize[0] or self.crop[1] > self.resize[1]):
-      raise UserError(f"crop={self.crop} does not fit into resize={self.resize}; make data.crop smaller.")
-    if format == "tfds":
-      given = [f"{split}_list" for split, name in (("train", train_list), ("test", test_list)) if name]
+  def __post_init__(self):
+    reader.check_format(self.format)
+    super().__post_init__()
+    self.check_crop("resize", self.resize)
+    self.lists = {"train": self.train_list or None, "eval": self.test_list or None}
+    if self.format == "tfds":
+      given = [f"{split}_list" for split, name in (("train", self.train_list), ("test", self.test_list)) if name]
       if given:
         raise UserError(f"data.{given[0]} has no effect with data.format='tfds': the shards were made from a list.")
     else:
       image_files.require_folder(
-        root, f"that holds sync/ and official_splits/ of NYU Depth v2: {FILES_SOURCE['train']}"
+        self.root, f"that holds sync/ and official_splits/ of NYU Depth v2: {FILES_SOURCE['train']}"
       )
+
+  @classmethod
+  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+    """See types.Dataset."""
+    del options
+    return DatasetInfo(classes=cls.classes)
 
   @reader.read_once
   def source(self, split: str) -> "Frames | reader.Shards":
@@ -117,25 +108,8 @@ class Nyu:
     image_files.require_files(folder, (name for pair in pairs for name in pair), FILES_SOURCE[split])
     return Frames(folder, pairs, scene_classes([image for image, _ in pairs]))
 
-  def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
-    """The released augmentation of one frame, see transforms.depth_training."""
-    return depth_transforms.depth_training(
-      self.eval_transform(example),
-      rng,
-      position,
-      crop=self.crop,
-      cut_depth=self.cut_depth,
-      depth_scale=DEPTH_SCALE,
-      max_depth=MAX_DEPTH,
-      color_jitter=self.color_jitter,
-    )
 
-  def eval_transform(self, example: Example) -> Example:
-    """The whole frame, resized where asked."""
-    return example if self.resize is None else depth_transforms.resize(example, size=self.resize)
-
-
-class Frames:
+class Frames(Source):
   """Random access to the frames of one split; reading starts with `[]`."""
 
   def __init__(self, folder: Path, pairs: list[tuple[str, str]], class_ids: list[int]):
@@ -182,11 +156,3 @@ def scene_classes(names: list[str]) -> list[int]:
       f"folder names must contain one of {', '.join(CLASSES)}."
     )
   return ids
-
-
-def check_size(option: str, size: tuple[int, int]) -> tuple[int, int]:
-  """(height, width) as two positive whole numbers, or a ValueError that names the option."""
-  sides = tuple(size) if isinstance(size, tuple | list) else (size,)
-  if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-    raise UserError(f"{option}={size!r} must be (height, width), two positive whole numbers.")
-  return sides

@@ -10,6 +10,7 @@ A reference is one object with several sentences. Its mask is that of its annota
 Source: Yu et al. 2016, https://arxiv.org/abs/1608.00272; VPD refer/data/dataset_refer_clip.py; REFER's refer.py.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from vpd_jax.data.datasets.referring import ReferringDataset
 from vpd_jax.data.readers import coco_masks, image_files, referring, safe_pickle
 from vpd_jax.data.readers.referring import Item
 from vpd_jax.data.shards import reader
 from vpd_jax.errors import UserError
 from vpd_jax.files import reading
-from vpd_jax.types import Example
+from vpd_jax.types import Published, Source
 
 # (references, pictures) by split, as published; None where no published number is known to us.
 Counts = dict[str, tuple[int, int] | None]
@@ -40,7 +42,8 @@ ON_EMPTY = ("stop", "leave_out")
 KEYS = {"ann_id": int, "image_id": int, "split": str, "sentences": list}  # of a reference
 
 
-class RefCoco:
+@dataclasses.dataclass(eq=False, kw_only=True)
+class RefCoco(ReferringDataset):
   """One of the RefCOCO family.
 
   Args:
@@ -49,80 +52,51 @@ class RefCoco:
     split_by: who divided it: "unc" for the first two, "umd" for the third, "google" for the first and the third.
     eval_split: "val"; "testA" or "testB" of unc; "test" of umd and google.
     images: folder of the pictures, below `root` or anywhere; empty: the first of PICTURES that is there.
-    crop: (height, width) of the network's input, to which pictures are resized whole, aspect not kept. Release:
-      (512, 512).
-    canvas: see referring.Transforms.
     overlap: of polygons of one object, "released" or "union", see coco_masks.decode.
     on_empty: "stop" where a sentence has no words or an annotation no outline, or "leave_out" these.
     complete: whether the published numbers of references and pictures must be there; False takes what there is.
-    cache, cache_folder: see refer_list.ReferList.
-    format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
 
   Attributes:
-    provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "mask" uint8 [H, W], 1 on the object, "sentence" str,
-      "image_id" int32 [], COCO's number of the picture, "index" int32 [], place in the split; "full_mask" and
-      "full_size", see referring.Transforms.evaluation.
-    classes: none.
-    published, stored, made_with: see nyu.Nyu and rooms.Rooms.
+    provides: see ReferringDataset; "image_id" is COCO's number of the picture.
   """
 
-  provides = referring.PROVIDES
-  classes = ()
-  stored = referring.STORED
+  variant: str = "refcoco"
+  split_by: str = "unc"
+  eval_split: str = "val"
+  images: str = ""
+  overlap: str = "released"
+  on_empty: str = "stop"
+  complete: bool = True
 
-  def __init__(
-    self,
-    *,
-    root: str,
-    variant: str = "refcoco",
-    split_by: str = "unc",
-    eval_split: str = "val",
-    images: str = "",
-    crop: tuple[int, int] = (512, 512),
-    canvas: tuple[int, int] = (640, 640),
-    overlap: str = "released",
-    on_empty: str = "stop",
-    complete: bool = True,
-    cache: str = "off",
-    cache_folder: str = "",
-    format: str = "files",
-  ):
+  def __post_init__(self):
     """Checks the options; files are looked for by `source`.
 
     Raises:
       ValueError: in one line, for everything that is wrong with them.
     """
-    words = {"overlap": (overlap, coco_masks.OVERLAPS), "on_empty": (on_empty, ON_EMPTY)}
+    words = {"overlap": (self.overlap, coco_masks.OVERLAPS), "on_empty": (self.on_empty, ON_EMPTY)}
     wrong = [f"{name}={word!r} is unknown, choose one of {known}" for name, (word, known) in words.items() if
              word not in known]  # fmt: skip
-    if (variant, split_by) not in PUBLISHED:
+    counts = PUBLISHED.get((self.variant, self.split_by), UNKNOWN)
+    if (self.variant, self.split_by) not in PUBLISHED:
       known = ", ".join(f"{name} by {who}" for name, who in PUBLISHED)
-      wrong.append(f"variant={variant!r} by split_by={split_by!r} does not exist, there are {known}")
-    elif eval_split not in (splits := tuple(PUBLISHED[variant, split_by])[1:]):
-      wrong.append(f"eval_split={eval_split!r} is none of {variant} by {split_by}, choose one of {splits}")
+      wrong.append(f"variant={self.variant!r} by split_by={self.split_by!r} does not exist, there are {known}")
+    elif self.eval_split not in (splits := tuple(counts)[1:]):
+      wrong.append(
+        f"eval_split={self.eval_split!r} is none of {self.variant} by {self.split_by}, choose one of {splits}"
+      )
     if wrong:
       raise UserError(f"data: {'; '.join(wrong)}.")
-    self.root, self.format, self.images = root, reader.check_format(format), images
-    self.variant, self.split_by, self.complete = variant, split_by, complete
-    self.overlap, self.on_empty = overlap, on_empty
-    self.splits = {"train": "train", "eval": eval_split}
-    self.transforms, self.cache = referring.Transforms(crop, canvas), referring.check_cache(cache, cache_folder)
-    counts = PUBLISHED[variant, split_by]
-    self.published = image_files.Published(
-      {"train": counts["train"][0]} if complete and counts["train"] else {}, None, {}
-    )
-    self.made_with = {"variant": variant, "split_by": split_by, "eval_split": eval_split, "overlap": overlap}
-    self.made_with |= {"on_empty": on_empty}
-    if format == "files":
-      image_files.require_folder(root, f"that holds {variant}/: {SOURCE}")
-
-  @staticmethod
-  def only_resizes(options: Mapping[str, Any]) -> bool:
-    """Whether a picture is always seen alike, so that it can be encoded ahead, see encoder_cache.planned."""
-    return True
+    super().__post_init__()
+    self.splits = {"train": "train", "eval": self.eval_split}
+    self.published = Published({"train": counts["train"][0]} if self.complete and counts["train"] else {}, None, {})
+    options = ("variant", "split_by", "eval_split", "overlap", "on_empty")
+    self.made_with = {option: vars(self)[option] for option in options}
+    if self.format == "files":
+      image_files.require_folder(self.root, f"that holds {self.variant}/: {SOURCE}")
 
   @reader.read_once
-  def source(self, split: str) -> Any:
+  def source(self, split: str) -> Source:
     """The objects of "train", in the order of the file, or the sentences of "eval", those of a picture together.
 
     Raises:
@@ -146,19 +120,6 @@ class RefCoco:
     items = [item._replace(image=_below(root, pictures / item.image)) for item in items]
     read_mask = functools.partial(_read_mask, overlap=self.overlap)
     return referring.ReferringSource(root, items if split == "train" else referring.by_sentence(items), read_mask)
-
-  def describe(self) -> list[str]:
-    """Lines on how much there is, for the start of a run."""
-    return referring.describe(self)
-
-  def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
-    """One sentence of the object; picture and mask resized."""
-    del position
-    return self.transforms.training(example, rng)
-
-  def eval_transform(self, example: Example) -> Example:
-    """Picture and mask resized, and the mask as it is."""
-    return self.transforms.evaluation(example)
 
   def _items(self, refs: Sequence[dict[str, Any]], instances: tuple[Mapping, Mapping], path: Path) -> list[Item]:
     """The references as items; everything that is wrong with them is reported together."""

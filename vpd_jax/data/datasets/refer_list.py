@@ -8,19 +8,21 @@ object is where it is not 0. Where one file holds several objects, "value" says 
 "split": "train" or "eval" says what an entry is for. Without any "eval" the last pictures are held out.
 """
 
+import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vpd_jax.data.datasets.referring import ReferringDataset
 from vpd_jax.data.readers import image_files, label_maps, referring
 from vpd_jax.data.readers.referring import Item
 from vpd_jax.data.shards import reader
 from vpd_jax.errors import UserError
 from vpd_jax.files import reading
-from vpd_jax.types import Example
+from vpd_jax.types import Source
 
 EXAMPLE = '{"image": "1.jpg", "mask": "1.png", "sentences": ["the red car"]}'
 KNOWN = frozenset({"image", "mask", "sentences", "value", "split"})
@@ -30,63 +32,41 @@ EVERY_NUMBER = label_maps.values(
 SPLITS = ("train", "eval")
 
 
-class ReferList:
-  """Referring expressions of a user, resized as in the release.
+@dataclasses.dataclass(eq=False, kw_only=True)
+class ReferList(ReferringDataset):
+  """Referring expressions of a user.
 
   Args:
     root: folder of all others, or with format="tfds" the one that prepare_data.py wrote.
     file: the JSON file, from here or below `root`.
     holdout: share of the pictures, rounded, at least one, that is evaluated on where no entry says "split": "eval".
       They are the last ones in the file, because neighbors are often frames of one video.
-    crop: (height, width) of the network's input, to which pictures are resized whole, aspect not kept. Release:
-      (512, 512).
-    canvas: see referring.Transforms.
-    cache, cache_folder: what is kept of the VAE's and the text encoder's work: "off", "memory", or "disk" with a
-      folder; see evaluation/encoder_cache.py.
-    exif: "stored" or "turned", see files.EXIF.
-    format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
+    exif: "stored" or "turned", see image_files.EXIF.
 
   Attributes:
-    provides, classes, stored, made_with: see refcoco.RefCoco. "image_id" counts the pictures in the order of the file.
+    provides: see ReferringDataset; "image_id" counts the pictures in the order of the file.
   """
 
-  provides = referring.PROVIDES
-  classes = ()
-  stored = referring.STORED
+  file: str = "sentences.json"
+  holdout: float = 0.1
+  exif: str = "stored"
 
-  def __init__(
-    self,
-    *,
-    root: str,
-    file: str = "sentences.json",
-    holdout: float = 0.1,
-    crop: tuple[int, int] = (512, 512),
-    canvas: tuple[int, int] = (640, 640),
-    cache: str = "off",
-    cache_folder: str = "",
-    exif: str = "stored",
-    format: str = "files",
-  ):
+  def __post_init__(self):
     """Checks the options; files are looked for by `source`.
 
     Raises:
       ValueError: one that cannot be.
     """
-    if not 0 < holdout < 1:
-      raise UserError(f"data.holdout={holdout} must lie between 0 and 1, both excluded.")
-    self.root, self.file, self.holdout, self.format = root, file, holdout, reader.check_format(format)
-    self.transforms, self.cache = referring.Transforms(crop, canvas), referring.check_cache(cache, cache_folder)
-    self.made_with, self.exif = {"file": file, "holdout": holdout}, image_files.check_exif(exif)
-    if format == "files":
-      image_files.require_folder(root, "that holds the pictures, the masks and the JSON file data.file.")
-
-  @staticmethod
-  def only_resizes(options: Mapping[str, Any]) -> bool:
-    """Whether a picture is always seen alike, so that it can be encoded ahead, see encoder_cache.planned."""
-    return True
+    if not 0 < self.holdout < 1:
+      raise UserError(f"data.holdout={self.holdout} must lie between 0 and 1, both excluded.")
+    super().__post_init__()
+    self.made_with = {"file": self.file, "holdout": self.holdout}
+    image_files.check_exif(self.exif)
+    if self.format == "files":
+      image_files.require_folder(self.root, "that holds the pictures, the masks and the JSON file data.file.")
 
   @reader.read_once
-  def source(self, split: str) -> Any:
+  def source(self, split: str) -> Source:
     """The objects of "train" in the order of the file, or the sentences of "eval", those of a picture together.
 
     Raises:
@@ -122,19 +102,6 @@ class ReferList:
     found = referring.ReferringSource(root, items, functools.partial(_read_mask, exif=self.exif), self.exif)
     found.notes = image_files.exif_notes((root / item.image for item in items), self.exif)
     return found
-
-  def describe(self) -> list[str]:
-    """Lines on how much there is, for the start of a run."""
-    return referring.describe(self)
-
-  def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
-    """One sentence of the object; picture and mask resized."""
-    del position
-    return self.transforms.training(example, rng)
-
-  def eval_transform(self, example: Example) -> Example:
-    """Picture and mask resized, and the mask as it is."""
-    return self.transforms.evaluation(example)
 
 
 def read_entries(path: Path) -> list[dict[str, Any]]:

@@ -5,18 +5,21 @@ so on, so that no room is taken twice. Figures have no face: only those seen fro
 nobody could tell their left from their right.
 """
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 
-from vpd_jax.data.datasets import nyu, rooms
+from vpd_jax.data import validation
+from vpd_jax.data.datasets import rooms
+from vpd_jax.data.datasets.pose import PoseDataset
 from vpd_jax.data.readers import coco_json
 from vpd_jax.data.rooms import render
 from vpd_jax.data.rooms import scene as room_scene
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import top_down as top_down_transforms
 from vpd_jax.errors import UserError
-from vpd_jax.types import Example
+from vpd_jax.types import Example, Source
 
 MINIMUM = 6  # keypoints inside the picture
 NARROWEST = 16  # pixels of the box's shorter side, in a picture of 120 rows
@@ -24,62 +27,35 @@ TRIES = 64
 LEFT, RIGHT = (top_down_transforms.COCO.names.index(f"{side}_shoulder") for side in ("left", "right"))
 
 
-class RoomFigures:
-  """Crops of figures in procedural rooms, with the augmentation of keypoints.Augmentation.
+@dataclasses.dataclass(eq=False, kw_only=True)
+class RoomFigures(PoseDataset):
+  """Crops of figures in procedural rooms.
 
   Args:
     size: (height, width) of a room's picture.
-    crop: (H, W).
     train_count, eval_count: figures in each split.
     seed: another seed is another data set.
-    udp, padding, center_jitter, flip, half_body, scale, rotation, rotation_chance: see keypoints.Augmentation.
     format: "files" draws each room when it is asked for, "tfds" reads drawn ones from prepared shards.
     root: folder of the shards, with format="tfds".
-
-  Attributes:
-    provides, made_with: see coco_pose.CocoPose.
-    classes: the names of the 17 keypoints.
   """
 
-  provides = top_down_transforms.PROVIDES
-  classes = top_down_transforms.COCO.names
+  size: tuple[int, int] = (120, 160)
+  crop: tuple[int, int] = (128, 96)
+  train_count: int = 4096
+  eval_count: int = 64
+  seed: int = 0
+  root: str = ""
 
-  def __init__(
-    self,
-    *,
-    size: tuple[int, int] = (120, 160),
-    crop: tuple[int, int] = (128, 96),
-    train_count: int = 4096,
-    eval_count: int = 64,
-    seed: int = 0,
-    udp: bool = True,
-    padding: float = 1.25,
-    center_jitter: str = "once",
-    flip: float = 0.5,
-    half_body: float = 0.3,
-    scale: float = 0.5,
-    rotation: float = 40.0,
-    rotation_chance: float = 0.6,
-    format: str = "files",
-    root: str = "",
-  ):
-    if root and reader.check_format(format) == "files":
-      raise UserError(f"root={str(root)!r} has no effect: rooms are drawn; leave it empty, or set data.format='tfds'.")
-    self.root, self.format = root, reader.check_format(format)
-    self.size = nyu.check_size("size", size)
-    for option, number, least in (("train_count", train_count, 1), ("eval_count", eval_count, 1), ("seed", seed, 0)):
-      if int(number) != number or number < least:
-        raise UserError(f"{option}={number} must be a whole number of at least {least}.")
-    options = {"udp": udp, "padding": padding, "center_jitter": center_jitter, "flip": flip, "half_body": half_body}
-    options |= {"scale": scale, "rotation": rotation, "rotation_chance": rotation_chance}
-    self.augmentation = top_down_transforms.Augmentation(crop, top_down_transforms.COCO, **options)
-    self.counts, self.seed = {"train": int(train_count), "eval": int(eval_count)}, int(seed)
+  def __post_init__(self):
+    rooms.check_root(self.root, self.format)
+    self.size = validation.check_size("size", self.size)
+    self.seed, self.counts = int(self.seed), rooms.check_counts(self.train_count, self.eval_count, self.seed)
+    super().__post_init__()
     self.made_with = {"size": self.size, "seed": self.seed, **self.counts}
 
-  @staticmethod
-  def info_from_options(options: Any) -> dict[str, Any]:
-    """What the task is told of the data, see coco_pose.CocoPose."""
-    return {"keypoints": top_down_transforms.COCO, "udp": options.get("udp", True)}
+  def describe(self) -> list[str]:
+    """Nothing: see rooms.Rooms."""
+    return []
 
   def source(self, split: str) -> "Figures | reader.Shards":
     """The figures of "train" or "eval", drawn at `[]`, or read from shards."""
@@ -103,17 +79,8 @@ class RoomFigures:
     found = coco_json.Annotations(None, images, [[entry] for entry in people], category)
     return coco_json.truth(found, range(len(people)))
 
-  def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
-    """The augmentation of the options."""
-    del position
-    return self.augmentation.training(example, rng)
 
-  def eval_transform(self, example: Example) -> Example:
-    """The crop of the box."""
-    return self.augmentation.evaluation(example)
-
-
-class Figures:
+class Figures(Source):
   """Random access to the figures of one split; holds nothing but what defines them."""
 
   def __init__(self, seed: int, split: str, count: int, size: tuple[int, int]):

@@ -5,12 +5,14 @@ along the optical axis as in NYU Depth v2, at most 10 m; 0 marks what a sensor w
 The camera has NYU's field of view and is placed, raised, tilted and turned at random in rooms of random size.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from vpd_jax.data import validation
 from vpd_jax.data.datasets import nyu
 from vpd_jax.data.readers import referring
 from vpd_jax.data.rooms import expressions, render
@@ -19,7 +21,7 @@ from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import depth as depth_transforms
 from vpd_jax.data.transforms import segmentation as segmentation_transforms
 from vpd_jax.errors import UserError
-from vpd_jax.types import Example
+from vpd_jax.types import Dataset, DatasetInfo, Example, Source
 
 CLASSES = room_scene.CLASSES  # of "labels"; all pixels have one
 SPLITS = ("train", "eval")  # position is part of the random seed: no room is in both
@@ -36,7 +38,8 @@ MENTIONED = 0.004  # share of the picture from which on an object gets a sentenc
 LIMB = 0.2  # metres a keypoint may lie behind the surface that shows it
 
 
-class Rooms:
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Rooms(Dataset):
   """Procedural rooms.
 
   Args:
@@ -49,7 +52,7 @@ class Rooms:
     cut_depth: for depth, "released", "scaled" or "off", see transforms.vertical_cut_depth.
     ratio_range: for segmentation, (lowest, highest) factor of the random rescaling; () is (1, 1).
     color_jitter: False trains without the changes of color; "referring" has none.
-    cache, cache_folder: for "referring", see refer_list.ReferList.
+    cache, cache_folder: for "referring", see referring.ReferringDataset.
     format: "files" draws each room when it is asked for, "tfds" reads drawn ones from prepared shards.
     root: folder of the shards, with format="tfds".
 
@@ -57,62 +60,55 @@ class Rooms:
     provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "index" int32 []; for depth "depth" float32 [H, W]
       metres (0 is no measurement) and "class_id" int32 [] into `classes`; for segmentation "label" uint8 [H, W] into
       `classes`, "valid_size" int32 [2], see segmentation_transforms.Augmentation; for referring what
-      referring.PROVIDES names, see refcoco.RefCoco.
+      referring.PROVIDES names, see ReferringDataset.
     classes: for depth NYU's 27 scene classes in VPD's order; the five of room_scene.SCENES occur, each with furniture
       of its own. For segmentation CLASSES, for referring none.
     made_with: the options on which the records depend; shards must have been made with the same.
   """
 
+  task: str = "depth"
+  size: tuple[int, int] = (96, 128)
+  crop: tuple[int, int] = (96, 96)
+  train_count: int = 4096
+  eval_count: int = 64
+  seed: int = 0
+  cut_depth: str = "off"
+  ratio_range: tuple[float, float] | tuple[()] = ()
+  color_jitter: bool = True
+  cache: str = "off"
+  cache_folder: str = ""
+  format: str = "files"
+  root: str = ""
+
   provides = KEYS["depth"]
   classes = nyu.CLASSES
 
-  def __init__(
-    self,
-    *,
-    task: str = "depth",
-    size: tuple[int, int] = (96, 128),
-    crop: tuple[int, int] = (96, 96),
-    train_count: int = 4096,
-    eval_count: int = 64,
-    seed: int = 0,
-    cut_depth: str = "off",
-    ratio_range: tuple[float, float] | tuple[()] = (),
-    color_jitter: bool = True,
-    cache: str = "off",
-    cache_folder: str = "",
-    format: str = "files",
-    root: str = "",
-  ):
-    self.classes = self.classes_of({"task": task})
-    self.task, self.provides = task, KEYS[task]
-    if task != "segmentation" and ratio_range:
-      raise UserError(f"data.ratio_range={ratio_range} has no effect where data.task={task!r}; leave it empty.")
-    if task != "depth" and cut_depth != "off":
-      raise UserError(f"data.cut_depth={cut_depth!r} has no effect where data.task={task!r}; set it to 'off'.")
-    if task != "referring" and (cache, cache_folder) != ("off", ""):
-      raise UserError(f"data.cache={cache!r} has no effect where data.task={task!r}; set it to 'off'.")
-    self.cache = referring.check_cache(cache, cache_folder) if task == "referring" else None
-    depth_transforms.check_cut_depth(cut_depth)
-    if root and reader.check_format(format) == "files":
-      raise UserError(f"root={str(root)!r} has no effect: rooms are drawn; leave it empty, or set data.format='tfds'.")
-    self.root, self.format = root, reader.check_format(format)
-    self.size, self.crop = nyu.check_size("size", size), nyu.check_size("crop", crop)
+  def __post_init__(self):
+    task = self.task
+    self.classes, self.provides = self.info({"task": task}).classes, KEYS[task]
+    if task != "segmentation" and self.ratio_range:
+      raise UserError(f"data.ratio_range={self.ratio_range} has no effect where data.task={task!r}; leave it empty.")
+    if task != "depth" and self.cut_depth != "off":
+      raise UserError(f"data.cut_depth={self.cut_depth!r} has no effect where data.task={task!r}; set it to 'off'.")
+    if task != "referring" and (self.cache, self.cache_folder) != ("off", ""):
+      raise UserError(f"data.cache={self.cache!r} has no effect where data.task={task!r}; set it to 'off'.")
+    self.encoder_cache = referring.check_cache(self.cache, self.cache_folder) if task == "referring" else None
+    depth_transforms.check_cut_depth(self.cut_depth)
+    check_root(self.root, self.format)
+    self.size, self.crop = validation.check_size("size", self.size), validation.check_size("crop", self.crop)
     if task != "referring" and (self.crop[0] > self.size[0] or self.crop[1] > self.size[1]):
       raise UserError(f"crop={self.crop} does not fit into size={self.size}; make data.crop smaller.")
-    for option, number, least in (("train_count", train_count, 1), ("eval_count", eval_count, 1), ("seed", seed, 0)):
-      if int(number) != number or number < least:
-        raise UserError(f"{option}={number} must be a whole number of at least {least}.")
-    self.counts = {"train": int(train_count), "eval": int(eval_count)}
-    self.seed, self.cut_depth, self.color_jitter = int(seed), cut_depth, color_jitter
+    self.counts, self.seed = check_counts(self.train_count, self.eval_count, self.seed), int(self.seed)
     self.made_with = {"task": task, "size": self.size, "seed": self.seed, **self.counts}
+    ratios = cast(tuple[float, float], tuple(self.ratio_range) or (1.0, 1.0))
     self.augmentation = segmentation_transforms.Augmentation(
-      self.crop, self.size, cast(tuple[float, float], tuple(ratio_range) or (1.0, 1.0)), color_jitter=color_jitter
+      self.crop, self.size, ratios, color_jitter=self.color_jitter
     )
     self.resizing = referring.Transforms(self.crop, self.size)
 
   @classmethod
-  def classes_of(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
-    """The classes of rooms with these options.
+  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+    """See types.Dataset.
 
     Raises:
       ValueError: unknown task.
@@ -120,12 +116,12 @@ class Rooms:
     task = options.get("task", "depth")
     if task not in TASKS:
       raise UserError(f"task={task!r} is unknown to the rooms; choose one of {TASKS}.")
-    return {"depth": nyu.CLASSES, "segmentation": CLASSES, "referring": ()}[task]
+    classes = {"depth": nyu.CLASSES, "segmentation": CLASSES, "referring": ()}[task]
+    return DatasetInfo(classes=classes, only_resizes=task == "referring")
 
-  @staticmethod
-  def only_resizes(options: Mapping[str, Any]) -> bool:
-    """Whether a picture is always seen alike, so that it can be encoded ahead, see encoder_cache.planned."""
-    return options.get("task", "depth") == "referring"
+  def describe(self) -> list[str]:
+    """Nothing: the rooms of "eval" would be drawn once more."""
+    return []
 
   def source(self, split: str) -> "DrawnRooms | expressions.RoomExpressions | reader.Shards":
     """The rooms of "train" or "eval", drawn at `[]`, or read from shards; for "referring" the sentences of "eval"."""
@@ -162,7 +158,21 @@ class Rooms:
     return self.augmentation.evaluation(example) if self.task == "segmentation" else example
 
 
-class DrawnRooms:
+def check_root(root: str, format: str) -> None:
+  """Raises ValueError where the format is unknown, or a folder is named though rooms are drawn."""
+  if reader.check_format(format) == "files" and root:
+    raise UserError(f"root={str(root)!r} has no effect: rooms are drawn; leave it empty, or set data.format='tfds'.")
+
+
+def check_counts(train: int, evaluation: int, seed: int) -> dict[str, int]:
+  """Records by split; raises ValueError where these or the seed are no whole numbers of the right range."""
+  for option, number, least in (("train_count", train, 1), ("eval_count", evaluation, 1), ("seed", seed, 0)):
+    if int(number) != number or number < least:
+      raise UserError(f"{option}={number} must be a whole number of at least {least}.")
+  return {"train": int(train), "eval": int(evaluation)}
+
+
+class DrawnRooms(Source):
   """Random access to the rooms of one split; holds nothing but what defines them."""
 
   def __init__(self, seed: int, split: str, count: int, size: tuple[int, int], keys: frozenset[str]):

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from concurrent import futures
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -24,20 +24,6 @@ Record = dict[str, Any]
 EXIF = ("stored", "turned")
 # What a picture and its depth map are in a record, by key; the kinds are those of builders.KINDS.
 FRAME = {"image": "picture", "depth": "depth16", "image_path": "text", "depth_path": "text"}
-
-
-class Published(NamedTuple):
-  """What a complete copy of a data set holds.
-
-  Attributes:
-    counts: records by split.
-    size: (height, width) of every picture, or None where sizes vary.
-    ranges: smallest and largest possible value by key of an Example; where 0 marks a missing value it does not count.
-  """
-
-  counts: dict[str, int]
-  size: tuple[int, int] | None
-  ranges: dict[str, tuple[float, float]]
 
 
 def read_list(path: str | Path) -> list[tuple[str, str]]:
@@ -166,12 +152,6 @@ def exif_notes(paths: Iterable[Path], exif: str) -> list[str]:
     f"masks, labels, depth and annotations always are as stored; set data.exif={other!r} where they do not lie on each "
     "other."
   ]
-
-
-def split_notes(dataset: Any) -> list[str]:
-  """The notes of both splits, for the start of a run; shards have none."""
-  sources = {split: dataset.source(split) for split in ("train", "eval")}
-  return [f"{split}: {note}" for split, source in sources.items() for note in getattr(source, "notes", ())]
 
 
 def turned_hint(image: np.ndarray, other: np.ndarray, exif: str | None) -> str:

@@ -21,7 +21,7 @@ from PIL import Image
 from vpd_jax.data.readers import image_files
 from vpd_jax.errors import UserError
 from vpd_jax.files import image_decoding, reading
-from vpd_jax.types import Example
+from vpd_jax.types import Example, Source
 
 IGNORE = 255  # in an Example: a pixel of no class, neither learned nor scored
 _WRONG = 254  # in a table: a number that may not occur
@@ -138,7 +138,7 @@ def decode(
   return {"image": image, "label": label, "index": np.asarray(record["index"], np.int32)}
 
 
-class Pictures:
+class Pictures(Source):
   """Random access to pictures with a label map each; reading starts with `[]`."""
 
   def __init__(
@@ -217,7 +217,7 @@ def pair_files(
   return pairs
 
 
-def check_count(source: Any, split: str, expected: int | None, what: str) -> Any:
+def check_count(source: Source, split: str, expected: int | None, what: str) -> Source:
   """The source, if it has the published number of records; None expects nothing.
 
   Raises:
@@ -231,11 +231,11 @@ def check_count(source: Any, split: str, expected: int | None, what: str) -> Any
   return source
 
 
-def histogram(source: Any, classes: Sequence[str], *, samples: int = SAMPLES) -> list[str]:
+def histogram(source: Source, classes: Sequence[str], *, samples: int = SAMPLES) -> list[str]:
   """Lines on which labels occur, for the start of a run; wrong class numbers show here before hours are spent.
 
   Args:
-    source: see pipeline.Source, of Examples with "label"; one with a method `label` reads no pictures.
+    source: of Examples with "label".
     classes: names by class.
     samples: label maps that are looked at, evenly over the source.
 
@@ -245,8 +245,7 @@ def histogram(source: Any, classes: Sequence[str], *, samples: int = SAMPLES) ->
   chosen = sorted({len(source) * step // samples for step in range(samples)})
   counts = np.zeros(256, np.int64)
   for index in chosen:
-    label = source.label(index) if hasattr(source, "label") else source[index]["label"]
-    counts += np.bincount(label.ravel(), minlength=256)
+    counts += np.bincount(source.label(index).ravel(), minlength=256)
   beyond = np.flatnonzero(counts[len(classes) : IGNORE]) + len(classes)
   if beyond.size:
     raise UserError(f"labels {beyond.tolist()[: image_files.SHOWN]} occur, but there are {len(classes)} classes.")

@@ -12,13 +12,13 @@ import numpy as np
 
 from vpd_jax.data.readers import coco_json, image_files
 from vpd_jax.errors import UserError
-from vpd_jax.types import Example
+from vpd_jax.types import Example, Source
 
 # Of a record, by key; the kinds are those of builders.KINDS. "person" is JSON: numbers in text lose nothing.
 STORED = {"image": "picture", "image_path": "text", "person": "text", "image_index": "int32", "index": "int32"}
 
 
-class PersonSource:
+class PersonSource(Source):
   """Random access to the people of a split; a picture is read with `[]`.
 
   Attributes:
@@ -63,12 +63,9 @@ class PersonSource:
   def __getitem__(self, index: int) -> Example:
     return decode(self.record(index), self.folder, exif=self.exif)
 
-
-def describe(dataset: Any) -> list[str]:
-  """A line per split for the start of a run; shards are not looked through."""
-  sources = {split: dataset.source(split) for split in ("train", "eval")}
-  told = {split: (f"{len(s)} people", *s.notes) for split, s in sources.items() if hasattr(s, "notes")}
-  return [f"{split}: {'; '.join(parts)}" for split, parts in told.items()]
+  def summary(self) -> str:
+    """How many people there are."""
+    return f"{len(self)} people"
 
 
 def decode(record: image_files.Record, folder: Path | None = None, *, exif: str | None = None) -> Example:

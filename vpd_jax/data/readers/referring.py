@@ -13,11 +13,11 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from vpd_jax.data.datasets import nyu
+from vpd_jax.data import validation
 from vpd_jax.data.readers import image_files
 from vpd_jax.errors import UserError
 from vpd_jax.files import image_decoding
-from vpd_jax.types import Example
+from vpd_jax.types import Cache, Example, Source
 
 # What an object and its sentences are in a record; the kinds are those of builders.KINDS.
 STORED = {
@@ -29,18 +29,6 @@ PROVIDES = frozenset({"image", "mask", "image_id", "index"}) | ADDED
 
 
 CACHES = ("off", "memory", "disk")
-
-
-class Cache(NamedTuple):
-  """What is kept of the frozen networks' work on pictures and sentences, see evaluation/encoder_cache.py.
-
-  Attributes:
-    kind: one of CACHES.
-    folder: for "disk".
-  """
-
-  kind: str
-  folder: str
 
 
 def check_cache(kind: str, folder: str) -> Cache:
@@ -73,14 +61,12 @@ class Item(NamedTuple):
   sentences: tuple[str, ...]
 
 
-class ReferringSource:
+class ReferringSource(Source):
   """Random access to objects or sentences; reading starts with `[]`.
 
   Attributes:
     notes: lines for the start of a run.
   """
-
-  notes: Sequence[str] = ()
 
   def __init__(
     self,
@@ -158,17 +144,6 @@ def _example(image: np.ndarray, mask: np.ndarray, sentences: str, image_id: int,
   return {"image": image, "mask": mask, "sentences": sentences, **numbers}
 
 
-def describe(dataset: Any) -> list[str]:
-  """A line per split for the start of a run; shards are not looked through."""
-  sources = {split: dataset.source(split) for split in ("train", "eval")}
-  told = {
-    split: (source.summary(), *getattr(source, "notes", ()))
-    for split, source in sources.items()
-    if hasattr(source, "summary")
-  }
-  return [f"{split}: {'; '.join(parts)}" for split, parts in told.items()]
-
-
 def by_sentence(items: Iterable[Item]) -> list[Item]:
   """An item per sentence, those of one picture together, in the order in which the pictures come first."""
   of_picture: dict[int, list[Item]] = {}
@@ -193,8 +168,8 @@ class Transforms:
   canvas: tuple[int, int] = (640, 640)
 
   def __post_init__(self):
-    nyu.check_size("crop", self.size)
-    nyu.check_size("canvas", self.canvas)
+    validation.check_size("crop", self.size)
+    validation.check_size("canvas", self.canvas)
 
   def training(self, example: Example, rng: np.random.Generator) -> Example:
     """One of the sentences, uniformly; picture and mask resized. Source: VPD refer/data/dataset_refer_clip.py."""

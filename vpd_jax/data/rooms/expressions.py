@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from vpd_jax.data.readers import referring
-from vpd_jax.types import Example
+from vpd_jax.types import Example, Source
 
 Draw = Callable[[int], Any]  # index to a rooms.Room
 Say = Callable[[Any], list[tuple[str, int]]]  # a room to (sentence, number of the object)
 
 
-class RoomExpressions:
+class RoomExpressions(Source):
   """Random access to rooms with all their sentences, or to single sentences; holds nothing but what defines them."""
 
   def __init__(self, draw: Draw, say: Say, count: int, *, single: bool):

@@ -9,7 +9,6 @@ KEYPOINTS = (
   "right_ankle",
 )
 SKIN, SHIRT, TROUSERS, HAIR = range(4)
-RADIUS = 0.16  # metres; a keypoint lies up to that far behind the surface that shows it
 
 
 def pose(rng: np.random.Generator) -> np.ndarray:

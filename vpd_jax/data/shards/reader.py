@@ -7,15 +7,15 @@ import dataclasses
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from etils import epath
 
 from vpd_jax.data.readers.image_files import Record
 from vpd_jax.errors import UserError
-from vpd_jax.types import Example
+from vpd_jax.types import Example, Source
 
 FORMATS = ("files", "tfds")
 INFO = "dataset_info.json"  # written last: a folder that has it is whole
@@ -24,10 +24,11 @@ SKIPPED = "skipped"  # key of an Example: int32 [2], the record asked for and ho
 MOST = 10  # unreadable records in a row; more than that is a lost disk rather than a bad file
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
 _READ: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()  # by data set; never pickled
 
 
-def read_once(method: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+def read_once(method: Method) -> Method:
   """A method of a data set whose result for a split is kept as long as the data set; what it raises is not."""
 
   @functools.wraps(method)
@@ -37,7 +38,7 @@ def read_once(method: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
       held[key] = method(dataset, split)
     return held[key]
 
-  return once
+  return cast(Method, once)
 
 
 def check_format(format: str) -> str:
@@ -53,7 +54,7 @@ def check_on_bad_record(word: str) -> None:
     raise UserError(f"on_bad_record={word!r} is unknown; choose one of {ON_BAD_RECORD}.")
 
 
-class Shards:
+class Shards(Source):
   """Random access to one split of prepared ArrayRecord shards: the Examples of the files, in their order.
 
   Args:
@@ -76,7 +77,7 @@ class Shards:
     split: str,
     *,
     decode: Callable[[Record], Example] | None = None,
-    made_with: dict[str, Any] | None = None,
+    made_with: Mapping[str, Any] | None = None,
   ):
     self._root, self._split, self._decode = str(root), split, decode
     if not root:
@@ -146,10 +147,10 @@ def unending(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Unending:
+class Unending(Source):
   """A source whose records never end an iteration, see `unending`."""
 
-  source: Any
+  source: Source
 
   def __len__(self) -> int:
     return len(self.source)
@@ -159,13 +160,13 @@ class Unending:
     return self.source[index]
 
 
-class SkipUnreadable:
+class SkipUnreadable(Source):
   """A source that gives the next readable record in place of one that is not.
 
   Which one depends on the files only, so that every process, worker and resumed run sees the same.
   """
 
-  def __init__(self, source: Any):
+  def __init__(self, source: Source):
     self.source = source
 
   def __len__(self) -> int:
@@ -197,7 +198,7 @@ class Report:
     skipped: rows so far that hold another record than the one whose turn it was.
   """
 
-  source: Any
+  source: Source
   skipped: int = 0
   _named: set[int] = dataclasses.field(default_factory=set)
 
@@ -223,7 +224,7 @@ class Report:
 class PadToLength:
   """A source lengthened by repeating its last record; a row is (Example, whether it is real)."""
 
-  source: Any
+  source: Source
   length: int
 
   def __len__(self) -> int:
@@ -253,7 +254,7 @@ class Collate:
     return batch
 
 
-def _check(root: str, info: Any, name: str, split: str, made_with: dict[str, Any]) -> None:
+def _check(root: str, info: Any, name: str, split: str, made_with: Mapping[str, Any]) -> None:
   """Whether a prepared folder is the one asked for, and whole."""
   found = dict(info.metadata or {})
   if found.get("dataset") != name:
@@ -281,7 +282,7 @@ def _check(root: str, info: Any, name: str, split: str, made_with: dict[str, Any
     raise UserError(f"the {split} shards in {root} have {size} bytes in place of {whole}; copy them again.")
 
 
-def plain(options: dict[str, Any]) -> dict[str, Any]:
+def plain(options: Mapping[str, Any]) -> dict[str, Any]:
   """Options as they look after a round through JSON: tuples are lists."""
   return {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
 

@@ -7,6 +7,7 @@ shards equal those from files and both pass through one decoder. tensorflow is n
 import contextlib
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -22,10 +23,10 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tqdm import tqdm
 
-from vpd_jax.data.readers.image_files import Record
 from vpd_jax.data.shards import reader
 from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
+from vpd_jax.types import Dataset, Source
 
 KINDS: dict[str, Callable[[], Any]] = {  # what a data set may name in `stored`
   "picture": lambda: tfds.features.Image(shape=(None, None, 3)),
@@ -63,7 +64,7 @@ class VpdJax(tfds.core.ShardBasedBuilder):
     self,
     *,
     name: str,
-    sources: dict[str, Any],
+    sources: dict[str, Source],
     features: dict[str, Any],
     made_with: dict[str, Any],
     shard_bytes: int,
@@ -90,7 +91,7 @@ class VpdJax(tfds.core.ShardBasedBuilder):
   def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, Sequence[Callable[[], Iterator[Any]]]]:
     return {split: self._shards(split, source) for split, source in self._sources.items()}
 
-  def _shards(self, split: str, source: Any) -> Sequence[Callable[[], Iterator[Any]]]:
+  def _shards(self, split: str, source: Source) -> Sequence[Callable[[], Iterator[Any]]]:
     """One function per shard, that gives (place, record) of a range of records."""
     count = min(-(-self.size(split) // self._shard_bytes), len(source))
     bounds = [len(source) * number // count for number in range(count + 1)]
@@ -104,7 +105,7 @@ class VpdJax(tfds.core.ShardBasedBuilder):
       finished = path.exists()
       for index in range(bounds[number], bounds[number + 1]):
         # tfds counts the records of every shard; those of a finished one need not be read again.
-        yield index, None if finished else record(source, index)
+        yield index, None if finished else source.record(index)
         progress[0].update()
       if number + 1 == count:
         progress[0].close()
@@ -117,7 +118,7 @@ class VpdJax(tfds.core.ShardBasedBuilder):
       source = self._sources[split]
       chosen = sorted({len(source) * step // SAMPLES for step in range(SAMPLES)})
       features: Any = self.info.features
-      encoded = [features.serialize_example(record(source, index)) for index in chosen]
+      encoded = [features.serialize_example(source.record(index)) for index in chosen]
       self._sizes[split] = max(sum(map(len, encoded)) * len(source) // len(chosen), 1)
     return self._sizes[split]
 
@@ -145,18 +146,13 @@ class _Writer(tfds.core.ExampleWriter):
       shutil.copyfile(finished, path)
 
 
-def record(source: Any, index: int) -> Record:
-  """What is stored of a record: the source's own choice, or else the whole Example."""
-  return source.record(index) if hasattr(source, "record") else source[index]
-
-
-def describe(dataset: Any, source: Any) -> dict[str, Any]:
+def describe(dataset: Dataset, source: Source) -> dict[str, Any]:
   """tfds features by key: those of `dataset.stored`, or else of the first Example, its arrays exactly as they are.
 
   Raises:
     ValueError: `stored` names an unknown kind, or an Example holds what cannot be stored.
   """
-  stored = getattr(dataset, "stored", None)
+  stored = dataset.stored
   if stored is None:
     return {key: _feature(key, value) for key, value in source[0].items()}
   unknown = sorted(set(stored.values()) - set(KINDS))
@@ -166,7 +162,7 @@ def describe(dataset: Any, source: Any) -> dict[str, Any]:
 
 
 def prepare(
-  dataset: Any,
+  dataset: Dataset,
   output: str | Path,
   *,
   name: str,
@@ -180,8 +176,7 @@ def prepare(
   shards are kept, a half one is written again. The files of the data set are only read.
 
   Args:
-    dataset: see pipeline.DataSet. It may say in `stored` and by `record` of its sources what a record holds, else whole
-      Examples are stored; and in `made_with` on which of its options they depend, for instance the seed of drawings.
+    dataset: see types.Dataset.
     output: local folder that is not there yet, or empty.
     name: of the data set.
     splits: what to write.
@@ -192,7 +187,7 @@ def prepare(
     ValueError: the output cannot be written, or holds something else; the disk is too small; a record cannot be read.
   """
   output = check_output(output)
-  made_with = reader.plain(getattr(dataset, "made_with", {}))
+  made_with = reader.plain(dataset.made_with)
   if (output / reader.INFO).exists():
     for split in splits:
       reader.Shards(str(output), name, split, made_with=made_with)
@@ -285,7 +280,7 @@ def _identity(value: Any) -> Any:
     return os.fspath(value)
   if isinstance(value, functools.partial):
     return _identity([value.func, value.args, value.keywords])
-  if callable(value) and hasattr(value, "__qualname__"):
+  if inspect.isroutine(value) or inspect.isclass(value):
     return [value.__module__, value.__qualname__]
   return [type(value).__qualname__, _identity(vars(value))]
 

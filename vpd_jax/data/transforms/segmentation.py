@@ -16,7 +16,7 @@ import dataclasses
 import cv2
 import numpy as np
 
-from vpd_jax.data.datasets import nyu
+from vpd_jax.data import validation
 from vpd_jax.data.readers.label_maps import IGNORE
 from vpd_jax.data.transforms import depth as depth_transforms
 from vpd_jax.errors import UserError
@@ -49,7 +49,7 @@ class Augmentation:
   color_jitter: bool = True
 
   def __post_init__(self):
-    nyu.check_size("crop", self.crop)
+    validation.check_size("crop", self.crop)
     sides = tuple(self.scale) if isinstance(self.scale, tuple | list) else ()
     wrong = []
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):

@@ -10,15 +10,15 @@ https://arxiv.org/abs/1911.07524 (UDP).
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import cv2
 import numpy as np
 
-from vpd_jax.data.datasets import nyu
+from vpd_jax.data import validation
 from vpd_jax.data.rooms.figure import KEYPOINTS
 from vpd_jax.errors import UserError
-from vpd_jax.types import Example
+from vpd_jax.types import Example, Keypoints
 
 PADDING = 1.25
 HALF_BODY_PADDING = 1.5
@@ -27,24 +27,6 @@ JITTERS = ("once", "always", "off")
 UPPER_SHARE = 0.5 * (1 + math.erf(0.5 / math.sqrt(2)))
 UNKNOWN_SIGMA = 0.05  # of a name that COCO does not know, where none is given
 PROVIDES = frozenset({"image", "keypoints", "center", "extent", "box_score", "image_index", "index"})
-
-
-class Keypoints(NamedTuple):
-  """The K keypoints of a data set.
-
-  Attributes:
-    names: by number.
-    pairs: numbers that a mirror image swaps.
-    skeleton: numbers between which a bone is drawn.
-    sigmas: deviation of an annotator for a person of area 1, in COCO's object keypoint similarity.
-    upper: numbers of the upper body, for the half-body augmentation; empty: there is none.
-  """
-
-  names: tuple[str, ...]
-  pairs: tuple[tuple[int, int], ...]
-  skeleton: tuple[tuple[int, int], ...]
-  sigmas: tuple[float, ...]
-  upper: tuple[int, ...]
 
 
 # Source: COCO keypoint annotations, `categories[0]`, numbers from 0 here; pycocotools cocoeval.py kpt_oks_sigmas.
@@ -235,12 +217,13 @@ class Augmentation:
 
   def __post_init__(self):
     wrong = []
-    nyu.check_size("crop", self.crop)
+    validation.check_size("crop", self.crop)
     if any(side % 4 or side < 8 for side in self.crop):
       wrong.append(f"crop={self.crop} must have sides of multiples of 4, at least 8: heatmaps have a quarter of them")
-    for field in ("flip", "half_body", "upper_share", "rotation_chance"):
-      if not 0 <= getattr(self, field) <= 1:
-        wrong.append(f"{field}={getattr(self, field)} must lie between 0 and 1")
+    probabilities = {"flip": self.flip, "half_body": self.half_body, "upper_share": self.upper_share}
+    for field, value in (probabilities | {"rotation_chance": self.rotation_chance}).items():
+      if not 0 <= value <= 1:
+        wrong.append(f"{field}={value} must lie between 0 and 1")
     if not 0 <= self.scale < 1:
       wrong.append(f"scale={self.scale} must be at least 0 and below 1")
     if self.padding <= 0:

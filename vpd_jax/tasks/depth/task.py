@@ -13,7 +13,7 @@ from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
 from vpd_jax.tasks import colormaps, finite
 from vpd_jax.tasks.depth.baselines import depth_baselines
-from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
+from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows, Task
 
 SCORES = ("d1", "d2", "d3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
 PNG_SCALES = (1000, 256, 100, 10, 1)  # units per metre of 16-bit depth pictures
@@ -53,7 +53,7 @@ def silog(prediction: Array, target: Array, *, variance_focus: float = 0.5) -> t
   return jnp.where(flat, 0, jnp.sqrt(jnp.where(flat, 1, square))), count > 0
 
 
-class Depth:
+class Depth(Task):
   """Learns depth in metres, scores it per image.
 
   Attributes:
@@ -64,7 +64,7 @@ class Depth:
   needs = frozenset({"depth"})
   result = "depth"
   best = ("rmse", "min")
-  way = "windows"
+  test_time_protocol = "windows"
   eval_needs = frozenset()
   needs_truth = False
 

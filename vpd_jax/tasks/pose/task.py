@@ -16,7 +16,7 @@ from vpd_jax.files import atomic
 from vpd_jax.tasks import finite
 from vpd_jax.tasks.label_images import write, write_colors
 from vpd_jax.tasks.pose import baselines, heatmaps, oks, visualize
-from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
+from vpd_jax.types import Array, Batch, Example, Keypoints, Loss, Outputs, Rows, Task
 
 STRIDE = 4  # pixels of the crop per pixel of a heatmap
 DRAWN = 0.2  # score above which a keypoint is drawn
@@ -39,7 +39,7 @@ def joints_mse(predicted: Array, target: Array, weights: Array) -> Array:
   return jnp.square((predicted - target) * weights[:, None, None]).mean()
 
 
-class Pose:
+class Pose(Task):
   """Learns a heatmap per keypoint, scores keypoints in the picture.
 
   Attributes:
@@ -51,14 +51,14 @@ class Pose:
   needs = frozenset({"keypoints", "center", "extent", "box_score", "image_index"})
   result = "keypoints"
   best = ("AP", "max")
-  way = "crops"
+  test_time_protocol = "crops"
   eval_needs = frozenset()
   needs_truth = True
 
   def __init__(
     self,
     *,
-    keypoints: Any,
+    keypoints: Keypoints,
     udp: bool = True,
     sigma: int = 2,
     blur: int = 0,

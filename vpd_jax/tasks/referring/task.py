@@ -17,7 +17,7 @@ from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
 from vpd_jax.tasks import finite, label_images
 from vpd_jax.tasks.referring import baselines, visualize
-from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
+from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows, Task
 
 EVAL_AT = ("network", "original")
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -68,7 +68,7 @@ def at_size(margin: Array, size: Array, canvas: Sequence[int]) -> Array:
   return jnp.einsum("hy,yx,wx->hw", rows, margin, columns, precision="highest")
 
 
-class Referring:
+class Referring(Task):
   """Learns which pixels a sentence speaks of; scores intersection and union per sentence.
 
   Attributes:
@@ -79,7 +79,7 @@ class Referring:
   needs = frozenset({"mask"})
   result = "mask"
   best = ("oIoU", "max")
-  way = "squeezed"
+  test_time_protocol = "squeezed"
   needs_truth = False
 
   def __init__(self, *, class_weights: tuple[float, float] = (0.9, 1.1), eval_at: str = "network"):

@@ -16,7 +16,7 @@ from vpd_jax.files import atomic
 from vpd_jax.tasks import finite, label_images
 from vpd_jax.tasks.segmentation import baselines
 from vpd_jax.tasks.segmentation.lovasz import lovasz_softmax
-from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows
+from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows, Task
 
 MOST_CLASSES = 255  # a label is one byte, and one number means "no label"
 
@@ -120,7 +120,7 @@ def merged(entries: tuple[str, ...], names: tuple[str, ...]) -> tuple[tuple[str,
   return tuple(first.get(k, (name, (k,))) for k, name in enumerate(names) if k in first or k not in taken)
 
 
-class Segmentation:
+class Segmentation(Task):
   """Learns the class of every pixel, scores it by areas over the whole data set.
 
   Attributes:
@@ -131,7 +131,7 @@ class Segmentation:
   needs = frozenset({"label"})
   result = "label"
   best = ("mIoU", "max")
-  way = "sliding"
+  test_time_protocol = "sliding"
   eval_needs = frozenset()
   needs_truth = False
 

@@ -1,0 +1,85 @@
+"""What the pose data sets share: options, augmentation, keypoints."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vpd_jax.data.shards import reader
+from vpd_jax.data.transforms import top_down as top_down_transforms
+from vpd_jax.types import Dataset, DatasetInfo, Example, Keypoints
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class PoseDataset(Dataset):
+  """People in pictures, a crop for each, with the augmentation of the release.
+
+  A data set gives `keypoints_of`, `source` and `truth`, and calls `__post_init__`.
+
+  Args:
+    crop: (H, W).
+    udp, padding, center_jitter, flip, half_body, scale, rotation, rotation_chance: see top_down.Augmentation.
+    format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
+
+  Attributes:
+    provides: keys of an Example, see top_down.Augmentation.
+    classes: the names of the keypoints.
+  """
+
+  crop: tuple[int, int] = (256, 192)
+  udp: bool = True
+  padding: float = top_down_transforms.PADDING
+  center_jitter: str = "once"
+  flip: float = 0.5
+  half_body: float = 0.3
+  scale: float = 0.5
+  rotation: float = 40.0
+  rotation_chance: float = 0.6
+  format: str = "files"
+
+  provides = top_down_transforms.PROVIDES
+  classes = top_down_transforms.COCO.names
+
+  def __post_init__(self):
+    self.augmentation = self._augmentation(top_down_transforms.COCO)
+    reader.check_format(self.format)
+
+  @classmethod
+  def keypoints_of(cls, options: Mapping[str, Any]) -> Keypoints:
+    """The keypoints of a data set with these options; by default COCO's."""
+    del options
+    return top_down_transforms.COCO
+
+  @classmethod
+  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+    """See types.Dataset; raises as `keypoints_of`."""
+    keypoints = cls.keypoints_of(options)
+    return DatasetInfo(classes=keypoints.names, keypoints=keypoints, udp=options.get("udp", True))
+
+  def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
+    """The augmentation of the options."""
+    del position
+    return self.augmentation.training(example, rng)
+
+  def eval_transform(self, example: Example) -> Example:
+    """The crop of the box."""
+    return self.augmentation.evaluation(example)
+
+  def _augmentation(
+    self, keypoints: Keypoints, *, upper_share: float = top_down_transforms.UPPER_SHARE
+  ) -> top_down_transforms.Augmentation:
+    """The options of the augmentation, checked."""
+    return top_down_transforms.Augmentation(
+      self.crop,
+      keypoints,
+      udp=self.udp,
+      padding=self.padding,
+      center_jitter=self.center_jitter,
+      flip=self.flip,
+      half_body=self.half_body,
+      upper_share=upper_share,
+      scale=self.scale,
+      rotation=self.rotation,
+      rotation_chance=self.rotation_chance,
+    )

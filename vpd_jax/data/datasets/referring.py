@@ -1,0 +1,63 @@
+"""What the data sets for referring segmentation share: options, resizing, what is kept of encoded pictures."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vpd_jax.data.readers import referring
+from vpd_jax.data.shards import reader
+from vpd_jax.types import Dataset, DatasetInfo, Example
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class ReferringDataset(Dataset):
+  """Pictures, objects in them and sentences about the objects, resized as in the release.
+
+  A data set gives `source`, and calls `__post_init__`.
+
+  Args:
+    root: folder of the files, or with format="tfds" the one that prepare_data.py wrote.
+    crop: (height, width) of the network's input, to which pictures are resized whole, aspect not kept. Release:
+      (512, 512).
+    canvas: see referring.Transforms.
+    cache, cache_folder: what is kept of the VAE's and the text encoder's work: "off", "memory", or "disk" with a
+      folder; see evaluation/encoder_cache.py.
+    format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
+
+  Attributes:
+    provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "mask" uint8 [H, W], 1 on the object, "sentence" str,
+      "image_id" int32 [], number of the picture, "index" int32 [], place in the split; "full_mask" and "full_size",
+      see referring.Transforms.evaluation.
+  """
+
+  root: str
+  crop: tuple[int, int] = (512, 512)
+  canvas: tuple[int, int] = (640, 640)
+  cache: str = "off"
+  cache_folder: str = ""
+  format: str = "files"
+
+  provides = referring.PROVIDES
+  stored = referring.STORED
+
+  def __post_init__(self):
+    reader.check_format(self.format)
+    self.transforms = referring.Transforms(self.crop, self.canvas)
+    self.encoder_cache = referring.check_cache(self.cache, self.cache_folder)
+
+  @classmethod
+  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+    """See types.Dataset."""
+    del options
+    return DatasetInfo(only_resizes=True)
+
+  def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
+    """One sentence of the object; picture and mask resized."""
+    del position
+    return self.transforms.training(example, rng)
+
+  def eval_transform(self, example: Example) -> Example:
+    """Picture and mask resized, and the mask as it is."""
+    return self.transforms.evaluation(example)

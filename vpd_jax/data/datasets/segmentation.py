@@ -1,0 +1,104 @@
+"""What the segmentation data sets share: options, augmentation, files or shards, the histogram of labels."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from vpd_jax.data.readers import label_maps
+from vpd_jax.data.shards import reader
+from vpd_jax.data.transforms import segmentation as segmentation_transforms
+from vpd_jax.errors import UserError
+from vpd_jax.types import Dataset, DatasetInfo, Example, Source
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class SegmentationDataset(Dataset):
+  """Pictures with a label map each, with mmsegmentation's augmentation.
+
+  A data set gives `name`, `classes`, `kinds` and `pictures`, and calls `__post_init__`.
+
+  Args:
+    root: folder of the files, or with format="tfds" the one that prepare_data.py wrote.
+    crop, scale, ratio_range, cat_max_ratio, color_jitter: see segmentation_transforms.Augmentation.
+    format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
+
+  Attributes:
+    provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "label" uint8 [H, W] into `classes`, 255 for none,
+      "index" int32 [], place in the sorted folder, "valid_size" int32 [2], see Augmentation.
+    name, title: of the data set, in configs and in messages.
+    palette, label_ids: see DatasetInfo.
+    kinds: meaning of the numbers in label files, see label_maps.decode.
+  """
+
+  root: str
+  crop: tuple[int, int] = (512, 512)
+  scale: tuple[int, int] = (2048, 512)
+  ratio_range: tuple[float, float] = (0.5, 2.0)
+  cat_max_ratio: float = 0.75
+  color_jitter: bool = True
+  format: str = "files"
+
+  name: ClassVar[str]
+  title: ClassVar[str] = ""
+  palette: ClassVar[tuple[tuple[int, int, int], ...]] = ()
+  label_ids: ClassVar[tuple[int, ...]] = ()
+  kinds: Mapping[str, label_maps.Values] = dataclasses.field(init=False, repr=False)
+
+  provides = frozenset({"image", "label", "index"}) | segmentation_transforms.ADDED
+  stored = label_maps.STORED
+
+  def __post_init__(self):
+    reader.check_format(self.format)
+    self.augmentation = segmentation_transforms.Augmentation(
+      self.crop, self.scale, self.ratio_range, self.cat_max_ratio, self.color_jitter
+    )
+
+  @classmethod
+  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+    """See types.Dataset."""
+    del options
+    return DatasetInfo(classes=cls.classes, palette=cls.palette, label_ids=cls.label_ids)
+
+  @reader.read_once
+  def source(self, split: str) -> Source:
+    """The pictures of "train" or "eval", sorted by name, whose label files are all there.
+
+    Raises:
+      ValueError: as `pictures`, or with `complete` pictures are missing. With format="tfds", the shards are not there
+        or not whole.
+    """
+    if split not in ("train", "eval"):
+      raise UserError(f"split={split!r} is unknown; choose one of ['eval', 'train'].")
+    if self.format == "tfds":
+      found: Source = reader.Shards(self.root, self.name, split, decode=self.decode(), made_with=self.made_with)
+    else:
+      found = self.pictures(split)
+    return label_maps.check_count(found, split, self.published.counts.get(split), self.title)
+
+  def pictures(self, split: str) -> label_maps.Pictures:
+    """The files of "train" or "eval".
+
+    Raises:
+      ValueError: no such folder or no pictures, or label files are missing (all are counted).
+    """
+    raise NotImplementedError
+
+  def decode(self) -> Callable[..., Example]:
+    """From a record to an Example, see label_maps.decode."""
+    return functools.partial(label_maps.decode, kinds=self.kinds)
+
+  def describe(self) -> list[str]:
+    """Which labels occur in training, for the start of a run; see label_maps.histogram."""
+    return [*label_maps.histogram(self.source("train"), self.classes), *super().describe()]
+
+  def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
+    """The released augmentation."""
+    del position
+    return self.augmentation.training(example, rng)
+
+  def eval_transform(self, example: Example) -> Example:
+    """The whole picture, see Augmentation.evaluation."""
+    return self.augmentation.evaluation(example)
