@@ -222,7 +222,7 @@ def test_a_file_goes_before_the_text_encoder_and_random_numbers_are_asked_for(tm
   assert line == f"class vectors: 3 x 16 from {file}"
   found, line = resolve(setting="random:7", pretrained=str(folder))
   np.testing.assert_array_equal(found, class_vectors.random_class_vectors(3, 16, 7))
-  assert found.dtype == np.float32 and "seed 7, for trying only" in line
+  assert found.dtype == np.float32 and "(seed 7), for smoke tests only" in line
 
 
 def test_names_are_encoded_by_the_pretrained_folder(folder, text, tokenizer):

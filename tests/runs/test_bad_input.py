@@ -228,7 +228,7 @@ CASES = {
   "a damaged config in a workdir": Case(
     "--mode=eval --workdir={here}/run", "is damaged", "remove", in_copy("run/checkpoints/2/config", shutil.rmtree)
   ),
-  "evaluation of nothing": Case("--mode=eval", "nothing trained to evaluate", "give one of them"),
+  "evaluation of nothing": Case("--mode=eval", "no trained weights to evaluate", "give one of them"),
   # Prediction.
   "prediction with nothing": Case(
     PREDICT + "/out --workdir={here}/no", "no' holds no checkpoint", "give one of them", pictures

@@ -230,7 +230,7 @@ class Checkpoints:
       code, text = getattr(error, "errno", None), " ".join(str(error).split())
       full = [os.strerror(number) for number in _FULL if number == code or os.strerror(number) in text]
       cause, remedy = (
-        (full[0], f"Make room for it, up to {self._bytes / 2**20:,.0f} MiB") if full else (text, "Mend that")
+        (full[0], f"Make room for it, up to {self._bytes / 2**20:,.0f} MiB") if full else (text, "Fix that")
       )
       left = max(ocp.utils.checkpoint_steps(self._directory), default=None)
       raise OSError(

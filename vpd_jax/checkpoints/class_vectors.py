@@ -211,7 +211,7 @@ def resolve(
     if not (seed.isascii() and seed.isdigit()):
       raise UserError(f"method.class_vectors={setting!r} needs a whole number after {RANDOM!r}, as in 'random:0'.")
     vectors = random_class_vectors(len(classes), width, int(seed))
-    return vectors, f"class vectors: random numbers of seed {seed}, for trying only: they do not mean the names"
+    return vectors, f"class vectors: random (seed {seed}), for smoke tests only; they carry no class meaning"
   if setting:
     vectors, origin = read(setting), setting
   else:

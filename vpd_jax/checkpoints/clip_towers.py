@@ -89,7 +89,7 @@ def _tower(wanted: Mapping[str, Any], source: str, which: str, *, projected: boo
     raise UserError(f"there is no CLIP {which} encoder: config.init.clip is empty; {CHOICES}.")
   seed = random_seed(source)
   if seed is not None:
-    return random_tower(wanted, seed), f"random numbers of seed {seed}, for trying only"
+    return random_tower(wanted, seed), f"random (seed {seed}), for smoke tests only"
   reader = {"text": clip.load_text, "image": clip.load_image}[which]
   return reader(source, wanted, projected=projected), source
 

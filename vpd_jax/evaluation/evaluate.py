@@ -316,10 +316,10 @@ def run(config: ConfigDict, workdir: str) -> dict[str, float]:
   source = workdir if is_workdir(workdir) else ""
   if not (source or config.init.run or config.init.pretrained):
     raise UserError(
-      f"there is nothing trained to evaluate: --workdir={workdir!r} holds no checkpoint and config.init.pretrained "
+      f"no trained weights to evaluate: --workdir={workdir!r} holds no checkpoint and config.init.pretrained "
       "is empty; give one of them."
     )
-  config = initialize.complete(config, source or config.init.run or config.init.pretrained)
+  config = initialize.with_backbone_sizes(config, source or config.init.run or config.init.pretrained)
   product = experiment.assemble(config, training=False)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   dataset = experiment.dataset(config, product)

@@ -174,7 +174,7 @@ def test_random_towers_keep_the_scale_and_follow_the_seed():
   first, again, other = (clip_towers.image_encoder(parts.shapes, source=f"random:{seed}") for seed in (0, 0, 1))
   name = "vision_model/encoder/layers/0/mlp/fc1/kernel"
   np.testing.assert_array_equal(first[0][name], again[0][name])
-  assert not np.array_equal(first[0][name], other[0][name]) and "seed 0, for trying only" in first[1]
+  assert not np.array_equal(first[0][name], other[0][name]) and "(seed 0), for smoke tests only" in first[1]
   assert {n: (x.shape, x.dtype) for n, x in first[0].items()} == {
     n: (s.shape, s.dtype) for n, s in parts.shapes.items()
   }
