@@ -41,9 +41,9 @@ def forward(args: argparse.Namespace) -> None:
 def reverse(args: argparse.Namespace) -> None:
   config = initialize.with_backbone_sizes(loader.load(args.config), args.source)
   release = released.of(config.method.name, config.task.name)
-  shapes, table = released.inside(experiment.model_shapes(config), release), released.TABLES[release]()
+  shapes, table = released.inside(experiment.model_shapes(config)), released.TABLES[release]()
   named, step = read(args, shapes)
-  named = released.inside(named, release)
+  named = released.inside(named)
   if args.manifest:
     entries = read_manifest(args.manifest)
   else:

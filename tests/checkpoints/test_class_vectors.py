@@ -245,7 +245,7 @@ def test_a_single_file_needs_a_tokenizer_beside_it(tmp_path, folder, text):
   np.testing.assert_array_equal(found, resolve(pretrained=str(folder))[0])
 
 
-CHOICES = r"give init.pretrained a diffusers folder with .*method.class_vectors=FILE .*=random:SEED for trying\.?$"
+CHOICES = r"give init.pretrained a diffusers folder with .*method.class_vectors=FILE .*=random:SEED for smoke tests\.?$"
 
 
 def test_nothing_to_take_them_from_names_the_choices(tmp_path, folder):

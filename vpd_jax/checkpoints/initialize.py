@@ -30,7 +30,7 @@ RANDOM = "randomly initialized"
 CLASS_PREDICTOR = "method/class_predictor/"  # never in a checkpoint of the network that was trained without it
 
 
-def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[dict[str, Any], list[str]]:
+def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[ParamDict, list[str]]:
   """Every array of the model, and lines that say where each came from.
 
   Args:
@@ -65,9 +65,7 @@ def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[dic
   return named | product.parts.initialize(sorted(rest)), lines
 
 
-def _prompts(
-  config: ConfigDict, product: Product, named: ParamDict, source: str
-) -> Iterator[tuple[dict[str, Any], str]]:
+def _prompts(config: ConfigDict, product: Product, named: ParamDict, source: str) -> Iterator[tuple[ParamDict, str]]:
   """What prompts are made of and the weights do not bring: arrays by name, and a line that says where from."""
   shapes, classes, text = product.parts.shapes, product.classes, experiment.sizes(config)[2]
   pretrained, chosen = "" if source and is_workdir(source) else source, config.init.get("clip", "")
@@ -129,7 +127,7 @@ def with_backbone_sizes(config: ConfigDict, source: str) -> ConfigDict:
   else:
     stated = (stable_diffusion.sizes(source) if source else None) or {}
   chosen = config.init.get("clip", "")
-  if chosen and clip_towers.random_seed(chosen) is None:
+  if chosen and class_vectors.random_seed(chosen, clip_towers.OPTION) is None:
     stated |= {part: values for part, values in clip.sizes(chosen).items() if part == "image"}
   config = config.copy_and_resolve_references()
   with config.unlocked():

@@ -240,7 +240,7 @@ class Evaluator:
     if scored != expected:
       raise UserError(
         f"the evaluation scored {scored} of the {expected} records of data set {self.config.data.name!r}: their "
-        "iteration ended early, or the length of the data set changed; mend the data set."
+        "iteration ended early, or the length of the data set changed; fix the data set."
       )
     joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     real = joined.pop("real")
