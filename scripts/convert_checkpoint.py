@@ -32,18 +32,18 @@ def parse() -> argparse.Namespace:
 
 
 def forward(args: argparse.Namespace) -> None:
-  config = initialize.complete(loader.load(args.config), args.source)
+  config = initialize.with_backbone_sizes(loader.load(args.config), args.source)
   named, report = load.load_pretrained(args.source, experiment.model_shapes(config))
   print(report.summary())
   load.save(args.output, named, report, load.source_files(args.source))
 
 
 def reverse(args: argparse.Namespace) -> None:
-  config = initialize.complete(loader.load(args.config), args.source)
+  config = initialize.with_backbone_sizes(loader.load(args.config), args.source)
   release = released.of(config.method.name, config.task.name)
-  shapes, table = released.inside(experiment.model_shapes(config), release), released.TABLES[release]()
+  shapes, table = released.inside(experiment.model_shapes(config)), released.TABLES[release]()
   named, step = read(args, shapes)
-  named = released.inside(named, release)
+  named = released.inside(named)
   if args.manifest:
     entries = read_manifest(args.manifest)
   else:

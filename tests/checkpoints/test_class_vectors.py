@@ -222,7 +222,7 @@ def test_a_file_goes_before_the_text_encoder_and_random_numbers_are_asked_for(tm
   assert line == f"class vectors: 3 x 16 from {file}"
   found, line = resolve(setting="random:7", pretrained=str(folder))
   np.testing.assert_array_equal(found, class_vectors.random_class_vectors(3, 16, 7))
-  assert found.dtype == np.float32 and "seed 7, for trying only" in line
+  assert found.dtype == np.float32 and "(seed 7), for smoke tests only" in line
 
 
 def test_names_are_encoded_by_the_pretrained_folder(folder, text, tokenizer):
@@ -245,7 +245,7 @@ def test_a_single_file_needs_a_tokenizer_beside_it(tmp_path, folder, text):
   np.testing.assert_array_equal(found, resolve(pretrained=str(folder))[0])
 
 
-CHOICES = r"give init.pretrained a diffusers folder with .*method.class_vectors=FILE .*=random:SEED for trying\.?$"
+CHOICES = r"give init.pretrained a diffusers folder with .*method.class_vectors=FILE .*=random:SEED for smoke tests\.?$"
 
 
 def test_nothing_to_take_them_from_names_the_choices(tmp_path, folder):

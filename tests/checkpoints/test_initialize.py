@@ -24,7 +24,7 @@ def config_of(source, **changes):
   config = loader.load("configs/nyu_depth.py:tiny").unlock()
   config.init.pretrained = str(source)
   config.update_from_flattened_dict(changes)
-  return initialize.complete(config.lock(), config.init.pretrained)
+  return initialize.with_backbone_sizes(config.lock(), config.init.pretrained)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,8 @@ def test_a_stable_diffusion_file_fills_unet_and_vae_and_leaves_the_rest_fresh(co
   source = oracle.weights("sd_unet_hier")["model.diffusion_model.input_blocks.0.0.weight"]
   np.testing.assert_array_equal(named["method/unet/input_blocks/0/0/kernel"], source.transpose(2, 3, 1, 0))
   assert named.keys() == product.parts.shapes.keys()
-  assert any("class vectors: random numbers of seed 0" in line for line in lines)
-  (fresh,) = (line for line in lines if line.startswith("fresh"))
+  assert any("class vectors: random (seed 0)" in line for line in lines)
+  (fresh,) = (line for line in lines if line.startswith("randomly"))
   assert "head/last_layer_depth" in fresh and "unet" not in fresh and "vae" not in fresh
   np.testing.assert_array_equal(named["method/gamma"], np.full(64, 1e-4, np.float32))
 
@@ -130,7 +130,7 @@ def with_clip(source, folder, **changes):
   config = loader.load("configs/nyu_depth.py:tiny").copy_and_resolve_references().unlock()
   config.init.update(pretrained=str(source), clip=str(folder))
   config.update_from_flattened_dict(changes)
-  return initialize.complete(config.lock(), config.init.pretrained)
+  return initialize.with_backbone_sizes(config.lock(), config.init.pretrained)
 
 
 def test_a_class_is_predicted_by_the_clip_of_init(compvis, whole_clip):
@@ -145,7 +145,7 @@ def test_a_class_is_predicted_by_the_clip_of_init(compvis, whole_clip):
   assert np.ptp(names, axis=0).max() > 1e-3
   source = oracle.weights("clip_vision")["visual_projection.weight"]
   np.testing.assert_array_equal(named["method/class_predictor/image_encoder/visual_projection/kernel"], source.T)
-  (fresh,) = (line for line in lines if line.startswith("fresh"))
+  (fresh,) = (line for line in lines if line.startswith("randomly"))
   assert "class_predictor" not in fresh
 
 
@@ -160,7 +160,7 @@ def iedp_of(**changes):
   """IEDP's smallest network with towers of the oracle's sizes."""
   sizes = {f"backbone.text.{k}": v for k, v in {"vocab_size": 1000, "width": 64, "layers": 3, "heads": 4}.items()}
   sizes |= {"backbone.text.mlp_width": 256, "backbone.text.positions": 77, "backbone.unet.context_dim": 64}
-  return initialize.complete(iedp_config(**sizes, **changes), "")
+  return initialize.with_backbone_sizes(iedp_config(**sizes, **changes), "")
 
 
 def test_towers_come_from_a_whole_clip_and_training_gets_its_tokenizer(whole_clip):
@@ -220,7 +220,7 @@ def iedp_run(tmp_path_factory):
 
 def test_a_run_is_evaluated_without_what_only_training_uses(iedp_run):
   workdir, config, saved = iedp_run
-  config = initialize.complete(config, workdir)
+  config = initialize.with_backbone_sizes(config, workdir)
   product = experiment.assemble(config, training=False)
   named, lines = initialize.weights(config, product, workdir)
   assert len(lines) == 1 and named.keys() == product.parts.shapes.keys() < saved.keys()
@@ -247,7 +247,7 @@ def test_a_run_that_was_told_the_class_may_predict_it(tmp_path, whole_clip):
   assert initialize.with_predicted_class(config).method.prompt == "scene_class"
   config = config.copy_and_resolve_references().unlock()
   config.init.clip = str(whole_clip)
-  config = initialize.with_predicted_class(initialize.complete(config.lock(), str(tmp_path)))
+  config = initialize.with_predicted_class(initialize.with_backbone_sizes(config.lock(), str(tmp_path)))
   assert config.method.prompt == "predicted"
   product = experiment.assemble(config, training=False)
   named, lines = initialize.weights(config, product, str(tmp_path))

@@ -44,7 +44,6 @@ def report(table):
 def test_our_directory_gives_back_what_was_saved(tmp_path, monkeypatch, part_bytes):
   monkeypatch.setattr(load, "PART_BYTES", part_bytes)
   load.save(tmp_path / "w", named_arrays(), report("compvis"), {"v1.ckpt": "00"})
-  assert load.detect(tmp_path / "w") == "ours"
   assert len(list((tmp_path / "w" / "arrays").iterdir())) == (3 if part_bytes == 1 else 1)
   named, back = load.load_pretrained(tmp_path / "w", described(named_arrays()))
   assert back.step == 7 and back.table == "ours, from compvis"
@@ -161,8 +160,7 @@ def test_the_script_fails_in_one_line(tmp_path, monkeypatch):
     run(monkeypatch, f"--source={tmp_path / 'absent'}", f"--output={tmp_path / 'x'}")
 
 
-def test_every_kind_has_its_table():
-  assert {kind.removeprefix("released:") for kind in load.KINDS if ":" in kind} == set(released.TABLES)
+def test_every_release_has_a_signature():
   assert released.SIGNATURES.keys() == released.TABLES.keys()
 
 

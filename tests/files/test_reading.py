@@ -43,9 +43,9 @@ def test_marks_and_encodings_of_editors_leave_no_trace(tmp_path, way):
     (b"\xff\xfe\x00", "x cannot be read: it is not text in UTF-8"),
     (b"\x1f\x8b\x08\x00", "x cannot be read (Compressed file ended"),
     (gzip.compress(b"0" * 99, mtime=0)[:10] + b"\xff" * 30, "x cannot be read ("),
-    (b'{"a": 1', "x cannot be read: it is no JSON, or cut off"),
-    (b"[" * 100_000, "x cannot be read: it is no JSON, or cut off"),
-    (b"", "x cannot be read: it is no JSON, or cut off"),
+    (b'{"a": 1', "x cannot be read: it is not valid JSON or truncated"),
+    (b"[" * 100_000, "x cannot be read: it is not valid JSON or truncated"),
+    (b"", "x cannot be read: it is not valid JSON or truncated"),
   ],
 )
 def test_files_that_cannot_be_read_are_named_in_one_line(tmp_path, content, message):

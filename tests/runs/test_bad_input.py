@@ -67,11 +67,11 @@ CASES = {
   "no config": Case("--config=", "names no file", "give one like"),
   "a config file that is not there": Case("--config=configs/nyu_dept.py", "was not found", "like configs/"),
   "a config file that fails": Case(
-    MINE, "line 2, fails with NameError", "mend the file", text("mine.py", "import vpd_jax\nx = nothing\n")
+    MINE, "line 2, fails with NameError", "fix the file", text("mine.py", "import vpd_jax\nx = nothing\n")
   ),
-  "a config file that is not Python": Case(MINE, "SyntaxError", "mend the file", text("mine.py", "def get_config(:\n")),
+  "a config file that is not Python": Case(MINE, "SyntaxError", "fix the file", text("mine.py", "def get_config(:\n")),
   "a get_config that fails": Case(
-    MINE, "line 2, fails with KeyError", "mend the file", text("mine.py", "def get_config():\n  return {}['a']\n")
+    MINE, "line 2, fails with KeyError", "fix the file", text("mine.py", "def get_config():\n  return {}['a']\n")
   ),
   "no get_config": Case(MINE, "no function get_config", "write one", text("mine.py", "")),
   "a dict for a config": Case(
@@ -199,7 +199,9 @@ CASES = {
   "class vectors of another width": Case(
     "--config.method.class_vectors={here}/v.npy", "are [27, 5], the model needs [27, 16]", "FILE", vectors(5)
   ),
-  "no class vectors": Case("--config.method.class_vectors=", "there are no class vectors", "random:SEED for trying"),
+  "no class vectors": Case(
+    "--config.method.class_vectors=", "there are no class vectors", "random:SEED for smoke tests"
+  ),
   # The workdir.
   "a workdir below a file": Case("--workdir={here}/file/run", "/file/run' cannot be", "another", text("file", "")),
   "a workdir that is a file": Case("--workdir={here}/file", "/file' cannot be", "another", text("file", "")),
@@ -228,7 +230,7 @@ CASES = {
   "a damaged config in a workdir": Case(
     "--mode=eval --workdir={here}/run", "is damaged", "remove", in_copy("run/checkpoints/2/config", shutil.rmtree)
   ),
-  "evaluation of nothing": Case("--mode=eval", "nothing trained to evaluate", "give one of them"),
+  "evaluation of nothing": Case("--mode=eval", "no trained weights to evaluate", "give one of them"),
   # Prediction.
   "prediction with nothing": Case(
     PREDICT + "/out --workdir={here}/no", "no' holds no checkpoint", "give one of them", pictures

@@ -130,7 +130,7 @@ def test_the_files_of_meta_prompts_leave_nothing_to_chance(setup, tmp_path):
   made = setups.config(setup)
   product = experiment.assemble(made, training=False)
   named, lines = initialize.weights(made, product, str(write_checkpoint(tmp_path, setup)))
-  assert named.keys() == product.parts.shapes.keys() and not any(line.startswith("fresh") for line in lines)
+  assert named.keys() == product.parts.shapes.keys() and not any(line.startswith("randomly") for line in lines)
   back = setups.named_as_by_the_authors(setup, named)
   for name, value in oracle.weights(setup).items():
     if not name.endswith("num_batches_tracked") and name in back:

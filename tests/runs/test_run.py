@@ -124,7 +124,7 @@ def test_a_second_run_in_a_workdir_is_refused_and_an_evaluation_is_not(run):
 
 
 def test_evaluation_of_nothing_is_refused(tmp_path):
-  with pytest.raises(ValueError, match="there is nothing trained to evaluate"):
+  with pytest.raises(ValueError, match="no trained weights to evaluate"):
     evaluate.run(small(), str(tmp_path))
   with pytest.raises(ValueError, match=r"holds no checkpoint and config\.init\.pretrained is empty"):
     predict_folder.run(small(), str(tmp_path / "x"), source=str(tmp_path), output=str(tmp_path / "out"))

@@ -127,9 +127,8 @@ class Checkpoints:
         state=ocp.args.StandardSave(state),
         config=ocp.args.JsonSave(json.loads(config) if isinstance(config, str) else dict(config)),
       )
-      scores = {name: float(value) for name, value in metrics.items()} if metrics else None
       with self._reported():
-        saved = self._manager.save(step, args=items, metrics=scores)
+        saved = self._manager.save(step, args=items, metrics=_floats(metrics) if metrics else None)
     if force or (saved and not self._read_back):
       self.wait()
     if saved and not self._read_back:
@@ -147,9 +146,8 @@ class Checkpoints:
     """Gives a saved step without scores its scores, as if they had been saved with it; waits until it is on disk."""
     self.wait()
     self._check_exists(step)
-    scores = {name: float(value) for name, value in metrics.items()}
     with ocp.Checkpointer(ocp.JsonCheckpointHandler("metrics")) as writer:
-      writer.save(self._directory / str(step) / "metrics", args=ocp.args.JsonSave(scores))
+      writer.save(self._directory / str(step) / "metrics", args=ocp.args.JsonSave(_floats(metrics)))
     self._manager.reload()
     if self._best_metric is not None:
       scored = sorted((s for s in self.steps() if self.scores(s)), key=lambda s: self._score(self.scores(s)))
@@ -227,10 +225,11 @@ class Checkpoints:
       for part in self._directory.glob(f"{self._writing}.*"):  # unfinished; a finished one has no suffix
         with contextlib.suppress(OSError):
           part.rmtree()
-      code, text = getattr(error, "errno", None), " ".join(str(error).split())
+      code = error.errno if isinstance(error, OSError) else None
+      text = " ".join(str(error).split())
       full = [os.strerror(number) for number in _FULL if number == code or os.strerror(number) in text]
       cause, remedy = (
-        (full[0], f"Make room for it, up to {self._bytes / 2**20:,.0f} MiB") if full else (text, "Mend that")
+        (full[0], f"Make room for it, up to {self._bytes / 2**20:,.0f} MiB") if full else (text, "Fix that")
       )
       left = max(ocp.utils.checkpoint_steps(self._directory), default=None)
       raise OSError(
@@ -305,15 +304,13 @@ def _directory(workdir: str | epath.PathLike) -> epath.Path:
   return (path if "://" in str(workdir) else path.expanduser().resolve()) / FOLDER
 
 
+def _floats(metrics: Mapping[str, float]) -> dict[str, float]:
+  """Scores as JSON takes them."""
+  return {name: float(value) for name, value in metrics.items()}
+
+
 def _described(tree: Any) -> dict[str, str]:
   """{path: 'dtype [shape]'} of arrays, or of orbax's descriptions of them."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {".".join(map(_key, path)): f"{np.dtype(leaf.dtype).name} {list(leaf.shape)}" for path, leaf in leaves}
-
-
-def _key(key: Any) -> str:
-  """A step of a tree path without its brackets: fields of tuples on disk are keys of dicts."""
-  for attribute in ("name", "key", "idx"):
-    if hasattr(key, attribute):
-      return str(getattr(key, attribute))
-  return str(key)
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")  # fields of tuples are keys on disk
+  return {name(path): f"{np.dtype(leaf.dtype).name} {list(leaf.shape)}" for path, leaf in leaves}

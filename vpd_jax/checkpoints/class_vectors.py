@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
+from jax.typing import DTypeLike
 
-from vpd_jax.convert import fetch, load
+from vpd_jax.convert import fetch
 from vpd_jax.convert.formats import pickles, weight_files
 from vpd_jax.convert.formats.lazy_tensor import LazyTensor
-from vpd_jax.convert.tables import stable_diffusion
+from vpd_jax.convert.tables import clip, stable_diffusion
 from vpd_jax.convert.tokenizer import load as load_tokenizer
 from vpd_jax.convert.tokenizer import tokenize
 from vpd_jax.errors import UserError
@@ -34,7 +35,7 @@ IN_PTH = ("class_embeddings", "encoder.class_embeddings")
 RANDOM = "random:"
 CHOICES = (
   "give init.pretrained a diffusers folder with text_encoder/ and tokenizer/, set method.class_vectors=FILE (.npy, "
-  ".npz or .pth; scripts/embed_class_names.py writes one), or method.class_vectors=random:SEED for trying"
+  ".npz or .pth; scripts/embed_class_names.py writes one), or method.class_vectors=random:SEED for smoke tests"
 )
 
 
@@ -100,6 +101,20 @@ def _read_pth(path: pathlib.Path) -> np.ndarray:
   return np.asarray(tensors[found[0]])
 
 
+def random_seed(setting: str, option: str) -> int | None:
+  """The seed in "random:SEED"; None for any other setting.
+
+  Raises:
+    ValueError: "random:" without a whole number; names `option`.
+  """
+  if not setting.startswith(RANDOM):
+    return None
+  seed = setting.removeprefix(RANDOM)
+  if not (seed.isascii() and seed.isdigit()):
+    raise UserError(f"{option}={setting!r} needs a whole number after {RANDOM!r}, as in 'random:0'.")
+  return int(seed)
+
+
 def random_class_vectors(classes: int, width: int, seed: int) -> np.ndarray:
   """Stand-ins for encoded names: float32 [classes, width], standard normal, the same for the same seed."""
   return np.random.default_rng(seed).standard_normal((classes, width), dtype=np.float32)
@@ -121,7 +136,7 @@ def read_templates(choice: str) -> tuple[str, ...]:
   return (choice,)
 
 
-def load_text_encoder(path: str | epath.PathLike, *, dtype: Any, sizes: TextSizes | None = None) -> TextEncoder:
+def load_text_encoder(path: str | epath.PathLike, *, dtype: DTypeLike, sizes: TextSizes | None = None) -> TextEncoder:
   """The text encoder of a diffusers folder, which states its own sizes, or of a single file of the given ones.
 
   Raises:
@@ -134,7 +149,7 @@ def load_text_encoder(path: str | epath.PathLike, *, dtype: Any, sizes: TextSize
   if sizes is None:
     raise UserError(f"{path} is not a folder with text_encoder/, and the sizes of its text encoder are not known.")
   parts = params_lib.describe(lambda: ClipText(sizes, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
-  named, _ = load.load_text_encoder(path, parts.shapes)
+  named = clip.load_text(path, parts.shapes)
   return TextEncoder(parts, {name: jnp.asarray(value) for name, value in named.items()})
 
 
@@ -183,7 +198,7 @@ def resolve(
   classes: Sequence[str],
   width: int,
   pretrained: str,
-  dtype: Any,
+  dtype: DTypeLike,
   sizes: TextSizes | None = None,
   tokenizer: str = "",
   templates: str = "imagenet_80",
@@ -206,12 +221,10 @@ def resolve(
   Raises:
     ValueError: nothing to take them from, or vectors that do not fit; one line.
   """
-  if setting.startswith(RANDOM):
-    seed = setting.removeprefix(RANDOM)
-    if not (seed.isascii() and seed.isdigit()):
-      raise UserError(f"method.class_vectors={setting!r} needs a whole number after {RANDOM!r}, as in 'random:0'.")
-    vectors = random_class_vectors(len(classes), width, int(seed))
-    return vectors, f"class vectors: random numbers of seed {seed}, for trying only: they do not mean the names"
+  seed = random_seed(setting, "method.class_vectors")
+  if seed is not None:
+    vectors = random_class_vectors(len(classes), width, seed)
+    return vectors, f"class vectors: random (seed {seed}), for smoke tests only; they carry no class meaning"
   if setting:
     vectors, origin = read(setting), setting
   else:
@@ -228,7 +241,7 @@ def _encode_from(
   pretrained: str,
   classes: Sequence[str],
   width: int,
-  dtype: Any,
+  dtype: DTypeLike,
   sizes: TextSizes | None,
   tokenizer: str,
   templates: str,

@@ -1,4 +1,4 @@
-"""CLIP's towers inside a model: from Stable Diffusion's text encoder, from `init.clip`, or random, for trying.
+"""CLIP's towers inside a model: from Stable Diffusion's text encoder, from `init.clip`, or random, for smoke tests.
 
 Each function takes what is missing by the names of CLIP's own modules, and says in a line where it came from.
 """
@@ -13,19 +13,21 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from vpd_jax.convert import load, tokenizer
+from vpd_jax.checkpoints.class_vectors import random_class_vectors, random_seed
+from vpd_jax.convert import tokenizer
+from vpd_jax.convert.rules import Shaped
 from vpd_jax.convert.tables import clip
 from vpd_jax.errors import UserError
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones.clip_text import ClipText, TextSizes
 from vpd_jax.types import Array, ParamDict
 
-RANDOM = "random:"
-CHOICES = f"set config.init.clip to {clip.WANTED}, or to random:SEED for trying"
+OPTION = "init.clip"
+CHOICES = f"set config.init.clip to {clip.WANTED}, or to random:SEED for smoke tests"
 Found = tuple[dict[str, np.ndarray], str]  # arrays by name, and a line that says where from
 
 
-def text_encoder(wanted: Mapping[str, Any], *, pretrained: str, source: str) -> Found:
+def text_encoder(wanted: Mapping[str, Shaped], *, pretrained: str, source: str) -> Found:
   """The text encoder: that of a Stable Diffusion source which holds one, else that of `init.clip`.
 
   Args:
@@ -37,19 +39,19 @@ def text_encoder(wanted: Mapping[str, Any], *, pretrained: str, source: str) -> 
     ValueError: neither holds one, or one that does not fit.
   """
   if pretrained and clip.holds_text(pretrained):
-    return load.load_text_encoder(pretrained, wanted)[0], f"CLIP text encoder: {pretrained}"
+    return clip.load_text(pretrained, wanted), f"CLIP text encoder: {pretrained}"
   arrays, origin = _tower(wanted, source, "text", projected=False)
   return arrays, f"CLIP text encoder: {origin}"
 
 
-def image_encoder(wanted: Mapping[str, Any], *, source: str) -> Found:
+def image_encoder(wanted: Mapping[str, Shaped], *, source: str) -> Found:
   """The image encoder without its projection; as `text_encoder`."""
   arrays, origin = _tower(wanted, source, "image", projected=False)
   return arrays, f"CLIP image encoder: {origin}"
 
 
 def class_predictor(
-  wanted: Mapping[str, Any],
+  wanted: Mapping[str, Shaped],
   *,
   source: str,
   classes: Sequence[str],
@@ -71,9 +73,9 @@ def class_predictor(
   below = {name.removeprefix(tower): shape for name, shape in wanted.items() if name.startswith(tower)}
   arrays, origin = _tower(below, source, "image", projected=True)
   count, width = wanted["names"].shape
-  seed = random_seed(source)
+  seed = random_seed(source, OPTION)
   if seed is not None:
-    vectors = np.random.default_rng(seed).standard_normal((count, width), dtype=np.float32)
+    vectors = random_class_vectors(count, width, seed)
   else:
     stated = clip.sizes(source).get("text")
     sizes = TextSizes(**stated) if stated else sizes
@@ -83,33 +85,19 @@ def class_predictor(
   return named, f"classes predicted by CLIP: {origin}"
 
 
-def _tower(wanted: Mapping[str, Any], source: str, which: str, *, projected: bool) -> Found:
+def _tower(wanted: Mapping[str, Shaped], source: str, which: str, *, projected: bool) -> Found:
   """One of CLIP's towers by its own names, and where from."""
   if not source:
     raise UserError(f"there is no CLIP {which} encoder: config.init.clip is empty; {CHOICES}.")
-  seed = random_seed(source)
+  seed = random_seed(source, OPTION)
   if seed is not None:
-    return random_tower(wanted, seed), f"random numbers of seed {seed}, for trying only"
+    return random_tower(wanted, seed), f"random (seed {seed}), for smoke tests only"
   reader = {"text": clip.load_text, "image": clip.load_image}[which]
   return reader(source, wanted, projected=projected), source
 
 
-def random_seed(setting: str) -> int | None:
-  """The seed in "random:SEED"; None for any other setting.
-
-  Raises:
-    ValueError: "random:" without a whole number.
-  """
-  if not setting.startswith(RANDOM):
-    return None
-  seed = setting.removeprefix(RANDOM)
-  if not (seed.isascii() and seed.isdigit()):
-    raise UserError(f"init.clip={setting!r} needs a whole number after {RANDOM!r}, as in 'random:0'.")
-  return int(seed)
-
-
-def random_tower(targets: Mapping[str, Any], seed: int) -> dict[str, np.ndarray]:
-  """Stand-ins for a tower, for trying: kernels that keep the scale, norms that do nothing, small embeddings."""
+def random_tower(targets: Mapping[str, Shaped], seed: int) -> dict[str, np.ndarray]:
+  """Stand-ins for a tower, for smoke tests: kernels that keep the scale, norms that do nothing, small embeddings."""
   rng, named = np.random.default_rng(seed), {}
   for name in sorted(targets):
     shape, last = tuple(targets[name].shape), name.rpartition("/")[2]

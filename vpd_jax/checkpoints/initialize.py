@@ -1,4 +1,4 @@
-"""Where the arrays of a run come from: a checkpoint of its own, another run, foreign weights, or chance."""
+"""Where the arrays of a run come from: its own checkpoint, another run, converted weights, or random initialization."""
 
 import functools
 import json
@@ -26,10 +26,11 @@ Gather = Callable[[ParamDict], ParamDict]
 
 CLASS_VECTORS = "method/class_vectors"
 TEXT_ENCODER, IMAGE_ENCODER = "method/text_encoder/", "method/image_encoder/"
+RANDOM = "randomly initialized"
 CLASS_PREDICTOR = "method/class_predictor/"  # never in a checkpoint of the network that was trained without it
 
 
-def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[dict[str, Any], list[str]]:
+def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[ParamDict, list[str]]:
   """Every array of the model, and lines that say where each came from.
 
   Args:
@@ -47,7 +48,7 @@ def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[dic
   source = source or config.init.run or config.init.pretrained
   named, lines = {}, []
   if source and is_workdir(source):
-    named, line = _of_run(config, product, source)
+    named, line = _load_run(config, product, source)
     lines.append(line)
   elif source:
     held = {name: shape for name, shape in shapes.items() if not name.startswith(CLASS_PREDICTOR)}
@@ -60,13 +61,11 @@ def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[dic
   rest = shapes.keys() - named.keys()
   if rest:
     tops = sorted({"/".join(name.split("/")[:2]) for name in rest})
-    lines.append(f"fresh, from seed {config.seed}: {len(rest)} arrays of {', '.join(tops)}")
+    lines.append(f"{RANDOM} (seed {config.seed}): {len(rest)} arrays in {', '.join(tops)}")
   return named | product.parts.initialize(sorted(rest)), lines
 
 
-def _prompts(
-  config: ConfigDict, product: Product, named: ParamDict, source: str
-) -> Iterator[tuple[dict[str, Any], str]]:
+def _prompts(config: ConfigDict, product: Product, named: ParamDict, source: str) -> Iterator[tuple[ParamDict, str]]:
   """What prompts are made of and the weights do not bring: arrays by name, and a line that says where from."""
   shapes, classes, text = product.parts.shapes, product.classes, experiment.sizes(config)[2]
   pretrained, chosen = "" if source and is_workdir(source) else source, config.init.get("clip", "")
@@ -108,7 +107,7 @@ def best_metric(config: ConfigDict, product: Product) -> str:
   return f"eval/{config.data.name}/{product.task.best[0]}"
 
 
-def complete(config: ConfigDict, source: str) -> ConfigDict:
+def with_backbone_sizes(config: ConfigDict, source: str) -> ConfigDict:
   """The config with the backbones' sizes as the source of the weights states them, where it does.
 
   Those of the image encoder are stated by a folder in `init.clip`. A workdir also states how many refinement steps its
@@ -128,7 +127,7 @@ def complete(config: ConfigDict, source: str) -> ConfigDict:
   else:
     stated = (stable_diffusion.sizes(source) if source else None) or {}
   chosen = config.init.get("clip", "")
-  if chosen and clip_towers.random_seed(chosen) is None:
+  if chosen and class_vectors.random_seed(chosen, clip_towers.OPTION) is None:
     stated |= {part: values for part, values in clip.sizes(chosen).items() if part == "image"}
   config = config.copy_and_resolve_references()
   with config.unlocked():
@@ -159,9 +158,9 @@ def check_training(config: ConfigDict) -> None:
 
 
 def with_predicted_class(config: ConfigDict) -> ConfigDict:
-  """The config for pictures whose class nobody may tell: `init.clip`, where there is one, predicts it.
+  """The config for images whose class is not given: `init.clip`, where there is one, predicts it.
 
-  A class that is told still counts, see `method.prompt`.
+  A class that is given still counts, see `method.prompt`.
   """
   if config.method.get("prompt", "") != "scene_class" or not config.init.get("clip", ""):
     return config
@@ -183,7 +182,7 @@ def checkpoints(config: ConfigDict, product: Product, workdir: str, *, read_only
   )
 
 
-def _of_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[str, np.ndarray], str]:
+def _load_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[str, np.ndarray], str]:
   """Parameters and statistics of a run's newest or best checkpoint; its EMA in place of the parameters where kept.
 
   What the method has for training only is left out where the model does. What predicts the class may be missing.
@@ -275,7 +274,7 @@ def resume_or_start(
 ) -> tuple[TrainState, list[str]]:
   """The state to go on from, by the first that applies, and lines that say which it was.
 
-  1. the newest checkpoint of the workdir; 2. `init.run`; 3. `init.pretrained`; 4. fresh parameters.
+  1. the newest checkpoint of the workdir; 2. `init.run`; 3. `init.pretrained`; 4. random parameters.
 
   Args:
     config, product, mesh: of the run.
@@ -324,10 +323,10 @@ def weights_on_mesh(
     ValueError: as `weights`; something is left fresh.
   """
   named, lines = weights(config, product, source)
-  fresh = [line for line in lines if line.startswith("fresh")]
+  fresh = [line for line in lines if line.startswith(RANDOM)]
   if complete and fresh:
     raise UserError(
-      f"there is nothing trained to evaluate: {fresh[0]}. Give a workdir with a checkpoint, or a released "
+      f"no trained weights to evaluate: {fresh[0]}. Give a workdir with a checkpoint, or a released "
       "checkpoint as config.init.pretrained."
     )
   where, fields = state_shardings(config, product, mesh), split(product, named)

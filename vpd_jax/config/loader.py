@@ -306,5 +306,5 @@ def _failure(path: str, error: Exception) -> UserError:
   lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
   where = f", line {lines[-1]}," if lines else ""
   return UserError(
-    f"config file {path!r}{where} fails with {type(error).__name__}: {' '.join(str(error).split())}; mend the file."
+    f"config file {path!r}{where} fails with {type(error).__name__}: {' '.join(str(error).split())}; fix the file."
   )

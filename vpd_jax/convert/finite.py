@@ -51,7 +51,7 @@ def check_finite(
 
   Raises:
     FloatingPointError: names the first step whose loss or gradient is not finite, and whether its data or the frozen
-      weights are to blame; what begins in a run is finite, see start.py.
+      weights are to blame; what begins in a run is finite, see initialize.py.
   """
   for step, loss, norm in jax.device_get(pending):
     if not np.isfinite(loss + norm):

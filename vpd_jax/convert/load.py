@@ -17,12 +17,12 @@ from etils import epath
 
 from vpd_jax.convert import fetch
 from vpd_jax.convert.formats import weight_files
-from vpd_jax.convert.rules import COUNTER, ConversionError, NotFinite, Report, Same, convert
-from vpd_jax.convert.tables import clip, released, stable_diffusion
+from vpd_jax.convert.formats.lazy_tensor import LazyTensor
+from vpd_jax.convert.rules import COUNTER, ConversionError, NotFinite, Report, Same, Shaped, convert
+from vpd_jax.convert.tables import released, stable_diffusion
 from vpd_jax.errors import UserError
 from vpd_jax.files import atomic, damage, paths, reading
 
-KINDS = ("diffusers", "compvis", *(f"released:{name}" for name in released.TABLES), "ours")
 ACCEPTED = (
   "a diffusers folder (unet/ and vae/), a CompVis .ckpt or .safetensors, the authors' .pth, a directory written by "
   "scripts/convert_checkpoint.py, or a hub id (org/name@revision)"
@@ -34,17 +34,8 @@ PACKAGES = ("vpd_jax", "jax", "numpy", "orbax-checkpoint", "ml_dtypes")
 PART_BYTES = 1 << 28  # Orbax copies what it saves: saved in parts, the copy stays small.
 
 
-def detect(path: str | epath.PathLike) -> str:
-  """The kind of a source of weights, one of KINDS.
-
-  Raises:
-    ValueError: nothing there, or none of these kinds; one line.
-  """
-  return _open(path)[0]
-
-
 def load_pretrained(
-  path: str | epath.PathLike, targets: Mapping[str, Any], fresh: Iterable[str] = OUTSIDE_SD
+  path: str | epath.PathLike, targets: Mapping[str, Shaped], fresh: Iterable[str] = OUTSIDE_SD
 ) -> tuple[dict[str, np.ndarray], Report]:
   """Weights of any kind in our names, on the host.
 
@@ -63,52 +54,25 @@ def load_pretrained(
   kind, weights = _open(path)
   if weights is None:
     saved = manifest(path)
-    allowed = (
-      released.OUTSIDE.get(saved["table"].removeprefix("released:"), ())
-      if saved["table"].startswith("released:")
-      else fresh
-    )
+    allowed = released.CLIP if saved["table"].startswith("released:") else fresh
     named, report = convert(_restore(path), [Same()], targets, fresh=allowed, table=f"ours, from {saved['table']}")
     return named, dataclasses.replace(report, step=saved["step"])
-  if kind.startswith("released:"):
-    release = kind.removeprefix("released:")
-    rules, fresh = released.TABLES[release](), released.OUTSIDE.get(release, ())
+  release = kind.removeprefix("released:")
+  if release in released.TABLES:
+    rules, fresh = released.TABLES[release](), released.CLIP
   elif kind == "compvis":
     rules = stable_diffusion.compvis(targets)
   else:
     rules = stable_diffusion.diffusers(weights.tensors, targets)
-  tensors = released.named_for(kind.removeprefix("released:"), weights.tensors, targets)
+  tensors = released.named_for(release, weights.tensors, targets)
   try:
     named, report = convert(tensors, rules, targets, fresh=fresh, table=kind)
   except ConversionError as error:
     raise ConversionError(f"{path}: {error}; give weights of the network that the config describes.") from error
   except NotFinite as error:
     raise NotFinite(f"{path}: {error}") from error
-  return named, dataclasses.replace(_with_others(report, weights), step=_steps(weights.tensors))
-
-
-def load_text_encoder(path: str | epath.PathLike, targets: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], Report]:
-  """CLIP's text encoder out of a diffusers folder, a folder of its own, a CompVis file or a single file.
-
-  Args:
-    path: the source; on the hub or in a bucket a folder must be a diffusers folder.
-    targets: shape and dtype by name of every array of the encoder.
-
-  Raises:
-    ValueError: as `load_pretrained`; also a source without a text encoder.
-  """
-  folder = fetch.local(path, ("text_encoder",))
-  if folder.is_dir():
-    inner = folder / "text_encoder"
-    weights = weight_files.open_folder(inner if inner.is_dir() else folder, ("",))
-  else:
-    weights = weight_files.open_file(folder)
-  try:
-    rules = clip.text(weights.tensors)
-  except UserError as error:
-    raise UserError(f"{path}: {error}") from error
-  named, report = convert(weights.tensors, rules, targets, table=f"text encoder of {path}")
-  return named, _with_others(report, weights)
+  others = {name: f"not a tensor, but {what}" for name, what in weights.others.items()}
+  return named, dataclasses.replace(report, dropped=report.dropped | others, step=_steps(weights.tensors))
 
 
 def source_files(path: str | epath.PathLike) -> dict[str, str]:
@@ -171,7 +135,7 @@ def manifest(path: str | epath.PathLike) -> dict[str, Any]:
 
 
 def _open(path: str | epath.PathLike) -> tuple[str, weight_files.Weights | None]:
-  """(kind, tensors) of a source, nothing read yet; None for a directory of ours."""
+  """(kind, tensors) of a source, nothing read yet; kind: diffusers, compvis, released:NAME; None: ours."""
   there = fetch.bucket(str(path)) if fetch.in_bucket(path) else _absolute(path)
   if (there / "manifest.json").exists() and (there / "arrays").is_dir():
     return "ours", None
@@ -193,16 +157,10 @@ def _open(path: str | epath.PathLike) -> tuple[str, weight_files.Weights | None]
   raise UserError(f"weights {str(path)!r} holds names of no known kind, like {held}; give {ACCEPTED}.")
 
 
-def _steps(tensors: Mapping[str, Any]) -> int:
+def _steps(tensors: Mapping[str, LazyTensor]) -> int:
   """Steps that the BatchNorms have counted; 0 where none did, or none in a number: cast to float16, it is infinite."""
   counts = [np.asarray(x, np.float64).ravel() for name, x in tensors.items() if name.endswith(f".{COUNTER}")]
   return max((int(x[0]) for x in counts if x.size == 1 and np.isfinite(x[0]) and x[0] >= 0), default=0)
-
-
-def _with_others(report: Report, weights: weight_files.Weights) -> Report:
-  """The report, with the entries that are no tensors among what was dropped."""
-  others = {name: f"not a tensor, but {kind}" for name, kind in weights.others.items()}
-  return dataclasses.replace(report, dropped=report.dropped | others)
 
 
 def _parts(named: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:

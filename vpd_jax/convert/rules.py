@@ -10,12 +10,23 @@ import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from vpd_jax.convert import finite
+from vpd_jax.convert.formats.lazy_tensor import LazyTensor
 from vpd_jax.errors import UserError
+
+
+class Shaped(Protocol):
+  """What is to be filled: an array, or only what is known of one."""
+
+  @property
+  def shape(self) -> tuple[int, ...]: ...
+  @property
+  def dtype(self) -> np.dtype: ...
 
 
 class TensorLayout(NamedTuple):
@@ -119,6 +130,9 @@ def drop(pattern: str, why: str, *, optional: bool = False) -> Drop:
   return Drop(pattern, why, optional)
 
 
+DROP_COUNTERS = drop(rf".*\.{COUNTER}", "our state counts the steps once", optional=True)
+
+
 class ConversionError(UserError):
   """Everything that does not fit, in one message."""
 
@@ -153,9 +167,9 @@ class Report:
 
 
 def convert(
-  source: Mapping[str, Any],
+  source: Mapping[str, np.ndarray | LazyTensor],
   rules: Sequence[Rule | Drop | Same],
-  targets: Mapping[str, Any],
+  targets: Mapping[str, Shaped],
   *,
   fresh: Iterable[str] = (),
   table: str = "conversion",
@@ -206,7 +220,7 @@ def convert(
 
 
 def _plan(
-  source: Mapping[str, Any], rules: Sequence[Rule | Drop | Same]
+  source: Mapping[str, np.ndarray | LazyTensor], rules: Sequence[Rule | Drop | Same]
 ) -> tuple[dict[str, tuple[str, TensorLayout]], dict[str, str], dict[str, list[str]]]:
   """({name: (target, leaf)}, {name: reason it is dropped}, problems)."""
   plan, dropped, problems, effective = {}, {}, collections.defaultdict(list), set()
@@ -235,7 +249,7 @@ def _plan(
   return plan, dropped, problems
 
 
-def to_source(named: Mapping[str, Any], rules: Sequence[Rule | Drop]) -> dict[str, np.ndarray]:
+def to_source(named: Mapping[str, npt.ArrayLike], rules: Sequence[Rule | Drop]) -> dict[str, np.ndarray]:
   """The way back, for any part of the parameters, or for their gradients or moments.
 
   Args:
@@ -262,7 +276,7 @@ def to_source(named: Mapping[str, Any], rules: Sequence[Rule | Drop]) -> dict[st
 
 
 def export(
-  named: Mapping[str, Any], rules: Sequence[Rule | Drop], manifest: Sequence[Mapping[str, Any]], step: int
+  named: Mapping[str, npt.ArrayLike], rules: Sequence[Rule | Drop], manifest: Sequence[Mapping[str, Any]], step: int
 ) -> dict[str, np.ndarray]:
   """The state dict that a manifest describes: its names, shapes, dtypes and order.
 

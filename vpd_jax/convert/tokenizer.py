@@ -23,7 +23,7 @@ class Tokenize:
   """Sentences to token ids; looks for a tokenizer only when it is called: evaluation needs none.
 
   Attributes:
-    sources: where one may lie, the first that holds one counts; or a word of STAND_INS, for trying without any file.
+    sources: where one may lie, the first that holds one counts; or a word of STAND_INS, for smoke tests.
     vocabulary, length: rows of the text encoder's two tables.
   """
 
@@ -56,7 +56,7 @@ def _first(given: tuple[str, ...]) -> Any:
   if holding is None:
     raise UserError(
       f"there is no tokenizer in {list(given)}; set config.method.tokenizer to a folder with {' and '.join(FILES)}, or "
-      f"to {CHARACTERS!r} or {WORDS!r} for trying with a random text encoder."
+      f"to {CHARACTERS!r} or {WORDS!r} for smoke tests with a random text encoder."
     )
   return load(holding)
 
@@ -64,7 +64,11 @@ def _first(given: tuple[str, ...]) -> Any:
 def holds(source: str | epath.PathLike) -> bool:
   """Whether a source of weights brings a tokenizer."""
   folder = fetch.local(source, (fetch.TOKENIZER,))
-  return any(all((place / name).is_file() for name in FILES) for place in (folder / fetch.TOKENIZER, folder))
+  return any(not _missing(place) for place in (folder / fetch.TOKENIZER, folder))
+
+
+def _missing(folder: pathlib.Path) -> list[str]:
+  return [name for name in FILES if not (folder / name).is_file()]
 
 
 def load(source: str | epath.PathLike) -> Any:
@@ -78,8 +82,7 @@ def load(source: str | epath.PathLike) -> Any:
   """
   folder = fetch.local(source, (fetch.TOKENIZER,))
   folder = folder / fetch.TOKENIZER if (folder / fetch.TOKENIZER).is_dir() else folder
-  missing = [name for name in FILES if not (folder / name).is_file()]
-  if missing:
+  if missing := _missing(folder):
     raise UserError(
       f"{folder} holds no CLIP tokenizer: {' and '.join(missing)} missing; give a folder that holds them."
     )
@@ -129,18 +132,20 @@ def tokenize(sentences: Sequence[str], tokenizer: Any, *, vocabulary: int, lengt
 
 def characters(sentences: Sequence[str], *, vocabulary: int, length: int) -> np.ndarray:
   """Stand-in for a tokenizer: an id per character, begin and end the two largest ids; int32 [sentences, length]."""
-  result = np.full((len(sentences), length), vocabulary - 1, np.int32)
-  for row, sentence in zip(result, sentences, strict=True):
-    ids = [ord(character) % (vocabulary - 2) for character in sentence[: length - 2]]
-    row[: len(ids) + 1] = [vocabulary - 2, *ids]
-  return result
+  return _framed([[ord(letter) for letter in sentence] for sentence in sentences], vocabulary, length)
 
 
 def words(sentences: Sequence[str], *, vocabulary: int, length: int) -> np.ndarray:
   """As `characters`, with an id per word that follows from its letters; two words may share one."""
-  result = np.full((len(sentences), length), vocabulary - 1, np.int32)
-  for row, sentence in zip(result, sentences, strict=True):
-    ids = [zlib.crc32(word.encode()) % (vocabulary - 2) for word in sentence.lower().split()[: length - 2]]
+  numbers = [[zlib.crc32(word.encode()) for word in sentence.lower().split()] for sentence in sentences]
+  return _framed(numbers, vocabulary, length)
+
+
+def _framed(numbers: Sequence[Sequence[int]], vocabulary: int, length: int) -> np.ndarray:
+  """Numbers as ids between those of begin and end, cut or filled to `length`."""
+  result = np.full((len(numbers), length), vocabulary - 1, np.int32)
+  for row, values in zip(result, numbers, strict=True):
+    ids = [value % (vocabulary - 2) for value in values[: length - 2]]
     row[: len(ids) + 1] = [vocabulary - 2, *ids]
   return result
 

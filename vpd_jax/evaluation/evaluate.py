@@ -239,7 +239,7 @@ class Evaluator:
     if scored != expected:
       raise UserError(
         f"the evaluation scored {scored} of the {expected} records of data set {self.config.data.name!r}: their "
-        "iteration ended early, or the length of the data set changed; mend the data set."
+        "iteration ended early, or the length of the data set changed; fix the data set."
       )
     joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     real = joined.pop("real")
@@ -312,10 +312,10 @@ def run(config: ConfigDict, workdir: str) -> dict[str, float]:
   source = workdir if is_workdir(workdir) else ""
   if not (source or config.init.run or config.init.pretrained):
     raise UserError(
-      f"there is nothing trained to evaluate: --workdir={workdir!r} holds no checkpoint and config.init.pretrained "
+      f"no trained weights to evaluate: --workdir={workdir!r} holds no checkpoint and config.init.pretrained "
       "is empty; give one of them."
     )
-  config = initialize.complete(config, source or config.init.run or config.init.pretrained)
+  config = initialize.with_backbone_sizes(config, source or config.init.run or config.init.pretrained)
   product = experiment.assemble(config, training=False)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   dataset = experiment.dataset(config, product)

@@ -46,7 +46,9 @@ def read_json(path: str | os.PathLike, *, called: str = "") -> Any:
     return json.loads(text)
   except (ValueError, RecursionError) as error:
     reason = " ".join(str(error).split())
-    raise UserError(f"{called} cannot be read: it is no JSON, or cut off ({reason}); correct or copy it.") from None
+    raise UserError(
+      f"{called} cannot be read: it is not valid JSON or truncated ({reason}); correct or copy it."
+    ) from None
 
 
 def visible(names: Iterable[str]) -> list[str]:

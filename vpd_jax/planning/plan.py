@@ -80,7 +80,7 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
   if effort not in topologies.EFFORTS:
     raise UserError(f"--effort={effort!r} is unknown; choose one of {sorted(topologies.EFFORTS)}.")
   effort = topologies.effort(topology, effort)
-  config = initialize.complete(config, config.init.run or config.init.pretrained)
+  config = initialize.with_backbone_sizes(config, config.init.run or config.init.pretrained)
   initialize.check_training(config)
   check_data(config, experiment.assemble(config))
   devices = topologies.of(topology) if topology else jax.devices()

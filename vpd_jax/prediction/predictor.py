@@ -59,7 +59,7 @@ class Predictor:
         "Predictor.load has no weights: give weights=WORKDIR or a released checkpoint, set config.init.pretrained, or "
         "give fresh=True for a network of random numbers."
       )
-    config = initialize.complete(config, source)
+    config = initialize.with_backbone_sizes(config, source)
     config = initialize.with_predicted_class(config)
     product = experiment.assemble(config, training=False)
     mesh = sharding.make_mesh(1, 1, devices=jax.local_devices()[:1])

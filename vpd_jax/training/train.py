@@ -186,7 +186,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     ValueError: in one line, for anything that cannot be assembled, found or resumed; another run has the workdir.
     FloatingPointError: the loss is not finite; names the step.
   """
-  config = initialize.complete(config, config.init.run or config.init.pretrained)
+  config = initialize.with_backbone_sizes(config, config.init.run or config.init.pretrained)
   product = experiment.assemble(config)
   initialize.check_training(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)

@@ -12,8 +12,8 @@ from flax import serialization, traverse_util
 
 from tests.helpers import flax_form, oracle, text_folders
 from vpd_jax.checkpoints import class_vectors
-from vpd_jax.convert import load
 from vpd_jax.convert.formats import flax_folder, lazy_tensor, weight_files
+from vpd_jax.convert.tables import clip
 
 # diffusers and transformers: Flax -> PyTorch, and the axes of PyTorch in those of Flax.
 NAMES = {
@@ -149,5 +149,5 @@ def test_every_spelling_of_a_text_encoder_passes_through(tmp_path, spelling):
   given = {name.removeprefix("text_model.") if spelling == "" else name: value for name, value in state.items()}
   if spelling == "positions":
     given["text_model.embeddings.position_ids"] = np.arange(77)[None]
-  named, _ = load.load_text_encoder(flax_form.write(tmp_path / "t.msgpack", given), targets)
+  named = clip.load_text(flax_form.write(tmp_path / "t.msgpack", given), targets)
   assert all(np.array_equal(named[name], value) for name, value in oracle.plain_names(state).items())

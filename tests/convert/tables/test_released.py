@@ -93,9 +93,9 @@ def test_a_release_fills_the_model(tmp_path, release, state, targets, wrap):
   path = pth.write_zip(
     tmp_path / "vpd.pth", content if wrap == "bare" else {"model": content, "optimizer": {"state": {}}}
   )
-  assert load.detect(path) == f"released:{release}"
   named, report = load.load_pretrained(path, targets)
   assert named.keys() == targets.keys() and report.fresh == () and report.step == STEP
+  assert report.table == f"released:{release}"
   for source, target in PAIRS[release].items():
     np.testing.assert_array_equal(named[target], layout(source, state[source]), err_msg=source)
 
@@ -119,7 +119,7 @@ def test_the_export_is_the_release_bit_for_bit(tmp_path, release, state, targets
   exported = rules.export(named, table, released.manifest(targets, table), STEP)
   write.write(tmp_path / f"out{ending}", exported)
   back = weight_files.open_file(tmp_path / f"out{ending}").tensors
-  assert list(back) == list(state)
+  assert list(back) == list(state) if ending == ".pth" else back.keys() == state.keys()
   for name, value in state.items():
     read = np.asarray(back[name])
     assert (read.dtype, read.shape, read.tobytes()) == (value.dtype, value.shape, value.tobytes()), name

@@ -74,7 +74,7 @@ def test_the_table_implies_the_authors_manifest(setup, size, order):
 def test_a_file_without_the_text_encoder_leaves_it_fresh_and_nothing_else(setup):
   state, table = state_dict(setup=setup), released_referring.vpd_refer()
   encoder = {"method/text_encoder/text_model/final_layer_norm/bias": jax.ShapeDtypeStruct((64,), np.float32)}
-  outside = released.OUTSIDE["vpd_refer"]
+  outside = released.CLIP
   _, report = rules.convert(state, table, shapes_of(state) | encoder, fresh=outside)
   assert report.fresh == tuple(encoder)
   del state["classifier.conv1_1.bias"]

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from vpd_jax.convert import load
-from vpd_jax.convert.tables import stable_diffusion
+from vpd_jax.convert.tables import clip, stable_diffusion
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones import clip_text, unet, vae
 
@@ -138,8 +138,8 @@ def converted(pipeline):
     }
     targets = {f"method/{part}/{name}": s for part in ("unet", "vae") for name, s in ours[part].shapes.items()}
     named, report = load.load_pretrained(folder, targets)
-    assert report.table == load.detect(folder) == "diffusers" and report.fresh == ()
-    text, _ = load.load_text_encoder(folder, ours["text_encoder"].shapes)
+    assert report.table == "diffusers" and report.fresh == ()
+    text = clip.load_text(folder, ours["text_encoder"].shapes)
     arrays = {part: below(named, f"method/{part}/") for part in ("unet", "vae")} | {"text_encoder": text}
     result[form] = {part: (ours[part], arrays[part]) for part in ours}
   return result

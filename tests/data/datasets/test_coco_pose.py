@@ -182,7 +182,7 @@ def test_files_of_another_kind_are_refused(root, tmp_path):
   names = top_down_transforms.COCO.names
   path = tmp_path / "x.json"
   path.write_text("{")
-  check_message(f"{path} cannot be read: it is no JSON, or cut off", lambda: coco_json.annotations(path, names))
+  check_message(f"{path} cannot be read: it is not valid JSON or truncated", lambda: coco_json.annotations(path, names))
   path.write_text("[]")
   check_message(f"{path} is no annotation file", lambda: coco_json.annotations(path, names))
   path.write_text(json.dumps({"images": [], "annotations": [], "categories": [{"id": 1, "name": "person"}]}))

@@ -105,7 +105,7 @@ def test_wrong_masks_are_told_when_they_are_read(tmp_path, masks, more, what):
 def test_the_file_must_be_there_and_json(tmp_path):
   data = write(tmp_path, FINE)
   (tmp_path / "sentences.json").write_text("[{]")
-  with pytest.raises(ValueError, match=r"it is no JSON, or cut off"):
+  with pytest.raises(ValueError, match=r"it is not valid JSON or truncated"):
     data.source("train")
   (tmp_path / "sentences.json").unlink()
   with pytest.raises(ValueError, match=r"data\.file"):

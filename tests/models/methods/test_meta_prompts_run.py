@@ -26,7 +26,7 @@ def stored(tmp_path_factory):
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_stored_run_is_evaluated_with_fewer_steps(stored, steps):
   workdir, saved = stored
-  config = initialize.complete(smallest(**{"method.refine_steps": steps}), workdir)
+  config = initialize.with_backbone_sizes(smallest(**{"method.refine_steps": steps}), workdir)
   assert config.method.trained_steps == 3
   product = experiment.assemble(config, training=False)
   assert product.method.steps == steps
@@ -36,15 +36,15 @@ def test_a_stored_run_is_evaluated_with_fewer_steps(stored, steps):
 
 
 def test_more_steps_than_a_stored_run_holds_are_refused(stored):
-  config = initialize.complete(smallest(**{"method.refine_steps": 4}), stored[0])
+  config = initialize.with_backbone_sizes(smallest(**{"method.refine_steps": 4}), stored[0])
   with pytest.raises(ValueError, match=r"refine_steps=4 is more than the 3 steps that the weights hold .*; use 1 to 3"):
     experiment.assemble(config, training=False)
 
 
 def test_as_many_steps_and_steps_that_are_told_stay_as_they_are(stored):
-  assert initialize.complete(smallest(), stored[0]).method.trained_steps == 0
+  assert initialize.with_backbone_sizes(smallest(), stored[0]).method.trained_steps == 0
   told = smallest(**{"method.refine_steps": 1, "method.trained_steps": 2})
-  assert initialize.complete(told, stored[0]).method.trained_steps == 2
+  assert initialize.with_backbone_sizes(told, stored[0]).method.trained_steps == 2
 
 
 def test_without_weights_only_fan_in_lets_later_steps_see_the_image():

@@ -65,7 +65,7 @@ class LazyTensor:
     if flat.size != size:
       raise UserError(f"{self.path} has become shorter while it was read; start again with the whole file.")
     strides = [stride * self.dtype.itemsize for stride in self.strides]
-    array = np.lib.stride_tricks.as_strided(flat.view(self.dtype), self.shape, strides)
+    array = np.ndarray(self.shape, self.dtype, flat.data, strides=strides)
     return array if dtype is None else array.astype(dtype, copy=False)
 
 

@@ -53,20 +53,10 @@ class Inert:
   def __call__(self, *args: Any, **kwargs: Any) -> "Inert":
     return self
 
-  def __setstate__(self, state: Any) -> None:
+  def ignore(self, *args: Any) -> None:
     pass
 
-  def __setitem__(self, key: Any, value: Any) -> None:
-    pass
-
-  def append(self, item: Any) -> None:
-    pass
-
-  def extend(self, items: Any) -> None:
-    pass
-
-  def add(self, item: Any) -> None:
-    pass
+  __setstate__ = __setitem__ = append = extend = add = ignore
 
 
 class StorageType(NamedTuple):

@@ -5,16 +5,17 @@ A diffusers folder (one sub-folder per network) of PyTorch or Flax, a single .sa
 """
 
 import hashlib
+import itertools
 import json
 import math
 import pathlib
 import re
-import struct
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import safetensors
 from etils import epath
 
 from vpd_jax.convert.formats import flax_folder, pickles
@@ -164,33 +165,41 @@ def shards(index: epath.Path | pathlib.Path) -> list[str]:
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, LazyTensor]:
-  """Source: https://github.com/huggingface/safetensors, section Format."""
-  size = path.stat().st_size
+  """The library reads the header and checks it against the file; the numbers lie behind it without gaps."""
+  try:
+    with safetensors.safe_open(path, framework="numpy") as file:
+      found = {name: file.get_slice(name) for name in file.offset_keys()}
+      kinds = {name: tensor.get_dtype() for name, tensor in found.items()}
+      shapes = {name: tuple(tensor.get_shape()) for name, tensor in found.items()}
+      shared = file.metadata() or {}
+  except safetensors.SafetensorError as error:
+    _check_kinds(path, _kinds(path))
+    raise UserError(f"{path} is damaged or not a safetensors file ({error}); fetch it again.") from error
+  _check_kinds(path, kinds)
+  dtypes = {name: np.dtype(SAFETENSORS[kind]) for name, kind in kinds.items()}
+  sizes = [math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()]
+  starts = itertools.accumulate(sizes, initial=path.stat().st_size - sum(sizes))
+  tensors = {
+    name: LazyTensor(path, start, dtypes[name], shape, contiguous(shape))
+    for (name, shape), start in zip(shapes.items(), starts, strict=False)
+  }
+  # Of several names of one tensor save_model keeps one, and tells the others: {other: kept}.
+  return tensors | {name: tensors[kept] for name, kept in shared.items() if kept in tensors and name not in tensors}
+
+
+def _kinds(path: pathlib.Path) -> dict[str, str]:
+  """{name: type} in a header that the library refuses: types that it does not know are no damage."""
   try:
     with path.open("rb") as file:
-      length = struct.unpack("<Q", file.read(8))[0]
-      if length > size - 8:
-        raise UserError("its header is cut off")
-      header = json.loads(file.read(length))
-    shared = header.pop("__metadata__", None) or {}
-    strange = {name: entry["dtype"] for name, entry in header.items() if entry["dtype"] not in SAFETENSORS}
-    if not strange:
-      tensors = {name: _entry(path, 8 + length, size, entry) for name, entry in header.items()}
-      # Of several names of one tensor save_model keeps one, and tells the others: {other: kept}.
-      return tensors | {name: tensors[kept] for name, kept in shared.items() if kept in tensors and name not in tensors}
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(f"{path} is damaged or not a safetensors file ({error}); fetch it again.") from error
-  raise NotRead(path, strange)
+      header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {name: str(entry["dtype"]) for name, entry in header.items() if name != "__metadata__"}
+  except (ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
+    return {}
 
 
-def _entry(path: pathlib.Path, base: int, size: int, entry: dict[str, Any]) -> LazyTensor:
-  dtype, shape = np.dtype(SAFETENSORS[entry["dtype"]]), tuple(entry["shape"])
-  begin, end = entry["data_offsets"]
-  if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-    raise UserError(f"shape {list(shape)} does not fit the bytes {begin} to {end}")
-  if base + end > size:
-    raise UserError(f"{base + end - size} bytes are missing at its end")
-  return LazyTensor(path, base + begin, dtype, shape, contiguous(shape))
+def _check_kinds(path: pathlib.Path, kinds: Mapping[str, str]) -> None:
+  if strange := {name: kind for name, kind in kinds.items() if kind not in SAFETENSORS}:
+    raise NotRead(path, strange)
 
 
 def _unwrap(content: Any, path: pathlib.Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:

@@ -1,14 +1,13 @@
-"""A state dict written in PyTorch's own file formats, tensor by tensor and in the order given, without PyTorch."""
+"""A state dict written as PyTorch's .pth, tensor by tensor and in the order given, or as .safetensors; no PyTorch."""
 
 import functools
-import json
 import pathlib
 import pickle
-import struct
 import zipfile
 from collections.abc import Mapping
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from vpd_jax.convert.formats.lazy_tensor import contiguous
 from vpd_jax.convert.formats.pickles import STORAGES
@@ -21,7 +20,7 @@ def write(path: str | pathlib.Path, state: Mapping[str, np.ndarray], *, wrapper:
   """Writes a state dict; the file appears under its name only when it is complete.
 
   Args:
-    path: ends in .pth or .safetensors.
+    path: ends in .pth or .safetensors, in which tensors have no order: the library sorts them.
     state: arrays in PyTorch's names and layouts.
     wrapper: key of the state dict in a .pth, as the authors save: "model", or mmsegmentation's "state_dict".
 
@@ -36,17 +35,11 @@ def write(path: str | pathlib.Path, state: Mapping[str, np.ndarray], *, wrapper:
 
 
 def _write_safetensors(path: pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
+  """The library scrambles arrays that are not contiguous, in silence."""
   names = {np.dtype(dtype): name for name, dtype in SAFETENSORS.items()}
-  header, end = {}, 0
   for name, array in state.items():
-    begin, end = end, end + array.nbytes
-    header[name] = {"dtype": _known(names, name, array), "shape": list(array.shape), "data_offsets": [begin, end]}
-  text = json.dumps(header).encode()
-  text += b" " * (-len(text) % 8)
-  with path.open("wb") as file:
-    file.write(struct.pack("<Q", len(text)) + text)
-    for array in state.values():
-      file.write(_bytes(array))
+    _known(names, name, array)
+  save_file({name: np.asarray(array, order="C") for name, array in state.items()}, path)
 
 
 def _write_pth(path: pathlib.Path, state: Mapping[str, np.ndarray], *, wrapper: str) -> None:

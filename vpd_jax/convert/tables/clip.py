@@ -3,10 +3,9 @@
 Our names are theirs with '/' for '.'. The text encoder also comes inside Stable Diffusion files.
 """
 
-import functools
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from etils import epath
 
 from vpd_jax.convert import fetch
 from vpd_jax.convert.formats import weight_files
-from vpd_jax.convert.rules import Drop, Rule, convert, drop, embedding, plain
+from vpd_jax.convert.rules import Drop, Rule, Shaped, convert, drop, embedding, plain
 from vpd_jax.errors import UserError
 from vpd_jax.models.backbones.clip_text import ACTIVATIONS
 
@@ -23,6 +22,7 @@ PREFIXES = ("cond_stage_model.transformer.text_model.", "cond_stage_model.transf
 IMAGE_PREFIXES = ("vision_model.", "")
 OTHER_PARTS = r"(vision_model|visual_projection)\..*|logit_scale"
 TEXT_PARTS = r"(text_model|text_projection)\..*|logit_scale"
+TEXT_FOLDER = "text_encoder"  # of a diffusers folder
 WANTED = "the folder of a whole CLIP in Hugging Face's names, such as openai/clip-vit-large-patch14"
 
 
@@ -100,7 +100,7 @@ def image(source: Iterable[str], *, projected: bool) -> list[Rule | Drop]:
   ]
 
 
-def load_image(path: str | epath.PathLike, targets: Mapping[str, Any], *, projected: bool) -> dict[str, np.ndarray]:
+def load_image(path: str | epath.PathLike, targets: Mapping[str, Shaped], *, projected: bool) -> dict[str, np.ndarray]:
   """The image encoder of a folder of CLIP or of a single file, on the host.
 
   Args:
@@ -111,31 +111,46 @@ def load_image(path: str | epath.PathLike, targets: Mapping[str, Any], *, projec
   Raises:
     ValueError: a source that cannot be read, is none, or does not fit; everything at once.
   """
-  return _load(path, functools.partial(image, projected=projected), targets, "CLIP image encoder")
+  return _load(path, fetch.local(path), image, targets, projected=projected)
 
 
-def load_text(path: str | epath.PathLike, targets: Mapping[str, Any], *, projected: bool) -> dict[str, np.ndarray]:
-  """The text encoder of a folder of CLIP or of a single file; as `load_image`."""
-  return _load(path, functools.partial(text, projected=projected), targets, "CLIP text encoder")
+def load_text(
+  path: str | epath.PathLike, targets: Mapping[str, Shaped], *, projected: bool = False
+) -> dict[str, np.ndarray]:
+  """The text encoder of a folder of CLIP or of a single file; as `load_image`.
+
+  Without the projection also of a diffusers folder, as which one on the hub or in a bucket is taken, or of a CompVis
+  file.
+  """
+  place = fetch.local(path, () if projected else (TEXT_FOLDER,))
+  inner = place / TEXT_FOLDER
+  return _load(path, inner if inner.is_dir() else place, text, targets, projected=projected)
 
 
-def _load(path: str | epath.PathLike, table: Any, targets: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
-  place = fetch.local(path)
+def _load(
+  path: str | epath.PathLike,
+  place: pathlib.Path,
+  table: Callable[..., list[Rule | Drop]],
+  targets: Mapping[str, Shaped],
+  *,
+  projected: bool,
+) -> dict[str, np.ndarray]:
+  """One of the encoders, out of what lies at `place`; messages name `path`."""
   if not place.exists():
     raise UserError(f"{str(path)!r} does not exist; give {WANTED}.")
   weights = weight_files.open_folder(place, ("",)) if place.is_dir() else weight_files.open_file(place)
   try:
-    rules = table(weights.tensors)
+    rules = table(weights.tensors, projected=projected)
   except UserError as error:
     raise UserError(f"{path}: {error}") from error
-  return convert(weights.tensors, rules, targets, table=f"{name} of {path}")[0]
+  return convert(weights.tensors, rules, targets, table=f"CLIP {table.__name__} encoder of {path}")[0]
 
 
 def holds_text(path: str | epath.PathLike) -> bool:
   """Whether a Stable Diffusion source, a diffusers folder or a single file, has a text encoder that can be read."""
   path = fetch.local(path)
   if path.is_dir():
-    return (path / "text_encoder").is_dir()
+    return (path / TEXT_FOLDER).is_dir()
   names = weight_files.open_file(path).tensors
   return any(f"{prefix}final_layer_norm.weight" in names for prefix in PREFIXES)
 

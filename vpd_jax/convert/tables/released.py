@@ -1,17 +1,21 @@
 """The authors' fine-tuned checkpoints: Stable Diffusion's table under a prefix, plus adapter, neck and head."""
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
+from vpd_jax.convert.formats.lazy_tensor import LazyTensor
 from vpd_jax.convert.rules import (
   BATCH_NORM,
   COUNTER,
+  DROP_COUNTERS,
   LAYER,
   Drop,
   Rule,
+  Shaped,
   bias,
   conv,
   deconv,
@@ -24,6 +28,7 @@ from vpd_jax.convert.rules import (
 from vpd_jax.convert.tables import released_referring, released_segmentation, stable_diffusion
 from vpd_jax.errors import UserError
 
+AnyShaped = TypeVar("AnyShaped", bound=Shaped)
 _UNET = "encoder.unet.unet.diffusion_model"
 _LAST_BLOCK = "encoder.cross_unet_conv2"  # of MetaPrompts' UNet: its first name
 MOST_STEPS = released_segmentation.MOST_STEPS  # of refinement; each has rules of its own
@@ -53,7 +58,7 @@ def vpd_depth() -> list[Rule | Drop]:
     *stable_diffusion.unet(_UNET, out=False),
     Rule("encoder.text_adapter", "method/text_adapter"),
     *_depth_head(),
-    drop(rf".*\.{COUNTER}", "our state counts the steps once", optional=True),
+    DROP_COUNTERS,
   ]
 
 
@@ -81,7 +86,7 @@ def meta_prompts_depth() -> list[Rule | Drop]:
     drop(r"encoder\.cross_unet_conv([3-9]|[1-9]\d+)\..*", repeated, optional=True),
     drop(rf"{re.escape(_UNET)}\.out\..*", repeated, optional=True),
     *_depth_head(),
-    drop(rf".*\.{COUNTER}", "our state counts the steps once", optional=True),
+    DROP_COUNTERS,
   ]
 
 
@@ -105,9 +110,8 @@ SIGNATURES = {
   **released_segmentation.SIGNATURES,
   "vpd_refer": released_referring.SIGN,
 }
-# What of a model no release holds, whatever its config: CLIP's towers, which come from CLIP.
+# What of a model no file of a release holds, found in "/" + name: CLIP's towers, which come from CLIP.
 CLIP = (r"^/method/text_encoder/", r"^/method/class_predictor/")
-OUTSIDE = dict.fromkeys(TABLES, CLIP)  # What the file of a release need not hold, found in "/" + name.
 # Under which key of a .pth the authors' code looks for weights, where not under "model".
 WRAPPERS = dict.fromkeys(released_segmentation.SIGNATURES, released_segmentation.WRAPPER)
 
@@ -143,12 +147,12 @@ def of(method: str, task: str) -> str:
   return release
 
 
-def inside(named: Mapping[str, Any], release: str) -> dict[str, Any]:
-  """The arrays of a model, or their shapes, that a file of the release holds."""
-  return {name: x for name, x in named.items() if not any(re.search(p, "/" + name) for p in OUTSIDE[release])}
+def inside(named: Mapping[str, AnyShaped]) -> dict[str, AnyShaped]:
+  """The arrays of a model, or their shapes, that the file of a release holds."""
+  return {name: x for name, x in named.items() if not any(re.search(pattern, "/" + name) for pattern in CLIP)}
 
 
-def named_for(release: str, source: Mapping[str, Any], targets: Mapping[str, Any]) -> dict[str, Any]:
+def named_for(release: str, source: Mapping[str, LazyTensor], targets: Iterable[str]) -> dict[str, LazyTensor]:
   """The tensors of a file, those of a module with several names also under the name that the table reads.
 
   Args:
@@ -163,7 +167,7 @@ def named_for(release: str, source: Mapping[str, Any], targets: Mapping[str, Any
   return found | dict(source)
 
 
-def manifest(shapes: Mapping[str, Any], rules: list[Rule | Drop]) -> list[dict[str, Any]]:
+def manifest(shapes: Mapping[str, Shaped], rules: list[Rule | Drop]) -> list[dict[str, Any]]:
   """Entries {name, shape, dtype} of the authors' state dict, in its order, for a model of these shapes.
 
   Args:
@@ -188,7 +192,7 @@ def manifest(shapes: Mapping[str, Any], rules: list[Rule | Drop]) -> list[dict[s
 
 
 def state_dict(
-  named: Mapping[str, Any], rules: list[Rule | Drop], entries: Sequence[Mapping[str, Any]], step: int
+  named: Mapping[str, npt.ArrayLike], rules: list[Rule | Drop], entries: Sequence[Mapping[str, Any]], step: int
 ) -> dict[str, np.ndarray]:
   """The authors' state dict of our arrays: `rules.export`, with the constants that some releases hold beside them.
 

@@ -1,11 +1,11 @@
 """The authors' checkpoints of referring segmentation: VPD on RefCOCO, RefCOCO+ (40 tokens) and RefCOCOg (77).
 
-They hold no text encoder: CLIP's stays as it was and is loaded by itself, see released.OUTSIDE.
+They hold no text encoder: CLIP's stays as it was and is loaded by itself, see released.CLIP.
 
 Source: VPD refer/models_refer/model.py, class VPDRefer; refer/train.py (entry "model").
 """
 
-from vpd_jax.convert.rules import BATCH_NORM, COUNTER, LAYER, Drop, Rule, drop, plain
+from vpd_jax.convert.rules import BATCH_NORM, DROP_COUNTERS, LAYER, Drop, Rule, plain
 from vpd_jax.convert.tables import stable_diffusion
 
 SIGN = "classifier.conv1_4."  # a prefix that no other release has
@@ -25,5 +25,5 @@ def vpd_refer() -> list[Rule | Drop]:
     *stable_diffusion.unet("unet.unet.diffusion_model", out=True),
     Rule("text_adapter", "method/text_adapter"),
     Rule("classifier", "head", (*LAYER, *BATCH_NORM)),
-    drop(rf".*\.{COUNTER}", "our state counts the steps once", optional=True),
+    DROP_COUNTERS,
   ]

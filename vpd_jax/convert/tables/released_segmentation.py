@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vpd_jax.convert.rules import BATCH_NORM, COUNTER, LAYER, Drop, Rule, drop, plain
+from vpd_jax.convert.rules import BATCH_NORM, DROP_COUNTERS, LAYER, Drop, Rule, drop, plain
 from vpd_jax.convert.tables import stable_diffusion
 
 WRAPPER = "state_dict"  # under which mmsegmentation looks for weights
@@ -46,7 +46,7 @@ def _mmseg_head(name: str) -> Rule:
 def _not_ours() -> list[Drop]:
   return [
     drop(rf"{_SHELL}\..*", "constants of the noise schedule", optional=True),
-    drop(rf".*\.{COUNTER}", "our state counts the steps once", optional=True),
+    DROP_COUNTERS,
   ]
 
 
