@@ -33,9 +33,15 @@ try:
   from vpd_jax import experiment as assemble
   from vpd_jax.config import loader as config_file
   from vpd_jax.distributed import sharding
-  from vpd_jax.training import train
 except ImportError:  # a checkout from before the modules were sorted into folders
-  from vpd_jax import assemble, config_file, sharding, train
+  from vpd_jax import assemble, config_file, sharding
+try:
+  from vpd_jax.training import compilation as training
+except ImportError:  # a checkout from before training was split up
+  try:
+    from vpd_jax.training import train as training
+  except ImportError:
+    from vpd_jax import train as training
 config = config_file.load("configs/nyu_depth.py:vpd")
 product = assemble.assemble(config)
 mesh = sharding.make_mesh(1, 1)
@@ -46,7 +52,7 @@ batch = {
   "class_id": jax.ShapeDtypeStruct((size,), np.int32),
 }
 begun = time.process_time()
-train.lower_step(config, product, mesh, {name: batch[name] for name in product.keys})
+training.lower_step(config, product, mesh, {name: batch[name] for name in product.keys})
 print(f"cpu {time.process_time() - begun:.2f}")
 """
 

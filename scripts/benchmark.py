@@ -38,7 +38,7 @@ from vpd_jax.experiment import Product
 from vpd_jax.files import atomic
 from vpd_jax.monitoring import chips, profiler, xla_cost
 from vpd_jax.planning import plan
-from vpd_jax.training import train
+from vpd_jax.training import compilation, session
 
 FLAGS = flags.FlagValues()  # of its own: vpd_jax.main has flags of the same names
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file and words", flag_values=FLAGS)
@@ -118,7 +118,7 @@ def read(config: ConfigDict, product: Product, mesh: Any, state: Any) -> pipelin
   """The training batches of a run."""
   dataset = experiment.dataset(config, product)
   encodings = encoder_cache.EncoderCache(config, product, dataset, mesh)
-  return train._batches(config, product, dataset, mesh, 0, lambda local: encodings(local, state.frozen))
+  return session.training_batches(config, product, dataset, mesh, 0, lambda local: encodings(local, state.frozen))
 
 
 def longest(step: Callable[[Any], Any], batches: Iterator[Any], text: str, steps: int = 3) -> list[dict[str, Any]]:
@@ -149,7 +149,7 @@ def ours(config: ConfigDict) -> Result:
     result["forward_ms"] = statistics.median(times)
     del forward, weights  # the step takes the memory of its state over
   begin = time.perf_counter()
-  compiled = train.compile_step(config, product, mesh, batch)
+  compiled = compilation.compile_step(config, product, mesh, batch)
   result["compile_s"] = time.perf_counter() - begin
   losses = []
 
@@ -245,7 +245,7 @@ def main() -> None:
   # The other side first: on a GPU, JAX takes most of the memory with the first thing it does, and keeps it.
   sides = {"torch": torch_side(config)} if VERSUS.value else {}
   sides["ours"] = ours(config)
-  flops = train.model_flops(config, step_shapes(config, experiment.assemble(config)))
+  flops = compilation.model_flops(config, step_shapes(config, experiment.assemble(config)))
   results: Result = {name: with_rates(side, config.data.batch_size, flops) for name, side in sides.items()}
   print("\n".join(report(result) for result in results.values()), flush=True)
   if VERSUS.value:

@@ -23,7 +23,7 @@ from vpd_jax.data import pipeline
 from vpd_jax.data.readers import referring
 from vpd_jax.distributed import sharding
 from vpd_jax.evaluation import encoder_cache, evaluate
-from vpd_jax.training import train
+from vpd_jax.training import compilation
 
 BATCHES = flags.DEFINE_integer("batches", 8, "of each pass", lower_bound=2, flag_values=benchmark.FLAGS)
 PROTOCOLS = ("inside the network", "once a picture", "kept in memory")
@@ -65,7 +65,7 @@ def measure(config: Any) -> dict[str, dict[str, float]]:
     nonlocal state
     names = frozenset(batch)
     if names not in compiled:
-      compiled[names] = train.compile_step(config, product, mesh, batch)
+      compiled[names] = compilation.compile_step(config, product, mesh, batch)
     state, logs = compiled[names](state, batch)
     return logs["train/loss"]
 

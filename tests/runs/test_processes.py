@@ -17,7 +17,7 @@ from vpd_jax import experiment
 from vpd_jax.checkpoints import initialize
 from vpd_jax.distributed import multiprocess
 from vpd_jax.evaluation import evaluate
-from vpd_jax.training import train
+from vpd_jax.training import session
 
 SECONDS = 400  # after which a process is ended
 SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_NUM_TASKS": "2"}
@@ -33,7 +33,7 @@ from vpd_jax.checkpoints.checkpointer import Checkpoints
 from vpd_jax.data import pipeline
 from vpd_jax.distributed import multiprocess, sharding
 from vpd_jax.evaluation import evaluate
-from vpd_jax.training import train
+from vpd_jax.training import session, train
 
 def terminate_when(ready):
   while not ready():
@@ -155,7 +155,8 @@ def test_the_loop_in_two_processes_sees_the_batches_and_gives_the_scores_of_one(
   begin = config(1)
   product, mesh = experiment.assemble(begin), devices.make_mesh("one")
   state, _ = initialize.new_state(begin, product, mesh)
-  with contextlib.closing(train._batches(begin, product, experiment.dataset(begin, product), mesh, 0)) as batches:
+  dataset = experiment.dataset(begin, product)
+  with contextlib.closing(session.training_batches(begin, product, dataset, mesh, 0)) as batches:
     batch = next(batches)
   total = jax.jit(devices.forward(product, 0))(state, batch)
   assert logged[1]["train/loss"] == pytest.approx(float(total.value / total.weight), rel=1e-5)

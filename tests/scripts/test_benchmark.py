@@ -11,7 +11,7 @@ from tests.helpers.loaded_scripts import load
 from vpd_jax import experiment
 from vpd_jax.config import loader
 from vpd_jax.distributed import sharding
-from vpd_jax.training import train
+from vpd_jax.training import compilation
 
 QUICK = {"xla_backend_optimization_level": 0}
 
@@ -31,7 +31,7 @@ def config_of(**changes):
 
 
 def model_flops(benchmark, config):
-  return train.model_flops(config, benchmark.step_shapes(config, experiment.assemble(config)))
+  return compilation.model_flops(config, benchmark.step_shapes(config, experiment.assemble(config)))
 
 
 def test_rates_follow_from_the_times(benchmark):

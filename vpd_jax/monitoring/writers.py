@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
+import jax
 import numpy as np
 from absl import logging
 from etils import epath
@@ -175,6 +176,12 @@ class Progress:
       "perf/img_per_sec_per_chip": speed / self._devices,
     }
     return line, scalars
+
+
+def log(line: str) -> None:
+  """Prints a line to the terminal, from the first process only."""
+  if jax.process_index() == 0:
+    print(line, flush=True)
 
 
 def duration(seconds: float) -> str:

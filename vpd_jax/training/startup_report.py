@@ -1,7 +1,5 @@
 """What a run says of itself at the start: devices, weights, groups, parameters, config."""
 
-from collections.abc import Callable
-
 import jax
 from etils import epath
 from jax.sharding import Mesh
@@ -22,7 +20,6 @@ def describe(
   workdir: str,
   lines: list[str],
   begin: int,
-  log: Callable[[str], None],
 ) -> None:
   """Prints and writes it; process 0 writes.
 
@@ -32,19 +29,18 @@ def describe(
     workdir: gets config.json and, where the run is new, parameters.txt.
     lines: on weights and data.
     begin: finished steps.
-    log: takes a line for the terminal.
   """
   devices = jax.devices()
   local = config.data.batch_size // mesh.size
-  log(
+  writers.log(
     f"jax {jax.__version__}, {len(devices)} {devices[0].device_kind} devices, mesh {dict(mesh.shape)}, "
     f"batch {config.data.batch_size} = {mesh.size} x {local}, workdir {workdir}"
   )
-  log("\n".join([*lines, *product.method.notes]))
+  writers.log("\n".join([*lines, *product.method.notes]))
   groups = writers.table(
     [("group", "lr x", "decay x", "arrays", "numbers", "first"), *optim.table(product.groups, product.parts.shapes)]
   )
-  log(groups)
+  writers.log(groups)
   if jax.process_index() == 0:
     atomic.write(epath.Path(workdir) / "config.json", initialize.to_json(config) + "\n")
   if jax.process_index() == 0 and begin == 0:
