@@ -188,7 +188,7 @@ def test_an_error_in_one_process_ends_both_with_a_line_each(pair):
   _, _, outputs, codes = pair
   assert codes == [2, 2]
   assert outputs[1].splitlines()[-1] == "process 1: error: picture 7 is broken"
-  assert outputs[0].splitlines()[-1] == "process 0: process 1 has ended. error: picture 7 is broken"
+  assert outputs[0].splitlines()[-1] == "process 0: process 1 failed. error: picture 7 is broken"
 
 
 GIVEN = {"coordinator_address": "host:1234", "num_processes": 4, "process_id": 3}
@@ -220,7 +220,7 @@ def test_who_belongs_to_the_run(flags, environment, expected):
     ((None, None, 1), {}, r"without \['coordinator_address', 'num_processes'\]; give each of them"),
     (("host:1234", 4, 4), {}, "--process_id=4 of --process_count=4 processes does not exist"),
     (("host", 4, 1), {}, "--coordinator_address='host' has no port; write HOST:PORT"),
-    ((None, None, None), {"JAX_PROCESS_COUNT": "two"}, "JAX_PROCESS_COUNT='two' is no number"),
+    ((None, None, None), {"JAX_PROCESS_COUNT": "two"}, "JAX_PROCESS_COUNT='two' is not a number"),
   ],
 )
 def test_a_wrong_set_of_processes_is_refused(flags, environment, message):
@@ -251,5 +251,7 @@ def test_processes_that_do_not_come_are_one_line(tmp_path):
     given = [f"--process_id={index}", f"--workdir={tmp_path / 'run'}"]
     done = subprocess.run([sys.executable, *command, *address, *given], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
-    assert re.fullmatch(r"error: this process did not find .* nothing for 2 s\. .*--process_count=1\.\n", done.stderr)
+    assert re.fullmatch(
+      r"error: could not reach the coordinator .* no answer for 2 s\. .*--process_count=1\.\n", done.stderr
+    )
   assert not list(tmp_path.iterdir())

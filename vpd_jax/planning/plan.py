@@ -124,7 +124,7 @@ def memory_of(device: Device) -> int:
     told = int((device.memory_stats() or {}).get("bytes_limit", 0))
   except (jax.errors.JaxRuntimeError, NotImplementedError):  # it is not there
     told = 0
-  chip = chips.of(device.device_kind)
+  chip = chips.chip_for(device.device_kind)
   return told or int((chip and chip.memory) or 0)
 
 

@@ -15,12 +15,12 @@ from vpd_jax.types import Batch
 
 
 def compile_step(config: ConfigDict, product: Product, mesh: Mesh, batch: Batch) -> jax.stages.Compiled:
-  """The jitted step for this state and batch, compiled once; the state it is given is donated."""
+  """Compiles the training step for the state of this config and a batch; the state is donated."""
   return lower_step(config, product, mesh, batch).compile(xla_cost.compiler_options(mesh))
 
 
 def lower_step(config: ConfigDict, product: Product, mesh: Mesh, batch: Batch) -> jax.stages.Lowered:
-  """The jitted step before it is compiled; `batch` and the devices of `mesh` may be mere descriptions."""
+  """Traces and lowers the training step; `batch` may be ShapeDtypeStructs, and `mesh` of devices that do not exist."""
   where = initialize.state_shardings(config, product, mesh)
   options = {field: config.optim[field] for field in ("loss_group", "accumulation", "ema_decay")}
   step = make_step(product, **options, seed=config.seed, mesh=mesh, gather=initialize.gather(config, product, mesh))
@@ -35,12 +35,13 @@ def lower_step(config: ConfigDict, product: Product, mesh: Mesh, batch: Batch) -
 
 
 def model_flops(config: ConfigDict, batch: Batch) -> float:
-  """Operations of one training step, all devices together, see xla_cost.model_flops: recomputation is left out, and
-  every kernel of attention counts alike.
+  """Floating point operations of one training step on all devices together, see xla_cost.model_flops.
+
+  Does not count recomputation, and does not depend on the attention kernel.
 
   Args:
     config: of the run.
-    batch: that of a step, arrays or descriptions.
+    batch: of a step, arrays or ShapeDtypeStructs.
   """
   plain = {"backbone.attention": "xla", "backbone.remat": False, "optim.accumulation": 1}
   config = loader.changed(config, plain)

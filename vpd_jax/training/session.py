@@ -27,7 +27,7 @@ from vpd_jax.types import Batch
 
 
 class TrainingSession:
-  """A run from the last checkpoint of its workdir, or from its initial weights; use it in a `with`.
+  """A training run from the last checkpoint of its workdir, or from its initial weights; use it in a `with`.
 
   Attributes:
     state: TrainState after `step`.
@@ -104,7 +104,7 @@ class TrainingSession:
       # XLA counts the body of a loop once: the parts of an accumulated batch are one.
       self._flops = (compiled.cost_analysis() or {}).get("flops", 0.0) * self._config.optim.accumulation
       # Counting takes seconds of tracing, and a share of the peak is known on accelerators only.
-      known = chips.of(self._mesh.devices.flat[0].device_kind)
+      known = chips.chip_for(self._mesh.devices.flat[0].device_kind)
       self._model_flops = compilation.model_flops(self._config, first) / self._mesh.size if known else 0.0
       memory = xla_cost.memory_summary(compiled)
       log(f"compiled; {self._flops / 1e9:.1f} GFLOP and {memory} per device and step; {seconds}")
@@ -115,7 +115,7 @@ class TrainingSession:
     """Trains on the next batch; returns before the devices have finished."""
     batch = next(self._input)
     self.step += 1
-    self._profiler.before(self.step - self._begin, self._logs)
+    self._profiler.on_step_start(self.step - self._begin, self._logs)
     self.state, self._logs = self._compiled(self.state, batch)
     self._unchecked.append((self.step, self._logs["train/loss"], self._logs["norm/gradients"]))
 
@@ -139,7 +139,7 @@ class TrainingSession:
       self._checkpoints.save(self.step, self.state, initialize.to_json(self._config), force=wait)
 
   def evaluate(self) -> None:
-    """Evaluates, adds the scores to the checkpoint, writes and logs them; nothing of it where it is stopped."""
+    """Evaluates, adds the scores to the checkpoint, and logs them; does nothing if it is stopped."""
     with self._progress.pause():
       state = self.state
       result = self._evaluator.run((state.ema or state.params, state.frozen, state.stats), self.guard.should_stop)
@@ -158,7 +158,7 @@ class TrainingSession:
     return bool(self._checkpoints.scores(self.step))
 
   def report_stop(self) -> None:
-    """Says so where the run was stopped before its end, once the checkpoint is on disk."""
+    """Logs that the run was stopped early, after the checkpoint is on disk."""
     if self.guard.requested and (self.step < self._config.num_steps or self._scored_step != self.step):
       self._checkpoints.wait()
       log(f"stopped by SIGTERM after step {self.step}, which is saved; the same command goes on from there")

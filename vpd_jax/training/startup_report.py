@@ -1,4 +1,4 @@
-"""What a run says of itself at the start: devices, weights, groups, parameters, config."""
+"""Start-up report: devices, weights, parameter groups, parameters, config."""
 
 import jax
 from etils import epath
@@ -21,14 +21,14 @@ def describe(
   lines: list[str],
   begin: int,
 ) -> None:
-  """Prints and writes it; process 0 writes.
+  """Prints the report, and writes its files from process 0.
 
   Args:
     config, product, mesh: of the run.
-    writer: gets config, groups and parameters where the run is new.
-    workdir: gets config.json and, where the run is new, parameters.txt.
-    lines: on weights and data.
-    begin: finished steps.
+    writer: for config, groups and parameters, if the run is new.
+    workdir: for config.json and, if the run is new, parameters.txt.
+    lines: about weights and data.
+    begin: number of finished steps.
   """
   devices = jax.devices()
   local = config.data.batch_size // mesh.size

@@ -15,24 +15,24 @@ from vpd_jax.experiment import Product
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.types import Array, Batch, Branch, Loss, Outputs, ParamDict, Task, TrainState
 
-SMALL = 2**16  # numbers
+SMALL = 2**16  # elements
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
 def group_losses(task: Task, outputs: Outputs, batch: Batch, branches: tuple[Branch, ...], group: int) -> Loss:
-  """Sums of loss, weight and logs over groups of consecutive images and over branches.
+  """Sums loss, weight and logs over groups of consecutive images and over branches.
 
   Args:
-    task: has the loss of one group.
-    outputs: [len(branches) * B, ...] each, branch by branch.
+    task: defines the loss of one group.
+    outputs: [len(branches) * B, ...] each, ordered by branch.
     batch: [B, ...] each.
-    branches: with their weights.
-    group: images per group, 0 for all B.
+    branches: of the method, with their weights.
+    group: images per group; 0 is one group of all B.
 
   Returns:
-    Loss(sum of weight * value, sum of weight, sums of weight * log): divided by the weight they are the means over the
-    groups that have something to learn from. Sums, so that parts of an accumulated batch add up exactly.
+    Loss(sum of weight * value, sum of weight, sums of weight * log). Divided by the weight they are means over the
+    groups with valid ground truth; sums add up exactly over the parts of an accumulated batch.
   """
   size = batch["image"].shape[0]
   group = group or size
@@ -57,11 +57,15 @@ def make_gradients(
   mesh: Mesh | None = None,
   gather: initialize.Gather = lambda named: named,
 ) -> Callable[..., Any]:
-  """(params, frozen, stats, batch, key) -> (gradients, loss, logs, new stats); the key is for dropout.
+  """Makes (params, frozen, stats, batch, key) -> (gradients, loss, logs, new stats); the key is for dropout.
 
-  With `accumulation` the batch is cut into that many consecutive parts, each of whole groups; sums of loss, weight and
-  gradients add up over them, and the statistics of all parts start from the same ones, so that the result is that of
-  the whole batch. On a `mesh` every part is spread over all devices; left alone, the parts themselves would be.
+  Args:
+    product: of the config.
+    loss_group: images per group of the loss, see `group_losses`.
+    accumulation: number of consecutive parts of the batch, each of whole groups, over which loss, weight and gradients
+      are summed. The statistics of all parts start from the same values, so that the result is that of the batch.
+    mesh: shards every part over all devices; without it, whole parts would be distributed among the devices.
+    gather: all-gathers parameters that are split over devices.
   """
   parts, task = product.parts, product.task
   branches = product.method.branches(True)
@@ -98,7 +102,13 @@ def make_gradients(
 def make_update(
   product: Product, *, ema_decay: float = 0.0, devices: int = 1
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-  """(state, gradients, loss, logs, new stats) -> (next state, logs): the optimizer's half of a step."""
+  """Makes (state, gradients, loss, logs, new stats) -> (next state, logs), the optimizer's part of a step.
+
+  Args:
+    product: of the config.
+    ema_decay: of the running mean of the parameters, where the state has one.
+    devices: of the mesh.
+  """
   labels = {product.groups.label[name]: multiplier for name, multiplier in sorted(product.groups.lr.items())}
 
   def update(state: TrainState, grads: ParamDict, loss: Array, logs: dict[str, Array], stats: ParamDict):
@@ -126,9 +136,10 @@ def make_step(
   mesh: Mesh | None = None,
   gather: initialize.Gather = lambda named: named,
 ) -> Step:
-  """The training step: pure, from state and batch to state and logs, to be jitted once with the state donated.
+  """Makes the training step, a pure function (state, batch) -> (state, logs); jit it with the state donated.
 
-  Dropout's random numbers come from `seed` and the number of the step, so that a run that goes on draws the same ones.
+  The random numbers of dropout depend on `seed` and the step only, so that a resumed run draws the same ones. All
+  other arguments are those of `make_gradients` and `make_update`.
   """
   gradients = make_gradients(product, loss_group=loss_group, accumulation=accumulation, mesh=mesh, gather=gather)
   update = make_update(product, ema_decay=ema_decay, devices=1 if mesh is None else mesh.size)
@@ -141,19 +152,19 @@ def make_step(
 
 
 def _norm(grads: ParamDict, devices: int) -> Array:
-  """The norm of all gradients.
+  """The global norm of the gradients.
 
-  On one device small ones are joined to one vector, for XLA on CPU makes several programs of every sum; on several the
-  partitioner would gather each of them first.
+  On one device, small gradients are concatenated, because XLA on CPU compiles several kernels for every sum. On several
+  devices the partitioner would all-gather each of them first.
   """
   joined = lambda g: devices == 1 and g.size < SMALL
   small = [g if g.ndim == 1 else g.reshape(-1) for g in grads.values() if joined(g)]
   parts = [g for g in grads.values() if not joined(g)] + ([jnp.concatenate(small)] if small else [])
-  # Behind a barrier: else XLA on CPU writes the squares down, once for this and for Adam, at four times the cost.
+  # Without the barrier, XLA on CPU stores the squares for this sum and for Adam, at four times the cost.
   return jnp.sqrt(sum(_sum_of_squares(g) for g in jax.lax.optimization_barrier(parts)))
 
 
 @jax.jit
 def _sum_of_squares(x: Array) -> Array:
-  """Traced once for all arrays of a shape."""
+  """Jitted, so that it is traced once per shape."""
   return jnp.square(x).sum()
