@@ -1,12 +1,12 @@
-"""What one accelerator does: ours beside PyTorch, images a second of every task, what each saving is worth.
+"""Performance on one accelerator: comparison with PyTorch, images per second of every task, effect of each saving.
 
-python benchmarks/accelerator.py              # every cell that benchmarks/accelerator.json does not hold yet
+python benchmarks/accelerator.py              # all cells missing in benchmarks/accelerator.json
 python benchmarks/accelerator.py --only "VPD depth NYU" remat
-python benchmarks/accelerator.py --write      # docs/performance.md from that file, without any run
-python benchmarks/accelerator.py --tiny --results=tiny.json     # the same with tiny networks, in minutes, on a CPU too
+python benchmarks/accelerator.py --write      # docs/performance.md from that file, without runs
+python benchmarks/accelerator.py --tiny --results=tiny.json     # tiny networks, in minutes, also on a CPU
 
-Each cell is a command `scripts/benchmark.py` with made-up weights and batches in a process of its own, the most
-important first; ended from outside, it goes on where it was. One that fails, as for want of memory, is kept as such.
+Each cell is a command `scripts/benchmark.py` with random weights and synthetic batches in a separate process, the
+most important first. After an interruption the same command continues. Failures, e.g. out of memory, are stored too.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from typing import Any, NamedTuple
 
-import kept
+import results_store
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "accelerator.json"
@@ -33,8 +33,8 @@ class Cell(NamedTuple):
   Attributes:
     config: file and words below configs/.
     batch: images on one device.
-    flags: beside bfloat16, which is that of all.
-    goal: images a second that are wanted of an H200, 0 where nothing is.
+    flags: besides bfloat16.
+    goal: target of images per second on an H200; 0: none.
   """
 
   config: str
@@ -43,8 +43,14 @@ class Cell(NamedTuple):
   goal: float = 0
 
   def command(self, tiny: bool, output: pathlib.Path) -> list[str]:
-    """The words behind `python`."""
-    words = [f"--config=configs/{self.config}", "--made_up", "--config.dtype=bfloat16", *self.flags, f"--json={output}"]
+    """The arguments of `python`."""
+    words = [
+      f"--config=configs/{self.config}",
+      "--synthetic",
+      "--config.dtype=bfloat16",
+      *self.flags,
+      f"--json={output}",
+    ]
     if tiny:
       words[0] += ",tiny"
       words += ["--steps=2", "--warm_up=1"]
@@ -67,7 +73,7 @@ TASKS = AGAINST | {
   "IEDP depth NYU": Cell("nyu_depth.py:iedp", 24),
   "MetaPrompts pose COCO": Cell("coco_pose.py:meta_prompts", 64),
 }
-# Each beside the first cell, from which it differs in one thing.
+# Each differs from the first cell in one option.
 SAVINGS = {
   "plain attention (`backbone.attention=xla`)": Cell(NYU, 24, ("--config.backbone.attention=xla",)),
   "float32 (`dtype=float32`)": Cell(NYU, 24, ("--config.dtype=float32",)),
@@ -79,7 +85,7 @@ CELLS = TASKS | SAVINGS
 
 
 def measure(name: str, results: pathlib.Path, *, tiny: bool, minutes: float) -> None:
-  """Runs the command of a cell and keeps its numbers, or the last line of what it said where it failed."""
+  """Runs the command of a cell, and stores its numbers, or the last line of its error."""
   with tempfile.TemporaryDirectory() as folder:
     output = pathlib.Path(folder) / "result.json"
     command = [sys.executable, *CELLS[name].command(tiny, output)]
@@ -92,7 +98,7 @@ def measure(name: str, results: pathlib.Path, *, tiny: bool, minutes: float) -> 
       result = {"failed": f"not finished after {minutes:g} minutes"}
   if "failed" in result:
     print(f"failed: {result['failed']}", flush=True)
-  kept.keep(results, name, result)
+  results_store.save(results, name, result)
 
 
 def tables(results: dict[str, Result]) -> str:
@@ -123,9 +129,9 @@ def _against(results: dict[str, Result]) -> str:
     sides = result["ours"], result["torch"]
     words = {"step_ms": "training step", "forward_ms": "forward pass"}
     for key, word in words.items():
-      told = [f"{side[key]:.1f} ms" + (f", {_memory(side)}" if key == "step_ms" else "") for side in sides]
+      cells = [f"{side[key]:.1f} ms" + (f", {_memory(side)}" if key == "step_ms" else "") for side in sides]
       lines.append(
-        _row(sides[0]["device"], f"{name}, batch {sides[0]['batch']}: {word}", *told, f"{result['ratio'][key]:.2f}")
+        _row(sides[0]["device"], f"{name}, batch {sides[0]['batch']}: {word}", *cells, f"{result['ratio'][key]:.2f}")
       )
   return "\n".join(lines)
 
@@ -169,20 +175,20 @@ def _longest(results: dict[str, Result]) -> str:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--only", nargs="+", choices=CELLS, metavar="NAME", help="default: all that are not there")
-  parser.add_argument("--minutes", type=float, default=10, help="after which a cell is given up; 0: never")
-  parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="JSON file that holds them")
-  parser.add_argument("--tiny", action="store_true", help="tiny networks, to try the command; needs --results")
+  parser.add_argument("--only", nargs="+", choices=CELLS, metavar="NAME", help="default: all missing ones")
+  parser.add_argument("--minutes", type=float, default=10, help="timeout of a cell; 0: none")
+  parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="JSON file of the results")
+  parser.add_argument("--tiny", action="store_true", help="tiny networks, to test the command; needs --results")
   parser.add_argument("--write", action="store_true", help="only write docs/performance.md")
   options = parser.parse_args()
   if options.tiny and options.results == RESULTS:
-    parser.error("--tiny measures nothing that belongs into benchmarks/accelerator.json; name another --results=FILE")
+    parser.error("results of --tiny do not belong in benchmarks/accelerator.json; give another --results=FILE")
   if options.write:
-    PAGE.write_text(kept.write(PAGE.read_text(), SCRIPT, tables(kept.held(options.results))))
+    PAGE.write_text(results_store.insert(PAGE.read_text(), SCRIPT, tables(results_store.load(options.results))))
     return
-  for name in options.only or [name for name in CELLS if name not in kept.held(options.results)]:
+  for name in options.only or [name for name in CELLS if name not in results_store.load(options.results)]:
     measure(name, options.results, tiny=options.tiny, minutes=options.minutes)
-  print(tables(kept.held(options.results)))
+  print(tables(results_store.load(options.results)))
 
 
 if __name__ == "__main__":

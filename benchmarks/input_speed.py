@@ -1,14 +1,14 @@
 """Images per second of the training input of every data set, per worker, from files and from ArrayRecord shards.
 
-python benchmarks/input_speed.py --folder=/tmp/inputs                                 # made-up pictures of all sets
+python benchmarks/input_speed.py --folder=/tmp/inputs                                 # synthetic data of all sets
 python benchmarks/input_speed.py --folder=/tmp/inputs --only nyu --workers 0 2        # and batches, with workers
 python benchmarks/input_speed.py --config=configs/nyu_depth.py --root=/data/nyu --shards=/data/nyu_shards --workers 0 8
 
 `--shards` is a folder that scripts/prepare_data.py wrote from the same data; without it only the files are read. First
 comes what one core does in a second of processor time: reading and decoding alone, then with the augmentation of
 training. Batches with N workers are timed by the clock; with 0, threads of this process read. Files and shards take
-turns, and the best of the rounds counts, for other programs disturb. All is in the page cache: this is the cost of
-computing, not of a disk or a bucket.
+turns, and the best of the rounds is reported. All files are in the page cache, so that this is the cost of
+computation, not of a disk or a bucket.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import cv2
-import made_up_data
 import numpy as np
+import synthetic_data
 from ml_collections import ConfigDict
 
 from vpd_jax import experiment
@@ -41,8 +41,8 @@ CONFIGS = {
 }
 
 
-def made_up(name: str, folder: Path, count: int) -> tuple[ConfigDict, dict[str, str]]:
-  """The config of a made-up data set, and where its files and shards are, written where they are not."""
+def synthetic(name: str, folder: Path, count: int) -> tuple[ConfigDict, dict[str, str]]:
+  """The config of a synthetic data set, and where its files and shards are, written where they are not."""
   config = loader.load(CONFIGS[name]).unlock()
   if "complete" in config.data:
     config.data.complete = False
@@ -52,7 +52,7 @@ def made_up(name: str, folder: Path, count: int) -> tuple[ConfigDict, dict[str, 
   if not places["files"].exists():
     with atomic.beside(places["files"]) as unfinished:
       unfinished.mkdir()
-      made_up_data.WRITERS[name](unfinished, count)
+      synthetic_data.WRITERS[name](unfinished, count)
   config.data.root = str(places["files"])
   writer.prepare(experiment.dataset(config, experiment.assemble(config)), places["tfds"], name=name, splits=("train",))
   return config.lock(), {form: str(place) for form, place in places.items()}
@@ -134,18 +134,18 @@ def _whole(count: int) -> Callable[[Any], float]:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--folder", type=Path, help="for made-up files and shards; kept for the next call")
-  parser.add_argument("--only", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="made-up data sets")
-  parser.add_argument("--config", help="config file and words, in place of made-up data")
+  parser.add_argument("--folder", type=Path, help="for synthetic files and shards, which are reused")
+  parser.add_argument("--only", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="synthetic data sets")
+  parser.add_argument("--config", help="config file and words, in place of synthetic data")
   parser.add_argument("--root", default="", help="of its files; default: the config's")
   parser.add_argument("--shards", default="", help="folder of its shards")
-  parser.add_argument("--count", type=int, default=60, help="examples; made up, and timed in one thread")
+  parser.add_argument("--count", type=int, default=60, help="examples; generated, and timed in one thread")
   parser.add_argument("--workers", type=int, nargs="*", default=[], help="also batches, with so many workers")
   parser.add_argument("--batches", type=int, default=20, help="that are timed")
   parser.add_argument("--rounds", type=int, default=3)
   options = parser.parse_args()
   if bool(options.folder) == bool(options.config):
-    parser.error("give --folder=DIR for made-up data, or --config=FILE for data of your own")
+    parser.error("give --folder=DIR for synthetic data, or --config=FILE for data of your own")
   cv2.setNumThreads(0)
   heads = [
     "data set",
@@ -159,7 +159,7 @@ def main() -> None:
   times = {name: getattr(options, name) for name in ("count", "workers", "batches", "rounds")}
   for name in options.only if options.folder else [""]:
     if options.folder:
-      config, places = made_up(name, options.folder, options.count)
+      config, places = synthetic(name, options.folder, options.count)
     else:
       config = loader.load(options.config)
       places = {"files": options.root} | ({"tfds": options.shards} if options.shards else {})

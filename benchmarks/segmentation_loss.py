@@ -19,10 +19,10 @@ SIZES = {"1024x1024x19": (1024, 19, 14, 4), "512x512x150": (512, 150, 12, 4)}
 LOSSES = {"CE": {}, "CE + Lovász": {"lovasz": 1.0}, "CE + Lovász + auxiliary": {"lovasz": 1.0, "auxiliary": 0.4}}
 
 BATCH = flags.DEFINE_integer("batch", 1, "images, each a group of its own")
-REPEATS = flags.DEFINE_integer("repeats", 5, "timed runs; the best is told, for other programs disturb")
+REPEATS = flags.DEFINE_integer("repeats", 5, "timed runs; the best is reported")
 
 
-def made(side: int, classes: int, present: int, batch: int) -> tuple[jax.Array, jax.Array]:
+def random_scores(side: int, classes: int, present: int, batch: int) -> tuple[jax.Array, jax.Array]:
   """Scores at the size of the image, float32 [B, 1, H, W, K], and labels, int32 [B, 1, H, W]."""
   rng = np.random.default_rng(0)
   coarse = rng.integers(0, present, (batch, 1, side // 64, side // 64))
@@ -35,7 +35,7 @@ def made(side: int, classes: int, present: int, batch: int) -> tuple[jax.Array, 
 def main(_: list[str]) -> None:
   print(f"{jax.devices()[0].device_kind}, batch {BATCH.value}, value and gradient, best of {REPEATS.value}")
   for size, (side, classes, present, stride) in SIZES.items():
-    logits, label = made(side, classes, present, BATCH.value)
+    logits, label = random_scores(side, classes, present, BATCH.value)
     for name, options in LOSSES.items():
       task = Segmentation(classes=classes, **options)
       outputs = {"logits": logits}

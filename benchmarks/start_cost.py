@@ -1,16 +1,16 @@
-"""What a start costs, in CPU seconds of whole processes, beside another checkout of the project.
+"""CPU seconds of the start of a run, compared with another checkout of the project.
 
 python benchmarks/start_cost.py --other=../vpd_jax_before --other_python=../before/bin/python first_step trace
 
-Each measure runs in both checkouts by turns and prints CPU seconds (user + system, child processes included), wall
-seconds and the ratio. CPU seconds depend less on the neighbors of a shared machine than wall seconds.
+Each measure runs in both checkouts alternately, and prints CPU seconds (user + system, child processes included), wall
+seconds and the ratio. CPU seconds depend less on other programs on a shared machine than wall seconds.
 
   first_step   the command `configs/rooms.py:depth,tiny` without any cache, to the end of its first training step
   trace        imports, `configs/nyu_depth.py:vpd` at full size, and jax.jit(step).lower; the last part alone is printed
   tests        scripts/test.sh from a clean state, then once more with what the first run left
   quickstart   scripts/quickstart.sh from a clean state
 
-The environments are taken as they are: installing is not measured.
+Installing the environments is not measured.
 """
 
 import argparse
@@ -33,9 +33,15 @@ try:
   from vpd_jax import experiment as assemble
   from vpd_jax.config import loader as config_file
   from vpd_jax.distributed import sharding
-  from vpd_jax.training import train
 except ImportError:  # a checkout from before the modules were sorted into folders
-  from vpd_jax import assemble, config_file, sharding, train
+  from vpd_jax import assemble, config_file, sharding
+try:
+  from vpd_jax.training import compilation as training
+except ImportError:  # a checkout from before training was split up
+  try:
+    from vpd_jax.training import train as training
+  except ImportError:
+    from vpd_jax import train as training
 config = config_file.load("configs/nyu_depth.py:vpd")
 product = assemble.assemble(config)
 mesh = sharding.make_mesh(1, 1)
@@ -46,7 +52,7 @@ batch = {
   "class_id": jax.ShapeDtypeStruct((size,), np.int32),
 }
 begun = time.process_time()
-train.lower_step(config, product, mesh, {name: batch[name] for name in product.keys})
+training.lower_step(config, product, mesh, {name: batch[name] for name in product.keys})
 print(f"cpu {time.process_time() - begun:.2f}")
 """
 
@@ -109,7 +115,7 @@ def command(root: pathlib.Path, python: str, *words: str) -> tuple[float, float,
   seconds = after.children_user - before.children_user + after.children_system - before.children_system
   if done.returncode:
     print(done.stdout[-3000:], done.stderr[-2000:], file=sys.stderr)
-    raise SystemExit(f"{root}: {' '.join(words)} ended with {done.returncode}")
+    raise SystemExit(f"{root}: {' '.join(words)} exited with {done.returncode}")
   return seconds, time.monotonic() - begun, done.stdout
 
 

@@ -63,7 +63,7 @@ def make_vae(sizes: Settings) -> diffusers.AutoencoderKL:
 
 
 class Encoder(nn.Module):
-  """Picture and class to one map at stride 32. Source: VPD depth/models_depth/model.py VPDDepthEncoder."""
+  """Image and class to one map at stride 32. Source: VPD depth/models_depth/model.py VPDDepthEncoder."""
 
   def __init__(self, config: Settings, classes: int):
     super().__init__()
@@ -82,7 +82,7 @@ class Encoder(nn.Module):
     self.out_layer = nn.Sequential(nn.Conv2d(sum(widths), width, 1), nn.GroupNorm(16, width), nn.ReLU())
 
   def forward(self, image: torch.Tensor, class_id: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, 3, H, W] and int [B] to [B, C, h, w], cut to the part that shows the picture."""
+    """uint8 [B, 3, H, W] and int [B] to [B, C, h, w], cut to the part that shows the image."""
     x = image.float() / 127.5 - 1
     height, width = x.shape[2:]
     x = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple), value=self.pad_value)
@@ -120,7 +120,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Transposed convolutions to stride 4, then up to the picture. Source: VPD model.py Decoder, VPDDepth."""
+  """Transposed convolutions to stride 4, then up to the image. Source: VPD model.py Decoder, VPDDepth."""
 
   def __init__(self, config: Settings, width: int):
     super().__init__()
@@ -141,7 +141,7 @@ class Decoder(nn.Module):
 
 
 class VpdDepth(nn.Module):
-  """Picture and class to metric depth; names are the authors', so that their table of conversion holds."""
+  """Image and class to metric depth; names are the authors', so that their table of conversion holds."""
 
   def __init__(self, config: Settings, classes: int = 27):
     super().__init__()
@@ -178,14 +178,14 @@ def make_optimizer(model: VpdDepth, config: Settings, device: torch.device) -> t
     if parameter.requires_grad:
       groups.setdefault((".unet." in name, parameter.ndim < 2), []).append(parameter)
   options = [
-    {"params": held, "lr": optim["lr"] * (0.01 if unet else 1), "weight_decay": 0.0 if vector else optim["decay"]}
-    for (unet, vector), held in groups.items()
+    {"params": group, "lr": optim["lr"] * (0.01 if unet else 1), "weight_decay": 0.0 if vector else optim["decay"]}
+    for (unet, vector), group in groups.items()
   ]
   betas = (optim["b1"], optim["b2"])
   return torch.optim.AdamW(options, betas=betas, eps=optim["epsilon"], fused=device.type == "cuda")
 
 
-def made_up(batch: int, crop: tuple[int, int], device: torch.device) -> dict[str, torch.Tensor]:
+def synthetic_batch(batch: int, crop: tuple[int, int], device: torch.device) -> dict[str, torch.Tensor]:
   """A batch of noise."""
   torch.manual_seed(0)
   return {
@@ -223,7 +223,7 @@ def measure(settings: Settings) -> dict[str, Any]:
   model = VpdDepth(config).to(device, memory_format=torch.channels_last).train()
   model.encoder.vae.eval()
   optimizer = make_optimizer(model, config, device)
-  batch = made_up(settings["batch"], tuple(config["data"]["crop"]), device)
+  batch = synthetic_batch(settings["batch"], tuple(config["data"]["crop"]), device)
   batch["image"] = batch["image"].contiguous(memory_format=torch.channels_last)
   compiled = settings["compile"] == "on" or (settings["compile"] == "auto" and device.type == "cuda")
   call = torch.compile(model) if compiled else model

@@ -1,10 +1,10 @@
-"""The tables of docs/tpu.md: what the compiler says of whole networks on slices of TPUs that are not there.
+"""The tables of docs/tpu.md: ahead-of-time compilation of whole networks for TPU topologies.
 
-python benchmarks/tpu_plans.py              # every cell that benchmarks/tpu_plans.json does not hold yet
+python benchmarks/tpu_plans.py              # all cells missing in benchmarks/tpu_plans.json
 python benchmarks/tpu_plans.py --only vpd/v5e:2x4 vpd/v6e:8x8
-python benchmarks/tpu_plans.py --write      # docs/tpu.md from that file, without any compilation
+python benchmarks/tpu_plans.py --write      # docs/tpu.md from that file, without compilation
 
-Each cell is the command `--mode=plan` in a process of its own; ended from outside, it goes on where it was.
+Each cell is the command `--mode=plan` in a separate process. After an interruption the same command continues.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
-import kept
+import results_store
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "tpu_plans.json"
@@ -35,9 +35,9 @@ class Cell(NamedTuple):
   Attributes:
     config: key of CONFIGS.
     slice: of TPUs.
-    flags: beside bfloat16, which is that of all.
+    flags: besides bfloat16.
     effort: of the compiler.
-    copies: of the weights, where a name must tell.
+    copies: of the weights, if part of the name.
   """
 
   config: str
@@ -48,8 +48,8 @@ class Cell(NamedTuple):
 
   @property
   def name(self) -> str:
-    told = [self.effort] * (self.effort != "low") + [f"{self.copies} copies"] * bool(self.copies)
-    return "/".join([self.config, self.slice, *told])
+    parts = [self.effort] * (self.effort != "low") + [f"{self.copies} copies"] * bool(self.copies)
+    return "/".join([self.config, self.slice, *parts])
 
   @property
   def command(self) -> list[str]:
@@ -81,7 +81,7 @@ CELLS = {cell.name: cell for cell in (*PLANS, *SCALING)}
 
 
 def measure(cell: Cell, minutes: float) -> None:
-  """Runs the command and keeps its reports; one that is not finished in time leaves those that are."""
+  """Runs the command, and stores its reports; after a timeout, those that are finished."""
   folder = ROOT / "runs" / "tpu_plans" / cell.name.replace("/", "_").replace(":", "_")
   command = [sys.executable, *cell.command, f"--workdir={folder}"]
   try:
@@ -95,7 +95,7 @@ def measure(cell: Cell, minutes: float) -> None:
   reports = list(json.loads(path.read_text()).values()) if path.exists() else []
   if not finished:
     reports.append({"unfinished_minutes": minutes})
-  kept.keep(RESULTS, cell.name, reports)
+  results_store.save(RESULTS, cell.name, reports)
 
 
 def tables(results: dict[str, list[Report]]) -> str:
@@ -160,21 +160,21 @@ def _row(title: str, at: str, report: Report) -> str:
 def _collectives(report: Report) -> str:
   found = sorted(report.get("collectives", {}).items(), key=lambda item: -item[1][1])
   if not found:
-    return "none" if "collectives" in report else "not told" if "flops" in report else ""
+    return "none" if "collectives" in report else "not reported" if "flops" in report else ""
   kinds = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, (_, size) in found)
   return f"{sum(size for _, (_, size) in found) / 1e9:.2f} GB: {kinds}"
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description="What the compiler says of training on slices of TPUs.")
-  parser.add_argument("--only", nargs="+", choices=CELLS, help="default: all that are not there")
-  parser.add_argument("--minutes", type=float, default=0, help="after which a cell is given up; 0: never")
+  parser = argparse.ArgumentParser(description="Ahead-of-time compilation of training for TPU topologies.")
+  parser.add_argument("--only", nargs="+", choices=CELLS, help="default: all missing ones")
+  parser.add_argument("--minutes", type=float, default=0, help="timeout of a cell; 0: none")
   parser.add_argument("--write", action="store_true", help="only write docs/tpu.md")
   options = parser.parse_args()
   if options.write:
-    PAGE.write_text(kept.write(PAGE.read_text(), SCRIPT, tables(kept.held(RESULTS))))
+    PAGE.write_text(results_store.insert(PAGE.read_text(), SCRIPT, tables(results_store.load(RESULTS))))
     return
-  for name in options.only or [name for name in CELLS if name not in kept.held(RESULTS)]:
+  for name in options.only or [name for name in CELLS if name not in results_store.load(RESULTS)]:
     measure(CELLS[name], options.minutes)
 
 

@@ -1,14 +1,14 @@
 """Speed and memory of a config's training step, and of what one would take in its place.
 
-python scripts/benchmark.py --config=configs/nyu_depth.py:vpd --made_up --batch=24 --config.dtype=bfloat16 \
+python scripts/benchmark.py --config=configs/nyu_depth.py:vpd --synthetic --batch=24 --config.dtype=bfloat16 \
     [--steps=30] [--forward] [--versus=torch] [--top=10] [--json=FILE] [--config.mesh.fsdp=8 ...]
 
-Prints compile seconds, step time (median, p95), images and model TFLOP a second and chip, share of the chip's peak,
-peak memory, and how long a step waited for its input. Batches come from the config's data set, or are made up with
---made_up, which needs no files; either way the step is that of a run, to which latents and text states come ready
-where it keeps them. Weights are made up: they change no time. --top traces three more steps and tells the operations
-that took longest. --versus=torch runs, before and in a process of its own, the same work by benchmarks/torch_depth.py
-on the same device, and prints the ratio.
+Prints compile seconds, step time (median, p95), images and model TFLOP per second and chip, share of the chip's peak,
+peak memory, and the time a step waits for its input. Batches are read from the config's data set, or generated with
+--synthetic, which needs no files. The step is the same as that of a run: precomputed latents and text states are inputs
+where the run caches them. Weights are random, since they do not affect the time. --top traces three more steps and
+prints the slowest operations. --versus=torch first runs the same work with benchmarks/torch_depth.py on the same
+device, in a separate process, and prints the ratio.
 """
 
 import json
@@ -38,29 +38,29 @@ from vpd_jax.experiment import Product
 from vpd_jax.files import atomic
 from vpd_jax.monitoring import chips, profiler, xla_cost
 from vpd_jax.planning import plan
-from vpd_jax.training import train
+from vpd_jax.training import compilation, session
 
-FLAGS = flags.FlagValues()  # of its own: vpd_jax.main has flags of the same names
+FLAGS = flags.FlagValues()  # separate, because vpd_jax.main has flags of the same names
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file and words", flag_values=FLAGS)
 BATCH = flags.DEFINE_integer(
   "batch", 0, "images, all devices together; 0: config.data.batch_size", lower_bound=0, flag_values=FLAGS
 )
-STEPS = flags.DEFINE_integer("steps", 30, "that are timed", lower_bound=2, flag_values=FLAGS)
-WARM_UP = flags.DEFINE_integer("warm_up", 3, "steps before them", lower_bound=1, flag_values=FLAGS)
-MADE_UP = flags.DEFINE_bool("made_up", False, "batches of noise, in place of the data set", flag_values=FLAGS)
+STEPS = flags.DEFINE_integer("steps", 30, "number of timed steps", lower_bound=2, flag_values=FLAGS)
+WARM_UP = flags.DEFINE_integer("warm_up", 3, "number of steps before", lower_bound=1, flag_values=FLAGS)
+SYNTHETIC = flags.DEFINE_bool("synthetic", False, "batches of noise, in place of the data set", flag_values=FLAGS)
 FORWARD = flags.DEFINE_bool("forward", False, "also the forward pass alone", flag_values=FLAGS)
-VERSUS = flags.DEFINE_enum("versus", "", ["", "torch"], "what to compare with", flag_values=FLAGS)
+VERSUS = flags.DEFINE_enum("versus", "", ["", "torch"], "implementation to compare with", flag_values=FLAGS)
 COMPILE = flags.DEFINE_enum(
   "torch_compile", "auto", ["auto", "on", "off"], "torch.compile; auto: on a GPU", flag_values=FLAGS
 )
-TOP = flags.DEFINE_integer("top", 0, "operations that took longest", lower_bound=0, flag_values=FLAGS)
+TOP = flags.DEFINE_integer("top", 0, "number of slowest operations to print", lower_bound=0, flag_values=FLAGS)
 JSON = flags.DEFINE_string("json", "", "file for the numbers", flag_values=FLAGS)
 
 Result = dict[str, Any]
 
 
 def timed(work: Callable[[Any], Any], batches: Iterator[Any], steps: int, warm_up: int) -> list[float]:
-  """Milliseconds between the ends of consecutive calls, after the warm-up; the device is never left without work."""
+  """Milliseconds between the ends of consecutive calls, after the warm-up; the device is never idle."""
   times, last, before = [], None, None
   for _ in range(warm_up + steps + 1):
     result = work(next(batches))
@@ -74,8 +74,8 @@ def timed(work: Callable[[Any], Any], batches: Iterator[Any], steps: int, warm_u
   return times[warm_up:]
 
 
-def made_up_state(config: ConfigDict, product: Product, mesh: Any) -> Any:
-  """A TrainState on the mesh of numbers that keep signals at their size."""
+def random_state(config: ConfigDict, product: Product, mesh: Any) -> Any:
+  """A random TrainState on the mesh that preserves the scale of activations."""
   shapes, where = initialize.state_shapes(config, product), initialize.state_shardings(config, product, mesh)
   block = np.random.default_rng(0).standard_normal(2**16).astype(np.float32)
 
@@ -95,11 +95,11 @@ def made_up_state(config: ConfigDict, product: Product, mesh: Any) -> Any:
 
 
 def step_shapes(config: ConfigDict, product: Product) -> dict[str, Any]:
-  """What a training step of this config is given, as ShapeDtypeStructs."""
+  """The batch of a training step of this config, as ShapeDtypeStructs."""
   return encoder_cache.planned(config, product, plan.batch_shapes(config, product.keys, "train"))[0]
 
 
-def made_up_batch(config: ConfigDict, product: Product, mesh: Any) -> dict[str, Any]:
+def synthetic_batch(config: ConfigDict, product: Product, mesh: Any) -> dict[str, Any]:
   """A batch on the mesh: noise, depth of 0.5 to 9.5 m, classes 0 and 1."""
   rng, batch = np.random.default_rng(0), {}
   for key, x in step_shapes(config, product).items():
@@ -118,26 +118,26 @@ def read(config: ConfigDict, product: Product, mesh: Any, state: Any) -> pipelin
   """The training batches of a run."""
   dataset = experiment.dataset(config, product)
   encodings = encoder_cache.EncoderCache(config, product, dataset, mesh)
-  return train._batches(config, product, dataset, mesh, 0, lambda local: encodings(local, state.frozen))
+  return session.training_batches(config, product, dataset, mesh, 0, lambda local: encodings(local, state.frozen))
 
 
-def longest(step: Callable[[Any], Any], batches: Iterator[Any], text: str, steps: int = 3) -> list[dict[str, Any]]:
-  """The operations of `steps` steps that took longest, see trace.Operation."""
+def slowest(step: Callable[[Any], Any], batches: Iterator[Any], text: str, steps: int = 3) -> list[dict[str, Any]]:
+  """The slowest operations of `steps` steps, see profiler.Operation."""
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
       for _ in range(steps):
         result = step(next(batches))
       jax.block_until_ready(result)
-    return [operation._asdict() for operation in profiler.longest(folder, steps, text, TOP.value)]
+    return [operation._asdict() for operation in profiler.slowest_ops(folder, steps, text, TOP.value)]
 
 
 def ours(config: ConfigDict) -> Result:
   """Times and memory of the step that `train.run` compiles, on the devices at hand; see `report`."""
   product = experiment.assemble(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  state = made_up_state(config, product, mesh)
-  input_ = None if MADE_UP.value else read(config, product, mesh, state)
-  batch = next(input_) if input_ else made_up_batch(config, product, mesh)
+  state = random_state(config, product, mesh)
+  input_ = None if SYNTHETIC.value else read(config, product, mesh, state)
+  batch = next(input_) if input_ else synthetic_batch(config, product, mesh)
   again = iter(lambda: batch, None)
   result: Result = {"side": f"vpd_jax, jax {jax.__version__}, attention {config.backbone.attention}"}
   result |= {"device": jax.devices()[0].device_kind, "devices": mesh.size, "mesh": dict(mesh.shape)}
@@ -147,9 +147,9 @@ def ours(config: ConfigDict) -> Result:
     forward = jax.jit(forward).lower(weights, batch).compile()
     times = timed(lambda b: forward(weights, b), again, STEPS.value, WARM_UP.value)
     result["forward_ms"] = statistics.median(times)
-    del forward, weights  # the step takes the memory of its state over
+    del forward, weights  # their memory is donated to the step
   begin = time.perf_counter()
-  compiled = train.compile_step(config, product, mesh, batch)
+  compiled = compilation.compile_step(config, product, mesh, batch)
   result["compile_s"] = time.perf_counter() - begin
   losses = []
 
@@ -163,7 +163,7 @@ def ours(config: ConfigDict) -> Result:
   if input_:
     result["input_wait_ms"] = input_.mean_wait_ms()
   if TOP.value:
-    result["longest"] = longest(step, input_ or again, xla_cost.text(compiled))
+    result["longest"] = slowest(step, input_ or again, xla_cost.text(compiled))
   if input_:
     input_.close()
   memory, used = xla_cost.memory(compiled), jax.local_devices()[0].memory_stats() or {}
@@ -177,7 +177,7 @@ def ours(config: ConfigDict) -> Result:
 
 
 def with_rates(result: Result, batch: int, flops: float) -> Result:
-  """The numbers that follow from the times of the steps."""
+  """Adds the numbers that are computed from the step times."""
   times, devices = result["step_times_ms"], result.get("devices", 1)
   median = statistics.median(times)
   rate = flops / devices / median * 1e3
@@ -193,7 +193,7 @@ def with_rates(result: Result, batch: int, flops: float) -> Result:
 
 
 def torch_side(config: ConfigDict) -> Result:
-  """The same work in PyTorch, in a process of its own."""
+  """The same work in PyTorch, in a separate process."""
   settings = {"config": config.to_dict(), "batch": config.data.batch_size, "steps": STEPS.value}
   settings |= {"warm_up": WARM_UP.value, "forward": FORWARD.value, "compile": COMPILE.value}
   script = loader.PROJECT / "benchmarks" / "torch_depth.py"
@@ -205,7 +205,7 @@ def torch_side(config: ConfigDict) -> Result:
 
 
 def report(result: Result) -> str:
-  """One side in lines."""
+  """One result as text."""
   gib = lambda value: "-" if value is None else f"{value / 2**30:.2f} GiB"
   share = result["share_of_peak"]
   lines = {
@@ -214,8 +214,8 @@ def report(result: Result) -> str:
     if "compile_s" in result
     else f"first step {result['first_step_s']:.1f} s",
     "step": f"{result['step_ms']:.1f} ms median, {result['step_ms_p95']:.1f} ms p95",
-    "images": f"{result['images_per_sec_per_chip']:.3g} a second and chip",
-    "model": f"{result['model_tflops_per_sec_per_chip']:.3g} TFLOP a second and chip, "
+    "images": f"{result['images_per_sec_per_chip']:.3g} per second and chip",
+    "model": f"{result['model_tflops_per_sec_per_chip']:.3g} TFLOP per second and chip, "
     + (f"{100 * share:.1f} % of its peak" if share is not None else "peak not known")
     + f" ({result['model_tflop_per_image']:.3g} TFLOP an image)",
     "memory": f"{gib(result['peak_bytes'])} at the peak on a device; compiler's account "
@@ -242,10 +242,10 @@ def main() -> None:
       f"error: a batch of {config.data.batch_size} is not cut by {', '.join(wrong)}; 0 is one group", file=sys.stderr
     )
     sys.exit(2)
-  # The other side first: on a GPU, JAX takes most of the memory with the first thing it does, and keeps it.
+  # PyTorch first: on a GPU, JAX preallocates most of the memory at its first use.
   sides = {"torch": torch_side(config)} if VERSUS.value else {}
   sides["ours"] = ours(config)
-  flops = train.model_flops(config, step_shapes(config, experiment.assemble(config)))
+  flops = compilation.model_flops(config, step_shapes(config, experiment.assemble(config)))
   results: Result = {name: with_rates(side, config.data.batch_size, flops) for name, side in sides.items()}
   print("\n".join(report(result) for result in results.values()), flush=True)
   if VERSUS.value:
@@ -260,11 +260,11 @@ def main() -> None:
 
 
 def parse(arguments: list[str]) -> None:
-  """Reads the command line, config paths looked up beside the package too; what is wrong is one line, exit code 2."""
+  """Parses the command line; an error is printed as one line, with exit code 2."""
   try:
     words = FLAGS(loader.resolve_argv(arguments))[1:]
     if words or CONFIG.value is None:
-      raise UserError(f"words that belong to no flag: {words}" if words else "give a --config=FILE")
+      raise UserError(f"unexpected positional arguments: {words}" if words else "give a --config=FILE")
   except (flags.Error, ValueError, AttributeError, KeyError, TypeError) as error:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)

@@ -1,12 +1,12 @@
-"""Checks a data set, and writes it as ArrayRecord shards, for machines that read from a bucket.
+"""Checks a data set, and writes it as ArrayRecord shards, for reading from a bucket.
 
 python scripts/prepare_data.py nyu --root=/data/nyu_depth_v2 --output=/data/nyu_shards
 python scripts/prepare_data.py nyu --root=/data/nyu_depth_v2 --check_only
 python scripts/prepare_data.py rooms --output=rooms --set size=(96,128) --set train_count=512
 
-Every record is decoded once: counts are compared with the published ones, sizes and values with what they can be, and
-everything that is wrong is reported together. Shards are written only where nothing is. The same command continues a
-run that was killed. The files of the data set are only read. Then train with
+Every record is decoded once. Counts are compared with the published ones, sizes and values with their valid ranges, and
+all faults are reported together. Shards are written only if there are none. After an interruption the same command
+continues. The files of the data set are never modified. Then train with
 
 python -m vpd_jax.main --config=... --config.data.format=tfds --config.data.root=/data/nyu_shards
 """
@@ -21,7 +21,7 @@ from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here computes on a device
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no device is used
 
 import numpy as np
 from tqdm import tqdm
@@ -38,13 +38,13 @@ THREADS = 4
 
 
 class Seen(NamedTuple):
-  """What one record is like.
+  """Properties of one record.
 
   Attributes:
     size: (height, width) of "image".
     ranges: smallest and largest value that is not 0, by the keys of Published.ranges; None where all are 0.
     missing: share of zeros, by the same keys.
-    error: why it cannot be read; the others are empty then.
+    error: why the record cannot be read; the other attributes are empty then.
   """
 
   size: tuple[int, ...] = ()
@@ -57,11 +57,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("name", choices=sorted(DATASETS), help="data set")
   parser.add_argument("--root", default="", help="folder of its files; the procedural rooms have none")
-  parser.add_argument("--output", help="local folder to write; it appears when it is whole")
+  parser.add_argument("--output", help="local folder to write; it appears when it is complete")
   parser.add_argument("--check_only", action="store_true", help="write nothing")
   parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS, help="default: both")
   parser.add_argument(
-    "--accept", nargs="+", choices=ACCEPT, default=(), help="go on where these differ from what is published"
+    "--accept", nargs="+", choices=ACCEPT, default=(), help="continue if these differ from the published ones"
   )
   parser.add_argument(
     "--set", action="append", default=[], metavar="OPTION=VALUE", help="an option as in config.data, say train_list=..."
@@ -98,7 +98,7 @@ def value(text: str) -> Any:
 
 
 def check(dataset: Any, splits: tuple[str, ...], accept: tuple[str, ...], say: Callable[[str], None]) -> list[str]:
-  """Looks at every record; says what is there and returns what is wrong with it."""
+  """Checks every record; prints a summary, and returns the faults."""
   published = dataset.published
   sources, wrong = {}, []
   for split in splits:
@@ -109,7 +109,7 @@ def check(dataset: Any, splits: tuple[str, ...], accept: tuple[str, ...], say: C
   for split, source in sources.items():
     count = published.counts.get(split, len(source))
     if len(source) != count and "counts" not in accept:
-      wrong.append(f"{split} has {len(source)} records, published are {count} (--accept counts goes on)")
+      wrong.append(f"{split} has {len(source)} records, published are {count} (--accept counts continues)")
     looked = survey(source, published, split)
     say(f"{split}: {summary(looked, published, count)}")
     wrong += [f"{split}: {fault}" for fault in faults(source, looked, published, accept)]
@@ -138,7 +138,7 @@ def look(source: Any, index: int, published: Published) -> Seen:
 
 
 def summary(looked: list[Seen], published: Published, count: int) -> str:
-  """What a split holds, in one line."""
+  """A summary of a split in one line."""
   readable = [seen for seen in looked if not seen.error]
   compared = f"published are {count}" if published.counts else "there is no published number"
   sizes = collections.Counter(seen.size for seen in readable).most_common(3)
@@ -153,7 +153,7 @@ def summary(looked: list[Seen], published: Published, count: int) -> str:
 
 
 def faults(source: Any, looked: list[Seen], published: Published, accept: tuple[str, ...]) -> list[str]:
-  """What is wrong with the records of a split, one text per kind."""
+  """The faults of the records of a split, one text per kind of fault."""
   found = []
   errors = [seen.error for seen in looked if seen.error]
   if errors:
@@ -165,7 +165,7 @@ def faults(source: Any, looked: list[Seen], published: Published, accept: tuple[
       f"{label(source, index)} ({'x'.join(map(str, looked[index].size))})" for index in other[: image_files.SHOWN]
     ]
     wanted = "x".join(map(str, published.size))
-    found.append(f"{len(other)} pictures are not {wanted}: {first(names, len(other))} (--accept sizes goes on)")
+    found.append(f"{len(other)} images are not {wanted}: {first(names, len(other))} (--accept sizes continues)")
   for key, (low, high) in published.ranges.items():
     beyond = [
       index
@@ -176,7 +176,7 @@ def faults(source: Any, looked: list[Seen], published: Published, accept: tuple[
       names = [f"{label(source, index)} ({shown(looked[index].ranges[key])})" for index in beyond[: image_files.SHOWN]]
       found.append(
         f"{key} of {len(beyond)} records is not within {low:g} to {high:g}: {first(names, len(beyond))} "
-        "(--accept values goes on)"
+        "(--accept values continues)"
       )
   return found
 
@@ -186,7 +186,7 @@ def shown(values: tuple[float, float] | None) -> str:
 
 
 def label(source: Any, index: int) -> str:
-  """The name of a record's picture, or its number."""
+  """The image path of a record, or its index."""
   return source.record(index).get("image_path", f"record {index}")
 
 

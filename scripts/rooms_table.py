@@ -1,11 +1,11 @@
-"""The README's table of the embedded rooms: the methods of a task, trained alike, each with some seeds.
+"""The README's table of the embedded rooms: all methods of a task, trained with the same settings and several seeds.
 
-python scripts/rooms_table.py                            # every row that benchmarks/rooms_table.json does not hold yet
+python scripts/rooms_table.py                            # all rows missing in benchmarks/rooms_table.json
 python scripts/rooms_table.py --methods vpd --seeds 0    # one run
-python scripts/rooms_table.py --write                    # the README's table from that file, without any run
+python scripts/rooms_table.py --write                    # the README's table from that file, without runs
 
-Each run is the command of the README in a process of its own, below runs/rooms_table; ended from outside, the same
-command goes on where it was.
+Each run is the command of the README in a separate process, below runs/rooms_table. After an interruption the same
+command continues.
 """
 
 import argparse
@@ -30,7 +30,7 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- rooms_table.py: begin -->", "<!-- rooms_table.py: end -->"
 NAMES = {"vpd": "VPD", "meta_prompts": "MetaPrompts", "iedp": "IEDP"}
 SEEDS = (0, 1)
-CALLS = 20  # of the network, of which the fastest counts
+CALLS = 20  # of the network, of which the fastest is reported
 Record = dict[str, Any]
 
 
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
     steps: of every run.
     score: name of the score below eval/<data>/.
     heading: name and unit of the score in the table.
-    baselines: trivial predictors below eval/trivial/, and what the table calls them.
+    baselines: trivial predictors below eval/trivial/, and their names in the table.
     data: name of the data set.
   """
 
@@ -106,13 +106,13 @@ def config_string(rows: Rows, method: str) -> str:
 
 
 def fields(rows: Rows, seed: int) -> dict[str, Any]:
-  """Fields of the config that a run sets."""
+  """Config fields set by a run."""
   lengths = {"num_steps": rows.steps, "eval_every": rows.steps, "save_every": max(rows.steps // 4, 1), "log_every": 10}
   return lengths | {"keep": 1, "keep_best": 0, "seed": seed}
 
 
 def digest(rows: Rows, method: str, seed: int) -> str:
-  """Tells whether a stored row is of today's config."""
+  """A hash of the config, by which outdated rows are found."""
   from vpd_jax.config import loader
 
   config = loader.load(config_string(rows, method)).unlock()
@@ -121,7 +121,7 @@ def digest(rows: Rows, method: str, seed: int) -> str:
 
 
 def device() -> str:
-  """Name of the processor and number of cores that this process may use."""
+  """Name of the processor, and number of cores available to this process."""
   found = pathlib.Path("/proc/cpuinfo")
   match = re.search(r"model name\s*: (.*)", found.read_text()) if found.exists() else None
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -129,7 +129,7 @@ def device() -> str:
 
 
 def child(command: list[str], log: pathlib.Path) -> tuple[str, float, float]:
-  """(what a command printed, seconds, GiB of resident memory at its peak); ends this program where it fails."""
+  """Runs a command; returns (its output, seconds, peak GiB of resident memory). Exits if the command fails."""
   log.parent.mkdir(parents=True, exist_ok=True)
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
@@ -140,21 +140,21 @@ def child(command: list[str], log: pathlib.Path) -> tuple[str, float, float]:
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
     try:
       _, status, usage = os.wait4(process.pid, 0)
-    except BaseException:  # this program is ended: the run saves its step and ends too
+    except BaseException:  # the run saves its step and exits
       process.terminate()
       process.wait()
       raise
   process.returncode = os.waitstatus_to_exitcode(status)
   printed = log.read_text()
   if process.returncode:
-    sys.exit(f"{' '.join(command)}\nended with {process.returncode}; the end of {log}:\n{printed[-2000:]}")
+    sys.exit(f"{' '.join(command)}\nexited with {process.returncode}; the end of {log}:\n{printed[-2000:]}")
   return printed, time.monotonic() - begin, usage.ru_maxrss / 2**20
 
 
 def train(rows: Rows, method: str, seed: int) -> Record:
-  """Trains and scores once; the row of the result."""
-  made = digest(rows, method, seed)
-  folder = ROOT / "runs" / "rooms_table" / f"{rows.task}-{method}-{seed}-{made}"
+  """Trains and evaluates once; returns the record of the run."""
+  config = digest(rows, method, seed)
+  folder = ROOT / "runs" / "rooms_table" / f"{rows.task}-{method}-{seed}-{config}"
   command = [sys.executable, "-m", "vpd_jax.main", f"--config={config_string(rows, method)}", f"--workdir={folder}"]
   command += [f"--config.{name}={value}" for name, value in fields(rows, seed).items()]
   printed, seconds, peak = child(command, folder / "printed.txt")
@@ -165,7 +165,7 @@ def train(rows: Rows, method: str, seed: int) -> Record:
     "method": method,
     "seed": seed,
     "steps": rows.steps,
-    "config": made,
+    "config": config,
     "device": device(),
     "minutes": round(seconds / 60, 2),
     "peak_gib": round(peak, 3),
@@ -175,7 +175,7 @@ def train(rows: Rows, method: str, seed: int) -> Record:
 
 
 def read_scores(lines: list[dict[str, float]], rows: Rows) -> Record:
-  """What metrics.jsonl says of a finished run.
+  """Reads the scores of a finished run from the lines of metrics.jsonl.
 
   Returns:
     score; trivial, scores of the trivial predictors by name; losses, {name: (mean over the first tenth of the logged
@@ -193,7 +193,7 @@ def read_scores(lines: list[dict[str, float]], rows: Rows) -> Record:
 
 
 def measure(rows: Rows, method: str) -> Record:
-  """The network of evaluation on one image of the training crop, once: parameters, operations, time."""
+  """Parameters, operations and time of the evaluation network on one image of the training crop."""
   import jax
   import numpy as np
 
@@ -228,15 +228,15 @@ def measure(rows: Rows, method: str) -> Record:
   }
 
 
-def held() -> dict[str, list[Record]]:
-  """What RESULTS holds."""
+def load() -> dict[str, list[Record]]:
+  """The content of RESULTS."""
   return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"networks": [], "runs": []}
 
 
-def keep(kind: str, record: Record) -> None:
-  """Puts a record into RESULTS, in place of an older one of the same task, method and seed."""
+def save(kind: str, record: Record) -> None:
+  """Adds a record to RESULTS; replaces that of the same task, method and seed."""
   key = lambda r: (r["task"], r["method"], r.get("seed", 0))
-  results = held()
+  results = load()
   results[kind] = sorted([r for r in results[kind] if key(r) != key(record)] + [record], key=key)
   atomic.write_json(RESULTS, results)
 
@@ -290,10 +290,10 @@ def _row(name: str, runs: list[Record], network: Record | None) -> str:
 
 
 def write(readme: str, results: dict[str, list[Record]], tasks: tuple[Rows, ...] = TASKS) -> str:
-  """The README with what stands between the two markers replaced.
+  """Replaces the tables between the two markers of the README.
 
   Raises:
-    ValueError: not exactly one of each marker, in this order; rows that cannot stand in one table.
+    ValueError: not exactly one of each marker, in this order; rows that do not fit in one table.
   """
   before, begin, rest = readme.partition(BEGIN)
   _, end, after = rest.partition(END)
@@ -303,7 +303,7 @@ def write(readme: str, results: dict[str, list[Record]], tasks: tuple[Rows, ...]
 
 
 def stale(results: dict[str, list[Record]]) -> list[str]:
-  """Stored runs that were made with another config than today's."""
+  """Stored runs of an outdated config."""
   known = {rows.task: rows for rows in TASKS}
   return [
     f"{r['task']} {r['method']} {r['seed']}"
@@ -319,8 +319,8 @@ def main() -> None:
   parser.add_argument("--tasks", nargs="+", choices=[rows.task for rows in TASKS], help="default: all")
   parser.add_argument("--methods", nargs="+", choices=NAMES, help="default: all")
   parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help=f"default: {' '.join(map(str, SEEDS))}")
-  parser.add_argument("--again", action="store_true", help="also the rows that are there already")
-  parser.add_argument("--write", action="store_true", help="only write the README from the rows that are there")
+  parser.add_argument("--again", action="store_true", help="repeat stored rows")
+  parser.add_argument("--write", action="store_true", help="only write the README from the stored rows")
   parser.add_argument("--measure", nargs=2, metavar=("TASK", "METHOD"), help=argparse.SUPPRESS)  # for child processes
   options = parser.parse_args()
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -329,21 +329,21 @@ def main() -> None:
     print(json.dumps(measure(known[options.measure[0]], options.measure[1])))
     return
   if options.write:
-    if old := stale(held()):
-      print(f"made with another config than today's: {', '.join(old)}; --again makes them anew")
-    atomic.write(README, write(README.read_text(), held()))
+    if old := stale(load()):
+      print(f"outdated config: {', '.join(old)}; --again repeats them")
+    atomic.write(README, write(README.read_text(), load()))
     return
   for rows in (known[task] for task in options.tasks or known):
     for method in (m for m in rows.methods if m in (options.methods or rows.methods)):
-      there = {(r["task"], r["method"], r.get("seed")) for kind in held().values() for r in kind}
+      there = {(r["task"], r["method"], r.get("seed")) for kind in load().values() for r in kind}
       if options.again or (rows.task, method, None) not in there:
         log = ROOT / "runs" / "rooms_table" / f"measured-{rows.task}-{method}.txt"
         command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--measure", rows.task, method]
-        keep("networks", json.loads(child(command, log)[0].splitlines()[-1]))
+        save("networks", json.loads(child(command, log)[0].splitlines()[-1]))
       for seed in options.seeds:
         if options.again or (rows.task, method, seed) not in there:
           record = train(rows, method, seed)
-          keep("runs", record)
+          save("runs", record)
           print(f"{rows.task} {method} seed {seed}: {rows.score} {record['score']:.4f}, {record['minutes']} minutes")
 
 

@@ -1,6 +1,6 @@
 """Diffusion backbones for visual perception, in JAX.
 
-`vpd_jax.Predictor` is the door for Python programs; `python -m vpd_jax.main` the one for the command line.
+`vpd_jax.Predictor` is the Python entry point, `python -m vpd_jax.main` the command line.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -258,7 +258,7 @@ def _check_test_time(config: ConfigDict, task: Any) -> None:
   """The words of the test-time procedure, and the choice that goes with them."""
   if task.test_time_protocol == "sliding":
     sliding_window.parse(config.eval.test_time)
-    option, choices = "small", sliding_window.SMALL
+    option, choices = "small", sliding_window.SMALL_IMAGE_MODES
   else:
     tta.parse(config.eval.test_time, task.test_time_protocol)
     option, choices = "coverage", tta.COVERAGES

@@ -256,9 +256,9 @@ def test_a_relative_workdir_is_taken_from_here(tmp_path, monkeypatch):
 def test_sigterm_is_a_request_and_the_old_handler_returns():
   before = signal.getsignal(signal.SIGTERM)
   with PreemptionGuard() as stop:
-    assert not stop.requested and not stop.now()
+    assert not stop.requested and not stop.should_stop()
     os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.requested and stop.now()
+    assert stop.requested and stop.should_stop()
   assert signal.getsignal(signal.SIGTERM) == before
 
 

@@ -9,7 +9,7 @@ from tests.helpers.devices import depth_of_rooms, loss, make_mesh, step
 from vpd_jax import experiment
 from vpd_jax.distributed import sharding
 from vpd_jax.evaluation import evaluate
-from vpd_jax.training import train
+from vpd_jax.training import compilation
 
 pytestmark = pytest.mark.multidevice
 
@@ -48,5 +48,5 @@ def test_the_parts_of_an_accumulated_batch_are_spread_over_all_devices():
     product = experiment.assemble(changed.lock())
     mesh = make_mesh("data")
     batch = batch_for(product, changed)
-    flops[accumulation] = train.compile_step(changed, product, mesh, batch).cost_analysis()["flops"]
+    flops[accumulation] = compilation.compile_step(changed, product, mesh, batch).cost_analysis()["flops"]
   assert flops[2] < 0.7 * flops[1]

@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import devices as multidevice
 from vpd_jax.distributed import sharding
 from vpd_jax.monitoring import xla_cost
-from vpd_jax.training import train
+from vpd_jax.training import compilation
 
 pytestmark = pytest.mark.multidevice
 
@@ -21,7 +21,7 @@ def split():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sharding, "state_shardings", functools.partial(sharding.state_shardings, min_bytes=2**12))
     mesh, state, batch = multidevice.placed(3, "fsdp")
-    compiled = train.compile_step(config, product, mesh, batch)
+    compiled = compilation.compile_step(config, product, mesh, batch)
     parts = [x.sharding for x in jax.tree.leaves(state) if not x.sharding.is_fully_replicated]
     return compiled, jax.device_get(compiled(state, batch)[1]), len(parts)
 

@@ -73,5 +73,5 @@ def test_nothing_else_writes_beside_and_renames_or_writes_json_in_place():
   # From a folder that resumes.
   allowed += ("shards/writer.py: builder.data_path.rename", "shards/writer.py: part.replace")
   # Inputs of a child process and made-up data are read by nobody else.
-  allowed += ("scripts/benchmark.py: given.", "benchmarks/made_up_data.py", "benchmarks/torch_depth.py")
+  allowed += ("scripts/benchmark.py: given.", "benchmarks/synthetic_data.py", "benchmarks/torch_depth.py")
   assert not [line for line in found if not any(word in line for word in allowed)]

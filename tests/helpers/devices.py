@@ -12,7 +12,8 @@ from vpd_jax.checkpoints import initialize
 from vpd_jax.config import loader
 from vpd_jax.data import pipeline
 from vpd_jax.distributed import sharding
-from vpd_jax.training import train
+from vpd_jax.training import compilation
+from vpd_jax.training import step as training_step
 
 
 @functools.cache
@@ -49,7 +50,7 @@ def forward(product, group):
 
   def run(state, batch):
     outputs = product.parts.merge(state.params, state.frozen, state.stats)(batch, training=True)
-    return train.group_losses(product.task, outputs, batch, product.method.branches(True), group)
+    return training_step.group_losses(product.task, outputs, batch, product.method.branches(True), group)
 
   return run
 
@@ -66,4 +67,4 @@ def step(name):
   """The logs of a whole step, in groups of three."""
   config, product, _ = depth_of_rooms(3)
   mesh, state, batch = placed(3, name)
-  return jax.device_get(train.compile_step(config, product, mesh, batch)(state, batch)[1])
+  return jax.device_get(compilation.compile_step(config, product, mesh, batch)(state, batch)[1])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from vpd_jax.convert import rules
 from vpd_jax.convert.tables import released
-from vpd_jax.training import train
+from vpd_jax.training import step as training_step
 
 
 def batch_of(arrays, dtype=jnp.float32):
@@ -22,8 +22,8 @@ def everything(state):
 
 def run_steps(product, state, batch):
   """Gradients, the states before and after each of five steps, their logs; network and optimizer compiled once."""
-  gradients = jax.jit(train.make_gradients(product, loss_group=0, accumulation=1))
-  update = jax.jit(train.make_update(product))
+  gradients = jax.jit(training_step.make_gradients(product, loss_group=0, accumulation=1))
+  update = jax.jit(training_step.make_update(product))
   states, logs, first = [state], [], None
   for _ in range(5):
     result = gradients(*everything(states[-1]), batch)

@@ -39,4 +39,4 @@ def content(kind):
 )
 def test_pictures_are_told_by_their_ending_or_by_how_they_begin(tmp_path, name, raw, expected):
   (tmp_path / name).write_bytes(raw)
-  assert image_io.is_picture(tmp_path / name) == expected
+  assert image_io.is_image(tmp_path / name) == expected

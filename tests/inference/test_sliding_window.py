@@ -15,11 +15,11 @@ from vpd_jax.config import loader
 from vpd_jax.distributed import sharding
 from vpd_jax.evaluation import evaluate
 from vpd_jax.inference import sliding_window, tiles
-from vpd_jax.inference.sliding_window import Procedure, SlidingWindowInference, Views
+from vpd_jax.inference.sliding_window import SlidingWindowInference, SlidingWindowOptions, Views
 from vpd_jax.prediction import protocols
 
 CLASSES = 4
-SLIDE = Procedure(window=32, stride=20)
+SLIDE = SlidingWindowOptions(window=32, stride=20)
 
 
 def stand_in(weights, batch):
@@ -81,7 +81,7 @@ def cropped(results, many):
 
 CASES = {
   "slide": (SLIDE, [Views([picture(0, (40, 71))], (50, 60), {})]),
-  "whole": (Procedure(), [Views([picture(0, (40, 71))], (40, 71), {})]),
+  "whole": (SlidingWindowOptions(), [Views([picture(0, (40, 71))], (40, 71), {})]),
   "scales and mirror": (
     SLIDE._replace(flip=True),
     [Views([picture(1, (40, 71)), picture(2, (50, 89)), picture(3, (20, 35))], (33, 130), {})],
@@ -93,7 +93,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_probabilities_are_those_of_the_plain_loops(case, weights):
   procedure, many = CASES[case]
-  results = list(SlidingWindowInference(stand_in, procedure, at_once=3)(weights, many))
+  results = list(SlidingWindowInference(stand_in, procedure, batch_size=3)(weights, many))
   for views, result in zip(many, cropped(results, many), strict=True):
     np.testing.assert_allclose(result, restated(weights, views, procedure), rtol=0, atol=2e-6)
     np.testing.assert_allclose(result.sum(-1), 1, rtol=1e-5)
@@ -108,7 +108,7 @@ def test_scores_without_softmax_are_averaged_as_they_are(weights):
 
 def test_labels_are_the_most_probable_classes(weights):
   procedure, many = CASES["several"]
-  engine = SlidingWindowInference(stand_in, procedure, at_once=3)
+  engine = SlidingWindowInference(stand_in, procedure, batch_size=3)
   for label, result in zip(
     map(sliding_window.most_probable, engine(weights, many)), engine(weights, many), strict=True
   ):
@@ -116,8 +116,8 @@ def test_labels_are_the_most_probable_classes(weights):
     np.testing.assert_array_equal(label, np.asarray(result).argmax(-1))
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 5, 64])
-def test_windows_of_all_pictures_fill_calls_of_one_shape(at_once, weights):
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
+def test_windows_of_all_pictures_fill_calls_of_one_shape(batch_size, weights):
   """The network is traced once; each picture keeps its own extras, whatever it shares a call with."""
   shapes = []
 
@@ -126,15 +126,15 @@ def test_windows_of_all_pictures_fill_calls_of_one_shape(at_once, weights):
     return stand_in(weights, batch)
 
   many = [Views([picture(i, (33 + i, 50 + 9 * i))], (40, 40), {"shift": np.float32(i)}) for i in range(4)]
-  together = list(SlidingWindowInference(network, SLIDE, at_once=at_once)(weights, many))
-  assert shapes == [(at_once, 32, 32, 3)]
-  alone = [next(SlidingWindowInference(stand_in, SLIDE, at_once=2)(weights, [views])) for views in many]
+  together = list(SlidingWindowInference(network, SLIDE, batch_size=batch_size)(weights, many))
+  assert shapes == [(batch_size, 32, 32, 3)]
+  alone = [next(SlidingWindowInference(stand_in, SLIDE, batch_size=2)(weights, [views])) for views in many]
   for first, second in zip(cropped(together, many), cropped(alone, many), strict=True):
     np.testing.assert_allclose(first, second, rtol=0, atol=1e-6)
   assert np.abs(np.asarray(together[0])[:40, :40] - np.asarray(together[3])[:40, :40]).max() > 0.01
 
 
-def test_at_most_at_once_pictures_are_open(weights):
+def test_at_most_one_batch_of_pictures_are_open(weights):
   """Also where every picture has a shape of its own, so that no call is ever filled."""
   taken = []
 
@@ -143,14 +143,16 @@ def test_at_most_at_once_pictures_are_open(weights):
       taken.append(i)
       yield Views([picture(i, (20 + i, 30))], (20, 30), {})
 
-  ahead = [len(taken) - i for i, _ in enumerate(SlidingWindowInference(stand_in, SLIDE, at_once=4)(weights, source()))]
+  ahead = [
+    len(taken) - i for i, _ in enumerate(SlidingWindowInference(stand_in, SLIDE, batch_size=4)(weights, source()))
+  ]
   assert len(ahead) == 12 and max(ahead) <= 4
 
 
 def test_nothing_outlives_its_picture(weights):
   """Without the help of the collector of cycles, which does not know how large arrays are on a device."""
   many = [Views([picture(i, (33, 50))], (200, 300), {}) for i in range(8)]
-  engine, alive = SlidingWindowInference(stand_in, SLIDE, at_once=2), []
+  engine, alive = SlidingWindowInference(stand_in, SLIDE, batch_size=2), []
   large = lambda: sum(x.size > 40_000 for x in jax.live_arrays())
   gc.collect()
   gc.disable()
@@ -185,7 +187,7 @@ PUBLISHED = ("resize:2048:512", "slide:512:341", "ms:0.5:0.75:1:1.25:1.5:1.75:2"
 def test_few_shapes_of_windows_serve_a_whole_data_set():
   procedure = sliding_window.parse(PUBLISHED)
   scaled = [sliding_window.scaled_size(s, procedure.scale, ratio) for s in sizes(2000) for ratio in procedure.ratios]
-  shapes = {small: {tiles.window_of(s, 512, small) for s in scaled} for small in sliding_window.SMALL}
+  shapes = {small: {tiles.window_of(s, 512, small) for s in scaled} for small in sliding_window.SMALL_IMAGE_MODES}
   assert len(shapes["whole"]) > 1000 and len(shapes["few_shapes"]) == 9 and shapes["padded"] == {(512, 512)}
   assert shapes["few_shapes"] == set(tiles.few_shapes(512))
   assert all(side % 64 == 0 for shape in shapes["few_shapes"] for side in shape)
@@ -254,7 +256,7 @@ def test_all_programs_of_a_data_set_are_at_most_twelve():
     return stand_in(weights, batch)
 
   procedure = sliding_window.parse(("resize:512:128", "slide:128:85", "ms:0.5:0.75:1", "flip"))
-  options = {"at_once": 4, "small": "few_shapes", "decide": sliding_window.most_probable}
+  options = {"batch_size": 4, "small": "few_shapes", "postprocess": sliding_window.most_probable}
   engine, weights = SlidingWindowInference(network, procedure, **options), fill.normal("weights", (5, CLASSES), 0)
   pictures = [picture(i, size) for i, size in enumerate([(48, 64), (64, 47), (24, 130), (90, 91)])]
   listener = lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
@@ -274,13 +276,13 @@ def test_few_shapes_change_nothing_but_what_the_network_sees(weights):
   for size in ((130, 400), (300, 64), (100, 90), (40, 300), (30, 20)):
     views = Views([picture(0, size)], size, {})
     few, whole = (
-      next(SlidingWindowInference(pixels, Procedure(256, 171), at_once=2, small=small)(weights, [views]))
+      next(SlidingWindowInference(pixels, SlidingWindowOptions(256, 171), batch_size=2, small=small)(weights, [views]))
       for small in ("few_shapes", "whole")
     )
     np.testing.assert_allclose(few, whole, rtol=0, atol=1e-6)
   views = Views([picture(0, (70, 64))], (70, 64), {})
   few, whole = (
-    next(SlidingWindowInference(stand_in, Procedure(64, 40), small=s)(weights, [views]))
+    next(SlidingWindowInference(stand_in, SlidingWindowOptions(64, 40), small=s)(weights, [views]))
     for s in ("few_shapes", "whole")
   )
   np.testing.assert_array_equal(few, whole)
@@ -288,8 +290,8 @@ def test_few_shapes_change_nothing_but_what_the_network_sees(weights):
 
 LARGE = {
   "enlarged": (SLIDE, [(40, 71)], (700, 530)),
-  "several tiles of views": (Procedure(300, 200), [(310, 560)], (290, 600)),
-  "reduced": (Procedure(300, 200, flip=True), [(310, 560), (64, 40)], (3, 20)),
+  "several tiles of views": (SlidingWindowOptions(300, 200), [(310, 560)], (290, 600)),
+  "reduced": (SlidingWindowOptions(300, 200, flip=True), [(310, 560), (64, 40)], (3, 20)),
   "views larger than the result": (SLIDE._replace(flip=True), [(40, 71), (270, 480), (20, 36)], (33, 300)),
 }
 
@@ -299,9 +301,9 @@ def test_labels_do_not_depend_on_where_tiles_end(case, weights):
   procedure, sizes, size = LARGE[case]
   views = Views([picture(i, s) for i, s in enumerate(sizes)], size, {})
   expected = restated(weights, views, procedure)
-  options = {"decide": sliding_window.most_probable}, {}
+  options = {"postprocess": sliding_window.most_probable}, {}
   label, probabilities = (
-    next(SlidingWindowInference(stand_in, procedure, at_once=3, **o)(weights, [views])) for o in options
+    next(SlidingWindowInference(stand_in, procedure, batch_size=3, **o)(weights, [views])) for o in options
   )
   assert label.shape == size and label.dtype == np.int32
   np.testing.assert_allclose(probabilities, expected, rtol=0, atol=2e-6)
@@ -312,7 +314,7 @@ def test_labels_do_not_depend_on_where_tiles_end(case, weights):
 
 def test_a_large_picture_never_has_all_of_its_probabilities(weights):
   """A quarter of 12 megapixels with 4 classes are 48 MB."""
-  engine = SlidingWindowInference(stand_in, SLIDE, at_once=2, decide=sliding_window.most_probable)
+  engine = SlidingWindowInference(stand_in, SLIDE, batch_size=2, postprocess=sliding_window.most_probable)
   views, held = Views([picture(0, (32, 43))], (1500, 2000), {}), []
   gc.collect()
   others = sum(x.nbytes for x in jax.live_arrays())
@@ -374,9 +376,9 @@ def test_pictures_are_resized_to_every_ratio(weights):
 
 def test_words_are_understood_in_any_order():
   words = ("flip", "ms:0.5:1:1.75", "slide:512:341", "resize:2048:512")
-  expected = Procedure(512, 341, (2048, 512), (0.5, 1.0, 1.75), True)
+  expected = SlidingWindowOptions(512, 341, (2048, 512), (0.5, 1.0, 1.75), True)
   assert sliding_window.parse(words) == sliding_window.parse(words[::-1]) == expected
-  assert sliding_window.parse(()) == Procedure()
+  assert sliding_window.parse(()) == SlidingWindowOptions()
 
 
 @pytest.mark.parametrize("words, word", [
@@ -391,7 +393,7 @@ def test_an_unknown_word_names_the_known_ones(words, word):
 
 @pytest.mark.parametrize("options, message", [
   (dict(small="crop"), r"^eval\.small='crop' is unknown; choose one of \('whole', 'padded', 'few_shapes'\)\."),
-  (dict(at_once=0), r"^at_once=0 must be at least 1\."),
+  (dict(batch_size=0), r"^batch_size=0 must be at least 1\."),
 ])  # fmt: skip
 def test_options_that_do_not_fit_are_refused(options, message):
   with pytest.raises(ValueError, match=message):

@@ -33,7 +33,7 @@ def brightest(weights, batch):
 def made():
   task = Pose(keypoints=COCO, sigma=1)
   crop = Augmentation(CROP, COCO).evaluation
-  options = {"keypoints": 17, "rescore": task.rescored, "at_once": 4}
+  options = {"keypoints": 17, "rescore": task.rescored, "batch_size": 4}
   return top_down.TopDownPoseEstimator(jax.jit(brightest), crop, jax.jit(task.locate), **options)
 
 
@@ -56,8 +56,8 @@ def test_everybody_is_found_in_the_picture_whatever_its_size_and_however_many_th
 
 def test_a_whole_picture_is_one_person(made):
   image = picture((80, 60), [(40, 30)])
-  assert top_down.whole(image).tolist() == [[0, 0, 60, 80]]
-  boxes = top_down.check_boxes(top_down.whole(image), (80, 60), "it")
+  assert top_down.full_image_box(image).tolist() == [[0, 0, 60, 80]]
+  boxes = top_down.check_boxes(top_down.full_image_box(image), (80, 60), "it")
   (found,) = made(1.0, [image], [boxes])
   np.testing.assert_allclose(found.keypoints[0, 0, :2], (40, 30), atol=2)
 
@@ -70,7 +70,7 @@ def test_calls_are_no_larger_than_there_are_people(people, sizes):
     seen.append(len(batch["image"]))
     return brightest(weights, batch)
 
-  options = {"keypoints": 17, "rescore": task.rescored, "at_once": 4}
+  options = {"keypoints": 17, "rescore": task.rescored, "batch_size": 4}
   made = top_down.TopDownPoseEstimator(predict, Augmentation(CROP, COCO).evaluation, task.locate, **options)
   boxes = top_down.check_boxes([(1, 1, 20, 30)] * people, (60, 50), "it")
   (found,) = made(1.0, [picture((60, 50), [(12, 20)])], [boxes])

@@ -13,7 +13,7 @@ PLUGIN = any(map(importlib.util.find_spec, topologies.PLUGINS)) and importlib.ut
 
 @pytest.mark.parametrize("name", topologies.GPUS)
 def test_every_gpu_is_a_chip_of_the_table(name):
-  chip, described = chips.of(topologies.GPUS[name]["name"]), topologies.GPUS[name]
+  chip, described = chips.chip_for(topologies.GPUS[name]["name"]), topologies.GPUS[name]
   assert chip.memory == pytest.approx(0.75 * described["memory"], rel=0.01)
   assert chip.bandwidth == pytest.approx(described["bandwidth"], rel=0.01)
 

@@ -72,4 +72,4 @@ def test_as_many_results_are_written_as_are_told(tmp_path, monkeypatch, capsys):
   assert sorted(p.read_text() for p in output.iterdir()) == [
     "a.jpg: it", "a.png: it", "a_jpg.bmp: it", "car.jpg: b", "car.jpg: it", "car_1.jpg: it",
   ]  # fmt: skip
-  assert "5 pictures written" in capsys.readouterr().out
+  assert "5 images written" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The door for Python users: what it refuses. What it predicts is tested with the released checkpoints."""
+"""The Python entry point: what it refuses. What it predicts is tested with the released checkpoints."""
 
 import types
 
@@ -13,13 +13,13 @@ from vpd_jax.prediction import predictor
 
 def test_no_weights_are_no_network_without_a_word():
   config = loader.load("configs/nyu_depth.py:tiny")
-  with pytest.raises(ValueError, match=r"Predictor\.load has no weights: give weights=.*fresh=True") as caught:
+  with pytest.raises(ValueError, match=r"Predictor\.load has no weights: give weights=.*random_init=True") as caught:
     vpd_jax.Predictor.load(config)
   assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("fresh", [True, False])
-def test_weights_must_fill_the_network_unless_the_rest_is_to_be_random(monkeypatch, fresh):
+@pytest.mark.parametrize("random_init", [True, False])
+def test_weights_must_fill_the_network_unless_the_rest_is_to_be_random(monkeypatch, random_init):
   asked = {}
 
   def stop(config, product, mesh, source, *, complete):
@@ -31,8 +31,8 @@ def test_weights_must_fill_the_network_unless_the_rest_is_to_be_random(monkeypat
   config = loader.load("configs/nyu_depth.py:tiny").unlock()
   config.init.pretrained = "sd.safetensors"
   with pytest.raises(InterruptedError):
-    vpd_jax.Predictor.load(config.lock(), fresh=fresh)
-  assert asked == {"source": "", "complete": not fresh}
+    vpd_jax.Predictor.load(config.lock(), random_init=random_init)
+  assert asked == {"source": "", "complete": not random_init}
 
 
 def known(class_id, *, takes, count=2):

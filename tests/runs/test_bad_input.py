@@ -235,13 +235,13 @@ CASES = {
   "prediction with nothing": Case(
     PREDICT + "/out --workdir={here}/no", "no' holds no checkpoint", "give one of them", pictures
   ),
-  "prediction of no folder": Case(PREDICT + "/out --input={here}/no", "--input=", "give one that holds pictures"),
+  "prediction of no folder": Case(PREDICT + "/out --input={here}/no", "--input=", "give one that contains images"),
   "prediction of an empty folder": Case(
-    PREDICT + "/out", "holds no picture", "give a folder that does", lambda here: (here / "pictures").mkdir()
+    PREDICT + "/out", "contains no image", "give a folder that does", lambda here: (here / "pictures").mkdir()
   ),
   "results in a file": Case(PREDICT + "/pictures/a.png", "a.png is not a folder", "give another", pictures),
   "results below a file": Case(PREDICT + "/pictures/a.png/b", "a.png is not a folder", "give another", pictures),
-  "results among the pictures": Case(PREDICT + "/pictures", "folder of the pictures", "give another", pictures),
+  "results among the pictures": Case(PREDICT + "/pictures", "folder of the images", "give another", pictures),
   "an unknown class": Case(PREDICT + "/out --class=castle", "class 'castle'", "choose one of printer_room", pictures),
   "a sentence for a method that reads none": Case(
     PREDICT + "/out --sentence=car", "--sentence='car' has no effect", "leave it out", pictures
@@ -254,12 +254,12 @@ CASES = {
   ),
   "sentences about a picture that is not there": Case(
     PREDICT + "/out --sentences={here}/s.json",
-    "names pictures that are not in {here}/pictures: c.png",
+    "names images that are not in {here}/pictures: c.png",
     "correct it",
     lambda here: (pictures(here), (here / "s.json").write_text('[{"image": "c.png", "sentence": "car"}]')),
   ),
   "a damaged picture among good ones": Case(
-    PREDICT + "/out", "1 of 3 pictures", "other 2 are done; mend or remove these", pictures, makes=RESULTS
+    PREDICT + "/out", "1 of 3 images", "other 2 are done; fix or remove these", pictures, makes=RESULTS
   ),
 }
 

@@ -9,7 +9,7 @@ from tests.helpers.batches import batch_for
 from vpd_jax import experiment
 from vpd_jax.config import loader
 from vpd_jax.evaluation import evaluate
-from vpd_jax.training import train
+from vpd_jax.training import step as training_step
 
 # configs/<file>: words of its argument. A config that is not listed fails the first test.
 SHIPPED = {
@@ -100,7 +100,7 @@ def test_steps_and_evaluates_in_small(string):
   product = experiment.assemble(config)
   state = tiny.train_state(product, tiny.filled(product.parts.shapes))
   batch = batch_for(product, config)
-  step = train.make_step(product, loss_group=config.optim.loss_group, accumulation=config.optim.accumulation)
+  step = training_step.make_step(product, loss_group=config.optim.loss_group, accumulation=config.optim.accumulation)
   new, logs = jax.jit(step).lower(state, batch).compile(QUICK)(state, batch)
   assert int(new.step) == 1 and np.isfinite(logs["train/loss"])
   moments = new.opt_state[1].mu

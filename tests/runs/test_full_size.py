@@ -144,7 +144,7 @@ def forward(words: str, picture: str, scene: str) -> None:
     empty = {"image": image, "depth": np.zeros(image.shape[:2], np.float32)}
     image = depth_transforms.kb_crop(empty, size=config.data.kb_crop)["image"]
   clock = time.monotonic()
-  predictor = vpd_jax.Predictor.load(config.lock(), fresh=True)
+  predictor = vpd_jax.Predictor.load(config.lock(), random_init=True)
   made, clock = time.monotonic() - clock, time.monotonic()
   class_id = predictor.class_id(scene) if predictor.takes_class else None
   depth = predictor.forward(image[None].astype(np.float32) / 255, class_id=class_id)["depth"]
@@ -177,7 +177,7 @@ def forward_segmentation(data: str, method: str, path: str) -> None:
   random_weights(config)
   image = cv2.resize(cv2.imread(path)[..., ::-1], tuple(config.data.crop)[::-1])
   clock = time.monotonic()
-  predictor = vpd_jax.Predictor.load(config.lock(), fresh=True)
+  predictor = vpd_jax.Predictor.load(config.lock(), random_init=True)
   made, clock = time.monotonic() - clock, time.monotonic()
   out = predictor.forward(image[None].astype(np.float32) / 255)
   first, clock = time.monotonic() - clock, time.monotonic()
@@ -213,7 +213,7 @@ def forward_pose(method: str, root: str) -> None:
   data = CocoPose(root=root, complete=False, boxes="annotated")
   crop = data.eval_transform(data.source("eval")[0])["image"]
   clock = time.monotonic()
-  predictor = vpd_jax.Predictor.load(config.lock(), fresh=True)
+  predictor = vpd_jax.Predictor.load(config.lock(), random_init=True)
   made, clock = time.monotonic() - clock, time.monotonic()
   maps = predictor.forward(crop[None].astype(np.float32) / 255)["heatmaps"]
   assert maps.shape == (1, 64, 48, 17) and maps.dtype == np.float32
@@ -240,7 +240,7 @@ def forward_referring(root: str) -> None:
   data = RefCoco(root=root, complete=False)
   example = data.eval_transform(data.source("eval")[0])
   seconds, clock = [], time.monotonic()
-  predictor = vpd_jax.Predictor.load(config.lock(), fresh=True)
+  predictor = vpd_jax.Predictor.load(config.lock(), random_init=True)
   image, parts = example["image"][None].astype(np.float32) / 255, predictor.product.parts
   vae = jax.jit(lambda frozen, image: parts.partial(frozen).method.latents({"image": image}))
   calls = [lambda: predictor.forward(image, sentences=[example["sentence"]])["logits"]] * 2

@@ -10,7 +10,7 @@ from tests.helpers.batches import batch_for
 from tests.helpers.devices import forward
 from vpd_jax import experiment
 from vpd_jax.config import loader
-from vpd_jax.training import train
+from vpd_jax.training import step as training_step
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def stepped():
       config.update_from_flattened_dict(changes)
       product = experiment.assemble(config.lock())
       state = tiny.train_state(product, tiny.filled(product.parts.shapes))
-      step = jax.jit(train.make_step(product, loss_group=config.optim.loss_group))
+      step = jax.jit(training_step.make_step(product, loss_group=config.optim.loss_group))
       results[key] = step(state, batch_for(product, config))
     return results[key]
 
@@ -46,7 +46,7 @@ def test_bfloat16_computes_in_it_and_keeps_parameters_in_float32():
     config.dtype = dtype
     product = experiment.assemble(config.lock())
     state, batch = tiny.train_state(product, tiny.filled(product.parts.shapes)), batch_for(product, config)
-    new, logs = jax.eval_shape(train.make_step(product, loss_group=config.optim.loss_group), state, batch)
+    new, logs = jax.eval_shape(training_step.make_step(product, loss_group=config.optim.loss_group), state, batch)
     assert {x.dtype for x in (*new.params.values(), *new.stats.values(), logs["train/loss"])} == {jnp.float32.dtype}
     losses[dtype] = float(jax.jit(forward(product, config.optim.loss_group))(state, batch).value)
   np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.05)

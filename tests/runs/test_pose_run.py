@@ -124,7 +124,7 @@ def test_boxes_that_have_no_place_are_one_line(run, predictor, tmp_path):
   path = tmp_path / "boxes.json"
   options = {"source": str(root / "val2017"), "output": str(tmp_path / "out"), "boxes": str(path)}
   path.write_text(json.dumps({"other.jpg": [[1, 2, 3, 4]]}))
-  one_line("--boxes names pictures that are not in", lambda: predict_folder.run(config, str(workdir), **options))
+  one_line("--boxes names images that are not in", lambda: predict_folder.run(config, str(workdir), **options))
   path.write_text(json.dumps({NAMES[0]: [[500, 2, 30, 40]], NAMES[1]: [[1, 1, 0, 5]], NAMES[2]: [[10, 10, 40, 60]]}))
   one_line(f"boxes of {NAMES[1]}, 120 x 90 pixels: 1 have no area or lie outside", lambda: predict_folder.run(
     config, str(workdir), **options))  # fmt: skip

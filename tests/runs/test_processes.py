@@ -17,7 +17,7 @@ from vpd_jax import experiment
 from vpd_jax.checkpoints import initialize
 from vpd_jax.distributed import multiprocess
 from vpd_jax.evaluation import evaluate
-from vpd_jax.training import train
+from vpd_jax.training import session
 
 SECONDS = 400  # after which a process is ended
 SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_NUM_TASKS": "2"}
@@ -33,7 +33,7 @@ from vpd_jax.checkpoints.checkpointer import Checkpoints
 from vpd_jax.data import pipeline
 from vpd_jax.distributed import multiprocess, sharding
 from vpd_jax.evaluation import evaluate
-from vpd_jax.training import train
+from vpd_jax.training import session, train
 
 def terminate_when(ready):
   while not ready():
@@ -155,7 +155,8 @@ def test_the_loop_in_two_processes_sees_the_batches_and_gives_the_scores_of_one(
   begin = config(1)
   product, mesh = experiment.assemble(begin), devices.make_mesh("one")
   state, _ = initialize.new_state(begin, product, mesh)
-  with contextlib.closing(train._batches(begin, product, experiment.dataset(begin, product), mesh, 0)) as batches:
+  dataset = experiment.dataset(begin, product)
+  with contextlib.closing(session.training_batches(begin, product, dataset, mesh, 0)) as batches:
     batch = next(batches)
   total = jax.jit(devices.forward(product, 0))(state, batch)
   assert logged[1]["train/loss"] == pytest.approx(float(total.value / total.weight), rel=1e-5)
@@ -190,7 +191,7 @@ def test_an_error_in_one_process_ends_both_with_a_line_each(pair):
   _, _, outputs, codes = pair
   assert codes == [2, 2]
   assert outputs[1].splitlines()[-1] == "process 1: error: picture 7 is broken"
-  assert outputs[0].splitlines()[-1] == "process 0: process 1 has ended. error: picture 7 is broken"
+  assert outputs[0].splitlines()[-1] == "process 0: process 1 failed. error: picture 7 is broken"
 
 
 GIVEN = {"coordinator_address": "host:1234", "num_processes": 4, "process_id": 3}
@@ -222,7 +223,7 @@ def test_who_belongs_to_the_run(flags, environment, expected):
     ((None, None, 1), {}, r"without \['coordinator_address', 'num_processes'\]; give each of them"),
     (("host:1234", 4, 4), {}, "--process_id=4 of --process_count=4 processes does not exist"),
     (("host", 4, 1), {}, "--coordinator_address='host' has no port; write HOST:PORT"),
-    ((None, None, None), {"JAX_PROCESS_COUNT": "two"}, "JAX_PROCESS_COUNT='two' is no number"),
+    ((None, None, None), {"JAX_PROCESS_COUNT": "two"}, "JAX_PROCESS_COUNT='two' is not a number"),
   ],
 )
 def test_a_wrong_set_of_processes_is_refused(flags, environment, message):
@@ -253,5 +254,7 @@ def test_processes_that_do_not_come_are_one_line(tmp_path):
     given = [f"--process_id={index}", f"--workdir={tmp_path / 'run'}"]
     done = subprocess.run([sys.executable, *command, *address, *given], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
-    assert re.fullmatch(r"error: this process did not find .* nothing for 2 s\. .*--process_count=1\.\n", done.stderr)
+    assert re.fullmatch(
+      r"error: could not reach the coordinator .* no answer for 2 s\. .*--process_count=1\.\n", done.stderr
+    )
   assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from vpd_jax import experiment
 from vpd_jax.data import pipeline
 from vpd_jax.distributed import sharding
 from vpd_jax.evaluation import encoder_cache, evaluate
-from vpd_jax.training import train
+from vpd_jax.training import step as training_step
 
 QUICK = {"xla_backend_optimization_level": 0}
 
@@ -23,7 +23,7 @@ def run():
   dataset = experiment.dataset(config, product)
   state = tiny.train_state(product, tiny.filled(product.parts.shapes))
   batch = first_batch(config, product, state)
-  step = jax.jit(train.make_step(product, loss_group=0)).lower(state, batch).compile(QUICK)
+  step = jax.jit(training_step.make_step(product, loss_group=0)).lower(state, batch).compile(QUICK)
   return config, product, dataset, state, batch, *step(state, batch), step
 
 

@@ -177,12 +177,12 @@ def test_prediction_of_a_folder_writes_pictures_metres_and_facts(checkpoint, nyu
   turned.save(folder / "turned.jpg", exif=exif)
   (folder / "notes.txt").write_text("not an image")
   (folder / "broken.png").write_bytes((folder / "color.png").read_bytes()[:200])
-  with pytest.raises(ValueError, match=r"1 of 7 pictures .* cannot be read: broken.png .*The other 6 are done"):
+  with pytest.raises(ValueError, match=r"1 of 7 images .* cannot be read: broken.png .*The other 6 are done"):
     predict_folder.run(
       config(nyu, checkpoint), str(tmp_path / "none"), source=str(folder), output=str(out), class_name="kitchen"
     )
   text = capsys.readouterr().out
-  assert "6 pictures written" in text and "2 files skipped" in text
+  assert "6 images written" in text and "2 files skipped" in text
   assert "skipped: notes.txt" in text and "skipped: broken.png" in text
   assert {p.name for p in out.iterdir()} == {
     f"{stem}{suffix}"
@@ -201,7 +201,7 @@ def test_prediction_of_a_folder_writes_pictures_metres_and_facts(checkpoint, nyu
 
 def test_prediction_without_a_picture_is_refused(checkpoint, nyu, tmp_path):
   (tmp_path / "in").mkdir()
-  with pytest.raises(ValueError, match="holds no picture"):
+  with pytest.raises(ValueError, match="contains no image"):
     predict_folder.run(
       config(nyu, checkpoint), str(tmp_path / "w"), source=str(tmp_path / "in"), output=str(tmp_path / "out")
     )

@@ -11,11 +11,12 @@ import pytest
 from tests.helpers import one_convolution
 from vpd_jax import experiment
 from vpd_jax.checkpoints import workdir_lock
+from vpd_jax.convert.finite import check_finite
 from vpd_jax.distributed import sharding
 from vpd_jax.evaluation import evaluate
 from vpd_jax.planning import plan
 from vpd_jax.prediction import predict_folder
-from vpd_jax.training import train
+from vpd_jax.training import compilation, train
 
 
 def small(**changes):
@@ -139,9 +140,9 @@ def test_a_run_whose_loss_is_not_finite_stops_and_names_the_step(tmp_path):
 
 @pytest.mark.parametrize("loss, norm", [(np.nan, 1.0), (np.inf, 1.0), (1.0, np.nan)])
 def test_a_loss_or_gradient_that_is_not_finite_is_named_by_its_first_step(loss, norm):
-  assert train.check_finite([(7, np.float32(0.5), np.float32(1))]) == []
+  assert check_finite([(7, np.float32(0.5), np.float32(1))]) == []
   with pytest.raises(FloatingPointError, match=r"step 8 "):
-    train.check_finite([(i, np.float32(loss), np.float32(norm)) for i in (8, 9)])
+    check_finite([(i, np.float32(loss), np.float32(norm)) for i in (8, 9)])
 
 
 def test_the_learning_rate_of_no_step_is_lost_by_a_resume(run, tmp_path):
@@ -157,5 +158,5 @@ def test_a_second_start_finds_its_step_compiled(run):
   product, mesh = experiment.assemble(config), sharding.make_mesh()
   jax.clear_caches()  # the last test of this file
   with listening(messages):
-    train.compile_step(config, product, mesh, plan.batch_shapes(config, product.keys, "train"))
+    compilation.compile_step(config, product, mesh, plan.batch_shapes(config, product.keys, "train"))
   assert any("compilation cache hit for 'jit_train_step'" in message for message in messages), messages

@@ -27,13 +27,13 @@ OPERATION = {"name": "fusion.1", "milliseconds": 12.5, "share": 0.06, "result": 
 
 
 def test_the_page_holds_what_was_measured(accelerator):
-  page, kept = accelerator.PAGE.read_text(), accelerator.kept
-  assert kept.write(page, accelerator.SCRIPT, accelerator.tables(kept.held(accelerator.RESULTS))) == page
+  page, store = accelerator.PAGE.read_text(), accelerator.results_store
+  assert store.insert(page, accelerator.SCRIPT, accelerator.tables(store.load(accelerator.RESULTS))) == page
 
 
 def test_a_page_without_its_marks_is_refused(accelerator):
-  with pytest.raises(ValueError, match=r"must hold '<!-- accelerator.py: begin -->' and behind it"):
-    accelerator.kept.write("text", accelerator.SCRIPT, "table")
+  with pytest.raises(ValueError, match=r"must contain .<!-- accelerator.py: begin -->. and, after it"):
+    accelerator.results_store.insert("text", accelerator.SCRIPT, "table")
 
 
 def test_what_was_not_measured_is_said_so(accelerator):
@@ -77,7 +77,7 @@ def test_results_of_tiny_networks_are_kept_apart(accelerator, monkeypatch, capsy
   monkeypatch.setattr(sys, "argv", ["accelerator.py", "--tiny"])
   with pytest.raises(SystemExit):
     accelerator.main()
-  assert "name another --results=FILE" in capsys.readouterr().err
+  assert "give another --results=FILE" in capsys.readouterr().err
 
 
 def test_a_command_that_fails_is_kept_with_its_last_line(accelerator, monkeypatch, tmp_path):

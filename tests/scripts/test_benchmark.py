@@ -11,16 +11,16 @@ from tests.helpers.loaded_scripts import load
 from vpd_jax import experiment
 from vpd_jax.config import loader
 from vpd_jax.distributed import sharding
-from vpd_jax.training import train
+from vpd_jax.training import compilation
 
 QUICK = {"xla_backend_optimization_level": 0}
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-  """The script, told to time two steps of made-up batches."""
+  """The script, with flags to time two steps of synthetic batches."""
   module = load("scripts/benchmark.py")
-  module.FLAGS(["benchmark", "--steps=2", "--warm_up=1", "--made_up"])
+  module.FLAGS(["benchmark", "--steps=2", "--warm_up=1", "--synthetic"])
   return module
 
 
@@ -31,7 +31,7 @@ def config_of(**changes):
 
 
 def model_flops(benchmark, config):
-  return train.model_flops(config, benchmark.step_shapes(config, experiment.assemble(config)))
+  return compilation.model_flops(config, benchmark.step_shapes(config, experiment.assemble(config)))
 
 
 def test_rates_follow_from_the_times(benchmark):
@@ -115,7 +115,7 @@ class TestTorchSide:
     import torch
 
     side, config, model, product, _ = sides
-    batch = side.made_up(3, tuple(config.data.crop), torch.device("cpu"))
+    batch = side.synthetic_batch(3, tuple(config.data.crop), torch.device("cpu"))
     with torch.no_grad():
       theirs = model(batch["image"], batch["class_id"])
     inputs = {"image": batch["image"].permute(0, 2, 3, 1).numpy(), "class_id": batch["class_id"].numpy()}
@@ -135,7 +135,7 @@ class TestTorchSide:
     side, config, model, product, _ = sides
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == sum(np.prod(product.parts.shapes[name].shape, dtype=int) for name in product.groups.lr)
-    batch = side.made_up(6, tuple(config.data.crop), torch.device("cpu"))
+    batch = side.synthetic_batch(6, tuple(config.data.crop), torch.device("cpu"))
     model.train()
     with FlopCounterMode(display=False) as counter:
       side.silog(model(batch["image"], batch["class_id"]), batch["depth"], 3).backward()
@@ -151,7 +151,7 @@ class TestTorchSide:
 def test_a_step_of_referring_is_given_latents_and_text_states(benchmark):
   config = tiny.shrunk(loader.load("configs/refcoco_refer.py:refcoco,tiny"))
   product = experiment.assemble(config)
-  batch = benchmark.made_up_batch(config, product, sharding.make_mesh(1, 1, devices=jax.devices()[:1]))
+  batch = benchmark.synthetic_batch(config, product, sharding.make_mesh(1, 1, devices=jax.devices()[:1]))
   rows = config.data.batch_size
   assert batch["latents"].shape[0] == batch["text_states"].shape[0] == rows and "tokens" not in batch
   assert abs(np.asarray(batch["latents"]).std() - 1) < 0.1
@@ -159,7 +159,7 @@ def test_a_step_of_referring_is_given_latents_and_text_states(benchmark):
 
 def test_a_batch_that_groups_cut_is_refused_in_one_line(monkeypatch, capsys):
   script = load("scripts/benchmark.py")
-  words = ["--config=configs/nyu_depth.py:vpd,tiny", "--made_up", "--batch=4"]
+  words = ["--config=configs/nyu_depth.py:vpd,tiny", "--synthetic", "--batch=4"]
   monkeypatch.setattr(script.sys, "argv", ["benchmark", *words])
   with pytest.raises(SystemExit) as ended:
     script.main()
@@ -169,7 +169,7 @@ def test_a_batch_that_groups_cut_is_refused_in_one_line(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-  "words, told", [(["a"], "belong to no flag"), ([], "give a --config"), (["--steps=x"], "steps")]
+  "words, told", [(["a"], "unexpected positional"), ([], "give a --config"), (["--steps=x"], "steps")]
 )
 def test_a_wrong_command_is_one_line(words, told, capsys):
   with pytest.raises(SystemExit) as ended:

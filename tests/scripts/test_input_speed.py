@@ -21,11 +21,11 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_made_up_data_is_read_from_files_and_from_shards(input_speed, tmp_path, name):
-  config, places = input_speed.made_up(name, tmp_path, 4)
+def test_synthetic_data_is_read_from_files_and_from_shards(input_speed, tmp_path, name):
+  config, places = input_speed.synthetic(name, tmp_path, 4)
   for _ in range(2):  # the second time nothing is written
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    assert input_speed.made_up(name, tmp_path, 4)[1] == places
+    assert input_speed.synthetic(name, tmp_path, 4)[1] == places
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == written
   rows = input_speed.measure(config, places, count=4, workers=[], batches=1, rounds=1)
   crop = "{} x {}".format(*config.data.crop)
@@ -34,4 +34,4 @@ def test_made_up_data_is_read_from_files_and_from_shards(input_speed, tmp_path, 
 
 
 def test_every_published_data_set_has_a_row(input_speed):
-  assert input_speed.CONFIGS.keys() == input_speed.made_up_data.WRITERS.keys()
+  assert input_speed.CONFIGS.keys() == input_speed.synthetic_data.WRITERS.keys()

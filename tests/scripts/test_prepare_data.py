@@ -86,9 +86,9 @@ def test_all_faults_are_reported_together_and_nothing_is_written(script, root, t
     "4 faults: eval: 1 files are missing in",
     "bathroom/rgb_00045.jpg; they are cut out of nyu_depth_v2_labeled.mat",
     f"train: 1 records cannot be read: {sync_depth(root, 0)} is truncated",
-    "train: 1 pictures are not 48x64: nyu_office_0/rgb_00000.jpg (24x32) (--accept sizes goes on)",
+    "train: 1 images are not 48x64: nyu_office_0/rgb_00000.jpg (24x32) (--accept sizes continues)",
     "train: depth of 2 records is not within 0 to 10: study_room_0004/rgb_00001.jpg (20.000 to 20.000), "
-    "nyu_office_0/rgb_00000.jpg (nothing) (--accept values goes on)",
+    "nyu_office_0/rgb_00000.jpg (nothing) (--accept values continues)",
   ):
     assert part in message
   assert [path.name for path in tmp_path.iterdir()] == ["nyu_depth_v2"]
@@ -101,7 +101,7 @@ def test_another_count_than_the_published_one_must_be_accepted(script, root, tmp
   (tmp_path / "subset.txt").write_text("\n".join(lines[:2]))
   arguments = (f"--root={root}", "--splits", "train", "--set", f"train_list={tmp_path}/subset.txt")
   check_message(
-    "train has 2 records, published are 3 (--accept counts goes on)", lambda: run(script, *arguments, "--check_only")
+    "train has 2 records, published are 3 (--accept counts continues)", lambda: run(script, *arguments, "--check_only")
   )
   run(script, *arguments, f"--output={tmp_path}/out", "--accept", "counts")
   assert len(nyu.Nyu(root=f"{tmp_path}/out", format="tfds").source("train")) == 2

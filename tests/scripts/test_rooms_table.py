@@ -77,7 +77,7 @@ def test_only_what_stands_between_the_markers_is_replaced(script):
 
 def test_the_readme_holds_the_table_of_the_stored_results(script):
   readme = script.README.read_text()
-  assert script.write(readme, script.held()) == readme, "python scripts/rooms_table.py --write"
+  assert script.write(readme, script.load()) == readme, "python scripts/rooms_table.py --write"
 
 
 def test_scores_and_losses_are_read_from_the_metrics(script):
@@ -92,14 +92,14 @@ def test_scores_and_losses_are_read_from_the_metrics(script):
 def test_a_record_replaces_that_of_the_same_run_only(script, tmp_path, monkeypatch):
   monkeypatch.setattr(script, "RESULTS", tmp_path / "table.json")
   for seed, score in ((1, 0.9), (0, 0.8), (1, 0.7)):
-    script.keep("runs", {"task": "depth", "method": "vpd", "seed": seed, "score": score})
-  script.keep("networks", {"task": "depth", "method": "vpd"})
-  assert [(run["seed"], run["score"]) for run in script.held()["runs"]] == [(0, 0.8), (1, 0.7)]
+    script.save("runs", {"task": "depth", "method": "vpd", "seed": seed, "score": score})
+  script.save("networks", {"task": "depth", "method": "vpd"})
+  assert [(run["seed"], run["score"]) for run in script.load()["runs"]] == [(0, 0.8), (1, 0.7)]
   assert json.loads((tmp_path / "table.json").read_text())["networks"] == [{"task": "depth", "method": "vpd"}]
 
 
 def test_a_child_that_fails_ends_the_program_with_its_words_and_none_is_left_behind(script, tmp_path, monkeypatch):
-  with pytest.raises(SystemExit, match=r"ended with 3; the end of .*:\nsome words"):
+  with pytest.raises(SystemExit, match=r"exited with 3; the end of .*:\nsome words"):
     script.child([sys.executable, "-c", "import sys; print('some words'); sys.exit(3)"], tmp_path / "log")
   started = []
 

@@ -27,8 +27,8 @@ def report(step="train", **changes):
 
 
 def test_the_page_holds_what_was_compiled(tpu_plans):
-  page, kept = tpu_plans.PAGE.read_text(), tpu_plans.kept
-  assert kept.write(page, tpu_plans.SCRIPT, tpu_plans.tables(kept.held(tpu_plans.RESULTS))) == page
+  page, store = tpu_plans.PAGE.read_text(), tpu_plans.results_store
+  assert store.insert(page, tpu_plans.SCRIPT, tpu_plans.tables(store.load(tpu_plans.RESULTS))) == page
 
 
 def test_each_compilation_is_a_line(tpu_plans):

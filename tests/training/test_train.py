@@ -13,7 +13,7 @@ from vpd_jax.config import loader
 from vpd_jax.distributed import sharding
 from vpd_jax.evaluation import evaluate
 from vpd_jax.tasks.depth.task import Depth
-from vpd_jax.training import startup_report, train
+from vpd_jax.training import compilation, session, startup_report, train
 from vpd_jax.types import TrainState
 
 OPTIMIZER = optax.scale_by_adam()
@@ -52,6 +52,9 @@ class Scored:
 
 class Batches:
   skipped = 0
+
+  def __iter__(self):
+    return self
 
   def __next__(self):
     return {"image": jnp.zeros((6, 2, 2, 3))}
@@ -95,16 +98,16 @@ def run(tmp_path, monkeypatch):
     return (checkpoints.restore(last, abstract) if last else begun()), []
 
   for place, name, value in (
-    (train.experiment, "assemble", lambda config: product),
-    (train.experiment, "dataset", lambda *_: types.SimpleNamespace(source=lambda split: [0], describe=lambda: [])),
-    (train.experiment, "sentence_lines", lambda *_: []),
-    (train.sharding, "make_mesh", lambda *_: mesh),
+    (session.experiment, "assemble", lambda config: product),
+    (session.experiment, "dataset", lambda *_: types.SimpleNamespace(source=lambda split: [0], describe=lambda: [])),
+    (session.experiment, "sentence_lines", lambda *_: []),
+    (session.sharding, "make_mesh", lambda *_: mesh),
     (evaluate, "Evaluator", Scored),
     (startup_report, "describe", lambda *_: None),
     (initialize, "resume_or_start", resume),
-    (train, "_batches", lambda *_: Batches()),
-    (train, "lower_step", lambda *_: Step()),
-    (train.xla_cost, "memory_summary", lambda _: ""),
+    (session, "training_batches", lambda *_: Batches()),
+    (compilation, "lower_step", lambda *_: Step()),
+    (session.xla_cost, "memory_summary", lambda _: ""),
   ):
     monkeypatch.setattr(place, name, value)
 
@@ -149,8 +152,8 @@ def test_a_loss_that_is_not_finite_is_blamed_on_what_its_step_was_given(run, mon
     def __next__(self):
       return {"image": jnp.full((6, 2, 2, 3), np.inf if blame == "data" and self.begin == 1 else 0.0)}
 
-  monkeypatch.setattr(train, "lower_step", lambda *_: Lost())
-  monkeypatch.setattr(train, "_batches", lambda config, product, dataset, mesh, begin, *_: From(begin))
+  monkeypatch.setattr(compilation, "lower_step", lambda *_: Lost())
+  monkeypatch.setattr(session, "training_batches", lambda config, product, dataset, mesh, begin, *_: From(begin))
   words = {
     "weights": r"The weights are to blame: .*method/vae/a \(2 numbers\)",
     "data": r"The data are to blame: .*image \(72 numbers\)",

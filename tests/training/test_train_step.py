@@ -11,8 +11,9 @@ from tests.helpers import fill, tiny
 from tests.helpers.two_branches import TwoBranches
 from vpd_jax import experiment
 from vpd_jax.config import loader
+from vpd_jax.convert.finite import check_finite
 from vpd_jax.tasks.depth.task import Depth, silog
-from vpd_jax.training import train
+from vpd_jax.training import step as training_step
 from vpd_jax.types import Branch
 
 BATCH, SIDE = 12, 64
@@ -88,7 +89,7 @@ class TestGroupLosses:
   def test_the_loss_is_the_mean_over_groups_with_ground_truth(self, group, counted):
     outputs, batch = self.data()
     outputs = {"depth": outputs["depth"][:BATCH]}
-    loss = train.group_losses(self.task, outputs, batch, self.branches, group)
+    loss = training_step.group_losses(self.task, outputs, batch, self.branches, group)
     assert loss.weight == counted
     values = self.of_groups(outputs["depth"], batch["depth"], group or BATCH)
     np.testing.assert_allclose(loss.value / loss.weight, sum(values) / counted, rtol=1e-6)
@@ -99,14 +100,14 @@ class TestGroupLosses:
     outputs = {"depth": outputs["depth"][:BATCH] * jnp.linspace(0.2, 2, BATCH)[:, None, None]}
     means = [
       loss.value / loss.weight
-      for loss in (train.group_losses(self.task, outputs, batch, self.branches, group) for group in (1, 3, 0))
+      for loss in (training_step.group_losses(self.task, outputs, batch, self.branches, group) for group in (1, 3, 0))
     ]
     assert np.abs(np.diff(means)).min() > 1e-3
 
   def test_branches_add_up_with_their_weights(self):
     outputs, batch = self.data()
     both = (Branch("plain", 1.0), Branch("negative", 0.5))
-    loss = train.group_losses(self.task, outputs, batch, both, 3)
+    loss = training_step.group_losses(self.task, outputs, batch, both, 3)
     values = [self.of_groups(outputs["depth"][i * BATCH :][:BATCH], batch["depth"], 3) for i in (0, 1)]
     np.testing.assert_allclose(loss.value, sum(values[0]) + 0.5 * sum(values[1]), rtol=1e-6)
     assert loss.weight == 3 and loss.logs.keys() == {"plain/silog", "negative/silog"}
@@ -130,7 +131,7 @@ def dummy():
 def gradients_of(setup, accumulation=1):
   """The compiled gradient function of a product, and its result on the batch."""
   product, state, batch = setup
-  run = train.make_gradients(product, loss_group=3, accumulation=accumulation)
+  run = training_step.make_gradients(product, loss_group=3, accumulation=accumulation)
   run = jax.jit(run, compiler_options=QUICK)
   return run, run(*everything(state), batch)
 
@@ -221,7 +222,7 @@ def test_two_branches_of_ready_latents_go_through_a_step(dummy):
     [float(silog(rows[i : i + 3], batch["depth"][i : i + 3])[0]) for i in (0, 3, 9)]
     for rows in (depth[:BATCH], depth[BATCH:])
   ]
-  after, logs = jax.jit(train.make_step(product, loss_group=3), compiler_options=QUICK)(state, batch)
+  after, logs = jax.jit(training_step.make_step(product, loss_group=3), compiler_options=QUICK)(state, batch)
   plain, negative = np.mean(values[0]), np.mean(values[1])
   np.testing.assert_allclose(logs["train/loss"], plain + 0.5 * negative, rtol=1e-6)
   np.testing.assert_allclose([logs["train/plain/silog"], logs["train/negative/silog"]], [plain, negative], rtol=1e-6)
@@ -241,7 +242,8 @@ def three_steps(network):
   """The states before and after each of three donated steps of VPD, on the host; the function; what was donated."""
   product, state, batch = network
   state = jax.tree.map(jnp.copy, state.replace(ema=state.params))
-  step = jax.jit(train.make_step(product, loss_group=3, ema_decay=0.9), donate_argnums=0, compiler_options=QUICK)
+  step = training_step.make_step(product, loss_group=3, ema_decay=0.9)
+  step = jax.jit(step, donate_argnums=0, compiler_options=QUICK)
   keep = lambda state: jax.device_get(jax.tree.map(jnp.copy, state))  # a view of a buffer would keep it from donation
   states, donated, logs = [keep(state)], [], []
   for _ in range(3):
@@ -312,8 +314,8 @@ def test_the_logs_hold_loss_norm_and_the_rate_of_every_group(three_steps, networ
 
 def test_a_loss_that_is_not_finite_stops_and_names_its_step():
   one, nan = jnp.float32(1), jnp.float32(np.nan)
-  assert train.check_finite([(7, one, one)]) == []
+  assert check_finite([(7, one, one)]) == []
   with pytest.raises(FloatingPointError, match=r"^the loss of step 8 is nan, .*Lower config\.optim\.lr"):
-    train.check_finite([(7, one, one), (8, nan, nan), (9, nan, nan)])
+    check_finite([(7, one, one), (8, nan, nan), (9, nan, nan)])
   with pytest.raises(FloatingPointError, match=r"^the loss of step 8 is 1\.0, the norm of its gradients inf"):
-    train.check_finite([(7, one, one), (8, one, jnp.float32(np.inf))])
+    check_finite([(7, one, one), (8, one, jnp.float32(np.inf))])

@@ -1,4 +1,4 @@
-"""A run of several processes: finding each other, and ending together."""
+"""Runs of several processes: connecting them, and ending all of them if one fails."""
 
 import contextlib
 import glob
@@ -16,19 +16,20 @@ from typing import Any
 
 from vpd_jax.errors import UserError
 
-_FAILURE, _LISTEN = "vpd_jax/failure", 1.0  # where a process leaves its last words, and seconds between two looks
-_ALIVE, _DONE = "vpd_jax/alive", "done"  # where processes give signs of life, and the last of them
-_BEAT, _LOST = 5.0, 60.0  # seconds between two signs, and without one
-_REMEDY = "The same command goes on from the last checkpoint."
-_ended = threading.Event()  # the work of this process
-_witness: subprocess.Popen | None = None  # says that this process was ended by others
+_FAILURE, _POLL = "vpd_jax/failure", 1.0  # key of the error of a failed process, and seconds between two reads of it
+_ALIVE, _DONE = "vpd_jax/alive", "done"  # keys of the heartbeats of the processes, and the last value
+_HEARTBEAT, _TIMEOUT = 5.0, 60.0  # seconds between heartbeats, and without one until a process is assumed dead
+_REMEDY = "The same command continues from the last checkpoint."
+_finished = threading.Event()  # set when the work of this process is done
+_exit_watcher: subprocess.Popen | None = None  # reports that this process was killed
 
 
 @contextlib.contextmanager
 def report_errors(debug: bool = False) -> Iterator[None]:
-  """Ends the process at an error: with one line where it is the user's, and together with the others of the run.
+  """Ends the process at an error, and with it the other processes of the run.
 
-  `debug` shows the traceback of any error.
+  Args:
+    debug: print the traceback of every error; else those of the user (UserError, OSError) are printed as one line.
   """
   try:
     yield
@@ -40,8 +41,8 @@ def report_errors(debug: bool = False) -> Iterator[None]:
     text = " ".join(str(error).split())
     line = f"error: {text}" if known else traceback.format_exc()
     if not alone and isinstance(error, _jax().errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in text:
-      time.sleep(_LOST + 2 * _BEAT)  # where another process is lost, this one learns which, and ends here
-      line += f"error: another process may be lost: {text[:200]}. {_REMEDY}"
+      time.sleep(_TIMEOUT + 2 * _HEARTBEAT)  # the watcher ends this process if another one is dead, and names it
+      line += f"error: another process may have died: {text[:200]}. {_REMEDY}"
     if not alone:
       _abort_all(line)
     print(line, file=sys.stderr)
@@ -51,80 +52,79 @@ def report_errors(debug: bool = False) -> Iterator[None]:
 
 
 def _abort_all(line: str) -> None:
-  """Ends this process with a line, and the others by telling them."""
+  """Ends this process with a line, and publishes the line so that the others end too."""
   index = _jax().process_index()
   try:
-    line = _client().key_value_try_get(_FAILURE)  # another one was first: its reason is that of this error too
+    line = _client().key_value_try_get(_FAILURE)  # the first error is the cause of the later ones
   except RuntimeError:
     with contextlib.suppress(RuntimeError):
-      _client().key_value_set(_FAILURE, f"process {index} has ended. {line}")
-      time.sleep(3 * _LISTEN if index == 0 else 0)  # the words of all pass through process 0
-  _leave(f"process {index}: {line}")
+      _client().key_value_set(_FAILURE, f"process {index} failed. {line}")
+      time.sleep(3 * _POLL if index == 0 else 0)  # the others read it from process 0
+  _exit(f"process {index}: {line}")
 
 
-def _listen() -> None:
-  """Body of a thread: ends this process when another one has told that it failed, or tells nothing any more.
+def _watch_others() -> None:
+  """Body of a thread that ends this process when another one fails or has no heartbeat.
 
-  Every process gives a sign of life, of which process 0 looks for new ones. jax would notice too, after longer, and
-  abort.
+  Every process publishes heartbeats, which process 0 checks. JAX would notice too, but later, and abort.
   """
   index, beats, next_beat = _jax().process_index(), 0, 0.0
-  seen: dict[str, tuple[str, float]] = {}  # key of a process to its last sign and when that was new
-  while not _ended.wait(_LISTEN):
+  seen: dict[str, tuple[str, float]] = {}  # by key of a process: its last heartbeat, and when it changed
+  while not _finished.wait(_POLL):
     now = time.monotonic()
     try:
       if now >= next_beat:
-        next_beat, beats = now + _BEAT, beats + 1
+        next_beat, beats = now + _HEARTBEAT, beats + 1
         _client().key_value_set(f"{_ALIVE}/{index}", str(beats), allow_overwrite=True)
         signs = _client().key_value_dir_get(_ALIVE) if index == 0 else []
         seen |= {key: (sign, now) for key, sign in signs if seen.get(key, ("",))[0] != sign}
-      late = [key for key, (sign, when) in seen.items() if sign != _DONE and now - when > _LOST]
+      late = [key for key, (sign, when) in seen.items() if sign != _DONE and now - when > _TIMEOUT]
       if late:
         lost = ", ".join(sorted(key.split("/")[-1] for key in late))
-        _abort_all(f"error: process {lost} is lost: no sign of life for {_LOST:.0f} s. {_REMEDY}")
+        _abort_all(f"error: process {lost}: no heartbeat for {_TIMEOUT:.0f} s; assuming it died. {_REMEDY}")
       line = _client().key_value_try_get(_FAILURE)
-    except RuntimeError:  # nothing is told
+    except RuntimeError:  # the key is not set
       continue
-    _leave(f"process {index}: {line}")
+    _exit(f"process {index}: {line}")
 
 
 def _finish() -> None:
-  """The work of this process is done; the others may still have some."""
-  _ended.set()
+  """Marks the work of this process as done; others may still be working."""
+  _finished.set()
   if "jax" in sys.modules and _jax().distributed.is_initialized():
     with contextlib.suppress(RuntimeError):
       _client().key_value_set(f"{_ALIVE}/{_jax().process_index()}", _DONE, allow_overwrite=True)
-  _dismiss_witness()
+  _stop_exit_watcher()
 
 
 def _start_exit_watcher() -> None:
-  """Starts a shell that speaks when this process ends without a word: jax aborts where process 0 is gone."""
-  global _witness
+  """Starts a shell that prints a line if this process is killed, or aborted by JAX because process 0 died."""
+  global _exit_watcher
   index = _jax().process_index()
   line = (
-    f"process {index}: ended from outside"
-    + ("" if index == 0 else ", or, where jax says so above, because process 0 is lost, through which all speak")
+    f"process {index}: killed"
+    + ("" if index == 0 else ", or, if JAX says so above, aborted because process 0 died")
     + f". {_REMEDY}"
   )
-  _witness = subprocess.Popen(
+  _exit_watcher = subprocess.Popen(
     ["sh", "-c", 'trap "" INT TERM; read -r word || echo "$0" >&2', line], stdin=subprocess.PIPE, start_new_session=True
   )
 
 
-def _dismiss_witness() -> None:
-  if _witness is not None and _witness.poll() is None:
-    _witness.communicate(b"\n")
+def _stop_exit_watcher() -> None:
+  if _exit_watcher is not None and _exit_watcher.poll() is None:
+    _exit_watcher.communicate(b"\n")
 
 
 def _client() -> Any:
-  """The connection to the other processes, for words rather than arrays. jax shows it in no public module."""
+  """The key-value store of JAX's coordination service, which has no public module."""
   from jax._src import distributed
 
   return distributed.global_state.client
 
 
 def _jax() -> Any:
-  """jax, imported no earlier than needed, so that a wrong flag answers at once."""
+  """jax, imported late so that a wrong flag is reported immediately."""
   import jax
 
   return jax
@@ -133,19 +133,19 @@ def _jax() -> Any:
 def arguments(
   address: str | None, count: int | None, index: int | None, environment: Mapping[str, str]
 ) -> dict[str, Any] | None:
-  """The arguments of jax.distributed.initialize; None where this process is the whole run.
+  """The arguments of jax.distributed.initialize; None if this process is the whole run.
 
-  What is not given comes from JAX_COORDINATOR_ADDRESS, JAX_PROCESS_COUNT and JAX_PROCESS_ID, then, where srun started
-  several tasks or a TPU has several hosts, from these, by jax itself. A machine on its own connects nowhere.
+  Missing values are read from JAX_COORDINATOR_ADDRESS, JAX_PROCESS_COUNT and JAX_PROCESS_ID. If srun started several
+  tasks, or a TPU has several hosts, JAX detects the rest itself. A single machine connects to nothing.
 
   Args:
     address: "HOST:PORT" of process 0.
-    count: of processes; 1 means alone, wherever.
+    count: of processes; 1 disables the detection.
     index: of this process, from 0.
     environment: os.environ.
 
   Raises:
-    ValueError: something is missing or wrong.
+    ValueError: a missing or invalid value.
   """
   given = {"coordinator_address": address, "num_processes": count, "process_id": index}
   names = ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_COUNT", "JAX_PROCESS_ID")
@@ -153,7 +153,7 @@ def arguments(
     text = environment.get(name)
     if value is None and text:
       if key != "coordinator_address" and not text.isdecimal():
-        raise UserError(f"{name}={text!r} is no number; give a whole number from 0.")
+        raise UserError(f"{name}={text!r} is not a number; give an integer from 0.")
       given[key] = text if key == "coordinator_address" else int(text)
   if given["num_processes"] == 1:
     return None
@@ -163,13 +163,13 @@ def arguments(
     return None
   if missing and not cluster:
     raise UserError(
-      f"several processes were asked for without {missing}; give each of them --coordinator_address=HOST:PORT of "
+      f"several processes were requested without {missing}; give each of them --coordinator_address=HOST:PORT of "
       "process 0, --process_count=N and its own --process_id=0 to N-1, or none of the three."
     )
   if not missing and given["process_id"] >= given["num_processes"]:
     raise UserError(
       f"--process_id={given['process_id']} of --process_count={given['num_processes']} processes does not exist; "
-      "ids begin with 0."
+      "ids start at 0."
     )
   if given["coordinator_address"] and not re.fullmatch(r".+:\d+", given["coordinator_address"]):
     raise UserError(f"--coordinator_address={given['coordinator_address']!r} has no port; write HOST:PORT.")
@@ -191,7 +191,7 @@ def _cluster(environment: Mapping[str, str]) -> bool:
 
 
 def _metadata(key: str) -> str:
-  """What Google Cloud says of this machine; empty elsewhere."""
+  """A metadata value of a Google Cloud machine; empty elsewhere."""
   host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
   address = f"http://{host}/computeMetadata/v1/instance/attributes/{key}"
   try:
@@ -202,26 +202,26 @@ def _metadata(key: str) -> str:
 
 
 def connect(address: str | None, count: int | None, index: int | None, seconds: int) -> None:
-  """Makes this process one of several where it is; before anything touches a device.
+  """Connects the processes of a run, if there are several. Call it before any device is used.
 
   Args:
     address, count, index: see `arguments`.
-    seconds: to wait for the others.
+    seconds: timeout.
 
   Raises:
-    ValueError: something is missing or wrong, or the others were not found.
+    ValueError: a missing or invalid value, or the other processes were not found.
   """
   given = arguments(address, count, index, os.environ)
   if given is None:
     return
-  told = ", ".join(f"{key} {value}" for key, value in given.items() if key != "cluster_detection_method")
-  failure = f"this process did not find the other ones of its run ({told or 'as SLURM or the TPU says'}): "
+  settings = ", ".join(f"{key} {value}" for key, value in given.items() if key != "cluster_detection_method")
+  failure = f"could not reach the coordinator ({settings or 'detected from SLURM or the TPU'}): "
   remedy = (
-    "Start all of them within --coordinator_timeout, let the port of process 0 be free and reachable, or run alone "
-    "with --process_count=1."
+    "Start all processes within --coordinator_timeout, check that the port of process 0 is free and reachable, or run "
+    "alone with --process_count=1."
   )
-  # jax itself would abort without a word for the user.
-  timer = threading.Timer(seconds, _leave, [f"error: {failure}nothing for {seconds} s. {remedy}"])
+  # JAX itself would abort without a message for the user.
+  timer = threading.Timer(seconds, _exit, [f"error: {failure}no answer for {seconds} s. {remedy}"])
   timer.daemon = True
   timer.start()
   try:
@@ -230,14 +230,14 @@ def connect(address: str | None, count: int | None, index: int | None, seconds: 
     raise UserError(f"{failure}{' '.join(str(error).split())[:300]}. {remedy}") from error
   finally:
     timer.cancel()
-  # A collective with a process that is gone may wait for ever, or until jax aborts without the reason.
-  threading.Thread(target=_listen, daemon=True, name="listen").start()
+  # A collective with a dead process may wait forever, or until JAX aborts without stating the cause.
+  threading.Thread(target=_watch_others, daemon=True, name="watch").start()
   _start_exit_watcher()
 
 
-def _leave(line: str) -> None:
-  """Ends the process at once: an orderly end waits for the others, which wait for it in their next collective."""
-  _dismiss_witness()
+def _exit(line: str) -> None:
+  """Ends the process immediately: a regular exit waits for the others, which wait in their next collective."""
+  _stop_exit_watcher()
   print(line, file=sys.stderr)
   sys.stdout.flush()
   sys.stderr.flush()

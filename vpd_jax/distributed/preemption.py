@@ -1,4 +1,4 @@
-"""The wish to stop: SIGTERM, answered at the end of a step, by all processes at the same one."""
+"""Preemption handling: SIGTERM ends a run after a step, which is the same one in all of its processes."""
 
 import itertools
 import signal
@@ -8,19 +8,23 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-_calls = itertools.count(1)  # of PreemptionGuard.now in this process
+_calls = itertools.count(1)  # of PreemptionGuard.should_stop in this process
 
 
 class PreemptionGuard:
-  """Notices SIGTERM: `with PreemptionGuard() as stop: ... if stop.now(): save and leave`.
+  """Notices SIGTERM: `with PreemptionGuard() as guard: ... if guard.should_stop(): save and leave`.
 
-  Of several processes all must leave at the same point, whichever of them the signal reached, or the rest would wait
-  in its next collective for ever. There jax's preemption service, which `jax.distributed.initialize` starts, takes the
-  signal, spreads the news in the background, and chooses the first call of `now` that no process has made yet. A call
-  costs a look into memory; an all-gather of the flag would make host and devices wait for each other in every step.
+  All processes of a run have to leave after the same step, whichever of them received the signal; the others would
+  wait in their next collective forever. With several processes the signal goes to JAX's preemption service, which
+  `jax.distributed.initialize` starts. It notifies the other processes in the background and chooses the first call of
+  `should_stop` that no process has made yet. A call only reads memory; an all-gather of a flag would synchronize host
+  and devices in every step.
 
-  Alone, the old handler comes back at the end. Python handles signals in its main thread only; in another one
-  `requested`, which `now` returns, stays False, and the caller's own handler, if any, in force.
+  With one process the previous handler is restored at the end. Python handles signals in its main thread only: in any
+  other thread `requested` stays False, and the caller's own handler stays in place.
+
+  Attributes:
+    requested: whether a signal has been noticed.
   """
 
   def __init__(self) -> None:
@@ -36,8 +40,8 @@ class PreemptionGuard:
     if self._old is not None:
       signal.signal(signal.SIGTERM, self._old)
 
-  def now(self) -> bool:
-    """Whether to leave here; True ever after. All processes make the same calls in the same order."""
+  def should_stop(self) -> bool:
+    """Whether to stop at this point; stays True. All processes make the same calls in the same order."""
     if jax.process_count() > 1 and not self.requested:
       self.requested = multihost_utils.reached_preemption_sync_point(next(_calls))
     return self.requested

@@ -1,4 +1,4 @@
-"""Where each array of the training state lives: one mesh, one rule."""
+"""Sharding of the training state: one mesh, one rule."""
 
 import contextlib
 import gc
@@ -22,15 +22,15 @@ Rules = Sequence[tuple[str, Sequence[str | None]]]
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[Device] | None = None) -> Mesh:
-  """A mesh with the axes ('data', 'fsdp'). The batch is split over both, large arrays of the state over 'fsdp'.
+  """A mesh with the axes ('data', 'fsdp'): the batch is split over both, large arrays of the state over 'fsdp'.
 
   Args:
-    data: devices that hold copies of the state; -1 for all that `fsdp` leaves.
-    fsdp: devices that share one copy of the state; -1 for all that `data` leaves.
-    devices: default: all devices of all processes, in an order that suits their network.
+    data: number of copies of the state; -1 uses all remaining devices.
+    fsdp: number of devices that share a copy of the state; -1 uses all remaining devices.
+    devices: default: all devices of all processes, ordered for their network.
 
   Raises:
-    ValueError: where the product is not the number of devices.
+    ValueError: the product is not the number of devices.
   """
   count = len(devices) if devices is not None else jax.device_count()
   sizes = {"data": data, "fsdp": fsdp}
@@ -44,24 +44,24 @@ def make_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[Device] | None
       f"mesh data={data}, fsdp={fsdp} does not cover the {count} devices exactly; use data=-1 and an fsdp that "
       f"divides {count}."
     )
-  # Not jax.make_mesh, which splits a side of the network only on v5e: an fsdp of 8 on a v6e of 16 x 16 fails there.
+  # jax.make_mesh splits an axis of the network on v5e only: fsdp=8 on a v6e of 16 x 16 would fail.
   placed = mesh_utils.create_device_mesh(
     tuple(sizes.values()), devices if devices is not None else jax.devices(), allow_split_physical_axes=True
   )
-  # Axes are Auto: flax's convolutions refuse explicit ones.
+  # Flax's convolutions do not support explicit axes.
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def array_spec(shape: Sequence[int], itemsize: int, fsdp_size: int, *, min_bytes: int = 2**20) -> P:
-  """The one rule: an array of `min_bytes` or more is split over 'fsdp' along its largest divisible axis.
+  """The sharding rule: an array of `min_bytes` or more is split over 'fsdp' along its largest divisible axis.
 
-  Of equally large axes the last one is taken. A smaller array, and one without a divisible axis, is replicated.
+  Of equally large axes the last one is split. Smaller arrays, and those without a divisible axis, are replicated.
 
   Args:
     shape: of the array.
-    itemsize: bytes of a number.
+    itemsize: bytes per element.
     fsdp_size: size of the mesh axis 'fsdp'.
-    min_bytes: below this, gathering costs more than the memory is worth.
+    min_bytes: smaller arrays cost more time to gather than they save memory.
   """
   elements = 1
   for size in shape:
@@ -76,18 +76,18 @@ def array_spec(shape: Sequence[int], itemsize: int, fsdp_size: int, *, min_bytes
 def state_shardings(mesh: Mesh, state: Any, *, rules: Rules = (), min_bytes: int = 2**20) -> Any:
   """A NamedSharding for every array of a TrainState, optimizer state included.
 
-  The rule looks at the shape only, so moments lie where their parameters lie. `jax.jit(optimizer.init)` would
-  replicate them, since zeros depend on no input: pass these as `out_shardings`.
+  The rule depends on the shape only, so that moments are sharded like their parameters. Pass the result as
+  `out_shardings` of `jax.jit(optimizer.init)`, which would replicate them otherwise.
 
   Args:
     mesh: of `make_mesh`.
     state: arrays or ShapeDtypeStructs.
-    rules: (pattern, spec) pairs that go before the one rule, searched in "/" + full name as everywhere, first match
-      wins; a spec is a tuple of 'data', 'fsdp' or None per axis. Parameters and their moments have one name.
+    rules: (pattern, spec) pairs that override the rule. Patterns are searched in "/" + full name, and the first match
+      wins; a spec is a tuple of 'data', 'fsdp' or None per axis. Parameters and their moments share a name.
     min_bytes: see `array_spec`.
 
   Raises:
-    ValueError: where a rule counts for no name, or its spec does not fit an array it counts for.
+    ValueError: a rule matches no name, or its spec does not fit an array that it matches.
   """
   names = {array_name(path) for path, leaf in jax.tree.leaves_with_path(state) if leaf.ndim}
   first, idle = params_lib.first_rules(names, rules, field="config.mesh.rules")
@@ -106,30 +106,30 @@ def state_shardings(mesh: Mesh, state: Any, *, rules: Rules = (), min_bytes: int
 
 
 def abstract(state: Any, shardings: Any) -> Any:
-  """The state as ShapeDtypeStructs that know where they lie, which is what a restore needs."""
+  """The state as ShapeDtypeStructs with shardings, as needed to restore it."""
   return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, shardings)
 
 
 def place(arrays: Any, shardings: Any) -> Any:
-  """Arrays of the host, or of one device, onto the mesh.
+  """Transfers arrays from the host, or from one device, to the mesh.
 
   Args:
-    arrays: a tree; with several processes each of them holds all of it in full.
-    shardings: a tree like it of NamedShardings; where they name devices of several processes, all of these call.
+    arrays: a tree; with several processes, each of them has full copies of all arrays.
+    shardings: a tree of NamedShardings; all processes whose devices they include must call this function.
 
   Raises:
-    ValueError: the processes hold different arrays, e.g. were given different files.
+    ValueError: the arrays differ between the processes, e.g. because of different files.
   """
   if all(where.is_fully_addressable for where in jax.tree.leaves(shardings)):
     return jax.tree.map(jax.device_put, arrays, shardings)
   named = [(jax.tree_util.keystr(path), x) for path, x in jax.tree.leaves_with_path(arrays)]
-  # jax.device_put would send every array to every process to compare it.
+  # jax.device_put would send every array to every process for a comparison.
   sums = np.array([_checksum(x) for _, x in named], np.uint32)
   everywhere = multihost_utils.process_allgather(sums)  # [P, arrays]
   if different := [name for (name, _), same in zip(named, (everywhere == sums).all(0), strict=True) if not same]:
     raise UserError(
-      f"the processes begin with different arrays, {len(different)} of {len(named)}, like {different[:3]}; give all of "
-      "them the same weights, config and version of this program."
+      f"the processes begin with different arrays, {len(different)} of {len(named)}, like {different[:3]}; give all "
+      "processes the same weights, config and version of this program."
     )
   return jax.tree.map(
     lambda x, where: jax.make_array_from_callback(np.shape(x), where, np.asarray(x).__getitem__), arrays, shardings
@@ -137,16 +137,16 @@ def place(arrays: Any, shardings: Any) -> Any:
 
 
 def _checksum(x: Any) -> int:
-  """Of the bytes of an array of the host or of a device of this process."""
+  """A checksum of an array on the host or on a device of this process."""
   return zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
 
 
 @contextlib.contextmanager
 def tracing(mesh: Mesh) -> Iterator[None]:
-  """To be entered where a program for this mesh is traced: layers ask it for their platform and devices.
+  """A context for tracing a program for this mesh, from which layers read their platform and devices.
 
-  Python's garbage collector rests meanwhile. Tracing makes objects by the million that all live on, and looking through
-  them again and again takes an eighth of the time.
+  Disables Python's garbage collector: tracing creates millions of live objects, whose repeated inspection takes an
+  eighth of the time.
   """
   enabled = gc.isenabled()
   gc.disable()
@@ -159,66 +159,66 @@ def tracing(mesh: Mesh) -> Iterator[None]:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The first axis of every array of a Batch is split over all devices."""
+  """Splits the first axis of every array of a Batch over all devices."""
   return NamedSharding(mesh, P(AXES))
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
-  """A copy on every device."""
+  """A full copy on every device."""
   return NamedSharding(mesh, P())
 
 
 def on_devices_of_one_process(arrays: Any, mesh: Mesh, local: Mesh) -> Any:
-  """Arrays that are spread over the devices of all processes, whole on each device of this one.
+  """Replicates arrays that are sharded over all processes on each device of this process.
 
   Args:
-    arrays: a tree; every process calls with the same.
-    mesh: over which they are spread.
-    local: of this process' devices.
+    arrays: a tree; all processes must call with the same one.
+    mesh: of the arrays.
+    local: mesh of the devices of this process.
   """
-  whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(arrays)
-  return jax.tree.map(lambda x: jax.device_put(x.addressable_data(0), replicated(local)), whole)
+  full = jax.jit(lambda x: x, out_shardings=replicated(mesh))(arrays)
+  return jax.tree.map(lambda x: jax.device_put(x.addressable_data(0), replicated(local)), full)
 
 
 def gathered(arrays: ParamDict, shardings: Mapping[str, NamedSharding], dtype: Any) -> ParamDict:
-  """The arrays that are split, whole on every device in the dtype of computation; the others as they are.
+  """All-gathers the arrays that are split, in the dtype of computation; returns the others unchanged.
 
-  To be called where a step uses them. Left alone, the partitioner splits activations along the axes of the weights and
-  carries them to and fro between the layers; so it carries the weights, and nothing else. Gradients come back split.
+  Call it where a step uses the arrays. Without it, the partitioner would split activations along the axes of the
+  weights, and communicate activations between the layers in place of weights. Gradients are split again.
 
   Args:
     arrays: by name, in a traced function.
-    shardings: where they lie, by name.
-    dtype: in which the layers take them anyway: a wider one is cast first, so that less is carried.
+    shardings: of the arrays, by name.
+    dtype: of computation: wider arrays are cast before the communication.
   """
   split = {name: where for name, where in shardings.items() if any(axis is not None for axis in where.spec)}
-  return {name: _whole(x, split[name], dtype) if name in split else x for name, x in arrays.items()}
+  return {name: _all_gather(x, split[name], dtype) if name in split else x for name, x in arrays.items()}
 
 
-def _whole(x: jax.Array, where: NamedSharding, dtype: Any) -> jax.Array:
-  """One array of `gathered`."""
-  kept = x.dtype
-  carried = min(kept, jnp.dtype(dtype), key=lambda kind: kind.itemsize)
+def _all_gather(x: jax.Array, where: NamedSharding, dtype: Any) -> jax.Array:
+  """All-gathers one array."""
+  dtype_in = x.dtype
+  carried = min(dtype_in, jnp.dtype(dtype), key=lambda dtype: dtype.itemsize)
 
   @jax.custom_vjp
   def gather(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x.astype(carried), replicated(where.mesh))
 
   def backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
-    return (jax.lax.with_sharding_constraint(gradient, where).astype(kept),)
+    return (jax.lax.with_sharding_constraint(gradient, where).astype(dtype_in),)
 
   gather.defvjp(lambda x: (gather(x), None), backward)
-  return gather(x) if jnp.issubdtype(kept, jnp.floating) else x
+  return gather(x) if jnp.issubdtype(dtype_in, jnp.floating) else x
 
 
 def array_name(path: Any) -> str:
-  """The full name inside a path of the state: the last string key of a dict, or the whole path where there is none."""
+  """The full name in a path of the state: the last string key of a dict, or else the whole path."""
   keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and isinstance(key.key, str)]
   return keys[-1] if keys else jax.tree_util.keystr(path)
 
 
 def _check_fits(mesh: Mesh, name: str, shape: Sequence[int], pattern: str, spec: Sequence[str | None]) -> None:
-  """Raises where a rule's spec cannot split an array of this shape."""
+  """Raises if the spec of a rule cannot split an array of this shape."""
   if unknown := [axis for axis in spec if axis is not None and axis not in AXES]:
     raise UserError(f"mesh rule {pattern!r} names the axes {unknown}; choose from {AXES} and None.")
   fits = len(spec) <= len(shape) and all(

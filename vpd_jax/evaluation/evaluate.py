@@ -145,9 +145,9 @@ class _Pictures:
     self._labeling = sliding_window.SlidingWindowInference(
       on_mesh(make_scores(product), config, product, self._local),
       sliding_window.parse(config.eval.test_time),
-      at_once=config.eval.batch_size // jax.process_count(),
+      batch_size=config.eval.batch_size // jax.process_count(),
       small=config.eval.small,
-      decide=sliding_window.finite_label,
+      postprocess=sliding_window.finite_label,
       place=lambda x: jax.device_put(x, sharding.batch_sharding(self._local)),
       gathered=sharding.replicated(self._local),
     )

@@ -1,4 +1,4 @@
-"""Pictures as people have them: files of any kind, arrays of any size."""
+"""Loading user images: files of any format, arrays of any size."""
 
 import io
 from pathlib import Path
@@ -11,29 +11,19 @@ from PIL import Image, ImageOps
 from vpd_jax.errors import UserError
 from vpd_jax.files import image_decoding
 
-# Pictures of one layer of pixels, as Pillow calls them; not icons, layered files or vectors.
-FORMATS = (
-  "JPEG",
-  "MPO",
-  "PNG",
-  "WEBP",
-  "TIFF",
-  "BMP",
-  "DIB",
-  "GIF",
-  "PPM",
-  "JPEG2000",
-  "AVIF",
-  "TGA",
-  "PCX",
-  "SGI",
-  "QOI",
+# Raster formats by their name in Pillow, without icons, layered files and vector graphics.
+FORMATS = tuple(
+  ["JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF", "TGA", "PCX", "SGI", "QOI"]
 )
-LONGEST = 16  # times the shorter side; longer pictures are squeezed to it
+MAX_ASPECT = 16  # largest ratio of the sides; more elongated images are squeezed to it
 
 
-def unit(image: Any, dtype: Any) -> np.ndarray:
-  """uint8 or float [H, W, 3] to float in [0, 1]."""
+def to_float(image: Any, dtype: Any) -> np.ndarray:
+  """uint8 [H, W, 3], or float in [0, 1], to float in [0, 1].
+
+  Raises:
+    ValueError: another shape or dtype.
+  """
   image = np.asarray(image)
   if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
     raise UserError(f"an image has shape {image.shape}; give [H, W, 3].")
@@ -44,32 +34,30 @@ def unit(image: Any, dtype: Any) -> np.ndarray:
   return image.astype(dtype)
 
 
-def as_bytes(image: Any) -> np.ndarray:
-  """uint8 or float in [0, 1] [H, W, 3] to uint8."""
+def to_uint8(image: Any) -> np.ndarray:
+  """uint8 [H, W, 3], or float in [0, 1], to uint8. Raises as `to_float` does."""
   image = np.asarray(image)
-  return (
-    image
-    if image.dtype == np.uint8 and image.ndim == 3
-    else np.rint(unit(image, np.float32).clip(0, 1) * 255).astype(np.uint8)
-  )
+  if image.dtype == np.uint8 and image.ndim == 3:
+    return image
+  return np.rint(to_float(image, np.float32).clip(0, 1) * 255).astype(np.uint8)
 
 
-def fit(image: np.ndarray, side: int) -> np.ndarray:
-  """[H, W, 3] resized so that its shorter side is `side`; the longer one keeps the aspect, up to LONGEST * side."""
+def resize_shorter_side(image: np.ndarray, side: int) -> np.ndarray:
+  """[H, W, 3] resized so that its shorter side is `side`; the longer one keeps the aspect, up to MAX_ASPECT * side."""
   scale = side / min(image.shape[:2])
-  return resized(image, tuple(min(max(round(s * scale), side), LONGEST * side) for s in image.shape[:2]))
+  return resize(image, tuple(min(max(round(s * scale), side), MAX_ASPECT * side) for s in image.shape[:2]))
 
 
-def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """[H, W, ...] at another size: by area where it shrinks, else bilinear; the same array where nothing changes."""
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """[H, W, ...] resized: area averaging where it shrinks, else bilinear; the same array if the size is unchanged."""
   if image.shape[:2] == size:
     return image
   shrinks = size[0] * size[1] < image.shape[0] * image.shape[1]
   return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
-def read_picture(path: Path) -> np.ndarray:
-  """uint8 [H, W, 3] of an image file of any mode, turned as its EXIF says.
+def read_image(path: Path) -> np.ndarray:
+  """Reads an image file of any mode as RGB, uint8 [H, W, 3], rotated as its EXIF orientation says.
 
   Raises:
     ValueError: it is not an image, or is damaged.
@@ -77,8 +65,8 @@ def read_picture(path: Path) -> np.ndarray:
   with image_decoding.faults(path.name, remedy=""):
     raw = path.read_bytes()
   image_decoding.check_whole(raw, path.name)
-  with image_decoding.faults(path.name, remedy=""), Image.open(io.BytesIO(raw)) as picture:
-    turned = ImageOps.exif_transpose(picture)
+  with image_decoding.faults(path.name, remedy=""), Image.open(io.BytesIO(raw)) as image:
+    turned = ImageOps.exif_transpose(image)
     if turned.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
       gray = np.asarray(turned, np.float64)
       top = 65535.0 if turned.mode != "F" else max(gray.max(), 1e-12)
@@ -86,13 +74,13 @@ def read_picture(path: Path) -> np.ndarray:
     return np.asarray(turned.convert("RGB"))
 
 
-def is_picture(path: Path) -> bool:
-  """Whether a file is meant to be a picture of FORMATS, by its name, or else by how it begins."""
+def is_image(path: Path) -> bool:
+  """Whether a file is in one of FORMATS, by its suffix or else by its first bytes."""
   Image.init()
   kind = Image.registered_extensions().get(path.suffix.lower())
   if kind in FORMATS and (kind in Image.OPEN or kind == "MPO"):
     return True
-  known = [name for name in FORMATS if name in Image.OPEN and name != "TGA"]  # which begins with nothing of its own
+  known = [name for name in FORMATS if name in Image.OPEN and name != "TGA"]  # which has no signature
   try:
     with image_decoding.faults(path), Image.open(path, formats=known):
       return True

@@ -1,4 +1,4 @@
-"""Where the windows and tiles of a picture lie, and sums of scores over them; see inference/sliding_window.py."""
+"""Positions of windows and tiles in an image, and sums of scores over tiles; see inference/sliding_window.py."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,17 +9,17 @@ import numpy as np
 
 from vpd_jax.types import Array
 
-TILE = 256  # pixels, of scores kept on the device
+TILE = 256  # side in pixels of the tiles of scores on the device
 CANVAS = 128
 SQUARES = 16
-OUTSIDE_LABEL = 255  # as a label on a canvas: beyond the picture, neither right nor wrong
-# Of "few_shapes": quarters of the window's side along rows and columns.
+OUTSIDE_LABEL = 255  # label of a canvas outside the image, which is not scored
+# Windows of "few_shapes": quarters of the window's side along rows and columns.
 QUARTERS = ((4, 4), (3, 4), (4, 3), (2, 4), (4, 2), (1, 4), (4, 1), (3, 3), (2, 2))
 MULTIPLE = 64  # the UNet's coarsest stride
 
 
 def scaled_size(size: tuple[int, int], scale: tuple[int, int] | None, ratio: float) -> tuple[int, int]:
-  """(H, W) of a picture whose sides fit into `ratio` times the scale, or are `ratio` times as long where it is None."""
+  """(H, W) of an image whose sides fit into `ratio` times the scale, or are `ratio` times as long where it is None."""
   if scale is None:
     factor = ratio
   else:
@@ -36,7 +36,7 @@ def few_shapes(window: int) -> list[tuple[int, int]]:
 
 
 def window_of(size: tuple[int, int], window: int, small: str) -> tuple[int, int]:
-  """(H, W) of the windows of a view of this size, see `Labeling`; a view whose side is shorter is padded.
+  """(H, W) of the windows of a view of this size, see `SlidingWindowInference`; a view whose side is shorter is padded.
 
   Of "few_shapes", the one with the smallest share of padding, and of several the largest.
   """
@@ -47,20 +47,20 @@ def window_of(size: tuple[int, int], window: int, small: str) -> tuple[int, int]
   if small == "padded" or min(size) >= window:
     return window, window
   area = lambda shape: shape[0] * shape[1]
-  held = lambda shape: area([min(pair) for pair in zip(shape, size, strict=True)])
-  return max(few_shapes(window), key=lambda shape: (held(shape) / area(shape), area(shape)))
+  covered = lambda shape: area([min(pair) for pair in zip(shape, size, strict=True)])
+  return max(few_shapes(window), key=lambda shape: (covered(shape) / area(shape), area(shape)))
 
 
 def corners(
   size: Sequence[int], window: int | Sequence[int], stride: int | Sequence[int]
 ) -> tuple[list[int], list[int], tuple[int, ...]]:
-  """Where windows begin along rows and along columns, and their size, which is at most that of the picture.
+  """First rows and first columns of the windows, and their size, which is at most that of the image.
 
-  The last windows are moved back inside. A side that is shorter than the window has one window of its own length.
+  The last windows are shifted back inside the image. A side shorter than the window has one window of its own length.
 
   Args:
     size: (H, W).
-    window, stride: of both axes, or of rows and of columns; a window of 0 is the picture as a whole.
+    window, stride: of both axes, or of rows and of columns; a window of 0 is the whole image.
   """
   if not window:
     return [0], [0], tuple(size)
@@ -74,31 +74,31 @@ def corners(
 
 
 def canvas(size: Sequence[int]) -> tuple[int, int]:
-  """The size of the array that holds an image of this size."""
+  """(H, W) of the canvas of an image of this size: whole squares."""
   height, width = (-(-side // CANVAS) * CANVAS for side in size)
   return height, width
 
 
 def on_canvas(image: np.ndarray, value: float) -> np.ndarray:
-  """[H, W, ...] grown at right and bottom to its canvas."""
+  """[H, W, ...] padded at right and bottom to its canvas."""
   grown = np.full((*canvas(image.shape[:2]), *image.shape[2:]), value, image.dtype)
   grown[: image.shape[0], : image.shape[1]] = image
   return grown
 
 
 def squares(image: np.ndarray, value: float) -> np.ndarray:
-  """[H, W] cut into [n, CANVAS, CANVAS]; beyond the image, and in squares up to a multiple of SQUARES, is `value`."""
+  """[H, W] cut into [n, CANVAS, CANVAS], padded with `value`; n is a multiple of SQUARES."""
   grown = on_canvas(image, value)
   parts = grown.reshape(grown.shape[0] // CANVAS, CANVAS, -1, CANVAS).swapaxes(1, 2).reshape(-1, CANVAS, CANVAS)
   return np.pad(parts, ((0, -len(parts) % SQUARES), (0, 0), (0, 0)), constant_values=value)
 
 
-def taps(old: int, new: int, *, mirrored: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Bilinear resizing of one axis, align_corners=False: the neighbors of each new place, and the share of the second.
+def bilinear_indices(old: int, new: int, *, mirrored: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Bilinear resizing of one axis, align_corners=False: indices of both neighbors, and the weight of the second.
 
   Args:
     old, new: true sizes.
-    mirrored: the result runs backwards.
+    mirrored: flips the result.
   """
   place = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
   low = np.floor(place).astype(np.int32)
@@ -106,39 +106,39 @@ def taps(old: int, new: int, *, mirrored: bool = False) -> tuple[np.ndarray, np.
   return (low[::-1], high[::-1], share[::-1]) if mirrored else (low, high, share)
 
 
-def shares(starts: list[int], length: int, side: int) -> np.ndarray:
-  """One over the number of windows at each place of an axis; float32, whole tiles, and one more."""
+def overlap_weights(starts: list[int], length: int, side: int) -> np.ndarray:
+  """1 / number of windows at each position of an axis: float32, padded to whole tiles and one more."""
   count = np.zeros((-(-side // TILE) + 1) * TILE)
   for start in starts:
     count[start : start + length] += 1
   return (1 / np.maximum(count, 1)).astype(np.float32)
 
 
-def reading(
+def tile_indices(
   low: np.ndarray, high: np.ndarray, share: np.ndarray, over: np.ndarray, begin: int, step: int
 ) -> tuple[int, tuple[np.ndarray, ...]]:
-  """What a tile of the result reads along one axis: the number of the first of two tiles, and `fold`'s steps in them.
+  """The source of a tile of the result along one axis: the index of the first of two tiles, and `fold`'s steps in them.
 
   Args:
-    low, high, share: of `taps`.
-    over: of `shares`.
-    begin, step: the first place of the tile, and how many it has, at most TILE.
+    low, high, share: of `bilinear_indices`.
+    over: of `overlap_weights`.
+    begin, step: first position of the tile, and its length, at most TILE.
   """
   part = slice(begin, begin + step)
   tile = int(low[part].min()) // TILE
-  whole = lambda values: np.pad(values, (0, TILE - len(values)), mode="edge")
-  places = whole(low[part] - tile * TILE), whole(high[part] - tile * TILE), whole(share[part])
+  pad = lambda values: np.pad(values, (0, TILE - len(values)), mode="edge")
+  places = pad(low[part] - tile * TILE), pad(high[part] - tile * TILE), pad(share[part])
   return tile, (*places, over[tile * TILE : (tile + 2) * TILE])
 
 
 def add(tile: Array, scores: Array, where: Array) -> Array:
-  """A tile of a view with that part of window i added which lies in it.
+  """A tile of a view plus the part of window i that lies in it.
 
   Args:
-    tile: float [TILE, TILE, K], what was there before.
+    tile: float [TILE, TILE, K], the sum so far.
     scores: float [n, h, w, K].
     where: int32: i; of the tile in the window, the first row and column; rows and columns of the window; 1 for the
-      first window of this tile, which replaces what was there.
+      first window of this tile, which overwrites it.
   """
   i, top, left, height, width, first = where
   rows, columns = (begin + jnp.arange(TILE) for begin in (top, left))
@@ -148,27 +148,28 @@ def add(tile: Array, scores: Array, where: Array) -> Array:
   return jnp.where(first > 0, 0, tile) + jnp.where(inside[..., None], here, 0)
 
 
-def _between(x: Array, low: Array, high: Array, share: Array, axis: int) -> Array:
+def _lerp(x: Array, low: Array, high: Array, share: Array, axis: int) -> Array:
   share = jnp.expand_dims(share, [a for a in range(3) if a != axis]).astype(x.dtype)
   return x.take(low, axis) * (1 - share) + x.take(high, axis) * share
 
 
-def fold(total: Array, tiles: list[Array], steps: Any, flags: Array, weight: Array, softmax: bool, decide: Any):
-  """A tile of the sum over views with one view added, and what is decided of it where that was the last one.
+def fold(total: Array, tiles: list[Array], steps: Any, flags: Array, weight: Array, softmax: bool, postprocess: Any):
+  """A tile of the sum over views with one view added, and its result if that view was the last one.
 
   Args:
-    total: float [TILE, TILE, K], what was there before.
+    total: float [TILE, TILE, K], the sum so far.
     tiles: four tiles of the view: upper left, upper right, lower left, lower right.
-    steps: for rows and for columns, of the four as one: `taps` [TILE], and one over the number of windows [2 TILE].
-    flags: bool: the first view, which replaces what was there; the last one.
+    steps: for rows and for columns, of the four tiles joined: `bilinear_indices` [TILE] and
+      `overlap_weights` [2 TILE].
+    flags: bool: whether this is the first view, which overwrites the sum; whether it is the last one.
     weight: of the view.
-    softmax, decide: see `Labeling`.
+    softmax, postprocess: see `SlidingWindowInference`.
   """
   block = jnp.concatenate([jnp.concatenate(tiles[:2], axis=1), jnp.concatenate(tiles[2:], axis=1)])  # [2 T, 2 T, K]
   (*rows, over_rows), (*columns, over_columns) = steps
   block = block * over_rows[:, None, None] * over_columns[None, :, None]
-  resized = _between(_between(block, *rows, axis=0), *columns, axis=1)  # [T, T, K]
+  resized = _lerp(_lerp(block, *rows, axis=0), *columns, axis=1)  # [T, T, K]
   view = weight * (jax.nn.softmax(resized, axis=-1) if softmax else resized)
   total = jnp.where(flags[0], 0, total) + view
-  decided = jax.eval_shape(decide, total)
-  return total, jax.lax.cond(flags[1], decide, lambda _: jnp.zeros(decided.shape, decided.dtype), total)
+  result = jax.eval_shape(postprocess, total)
+  return total, jax.lax.cond(flags[1], postprocess, lambda _: jnp.zeros(result.shape, result.dtype), total)

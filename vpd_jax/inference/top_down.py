@@ -1,4 +1,4 @@
-"""Keypoints of people in pictures of any size: one crop for each box, crops in calls of few shapes."""
+"""Top-down pose estimation in images of any size: one crop per person box, crops in batches of few sizes."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,13 +13,13 @@ from vpd_jax.types import Array, Example
 Predict = Callable[[Any, dict[str, Array]], Array]  # weights and batch of n crops to heatmaps [n, h, w, K]
 
 
-class PersonSource(NamedTuple):
-  """The people of one picture.
+class ImagePoses(NamedTuple):
+  """The poses of the people in one image.
 
   Attributes:
-    keypoints: float32 [N, K, 3], x and y in the picture, score.
+    keypoints: float32 [N, K, 3], (x, y) in pixels of the image, and score.
     boxes: float32 [N, 4], x, y, width, height.
-    scores: float32 [N], of the boxes times the mean of the keypoints' that count.
+    scores: float32 [N], of the people, computed by `rescore`.
   """
 
   keypoints: np.ndarray
@@ -27,33 +27,33 @@ class PersonSource(NamedTuple):
   scores: np.ndarray
 
 
-def whole(image: np.ndarray) -> np.ndarray:
-  """The box float32 [1, 4] of a picture that shows one person."""
+def full_image_box(image: np.ndarray) -> np.ndarray:
+  """The box of the whole image, float32 [1, 4] of x, y, width, height."""
   return np.array([[0, 0, image.shape[1], image.shape[0]]], np.float32)
 
 
 def check_boxes(boxes: Any, size: tuple[int, int], what: str) -> np.ndarray:
-  """Boxes float32 [N, 5], x, y, width, height, score, of which N may be 0.
+  """Validates boxes, and returns them as float32 [N, 5] of x, y, width, height, score; N may be 0.
 
   Args:
-    boxes: N of 4 or 5 numbers each; the fifth is the score, else 1.
-    size: (H, W) of the picture.
-    what: for messages.
+    boxes: N lists of 4 or 5 numbers; the fifth is the score, 1 by default.
+    size: (H, W) of the image.
+    what: name of the image for messages.
 
   Raises:
-    ValueError: other shapes, numbers that are not finite, boxes without area or outside the picture (all are named).
+    ValueError: another shape, numbers that are not finite, boxes without area or outside the image (lists them).
   """
   number = lambda value: isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
   try:
     rows = [box.tolist() if isinstance(box, np.ndarray | Array) else list(box) for box in boxes]
     if not all(number(value) for row in rows for value in row):
       raise TypeError
-    # One may have a score and another not.
+    # Scores may be given for some boxes only.
     array = np.asarray([[*row, *(1.0,) * (len(row) == 4)] for row in rows] or np.zeros((0, 5)), np.float32)
   except (TypeError, ValueError, OverflowError):
     array = np.zeros((0, 0))
   if array.ndim != 2 or array.shape[1] != 5 or not np.isfinite(array).all():
-    raise UserError(f"boxes of {what} must be lists of x, y, width, height and, if known, a score: finite numbers.")
+    raise UserError(f"boxes of {what} must be lists of finite numbers: x, y, width, height and, optionally, a score.")
   x, y, width, height = array[:, :4].T
   inside = (width > 0) & (height > 0) & (x < size[1]) & (y < size[0]) & (x + width > 0) & (y + height > 0)
   if not inside.all():
@@ -65,12 +65,12 @@ def check_boxes(boxes: Any, size: tuple[int, int], what: str) -> np.ndarray:
 
 
 def read_boxes(path: str | Path) -> dict[str, list[list[float]]]:
-  """Boxes by the name of the picture: a JSON object {"name.jpg": [[x, y, width, height, score], ..]}, scores at will.
+  """Reads boxes by image name: a JSON object {"name.jpg": [[x, y, width, height, score], ..]} (score optional).
 
-  Also a list of {"file_name", "bbox", "score"}, the form of COCO's detections with names for ids.
+  A list of {"file_name", "bbox", "score"}, COCO's detection format with file names for ids, is accepted too.
 
   Raises:
-    ValueError: missing, or of another form; names the file.
+    ValueError: a missing file, or another format; names the file.
   """
   content = reading.read_json(path, called=f"boxes {str(path)!r}")
   if isinstance(content, list) and all(map(_is_entry, content)):
@@ -87,12 +87,12 @@ def read_boxes(path: str | Path) -> dict[str, list[list[float]]]:
 
 
 def _is_entry(entry: Any) -> bool:
-  """Whether this is one of {"file_name", "bbox", "score"}; the numbers are checked with their picture."""
+  """Whether this is {"file_name", "bbox", "score"}; `check_boxes` validates the numbers."""
   return isinstance(entry, dict) and isinstance(entry.get("file_name"), str) and isinstance(entry.get("bbox"), list)
 
 
 class TopDownPoseEstimator:
-  """Keypoints of the people in pictures, given their boxes."""
+  """Estimates the keypoints of people, given their boxes."""
 
   def __init__(
     self,
@@ -102,32 +102,32 @@ class TopDownPoseEstimator:
     *,
     keypoints: int,
     rescore: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    at_once: int = 8,
+    batch_size: int = 8,
   ):
     """
     Args:
       predict: compiled; weights and {"image": uint8 [n, H, W, 3]} to heatmaps.
       crop: an example with "image", "keypoints" [K, 3], "box" and "box_score" to one with "image" uint8 [H, W, 3],
         "center" and "extent", as in evaluation.
-      locate: compiled; heatmaps, center [n, 2], extent [n, 2] to keypoints [n, K, 3] in the picture.
+      locate: compiled; heatmaps, center [n, 2], extent [n, 2] to keypoints [n, K, 3] in the image.
       keypoints: K.
-      rescore: scores of boxes [N] and keypoints' [N, K] to scores of people [N].
-      at_once: the largest n; where there are fewer people it is the power of two above their number.
+      rescore: scores of boxes [N] and of keypoints [N, K] to scores of people [N].
+      batch_size: the largest n; for fewer people it is the next power of two.
     """
     self._predict, self._crop, self._locate = predict, crop, locate
-    self._keypoints, self._rescore, self._at_once = keypoints, rescore, at_once
+    self._keypoints, self._rescore, self._batch_size = keypoints, rescore, batch_size
 
-  def __call__(self, weights: Any, images: Sequence[np.ndarray], boxes: Sequence[np.ndarray]) -> list[PersonSource]:
-    """The people of each picture, in the order of its boxes; none are left out.
+  def __call__(self, weights: Any, images: Sequence[np.ndarray], boxes: Sequence[np.ndarray]) -> list[ImagePoses]:
+    """The poses of the people in each image, one per box and in the order of the boxes.
 
     Args:
       weights: for `predict`.
       images: uint8 [H, W, 3] each.
-      boxes: of `check_boxes`, float32 [N, 5], for each picture.
+      boxes: of `check_boxes`, float32 [N, 5], for each image.
     """
     found = [np.zeros((len(own), self._keypoints, 3), np.float32) for own in boxes]
     places = [(i, j) for i, own in enumerate(boxes) for j in range(len(own))]
-    size = min(self._at_once, 1 << max(len(places) - 1, 0).bit_length())  # few sizes, so few programs
+    size = min(self._batch_size, 1 << max(len(places) - 1, 0).bit_length())  # few sizes, to compile few programs
     for begin in range(0, len(places), size):
       chosen = places[begin : begin + size]
       crops = self._crops([(images[i], boxes[i][j]) for i, j in chosen], size)
@@ -136,14 +136,14 @@ class TopDownPoseEstimator:
       for (i, j), points in zip(chosen, located, strict=False):
         found[i][j] = points
     return [
-      PersonSource(points, own[:, :4], self._rescore(own[:, 4], points[..., 2]).astype(np.float32))
+      ImagePoses(points, own[:, :4], self._rescore(own[:, 4], points[..., 2]).astype(np.float32))
       for points, own in zip(found, boxes, strict=True)
     ]
 
   def _crops(self, chosen: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> dict[str, Any]:
-    """A batch of that size, filled by repeating its last crop."""
+    """A batch of the given size, padded by repeating the last crop."""
     zero = np.int32(0)
     nothing = {"keypoints": np.zeros((self._keypoints, 3), np.float32), "image_index": zero, "index": zero}
-    made = [self._crop({"image": im, "box": box[:4], "box_score": box[4], **nothing}) for im, box in chosen]
-    made += made[-1:] * (size - len(made))
-    return {key: np.stack([one[key] for one in made]) for key in ("image", "center", "extent")}
+    crops = [self._crop({"image": im, "box": box[:4], "box_score": box[4], **nothing}) for im, box in chosen]
+    crops += crops[-1:] * (size - len(crops))
+    return {key: np.stack([one[key] for one in crops]) for key in ("image", "center", "extent")}

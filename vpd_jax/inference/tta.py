@@ -1,7 +1,6 @@
-"""Test-time combinators: a predict function in, a predict function out.
+"""Test-time augmentation: functions from a predict function to a predict function.
 
-`cut` and `merge` work alike on numpy and on traced arrays, so that evaluation on devices and prediction on pictures of
-any size share one rule.
+`cut` and `merge` accept numpy arrays and traced arrays, so that evaluation and prediction share one implementation.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +15,8 @@ from vpd_jax.types import Array, Batch
 Images = TypeVar("Images", np.ndarray, Array)
 Predict = Callable[[Batch], Array]  # batch of B images to [B, H, W, ...]
 COVERAGES = ("released", "full")
-# What `eval.test_time` may say, by the way of the task; mirrored pictures would swap the left and right of sentences.
-WORDS = {"windows": ("flip", "shift:N"), "crops": ("flip",), "squeezed": ()}
+# Values of `eval.test_time` by test-time protocol. Flipping would swap left and right in sentences.
+TEST_TIME_OPTIONS = {"windows": ("flip", "shift:N"), "crops": ("flip",), "squeezed": ()}
 
 
 def offsets(size: Sequence[int], count: int, *, coverage: str = "released") -> list[tuple[int, int]]:
@@ -44,12 +43,15 @@ def offsets(size: Sequence[int], count: int, *, coverage: str = "released") -> l
 def check_coverage(
   size: Sequence[int], words: tuple[str, ...], coverage: str, region: tuple[int, int, int, int]
 ) -> None:
-  """Raises ValueError where windows leave pixels of a region without a prediction.
+  """Checks that windows cover a region.
 
   Args:
     size: (H, W) of the images.
     words, coverage: of the config.
     region: (top, bottom, left, right) rows and columns.
+
+  Raises:
+    ValueError: pixels of the region have no prediction.
   """
   windows, side = parse(words)[1], min(size)
   if windows == 1:
@@ -61,7 +63,7 @@ def check_coverage(
   if holes := int((~covered[top:bottom, left:right]).sum()):
     raise UserError(
       f"eval.coverage={coverage!r} with eval.test_time={tuple(words)} leaves {holes} pixels of each image of "
-      f"{size[0]} x {size[1]} without a prediction that the scores count; set config.eval.coverage='full'."
+      f"{size[0]} x {size[1]} without a prediction that is scored; set config.eval.coverage='full'."
     )
 
 
@@ -73,7 +75,7 @@ def cut(images: Images, corners: list[tuple[int, int]]) -> Images:
 
 
 def merge(windows: Images, corners: list[tuple[int, int]], size: Sequence[int]) -> Images:
-  """Inverse of `cut`: overlaps are averaged; what no window covers is NaN."""
+  """Inverse of `cut`: overlaps are averaged; pixels without a window are NaN."""
   xp = cast(Any, np if isinstance(windows, np.ndarray) else jnp)
   side = windows.shape[1]
   parts = windows.reshape(len(corners), -1, *windows.shape[1:])  # [n, B, S, S, ...]
@@ -87,17 +89,17 @@ def merge(windows: Images, corners: list[tuple[int, int]], size: Sequence[int]) 
 
 
 def tiled(batch: Batch, times: int) -> Batch:
-  """Every array of the batch repeated `times` over, the whole batch after itself."""
+  """Every array [B, ...] of the batch, repeated to [times * B, ...]."""
   return {name: jnp.concatenate([value] * times) for name, value in batch.items()}
 
 
 def mirror_back(prediction: Array) -> Array:
-  """A map [B, H, W, ...] of mirrored images as that of the images."""
+  """Flips a map [B, H, W, ...] horizontally."""
   return prediction[:, :, ::-1]
 
 
 def flipped(predict: Predict, mirrored: Callable[[Array], Array] = mirror_back) -> Predict:
-  """The mean of the prediction and of the prediction of the mirrored image, which `mirrored` turns back."""
+  """The mean of the predictions of the image and of the flipped image, which `mirrored` flips back."""
 
   def run(batch: Batch) -> Array:
     both = tiled(batch, 2) | {"image": jnp.concatenate([batch["image"], batch["image"][:, :, ::-1]])}
@@ -119,23 +121,27 @@ def shifted_windows(predict: Predict, count: int, *, coverage: str = "released")
   return run
 
 
-def parse(words: tuple[str, ...], way: str = "windows") -> tuple[bool, int]:
-  """Words of `eval.test_time`, such as ("flip", "shift:2"), as (mirror too, windows; 1 for the whole image).
+def parse(words: tuple[str, ...], protocol: str = "windows") -> tuple[bool, int]:
+  """Parses `eval.test_time`, such as ("flip", "shift:2"), into (flip, number of windows; 1 for the whole image).
 
   Args:
     words: of the config.
-    way: of the task, which decides what is known, see WORDS.
+    protocol: of the task, see TEST_TIME_OPTIONS.
+
+  Raises:
+    ValueError: a word that the protocol does not support.
   """
-  flip, windows = False, 1
+  flip, windows, known = False, 1, TEST_TIME_OPTIONS[protocol]
   for word in words:
     name, _, number = word.partition(":")
-    if name == "flip" and not number and "flip" in WORDS[way]:
+    if name == "flip" and not number and "flip" in known:
       flip = True
-    elif name == "shift" and number.isdigit() and int(number) >= 2 and "shift:N" in WORDS[way]:
+    elif name == "shift" and number.isdigit() and int(number) >= 2 and "shift:N" in known:
       windows = int(number)
     else:
-      known = " and ".join(map(repr, WORDS[way])) + (" with N at least 2" if "shift:N" in WORDS[way] else "")
-      raise UserError(f"eval.test_time has {word!r}; {f'known are {known}' if known else 'this task takes none: ()'}.")
+      listed = " and ".join(map(repr, known)) + (" with N at least 2" if "shift:N" in known else "")
+      remedy = f"known are {listed}" if known else "this task supports none: use ()"
+      raise UserError(f"eval.test_time has {word!r}; {remedy}.")
   return flip, windows
 
 
@@ -146,14 +152,14 @@ def with_test_time_augmentation(
   coverage: str = "released",
   mirrored: Callable[[Array], Array] = mirror_back,
 ) -> Predict:
-  """`predict` under the combinators of `eval.test_time`: mirrored images are averaged first, then windows."""
+  """`predict` with `eval.test_time`: flips are averaged first, then windows."""
   flip, windows = parse(words)
   combined = flipped(predict, mirrored) if flip else predict
   combined = shifted_windows(combined, windows, coverage=coverage) if windows > 1 else combined
 
   def run(batch: Batch) -> Array:
     if words and "latents" in batch:
-      raise UserError(f"eval.test_time={words} changes the image, which ready latents do not follow; set it to ().")
+      raise UserError(f"eval.test_time={words} cannot be combined with precomputed latents; set it to ().")
     return combined(batch)
 
   return run

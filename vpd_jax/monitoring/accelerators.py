@@ -1,4 +1,4 @@
-"""An accelerator that the machine has and JAX does not use."""
+"""Detection of an accelerator that JAX does not use."""
 
 import glob
 import os
@@ -14,13 +14,13 @@ _CUDA_13_DRIVER = 580  # the first driver that runs CUDA 13
 
 
 def unused(environment: Mapping[str, str] = os.environ, root: str = "/") -> str:
-  """One line for a run whose machine shows an accelerator while JAX's backend is the CPU; else an empty one.
+  """A warning for a machine with an accelerator on which JAX's backend is the CPU; else an empty string.
 
-  JAX only warns where its plugin for the accelerator is missing or of another version, and goes on slowly.
+  JAX itself continues on the CPU if the plugin of the accelerator is missing or has another version.
 
   Args:
-    environment: JAX_PLATFORMS in it, which names a choice, silences this.
-    root: of the file system that shows the devices.
+    environment: a value of JAX_PLATFORMS silences the warning.
+    root: of the file system in which devices are looked up.
   """
   if environment.get("JAX_PLATFORMS") or jax.default_backend() != "cpu":
     return ""
@@ -34,7 +34,7 @@ def unused(environment: Mapping[str, str] = os.environ, root: str = "/") -> str:
 
 
 def _found(environment: Mapping[str, str], root: Path) -> tuple[str, str]:
-  """What the machine has, in words, and the extra that serves it; two empty strings for nothing."""
+  """Name of the accelerator, and the pip extra that supports it; two empty strings if there is none."""
   driver = root / "proc/driver/nvidia/version"
   if driver.exists() or glob.glob(str(root / "dev/nvidia[0-9]*")):
     version = re.search(r"\b(\d{3,})\.\d+", driver.read_text()) if driver.exists() else None

@@ -1,4 +1,4 @@
-"""The one table of accelerators: peak rate, memory, and the names under which they are met."""
+"""Accelerators: names, peak rates and memory."""
 
 import re
 from typing import NamedTuple
@@ -7,17 +7,16 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-  """One device as JAX counts them; of TPU v2, v3, v4 and 7x that is half a chip at times, see `devices`.
+  """One accelerator.
 
   Attributes:
-    name: as in the documents.
-    kind: regular expression, found in the lower-case `device_kind`.
-    peak: dense bfloat16 operations a second of a chip, as its maker states; what a chip reaches is less.
-    bandwidth: bytes a second between a chip and its memory, as its maker states.
-    memory: bytes of a device that a program can use, where the device itself does not say; None where it must. Those of
-      TPUs are what the compiler of libtpu 0.0.51 says when a program is too large, those of GPUs three quarters of all,
-      which is what JAX takes.
-    devices: per chip, when all of a chip's cores are devices of their own.
+    name: in the vendor's documentation.
+    kind: regular expression that matches the lower-case `device_kind`.
+    peak: dense bfloat16 operations per second of a chip, as stated by the vendor.
+    bandwidth: bytes per second between a chip and its memory, as stated by the vendor.
+    memory: bytes of a device that a program can use; None if unknown. For TPUs the limit that the compiler of libtpu
+      0.0.51 reports, for GPUs three quarters of the memory, which JAX preallocates.
+    devices: JAX devices per chip, where each core is a device of its own (TPU v4, 7x).
   """
 
   name: str
@@ -45,12 +44,12 @@ CHIPS = (
 )
 
 
-def of(device_kind: str) -> Chip | None:
-  """The chip that a device says it is, e.g. "TPU v5 lite" or "NVIDIA H200"; None where the table has no row for it."""
+def chip_for(device_kind: str) -> Chip | None:
+  """The chip of a `device_kind` such as "TPU v5 lite" or "NVIDIA H200"; None if it is not in the table."""
   return next((chip for chip in CHIPS if re.search(chip.kind, device_kind.lower())), None)
 
 
 def share_of_peak(rate: float, device_kind: str) -> float | None:
-  """Operations a second of one device as a share of the peak; None where that is not known."""
-  chip = of(device_kind)
+  """Operations per second of one device as a fraction of its peak; None if the peak is not known."""
+  chip = chip_for(device_kind)
   return None if chip is None else rate * chip.devices / chip.peak

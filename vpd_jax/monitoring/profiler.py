@@ -1,4 +1,4 @@
-"""A profiler trace of some steps, for TensorBoard, and the operations in it that took longest."""
+"""Profiler traces for TensorBoard, and the slowest operations in them."""
 
 import collections
 import re
@@ -12,20 +12,22 @@ from etils import epath
 
 from vpd_jax.errors import UserError
 
-TRACE_FROM = 10  # steps after the start of the process: compiled and warm
-LONGEST = 10  # operations that are told
-_WRITTEN = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (\w+\[[\d,]*\])?.*metadata=\{[^}]*op_name="([^"]*)"', re.MULTILINE)
+FIRST_STEP = 10  # of the process, after compilation and warm-up
+SLOWEST = 10  # operations to report
+_INSTRUCTION = re.compile(
+  r'^\s*(?:ROOT )?%?([\w.\-]+) = (\w+\[[\d,]*\])?.*metadata=\{[^}]*op_name="([^"]*)"', re.MULTILINE
+)
 
 
 class Operation(NamedTuple):
-  """What one operation of a program took.
+  """The time of one operation of a program.
 
   Attributes:
-    name: XLA's, or a kernel's that belongs to none.
-    milliseconds: a step and device.
-    share: of the time of all operations; where one runs inside another (a loop's body), both count.
-    result: dtype and shape, where the program says so and it is one array.
-    origin: what it was made of, likewise: JAX's name, "backward" before it where it belongs to a gradient.
+    name: of the XLA operation, or of a kernel outside of any.
+    milliseconds: per step and device.
+    share: fraction of the time of all operations; nested operations (a loop and its body) are both counted.
+    result: dtype and shape, if the program states them and the result is one array.
+    origin: JAX's name of the operation, after "backward" if it belongs to a gradient; empty if unknown.
   """
 
   name: str
@@ -36,55 +38,55 @@ class Operation(NamedTuple):
 
 
 class Profiler:
-  """A profiler trace of `steps` steps from the tenth step of this process on; none for 0.
+  """Traces `steps` steps, from the tenth step of this process; 0 disables it.
 
-  At its end it says where it is, and which operations took longest.
+  At the end it logs the location of the trace and the slowest operations.
   """
 
   def __init__(self, steps: int, workdir: str, log: Callable[[str], None], text: Callable[[], str] = lambda: ""):
     """
     Args:
-      steps: how many.
+      steps: number of steps to trace.
       workdir: a local folder or a bucket; the trace lies below plugins/profile.
-      log: takes a line.
-      text: of the compiled step; called at the end.
+      log: prints a line.
+      text: returns the text of the compiled step; called at the end.
     """
-    self._steps, self._workdir, self._log, self._text, self._begun = steps, workdir, log, text, 0
+    self._steps, self._workdir, self._log, self._text, self._begin = steps, workdir, log, text, 0
 
   def __enter__(self) -> "Profiler":
     return self
 
   def __exit__(self, *_: object) -> None:
-    if self._begun:
+    if self._begin:
       jax.profiler.stop_trace()
-      self._begun = 0
+      self._begin = 0
       self._log(f"a trace of fewer than {self._steps} steps is in {self._workdir}/plugins/profile")
 
-  def before(self, step: int, last: Any = None) -> None:
-    """Starts or ends the trace before the given step of this process, counted from 1.
+  def on_step_start(self, step: int, last: Any = None) -> None:
+    """Starts or stops the trace before the given step of this process, counted from 1.
 
-    `last` is a result of the step before, which is waited for, so that the trace holds whole steps.
+    Waits for `last`, a result of the previous step, so that the trace contains whole steps.
     """
-    if self._steps and step == TRACE_FROM:
+    if self._steps and step == FIRST_STEP:
       jax.block_until_ready(last)
       jax.profiler.start_trace(self._workdir)
-      self._begun = step
-    elif self._begun and step == self._begun + self._steps:
+      self._begin = step
+    elif self._begin and step == self._begin + self._steps:
       jax.block_until_ready(last)
       jax.profiler.stop_trace()
-      self._begun = 0
+      self._begin = 0
       self._log(f"a trace of {self._steps} steps is in {self._workdir}/plugins/profile")
-      self._log(table(longest(self._workdir, self._steps, self._text())))
+      self._log(table(slowest_ops(self._workdir, self._steps, self._text())))
 
 
-def longest(folder: str, steps: int, text: str = "", count: int = LONGEST) -> list[Operation]:
-  """The operations of the newest trace that took longest, the first first.
+def slowest_ops(folder: str, steps: int, text: str = "", count: int = SLOWEST) -> list[Operation]:
+  """The slowest operations of the newest trace, in descending order.
 
   Args:
-    folder: given to jax.profiler.start_trace.
-    steps: of the program that it holds.
-    text: of the program, `xla_cost.text`: says what the operations are.
-    count: how many are wanted.
+    folder: of jax.profiler.start_trace.
+    steps: number of traced steps.
+    text: of the program, `xla_cost.text`, which describes the operations.
+    count: number of operations.
 
   Raises:
     ValueError: there is no trace.
@@ -93,41 +95,41 @@ def longest(folder: str, steps: int, text: str = "", count: int = LONGEST) -> li
   if not found:
     raise UserError(f"there is no trace below {Path(folder) / 'plugins' / 'profile'}.")
   data = jax.profiler.ProfileData.from_serialized_xspace(found[-1].read_bytes())
-  places, times = set(), cast(Any, collections.Counter())  # the typed one counts whole numbers only
+  devices, times = set(), cast(Any, collections.Counter())  # the type of Counter is limited to integers
   with warnings.catch_warnings():
-    # Since Python 3.13 jaxlib's types bring one; where warnings are errors it ends the process, raised inside C++.
+    # Raised inside C++ since Python 3.13; where warnings are errors it would abort the process.
     warnings.simplefilter("ignore", DeprecationWarning)
-    for place, name, nanoseconds in _on_devices(data):
-      places.add(place)
+    for device, name, nanoseconds in _device_events(data):
+      devices.add(device)
       times[name] += nanoseconds
   total = sum(times.values())
-  made = {name: (result, _origin(origin)) for name, result, origin in _WRITTEN.findall(text)}
+  described = {name: (result, _origin(origin)) for name, result, origin in _INSTRUCTION.findall(text)}
   return [
-    Operation(name, ns / 1e6 / steps / len(places), ns / total, *made.get(name, ("", "")))
+    Operation(name, ns / 1e6 / steps / len(devices), ns / total, *described.get(name, ("", "")))
     for name, ns in times.most_common(count)
   ]
 
 
 def table(operations: list[Operation]) -> str:
-  """For the terminal."""
+  """The operations as text."""
   if not operations:
-    return "the trace holds no operation"
+    return "the trace contains no operation"
   lines = [
     f"{100 * o.share:6.1f} % {o.milliseconds:10.2f} ms a step  {' '.join(filter(None, (o.name, o.result, o.origin)))}"
     for o in operations
   ]
-  return "\n".join([f"the {len(lines)} operations that took longest, of the time of all:", *lines])
+  return "\n".join([f"the {len(lines)} slowest operations, as a share of the time of all:", *lines])
 
 
-def _on_devices(data: Any) -> Iterator[tuple[str, str, float]]:
-  """(device, name, nanoseconds) of every operation that ran: of accelerators where there are any, else of the CPU."""
+def _device_events(data: Any) -> Iterator[tuple[str, str, float]]:
+  """(device, name, nanoseconds) of every executed operation, on accelerators if there are any, else on the CPU."""
   found = False
   for plane in data.planes:
     if not plane.name.startswith("/device:"):
       continue
     lines = {line.name: line for line in plane.lines}
-    whole = ["XLA Ops"] if "XLA Ops" in lines else [name for name in lines if name.startswith("Stream")]
-    for event in (event for name in whole for event in lines[name].events):
+    chosen = ["XLA Ops"] if "XLA Ops" in lines else [name for name in lines if name.startswith("Stream")]
+    for event in (event for name in chosen for event in lines[name].events):
       found = True
       name = str(dict(event.stats).get("hlo_op") or event.name)
       yield plane.name, name.partition(" = ")[0].lstrip("%"), event.duration_ns
@@ -140,5 +142,5 @@ def _on_devices(data: Any) -> Iterator[tuple[str, str, float]]:
 
 
 def _origin(name: str) -> str:
-  """JAX's name of an operation, without the functions around it."""
+  """JAX's name of an operation, without its enclosing functions."""
   return ("backward " if "transpose(" in name else "") + name.rpartition("/")[2]

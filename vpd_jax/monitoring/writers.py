@@ -1,12 +1,12 @@
-"""What a run tells: event files for TensorBoard, metrics.jsonl, the line of progress, tables.
+"""Metric writers: event files for TensorBoard, metrics.jsonl, the progress line, tables.
 
-Event files in local folders are written by tensorboardX, those in buckets by clu.metric_writers with the same methods.
-clu needs TensorFlow, whose import costs a start eight seconds of a core; `config.writer` chooses it for folders too.
-Neither is imported before `create` needs it.
+Event files in local folders are written by tensorboardX, those in buckets by clu.metric_writers, which has the same
+methods. clu.metric_writers imports TensorFlow, an optional dependency, which takes eight seconds of a core;
+`config.writer` selects it for folders too. `create` imports only the one it needs. For the same reason `Progress` and
+monitoring.profiler are not clu.periodic_actions, whose module imports clu.metric_writers.
 """
 
 import contextlib
-import dataclasses
 import importlib.util
 import os
 import statistics
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
+import jax
 import numpy as np
 from absl import logging
 from etils import epath
@@ -26,7 +27,7 @@ BACKENDS = ("auto", "clu", "tensorboardX")
 
 
 class Backend(Protocol):
-  """The methods of clu.metric_writers.MetricWriter in use."""
+  """The methods of clu.metric_writers.MetricWriter that are used here."""
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None: ...
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None: ...
@@ -37,15 +38,16 @@ class Backend(Protocol):
 
 
 def create(workdir: str | epath.PathLike, *, just_logging: bool = False, backend: str = "auto") -> "Writer":
-  """A writer into a workdir; use it in a `with`, or close it.
+  """Creates a writer for a workdir; use it in a `with`, or close it.
 
   Args:
-    workdir: a local folder or a bucket. metrics.jsonl, one object per call of `write_scalars`, needs a local one.
-    just_logging: scalars to the log only, as on every process but the first.
-    backend: 'clu', 'tensorboardX', or 'auto': clu for a bucket where TensorFlow is installed, else tensorboardX.
+    workdir: a local folder or a bucket. metrics.jsonl, with one object per call of `write_scalars`, is written to local
+      folders only.
+    just_logging: only log scalars, as in every process but the first.
+    backend: 'clu', 'tensorboardX', or 'auto': clu for a bucket if TensorFlow is installed, else tensorboardX.
 
   Raises:
-    ValueError: for an unknown backend, or clu without tensorflow.
+    ValueError: an unknown backend, or clu without TensorFlow.
   """
   if backend not in BACKENDS:
     raise UserError(f"config.writer={backend!r} is unknown; choose one of {BACKENDS}.")
@@ -67,7 +69,7 @@ class Writer:
 
   Args:
     backend: writes the event file.
-    lines: file to which scalars are added as JSON, or None.
+    lines: file to which scalars are appended as JSON, or None.
   """
 
   def __init__(self, backend: Backend, lines: epath.Path | None = None):
@@ -81,7 +83,7 @@ class Writer:
     self.close()
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-    """Numbers, or arrays of one number."""
+    """Writes numbers, or arrays with one element."""
     values = {name: float(np.asarray(value).item()) for name, value in scalars.items()}
     self._backend.write_scalars(int(step), values)
     if self._lines is not None:
@@ -89,20 +91,20 @@ class Writer:
         lines.write(atomic.to_json({"step": int(step), "time": round(time.time(), 3)} | values) + "\n")
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-    """uint8 [N, H, W, 3] under each name; nothing where N is 0, which not every backend takes."""
+    """Writes uint8 [N, H, W, 3] under each name; skips N = 0, which some backends do not accept."""
     if shown := {name: np.asarray(image) for name, image in images.items() if len(image)}:
       self._backend.write_images(int(step), shown)
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-    """Markdown under each name."""
+    """Writes Markdown under each name."""
     self._backend.write_texts(int(step), texts)
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-    """A config as nested plain values; once per run. Fields get dotted names, what is no number becomes a string."""
+    """Writes a config of nested plain values, once per run: dotted names, and strings for all but numbers."""
     self._backend.write_hparams(dict(_flat(hparams)))
 
   def flush(self) -> None:
-    """Returns when everything written so far is on disk."""
+    """Waits until everything written so far is on disk."""
     self._backend.flush()
 
   def close(self) -> None:
@@ -112,16 +114,16 @@ class Writer:
 
 
 class Progress:
-  """The speed of a run, and its line of progress.
+  """Measures the speed of a run, and formats its progress line.
 
-  Give it every point at which the host has waited for the devices, i.e. read a loss; times in between are those of
-  dispatch only. Evaluation and saving go into `pause()` and do not count.
+  Call `report` after the host has waited for the devices, e.g. by reading a loss; earlier, only the time of dispatch
+  would be measured. Time in `pause()` is not counted: evaluation, saving and compilation.
 
   Args:
     num_steps: the last step.
     images_per_step: the global batch.
     start: finished steps at the beginning.
-    devices: chips among which the speed is divided.
+    devices: number of devices, for the speed per chip.
     clock: seconds.
   """
 
@@ -136,11 +138,11 @@ class Progress:
   ):
     self._num_steps, self._images, self._devices, self._clock = num_steps, images_per_step, devices, clock
     self._step, self._since = start, clock()
-    self._times: list[float] = []  # seconds per step of each interval; the first one holds the compilation
+    self._times: list[float] = []  # seconds per step of each interval; the first one includes the warm-up
 
   @contextlib.contextmanager
   def pause(self) -> Iterator[None]:
-    """Time spent inside is not training."""
+    """Excludes the time inside the `with` from the speed."""
     begin = self._clock()
     try:
       yield
@@ -148,10 +150,10 @@ class Progress:
       self._since += self._clock() - begin
 
   def report(self, step: int, loss: float) -> tuple[str, dict[str, float]]:
-    """The line and the scalars at `step`, whose loss was just read.
+    """The progress line and the scalars at `step`, whose loss has just been read.
 
-    Milliseconds per step are the median over the last 20 intervals between reports, the first one of the run left
-    out as soon as there is another: it holds the compilation.
+    Milliseconds per step are the median of the last 20 intervals between reports, without the first interval of the
+    run if there is another one.
 
     Returns:
       'step 100/2000 (5%)  loss 0.4123  12.3 img/s  243 ms/step  ETA 7m42s', and {'perf/step_ms',
@@ -177,6 +179,12 @@ class Progress:
     return line, scalars
 
 
+def log(line: str) -> None:
+  """Prints a line to the terminal, from the first process only."""
+  if jax.process_index() == 0:
+    print(line, flush=True)
+
+
 def duration(seconds: float) -> str:
   """'42s', '7m42s', '3h07m', '2d03h'."""
   seconds = max(round(seconds), 0)
@@ -187,7 +195,7 @@ def duration(seconds: float) -> str:
 
 
 def table(rows: Sequence[Sequence[Any]]) -> str:
-  """A text table, columns padded, numbers to the right; the first row is the header."""
+  """A text table with padded columns and right-aligned numbers; the first row is the header."""
   cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   right = [all(isinstance(cell, (int, float)) for cell in column) for column in zip(*rows[1:], strict=True)]
@@ -202,20 +210,20 @@ def table(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def class_table(rows: Sequence[Mapping[str, Any]]) -> str:
-  """A text table of the scores of classes, "-" for None, and a line break; empty where there are no rows."""
-  told = lambda value: "-" if value is None else f"{value:.4f}" if isinstance(value, float) else value
-  return table([tuple(rows[0]), *(tuple(map(told, row.values())) for row in rows)]) + "\n" if rows else ""
+  """A text table of the scores of classes and a line break, with "-" for None; empty without rows."""
+  text = lambda value: "-" if value is None else f"{value:.4f}" if isinstance(value, float) else value
+  return table([tuple(rows[0]), *(tuple(map(text, row.values())) for row in rows)]) + "\n" if rows else ""
 
 
 def parameter_overview(arrays: Mapping[str, Any], max_lines: int | None = None) -> str:
-  """Name, shape, dtype and size of every array of a Named dict (or of its shapes), and their total, as a table."""
+  """Name, shape, dtype and size of every array of a ParamDict (or of its shapes), and their total, as a table."""
   from clu import parameter_overview as overview
 
   return overview.get_parameter_overview(dict(arrays), include_stats=False, max_lines=max_lines)
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
-  """(dotted name, value) pairs; event files hold numbers and strings only."""
+  """(dotted name, value) pairs; event files store numbers and strings only."""
   for key, value in section.items():
     if isinstance(value, Mapping) and value:
       yield from _flat(value, f"{prefix}{key}.")
@@ -224,14 +232,14 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, b
 
 
 def _clu(folder: epath.Path) -> Backend:
-  """clu's asynchronous writer; tensorflow comes in without its messages and without the accelerators."""
+  """clu's asynchronous writer, with TensorFlow's messages and its use of accelerators disabled."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else it speaks of them before its log level counts
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else it prints a message before the log level is set
   import tensorflow as tf
   from clu import metric_writers
 
   for kind in ("GPU", "TPU"):
-    # A program that has used tensorflow before us has decided about its devices.
+    # Raised if the program has already initialized the devices of TensorFlow.
     with contextlib.suppress(RuntimeError):
       tf.config.set_visible_devices([], kind)
   return metric_writers.create_default_writer(folder, asynchronous=True)
@@ -239,7 +247,7 @@ def _clu(folder: epath.Path) -> Backend:
 
 @contextlib.contextmanager
 def _hidden(package: str) -> Iterator[None]:
-  """A package as if it were not installed, for what is imported inside; one that is imported already stays."""
+  """Makes a package appear not installed inside the `with`, unless it has been imported before."""
   if package in sys.modules:
     yield
     return
@@ -252,10 +260,10 @@ def _hidden(package: str) -> Iterator[None]:
 
 
 class _TensorboardX:
-  """clu's methods over tensorboardX, which writes in a thread of its own."""
+  """clu's methods on top of tensorboardX, which writes in a separate thread."""
 
   def __init__(self, folder: epath.Path):
-    # Where PyTorch is installed, tensorboardX imports it for graphs, which are never written here: three seconds.
+    # tensorboardX would import PyTorch for graphs, which are not written here; this takes three seconds.
     with _hidden("torch"):
       import tensorboardX
 
@@ -278,7 +286,7 @@ class _TensorboardX:
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
     from tensorboardX import summary
 
-    # add_hparams would put them into a run of their own.
+    # add_hparams would create a separate run.
     for part in summary.hparams(dict(hparams), {}):
       cast(Any, self._writer.file_writer).add_summary(part)
 
@@ -289,24 +297,16 @@ class _TensorboardX:
     self._writer.close()
 
 
-@dataclasses.dataclass
 class _Log:
-  """Scalars to the log, nothing else."""
+  """Logs scalars, and ignores everything else."""
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
     logging.info("[%d] %s", step, ", ".join(f"{name}={value:.6g}" for name, value in sorted(scalars.items())))
 
-  def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+  def _ignore(self, *_: Any, **__: Any) -> None:
     pass
 
-  def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-    pass
-
-  def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-    pass
+  write_images = write_texts = write_hparams = close = _ignore
 
   def flush(self) -> None:
     logging.flush()
-
-  def close(self) -> None:
-    pass

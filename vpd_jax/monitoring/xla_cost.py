@@ -1,4 +1,4 @@
-"""What a program costs: floating point operations of a traced one, memory and collectives of a compiled one."""
+"""Cost of programs: operations of traced ones, memory and collectives of compiled ones."""
 
 import math
 import re
@@ -10,8 +10,8 @@ import jax
 from vpd_jax.monitoring import chips
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_NO_MODEL = ("_resize",)  # jax.image.resize: it interpolates by products with matrices
-_BYTES = {"pred": 1, "s4": 1, "u4": 1, "c64": 8, "c128": 16}  # a name with a number of bits says the rest
+_NO_MODEL = ("_resize",)  # jax.image.resize, which interpolates with matrix products
+_BYTES = {"pred": 1, "s4": 1, "u4": 1, "c64": 8, "c128": 16}  # other sizes are part of the name
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _OPERATION = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
@@ -21,41 +21,42 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|condition|body|branch_computations)=(
 
 
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, Any] | None:
-  """Of the training step. On CPU alone XLA drops the barriers that keep recomputed activations (backbone.remat) from
-  being merged with the first ones, and so saves nothing."""
+  """Compiler options of the training step.
+
+  On CPU, XLA drops the barriers that keep recomputed activations (backbone.remat) from being merged with the original
+  ones, so that recomputation would save no memory.
+  """
   return {"xla_disable_hlo_passes": "cse_barrier_expander"} if mesh.devices.flat[0].platform == "cpu" else None
 
 
 class Memory(NamedTuple):
-  """Bytes on one device, by the compiler's account.
+  """Bytes on one device, as reported by the compiler.
 
   Attributes:
-    arguments: state and batch that go in.
-    aliased: of them, those whose memory the results take over.
-    temporaries: everything in between: activations, gradients, workspace.
-    peak: the most at any time; where the compiler does not say, arguments + results - aliased + temporaries.
+    arguments: state and batch.
+    temporaries: activations, gradients, workspace.
+    peak: at any time; if the compiler does not report it, arguments + results - donated arguments + temporaries.
   """
 
   arguments: int
-  aliased: int
   temporaries: int
   peak: int
 
 
 def memory(compiled: jax.stages.Compiled) -> Memory | None:
-  """None where the compiler gives no account."""
+  """The memory of a compiled program; None if the compiler does not report it."""
   analysis = compiled.memory_analysis()
   if analysis is None:
     return None
   arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
   total = arguments + analysis.output_size_in_bytes - analysis.alias_size_in_bytes + temporaries
-  # On CPU the reported peak leaves the temporaries out.
+  # On CPU the reported peak does not include the temporaries.
   peak = max(getattr(analysis, "peak_memory_in_bytes", 0), arguments + temporaries) or total
-  return Memory(arguments, analysis.alias_size_in_bytes, temporaries, max(peak, total))
+  return Memory(arguments, temporaries, max(peak, total))
 
 
 def memory_summary(compiled: jax.stages.Compiled) -> str:
-  """XLA's own account of a program's memory."""
+  """The memory of a compiled program in one phrase."""
   analysis = compiled.memory_analysis()
   if analysis is None:
     return "unknown memory"
@@ -66,44 +67,46 @@ def memory_summary(compiled: jax.stages.Compiled) -> str:
 
 
 def costs(compiled: jax.stages.Compiled, device_kind: str = "") -> dict[str, float]:
-  """The compiler's "flops", "bytes accessed" and "optimal_seconds" on one device, as far as it tells them.
+  """The compiler's "flops", "bytes accessed" and "optimal_seconds" on one device, as far as reported.
 
-  The body of a loop counts once, and a kernel that is called by name, such as fused attention, may not count.
+  The body of a loop is counted once; kernels in custom calls, such as fused attention, may not be counted.
   """
   found = compiled.cost_analysis() or {}
-  told = {name: float(found[name]) for name in ("flops", "bytes accessed") if found.get(name, 0) > 0}
-  seconds = whole_seconds(float(found.get("optimal_seconds", 0)), told.get("bytes accessed", 0), chips.of(device_kind))
-  return told | ({"optimal_seconds": seconds} if seconds > 0 else {})
+  reported = {name: float(found[name]) for name in ("flops", "bytes accessed") if found.get(name, 0) > 0}
+  seconds = corrected_seconds(
+    float(found.get("optimal_seconds", 0)), reported.get("bytes accessed", 0), chips.chip_for(device_kind)
+  )
+  return reported | ({"optimal_seconds": seconds} if seconds > 0 else {})
 
 
-def whole_seconds(seconds: float, traffic: float, chip: chips.Chip | None) -> float:
-  """XLA's estimate of a program's time with the seconds given back that it took off.
+def corrected_seconds(seconds: float, traffic: float, chip: chips.Chip | None) -> float:
+  """XLA's estimate of the time of a program, corrected for kernels of unknown cost.
 
-  Each kernel of whose cost it knows nothing counts as -1 second. No program is quicker than its memory traffic, so the
-  seconds that are missing there are given back: right where it is less than a second slower than that.
+  XLA counts each such kernel as -1 second. A program takes at least as long as its memory traffic; whole seconds are
+  added until the estimate does. This is exact if the program takes less than a second more than its traffic.
 
   Args:
-    seconds: the estimate; 0 where there is none.
+    seconds: the estimate; 0 if there is none.
     traffic: bytes to and from memory.
-    chip: whose memory it is; None gives nothing back.
+    chip: that runs the program; None: no correction.
   """
   if not seconds or chip is None:
     return seconds
-  least = 0.9 * traffic / chip.bandwidth  # the compiler's bandwidth is not quite the maker's
+  least = 0.9 * traffic / chip.bandwidth  # the compiler assumes slightly more bandwidth than the vendor states
   return seconds + max(0, math.ceil(least - seconds))
 
 
 def rates(seconds: float, flops: float, model: float) -> dict[str, float]:
-  """What a step that took so long says of the devices, as scalars: operations a second, share of the peak, memory.
+  """Utilization of the devices as scalars: operations per second, share of the peak, memory.
 
   Args:
     seconds: of a step.
-    flops: of it on one device, by the compiler's count.
-    model: of it on one device, by `model_flops`; 0 where nobody counted.
+    flops: of a step on one device, as counted by the compiler.
+    model: of a step on one device, by `model_flops`; 0 if not counted.
 
   Returns:
-    "perf/tflops_per_sec_per_chip"; "perf/share_of_peak" of chips that the table of chips.py holds;
-    "perf/peak_memory_gib" of devices that tell.
+    "perf/tflops_per_sec_per_chip"; "perf/share_of_peak" for chips in chips.CHIPS;
+    "perf/peak_memory_gib" for devices that report it.
   """
   device = jax.local_devices()[0]
   share = chips.share_of_peak(model / seconds, device.device_kind) if model else None
@@ -117,7 +120,7 @@ def rates(seconds: float, flops: float, model: float) -> dict[str, float]:
 
 
 def text(compiled: jax.stages.Compiled) -> str:
-  """The compiled program in words; empty where jaxlib cannot read it, as of a newer libtpu's."""
+  """The compiled program as text; empty if jaxlib cannot read it, e.g. from a newer libtpu."""
   try:
     return compiled.as_text() or ""
   except jax.errors.JaxRuntimeError:
@@ -125,15 +128,15 @@ def text(compiled: jax.stages.Compiled) -> str:
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
-  """How often each kind of collective runs on one device, and the bytes of its results there.
+  """Number and result bytes of each kind of collective on one device.
 
   Args:
-    text: of a compiled program, see `text`. The body of a loop counts as often as it runs, where the program
-      says how often; else once.
+    text: of a compiled program, see `text`. The body of a loop is counted once per iteration if the program states
+      the number of iterations, else once.
 
   Returns:
-    {kind: (number, bytes)} of the kinds of COLLECTIVES that occur. An all-gather's result is the whole array, an
-    all-reduce's one is as large as what goes in.
+    {kind: (number, bytes)} for the kinds of COLLECTIVES that occur. The result of an all-gather is the full array,
+    that of an all-reduce has the size of its input.
   """
   times = _times(text)
   found: dict[str, tuple[int, int]] = {}
@@ -150,12 +153,12 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
 
 
 def _result_bytes(shapes: str, kind: str, begun: bool) -> int:
-  """Bytes of the results; the first half of an asynchronous operation also names what goes in."""
+  """Bytes of the results; the start of an asynchronous operation also lists its inputs."""
   sizes = [
     _bytes(dtype) * math.prod(map(int, filter(None, sides.split(",")))) for dtype, sides in _SHAPE.findall(shapes)
   ]
   if begun and kind == "collective-permute":
-    return sizes[1]  # what goes in, what comes out, and two numbers of the machinery
+    return sizes[1]  # input, result, two context values
   if begun and kind != "all-reduce":
     return sum(sizes[len(sizes) // 2 :])
   return sum(sizes)
@@ -167,7 +170,7 @@ def _bytes(dtype: str) -> int:
 
 
 def _times(text: str) -> dict[str, int]:
-  """How often the computations run that are loops' bodies, or called from one."""
+  """Number of runs of each computation that is the body of a loop or called from one."""
   here, called, loops = "", {}, {}
   for line in text.splitlines():
     if header := _COMPUTATION.match(line.strip()):
@@ -188,9 +191,9 @@ def _times(text: str) -> dict[str, int]:
 def model_flops(function: Callable[..., Any], *arguments: Any) -> float:
   """Floating point operations of all matrix products and convolutions, 2 per multiplication.
 
-  Counted in the traced program, so the same on every device. Elementwise work and interpolation do not count, nor do
-  the zeros that the gradient of a strided convolution is spread with. What is recomputed (remat, chunked attention)
-  counts again, and a kernel in Pallas does not: count a program without them.
+  Counted in the traced program, hence the same on all devices. Elementwise operations and interpolation are not
+  counted, nor are the zeros between the elements in the gradient of a strided convolution. Recomputed operations
+  (remat, chunked attention) are counted again, and Pallas kernels are not: count a program without them.
 
   Args:
     function: to be traced.
@@ -204,25 +207,25 @@ def _jaxpr_flops(jaxpr: Any) -> float:
 
 
 def _equation_flops(equation: Any) -> float:
-  name, given = equation.primitive.name, equation.params
+  name, params = equation.primitive.name, equation.params
   if name == "dot_general":
-    (contracted, _), _ = given["dimension_numbers"]
+    (contracted, _), _ = params["dimension_numbers"]
     left = equation.invars[0].aval.shape
     return 2.0 * equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
   if name == "conv_general_dilated":
     kernel = equation.invars[1].aval.shape
-    spec = given["dimension_numbers"].rhs_spec  # (output channels, input channels of a group, sides...)
+    spec = params["dimension_numbers"].rhs_spec  # (output channels, input channels of a group, sides...)
     taps = math.prod(kernel[axis] for axis in spec[1:])
-    return 2.0 * equation.outvars[0].aval.size * taps / math.prod(given["lhs_dilation"])
-  if given.get("name") in _NO_MODEL:
+    return 2.0 * equation.outvars[0].aval.size * taps / math.prod(params["lhs_dilation"])
+  if params.get("name") in _NO_MODEL:
     return 0.0
-  inner = [_jaxpr_flops(part) for part in _inner(given)]
+  inner = [_jaxpr_flops(part) for part in _inner(params)]
   if name == "cond":
     return max(inner)
-  return sum(inner) * (given["length"] if name == "scan" else 1)
+  return sum(inner) * (params["length"] if name == "scan" else 1)
 
 
-def _inner(given: dict[str, Any]) -> list[Any]:
-  """The programs an operation runs."""
-  values = [v for value in given.values() for v in (value if isinstance(value, tuple | list) else (value,))]
+def _inner(params: dict[str, Any]) -> list[Any]:
+  """The jaxprs that an equation runs."""
+  values = [v for value in params.values() for v in (value if isinstance(value, tuple | list) else (value,))]
   return [getattr(v, "jaxpr", v) for v in values if hasattr(getattr(v, "jaxpr", v), "eqns")]

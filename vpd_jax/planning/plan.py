@@ -27,12 +27,12 @@ from vpd_jax.distributed import sharding
 from vpd_jax.errors import UserError
 from vpd_jax.evaluation import encoder_cache, evaluate
 from vpd_jax.files import atomic
-from vpd_jax.monitoring import chips, xla_cost
+from vpd_jax.monitoring import chips, writers, xla_cost
 from vpd_jax.planning import report as plan_report
 from vpd_jax.planning import search as plan_search
 from vpd_jax.planning import topologies
 from vpd_jax.planning.report import Report
-from vpd_jax.training import train
+from vpd_jax.training import compilation
 from vpd_jax.types import Batch, Device
 
 # Of an Example, by key of a Batch: shape, where words stand for sizes that the config says, and dtype.
@@ -90,7 +90,7 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
   reports = {}
   for step in ("train", "eval"):
     reports[step] = measure(config, step)
-    train.log(plan_report.describe(reports[step]))
+    writers.log(plan_report.describe(reports[step]))
   if reports["train"]["fits"] is False:
     product = experiment.assemble(config)  # the settings that are tried leave its arrays as they are
     state = lambda changed: state_bytes(changed, product, mesh_for(changed, devices))
@@ -98,13 +98,13 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
       config, reports["train"], lambda changed: measure(changed, "train"), state, len(devices)
     )
     for words, report in found.tried:
-      train.log(f"tried {words}: {plan_report.in_short(report)}")
-    train.log(
+      writers.log(f"tried {words}: {plan_report.in_short(report)}")
+    writers.log(
       f"fits with {found.words}" if found.report else "nothing that was tried fits: take more or larger devices"
     )
     if found.report:
       reports["fitting"] = found.report
-      train.log(plan_report.describe(found.report))
+      writers.log(plan_report.describe(found.report))
   return reports
 
 
@@ -124,7 +124,7 @@ def memory_of(device: Device) -> int:
     told = int((device.memory_stats() or {}).get("bytes_limit", 0))
   except (jax.errors.JaxRuntimeError, NotImplementedError):  # it is not there
     told = 0
-  chip = chips.of(device.device_kind)
+  chip = chips.chip_for(device.device_kind)
   return told or int((chip and chip.memory) or 0)
 
 
@@ -223,7 +223,7 @@ def compiled_report(
   pipeline.check_batch_size(rows, mesh.size, "devices")
   batch, encoders = encoder_cache.planned(config, product, step_shapes(config, product, step))
   begin = time.perf_counter()
-  lower = train.lower_step if step == "train" else evaluate.lower_step
+  lower = compilation.lower_step if step == "train" else evaluate.lower_step
   lowered = lower(config, product, mesh, batch)
   traced = time.perf_counter()
   report = {
@@ -297,5 +297,5 @@ def _read(path: epath.Path) -> dict[str, Report]:
       return held
   except ValueError:  # no JSON, or no text
     pass
-  train.log(f"{path} is damaged: what it held is compiled again")
+  writers.log(f"{path} is damaged: what it held is compiled again")
   return {}

@@ -1,45 +1,37 @@
-"""--mode=predict: the predictions of a folder of pictures as files."""
+"""--mode=predict: writes the predictions of a folder of images as files."""
 
 import collections
+import itertools
 import os
 import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from vpd_jax.checkpoints.checkpointer import is_workdir
 from vpd_jax.errors import UserError
 from vpd_jax.files import reading
-from vpd_jax.inference import image_io as pictures_lib
-from vpd_jax.inference import top_down
+from vpd_jax.inference import image_io, top_down
 from vpd_jax.prediction.predictor import Predictor
 
-PICTURES_AT_ONCE = 4
+BATCH_SIZE = 4  # images
 
 
-def _check_output(output: str, folder: Path) -> Path:
-  """The folder for the results, which can be made, and is not that of the pictures."""
-  target = Path(output).expanduser()
-  held = next(p for p in (target, *target.absolute().parents) if p.exists())
-  if not output or not held.is_dir() or not os.access(held, os.W_OK):
-    why = f": {held} is not a folder that can be written to" if output else ""
-    raise UserError(f"--output={output!r} must name a folder{why}; give another, it is made where it does not exist.")
-  if target.resolve() == folder.resolve():
-    raise UserError(f"--output={output!r} is the folder of the pictures; give another, or results become pictures.")
-  return target
-
-
-class Wanted(NamedTuple):
-  """One prediction of a picture.
+class Request(NamedTuple):
+  """One prediction of an image.
 
   Attributes:
-    stem: of the files that are written.
-    given: further arguments of Predictor.predict for it, singular: "sentences", "boxes".
+    path: of the image.
+    stem: name of the files to write, without suffix.
+    inputs: further arguments of Predictor.predict for this image, singular: "sentences", "boxes".
   """
 
+  path: Path
   stem: str
-  given: dict[str, Any]
+  inputs: dict[str, Any]
 
 
 def run(
@@ -54,165 +46,197 @@ def run(
   boxes: str = "",
   attention: bool = False,
 ) -> int:
-  """--mode=predict: writes the prediction of every picture of a folder; returns how many there were.
+  """--mode=predict: writes the prediction of every image of a folder, and returns their number.
 
-  Files that are no pictures, by name and by content, are named and left alone.
+  Files that are not images, by name and by content, are listed and skipped.
 
   Args:
     config: of the run.
     workdir: whose checkpoint is read.
     source, output: folders.
-    class_name: of all pictures.
-    sentence: about all pictures.
-    sentences: a file with sentences about each picture, see `read_sentences`.
-    boxes: a file with boxes of each picture, see top_down.read_boxes.
-    attention: also write where the network attends to each class, see Predictor.attention.
+    class_name: of all images.
+    sentence: about all images.
+    sentences: a file with sentences about each image, see `read_sentences`.
+    boxes: a file with boxes of each image, see top_down.read_boxes.
+    attention: also write attention maps of the classes, see Predictor.attention.
 
   Raises:
-    ValueError: no such folder, or no picture in it; an unknown class; files of another form, or that name a picture
-      which is not there; options without effect; after all others have been written, pictures that cannot be read, or
-      whose boxes have no area in them.
+    ValueError: no such folder, or no image in it; an unknown class; files in another format, or that name a missing
+      image; options without effect; after all others have been written, images that cannot be read, or whose boxes
+      have no area inside them.
   """
   folder = Path(source).expanduser()
   if not source or not folder.is_dir():
-    raise UserError(f"--input={source!r} is not a folder; give one that holds pictures.")
+    raise UserError(f"--input={source!r} is not a folder; give one that contains images.")
   target = _check_output(output, folder)
-  chosen = workdir if is_workdir(workdir) else config.init.run or config.init.pretrained
-  if not chosen:
+  weights = workdir if is_workdir(workdir) else config.init.run or config.init.pretrained
+  if not weights:
     raise UserError(f"--workdir={workdir!r} holds no checkpoint and config.init.pretrained is empty; give one of them.")
-  paths = [p for name in reading.visible(os.listdir(folder)) if (p := folder / name).is_file()]
-  pictures = [path for path in paths if pictures_lib.is_picture(path)]
-  if not pictures:
-    raise UserError(f"--input={source!r} holds no picture, only {len(paths)} other files; give a folder that does.")
+  files = [p for name in reading.visible(os.listdir(folder)) if (p := folder / name).is_file()]
+  paths = [path for path in files if image_io.is_image(path)]
+  if not paths:
+    raise UserError(f"--input={source!r} contains no image, only {len(files)} other files; give a folder that does.")
   if sentence and sentences:
     raise UserError("--sentence and --sentences are given; give one of them.")
-  said = read_sentences(sentences) if sentences else None
-  found = top_down.read_boxes(boxes) if boxes else None
-  for flag, content in (("sentences", said), ("boxes", found)):
-    if missing := sorted(set(content or ()) - {path.name for path in pictures}):
-      raise UserError(f"--{flag} names pictures that are not in {source}: {', '.join(missing[:10])}; correct it.")
-  predictor = Predictor.load(config, weights=chosen)
-  product = predictor.product
-  for flag, value, taken in (
-    ("class", class_name, predictor.takes_class),
-    ("sentence", sentence, predictor.takes_sentence),
-    ("sentences", sentences, predictor.takes_sentence),
-    ("boxes", boxes, predictor.takes_boxes),
-  ):
-    if value and not taken:
-      what = f"method {config.method.name!r} with task {config.task.name!r}"
-      raise UserError(f"--{flag}={value!r} has no effect: {what} takes none; leave it out.")
-  if attention and not getattr(product.method, "attends_to_classes", False):
-    raise UserError(f"--attention has no effect: {config.method.name!r} has no map for each class; leave it out.")
-  if predictor.takes_sentence and not (sentence or sentences):
-    raise UserError('this task needs a sentence: give --sentence="..." about all pictures, or --sentences=FILE.json.')
+  listed = {
+    "sentences": read_sentences(sentences) if sentences else None,
+    "boxes": top_down.read_boxes(boxes) if boxes else None,
+  }
+  for flag, content in listed.items():
+    if missing := sorted(set(content or ()) - {path.name for path in paths}):
+      raise UserError(f"--{flag} names images that are not in {source}: {', '.join(missing[:10])}; correct it.")
+  predictor = Predictor.load(config, weights=weights)
+  flags = {"class": class_name, "sentence": sentence, "sentences": sentences, "boxes": boxes}
+  _check_flags(config, predictor, flags, attention)
   class_id = predictor.class_id(class_name) if class_name else None
   print("\n".join(predictor.origin), flush=True)
   if class_id is None and predictor.takes_class:
-    predicted = "CLIP predicts the class of each picture, see the .json files"
-    mean = "the mean of all class vectors stands in for the scene's (config.init.clip would predict it)"
+    predicted = "CLIP predicts the class of each image, see the .json files"
+    mean = "using the mean of all class vectors (set config.init.clip to predict the class)"
     print(f"no --class given: {predicted if predictor.predicts_class else mean}", flush=True)
-  for path in sorted(set(paths) - set(pictures)):
-    print(f"skipped: {path.name} is not a picture we read", flush=True)
-  given = [_given(path.name, predictor, sentence, said, found) for path in pictures]
-  stems = result_names([(path.name, len(each)) for path, each in zip(pictures, given, strict=True)])
-  damaged, waiting = [], []
-
-  def flush():
+  for path in sorted(set(files) - set(paths)):
+    print(f"skipped: {path.name} is not an image in a supported format", flush=True)
+  requests = _requests(paths, predictor, sentence, listed)
+  skipped = len(paths) - len({request.path for request in requests})
+  damaged: list[str] = []
+  readable = _read(requests, damaged)
+  while batch := list(itertools.islice(readable, BATCH_SIZE)):
     target.mkdir(parents=True, exist_ok=True)
-    asked = waiting[0][2].given
-    given = {name: [want.given[name] for _, _, want in waiting] for name in asked}
-    results = predictor.predict([image for _, image, _ in waiting], class_id, **given)
-    for (path, image, want), result in zip(waiting, results, strict=True):
-      facts = {"source": path.name, "source_size": list(image.shape[:2])}
-      if predictor.takes_class:
-        number = int(result["class_id"])
-        facts["class"] = "mean of all" if number < 0 else product.classes[number]
-        facts["class_from"] = "--class" if class_name else "CLIP" if number >= 0 else "nowhere"
-      if predictor.takes_sentence:
-        facts["sentence"] = want.given["sentences"]
-      if predictor.takes_boxes:
-        pairs = zip(result["boxes"], result["scores"], strict=True)
-        facts["people"] = [{"box": box.tolist(), "score": round(float(score), 4)} for box, score in pairs]
+    inputs = {name: [request.inputs[name] for request, _ in batch] for name in batch[0][0].inputs}
+    results = predictor.predict([image for _, image in batch], class_id, **inputs)
+    for (request, image), result in zip(batch, results, strict=True):
+      task = predictor.product.task
       if attention:
         maps = predictor.attention([image])[0]
-        product.task.save_attention(target / want.stem, maps, result[product.task.result], image)
-      product.task.save(target / want.stem, result[product.task.result], facts, image)
-    waiting.clear()
-
-  left_alone = 0
-  for path, names, each in zip(pictures, stems, given, strict=True):
-    wants = [Wanted(*pair) for pair in zip(names, each, strict=True)]
-    left_alone += not wants
-    try:
-      image = pictures_lib.read_picture(path) if wants else None
-      for want in wants:
-        if image is not None and "boxes" in want.given:
-          top_down.check_boxes(want.given["boxes"], image.shape[:2], path.name)
-    except UserError as error:
-      damaged.append(str(error))
-      print(f"skipped: {error}", flush=True)
-      continue
-    for want in wants:
-      waiting.append((path, image, want))
-      if len(waiting) == PICTURES_AT_ONCE:
-        flush()
-  if waiting:
-    flush()
-  if left_alone:
-    print(f"{left_alone} pictures of which --sentences says nothing are left alone", flush=True)
-  done = len(pictures) - len(damaged) - left_alone
-  print(f"{done} pictures written to {output}, {len(paths) - done} files skipped", flush=True)
+        task.save_attention(target / request.stem, maps, result[task.result], image)
+      metadata = _metadata(predictor, request, image, result, class_name)
+      task.save(target / request.stem, result[task.result], metadata, image)
+  if skipped:
+    print(f"{skipped} images without an entry in --sentences are skipped", flush=True)
+  done = len(paths) - len(damaged) - skipped
+  print(f"{done} images written to {output}, {len(files) - done} files skipped", flush=True)
   if damaged:
-    told = "; ".join(message.rstrip(".") for message in damaged[:10])
+    reasons = "; ".join(message.rstrip(".") for message in damaged[:10])
     raise UserError(
-      f"{len(damaged)} of {len(pictures)} pictures in {source} cannot be read: {told}. "
-      f"The other {done} are done; mend or remove these."
+      f"{len(damaged)} of {len(paths)} images in {source} cannot be read: {reasons}. "
+      f"The other {done} are done; fix or remove these."
     )
   return done
 
 
-def _given(name: str, predictor: Predictor, sentence: str, said: Any, found: Any) -> list[dict[str, Any]]:
-  """What is given for each prediction of a picture."""
+def _check_output(output: str, folder: Path) -> Path:
+  """The folder for the results, which can be created, and is not the folder of the images."""
+  target = Path(output).expanduser()
+  parent = next(p for p in (target, *target.absolute().parents) if p.exists())
+  if not output or not parent.is_dir() or not os.access(parent, os.W_OK):
+    why = f": {parent} is not a folder that can be written to" if output else ""
+    raise UserError(f"--output={output!r} must name a folder{why}; give another, it is created if it does not exist.")
+  if target.resolve() == folder.resolve():
+    raise UserError(f"--output={output!r} is the folder of the images; give another, or results become images.")
+  return target
+
+
+def _check_flags(config: ConfigDict, predictor: Predictor, flags: Mapping[str, str], attention: bool) -> None:
+  """Raises for a flag without effect on this method and task, and for a missing sentence."""
+  takes = {"class": predictor.takes_class, "boxes": predictor.takes_boxes}
+  for flag, value in flags.items():
+    if value and not takes.get(flag, predictor.takes_sentence):
+      what = f"method {config.method.name!r} with task {config.task.name!r}"
+      raise UserError(f"--{flag}={value!r} has no effect: {what} takes none; leave it out.")
+  if attention and not getattr(predictor.product.method, "attends_to_classes", False):
+    raise UserError(f"--attention has no effect: {config.method.name!r} has no map for each class; leave it out.")
+  if predictor.takes_sentence and not (flags["sentence"] or flags["sentences"]):
+    raise UserError('this task needs a sentence: give --sentence="..." about all images, or --sentences=FILE.json.')
+
+
+def _requests(
+  paths: Sequence[Path], predictor: Predictor, sentence: str, listed: Mapping[str, dict[str, Any] | None]
+) -> list[Request]:
+  """The predictions of all images: one per sentence where the method reads sentences, else one."""
+  said, boxes = listed["sentences"], listed["boxes"]
+
+  def inputs(name: str) -> list[dict[str, Any]]:
+    if predictor.takes_sentence:
+      return [{"sentences": text} for text in ([sentence] if said is None else said.get(name, []))]
+    return [{} if boxes is None else {"boxes": boxes.get(name, [])}]
+
+  of_images = [inputs(path.name) for path in paths]
+  stems = result_names([(path.name, len(each)) for path, each in zip(paths, of_images, strict=True)])
+  return [
+    Request(path, *pair)
+    for path, names, each in zip(paths, stems, of_images, strict=True)
+    for pair in zip(names, each, strict=True)
+  ]
+
+
+def _read(requests: Sequence[Request], damaged: list[str]) -> Iterator[tuple[Request, np.ndarray]]:
+  """Requests with their image, which is read once; prints the errors of images, and adds them to `damaged`."""
+  for path, group in itertools.groupby(requests, lambda request: request.path):
+    same = list(group)
+    try:
+      image = image_io.read_image(path)
+      for request in same:
+        if "boxes" in request.inputs:
+          top_down.check_boxes(request.inputs["boxes"], image.shape[:2], path.name)
+    except UserError as error:
+      damaged.append(str(error))
+      print(f"skipped: {error}", flush=True)
+      continue
+    yield from ((request, image) for request in same)
+
+
+def _metadata(
+  predictor: Predictor, request: Request, image: np.ndarray, result: Mapping[str, np.ndarray], class_name: str
+) -> dict[str, Any]:
+  """What the .json file says of a prediction besides the task's own entries."""
+  metadata: dict[str, Any] = {"source": request.path.name, "source_size": list(image.shape[:2])}
+  if predictor.takes_class:
+    number = int(result["class_id"])
+    metadata["class"] = "mean of all" if number < 0 else predictor.product.classes[number]
+    metadata["class_from"] = "--class" if class_name else "CLIP" if number >= 0 else "nowhere"
   if predictor.takes_sentence:
-    return [{"sentences": text} for text in ([sentence] if said is None else said.get(name, []))]
-  return [{} if found is None else {"boxes": found.get(name, [])}]
+    metadata["sentence"] = request.inputs["sentences"]
+  if predictor.takes_boxes:
+    pairs = zip(result["boxes"], result["scores"], strict=True)
+    metadata["people"] = [{"box": box.tolist(), "score": round(float(score), 4)} for box, score in pairs]
+  return metadata
 
 
-def result_names(pictures: list[tuple[str, int]]) -> list[list[str]]:
-  """Names of the results of each picture, no two alike, also where upper and lower case are not told apart.
+def result_names(images: list[tuple[str, int]]) -> list[list[str]]:
+  """Unique names for the results of each image, also on file systems that ignore case.
 
-  A result has the name of its image without the suffix, with _0, _1 .. where an image has several. Where results of two
-  images would share a name: "a_jpg" for a.jpg, or else "a.jpg", then with the number of the image, then underscores.
+  A result is named after its image without the suffix, plus _0, _1 .. where an image has several. Where the results of
+  two images would share a name, the first that is unique is taken of "a_jpg", "a.jpg", and "a.jpg" with the image index
+  and underscores.
 
   Args:
-    pictures: name of the file, with a suffix, and how many results it has.
+    images: name of the file, with a suffix, and its number of results.
   """
-  level = [0] * len(pictures)
+  level = [0] * len(images)
 
   def named(i: int) -> list[str]:
-    name, count = pictures[i]
+    name, count = images[i]
     stems = (Path(name).stem, name.replace(".", "_"), name, f"{name}_{i}")
     stem = stems[min(level[i], 3)] + "_" * max(level[i] - 3, 0)
     return [f"{stem}_{number}" for number in range(count)] if count > 1 else [stem]
 
   while True:
     owners = collections.defaultdict(set)
-    for i in range(len(pictures)):
+    for i in range(len(images)):
       for name in named(i):
         owners[unicodedata.normalize("NFC", name).casefold()].add(i)
     shared = sorted({i for group in owners.values() if len(group) > 1 for i in group})
     if not shared:
-      return [named(i)[:count] for i, (_, count) in enumerate(pictures)]
+      return [named(i)[:count] for i, (_, count) in enumerate(images)]
     for i in shared:
       level[i] += 1
 
 
 def read_sentences(path: str) -> dict[str, list[str]]:
-  """Sentences by the name of the picture, from a JSON list of {"image": name, "sentence": text or "sentences": [..]}.
+  """Reads sentences by image name, from a JSON list of {"image": name, "sentence": text or "sentences": [..]}.
 
   Raises:
-    ValueError: missing, or of another form; names the file.
+    ValueError: a missing file, or another format; names the file.
   """
   entries = reading.read_json(path, called=f"--sentences={path!r}")
   result: dict[str, list[str]] = {}
@@ -226,5 +250,5 @@ def read_sentences(path: str) -> dict[str, list[str]]:
     result.setdefault(entry["image"], []).extend(texts)
   if not result:
     form = '{"image": "1.jpg", "sentence": "the red car"}'
-    raise UserError(f"--sentences={path!r} must hold a list of entries like {form}, all with a picture and words.")
+    raise UserError(f"--sentences={path!r} must hold a list of entries like {form}, all with an image and a sentence.")
   return result

@@ -1,4 +1,4 @@
-"""Predictor, the door for Python users."""
+"""Predictor, the Python entry point."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,21 +17,21 @@ from vpd_jax.distributed import sharding
 from vpd_jax.errors import UserError
 from vpd_jax.evaluation import evaluate
 from vpd_jax.experiment import Product
-from vpd_jax.inference import image_io as pictures_lib
+from vpd_jax.inference import image_io
 from vpd_jax.prediction import protocols
 
 
 @dataclasses.dataclass
 class Predictor:
-  """A network with its weights, for float images in and numpy arrays out.
+  """A network with its weights, which maps images to numpy arrays.
 
-  Use `Predictor.load`. `forward` is the bare network, `predict` the published test-time procedure on any pictures.
+  Use `Predictor.load`. `forward` is the bare network, `predict` the test-time protocol for images of any size.
 
   Attributes:
-    config: what was loaded.
-    product: the objects it stands for.
+    config: the config that was loaded.
+    product: the objects assembled from it.
     weights: parameters, frozen arrays and statistics, on the devices.
-    origin: lines that say where the weights came from.
+    origin: lines about the source of the weights.
   """
 
   config: ConfigDict
@@ -40,35 +40,35 @@ class Predictor:
   origin: list[str]
 
   @classmethod
-  def load(cls, config: ConfigDict | str, weights: str | Path = "", *, fresh: bool = False) -> "Predictor":
-    """Builds the network and fills it.
+  def load(cls, config: ConfigDict | str, weights: str | Path = "", *, random_init: bool = False) -> "Predictor":
+    """Builds the network and loads its weights.
 
     Args:
       config: a ConfigDict or the string of --config, e.g. "configs/nyu_depth.py:tiny"; a relative path is looked up in
         the working directory, then beside the package.
-      weights: a workdir of ours, a released checkpoint (.pth), or converted weights; empty: `config.init`.
-      fresh: what the weights do not hold is random, as before training; all of it without weights.
+      weights: a workdir, a released checkpoint (.pth), or converted weights; empty: `config.init`.
+      random_init: initialize arrays that the weights do not contain at random; without weights, all arrays.
 
     Raises:
-      ValueError: in one line, for a config or weights that cannot be used, or weights of a part of the network only.
+      ValueError: in one line, for a config or weights that cannot be used, or weights that do not fill the network.
     """
     config = loader.load(config)
     source = str(weights) or config.init.run or config.init.pretrained
-    if not (source or fresh):
+    if not (source or random_init):
       raise UserError(
         "Predictor.load has no weights: give weights=WORKDIR or a released checkpoint, set config.init.pretrained, or "
-        "give fresh=True for a network of random numbers."
+        "give random_init=True for a randomly initialized network."
       )
     config = initialize.with_backbone_sizes(config, source)
     config = initialize.with_predicted_class(config)
     product = experiment.assemble(config, training=False)
     mesh = sharding.make_mesh(1, 1, devices=jax.local_devices()[:1])
-    filled, lines = initialize.weights_on_mesh(config, product, mesh, str(weights), complete=not fresh)
+    filled, lines = initialize.weights_on_mesh(config, product, mesh, str(weights), complete=not random_init)
     return cls(config, product, filled, lines)
 
   def __post_init__(self):
     product = self.product
-    self._procedure = protocols.PROTOCOLS[product.task.test_time_protocol](self.config, product)
+    self._protocol = protocols.PROTOCOLS[product.task.test_time_protocol](self.config, product)
     self._forward = jax.jit(lambda weights, batch: product.parts.merge(*weights)(batch, training=False))
     predictor = lambda weights, image: product.parts.merge(*weights).method.class_predictor(image)
     self._classify = jax.jit(predictor) if hasattr(product.method, "class_predictor") else None
@@ -79,12 +79,12 @@ class Predictor:
 
   @property
   def takes_class(self) -> bool:
-    """Whether the method is told the class of an image, or predicts it."""
+    """Whether the method takes the class of an image, or predicts it."""
     return self.predicts_class or "class_id" in self.product.method.needs
 
   @property
   def predicts_class(self) -> bool:
-    """Whether CLIP tells the class where nobody does."""
+    """Whether CLIP predicts the class where none is given."""
     return self._classify is not None
 
   @property
@@ -94,14 +94,14 @@ class Predictor:
 
   @property
   def takes_boxes(self) -> bool:
-    """Whether people are looked for in given boxes."""
+    """Whether the task takes boxes of people."""
     return self.product.task.test_time_protocol == "crops"
 
   def class_id(self, name: str) -> int:
-    """Number of a class by its name, spaces or underscores alike.
+    """The id of a class by its name, with spaces or underscores.
 
     Raises:
-      ValueError: unknown name; lists all.
+      ValueError: unknown name; lists all names.
     """
     wanted = name.strip().lower().replace(" ", "_")
     if wanted not in self.product.classes:
@@ -111,21 +111,21 @@ class Predictor:
   def forward(
     self, images: Any, *, class_id: Any = None, sentences: Sequence[str] | None = None, text_states: Any = None
   ) -> dict[str, np.ndarray]:
-    """The bare network in evaluation mode: no resizing, no windows, no mirroring.
+    """The bare network in evaluation mode, without resizing, windows or flips.
 
     Args:
       images: float [B, H, W, 3] in [0, 1], RGB.
       class_id: int or int [B], -1 for the mean of all class vectors; None is -1.
       sentences: one per image, where the method reads sentences.
-      text_states: float [B, N, D] in their place: the text encoder's states after its final norm.
+      text_states: float [B, N, D], the text encoder's output after its final norm, in place of sentences.
 
     Returns:
       What the head returns: {"depth": float32 [B, H, W] metres}, {"logits": float32 [B, H, W, K], "aux_logits": ..} or
       {"heatmaps": float32 [B, h, w, K]}.
 
     Raises:
-      ValueError: images of another shape or type; a class id out of range; sentences missing; a class id or sentences
-        for a method that reads none.
+      ValueError: images of another shape or dtype; a class id out of range; missing sentences; a class id or sentences
+        for a method that does not take them.
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3 or not np.issubdtype(images.dtype, np.floating):
@@ -146,14 +146,14 @@ class Predictor:
     sentences: Sequence[str] | None = None,
     boxes: Sequence[Any] | None = None,
   ) -> list[dict[str, np.ndarray]]:
-    """The test-time procedure of the config on pictures of any sizes; see prediction/protocols.py.
+    """The test-time protocol of the config for images of any size; see prediction/protocols.py.
 
     Args:
       images: uint8 [H, W, 3], or float in [0, 1], each.
       class_id: int, or one per image; None for the mean of all class vectors.
       sentences: one per image, where the method reads sentences.
-      boxes: for poses, a list per image of [x, y, width, height] or [x, y, width, height, score]; None: every image
-        shows one person.
+      boxes: for poses, a list per image of [x, y, width, height] or [x, y, width, height, score]; None: one person
+        per image, with the whole image as box.
 
     Returns:
       One dict per image: {"depth": float32 [H, W] metres}, {"label": int32 [H, W]}, {"mask": bool [H, W]}, or
@@ -161,42 +161,42 @@ class Predictor:
       takes one.
 
     Raises:
-      ValueError: an image of another shape or type; a class id out of range; sentences missing; a class id,
-        sentences or boxes where they would have no effect.
+      ValueError: an image of another shape or dtype; a class id out of range; missing sentences; a class id,
+        sentences or boxes that would have no effect.
     """
     known = self._known(len(images), class_id, sentences, boxes)
     images = [np.asarray(image) for image in images]
-    if self._classify is not None:  # from the whole picture, once for all of its windows
+    if self._classify is not None:  # from the whole image, once for all windows
       for image, own in zip(images, known, strict=True):
         if own["class_id"] < 0:
-          own["class_id"] = np.int32(self._classified(pictures_lib.unit(image, self._dtype)))
-    results = self._procedure(self.weights, images, known)
+          own["class_id"] = np.int32(self._classify_image(image_io.to_float(image, self._dtype)))
+    results = self._protocol(self.weights, images, known)
     if self.takes_class:
       results = [result | {"class_id": own["class_id"]} for result, own in zip(results, known, strict=True)]
     return results
 
   def attention(self, images: Sequence[Any]) -> list[np.ndarray]:
-    """How much each place of a picture attends to each class, of methods that attend to all of them.
+    """Attention of each position of an image to each class, of methods that attend to all classes.
 
     Args:
-      images: uint8 [H, W, 3], or float in [0, 1], each; squeezed to the training crop, the aspect not kept.
+      images: uint8 [H, W, 3], or float in [0, 1], each; resized to the training crop, ignoring the aspect ratio.
 
     Returns:
-      float32 [h, w, K] each, of that crop: h and w are its sides over the stride of the finest joined maps.
+      float32 [h, w, K] each: h and w are the sides of the crop over the stride of the finest joined maps.
 
     Raises:
-      ValueError: the method has no such maps; an image of another shape or type.
+      ValueError: the method has no such maps; an image of another shape or dtype.
     """
     if not getattr(self.product.method, "attends_to_classes", False):
       raise UserError(f"{self._what} has no attention maps of classes.")
     size = tuple(self.config.data.crop)
-    squeezed = [pictures_lib.resized(pictures_lib.unit(image, self._dtype), size) for image in images]
+    squeezed = [image_io.resize(image_io.to_float(image, self._dtype), size) for image in images]
     return [np.asarray(self._attention(self.weights, jnp.asarray(x[None])))[0].astype(np.float32) for x in squeezed]
 
   def _known(
     self, count: int, class_id: Any, sentences: Any, boxes: Any, complete: bool = True
   ) -> list[dict[str, Any]]:
-    """What is known of each image, by the name under which it is read."""
+    """The inputs of each image besides its pixels, by name."""
     if class_id is not None and not self.takes_class:
       raise UserError(f"class_id has no effect on {self._what}; leave it out.")
     for name, value, taken in (("sentences", sentences, self.takes_sentence), ("boxes", boxes, self.takes_boxes)):
@@ -231,9 +231,9 @@ class Predictor:
       raise UserError(f"text_states are {states.dtype} {states.shape}; give float {expected}.")
     return states.astype(self._dtype)
 
-  def _classified(self, picture: np.ndarray) -> int:
-    """The class that CLIP tells from a picture of any size, squeezed to one size for one program."""
-    squeezed = jnp.asarray(pictures_lib.resized(picture, (self._side, self._side))[None])
+  def _classify_image(self, image: np.ndarray) -> int:
+    """The class that CLIP predicts for an image of any size; resized, so that one program serves all sizes."""
+    squeezed = jnp.asarray(image_io.resize(image, (self._side, self._side))[None])
     return int(cast(Any, self._classify)(self.weights, squeezed)[0])
 
   def _class_ids(self, class_id: Any, count: int) -> np.ndarray:

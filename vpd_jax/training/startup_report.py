@@ -1,6 +1,4 @@
-"""What a run says of itself at the start: devices, weights, groups, parameters, config."""
-
-from collections.abc import Callable
+"""Start-up report: devices, weights, parameter groups, parameters, config."""
 
 import jax
 from etils import epath
@@ -22,29 +20,27 @@ def describe(
   workdir: str,
   lines: list[str],
   begin: int,
-  log: Callable[[str], None],
 ) -> None:
-  """Prints and writes it; process 0 writes.
+  """Prints the report, and writes its files from process 0.
 
   Args:
     config, product, mesh: of the run.
-    writer: gets config, groups and parameters where the run is new.
-    workdir: gets config.json and, where the run is new, parameters.txt.
-    lines: on weights and data.
-    begin: finished steps.
-    log: takes a line for the terminal.
+    writer: for config, groups and parameters, if the run is new.
+    workdir: for config.json and, if the run is new, parameters.txt.
+    lines: about weights and data.
+    begin: number of finished steps.
   """
   devices = jax.devices()
   local = config.data.batch_size // mesh.size
-  log(
+  writers.log(
     f"jax {jax.__version__}, {len(devices)} {devices[0].device_kind} devices, mesh {dict(mesh.shape)}, "
     f"batch {config.data.batch_size} = {mesh.size} x {local}, workdir {workdir}"
   )
-  log("\n".join([*lines, *product.method.notes]))
+  writers.log("\n".join([*lines, *product.method.notes]))
   groups = writers.table(
     [("group", "lr x", "decay x", "arrays", "numbers", "first"), *optim.table(product.groups, product.parts.shapes)]
   )
-  log(groups)
+  writers.log(groups)
   if jax.process_index() == 0:
     atomic.write(epath.Path(workdir) / "config.json", initialize.to_json(config) + "\n")
   if jax.process_index() == 0 and begin == 0:

@@ -20,7 +20,7 @@ from vpd_jax.models.backbones.vae import VaeEncoder
 from vpd_jax.models.context import class_context
 from vpd_jax.models.methods import image_input
 from vpd_jax.models.methods.iedp import Iedp
-from vpd_jax.training import train
+from vpd_jax.training import step as training_step
 from vpd_jax.types import Branch
 
 QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time; what is compared here is compiled alike
@@ -67,7 +67,7 @@ def test_the_loss_is_implicit_plus_lambda_times_explicit():
   by_hand = [silog(part, truth) for part in np.split(np.asarray(depth), 2)]
   np.testing.assert_allclose(of_branch, by_hand, rtol=1e-5)
   assert np.abs(depth[:BATCH] - depth[BATCH:]).max() > 1e-4
-  loss = train.group_losses(product.task, {"depth": depth}, batch(), product.method.branches(True), BATCH)
+  loss = training_step.group_losses(product.task, {"depth": depth}, batch(), product.method.branches(True), BATCH)
   np.testing.assert_allclose(loss.value / loss.weight, by_hand[0] + LAMBDA * by_hand[1], rtol=1e-5)
   assert {name.split("/")[0] for name in loss.logs} == {"implicit", "explicit"}
 

@@ -15,7 +15,7 @@ from vpd_jax import experiment
 from vpd_jax.convert import rules
 from vpd_jax.convert.tables import released
 from vpd_jax.tasks.depth.task import silog
-from vpd_jax.training import train
+from vpd_jax.training import step as training_step
 
 pytestmark = pytest.mark.x64
 TABLE = released.meta_prompts_depth()
@@ -29,14 +29,14 @@ class Run:
     self.product = experiment.assemble(single.config(data, dtype="float64", param_dtype="float64"))
     self.batch = single.batch_of(data, jnp.float64)
     self.states = [single.state_of(self.product, np.float64)]
-    self.gradients = jax.jit(train.make_gradients(self.product, loss_group=0, accumulation=1))
+    self.gradients = jax.jit(training_step.make_gradients(self.product, loss_group=0, accumulation=1))
     self.first = self.gradients(*single.everything(self.states[0]), self.batch)
     self.single = oracle.golden(f"meta_depth_{data}.tiny.npz")
     self.double = oracle.golden(f"meta_depth_{data}.tiny_f64.npz")
 
   def steps(self):
     """Logs of five steps, whose states are kept."""
-    update, logs, result = jax.jit(train.make_update(self.product)), [], self.first
+    update, logs, result = jax.jit(training_step.make_update(self.product)), [], self.first
     for _ in range(5):
       state, log = update(self.states[-1], *result)
       self.states.append(state)

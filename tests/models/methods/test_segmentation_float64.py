@@ -14,7 +14,7 @@ from tests.helpers import segmentation_setups as setups
 from tests.helpers.gradients import check_gradients
 from vpd_jax import experiment
 from vpd_jax.models.backbones import layers
-from vpd_jax.training import train
+from vpd_jax.training import step as training_step
 
 pytestmark = pytest.mark.x64
 
@@ -27,7 +27,7 @@ class Run:
     self.product = experiment.assemble(setups.config(setup, dtype="float64", param_dtype="float64"))
     self.batch = setups.batch_of(setup, jnp.float64)
     self.states = [setups.state_of(setup, self.product, np.float64)]
-    self.gradients = jax.jit(train.make_gradients(self.product, loss_group=0, accumulation=1))
+    self.gradients = jax.jit(training_step.make_gradients(self.product, loss_group=0, accumulation=1))
     self.single, self.double = (oracle.golden(f"{setup}.{size}.npz") for size in ("tiny", "tiny_f64"))
     self.logs = []
     # The sinusoid is the authors' float32 one, widened, as libraries differ in its last bit.
@@ -43,7 +43,7 @@ class Run:
 
   def steps(self):
     """Takes five steps; their states and logs are kept."""
-    update, result = jax.jit(train.make_update(self.product)), self.first
+    update, result = jax.jit(training_step.make_update(self.product)), self.first
     for i in range(5):
       state, log = update(self.states[-1], *result)
       self.states.append(state)

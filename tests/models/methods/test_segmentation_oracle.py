@@ -81,7 +81,7 @@ def test_losses_logs_and_statistics_in_training_are_the_authors(forward, setup, 
 def labeled(forward, images, arrays, words, softmax=True):
   """The result for one picture given in several scales, [1, K, H, W]."""
   engine = sliding_window.SlidingWindowInference(
-    forward.logits, sliding_window.parse(words), at_once=2, softmax=softmax
+    forward.logits, sliding_window.parse(words), batch_size=2, softmax=softmax
   )
   engine._predict = forward.logits  # compiled for the taps already
   size = tuple(int(side) for side in arrays["input/slide_ori_shape"])

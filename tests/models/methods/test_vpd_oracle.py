@@ -14,7 +14,7 @@ from vpd_jax.convert import rules
 from vpd_jax.convert.tables import released
 from vpd_jax.models.backbones import unet
 from vpd_jax.tasks.depth.task import silog
-from vpd_jax.training import train
+from vpd_jax.training import step as training_step
 
 UNET = "encoder.unet.unet.diffusion_model."
 FULL = (
@@ -162,7 +162,7 @@ def test_full_size_network_is_the_authors(full_oracle):
   worst = oracle.compare(output[:, None], arrays, "output/pred_d", 1e-5)
   eval_loss = float(silog(output, depth)[0]) - float(arrays["output/eval_loss"])
   del output
-  gradients = jax.jit(train.make_gradients(product, loss_group=0, accumulation=1))
+  gradients = jax.jit(training_step.make_gradients(product, loss_group=0, accumulation=1))
   grads, loss, _, after = gradients(params, frozen, stats, batch)
   np.testing.assert_allclose([eval_loss, loss - arrays["train/loss"]], 0, atol=2e-5)
   gradient = check_gradients(rules.to_source(grads, released.vpd_depth()), arrays, 1e-3)

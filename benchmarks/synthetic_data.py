@@ -1,6 +1,6 @@
-"""Data sets of made-up pictures in the layouts, formats and sizes of the real ones, to time their input with.
+"""Synthetic data sets in the layouts, formats and sizes of the real ones, for benchmarks of the input.
 
-Pictures are smooth with noise on top, about as hard to compress as photographs.
+Images are smooth with added noise, and compress about as well as photographs.
 """
 
 import json
@@ -15,7 +15,7 @@ from vpd_jax.data.transforms.top_down import COCO
 Size = tuple[int, int]
 
 
-def picture(rng: np.random.Generator, size: Size, noise: int = 10) -> np.ndarray:
+def image(rng: np.random.Generator, size: Size, noise: int = 10) -> np.ndarray:
   """uint8 [H, W, 3]."""
   coarse = rng.integers(0, 255, (size[0] // 8, size[1] // 8, 3), dtype=np.uint8)
   smooth = cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC).astype(np.int16)
@@ -23,13 +23,13 @@ def picture(rng: np.random.Generator, size: Size, noise: int = 10) -> np.ndarray
 
 
 def blobs(rng: np.random.Generator, size: Size, classes: int) -> np.ndarray:
-  """uint8 [H, W], a dozen of the numbers below `classes`."""
+  """uint8 [H, W], a dozen of the `classes` ids."""
   levels = cv2.resize(rng.random((8, 12), np.float32), size[::-1], interpolation=cv2.INTER_CUBIC)
   return rng.permutation(classes)[np.clip(levels * 12, 0, 11).astype(int)].astype(np.uint8)
 
 
 def save(path: Path, content: np.ndarray) -> None:
-  """As JPEG of quality 92 or as PNG, by the name."""
+  """Writes a JPEG of quality 92, or a PNG, depending on the suffix."""
   path.parent.mkdir(parents=True, exist_ok=True)
   cv2.imwrite(str(path), content, [cv2.IMWRITE_JPEG_QUALITY, 92] if path.suffix == ".jpg" else [])
 
@@ -40,7 +40,7 @@ def nyu(root: Path, count: int) -> None:
   for index in range(count):
     names = f"kitchen_0001/rgb_{index:05}.jpg", f"kitchen_0001/sync_depth_{index:05}.png"
     depth = cv2.resize(rng.uniform(500, 9500, (30, 40)).astype(np.float32), (640, 480))
-    save(root / "sync" / names[0], picture(rng, (480, 640)))
+    save(root / "sync" / names[0], image(rng, (480, 640)))
     save(root / "sync" / names[1], depth.astype(np.uint16))
     lines.append(" ".join(names))
   (root / "train_list.txt").write_text("\n".join(lines) + "\n")
@@ -55,7 +55,7 @@ def kitti(root: Path, count: int) -> None:
       f"{drive}/proj_depth/groundtruth/image_02/{index:010}.png",
     )
     points = rng.random((375, 1242)) < 0.05
-    save(root / "raw_data" / names[0], picture(rng, (375, 1242)))
+    save(root / "raw_data" / names[0], image(rng, (375, 1242)))
     depth = np.where(points, rng.integers(512, 80 * 256, points.shape), 0)
     save(root / "data_depth_annotated/train" / names[1], depth.astype(np.uint16))
     lines.append(f"/raw_data/{names[0]} /data_depth_annotated/train/{names[1]}")
@@ -67,7 +67,7 @@ def ade20k(root: Path, count: int) -> None:
   rng = np.random.default_rng(0)
   for index in range(count):
     name = f"training/ADE_train_{index:08}"
-    save(root / "images" / f"{name}.jpg", picture(rng, (512, 683)))
+    save(root / "images" / f"{name}.jpg", image(rng, (512, 683)))
     save(root / "annotations" / f"{name}.png", blobs(rng, (512, 683), 151))
 
 
@@ -76,7 +76,7 @@ def cityscapes(root: Path, count: int) -> None:
   rng = np.random.default_rng(0)
   for index in range(count):
     name = f"train/aachen/aachen_{index:06}_000019"
-    save(root / "leftImg8bit" / f"{name}_leftImg8bit.png", picture(rng, (1024, 2048), noise=3))
+    save(root / "leftImg8bit" / f"{name}_leftImg8bit.png", image(rng, (1024, 2048), noise=3))
     save(root / "gtFine" / f"{name}_gtFine_labelIds.png", blobs(rng, (1024, 2048), 34))
 
 
@@ -85,7 +85,7 @@ def refcoco(root: Path, count: int) -> None:
   rng, references, images, outlines = np.random.default_rng(0), [], [], []
   for index in range(count):
     name = f"COCO_train2014_{index:012}.jpg"
-    save(root / "images/train2014" / name, picture(rng, (480, 640)))
+    save(root / "images/train2014" / name, image(rng, (480, 640)))
     angles = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     outline = np.stack([320 + 150 * np.cos(angles), 240 + 120 * np.sin(angles)], 1) + rng.uniform(-9, 9, (40, 2))
     sentences = [
@@ -110,7 +110,7 @@ def coco_pose(root: Path, count: int) -> None:
   rng, images, people = np.random.default_rng(0), [], []
   for index in range(count // 2):
     images.append({"id": index, "file_name": f"{index:012}.jpg", "height": 480, "width": 640})
-    save(root / "train2017" / images[-1]["file_name"], picture(rng, (480, 640)))
+    save(root / "train2017" / images[-1]["file_name"], image(rng, (480, 640)))
     for _ in range(2):
       x, y, w, h = rng.uniform((0, 0, 60, 120), (400, 200, 200, 270)).tolist()
       points = np.stack([rng.uniform(x, x + w, 17), rng.uniform(y, y + h, 17), np.full(17, 2)], axis=1)

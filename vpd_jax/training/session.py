@@ -1,0 +1,199 @@
+"""The objects of a training run, and what it does with them at each event of the loop."""
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vpd_jax import experiment
+from vpd_jax.checkpoints import initialize, workdir_lock
+from vpd_jax.convert.finite import check_finite
+from vpd_jax.data import pipeline
+from vpd_jax.distributed import sharding
+from vpd_jax.distributed.preemption import PreemptionGuard
+from vpd_jax.evaluation import evaluate
+from vpd_jax.experiment import Product
+from vpd_jax.monitoring import chips, writers, xla_cost
+from vpd_jax.monitoring.profiler import Profiler
+from vpd_jax.monitoring.writers import log
+from vpd_jax.training import compilation, startup_report
+from vpd_jax.types import Batch
+
+
+class TrainingSession:
+  """A training run from the last checkpoint of its workdir, or from its initial weights; use it in a `with`.
+
+  Attributes:
+    state: TrainState after `step`.
+    step: finished steps.
+    scores: of the last evaluation; empty before the first.
+    guard: notices a request to stop.
+  """
+
+  def __init__(self, config: ConfigDict, workdir: str, *, accept_changes: bool = False):
+    """Assembles the run and finds its files; nothing is written yet.
+
+    Args:
+      config: of the run.
+      workdir: a local folder or a bucket.
+      accept_changes: continue although the config differs from the checkpoint's where it matters.
+
+    Raises:
+      ValueError: in one line, for anything that cannot be assembled or found.
+    """
+    config = initialize.with_backbone_sizes(config, config.init.run or config.init.pretrained)
+    self._config, self._workdir, self._accept_changes = config, workdir, accept_changes
+    self._product = experiment.assemble(config)
+    initialize.check_training(config)
+    self._mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    pipeline.check_batch_size(config.data.batch_size // config.optim.accumulation, self._mesh.size, "devices")
+    self._dataset = experiment.dataset(config, self._product)
+    self._dataset.source("train")  # raises for a missing file before anything is written
+    self._evaluator = evaluate.Evaluator(config, self._product, self._dataset, self._mesh)
+    self._scored_step: int | None = None
+    self._unchecked, self._logs = [], {}  # the former: (step, loss, norm of the gradients)
+    self.scores: dict[str, float] = {}
+
+  def __enter__(self) -> "TrainingSession":
+    with contextlib.ExitStack() as stack:
+      self._resume(stack)
+      self._stack = stack.pop_all()
+    return self
+
+  def __exit__(self, *error: Any) -> bool | None:
+    return self._stack.__exit__(*error)
+
+  def _resume(self, stack: contextlib.ExitStack) -> None:
+    """Takes the workdir, fills the state and writes the start-up report."""
+    config, product, mesh = self._config, self._product, self._mesh
+    # Before the checkpoints, which remove what another run may be writing.
+    alone = [] if jax.process_index() else stack.enter_context(workdir_lock.claimed(self._workdir))
+    self._checkpoints = stack.enter_context(initialize.checkpoints(config, product, self._workdir))
+    self.guard = stack.enter_context(PreemptionGuard())
+    self.state, lines = initialize.resume_or_start(
+      config, product, mesh, self._checkpoints, accept_changes=self._accept_changes
+    )
+    self.step = self._begin = int(self.state.step)
+    lines += alone
+    lines += self._dataset.describe() if hasattr(self._dataset, "describe") else []
+    lines += [*experiment.sentence_lines(product, self._dataset), *self._evaluator.encodings.lines()]
+    # Only now: a workdir that is refused stays as it was.
+    self._writer = stack.enter_context(
+      writers.create(self._workdir, just_logging=jax.process_index() > 0, backend=config.writer)
+    )
+    startup_report.describe(config, product, mesh, self._writer, self._workdir, lines, self.step)
+    self._progress = writers.Progress(config.num_steps, config.data.batch_size, start=self.step, devices=mesh.size)
+
+  def prepare(self) -> None:
+    """Opens the input at the next step, and compiles the training step."""
+    with self._progress.pause():
+      batches = self._batches = self._stack.enter_context(contextlib.closing(self._read(self.step)))
+      first = next(batches)
+      self._input: Iterator[Batch] = itertools.chain([first], batches)
+      begin = time.monotonic()
+      lowered = compilation.lower_step(self._config, self._product, self._mesh, first)
+      traced = time.monotonic()
+      compiled = self._compiled = lowered.compile(xla_cost.compiler_options(self._mesh))
+      seconds = f"traced in {traced - begin:.1f} s, compiled in {time.monotonic() - traced:.1f} s"
+      # XLA counts the body of a loop once: the parts of an accumulated batch are one.
+      self._flops = (compiled.cost_analysis() or {}).get("flops", 0.0) * self._config.optim.accumulation
+      # Counting takes seconds of tracing, and a share of the peak is known on accelerators only.
+      known = chips.chip_for(self._mesh.devices.flat[0].device_kind)
+      self._model_flops = compilation.model_flops(self._config, first) / self._mesh.size if known else 0.0
+      memory = xla_cost.memory_summary(compiled)
+      log(f"compiled; {self._flops / 1e9:.1f} GFLOP and {memory} per device and step; {seconds}")
+      text = lambda: xla_cost.text(compiled)
+      self._profiler = self._stack.enter_context(Profiler(self._config.profile, self._workdir, log, text))
+
+  def train_step(self) -> None:
+    """Trains on the next batch; returns before the devices have finished."""
+    batch = next(self._input)
+    self.step += 1
+    self._profiler.on_step_start(self.step - self._begin, self._logs)
+    self.state, self._logs = self._compiled(self.state, batch)
+    self._unchecked.append((self.step, self._logs["train/loss"], self._logs["norm/gradients"]))
+
+  def write_logs(self) -> None:
+    """Writes the logs of the step and the speed of the run.
+
+    Raises:
+      FloatingPointError: the loss or a gradient is not finite; names the step.
+    """
+    self._check_finite()
+    line, speed = self._progress.report(self.step, float(self._logs["train/loss"]))
+    speed |= xla_cost.rates(speed.get("perf/step_ms", math.inf) / 1e3, self._flops, self._model_flops)
+    speed |= {"perf/input_wait_ms": self._batches.mean_wait_ms(), "data/skipped_rows": self._batches.skipped}
+    self._writer.write_scalars(self.step, jax.device_get(self._logs) | speed)
+    log(line)
+
+  def save(self, *, wait: bool = False) -> None:
+    """Saves the state in the background; with `wait`, returns when it is on disk. Raises as `write_logs` does."""
+    with self._progress.pause():
+      self._check_finite()
+      self._checkpoints.save(self.step, self.state, initialize.to_json(self._config), force=wait)
+
+  def evaluate(self) -> None:
+    """Evaluates, adds the scores to the checkpoint, and logs them; does nothing if it is stopped."""
+    with self._progress.pause():
+      state = self.state
+      result = self._evaluator.run((state.ema or state.params, state.frozen, state.stats), self.guard.should_stop)
+      if result is None:
+        return
+      self._checkpoints.add_scores(self.step, result.scores)
+      self.scores, self._scored_step = result.scores, self.step
+      if jax.process_index() == 0:
+        trivial = {f"eval/trivial/{name}": value for name, value in self._evaluator.baselines().items()}
+        self._writer.write_scalars(self.step, result.scores | trivial)
+        self._writer.write_images(self.step, {f"panels/{self._config.data.name}": result.panels})
+        log(self._evaluator.report(result.scores, result.rows))
+
+  def has_scores(self) -> bool:
+    """Whether the checkpoint of this step has scores."""
+    return bool(self._checkpoints.scores(self.step))
+
+  def report_stop(self) -> None:
+    """Logs that the run was stopped early, after the checkpoint is on disk."""
+    if self.guard.requested and (self.step < self._config.num_steps or self._scored_step != self.step):
+      self._checkpoints.wait()
+      log(f"stopped by SIGTERM after step {self.step}, which is saved; the same command goes on from there")
+
+  def _read(self, begin: int) -> pipeline.Prefetch:
+    encode = lambda local: self._evaluator.encodings(local, self.state.frozen)
+    return training_batches(self._config, self._product, self._dataset, self._mesh, begin, encode)
+
+  def _check_finite(self) -> None:
+    def batch_of(step: int) -> Batch:
+      with contextlib.closing(self._read(step - 1)) as again:
+        return next(again)
+
+    self._unchecked = check_finite(self._unchecked, self.state, batch_of)
+
+
+def training_batches(
+  config: ConfigDict,
+  product: Product,
+  dataset: Any,
+  mesh: Mesh,
+  begin: int,
+  encode: Callable[[pipeline.Batches], Any] = lambda local: local,
+) -> pipeline.Prefetch:
+  """The training batches after `begin` finished steps, on the mesh, after `encode` of this process' rows."""
+  local = pipeline.train_batches(
+    dataset,
+    batch_size=config.data.batch_size,
+    seed=config.seed,
+    start_step=begin,
+    workers=config.data.workers,
+    keys=experiment.batch_keys(product, dataset),
+    prepare=product.method.prepare,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    on_bad_record=config.data.on_bad_record,
+  )
+  return pipeline.prefetch(encode(local), sharding.batch_sharding(mesh))
