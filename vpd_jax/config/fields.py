@@ -21,7 +21,7 @@ FIELDS = {
   "mesh": ("data", "fsdp", "rules"),
 }  # fmt: skip
 # Of sections that name a constructor: what the section does not give, but the other parts do.
-FILLED = ("self", "unet", "vae", "attention", "remat", "widths", "strides", "tokens", "frame", "norm_group", "dtype",
+FILLED = ("self", "setup", "maps", "common", "widths", "strides", "tokens", "frame", "norm_group", "dtype",
           "param_dtype", "rngs", "lr")  # fmt: skip
 
 

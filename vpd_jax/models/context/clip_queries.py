@@ -11,7 +11,10 @@ from flax import nnx
 from vpd_jax.models import initializers
 from vpd_jax.models.backbones import layers, normalization
 from vpd_jax.models.backbones.attention import Implementation, attention
-from vpd_jax.types import Array
+from vpd_jax.models.backbones.clip_image import ClipImage, ImageSizes, pixels
+from vpd_jax.models.backbones.clip_text import as_buffers
+from vpd_jax.models.context.context import Context
+from vpd_jax.types import Array, Batch
 
 
 class Attention(nnx.Module):
@@ -83,3 +86,33 @@ class ImplicitText(nnx.Module):
     for block in self.blocks:
       x = block(x, visual)
     return self.output_norm(x)
+
+
+class ClipQueries(Context):
+  """Learned queries that read the tokens of CLIP's frozen image encoder."""
+
+  def __init__(
+    self, sizes: ImageSizes, width: int, *, resize: str, features: str, tower_dtype: Any, num_queries: int, **block: Any
+  ):
+    """Builds encoder and queries.
+
+    Args:
+      sizes: of the image encoder.
+      width: D, of the UNet's context.
+      resize: of the image to CLIP's square, "bicubic" or "bilinear".
+      features: "last", the tokens after the last layer, or "penultimate".
+      tower_dtype: in which the encoder is stored; it computes in `dtype`.
+      num_queries: N.
+      **block: further arguments of ImplicitText.
+    """
+    kinds = {name: block[name] for name in ("dtype", "rngs")}
+    self.tokens, self.dtype = (num_queries, width), kinds["dtype"]
+    self.clip_resize, self.layer = resize, {"last": -1, "penultimate": -2}[features]
+    self.image_encoder = as_buffers(ClipImage(sizes, projected=False, **kinds, param_dtype=tower_dtype))
+    self.implicit = ImplicitText(sizes.width, width, num_queries=num_queries, **block)
+
+  def __call__(self, batch: Batch, step: int = 0) -> Array:
+    """Implicit text embeddings of "image", uint8 [B, H, W, 3] or float in [0, 1]: float [B, N, D]."""
+    size = self.image_encoder.image_size
+    image = pixels(batch["image"], size, dtype=self.dtype, resize=self.clip_resize)
+    return self.implicit(self.image_encoder(image).hidden[self.layer])
