@@ -192,9 +192,8 @@ def _builder(config: ConfigDict, task: Any, classes: tuple[str, ...], training: 
 
   def build() -> nnx.Module:
     m = method(setup, **_rest(config.method, NOT_OF_THE_METHOD))
-    kinds = {**setup.common.layer, "norm_group": setup.common.norm_group, "frame": m.map_info.map_extent}
-    n = neck(m.map_info.widths, m.map_info.strides, tokens=m.map_info.tokens, **_rest(config.neck), **kinds)
-    return PerceptionModel(m, n, head(n.widths, n.strides, **_rest(config.head), **task.output, **kinds))
+    n = neck(m.map_info, setup.common, **_rest(config.neck))
+    return PerceptionModel(m, n, head(n.map_info, setup.common, **_rest(config.head), **task.output))
 
   return build
 

@@ -46,9 +46,7 @@ def describe(tokens, dtype=jnp.float32, unet_sizes=None, vae_sizes=None, width=6
     setup = modules.setup(unet_sizes, vae_sizes, classes=tokens, common=Common(**kinds))
     method = Vpd(setup, prompt="all_classes", attention_maps=True, keep_unused=True)
     method.context = OfSentences(tokens, unet_sizes.context_dim, method.context.adapt, **kinds)
-    return PerceptionModel(
-      method, NoNeck(), Lavt(method.map_info.widths, method.map_info.strides, width=width, **kinds)
-    )
+    return PerceptionModel(method, NoNeck(), Lavt(method.map_info, setup.common, width=width))
 
   return params_lib.describe(build)
 

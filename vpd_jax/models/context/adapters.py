@@ -1,11 +1,12 @@
 """Small trained networks between frozen text and the UNet."""
 
-from typing import Any
+from typing import Unpack
 
 from flax import nnx
 
 from vpd_jax.models import initializers
 from vpd_jax.models.backbones import layers
+from vpd_jax.models.layer_options import LayerOptions
 from vpd_jax.models.parameters import Inlined
 from vpd_jax.types import Array
 
@@ -13,8 +14,8 @@ from vpd_jax.types import Array
 class TextAdapter(nnx.Module):
   """Two linear layers around an exact GELU."""
 
-  def __init__(self, width: int, **kinds: Any):
-    linear = lambda: layers.linear(width, width, kernel_init=initializers.torch_default, **kinds)
+  def __init__(self, width: int, **common: Unpack[LayerOptions]):
+    linear = lambda: layers.linear(width, width, kernel_init=initializers.torch_default, **common)
     self.fc = nnx.List([linear(), layers.GELU(), linear()])
 
   def __call__(self, text: Array) -> Array:
@@ -27,11 +28,11 @@ class ResidualAdapter(Inlined):
   Source: VPD depth/models_depth/model.py VPDDepthEncoder.
   """
 
-  def __init__(self, width: int, scale: float, **kinds: Any):
+  def __init__(self, width: int, scale: float, **common: Unpack[LayerOptions]):
     """`scale`: start of gamma."""
-    self.dtype = kinds["dtype"]
-    self.gamma = nnx.Param(initializers.constant(scale)(kinds["rngs"].params(), (width,), kinds["param_dtype"]))
-    self.text_adapter = TextAdapter(width, **kinds)
+    self.dtype = common["dtype"]
+    self.gamma = nnx.Param(initializers.constant(scale)(common["rngs"].params(), (width,), common["param_dtype"]))
+    self.text_adapter = TextAdapter(width, **common)
 
   def __call__(self, text: Array) -> Array:
     return text + self.gamma[...].astype(self.dtype)[None, None] * self.text_adapter(text)

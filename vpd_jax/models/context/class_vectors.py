@@ -3,7 +3,7 @@
 The vectors are encoded from the names of the classes once, before training, by CLIP's text encoder.
 """
 
-from typing import Any, cast
+from typing import Unpack, cast
 
 import jax.numpy as jnp
 from flax import nnx
@@ -13,6 +13,7 @@ from vpd_jax.models.backbones.clip_image import ClipImage, ImageSizes, pixels
 from vpd_jax.models.backbones.clip_text import as_buffers
 from vpd_jax.models.context.adapters import Adapter
 from vpd_jax.models.context.context import Context
+from vpd_jax.models.layer_options import LayerOptions
 from vpd_jax.types import Array, Batch, Buffer
 
 
@@ -24,11 +25,12 @@ class ClassPredictor(nnx.Module):
   Source: Radford et al. 2021, https://arxiv.org/abs/2103.00020, section 3.1.
   """
 
-  def __init__(self, sizes: ImageSizes, classes: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
-    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    self.dtype = dtype
-    self.names = Buffer(initializers.normal(1.0)(rngs.params(), (classes, sizes.projection), param_dtype))
-    self.image_encoder = as_buffers(ClipImage(sizes, projected=True, **kinds))
+  def __init__(self, sizes: ImageSizes, classes: int, **common: Unpack[LayerOptions]):
+    self.dtype = common["dtype"]
+    self.names = Buffer(
+      initializers.normal(1.0)(common["rngs"].params(), (classes, sizes.projection), common["param_dtype"])
+    )
+    self.image_encoder = as_buffers(ClipImage(sizes, projected=True, **common))
 
   def __call__(self, image: Array) -> Array:
     """Class ids, int32 [B], of uint8 [B, H, W, 3] or float in [0, 1], of any sides."""
@@ -42,17 +44,17 @@ class AllClasses(Context):
 
   of_classes = True
 
-  def __init__(self, classes: int, width: int, adapt: Adapter, **kinds: Any):
+  def __init__(self, classes: int, width: int, adapt: Adapter, **common: Unpack[LayerOptions]):
     """Holds one vector per class.
 
     Args:
       classes: K.
       width: D, of the UNet's context.
       adapt: module from vectors to tokens.
-      **kinds: dtype, param_dtype and rngs.
+      **common: dtype, param_dtype and rngs.
     """
-    self.tokens, self.dtype, self.adapt = (classes, width), kinds["dtype"], adapt
-    vectors = initializers.normal(1.0)(kinds["rngs"].params(), (classes, width), kinds["param_dtype"])
+    self.tokens, self.dtype, self.adapt = (classes, width), common["dtype"], adapt
+    vectors = initializers.normal(1.0)(common["rngs"].params(), (classes, width), common["param_dtype"])
     self.class_vectors = Buffer(vectors)
 
   def __call__(self, batch: Batch, step: int = 0) -> Array:
@@ -67,8 +69,8 @@ class SceneClass(AllClasses):
   of_classes = False
   needs = frozenset({"class_id"})
 
-  def __init__(self, classes: int, width: int, adapt: Adapter, **kinds: Any):
-    super().__init__(classes, width, adapt, **kinds)
+  def __init__(self, classes: int, width: int, adapt: Adapter, **common: Unpack[LayerOptions]):
+    super().__init__(classes, width, adapt, **common)
     self.tokens = (1, width)
 
   def class_ids(self, batch: Batch) -> Array:
@@ -87,10 +89,10 @@ class PredictedClass(SceneClass):
 
   needs = frozenset()
 
-  def __init__(self, classes: int, width: int, adapt: Adapter, *, image: ImageSizes, **kinds: Any):
+  def __init__(self, classes: int, width: int, adapt: Adapter, *, image: ImageSizes, **common: Unpack[LayerOptions]):
     """`image`: sizes of CLIP's image encoder."""
-    super().__init__(classes, width, adapt, **kinds)
-    self.class_predictor = ClassPredictor(image, classes, **kinds)
+    super().__init__(classes, width, adapt, **common)
+    self.class_predictor = ClassPredictor(image, classes, **common)
 
   def class_ids(self, batch: Batch) -> Array:
     """See SceneClass.class_ids."""

@@ -5,7 +5,7 @@ Sentences become token ids once, before training: a data worker only looks them 
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from vpd_jax.errors import UserError
 from vpd_jax.models.backbones.clip_text import ClipText, TextSizes, as_buffers
 from vpd_jax.models.context.adapters import Adapter
 from vpd_jax.models.context.context import Context
+from vpd_jax.models.layer_options import LayerOptions
 from vpd_jax.types import Array, Batch, Example
 
 NAMES = "names"  # in place of a template: the names of the classes in the label map
@@ -88,7 +89,7 @@ class LabelSentence(Context):
     adapt: Adapter,
     *,
     pooled: bool,
-    **kinds: Any,
+    **common: Unpack[LayerOptions],
   ):
     """Builds the encoder.
 
@@ -99,7 +100,7 @@ class LabelSentence(Context):
       tokenize: sentences to int32 [sentences, sizes.positions]; called when `prepare` is asked for.
       adapt: module from states to tokens.
       pooled: one token, the state at the end of the sentence, in place of all states.
-      **kinds: dtype, param_dtype and rngs.
+      **common: dtype, param_dtype and rngs.
 
     Raises:
       ValueError: a malformed template, or one with a place for the name of a class where there are no classes.
@@ -114,7 +115,7 @@ class LabelSentence(Context):
     self._sentence, self._class_names, self._tokenize = sentence, class_names, tokenize
     self.tokens, self.pooled, self.adapt = (1 if pooled else sizes.positions, sizes.width), pooled, adapt
     self.prepare_inputs = frozenset({"label"} if sentence == NAMES else {"class_id"} if "{}" in sentence else ())
-    self.text_encoder = as_buffers(ClipText(sizes, **kinds))
+    self.text_encoder = as_buffers(ClipText(sizes, **common))
 
   @property
   def prepare(self) -> Callable[[Example], Example]:
