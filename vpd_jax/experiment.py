@@ -4,6 +4,7 @@ ConfigDict ends here: sections become keyword arguments.
 """
 
 import inspect
+import pkgutil
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 from vpd_jax import optim
 from vpd_jax.config import fields, loader
+from vpd_jax.config.presets import registry
 from vpd_jax.convert.tokenizer import Tokenize
 from vpd_jax.data.datasets import (
   ade20k,
@@ -41,7 +43,6 @@ from vpd_jax.models.backbones.vae import VaeSizes
 from vpd_jax.models.heads import deconv, fpn, keypoints, lavt, upernet
 from vpd_jax.models.initializers import InitKeys
 from vpd_jax.models.layer_options import Common
-from vpd_jax.models.methods import iedp, meta_prompts, vpd
 from vpd_jax.models.methods.diffusion import MethodSetup
 from vpd_jax.models.necks import unet_features
 from vpd_jax.models.perception_model import PerceptionModel
@@ -50,7 +51,7 @@ from vpd_jax.tasks.pose import task as pose_task
 from vpd_jax.tasks.referring import task as referring_task
 from vpd_jax.tasks.segmentation import task as segmentation_task
 
-METHODS = {"vpd": vpd.Vpd, "iedp": iedp.Iedp, "meta_prompts": meta_prompts.MetaPrompts}
+METHODS: dict[str, Any] = {name: pkgutil.resolve_name(place) for name, place in registry.METHODS.items()}
 NECKS = {
   "fusion": unet_features.Fusion,
   "einsum": unet_features.Einsum,
@@ -92,9 +93,6 @@ DATASETS = {
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 NOT_OF_THE_DATASET = ("name", "batch_size", "workers", "on_bad_record")
-NOT_OF_THE_METHOD = ("name", "class_vectors", "tokenizer", "templates")
-# What is read of a method's section beside its constructor, where the prompts are made.
-OF_THE_PROMPTS = {"vpd": NOT_OF_THE_METHOD, "iedp": ("tokenizer",), "meta_prompts": ("tokenizer",)}
 
 
 class Product(NamedTuple):
@@ -186,12 +184,12 @@ def _method_setup(config: ConfigDict, classes: tuple[str, ...], training: bool) 
 def _builder(config: ConfigDict, task: Any, classes: tuple[str, ...], training: bool) -> Callable[[], nnx.Module]:
   """A function that makes the model with random parameters of `config.seed`."""
   setup = _method_setup(config, classes, training)
-  prompts = OF_THE_PROMPTS.get(config.method.get("name"), ())
-  method = fields.look_up(METHODS, config.method, "method", more=prompts)
+  known = METHODS.get(config.method.get("name"))
+  method = fields.look_up(METHODS, config.method, "method", more=known.text_options if known else ())
   neck, head = fields.look_up(NECKS, config.neck, "neck"), fields.look_up(HEADS, config.head, "head", told=task.output)
 
   def build() -> nnx.Module:
-    m = method(setup, **_rest(config.method, NOT_OF_THE_METHOD))
+    m = method(setup, **_rest(config.method, ("name", *method.text_options)))
     n = neck(m.map_info, setup.common, **_rest(config.neck))
     return PerceptionModel(m, n, head(n.map_info, setup.common, **_rest(config.head), **task.output))
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import flax.struct
 import jax
@@ -123,6 +123,7 @@ class Method(Protocol):
     sentence_tokens: (N, D) of the states of each image's sentence, None where it reads no sentence.
     attends_to_classes: whether it has attention maps, one for each class; these are given by `class_attention(batch)`.
     notes: lines for the log at the start of a run.
+    text_options: options of the config's section that are read where texts are prepared, not by the constructor.
     training_only: top-level parts that evaluation does without; `build` leaves them out there.
     prepare: host transform that runs after the data set's own; picklable, since it travels to the data workers.
   """
@@ -132,6 +133,7 @@ class Method(Protocol):
   prepare_outputs: frozenset[str]
   map_info: MapInfo
   sentence_tokens: tuple[int, int] | None
+  text_options: ClassVar[tuple[str, ...]]
 
   @property
   def attends_to_classes(self) -> bool: ...

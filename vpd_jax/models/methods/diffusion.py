@@ -7,7 +7,7 @@ latents that the previous one predicts; its *cross-attention maps* are joined to
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from flax import nnx
@@ -83,6 +83,7 @@ class LearnedTime(Inlined):
 class DiffusionMethod(nnx.Module):
   """Image and tokens to the four maps of the UNet; see types.Method for the attributes."""
 
+  text_options: ClassVar[tuple[str, ...]] = ("tokenizer",)
   notes: tuple[str, ...] = ()
   training_only: tuple[str, ...] = ()
   branch = "text"  # name of the one pass of the batch through the network

@@ -26,6 +26,8 @@ PROMPTS = ("scene_class", "predicted", "all_classes", "sentence")
 class Vpd(DiffusionMethod):
   """Image and class of the scene to the four maps of the UNet."""
 
+  text_options = ("class_vectors", "tokenizer", "templates")
+
   def __init__(
     self,
     setup: MethodSetup,
