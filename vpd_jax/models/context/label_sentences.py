@@ -95,7 +95,7 @@ class LabelSentence(Context):
 
     Args:
       sizes: of the encoder, as wide as the UNet's context.
-      sentence: see IedpOptions.sentence.
+      sentence: see methods.iedp.Iedp.
       class_names: by class id.
       tokenize: sentences to int32 [sentences, sizes.positions]; called when `prepare` is asked for.
       adapt: module from states to tokens.
