@@ -16,20 +16,14 @@ import ml_collections
 
 from vpd_jax.config import loader, presets
 
-METHODS = {
-  "vpd": presets.vpd_segmentation,
-  "meta_prompts": presets.meta_prompts_segmentation,
-  "iedp": presets.iedp_segmentation,
-}
-
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.parse_variant(argument, method=tuple(METHODS), size=("full", "tiny"))
+  words = loader.parse_variant(argument, method=presets.methods(), size=("full", "tiny"))
   method, tiny = words["method"], words["size"] == "tiny"
   config = ml_collections.ConfigDict(presets.run(num_steps=80_000, log_every=50, eval_every=8000, save_every=2000))
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
-  config.update(METHODS[method](tiny=tiny))
+  config.update(presets.sections("segmentation", method, tiny=tiny))
   config.data = {
     "name": "ade20k",
     "root": "",

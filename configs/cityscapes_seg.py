@@ -11,26 +11,20 @@ Expected mIoU on val, single-scale / multi-scale: MetaPrompts 85.98 / 87.26 (wit
 Ours: not yet run.
 """
 
-import functools
-
 import ml_collections
 
 from vpd_jax.config import loader, presets
 
-METHODS = {
-  "meta_prompts": functools.partial(presets.meta_prompts_segmentation, dropout=0.1),
-  "vpd": presets.vpd_segmentation,
-  "iedp": presets.iedp_segmentation,
-}
-
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.parse_variant(argument, method=tuple(METHODS), data=("fine", "extra"), size=("full", "tiny"))
+  words = loader.parse_variant(
+    argument, method=presets.methods("meta_prompts"), data=("fine", "extra"), size=("full", "tiny")
+  )
   method, extra, tiny = words["method"], words["data"] == "extra", words["size"] == "tiny"
   config = ml_collections.ConfigDict(presets.run(num_steps=80_000, log_every=50, eval_every=8000, save_every=2000))
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
-  config.update(METHODS[method](tiny=tiny))
+  config.update(presets.sections("segmentation", method, tiny=tiny, dropout=0.1))
   if extra and method == "meta_prompts":
     config.method.refine_steps = 1
   config.data = {

@@ -19,7 +19,6 @@ import ml_collections
 from vpd_jax.config import loader, presets
 from vpd_jax.config.presets import pose
 
-METHODS = {"meta_prompts": pose.meta_prompts_pose, "vpd": pose.vpd_pose, "iedp": pose.iedp_pose}
 SIGMAS = {"256x192": 2, "384x288": 3, "512x384": 4, "1024x768": 6}  # the last as SDPose has it
 LENGTHS = {"210epochs": (210, 170, 200), "42epochs": (42, 34, 40)}  # all, and where the rate falls to a tenth
 ITERATIONS = 293  # per epoch: 149 813 people over 512
@@ -28,14 +27,14 @@ ITERATIONS = 293  # per epoch: 149 813 people over 512
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
   words = loader.parse_variant(
-    argument, method=tuple(METHODS), crop=tuple(SIGMAS), length=tuple(LENGTHS), size=("full", "tiny")
+    argument, method=presets.methods("meta_prompts"), crop=tuple(SIGMAS), length=tuple(LENGTHS), size=("full", "tiny")
   )
   tiny, (epochs, *drops) = words["size"] == "tiny", LENGTHS[words["length"]]
   config = ml_collections.ConfigDict(
     presets.run(num_steps=epochs * ITERATIONS, log_every=50, eval_every=10 * ITERATIONS, save_every=ITERATIONS)
   )
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
-  config.update(METHODS[words["method"]](tiny=tiny))
+  config.update(presets.sections("pose", words["method"], tiny=tiny))
   config.task = pose.pose_task(sigma=1 if tiny else SIGMAS[words["crop"]])
   config.data = {
     "name": "coco_pose",

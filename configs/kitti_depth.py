@@ -13,29 +13,24 @@ Expected: for MetaPrompts, RMSE 1.928, d1 0.981 (its README). VPD has lists for 
 Ours: not yet run.
 """
 
-import functools
-
 import ml_collections
 
 from vpd_jax.config import loader, presets
 
-METHODS = {
-  "vpd": presets.vpd_depth,
-  "meta_prompts": functools.partial(presets.meta_prompts_depth, resize_scale=2),  # 352 -> 448
-  "iedp": presets.iedp_depth,
-}
 ITERATIONS = 965  # per epoch in the release: 23 160 padded frames over 8 x 3
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.parse_variant(argument, method=tuple(METHODS), size=("full", "tiny"))
+  words = loader.parse_variant(argument, method=presets.methods(), size=("full", "tiny"))
   method, tiny = words["method"], words["size"] == "tiny"
   config = ml_collections.ConfigDict(
     presets.run(num_steps=25 * ITERATIONS, log_every=50, eval_every=ITERATIONS, save_every=ITERATIONS)
   )
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
-  config.update(METHODS[method](tiny=tiny, head_init="released"))
+  config.update(presets.sections("depth", method, tiny=tiny, head_init="released"))
+  if "resize_scale" in config.method:
+    config.method.resize_scale = 2  # 352 -> 448
   config.task = {
     "name": "depth",
     "max_depth": 80.0,

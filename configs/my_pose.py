@@ -11,18 +11,17 @@ import ml_collections
 from vpd_jax.config import loader, presets
 from vpd_jax.config.presets import pose
 
-METHODS = {"vpd": pose.vpd_pose, "meta_prompts": pose.meta_prompts_pose, "iedp": pose.iedp_pose}
 KEYPOINTS = ("nose", "left_eye", "right_eye", "tail")  # as the annotation file's category names them; () reads them
 SKELETON = (("nose", "left_eye"), ("nose", "right_eye"), ("nose", "tail"))  # lines of the drawings; left/right swap
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.parse_variant(argument, method=tuple(METHODS), size=("full", "tiny"))
+  words = loader.parse_variant(argument, method=presets.methods(), size=("full", "tiny"))
   tiny, steps = words["size"] == "tiny", 20_000
   config = ml_collections.ConfigDict(presets.run(num_steps=steps, log_every=50, eval_every=1000, save_every=1000))
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
-  config.update(METHODS[words["method"]](tiny=tiny))
+  config.update(presets.sections("pose", words["method"], tiny=tiny))
   config.task = pose.pose_task(sigma=1 if tiny else 2)
   config.data = {"name": "keypoint_list", "root": "", "train_json": "train.json", "eval_json": "", "images": "images"}
   config.data.update({"keypoints": KEYPOINTS, "skeleton": SKELETON, "pairs": (), "sigmas": (), "upper": ()})

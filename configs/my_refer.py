@@ -11,20 +11,14 @@ import ml_collections
 
 from vpd_jax.config import loader, presets
 
-METHODS = {
-  "vpd": presets.vpd_referring,
-  "meta_prompts": presets.meta_prompts_referring,
-  "iedp": presets.iedp_referring,
-}
-
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.parse_variant(argument, method=tuple(METHODS), size=("full", "tiny"))
+  words = loader.parse_variant(argument, method=presets.methods(), size=("full", "tiny"))
   tiny = words["size"] == "tiny"
   config = ml_collections.ConfigDict(presets.run(num_steps=20_000, log_every=50, eval_every=1000, save_every=1000))
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
-  config.update(METHODS[words["method"]](tiny=tiny, token_length=40))
+  config.update(presets.sections("referring", words["method"], tiny=tiny, token_length=40))
   config.data = {"name": "refer_list", "root": "", "file": "sentences.json", "holdout": 0.1, "exif": "stored"}
   config.data.update({"crop": (128, 128) if tiny else (512, 512), "canvas": (640, 640)})
   config.data.update({"cache": "off", "cache_folder": "", "batch_size": 32, "workers": 8, "on_bad_record": "stop"})

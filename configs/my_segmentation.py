@@ -10,21 +10,16 @@ import ml_collections
 
 from vpd_jax.config import loader, presets
 
-METHODS = {
-  "vpd": presets.vpd_segmentation,
-  "meta_prompts": presets.meta_prompts_segmentation,
-  "iedp": presets.iedp_segmentation,
-}
 CLASSES = ("background", "person", "dog")  # in the order of the numbers in the masks; 255 is no class
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.parse_variant(argument, method=tuple(METHODS), size=("full", "tiny"))
+  words = loader.parse_variant(argument, method=presets.methods(), size=("full", "tiny"))
   tiny = words["size"] == "tiny"
   config = ml_collections.ConfigDict(presets.run(num_steps=20_000, log_every=50, eval_every=1000, save_every=1000))
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
-  config.update(METHODS[words["method"]](tiny=tiny))
+  config.update(presets.sections("segmentation", words["method"], tiny=tiny))
   config.data = {"name": "mask_folder", "root": "", "classes": CLASSES, "images": "images", "masks": "masks"}
   config.data.update(
     {"eval_images": "", "eval_masks": "", "holdout": 0.1, "values": (), "ignored": (255,), "exif": "stored"}

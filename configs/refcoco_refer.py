@@ -16,11 +16,6 @@ import ml_collections
 
 from vpd_jax.config import loader, presets
 
-METHODS = {
-  "vpd": presets.vpd_referring,
-  "meta_prompts": presets.meta_prompts_referring,
-  "iedp": presets.iedp_referring,
-}
 # Word: variant, who divided it, objects in the training split, tokens of a sentence.
 DATA = {
   "refcoco": ("refcoco", "unc", 42_404, 40),
@@ -32,7 +27,7 @@ BATCH, EPOCHS = 32, 40
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.parse_variant(argument, data=tuple(DATA), method=tuple(METHODS), rate=("as_run", "as_intended"),
+  words = loader.parse_variant(argument, data=tuple(DATA), method=presets.methods(), rate=("as_run", "as_intended"),
                             size=("full", "tiny"))  # fmt: skip
   variant, split_by, objects, tokens = DATA[words["data"]]
   tiny, epoch = words["size"] == "tiny", objects // BATCH
@@ -40,7 +35,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     presets.run(num_steps=EPOCHS * epoch, log_every=50, eval_every=epoch, save_every=epoch)
   )
   config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
-  config.update(METHODS[words["method"]](tiny=tiny, token_length=tokens))
+  config.update(presets.sections("referring", words["method"], tiny=tiny, token_length=tokens))
   config.data = {
     "name": "refcoco",
     "root": "",

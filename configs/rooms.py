@@ -16,22 +16,7 @@ import ml_collections
 from vpd_jax.config import loader, presets
 from vpd_jax.config.presets import pose
 
-# Task: method to the sections that are its own.
-METHODS = {
-  "depth": {"vpd": presets.vpd_depth, "meta_prompts": presets.meta_prompts_depth, "iedp": presets.iedp_depth},
-  "segmentation": {
-    "vpd": presets.vpd_segmentation,
-    "meta_prompts": presets.meta_prompts_segmentation,
-    "iedp": presets.iedp_segmentation,
-  },
-  "referring": {
-    "vpd": presets.vpd_referring,
-    "meta_prompts": presets.meta_prompts_referring,
-    "iedp": presets.iedp_referring,
-  },
-  "pose": {"vpd": pose.vpd_pose, "meta_prompts": pose.meta_prompts_pose, "iedp": pose.iedp_pose},
-}
-OPTIONS = {  # of those functions
+OPTIONS = {  # of presets.sections, by task
   "depth": {"head_init": "fan_in"},
   "segmentation": {"dropout": 0.0},
   "referring": {"token_length": 16},
@@ -41,7 +26,7 @@ OPTIONS = {  # of those functions
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.parse_variant(argument, task=tuple(METHODS), method=tuple(METHODS["depth"]), size=("tiny", "full"))
+  words = loader.parse_variant(argument, task=tuple(OPTIONS), method=presets.methods(), size=("tiny", "full"))
   task, method, tiny = words["task"], words["method"], words["size"] == "tiny"
   steps = 320
   config = ml_collections.ConfigDict(presets.run(num_steps=steps, log_every=20, eval_every=steps, save_every=100))
@@ -49,12 +34,14 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   if tiny:
     # The VAE, trained here, is most of the work: with less of it the same time teaches more.
     config.backbone.vae.update({"channel_mult": (1, 1, 2, 4), "num_res_blocks": 1})
-  config.update(METHODS[task][method](tiny=tiny, **OPTIONS[task]))
+  config.update(presets.sections(task, method, tiny=tiny, **OPTIONS[task]))
   if task == "depth":
     config.task = {"name": "depth", "max_depth": 10.0, "min_depth": 1e-3, "eval_crop": "none", "variance_focus": 0.5}
   elif task == "referring":
     # CLIP's tokens and states would come with weights; here words get random vectors, which are told apart well enough.
-    config.method.tokenizer, config.init.clip = "words", "random:0"
+    config.init.clip = "random:0"
+    if "tokenizer" in config.method:
+      config.method.tokenizer = "words"
     config.task.class_weights = (0.3, 1.7)  # objects are small: with the released ones a short training finds nothing
     if "attention_gradient" in config.method:
       config.method.attention_gradient = True  # nothing pretrained tells which pixels a word is about

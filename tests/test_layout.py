@@ -40,7 +40,7 @@ MODELS = (
   ("methods", "necks", "heads"),
   ("context",),
   ("backbones", "parameters"),
-  ("initializers",),
+  ("initializers", "layer_options"),
 )
 CONFIGURED = {"main", "training", "prediction", "planning", "evaluation", "checkpoints", "experiment", "config"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -3,8 +3,8 @@
 ConfigDict ends here: sections become keyword arguments.
 """
 
-import functools
 import inspect
+import pkgutil
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from vpd_jax import optim
 from vpd_jax.config import fields, loader
+from vpd_jax.config.presets import registry
 from vpd_jax.convert.tokenizer import Tokenize
 from vpd_jax.data.datasets import (
   ade20k,
@@ -41,7 +42,8 @@ from vpd_jax.models.backbones.unet import UNetSizes
 from vpd_jax.models.backbones.vae import VaeSizes
 from vpd_jax.models.heads import deconv, fpn, keypoints, lavt, upernet
 from vpd_jax.models.initializers import InitKeys
-from vpd_jax.models.methods import iedp, meta_prompts, vpd
+from vpd_jax.models.layer_options import Common
+from vpd_jax.models.methods.diffusion import MethodSetup
 from vpd_jax.models.necks import unet_features
 from vpd_jax.models.perception_model import PerceptionModel
 from vpd_jax.tasks.depth import task as depth_task
@@ -50,7 +52,7 @@ from vpd_jax.tasks.referring import task as referring_task
 from vpd_jax.tasks.segmentation import task as segmentation_task
 from vpd_jax.types import Dataset, DatasetInfo, Task
 
-METHODS = {"vpd": vpd.Vpd, "iedp": iedp.Iedp, "meta_prompts": meta_prompts.MetaPrompts}
+METHODS: dict[str, Any] = {name: pkgutil.resolve_name(place) for name, place in registry.METHODS.items()}
 NECKS = {
   "fusion": unet_features.Fusion,
   "einsum": unet_features.Einsum,
@@ -92,9 +94,6 @@ DATASETS: dict[str, type[Dataset]] = {
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 NOT_OF_THE_DATASET = ("name", "batch_size", "workers", "on_bad_record")
-NOT_OF_THE_METHOD = ("name", "class_vectors", "tokenizer", "templates")
-# What is read of a method's section beside its constructor, where the prompts are made.
-OF_THE_PROMPTS = {"vpd": NOT_OF_THE_METHOD, "iedp": ("tokenizer",), "meta_prompts": ("tokenizer",)}
 
 
 class Product(NamedTuple):
@@ -159,52 +158,41 @@ def sizes(config: ConfigDict) -> tuple[UNetSizes, VaeSizes, TextSizes, ImageSize
   return tuple(kind(**made[part]) for part, kind in kinds.items())
 
 
-def _constructor_context(
-  config: ConfigDict, classes: tuple[str, ...], text: TextSizes, training: bool
-) -> dict[str, Any]:
-  """What only some methods ask for, by the name under which their constructors do."""
-  sources = (config.method.get("tokenizer", ""), config.init.pretrained, config.init.get("clip", ""))
-  return {
-    "classes": len(classes),
-    "class_names": tuple(classes),
-    "text": text,
-    "image": sizes(config)[3],
-    # One token more than a sentence keeps tells whether it is cut.
-    "tokenize": Tokenize(sources, text.vocab_size, config.method.get("token_length", text.positions - 1) + 1),
-    "training": training,
-  }
-
-
-def _builder(config: ConfigDict, task: Any, classes: tuple[str, ...], training: bool) -> Callable[[], nnx.Module]:
-  """A function that makes the model with fresh parameters of `config.seed`."""
-  unet, vae, text, _ = sizes(config)
+def _method_setup(config: ConfigDict, classes: tuple[str, ...], training: bool) -> MethodSetup:
+  """What the method is given besides its own options."""
+  unet, vae, text, image = sizes(config)
   if config.backbone.attention not in IMPLEMENTATIONS:
     raise UserError(
       f"config.backbone.attention={config.backbone.attention!r} is unknown; choose one of {IMPLEMENTATIONS}."
     )
-  offered = _constructor_context(config, classes, text, training)
-  prompts = OF_THE_PROMPTS.get(config.method.get("name"), ())
-  maker = fields.look_up(METHODS, config.method, "method", given=offered, more=prompts)
-  asked = inspect.signature(maker.__init__).parameters
-  method = functools.partial(
-    maker,
+  sources = (config.method.get("tokenizer", ""), config.init.pretrained, config.init.get("clip", ""))
+  # One token more than a sentence may have says whether it is cut.
+  length = config.method.get("token_length", text.positions - 1) + 1
+  return MethodSetup(
     unet=unet,
     vae=vae,
-    **{name: value for name, value in offered.items() if name in asked},
+    text=text,
+    image=image,
+    common=Common(dtype(config, "dtype"), dtype(config, "param_dtype"), InitKeys(config.seed), config.optim.norm_group),
+    class_names=tuple(classes),
+    tokenize=Tokenize(sources, text.vocab_size, length),
+    training=training,
     attention=config.backbone.attention,
     remat=config.backbone.remat,
-    **_rest(config.method, NOT_OF_THE_METHOD),
   )
+
+
+def _builder(config: ConfigDict, task: Any, classes: tuple[str, ...], training: bool) -> Callable[[], nnx.Module]:
+  """A function that makes the model with random parameters of `config.seed`."""
+  setup = _method_setup(config, classes, training)
+  known = METHODS.get(config.method.get("name"))
+  method = fields.look_up(METHODS, config.method, "method", more=known.text_options if known else ())
   neck, head = fields.look_up(NECKS, config.neck, "neck"), fields.look_up(HEADS, config.head, "head", told=task.output)
-  neck = functools.partial(neck, norm_group=config.optim.norm_group, **_rest(config.neck))
-  head = functools.partial(head, norm_group=config.optim.norm_group, **_rest(config.head), **task.output)
-  types = {"dtype": dtype(config, "dtype"), "param_dtype": dtype(config, "param_dtype")}
 
   def build() -> nnx.Module:
-    kinds = {**types, "rngs": InitKeys(config.seed)}
-    m = method(**kinds)
-    n = neck(m.widths, m.strides, tokens=m.tokens, frame=m.frame, **kinds)
-    return PerceptionModel(m, n, head(n.widths, n.strides, frame=m.frame, **kinds))
+    m = method(setup, **_rest(config.method, ("name", *method.text_options)))
+    n = neck(m.map_info, setup.common, **_rest(config.neck))
+    return PerceptionModel(m, n, head(n.map_info, setup.common, **_rest(config.head), **task.output))
 
   return build
 
@@ -295,7 +283,9 @@ def dataset(config: ConfigDict, product: Product) -> Dataset:
   """
   made = DATASETS[config.data.name](**_rest(config.data, NOT_OF_THE_DATASET))
   missing = sorted(
-    (set(product.keys) | product.method.prepare_reads | product.task.eval_needs) - made.provides - product.method.adds
+    (set(product.keys) | product.method.prepare_inputs | product.task.eval_needs)
+    - made.provides
+    - product.method.prepare_outputs
   )
   if missing:
     remedy = "Set config.data.scene to one name for all pictures." if "scene" in config.data else "Choose another."

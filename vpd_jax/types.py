@@ -21,6 +21,9 @@ Rows = dict[str, np.ndarray]  # one measurement per example, [N, ...], on the ho
 ParamDict = dict[str, Any]
 
 
+MAP_EXTENTS = ("padded", "resized")
+
+
 class Features(NamedTuple):
   """What a method hands to its neck, and a neck to its head.
 
@@ -33,6 +36,29 @@ class Features(NamedTuple):
   maps: tuple[Array, ...]
   context: Array
   image_size: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class MapInfo:
+  """What a neck or head must know of the maps that come in.
+
+  Attributes:
+    widths, strides: of the maps, finest first.
+    tokens: number and width of the tokens of Features.context.
+    map_extent: what the maps show: "padded", the image and padding at its right and bottom; "resized", the image alone.
+
+  Raises:
+    ValueError: another word than these.
+  """
+
+  widths: tuple[int, ...]
+  strides: tuple[int, ...]
+  tokens: tuple[int, int] = (0, 0)
+  map_extent: str = "padded"
+
+  def __post_init__(self):
+    if self.map_extent not in MAP_EXTENTS:
+      raise ValueError(f"map_extent={self.map_extent!r} is unknown; choose one of {MAP_EXTENTS}.")
 
 
 class Branch(NamedTuple):
@@ -87,35 +113,40 @@ class TrainState:
 class Method(Protocol):
   """Image and prompt to features; one per paper.
 
+  A method is made by its class from one `MethodSetup` and its own options.
+
   Attributes:
     needs: keys of a Batch it reads besides "image"; it takes ready "latents" in place of encoding the image.
-    adds: those among them that `prepare` makes, so that no data set need provide them.
-    strides, widths: of the maps it gives, finest first.
-    frame: what the maps show: "padded", the image and padding at its right and bottom; "resized", the image alone.
-    tokens: number and width of the tokens of Features.context.
-    notes: lines for the reader at the start of a run.
+    prepare_inputs: keys of an Example that `prepare` reads and the network does not.
+    prepare_outputs: those among `needs` that `prepare` adds, so that no data set need provide them.
+    map_info: of its maps.
+    sentence_tokens: (N, D) of the states of each image's sentence, None where it reads no sentence.
+    attends_to_classes: whether it has attention maps, one for each class; these are given by `class_attention(batch)`.
+    notes: lines for the log at the start of a run.
+    text_options: options of the config's section that are read where texts are prepared, not by the constructor.
     training_only: top-level parts that evaluation does without; `build` leaves them out there.
-    prepare_reads: keys of an Example that `prepare` reads and the network does not.
-    prepare: host transform that runs after the data set's own; a plain function, for it travels to the data workers.
-
-  One that can read sentences has `text_states(batch)`, the frozen text encoder's states of "tokens", float [B, N, D],
-  takes them ready as "text_states", and tells their (N, D) as `sentence_tokens`, None where it reads none.
+    prepare: host transform that runs after the data set's own; picklable, since it travels to the data workers.
   """
 
   needs: frozenset[str]
-  adds: frozenset[str]
-  strides: tuple[int, ...]
-  widths: tuple[int, ...]
-  frame: str
-  tokens: tuple[int, int]
-  notes: tuple[str, ...]
-  training_only: tuple[str, ...]
-  prepare_reads: frozenset[str]
+  prepare_inputs: frozenset[str]
+  prepare_outputs: frozenset[str]
+  map_info: MapInfo
+  sentence_tokens: tuple[int, int] | None
+  text_options: ClassVar[tuple[str, ...]]
 
-  prepare: Callable[[Example], Example]
+  @property
+  def attends_to_classes(self) -> bool: ...
+  @property
+  def notes(self) -> tuple[str, ...]: ...
+  @property
+  def training_only(self) -> tuple[str, ...]: ...
+  @property
+  def prepare(self) -> Callable[[Example], Example]: ...
 
   def branches(self, training: bool) -> tuple[Branch, ...]: ...
   def latents(self, batch: Batch) -> Array: ...  # of the images, float [B, h, w, 4], unscaled
+  def text_states(self, batch: Batch) -> Array: ...  # of sentences, float [B, N, D]; see `sentence_tokens`
   def __call__(self, batch: Batch, *, training: bool) -> Features: ...  # len(branches) * B rows, branch by branch
 
 

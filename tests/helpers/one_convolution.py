@@ -10,7 +10,7 @@ from vpd_jax import experiment
 from vpd_jax.config import loader
 from vpd_jax.models.backbones import layers
 from vpd_jax.models.methods import image_input
-from vpd_jax.types import Branch, Features
+from vpd_jax.types import Branch, Features, MapInfo
 
 NAME = "one_convolution"
 
@@ -18,14 +18,13 @@ NAME = "one_convolution"
 class OneConvolution(nnx.Module):
   """One map at stride 8, made of the image by one convolution."""
 
-  needs = adds = prepare_reads = frozenset()
-  strides, widths, tokens = (8,), (8,), (1, 8)
-  frame, notes, training_only = "padded", (), ()
+  needs = prepare_inputs = prepare_outputs = frozenset()
+  map_info = MapInfo((8,), (8,), tokens=(1, 8))
+  sentence_tokens, attends_to_classes, notes, training_only, text_options = None, False, (), (), ()
 
-  def __init__(self, *, unet, vae, attention, remat, dtype, param_dtype, rngs):
-    del unet, vae, attention, remat
-    self.only = layers.conv(3, 8, 8, stride=8, padding=0, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-    self.dtype = dtype
+  def __init__(self, setup):
+    self.only = layers.conv(3, 8, 8, stride=8, padding=0, **setup.common.layer)
+    self.dtype = setup.common.dtype
 
   @staticmethod
   def prepare(example):

@@ -3,15 +3,17 @@
 import jax.numpy as jnp
 import numpy as np
 
-from tests.helpers import fill, oracle
+from tests.helpers import fill, modules, oracle
 from vpd_jax.config.presets import referring
 from vpd_jax.convert import rules
 from vpd_jax.convert.tables import released_referring
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones.unet import UNetSizes
 from vpd_jax.models.backbones.vae import VaeSizes
+from vpd_jax.models.context.class_vectors import AllClasses
 from vpd_jax.models.heads.lavt import Lavt
 from vpd_jax.models.initializers import InitKeys
+from vpd_jax.models.layer_options import Common
 from vpd_jax.models.methods.vpd import Vpd
 from vpd_jax.models.perception_model import PerceptionModel
 
@@ -20,11 +22,11 @@ AS_RUN, DECAY = RECIPE["lr_groups"], RECIPE["decay_groups"]
 CLASS_VECTORS = "method/class_vectors"
 
 
-class OfSentences(Vpd):
-  """VPD whose context is the states of a sentence."""
+class OfSentences(AllClasses):
+  """Ready states of a sentence in place of the vectors."""
 
-  def context(self, batch):
-    return self.adapted(batch["text_states"].astype(self.dtype))
+  def __call__(self, batch, step=0):
+    return self.adapt(batch["text_states"].astype(self.dtype))
 
 
 class NoNeck:
@@ -41,9 +43,10 @@ def describe(tokens, dtype=jnp.float32, unet_sizes=None, vae_sizes=None, width=6
 
   def build():
     kinds = {"dtype": dtype, "param_dtype": dtype, "rngs": InitKeys(0)}
-    options = {"prompt": "all_classes", "attention_maps": True, "keep_unused": True}
-    method = OfSentences(unet=unet_sizes, vae=vae_sizes, classes=tokens, **options, **kinds)
-    return PerceptionModel(method, NoNeck(), Lavt(method.widths, method.strides, width=width, **kinds))
+    setup = modules.setup(unet_sizes, vae_sizes, classes=tokens, common=Common(**kinds))
+    method = Vpd(setup, prompt="all_classes", attention_maps=True, keep_unused=True)
+    method.context = OfSentences(tokens, unet_sizes.context_dim, method.context.adapt, **kinds)
+    return PerceptionModel(method, NoNeck(), Lavt(method.map_info, setup.common, width=width))
 
   return params_lib.describe(build)
 

@@ -5,19 +5,19 @@ import numpy as np
 from flax import nnx
 
 from vpd_jax.models.backbones import layers
-from vpd_jax.types import Branch, Features
+from vpd_jax.types import Branch, Features, MapInfo
 
 
 class TwoBranches(nnx.Module):
   """A method that learns from the latents and, at half the weight, from their negative, and evaluates the first."""
 
-  needs = adds = frozenset({"latents"})
-  strides, widths = (8, 16, 32, 64), (16, 16, 16, 16)
-  frame, tokens, notes, training_only, prepare_reads = "padded", (1, 16), (), (), frozenset()
+  needs = prepare_outputs = frozenset({"latents"})
+  prepare_inputs = frozenset()
+  map_info = MapInfo((16, 16, 16, 16), (8, 16, 32, 64), tokens=(1, 16))
+  sentence_tokens, attends_to_classes, notes, training_only, text_options = None, False, (), (), ()
 
-  def __init__(self, *, unet, vae, classes, attention, remat, dtype, param_dtype, rngs):
-    del unet, vae, classes, attention, remat
-    self.mix = nnx.List([layers.conv(4, 16, 1, dtype=dtype, param_dtype=param_dtype, rngs=rngs) for _ in range(4)])
+  def __init__(self, setup):
+    self.mix = nnx.List([layers.conv(4, 16, 1, **setup.common.layer) for _ in range(4)])
 
   @staticmethod
   def prepare(example):

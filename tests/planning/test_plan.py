@@ -155,7 +155,7 @@ WRONG = {
 @pytest.mark.parametrize("path", sorted(loader.PROJECT.glob("configs/*.py")), ids=lambda path: path.stem)
 def test_what_training_refuses_of_the_data_is_refused_without_its_files(path, wrong, monkeypatch):
   monkeypatch.setattr(experiment, "assemble", lambda config, training=True: product)
-  needs = types.SimpleNamespace(prepare_reads=frozenset(), adds=frozenset())
+  needs = types.SimpleNamespace(prepare_inputs=frozenset(), prepare_outputs=frozenset())
   task = types.SimpleNamespace(eval_needs=frozenset())
   product = types.SimpleNamespace(keys=("image",), method=needs, task=task, groups=types.SimpleNamespace(lr={}))
   config = loader.load(str(path)).copy_and_resolve_references().unlock()

@@ -38,7 +38,7 @@ def test_weights_must_fill_the_network_unless_the_rest_is_to_be_random(monkeypat
 def known(class_id, *, takes, count=2):
   """`_known` of a predictor with 27 classes and no network."""
   made = object.__new__(predictor.Predictor)
-  method = types.SimpleNamespace(needs={"class_id"} if takes else set(), prepare_reads=set())
+  method = types.SimpleNamespace(needs={"class_id"} if takes else set(), prepare_inputs=set())
   made.product = types.SimpleNamespace(
     method=method, task=types.SimpleNamespace(test_time_protocol="windows"), classes=range(27)
   )

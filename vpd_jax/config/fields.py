@@ -21,8 +21,7 @@ FIELDS = {
   "mesh": ("data", "fsdp", "rules"),
 }  # fmt: skip
 # Of sections that name a constructor: what the section does not give, but the other parts do.
-FILLED = ("self", "unet", "vae", "attention", "remat", "widths", "strides", "tokens", "frame", "norm_group", "dtype",
-          "param_dtype", "rngs", "lr")  # fmt: skip
+FILLED = ("self", "setup", "maps", "common", "lr")
 
 
 # Options by their names in earlier versions: a config must say the new name, a workdir may still hold the old one.

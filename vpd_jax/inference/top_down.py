@@ -53,7 +53,7 @@ def check_boxes(boxes: Any, size: tuple[int, int], what: str) -> np.ndarray:
   except (TypeError, ValueError, OverflowError):
     array = np.zeros((0, 0))
   if array.ndim != 2 or array.shape[1] != 5 or not np.isfinite(array).all():
-    raise UserError(f"boxes of {what} must be lists of finite numbers: x, y, width, height and, optionally, a score.")
+    raise UserError(f"boxes of {what} must be lists of x, y, width, height and an optional score: finite numbers.")
   x, y, width, height = array[:, :4].T
   inside = (width > 0) & (height > 0) & (x < size[1]) & (y < size[0]) & (x + width > 0) & (y + height > 0)
   if not inside.all():

@@ -3,6 +3,7 @@
 The one file that touches nnx's graph functions; also the one home of per-name rules.
 """
 
+import collections
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,13 @@ from flax import nnx
 from vpd_jax.errors import UserError
 from vpd_jax.models import initializers
 from vpd_jax.types import Buffer, ParamDict
+
+
+class Inlined(nnx.Module):
+  """A part whose arrays have the names they would have as attributes of the module that holds it.
+
+  It groups what belongs together without a change of names, by which checkpoints and tables of conversion go.
+  """
 
 
 class Parts(NamedTuple):
@@ -61,8 +69,11 @@ class Parts(NamedTuple):
     return nnx.merge(self.graphdef, state, copy=True)
 
 
-def _leaves(state: nnx.State) -> list[tuple[str, tuple[Any, ...], nnx.Variable]]:
-  return [("/".join(map(str, path)), path, leaf) for path, leaf in nnx.to_flat_state(state)]
+def _leaves(model: nnx.Module) -> list[tuple[str, tuple[Any, ...], nnx.Variable]]:
+  """(name, path, variable) of all arrays; the names leave the attributes out under which Inlined modules stand."""
+  inlined = {path for path, module in nnx.iter_modules(model) if isinstance(module, Inlined)}
+  name = lambda path: "/".join(str(part) for i, part in enumerate(path) if path[: i + 1] not in inlined)
+  return [(name(path), path, leaf) for path, leaf in nnx.to_flat_state(nnx.state(model))]
 
 
 def describe(build: Callable[[], nnx.Module]) -> Parts:
@@ -73,18 +84,19 @@ def describe(build: Callable[[], nnx.Module]) -> Parts:
     with initializers.recording() as record:
       model = build()
     draws = {id(placeholder): draw for placeholder, draw in record}
-    for name, _, leaf in _leaves(nnx.state(model)):
+    for name, _, leaf in _leaves(model):
       if draw := draws.get(id(leaf.get_value())):
         drawn[name] = draw
     return model
 
   model = nnx.eval_shape(recorded)
-  graphdef, state = nnx.split(model)
-  leaves = _leaves(state)
+  graphdef, leaves = nnx.graphdef(model), _leaves(model)
   known = (nnx.Param, Buffer, nnx.BatchStat)
   strange = [name for name, _, leaf in leaves if not isinstance(leaf, known)]
   if strange:
     raise TypeError(f"the model holds state that no checkpoint keeps: {strange}; use Param, Buffer or BatchStat.")
+  if twice := [name for name, count in collections.Counter(name for name, _, _ in leaves).items() if count > 1]:
+    raise TypeError(f"two arrays of the model have one name: {twice}; rename an attribute of an Inlined module.")
   params, buffers, stats = (frozenset(name for name, _, leaf in leaves if isinstance(leaf, kind)) for kind in known)
   shapes = {name: jax.ShapeDtypeStruct(leaf.get_value().shape, leaf.get_value().dtype) for name, _, leaf in leaves}
   return Parts(model, graphdef, {name: path for name, path, _ in leaves}, shapes, params, buffers, stats, drawn)
@@ -92,7 +104,7 @@ def describe(build: Callable[[], nnx.Module]) -> Parts:
 
 def stats(model: nnx.Module) -> ParamDict:
   """The running statistics that a forward pass in training has left in `model`."""
-  return {name: leaf.get_value() for name, _, leaf in _leaves(nnx.state(model, nnx.BatchStat))}
+  return {name: leaf.get_value() for name, _, leaf in _leaves(model) if isinstance(leaf, nnx.BatchStat)}
 
 
 def first_rules(names: Iterable[str], rules: Sequence[tuple[str, Any]], *, field: str) -> tuple[dict[str, int], str]:

@@ -90,7 +90,7 @@ class Predictor:
   @property
   def takes_sentence(self) -> bool:
     """Whether the method reads a sentence about each image."""
-    return "sentence" in self.product.method.prepare_reads
+    return "sentence" in self.product.method.prepare_inputs
 
   @property
   def takes_boxes(self) -> bool:

@@ -24,8 +24,8 @@ def test_the_network_attends_to_the_sentence_and_to_what_stands_behind_it(method
   shapes, made = product.parts.shapes, product.method
   width = shapes[name].shape[-1]
   assert shapes[name].shape == (count, width) and name in product.groups.lr
-  assert made.sentence_tokens == (8, width) and made.tokens == (8 + count, width)
-  assert made.prepare_reads == {"sentence"} and product.keys == ("image", "mask", "tokens")
+  assert made.sentence_tokens == (8, width) and made.map_info.tokens == (8 + count, width)
+  assert made.prepare_inputs == {"sentence"} and product.keys == ("image", "mask", "tokens")
   assert [branch for branch in made.branches(True)] == list(made.branches(False)) and len(made.branches(True)) == 1
   encoder = [n for n in shapes if n.startswith("method/text_encoder/")]
   assert encoder and not set(encoder) & set(product.groups.lr)

@@ -13,6 +13,7 @@ from tests.helpers.text_folders import VOCABULARY, write_tokenizer
 from vpd_jax.convert.tokenizer import Tokenize
 from vpd_jax.models import parameters
 from vpd_jax.models.backbones.clip_text import TextSizes
+from vpd_jax.models.backbones.layers import Identity
 from vpd_jax.models.context import sentences
 from vpd_jax.models.initializers import InitKeys
 
@@ -85,14 +86,16 @@ def test_an_example_gets_its_tokens_and_the_transform_travels():
 
 
 def test_ready_states_go_before_tokens():
-  parts = parameters.describe(lambda: sentences.text_encoder(SIZES, 8, 16, **KINDS, rngs=InitKeys(0)))
+  make = lambda **kinds: sentences.Sentence(SIZES, 8, 16, tokens_of(8).tokenize, Identity(), **kinds, rngs=InitKeys(0))
+  parts = parameters.describe(lambda: make(**KINDS))
   assert not parts.params and parts.buffers  # never trained, whatever the config says
-  encoder = parts.merge(tiny.filled(parts.shapes))
+  context = parts.merge(tiny.filled(parts.shapes))
   tokens = jnp.asarray(tokens_of(8).rows(("ab", "cd"))[0])
-  encoded = sentences.states(encoder, {"tokens": tokens}, jnp.float32)
+  encoded = context({"tokens": tokens})
   assert encoded.shape == (2, 8, 16)
-  np.testing.assert_array_equal(encoded, encoder(tokens).last)
-  ready = sentences.states(None, {"text_states": encoded, "tokens": tokens}, jnp.bfloat16)
+  np.testing.assert_array_equal(encoded, context.text_encoder(tokens).last)
+  narrow = parameters.describe(lambda: make(**(KINDS | {"dtype": jnp.bfloat16}))).model
+  ready = narrow({"text_states": encoded, "tokens": tokens})
   np.testing.assert_array_equal(ready, encoded.astype(jnp.bfloat16))
 
 
@@ -119,8 +122,8 @@ def test_tokens_are_transformers(tmp_path):
   (lambda: tokens_of(8).rows(("ab", "", "\n")), r"^2 of 3 sentences are empty"),
   (lambda: tokens_of(8)({"image": 0}), r"^method\.prompt='sentence' needs a sentence with every picture"),
   (lambda: tokens_of(2), r"^method\.token_length=2 must be at least 3"),
-  (lambda: sentences.text_encoder(SIZES, 13, 16, **KINDS, rngs=None), r"token_length=13 is beyond the 12 positions"),
-  (lambda: sentences.text_encoder(SIZES, 8, 64, **KINDS, rngs=None), r"is 16 wide, the UNet's context 64\.$"),
+  (lambda: sentences.Sentence(SIZES, 13, 16, None, None, **KINDS, rngs=None), r"length=13 is beyond the 12 positions"),
+  (lambda: sentences.Sentence(SIZES, 8, 64, None, None, **KINDS, rngs=None), r"is 16 wide, the UNet's context 64\.$"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(call, message):
   with pytest.raises(ValueError, match=message):

@@ -1,19 +1,18 @@
 """The deconvolution head against a restatement, its sizes and its refusals."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from tests.helpers import fill, tiny
+from tests.helpers.modules import COMMON, grouped
 from tests.helpers.restated import convolved
 from vpd_jax.models import parameters
 from vpd_jax.models.heads.deconv import Deconv
-from vpd_jax.models.initializers import InitKeys
-from vpd_jax.types import Features
-
-KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+from vpd_jax.types import Features, MapInfo
 
 
 def made(build):
@@ -23,9 +22,9 @@ def made(build):
   return parts, named
 
 
-def head(**options):
+def head(norm_group=0, **options):
   options = {"max_depth": 10.0, "filters": (8, 8, 8), "width": 12} | options
-  return lambda: Deconv((16,), (32,), **options, **KINDS, rngs=InitKeys(0))
+  return lambda: Deconv(MapInfo((16,), (32,)), grouped(norm_group), **options)
 
 
 def doubled(x):
@@ -82,10 +81,8 @@ def test_deconv_crops_to_the_image_from_the_upper_left():
 
 
 def test_depth_is_float32_and_within_its_limit_whatever_the_dtype():
-  kinds = {"dtype": jnp.bfloat16, "param_dtype": jnp.float32}
-  parts, named = made(
-    lambda: Deconv((16,), (32,), max_depth=80.0, filters=(8, 8, 8), width=12, **kinds, rngs=nnx.Rngs(0))
-  )
+  common = dataclasses.replace(COMMON, dtype=jnp.bfloat16)
+  parts, named = made(lambda: Deconv(MapInfo((16,), (32,)), common, max_depth=80.0, filters=(8, 8, 8), width=12))
   named["last_layer_depth/2/bias"] = np.asarray([30.0], np.float32)
   x = jnp.asarray(fill.normal("x", (1, 2, 2, 16), 0), jnp.bfloat16)
   depth = evaluated(parts, (64, 64))(named, x)
@@ -107,7 +104,7 @@ def test_groups_of_a_batch_are_normalized_apart():
 @pytest.mark.parametrize("strides, filters, most", [((32,), (8,) * 6, 5), ((4,), (8, 8, 8), 2)])
 def test_more_doublings_than_the_stride_has_are_refused(strides, filters, most):
   with pytest.raises(ValueError) as error:
-    Deconv((16,), strides, max_depth=10.0, filters=filters, **KINDS, rngs=nnx.Rngs(0))
+    Deconv(MapInfo((16,), strides), COMMON, max_depth=10.0, filters=filters)
   assert str(error.value) == (
     f"head 'deconv' with {len(filters)} filters cannot read a map of stride {strides[0]}; use at most {most} filters."
   )

@@ -1,18 +1,19 @@
 """Heads of keypoints: sizes, PyTorch's formulas, refusals."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.helpers import fill, oracle, tiny
+from tests.helpers.modules import COMMON
 from vpd_jax.models import parameters
 from vpd_jax.models.backbones import layers
 from vpd_jax.models.heads import keypoints
-from vpd_jax.models.initializers import InitKeys
-from vpd_jax.types import Features
+from vpd_jax.types import Features, MapInfo
 
-KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 HEADS = {
   "fused": (keypoints.FusedHead, {"width": 16}),
   "simple": (keypoints.ViTPoseSimpleHead, {}),
@@ -23,10 +24,11 @@ PROMPTS = (17,) * 4, (4, 8, 16, 32)  # widths and strides after the einsum neck
 MAPS = (32, 64, 128, 128), (8, 16, 32, 64)  # of the UNet itself
 
 
-def made(name, widths, strides, **options):
+def made(name, widths, strides, map_extent="padded", **options):
   build, own = HEADS[name]
   options = {"keypoints": 17} | own | options
-  return parameters.describe(lambda: build(widths, strides, **options, **KINDS, rngs=InitKeys(0)))
+  maps = MapInfo(widths, strides, map_extent=map_extent)
+  return parameters.describe(lambda: build(maps, COMMON, **options))
 
 
 def features(widths, strides, size, shown, batch=2):
@@ -38,7 +40,7 @@ def features(widths, strides, size, shown, batch=2):
   return Features(tuple(map(jnp.asarray, maps)), jnp.zeros((batch, 1, 4)), size)
 
 
-@pytest.mark.parametrize("size, shown, frame", [
+@pytest.mark.parametrize("size, shown, map_extent", [
   ((256, 192), (256, 192), "padded"),
   ((384, 288), (384, 320), "padded"),  # VPD and IEDP pad to multiples of 64
   ((384, 288), (384, 288), "resized"),  # MetaPrompts keeps the image; the coarse maps show a little more
@@ -47,9 +49,9 @@ def features(widths, strides, size, shown, batch=2):
 @pytest.mark.parametrize("name, maps", [
   *((name, PROMPTS) for name in HEADS), *((name, MAPS) for name in ("fused", "simple", "classic"))
 ])  # fmt: skip
-def test_heatmaps_have_a_quarter_of_the_sides(name, maps, size, shown, frame):
+def test_heatmaps_have_a_quarter_of_the_sides(name, maps, size, shown, map_extent):
   widths, strides = maps
-  parts = made(name, widths, strides, frame=frame)
+  parts = made(name, widths, strides, map_extent=map_extent)
   given = features(widths, strides, size, shown, batch=1)
   named = tiny.filled(parts.shapes)
   shapes = jax.eval_shape(lambda maps: parts.merge(named)(given._replace(maps=maps), training=False), given.maps)
@@ -72,9 +74,8 @@ def test_direct_is_the_finest_map():
 
 
 def test_heatmaps_are_float32_whatever_the_dtype():
-  build = lambda: keypoints.ViTPoseSimpleHead(
-    *MAPS, keypoints=17, dtype=jnp.bfloat16, param_dtype=jnp.float32, rngs=InitKeys(0)
-  )
+  common = dataclasses.replace(COMMON, dtype=jnp.bfloat16)
+  build = lambda: keypoints.ViTPoseSimpleHead(MapInfo(*MAPS), common, keypoints=17)
   parts = parameters.describe(build)
   given = features(*MAPS, (64, 48), (64, 64))
   out = parts.merge(tiny.filled(parts.shapes))(given, training=False)["heatmaps"]
@@ -96,7 +97,7 @@ def test_statistics_move_in_training_only():
 
 
 def test_both_starts_are_as_named():
-  build = lambda init: keypoints.DeconvHead(*MAPS, keypoints=17, width=16, init=init, **KINDS, rngs=InitKeys(0))
+  build = lambda init: keypoints.DeconvHead(MapInfo(*MAPS), COMMON, keypoints=17, width=16, init=init)
   name = "deconv_layers/0/kernel"
   fresh = {
     init: parameters.describe(lambda init=init: build(init)).initialize([name]) for init in ("released", "fan_in")
@@ -144,7 +145,7 @@ def test_heads_are_pytorchs(name, training):
 
 
 @pytest.mark.parametrize("name, strides, options, message", [
-  ("fused", PROMPTS[1], {"frame": "cut"}, r"^head\.frame='cut' is unknown"),
+  ("fused", PROMPTS[1], {"map_extent": "cut"}, r"^map_extent='cut' is unknown"),
   ("fused", PROMPTS[1], {"init": "zero"}, r"^head\.init='zero' is unknown; choose one of \['fan_in', 'released'\]"),
   ("simple", PROMPTS[1], {"stride": 64}, r"^head\.stride=64 of head 'simple' must be one of .* \(4, 8, 16, 32\)"),
   ("classic", (4, 12, 24, 48), {"stride": 12}, r"^head\.stride=12 of head 'classic' must be 4 times a power of two"),

@@ -5,17 +5,16 @@ import numpy as np
 import pytest
 
 from tests.helpers import fill, oracle, tiny
+from tests.helpers.modules import COMMON
 from vpd_jax.models import parameters
 from vpd_jax.models.heads import lavt
-from vpd_jax.models.initializers import InitKeys
-from vpd_jax.types import Features
+from vpd_jax.types import Features, MapInfo
 
-KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 WIDTHS, STRIDES = (4, 10, 14, 8), (8, 16, 32, 64)
 
 
-def head(**options):
-  return lavt.Lavt(WIDTHS, STRIDES, **{"width": 6} | options, **KINDS, rngs=InitKeys(0))
+def head(map_extent="padded", **options):
+  return lavt.Lavt(MapInfo(WIDTHS, STRIDES, map_extent=map_extent), COMMON, **{"width": 6} | options)
 
 
 def features(size, batch=2):
@@ -48,7 +47,7 @@ def test_the_decoder_is_pytorchs():
   import torch
   import torch.nn.functional as F
 
-  given, parts = features((72, 104)), parameters.describe(lambda: head(frame="resized"))
+  given, parts = features((72, 104)), parameters.describe(lambda: head(map_extent="resized"))
   named = tiny.filled(parts.shapes)
   model = parts.merge({name: jnp.asarray(x) for name, x in named.items()})
   logits = model(given, training=True)["logits"]
@@ -75,7 +74,7 @@ def test_scores_of_a_padded_image_are_cut_and_those_of_an_image_stretched():
   assert scores.shape == (2, 16, 16, 2)
   cut = model(given, training=False)["logits"]
   np.testing.assert_array_equal(cut, lavt.resize_corners(scores, (128, 128))[:, :100, :72])
-  shown = parameters.describe(lambda: head(frame="resized")).merge(named)(given, training=False)["logits"]
+  shown = parameters.describe(lambda: head(map_extent="resized")).merge(named)(given, training=False)["logits"]
   np.testing.assert_array_equal(shown, lavt.resize_corners(scores, (100, 72)))
 
 
@@ -87,8 +86,8 @@ def test_names_are_the_authors():
 
 
 @pytest.mark.parametrize("build, message", [
-  (lambda: head(frame="all"), r"^head\.frame='all' is unknown; choose one of \('padded', 'resized'\)"),
-  (lambda: lavt.Lavt((8,), (8,), **KINDS, rngs=InitKeys(0)), r"^head 'lavt' joins maps of several strides, but wid"),
+  (lambda: head(map_extent="all"), r"^map_extent='all' is unknown; choose one of \('padded', 'resized'\)"),
+  (lambda: lavt.Lavt(MapInfo((8,), (8,)), COMMON), r"^head 'lavt' joins maps of several strides, but wid"),
 ])  # fmt: skip
 def test_options_that_do_not_fit_are_refused(build, message):
   with pytest.raises(ValueError, match=message):

@@ -6,30 +6,29 @@ import numpy as np
 import pytest
 
 from tests.helpers import fill, oracle, tiny
+from tests.helpers.modules import COMMON
 from vpd_jax.models import parameters
 from vpd_jax.models.backbones import layers
 from vpd_jax.models.heads.fpn import Fpn, SemanticFpn
 from vpd_jax.models.heads.upernet import UperNet
-from vpd_jax.models.initializers import InitKeys
-from vpd_jax.types import Features
+from vpd_jax.types import Features, MapInfo
 
-KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 FPN_WIDTHS, FPN_STRIDES = (32, 32 * 2 + 150, 32 * 4 + 150, 128), (8, 16, 32, 64)
 UPER_WIDTHS, UPER_STRIDES = (150,) * 4, (4, 8, 16, 32)
 
 
 def fpn_neck():
-  return Fpn(FPN_WIDTHS, FPN_STRIDES, width=32, **KINDS, rngs=InitKeys(0))
+  return Fpn(MapInfo(FPN_WIDTHS, FPN_STRIDES), COMMON, width=32)
 
 
-def fpn_head(**options):
+def fpn_head(map_extent="padded", **options):
   options = {"classes": 150, "width": 32} | options
-  return SemanticFpn((32,) * 4, FPN_STRIDES, **options, **KINDS, rngs=InitKeys(0))
+  return SemanticFpn(MapInfo((32,) * 4, FPN_STRIDES, map_extent=map_extent), COMMON, **options)
 
 
-def upernet(**options):
+def upernet(map_extent="resized", **options):
   options = {"classes": 19, "width": 32} | options
-  return UperNet(UPER_WIDTHS, UPER_STRIDES, **options, **KINDS, rngs=InitKeys(0))
+  return UperNet(MapInfo(UPER_WIDTHS, UPER_STRIDES, map_extent=map_extent), COMMON, **options)
 
 
 def authors(build, prefixes=("",)):
@@ -213,7 +212,7 @@ def test_scores_of_a_padded_image_are_cut_and_those_of_an_image_stretched():
   whole = layers.resize(scores, (128, 128))
   cut = model(given, training=False)["logits"]
   np.testing.assert_array_equal(cut, whole[:, :100, :72])
-  shown = parameters.describe(lambda: fpn_head(frame="resized")).merge(named)(given, training=False)["logits"]
+  shown = parameters.describe(lambda: fpn_head(map_extent="resized")).merge(named)(given, training=False)["logits"]
   np.testing.assert_array_equal(shown, layers.resize(scores, (100, 72)))
 
 
@@ -246,9 +245,9 @@ def test_the_auxiliary_head_can_be_left_out():
 
 @pytest.mark.parametrize("build, message", [
   (lambda: fpn_head(dropout=1.0), r"^head\.dropout=1\.0 must be at least 0 and below 1"),
-  (lambda: upernet(frame="all"), r"^head\.frame='all' is unknown; choose one of \('padded', 'resized'\)"),
+  (lambda: upernet(map_extent="all"), r"^map_extent='all' is unknown; choose one of \('padded', 'resized'\)"),
   (lambda: upernet(auxiliary_map=4), r"^head\.auxiliary_map=4 must be the number of one of 4 maps"),
-  (lambda: SemanticFpn((8, 8), (8, 24), classes=3, **KINDS, rngs=InitKeys(0)), r"^head 'fpn' doubles every map"),
+  (lambda: SemanticFpn(MapInfo((8, 8), (8, 24)), COMMON, classes=3), r"^head 'fpn' doubles every map"),
 ])  # fmt: skip
 def test_options_that_do_not_fit_are_refused(build, message):
   with pytest.raises(ValueError, match=message):

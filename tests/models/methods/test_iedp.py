@@ -17,9 +17,9 @@ from vpd_jax.data.datasets import nyu
 from vpd_jax.models.backbones.clip_image import ClipImage
 from vpd_jax.models.backbones.unet import UNet, UNetOutput
 from vpd_jax.models.backbones.vae import VaeEncoder
-from vpd_jax.models.context import class_context
+from vpd_jax.models.context import label_sentences
+from vpd_jax.models.context.clip_queries import ClipQueries
 from vpd_jax.models.methods import image_input
-from vpd_jax.models.methods.iedp import Iedp
 from vpd_jax.training import step as training_step
 from vpd_jax.types import Branch
 
@@ -105,7 +105,7 @@ def test_evaluation_has_neither_text_encoder_nor_labels_and_gives_the_same_depth
   product = experiment.assemble(iedp_config(**{"method.tokenizer": ""}), training=False)
   left_out = trained.parts.shapes.keys() - product.parts.shapes.keys()
   assert {name.split("/")[1] for name in left_out} == {"text_encoder", "text_adapter", "gamma"}
-  assert not product.method.needs and not product.method.adds and product.keys == ("image", "depth")
+  assert not product.method.needs and not product.method.prepare_outputs and product.keys == ("image", "depth")
   example = {"image": np.zeros(1)}
   assert product.method.prepare(example) is example
   assert product.method.branches(True) == (Branch("implicit", 1.0),)
@@ -180,7 +180,7 @@ def test_latents_are_scaled(monkeypatch):
     raise Called
 
   monkeypatch.setattr(UNet, "__call__", unet)
-  monkeypatch.setattr(Iedp, "implicit_context", lambda self, image: jnp.zeros((BATCH, TOKENS, WIDTH)))
+  monkeypatch.setattr(ClipQueries, "__call__", lambda self, batch, step=0: jnp.zeros((BATCH, TOKENS, WIDTH)))
   with pytest.raises(Called):
     product.parts.merge(tiny.filled(product.parts.shapes)).method(encoded(), training=False)
   np.testing.assert_allclose(seen[0], 0.18215 * encoded()["latents"], rtol=1e-6)
@@ -188,7 +188,7 @@ def test_latents_are_scaled(monkeypatch):
 
 def test_sentences_become_tokens_on_the_host():
   method = network()[0].method
-  assert method.needs == method.adds == {"tokens"} and method.prepare_reads == {"class_id"}
+  assert method.needs == method.prepare_outputs == {"tokens"} and method.prepare_inputs == {"class_id"}
   prepare = pickle.loads(pickle.dumps(method.prepare))
   example = prepare({"class_id": np.int32(nyu.CLASSES.index("living_room")), "image": np.zeros(1)})
   ids = [62, *(ord(c) % 62 for c in "a photo of")]  # begin, and as much as fits before the end
@@ -200,15 +200,15 @@ def test_sentences_become_tokens_on_the_host():
 
 def test_a_sentence_without_a_place_is_that_of_every_image():
   method = experiment.assemble(iedp_config(**{"method.sentence": "a photo of a street"})).method
-  assert method.needs == {"tokens"} and not method.prepare_reads
+  assert method.needs == {"tokens"} and not method.prepare_inputs
   assert method.prepare({})["tokens"].tolist() == method.prepare({"class_id": np.int32(5)})["tokens"].tolist()
-  assert class_context.sentences_of("a photo of a {}", ("dining_room", "cafe")) == (
+  assert label_sentences.sentences_of("a photo of a {}", ("dining_room", "cafe")) == (
     "a photo of a dining room",
     "a photo of a cafe",
   )
   for wrong in ("", "{} and {}", "a {name}"):
     with pytest.raises(ValueError, match="must be a text with at most one"):
-      class_context.sentences_of(wrong, ("a",))
+      label_sentences.sentences_of(wrong, ("a",))
 
 
 def test_training_without_tokenizer_says_what_to_give():

@@ -13,8 +13,8 @@ from tests.helpers.iedp import BATCH, TOKENS, WIDTH, batch, iedp_config
 from vpd_jax import experiment
 from vpd_jax.models import parameters
 from vpd_jax.models.backbones.clip_image import pixels
+from vpd_jax.models.context.clip_queries import ImplicitText
 from vpd_jax.models.initializers import InitKeys
-from vpd_jax.models.methods.iedp import ImplicitText
 
 
 def gelu(x):
@@ -90,9 +90,11 @@ def contexts(config):
 
   def run(named, batch):
     method = product.parts.merge(named).method
-    seen = method.image_encoder(pixels(batch["image"], 28, dtype=jnp.float32, resize=method.clip_resize))
-    text = method.text_encoder(batch["tokens"])
-    return method.implicit_context(batch["image"]), method.explicit_context(batch["tokens"]), seen.hidden, text
+    seen = method.context.image_encoder(
+      pixels(batch["image"], 28, dtype=jnp.float32, resize=method.context.clip_resize)
+    )
+    text = method.explicit.text_encoder(batch["tokens"])
+    return method.context(batch), method.explicit(batch), seen.hidden, text
 
   return named, *jax.jit(run)(named, batch())
 

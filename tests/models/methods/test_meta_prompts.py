@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import fill, oracle, tiny
+from tests.helpers import fill, modules, oracle, tiny
 from tests.helpers import meta_prompts as single
 from tests.helpers.meta_prompts import PROMPTS, QUICK, smallest
 from tests.helpers.restated import bilinear
@@ -18,7 +18,6 @@ from vpd_jax.models import parameters
 from vpd_jax.models.backbones import layers
 from vpd_jax.models.backbones.unet import UNet, UNetOutput, UNetSizes
 from vpd_jax.models.backbones.vae import VaeEncoder, VaeSizes
-from vpd_jax.models.initializers import InitKeys
 from vpd_jax.models.methods.meta_prompts import MetaPrompts
 from vpd_jax.types import Branch
 
@@ -37,14 +36,12 @@ def network():
 
 def make(**options):
   """A method with shapes in place of arrays."""
-  kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32}
-  return parameters.describe(lambda: MetaPrompts(**(SIZES | options), **kinds, rngs=InitKeys(0))).model
+  return parameters.describe(lambda: MetaPrompts(modules.setup(**SIZES), **options)).model
 
 
 def names(**options):
   """Names of the method's own arrays."""
-  kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32}
-  parts = parameters.describe(lambda: MetaPrompts(**(SIZES | options), **kinds, rngs=InitKeys(0)))
+  parts = parameters.describe(lambda: MetaPrompts(modules.setup(**SIZES), **options))
   return {name: shape.shape for name, shape in parts.shapes.items() if not name.startswith("vae/")}
 
 
@@ -65,7 +62,7 @@ def by_hand(network, latents, steps):
   @jax.jit
   def adapted(named):
     method = product.parts.merge(named).method
-    return [adapter(named[f"method/meta_prompts/{i}"]) for i, adapter in enumerate(method.text_adapter)]
+    return [adapter(named[f"method/meta_prompts/{i}"]) for i, adapter in enumerate(method.context.text_adapter)]
 
   prompts, results = adapted(named), []
   with pytest.MonkeyPatch.context() as patch:
@@ -198,7 +195,7 @@ def test_fifty_images_are_treated_as_any_other_number():
   ((480, 480), 0, (448, 448)), ((72, 104), -1, (72, 104)),
 ])  # fmt: skip
 def test_the_image_is_resized_to_multiples_of_64(size, scale, expected):
-  assert make(resize_scale=scale).size(*size) == expected
+  assert make(resize_scale=scale).fit.size(*size) == expected
 
 
 @pytest.mark.parametrize("size, scale, resized, cells", [
@@ -216,7 +213,7 @@ def test_depth_has_the_size_of_the_image(size, scale, resized, cells):
 
   shape = jax.ShapeDtypeStruct((2, *size, 3), jnp.uint8)
   maps, joined, depth = jax.eval_shape(call, product.parts.shapes, shape)
-  strides, widths = product.method.strides, product.method.widths
+  strides, widths = product.method.map_info.strides, product.method.map_info.widths
   expected = [(2, resized[0] // s, resized[1] // s, w) for s, w in zip(strides, widths, strict=True)]
   assert [x.shape for x in maps] == expected
   assert [x.shape for x in joined] == [(2, *cells, PROMPTS)] and depth.shape == (2, *size)
@@ -239,10 +236,11 @@ def test_the_defaults_are_the_release():
   assert method.pop("name") == "meta_prompts"
   assert {name: defaults[name] for name in method} == method
   made = make()
-  assert (len(made.t), len(made.meta_prompts), len(made.text_adapter)) == (3, 3, 3)
-  assert made.t[0].get_value().shape == (1, 128) and made.meta_prompts[2].get_value().shape == (50, 16)
+  context, time = made.context, made.time
+  assert (len(time.t), len(context.meta_prompts), len(context.text_adapter)) == (3, 3, 3)
+  assert time.t[0].get_value().shape == (1, 128) and context.meta_prompts[2].get_value().shape == (50, 16)
   assert made.branches(True) == made.branches(False) == (Branch("prompts", 1.0),)
-  assert made.needs == made.adds == frozenset()
+  assert made.needs == made.prepare_outputs == frozenset()
 
 
 def test_the_block_between_passes_is_the_unets_own_and_absent_for_one_pass():
@@ -282,7 +280,7 @@ def test_training_takes_all_steps_that_the_weights_hold(shown):
 
 def test_an_image_that_would_vanish_is_one_line():
   with pytest.raises(ValueError, match=r"^an image of 63x640 becomes 0x640 at method\.resize_scale=0; use 1\.$"):
-    make(resize_scale=0).size(63, 640)
+    make(resize_scale=0).fit.size(63, 640)
 
 
 def test_stable_diffusion_fills_unet_and_vae_and_leaves_its_time_layers():

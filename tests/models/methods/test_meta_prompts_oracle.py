@@ -17,7 +17,7 @@ from vpd_jax import experiment
 from vpd_jax.convert import rules
 from vpd_jax.convert.tables import released
 from vpd_jax.models.backbones import layers, unet
-from vpd_jax.models.methods import vpd
+from vpd_jax.models.context import adapters
 from vpd_jax.tasks.depth.task import silog
 
 # The authors' own distance between float32 and float64 is 1.7e-5 of the largest value: errors grow from pass to pass.
@@ -69,7 +69,7 @@ def tapped(product, named, batch):
       return result
 
     watch(unet.UNet, "_run", block)
-    watch(vpd.TextAdapter, "__call__", adapter)
+    watch(adapters.TextAdapter, "__call__", adapter)
     watch(layers, "chain", chain)
     watch(type(model.neck.layer2), "__call__", raised)
     watch(type(model.neck), "products", lambda args, result: taps.setdefault("encoder", result))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import fill, tiny
+from tests.helpers import fill, modules, tiny
 from tests.helpers.text_folders import VOCABULARY, write_tokenizer
 from vpd_jax import experiment
 from vpd_jax.config import loader
@@ -15,8 +15,7 @@ from vpd_jax.models import parameters
 from vpd_jax.models.backbones import layers, transformer
 from vpd_jax.models.backbones.unet import UNetOutput, UNetSizes
 from vpd_jax.models.backbones.vae import VaeSizes
-from vpd_jax.models.context import class_context
-from vpd_jax.models.initializers import InitKeys
+from vpd_jax.models.context import label_sentences
 from vpd_jax.models.methods import image_input
 from vpd_jax.models.methods.vpd import Vpd
 from vpd_jax.tasks.segmentation.task import Segmentation
@@ -32,8 +31,8 @@ SD = UNetSizes()
 def method(**options):
   """The smallest VPD with maps, described, and made-up values of its arrays."""
   vae = VaeSizes(channels=32, channel_mult=(1,) * 4, num_res_blocks=1)
-  kinds = {"classes": CLASSES, "prompt": "all_classes", "attention_maps": True, **options}
-  parts = parameters.describe(lambda: Vpd(unet=UNET, vae=vae, **kinds, **KINDS, rngs=InitKeys(0)))
+  options = {"prompt": "all_classes", "attention_maps": True, **options}
+  parts = parameters.describe(lambda: Vpd(modules.setup(UNET, vae, classes=CLASSES), **options))
   return parts, {name: jnp.asarray(x) for name, x in tiny.filled(parts.shapes).items()}
 
 
@@ -67,7 +66,7 @@ def plain():
 def test_maps_of_a_wide_image_are_attention_by_hand(plain):
   """Softmax of scaled products per head, mean over heads, then over the layers of that size, row by row."""
   parts, _, maps, given = plain
-  assert parts.model.widths == (32, 32 + CLASSES, 32 + CLASSES, 32)
+  assert parts.model.map_info.widths == (32, 32 + CLASSES, 32 + CLASSES, 32)
   assert [x.shape for x in maps] == [(2, 8, 16, 32), (2, 4, 8, 37), (2, 2, 4, 37), (2, 1, 2, 32)]
   sizes = {32: (4, 8), 8: (2, 4)}
   by_hand = {size: [] for size in sizes.values()}
@@ -145,8 +144,8 @@ def tokenize(tmp_path_factory):
 
 def sentence(tokenize, label, length=32):
   """Our token ids of a label map, and a function from a sentence to those of the tokenizer."""
-  table = tokenize(length)(class_context.sentences_of("{}", NAMES))
-  tokens = class_context.Names(table)({"label": np.asarray(label, np.uint8)})["tokens"]
+  table = tokenize(length)(label_sentences.sentences_of("{}", NAMES))
+  tokens = label_sentences.Names(table)({"label": np.asarray(label, np.uint8)})["tokens"]
   assert tokens.dtype == np.int32 and tokens.shape == (length,)
   return tokens.tolist(), lambda text: tokenize(length)((text,))[0].tolist()
 
@@ -163,7 +162,7 @@ def test_names_in_a_label_map_are_the_tokens_of_their_sentence(tokenize, label, 
 
 def test_names_of_the_smallest_areas_are_left_out_where_all_are_too_many(tokenize):
   label = [[2] * 4 + [1] * 3 + [0] * 2 + [3]]
-  table = tokenize(32)(class_context.sentences_of("{}", NAMES))
+  table = tokenize(32)(label_sentences.sentences_of("{}", NAMES))
   lengths = (table != table.max()).sum(axis=1) - 1
   for kept, text in (((2,), "a bed cat"), ((1, 2), "cat a bed cat"), ((0, 1, 2), "a bed cat a bed cat")):
     tokens, of = sentence(tokenize, label, length=2 + sum(int(lengths[k]) for k in kept))

@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from scipy.special import erf
 
-from tests.helpers import fill, tiny
+from tests.helpers import fill, modules, tiny
 from vpd_jax import experiment
 from vpd_jax.config import loader
+from vpd_jax.models import parameters
 from vpd_jax.models.backbones.unet import UNetSizes
 from vpd_jax.models.backbones.vae import VaeSizes
 from vpd_jax.models.methods import image_input
+from vpd_jax.models.methods.diffusion import ConstantTime
 from vpd_jax.models.methods.vpd import Vpd
 from vpd_jax.types import Branch
 
@@ -134,26 +135,30 @@ def test_latent_scale_multiplies_the_latents_and_is_1_as_released(shown):
 def test_the_timestep_is_one_number_for_all_and_1_as_released(shown):
   batch = batch_of(latents=jnp.zeros((1, 8, 8, 4)))
   assert shown("unet", batch)[1]["timesteps"] == 1
-  assert shown("unet", batch, timestep=500)[1] == {"timesteps": 500, "map_max_positions": 0}
+  assert shown("unet", batch, time=ConstantTime(500))[1] == {
+    "timesteps": 500,
+    "map_max_positions": 0,
+    "predict_noise": False,
+  }
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0])
 def test_pad_value_fills_right_and_bottom_after_scaling(shown, value):
-  (seen,), _ = shown("vae", batch_of(40, 70), pad_value=value)
+  (seen,), _ = shown("vae", batch_of(40, 70), fit=image_input.PaddedInput(64, value))
   assert seen.shape == (1, 64, 128, 3)
   np.testing.assert_allclose(seen[:, :40, :70], image(40, 70) / 127.5 - 1, atol=1e-6)
   assert (seen[:, 40:] == value).all() and (seen[:, :, 70:] == value).all()
 
 
 def test_pad_multiple_sets_the_size_the_vae_sees(shown):
-  assert shown("vae", batch_of(40, 70), pad_multiple=128)[0][0].shape == (1, 128, 128, 3)
+  assert shown("vae", batch_of(40, 70), fit=image_input.PaddedInput(128, 0.0))[0][0].shape == (1, 128, 128, 3)
 
 
 def test_maps_have_the_stated_strides_and_widths(network):
   product, named = network
   run = lambda named, batch: product.parts.merge(named).method(batch, training=False).maps
   maps = jax.eval_shape(run, named, batch_of(100, 130))  # 128 x 192 after padding
-  strides, widths = product.method.strides, product.method.widths
+  strides, widths = product.method.map_info.strides, product.method.map_info.widths
   assert [m.shape for m in maps] == [(1, 128 // s, 192 // s, w) for s, w in zip(strides, widths, strict=True)]
   assert strides == (8, 16, 32, 64)
 
@@ -201,15 +206,15 @@ def test_padding_grows_to_the_next_multiple(size, multiple, expected):
 def make(**options):
   """A small VPD, with shapes in place of arrays."""
   small = {"unet": UNetSizes(model_channels=32, context_dim=8, num_res_blocks=1), "vae": VaeSizes(channels=32)}
-  kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32}
-  return nnx.eval_shape(lambda: Vpd(**(small | {"classes": 27} | options), **kinds, rngs=nnx.Rngs(0)))
+  return parameters.describe(lambda: Vpd(modules.setup(**small, classes=27), **options)).model
 
 
 def test_the_defaults_are_the_release_and_there_is_one_branch():
   method = make()
-  assert (method.timestep, method.latent_scale, method.pad_multiple, method.pad_value) == (1, 1.0, 64, 0.0)
+  assert (method.time, method.latent_scale) == (ConstantTime(1), 1.0)
+  assert method.fit == image_input.PaddedInput(64, 0.0)
   assert inspect.signature(Vpd.__init__).parameters["residual_scale"].default == 1e-4
-  assert method.class_vectors.get_value().shape == (27, 8) and not hasattr(method.unet, "out")
+  assert method.context.class_vectors.get_value().shape == (27, 8) and not hasattr(method.unet, "out")
   assert method.needs == {"class_id"}
   assert method.branches(True) == method.branches(False) == (Branch("text", 1.0),)
   example = {"image": image(8, 8)}

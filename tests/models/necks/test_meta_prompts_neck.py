@@ -4,23 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from tests.helpers import fill, tiny
+from tests.helpers.modules import COMMON, grouped
 from tests.helpers.restated import bilinear, convolved, group_normed
 from vpd_jax.models import parameters
 from vpd_jax.models.heads.deconv import Deconv
-from vpd_jax.models.initializers import InitKeys
 from vpd_jax.models.necks.unet_features import Einsum, Fusion
-from vpd_jax.types import Features
+from vpd_jax.types import Features, MapInfo
 
 WIDTHS, STRIDES, PROMPTS, WIDTH = (16, 32, 16, 48), (8, 16, 32, 64), 5, 32
-KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 
 
-def neck(**options):
-  options = {"frame": "resized", "tokens": (PROMPTS, WIDTH), "inner": 8} | options
-  return lambda: Einsum(WIDTHS, STRIDES, **options, **KINDS, rngs=InitKeys(0))
+def neck(norm_group=0, **options):
+  maps = MapInfo(WIDTHS, STRIDES, (PROMPTS, WIDTH), "resized")
+  return lambda: Einsum(maps, grouped(norm_group), **{"inner": 8} | options)
 
 
 def features(height, width, image_size, batch=2):
@@ -78,7 +76,7 @@ def test_einsum_is_its_formula(made):
 
 def test_einsum_states_what_it_gives_and_takes_groups_for_its_norms():
   module = parameters.describe(neck(norm_group=3)).model
-  assert (module.widths, module.strides) == ((PROMPTS,), (8,))
+  assert (module.map_info.widths, module.map_info.strides) == ((PROMPTS,), (8,))
   norms = [layer for name in ("layer2", "layer3", "layer4") for part in ("deconv_layers", "conv_layers")
            for layer in getattr(getattr(module, name), part) if hasattr(layer, "group")]  # fmt: skip
   assert [norm.group for norm in norms] == [3] * 9
@@ -96,11 +94,10 @@ def test_fresh_kernels_are_the_releases():
 
 
 def test_maps_of_another_frame_are_refused():
-  kinds = {**KINDS, "rngs": nnx.Rngs(0), "tokens": (5, 32)}
   with pytest.raises(ValueError, match=r"^neck 'einsum' shows a resized image, but the method's is padded; use neck"):
-    Einsum(WIDTHS, STRIDES, frame="padded", **kinds)
+    Einsum(MapInfo(WIDTHS, STRIDES, (5, 32), "padded"), COMMON)
   with pytest.raises(ValueError, match=r"^neck 'fusion' cuts padding off, but the method's image is resized; use neck"):
-    Fusion(WIDTHS, STRIDES, frame="resized", **kinds)
+    Fusion(MapInfo(WIDTHS, STRIDES, (5, 32), "resized"), COMMON)
 
 
 @pytest.mark.parametrize("widths, strides, message", [
@@ -109,13 +106,13 @@ def test_maps_of_another_frame_are_refused():
 ])  # fmt: skip
 def test_other_maps_are_refused(widths, strides, message):
   with pytest.raises(ValueError) as error:
-    Einsum(widths, strides, frame="resized", tokens=(5, 32), **KINDS, rngs=nnx.Rngs(0))
+    Einsum(MapInfo(widths, strides, (5, 32), "resized"), COMMON)
   assert str(error.value) == message
 
 
 def test_a_map_that_ends_before_the_image_is_stretched_to_it():
   """20 rows of stride 8 round down to 2 cells, which show all 20: 16 rows become 20."""
-  build = lambda: Deconv((4,), (8,), max_depth=10.0, filters=(8, 8, 8), width=12, **KINDS, rngs=nnx.Rngs(0))
+  build = lambda: Deconv(MapInfo((4,), (8,)), COMMON, max_depth=10.0, filters=(8, 8, 8), width=12)
   parts = parameters.describe(build)
   named = tiny.filled(parts.shapes)
   x = jnp.asarray(fill.normal("x", (1, 2, 3, 4), 0))

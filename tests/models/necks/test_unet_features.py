@@ -4,16 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from tests.helpers import fill, tiny
+from tests.helpers.modules import COMMON
 from tests.helpers.restated import convolved, group_normed
 from vpd_jax.models import parameters
 from vpd_jax.models.necks.unet_features import Fusion
-from vpd_jax.types import Features
+from vpd_jax.types import Features, MapInfo
 
 WIDTHS, STRIDES = (16, 32, 16, 48), (8, 16, 32, 64)
-KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 
 
 def made(build):
@@ -24,7 +23,7 @@ def made(build):
 
 
 def fusion():
-  return Fusion(WIDTHS, STRIDES, frame="padded", width=64, **KINDS, rngs=nnx.Rngs(0))
+  return Fusion(MapInfo(WIDTHS, STRIDES), COMMON, width=64)
 
 
 def features(height, width, image_size, batch=2):
@@ -77,11 +76,11 @@ def test_the_crop_comes_after_everything_else(neck):
 
 
 def test_fusion_states_what_it_gives(neck):
-  module = nnx.eval_shape(fusion)
-  assert (module.widths, module.strides) == ((64,), (32,))
+  module = parameters.describe(fusion).model
+  assert (module.map_info.widths, module.map_info.strides) == ((64,), (32,))
 
 
 def test_fusion_joins_four_maps_and_no_other_number():
   with pytest.raises(ValueError) as error:
-    Fusion(WIDTHS[:3], STRIDES[:3], frame="padded", width=64, **KINDS, rngs=nnx.Rngs(0))
+    Fusion(MapInfo(WIDTHS[:3], STRIDES[:3]), COMMON, width=64)
   assert str(error.value) == "neck 'fusion' joins four maps, but the method gives 3."

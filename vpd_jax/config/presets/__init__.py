@@ -4,6 +4,7 @@ from vpd_jax.config.presets.backbones import clip_image, sd_tiny, sd_v1
 from vpd_jax.config.presets.depth import iedp_assumptions, iedp_depth, meta_prompts_depth, vpd_depth
 from vpd_jax.config.presets.recipe import adamw, evaluation, no_decay_for_vectors, run, sliding_window_evaluation
 from vpd_jax.config.presets.referring import iedp_referring, meta_prompts_referring, referring_optimizer, vpd_referring
+from vpd_jax.config.presets.registry import methods, sections
 from vpd_jax.config.presets.segmentation import (
   iedp_segmentation,
   meta_prompts_segmentation,
@@ -22,11 +23,13 @@ __all__ = [
   "meta_prompts_depth",
   "meta_prompts_referring",
   "meta_prompts_segmentation",
+  "methods",
   "no_decay_for_vectors",
   "referring_optimizer",
   "run",
   "sd_tiny",
   "sd_v1",
+  "sections",
   "segmentation_optimizer",
   "sliding_window_evaluation",
   "vpd_depth",

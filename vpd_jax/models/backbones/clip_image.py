@@ -4,7 +4,7 @@ Source: Radford et al. 2021, https://arxiv.org/abs/2103.00020; transformers mode
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from flax import nnx
 from vpd_jax.models import initializers
 from vpd_jax.models.backbones import layers, normalization
 from vpd_jax.models.backbones.clip_text import Encoder
+from vpd_jax.models.layer_options import LayerOptions
 from vpd_jax.types import Array
 
 # Of CLIP's training images, in [0, 1], RGB.
@@ -89,13 +90,14 @@ def pixels(image: Array, size: int, *, dtype: Any, resize: str = "bicubic") -> A
 class ImageEmbeddings(nnx.Module):
   """Class token, then one token per patch, row by row; plus position."""
 
-  def __init__(self, sizes: ImageSizes, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
-    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    self.dtype = dtype
-    self.class_embedding = nnx.Param(initializers.normal(0.02)(rngs.params(), (sizes.width,), param_dtype))
+  def __init__(self, sizes: ImageSizes, **common: Unpack[LayerOptions]):
+    self.dtype = common["dtype"]
+    self.class_embedding = nnx.Param(
+      initializers.normal(0.02)(common["rngs"].params(), (sizes.width,), common["param_dtype"])
+    )
     patch = sizes.patch
-    self.patch_embedding = layers.conv(3, sizes.width, patch, stride=patch, padding=0, use_bias=False, **kinds)
-    self.position_embedding = layers.embed(sizes.tokens, sizes.width, **kinds)
+    self.patch_embedding = layers.conv(3, sizes.width, patch, stride=patch, padding=0, use_bias=False, **common)
+    self.position_embedding = layers.embed(sizes.tokens, sizes.width, **common)
 
   def __call__(self, image: Array) -> Array:
     patches = self.patch_embedding(image)
@@ -108,12 +110,12 @@ class ImageEmbeddings(nnx.Module):
 class VisionModel(nnx.Module):
   """Embeddings, norm, layers; `post_layernorm` for the class token where it is projected. Names as in the source."""
 
-  def __init__(self, sizes: ImageSizes, *, projected: bool, **kinds: Any):
-    self.embeddings = ImageEmbeddings(sizes, **kinds)
-    self.pre_layrnorm = normalization.LayerNorm(sizes.width, **kinds)
-    self.encoder = Encoder(sizes.layers, sizes.width, sizes.heads, sizes.mlp_width, sizes.activation, **kinds)
+  def __init__(self, sizes: ImageSizes, *, projected: bool, **common: Unpack[LayerOptions]):
+    self.embeddings = ImageEmbeddings(sizes, **common)
+    self.pre_layrnorm = normalization.LayerNorm(sizes.width, **common)
+    self.encoder = Encoder(sizes.layers, sizes.width, sizes.heads, sizes.mlp_width, sizes.activation, **common)
     if projected:
-      self.post_layernorm = normalization.LayerNorm(sizes.width, **kinds)
+      self.post_layernorm = normalization.LayerNorm(sizes.width, **common)
 
   def __call__(self, image: Array) -> tuple[Array, ...]:
     return self.encoder(self.pre_layrnorm(self.embeddings(image)), None)
@@ -122,12 +124,11 @@ class VisionModel(nnx.Module):
 class ClipImage(nnx.Module):
   """CLIP's image tower, with or without the projection into the space it shares with texts."""
 
-  def __init__(self, sizes: ImageSizes, *, projected: bool, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
-    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    self.image_size, self.projected, self.dtype = sizes.image_size, projected, dtype
-    self.vision_model = VisionModel(sizes, projected=projected, **kinds)
+  def __init__(self, sizes: ImageSizes, *, projected: bool, **common: Unpack[LayerOptions]):
+    self.image_size, self.projected, self.dtype = sizes.image_size, projected, common["dtype"]
+    self.vision_model = VisionModel(sizes, projected=projected, **common)
     if projected:
-      self.visual_projection = layers.linear(sizes.width, sizes.projection, use_bias=False, **kinds)
+      self.visual_projection = layers.linear(sizes.width, sizes.projection, use_bias=False, **common)
 
   def __call__(self, image: Array) -> ImageStates:
     """Encodes float [B, image_size, image_size, 3], as `pixels` makes it."""

@@ -4,7 +4,7 @@ Source: Radford et al. 2021, https://arxiv.org/abs/2103.00020; transformers mode
 """
 
 import dataclasses
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from flax import nnx
 
 from vpd_jax.models.backbones import layers, normalization
 from vpd_jax.models.backbones.attention import attention, masked_attention
+from vpd_jax.models.layer_options import LayerOptions
 from vpd_jax.types import Array, Buffer
 
 
@@ -62,9 +63,9 @@ class TextStates(NamedTuple):
 class SelfAttention(nnx.Module):
   """Multi-head attention with biases, under a mask."""
 
-  def __init__(self, width: int, heads: int, **kinds: Any):
+  def __init__(self, width: int, heads: int, **common: Unpack[LayerOptions]):
     self.heads = heads
-    self.q_proj, self.k_proj, self.v_proj, self.out_proj = (layers.linear(width, width, **kinds) for _ in range(4))
+    self.q_proj, self.k_proj, self.v_proj, self.out_proj = (layers.linear(width, width, **common) for _ in range(4))
 
   def __call__(self, x: Array, mask: np.ndarray | None) -> Array:
     split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # [B, N, heads, D]
@@ -76,9 +77,9 @@ class SelfAttention(nnx.Module):
 class Mlp(nnx.Module):
   """Two linear layers around the activation."""
 
-  def __init__(self, width: int, hidden: int, activation: str, **kinds: Any):
+  def __init__(self, width: int, hidden: int, activation: str, **common: Unpack[LayerOptions]):
     self.activation = activation
-    self.fc1, self.fc2 = layers.linear(width, hidden, **kinds), layers.linear(hidden, width, **kinds)
+    self.fc1, self.fc2 = layers.linear(width, hidden, **common), layers.linear(hidden, width, **common)
 
   def __call__(self, x: Array) -> Array:
     return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
@@ -87,11 +88,11 @@ class Mlp(nnx.Module):
 class Layer(nnx.Module):
   """Attention and MLP, each after a norm and with a skip."""
 
-  def __init__(self, width: int, heads: int, mlp_width: int, activation: str, **kinds: Any):
-    self.self_attn = SelfAttention(width, heads, **kinds)
-    self.layer_norm1 = normalization.LayerNorm(width, **kinds)
-    self.mlp = Mlp(width, mlp_width, activation, **kinds)
-    self.layer_norm2 = normalization.LayerNorm(width, **kinds)
+  def __init__(self, width: int, heads: int, mlp_width: int, activation: str, **common: Unpack[LayerOptions]):
+    self.self_attn = SelfAttention(width, heads, **common)
+    self.layer_norm1 = normalization.LayerNorm(width, **common)
+    self.mlp = Mlp(width, mlp_width, activation, **common)
+    self.layer_norm2 = normalization.LayerNorm(width, **common)
 
   def __call__(self, x: Array, mask: np.ndarray | None) -> Array:
     x = x + self.self_attn(self.layer_norm1(x), mask)
@@ -101,8 +102,10 @@ class Layer(nnx.Module):
 class Encoder(nnx.Module):
   """The stack of layers; returns the state before each and after the last."""
 
-  def __init__(self, count: int, width: int, heads: int, mlp_width: int, activation: str, **kinds: Any):
-    self.layers = nnx.List([Layer(width, heads, mlp_width, activation, **kinds) for _ in range(count)])
+  def __init__(
+    self, count: int, width: int, heads: int, mlp_width: int, activation: str, **common: Unpack[LayerOptions]
+  ):
+    self.layers = nnx.List([Layer(width, heads, mlp_width, activation, **common) for _ in range(count)])
 
   def __call__(self, x: Array, mask: np.ndarray | None) -> tuple[Array, ...]:
     states = [x]
@@ -114,9 +117,9 @@ class Encoder(nnx.Module):
 class TextEmbeddings(nnx.Module):
   """Token plus position."""
 
-  def __init__(self, sizes: TextSizes, **kinds: Any):
-    self.token_embedding = layers.embed(sizes.vocab_size, sizes.width, **kinds)
-    self.position_embedding = layers.embed(sizes.positions, sizes.width, **kinds)
+  def __init__(self, sizes: TextSizes, **common: Unpack[LayerOptions]):
+    self.token_embedding = layers.embed(sizes.vocab_size, sizes.width, **common)
+    self.position_embedding = layers.embed(sizes.positions, sizes.width, **common)
 
   def __call__(self, tokens: Array) -> Array:
     return self.token_embedding(tokens) + self.position_embedding(jnp.arange(tokens.shape[1]))[None]
@@ -125,10 +128,10 @@ class TextEmbeddings(nnx.Module):
 class TextModel(nnx.Module):
   """Embeddings, causal layers, final norm."""
 
-  def __init__(self, sizes: TextSizes, **kinds: Any):
-    self.embeddings = TextEmbeddings(sizes, **kinds)
-    self.encoder = Encoder(sizes.layers, sizes.width, sizes.heads, sizes.mlp_width, sizes.activation, **kinds)
-    self.final_layer_norm = normalization.LayerNorm(sizes.width, **kinds)
+  def __init__(self, sizes: TextSizes, **common: Unpack[LayerOptions]):
+    self.embeddings = TextEmbeddings(sizes, **common)
+    self.encoder = Encoder(sizes.layers, sizes.width, sizes.heads, sizes.mlp_width, sizes.activation, **common)
+    self.final_layer_norm = normalization.LayerNorm(sizes.width, **common)
 
   def __call__(self, tokens: Array) -> TextStates:
     causal = np.tri(tokens.shape[1], dtype=bool)
@@ -142,13 +145,12 @@ class TextModel(nnx.Module):
 class ClipText(nnx.Module):
   """CLIP's text tower. The attention mask of padding is not applied, as in the releases: only the causal one."""
 
-  def __init__(self, sizes: TextSizes, *, projection: int = 0, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+  def __init__(self, sizes: TextSizes, *, projection: int = 0, **common: Unpack[LayerOptions]):
     """`projection`: width of the vectors that images and texts share; 0 leaves the projection out."""
-    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     self.projected = projection > 0
-    self.text_model = TextModel(sizes, **kinds)
+    self.text_model = TextModel(sizes, **common)
     if self.projected:
-      self.text_projection = layers.linear(sizes.width, projection, use_bias=False, **kinds)
+      self.text_projection = layers.linear(sizes.width, projection, use_bias=False, **common)
 
   def __call__(self, tokens: Array) -> TextStates:
     """Encodes int [B, N] token ids, N at most `positions`, padded with the end-of-text id."""

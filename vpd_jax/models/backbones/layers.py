@@ -1,13 +1,12 @@
 """Layers that behave as PyTorch's do where flax's defaults differ, one home for each.
 
-All take and return [B, H, W, C] or [B, N, C]. `kinds` stands for the keyword arguments dtype, param_dtype and rngs
-that every constructor takes.
+All take and return [B, H, W, C] or [B, N, C]; `common` are dtype, param_dtype and rngs, see layer_options.LayerOptions.
 """
 
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from flax import nnx
 from vpd_jax.models import initializers
 from vpd_jax.models.backbones import normalization
 from vpd_jax.models.backbones.cpu_convolution import convolve
+from vpd_jax.models.layer_options import LayerOptions
 from vpd_jax.types import Array
 
 
@@ -74,34 +74,41 @@ def _call(graphdef: nnx.GraphDef, options: tuple, state: nnx.State, arrays: tupl
   return nnx.merge(graphdef, state)(*arrays, **dict(options))
 
 
-def linear(in_width: int, out_width: int, **kinds: Any) -> nnx.Linear:
-  """A linear layer; kernel from LeCun's initializer, bias from zeros, where nothing else is given."""
-  return nnx.Linear(in_width, out_width, **(_INITS | kinds))
+def linear(
+  in_width: int,
+  out_width: int,
+  *,
+  use_bias: bool = True,
+  kernel_init: initializers.Initializer = initializers.lecun_normal,
+  **common: Unpack[LayerOptions],
+) -> nnx.Linear:
+  """A linear layer with a bias of zeros."""
+  init: dict[str, Any] = {"kernel_init": kernel_init, "bias_init": initializers.zeros}
+  return nnx.Linear(in_width, out_width, use_bias=use_bias, **init, **common)
 
 
-def embed(rows: int, width: int, **kinds: Any) -> nnx.Embed:
+def embed(rows: int, width: int, **common: Unpack[LayerOptions]) -> nnx.Embed:
   """A table of vectors, normal with variance 1 / width."""
-  return nnx.Embed(rows, width, embedding_init=initializers.normal(width**-0.5), **kinds)
+  return nnx.Embed(rows, width, embedding_init=initializers.normal(width**-0.5), **common)
 
 
 def conv(
-  in_width: int, out_width: int, size: int, *, stride: int = 1, padding: int | None = None, **kinds: Any
+  in_width: int,
+  out_width: int,
+  size: int,
+  *,
+  stride: int = 1,
+  padding: int | None = None,
+  use_bias: bool = True,
+  kernel_init: initializers.Initializer = initializers.lecun_normal,
+  **common: Unpack[LayerOptions],
 ) -> nnx.Conv:
   """A square convolution with PyTorch's symmetric padding, by default the one that keeps the size at stride 1."""
   pad = (size - 1) // 2 if padding is None else padding
   pads = ((pad, pad), (pad, pad))
-  return nnx.Conv(
-    in_width,
-    out_width,
-    (size, size),
-    strides=stride,
-    padding=pads,
-    conv_general_dilated=convolve,
-    **(_INITS | kinds),
-  )
-
-
-_INITS: dict[str, Any] = {"kernel_init": initializers.lecun_normal, "bias_init": initializers.zeros}
+  init: dict[str, Any] = {"kernel_init": kernel_init, "bias_init": initializers.zeros}
+  options = {"strides": stride, "padding": pads, "use_bias": use_bias, "conv_general_dilated": convolve}
+  return nnx.Conv(in_width, out_width, (size, size), **options, **init, **common)
 
 
 class ConvTranspose(nnx.Module):

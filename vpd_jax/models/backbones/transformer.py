@@ -3,7 +3,7 @@
 Source: CompVis ldm/modules/attention.py.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
@@ -11,19 +11,22 @@ from flax import nnx
 from vpd_jax.models import initializers
 from vpd_jax.models.backbones import layers, normalization
 from vpd_jax.models.backbones.attention import Implementation, attention, attention_with_map
+from vpd_jax.models.layer_options import LayerOptions
 from vpd_jax.types import Array
 
 
 class CrossAttention(nnx.Module):
   """Multi-head attention of x to `context`, or to itself."""
 
-  def __init__(self, width: int, context_width: int, heads: int, implementation: Implementation, **kinds: Any):
+  def __init__(
+    self, width: int, context_width: int, heads: int, implementation: Implementation, **common: Unpack[LayerOptions]
+  ):
     self.heads = heads
     self.implementation: Implementation = implementation
-    self.to_q = layers.linear(width, width, use_bias=False, **kinds)
-    self.to_k = layers.linear(context_width, width, use_bias=False, **kinds)
-    self.to_v = layers.linear(context_width, width, use_bias=False, **kinds)
-    self.to_out = nnx.List([layers.linear(width, width, **kinds)])
+    self.to_q = layers.linear(width, width, use_bias=False, **common)
+    self.to_k = layers.linear(context_width, width, use_bias=False, **common)
+    self.to_v = layers.linear(context_width, width, use_bias=False, **common)
+    self.to_out = nnx.List([layers.linear(width, width, **common)])
 
   def __call__(self, x: Array, context: Array, *, keep_map: bool = False) -> tuple[Array, Array | None]:
     split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # [B, N, heads, D]
@@ -39,8 +42,8 @@ class CrossAttention(nnx.Module):
 class GEGLU(nnx.Module):
   """The first half of a projection times the exact GELU of the second."""
 
-  def __init__(self, width: int, out_width: int, **kinds: Any):
-    self.proj = layers.linear(width, 2 * out_width, **kinds)
+  def __init__(self, width: int, out_width: int, **common: Unpack[LayerOptions]):
+    self.proj = layers.linear(width, 2 * out_width, **common)
 
   def __call__(self, x: Array) -> Array:
     value, gate = jnp.split(self.proj(x), 2, axis=-1)
@@ -50,8 +53,10 @@ class GEGLU(nnx.Module):
 class FeedForward(nnx.Module):
   """GEGLU to four times the width, and back."""
 
-  def __init__(self, width: int, **kinds: Any):
-    self.net = nnx.List([GEGLU(width, 4 * width, **kinds), layers.Identity(), layers.linear(4 * width, width, **kinds)])
+  def __init__(self, width: int, **common: Unpack[LayerOptions]):
+    self.net = nnx.List(
+      [GEGLU(width, 4 * width, **common), layers.Identity(), layers.linear(4 * width, width, **common)]
+    )
 
   def __call__(self, x: Array) -> Array:
     return layers.chain(self.net, x)
@@ -60,11 +65,13 @@ class FeedForward(nnx.Module):
 class TransformerBlock(nnx.Module):
   """Self-attention, cross-attention and feed-forward, each with LayerNorm before and a skip around it."""
 
-  def __init__(self, width: int, context_width: int, heads: int, implementation: Implementation, **kinds: Any):
-    self.attn1 = CrossAttention(width, width, heads, implementation, **kinds)
-    self.ff = FeedForward(width, **kinds)
-    self.attn2 = CrossAttention(width, context_width, heads, "xla", **kinds)
-    self.norm1, self.norm2, self.norm3 = (normalization.LayerNorm(width, **kinds) for _ in range(3))
+  def __init__(
+    self, width: int, context_width: int, heads: int, implementation: Implementation, **common: Unpack[LayerOptions]
+  ):
+    self.attn1 = CrossAttention(width, width, heads, implementation, **common)
+    self.ff = FeedForward(width, **common)
+    self.attn2 = CrossAttention(width, context_width, heads, "xla", **common)
+    self.norm1, self.norm2, self.norm3 = (normalization.LayerNorm(width, **common) for _ in range(3))
 
   def __call__(self, x: Array, context: Array, *, keep_map: bool) -> tuple[Array, Array | None]:
     y = self.norm1(x)
@@ -78,17 +85,24 @@ class SpatialTransformer(nnx.Module):
   """The transformer block over the positions of a feature map."""
 
   def __init__(
-    self, width: int, context_width: int, heads: int, *, linear: bool, implementation: Implementation, **kinds: Any
+    self,
+    width: int,
+    context_width: int,
+    heads: int,
+    *,
+    linear: bool,
+    implementation: Implementation,
+    **common: Unpack[LayerOptions],
   ):
     """`linear`: the projections are matrices (SD 2.x), not 1x1 convolutions."""
 
     def project(**more: Any) -> nnx.Module:
       return layers.linear(width, width, **more) if linear else layers.conv(width, width, 1, **more)
 
-    self.norm = normalization.GroupNorm(width, epsilon=1e-6, **kinds)
-    self.proj_in = project(**kinds)
-    self.transformer_blocks = nnx.List([TransformerBlock(width, context_width, heads, implementation, **kinds)])
-    self.proj_out = project(kernel_init=initializers.zeros, **kinds)
+    self.norm = normalization.GroupNorm(width, epsilon=1e-6, **common)
+    self.proj_in = project(**common)
+    self.transformer_blocks = nnx.List([TransformerBlock(width, context_width, heads, implementation, **common)])
+    self.proj_out = project(kernel_init=initializers.zeros, **common)
 
   def __call__(self, x: Array, context: Array, *, keep_map: bool) -> tuple[Array, Array | None]:
     # A 1x1 convolution and a matrix over the last axis are the same map: one order of reshapes serves both.

@@ -7,7 +7,7 @@ Source: Rombach et al. 2022, https://arxiv.org/abs/2112.10752; CompVis ldm/modul
 """
 
 import dataclasses
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, Unpack, cast
 
 import jax.numpy as jnp
 from flax import nnx
@@ -17,6 +17,7 @@ from vpd_jax.models import initializers
 from vpd_jax.models.backbones import layers, normalization
 from vpd_jax.models.backbones.attention import Implementation
 from vpd_jax.models.backbones.transformer import SpatialTransformer
+from vpd_jax.models.layer_options import LayerOptions
 from vpd_jax.types import Array
 
 
@@ -84,13 +85,13 @@ class UNetOutput(NamedTuple):
 class ResBlock(nnx.Module):
   """GN-SiLU-conv, + Linear(SiLU(time embedding)), GN-SiLU-conv, + skip."""
 
-  def __init__(self, in_width: int, out_width: int, embedding_width: int, **kinds: Any):
-    norm = lambda width: normalization.GroupNorm(width, epsilon=1e-5, **kinds)
-    self.in_layers = nnx.List([norm(in_width), layers.SiLU(), layers.conv(in_width, out_width, 3, **kinds)])
-    self.emb_layers = nnx.List([layers.SiLU(), layers.linear(embedding_width, out_width, **kinds)])
-    last = layers.conv(out_width, out_width, 3, kernel_init=initializers.zeros, **kinds)
+  def __init__(self, in_width: int, out_width: int, embedding_width: int, **common: Unpack[LayerOptions]):
+    norm = lambda width: normalization.GroupNorm(width, epsilon=1e-5, **common)
+    self.in_layers = nnx.List([norm(in_width), layers.SiLU(), layers.conv(in_width, out_width, 3, **common)])
+    self.emb_layers = nnx.List([layers.SiLU(), layers.linear(embedding_width, out_width, **common)])
+    last = layers.conv(out_width, out_width, 3, kernel_init=initializers.zeros, **common)
     self.out_layers = nnx.List([norm(out_width), layers.SiLU(), layers.Identity(), last])
-    self.skip_connection = layers.Identity() if in_width == out_width else layers.conv(in_width, out_width, 1, **kinds)
+    self.skip_connection = layers.Identity() if in_width == out_width else layers.conv(in_width, out_width, 1, **common)
 
   def __call__(self, x: Array, embedding: Array) -> Array:
     h = layers.chain(self.in_layers, x)
@@ -101,8 +102,8 @@ class ResBlock(nnx.Module):
 class Downsample(nnx.Module):
   """A 3x3 convolution of stride 2, padded on all sides."""
 
-  def __init__(self, width: int, **kinds: Any):
-    self.op = layers.conv(width, width, 3, stride=2, **kinds)
+  def __init__(self, width: int, **common: Unpack[LayerOptions]):
+    self.op = layers.conv(width, width, 3, stride=2, **common)
 
   def __call__(self, x: Array) -> Array:
     return self.op(x)
@@ -111,8 +112,8 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
   """Nearest by two, then a 3x3 convolution."""
 
-  def __init__(self, width: int, **kinds: Any):
-    self.conv = layers.conv(width, width, 3, **kinds)
+  def __init__(self, width: int, **common: Unpack[LayerOptions]):
+    self.conv = layers.conv(width, width, 3, **common)
 
   def __call__(self, x: Array) -> Array:
     return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))  # [B, 2h, 2w, C]
@@ -129,9 +130,7 @@ class UNet(nnx.Module):
     with_out: bool = True,
     attention: Implementation = "auto",
     remat: bool = False,
-    dtype: Any,
-    param_dtype: Any,
-    rngs: nnx.Rngs,
+    **common: Unpack[LayerOptions],
   ):
     """Builds the blocks.
 
@@ -144,23 +143,22 @@ class UNet(nnx.Module):
       dtype, param_dtype: of computation and of parameters.
       rngs: for fresh parameters.
     """
-    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    self.sizes, self.remat, self.dtype = sizes, remat, dtype
+    self.sizes, self.remat, self.dtype = sizes, remat, common["dtype"]
     width, levels = sizes.model_channels, len(sizes.channel_mult)
     embedding_width = 4 * width
-    res = lambda i, o: ResBlock(i, o, embedding_width, **kinds)
+    res = lambda i, o: ResBlock(i, o, embedding_width, **common)
     transformer = lambda w: SpatialTransformer(
-      w, sizes.context_dim, sizes.heads(w), linear=sizes.linear_projection, implementation=attention, **kinds
+      w, sizes.context_dim, sizes.heads(w), linear=sizes.linear_projection, implementation=attention, **common
     )
     if with_time_embed:
       self.time_embed = nnx.List(
         [
-          layers.linear(width, embedding_width, **kinds),
+          layers.linear(width, embedding_width, **common),
           layers.SiLU(),
-          layers.linear(embedding_width, embedding_width, **kinds),
+          layers.linear(embedding_width, embedding_width, **common),
         ]
       )
-    blocks: list[list[nnx.Module]] = [[layers.conv(sizes.in_channels, width, 3, **kinds)]]
+    blocks: list[list[nnx.Module]] = [[layers.conv(sizes.in_channels, width, 3, **common)]]
     skips = [width]
     for level, multiplier in enumerate(sizes.channel_mult):
       for _ in range(sizes.num_res_blocks):
@@ -169,7 +167,7 @@ class UNet(nnx.Module):
         blocks.append([*block, transformer(width)] if level in sizes.attention_levels else block)
         skips.append(width)
       if level < levels - 1:
-        blocks.append([Downsample(width, **kinds)])
+        blocks.append([Downsample(width, **common)])
         skips.append(width)
     self.input_blocks = nnx.List([nnx.List(block) for block in blocks])
     self.middle_block = nnx.List([res(width, width), transformer(width), res(width, width)])
@@ -179,12 +177,12 @@ class UNet(nnx.Module):
         block = [res(width + skips.pop(), multiplier * sizes.model_channels)]
         width = multiplier * sizes.model_channels
         block += [transformer(width)] if level in sizes.attention_levels else []
-        block += [Upsample(width, **kinds)] if level and i == sizes.num_res_blocks else []
+        block += [Upsample(width, **common)] if level and i == sizes.num_res_blocks else []
         blocks.append(block)
     self.output_blocks = nnx.List([nnx.List(block) for block in blocks])
     if with_out:
-      last = layers.conv(width, sizes.out_channels, 3, kernel_init=initializers.zeros, **kinds)
-      self.out = nnx.List([normalization.GroupNorm(width, epsilon=1e-5, **kinds), layers.SiLU(), last])
+      last = layers.conv(width, sizes.out_channels, 3, kernel_init=initializers.zeros, **common)
+      self.out = nnx.List([normalization.GroupNorm(width, epsilon=1e-5, **common), layers.SiLU(), last])
 
   def embed_time(self, timesteps: int | Array) -> Array:
     """The time embedding of diffusion timesteps: float [1, 4C] for one whole number, [B, 4C] for int [B]."""

@@ -4,7 +4,7 @@ Source: Rombach et al. 2022, https://arxiv.org/abs/2112.10752; CompVis ldm/modul
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
@@ -12,6 +12,7 @@ from flax import nnx
 from vpd_jax.models import initializers
 from vpd_jax.models.backbones import layers, normalization
 from vpd_jax.models.backbones.attention import Implementation, attention
+from vpd_jax.models.layer_options import LayerOptions
 from vpd_jax.types import Array, Buffer
 
 
@@ -42,13 +43,13 @@ class Posterior(NamedTuple):
 class ResBlock(nnx.Module):
   """GN-SiLU-conv twice, + skip."""
 
-  def __init__(self, in_width: int, out_width: int, **kinds: Any):
-    self.norm1 = normalization.GroupNorm(in_width, epsilon=1e-6, **kinds)
-    self.conv1 = layers.conv(in_width, out_width, 3, **kinds)
-    self.norm2 = normalization.GroupNorm(out_width, epsilon=1e-6, **kinds)
-    self.conv2 = layers.conv(out_width, out_width, 3, **kinds)
+  def __init__(self, in_width: int, out_width: int, **common: Unpack[LayerOptions]):
+    self.norm1 = normalization.GroupNorm(in_width, epsilon=1e-6, **common)
+    self.conv1 = layers.conv(in_width, out_width, 3, **common)
+    self.norm2 = normalization.GroupNorm(out_width, epsilon=1e-6, **common)
+    self.conv2 = layers.conv(out_width, out_width, 3, **common)
     if in_width != out_width:
-      self.nin_shortcut = layers.conv(in_width, out_width, 1, **kinds)
+      self.nin_shortcut = layers.conv(in_width, out_width, 1, **common)
 
   def __call__(self, x: Array) -> Array:
     h = self.conv1(nnx.silu(self.norm1(x)))
@@ -59,10 +60,10 @@ class ResBlock(nnx.Module):
 class AttentionBlock(nnx.Module):
   """Self-attention with one head over all positions, + skip."""
 
-  def __init__(self, width: int, implementation: Implementation, **kinds: Any):
+  def __init__(self, width: int, implementation: Implementation, **common: Unpack[LayerOptions]):
     self.implementation: Implementation = implementation
-    self.norm = normalization.GroupNorm(width, epsilon=1e-6, **kinds)
-    self.q, self.k, self.v, self.proj_out = (layers.conv(width, width, 1, **kinds) for _ in range(4))
+    self.norm = normalization.GroupNorm(width, epsilon=1e-6, **common)
+    self.q, self.k, self.v, self.proj_out = (layers.conv(width, width, 1, **common) for _ in range(4))
 
   def __call__(self, x: Array) -> Array:
     h = self.norm(x)
@@ -74,8 +75,8 @@ class AttentionBlock(nnx.Module):
 class Downsample(nnx.Module):
   """A 3x3 convolution of stride 2 over an input padded by one at the right and bottom only."""
 
-  def __init__(self, width: int, **kinds: Any):
-    self.conv = layers.conv(width, width, 3, stride=2, padding=0, **kinds)
+  def __init__(self, width: int, **common: Unpack[LayerOptions]):
+    self.conv = layers.conv(width, width, 3, stride=2, padding=0, **common)
 
   def __call__(self, x: Array) -> Array:
     return self.conv(jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))))  # [B, floor(h/2), floor(w/2), C]
@@ -84,10 +85,10 @@ class Downsample(nnx.Module):
 class Level(nnx.Module):
   """The residual blocks of one size, and the way to the next."""
 
-  def __init__(self, in_width: int, out_width: int, blocks: int, last: bool, **kinds: Any):
-    self.block = nnx.List([ResBlock(in_width if i == 0 else out_width, out_width, **kinds) for i in range(blocks)])
+  def __init__(self, in_width: int, out_width: int, blocks: int, last: bool, **common: Unpack[LayerOptions]):
+    self.block = nnx.List([ResBlock(in_width if i == 0 else out_width, out_width, **common) for i in range(blocks)])
     if not last:
-      self.downsample = Downsample(out_width, **kinds)
+      self.downsample = Downsample(out_width, **common)
 
   def __call__(self, x: Array) -> Array:
     for block in self.block:
@@ -98,10 +99,10 @@ class Level(nnx.Module):
 class Middle(nnx.Module):
   """Residual block, attention, residual block."""
 
-  def __init__(self, width: int, implementation: Implementation, **kinds: Any):
-    self.block_1 = ResBlock(width, width, **kinds)
-    self.attn_1 = AttentionBlock(width, implementation, **kinds)
-    self.block_2 = ResBlock(width, width, **kinds)
+  def __init__(self, width: int, implementation: Implementation, **common: Unpack[LayerOptions]):
+    self.block_1 = ResBlock(width, width, **common)
+    self.attn_1 = AttentionBlock(width, implementation, **common)
+    self.block_2 = ResBlock(width, width, **common)
 
   def __call__(self, x: Array) -> Array:
     x = self.attn_1(layers.traced_once(self.block_1, x))
@@ -111,19 +112,19 @@ class Middle(nnx.Module):
 class Encoder(nnx.Module):
   """Image to the raw moments of the latents."""
 
-  def __init__(self, sizes: VaeSizes, implementation: Implementation, **kinds: Any):
+  def __init__(self, sizes: VaeSizes, implementation: Implementation, **common: Unpack[LayerOptions]):
     widths = [sizes.channels * m for m in sizes.channel_mult]
     inputs = [sizes.channels, *widths[:-1]]
-    self.conv_in = layers.conv(3, sizes.channels, 3, **kinds)
+    self.conv_in = layers.conv(3, sizes.channels, 3, **common)
     self.down = nnx.List(
       [
-        Level(i, o, sizes.num_res_blocks, last=level == len(widths) - 1, **kinds)
+        Level(i, o, sizes.num_res_blocks, last=level == len(widths) - 1, **common)
         for level, (i, o) in enumerate(zip(inputs, widths, strict=True))
       ]
     )
-    self.mid = Middle(widths[-1], implementation, **kinds)
-    self.norm_out = normalization.GroupNorm(widths[-1], epsilon=1e-6, **kinds)
-    self.conv_out = layers.conv(widths[-1], 2 * sizes.z_channels, 3, **kinds)
+    self.mid = Middle(widths[-1], implementation, **common)
+    self.norm_out = normalization.GroupNorm(widths[-1], epsilon=1e-6, **common)
+    self.conv_out = layers.conv(widths[-1], 2 * sizes.z_channels, 3, **common)
 
   def __call__(self, x: Array) -> Array:
     h = self.mid(layers.chain(self.down, self.conv_in(x)))
@@ -142,15 +143,12 @@ class UnusedConv(nnx.Module):
 class VaeEncoder(nnx.Module):
   """Image to the posterior over latents, eight times smaller."""
 
-  def __init__(
-    self, sizes: VaeSizes, *, attention: Implementation = "auto", dtype: Any, param_dtype: Any, rngs: nnx.Rngs
-  ):
+  def __init__(self, sizes: VaeSizes, *, attention: Implementation = "auto", **common: Unpack[LayerOptions]):
     """`attention`: implementation of the one attention, over all H/8 x W/8 positions."""
-    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    self.dtype = dtype
-    self.encoder = Encoder(sizes, attention, **kinds)
-    self.quant_conv = layers.conv(2 * sizes.z_channels, 2 * sizes.z_channels, 1, **kinds)
-    self.post_quant_conv = UnusedConv(sizes.z_channels, **kinds)
+    self.dtype = common["dtype"]
+    self.encoder = Encoder(sizes, attention, **common)
+    self.quant_conv = layers.conv(2 * sizes.z_channels, 2 * sizes.z_channels, 1, **common)
+    self.post_quant_conv = UnusedConv(sizes.z_channels, **common)
 
   def __call__(self, image: Array) -> Posterior:
     """Encodes float [B, H, W, 3] in [-1, 1], sides multiples of 8."""

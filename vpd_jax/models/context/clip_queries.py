@@ -3,7 +3,7 @@
 Source: Wang et al. 2024, https://arxiv.org/abs/2404.07600, as far as presets.iedp_assumptions() says.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
@@ -11,16 +11,20 @@ from flax import nnx
 from vpd_jax.models import initializers
 from vpd_jax.models.backbones import layers, normalization
 from vpd_jax.models.backbones.attention import Implementation, attention
-from vpd_jax.types import Array
+from vpd_jax.models.backbones.clip_image import ClipImage, ImageSizes, pixels
+from vpd_jax.models.backbones.clip_text import as_buffers
+from vpd_jax.models.context.context import Context
+from vpd_jax.models.layer_options import LayerOptions
+from vpd_jax.types import Array, Batch
 
 
 class Attention(nnx.Module):
   """Multi-head attention with biases; the keys may come from elsewhere than the queries."""
 
-  def __init__(self, width: int, heads: int, *, attention: Implementation, **kinds: Any):
+  def __init__(self, width: int, heads: int, *, attention: Implementation, **common: Unpack[LayerOptions]):
     self.heads = heads
     self.attention: Implementation = attention
-    self.q_proj, self.k_proj, self.v_proj, self.out_proj = (layers.linear(width, width, **kinds) for _ in range(4))
+    self.q_proj, self.k_proj, self.v_proj, self.out_proj = (layers.linear(width, width, **common) for _ in range(4))
 
   def __call__(self, x: Array, memory: Array) -> Array:
     """[B, N, D] reads [B, M, D]: [B, N, D]."""
@@ -32,12 +36,14 @@ class Attention(nnx.Module):
 class QueryBlock(nnx.Module):
   """Pre-norm block: queries attend to each other, then to the visual features, then pass two linear layers."""
 
-  def __init__(self, width: int, heads: int, ffn_ratio: int, *, attention: Implementation, **kinds: Any):
-    self.norm1, self.norm2, self.norm_visual, self.norm3 = (normalization.LayerNorm(width, **kinds) for _ in range(4))
-    self.self_attn = Attention(width, heads, attention=attention, **kinds)
-    self.cross_attn = Attention(width, heads, attention=attention, **kinds)
+  def __init__(
+    self, width: int, heads: int, ffn_ratio: int, *, attention: Implementation, **common: Unpack[LayerOptions]
+  ):
+    self.norm1, self.norm2, self.norm_visual, self.norm3 = (normalization.LayerNorm(width, **common) for _ in range(4))
+    self.self_attn = Attention(width, heads, attention=attention, **common)
+    self.cross_attn = Attention(width, heads, attention=attention, **common)
     hidden = ffn_ratio * width
-    self.ffn = nnx.List([layers.linear(width, hidden, **kinds), layers.GELU(), layers.linear(hidden, width, **kinds)])
+    self.ffn = nnx.List([layers.linear(width, hidden, **common), layers.GELU(), layers.linear(hidden, width, **common)])
 
   def __call__(self, queries: Array, visual: Array) -> Array:
     """[B, N, D] and [B, L, D] to [B, N, D]."""
@@ -62,18 +68,18 @@ class ImplicitText(nnx.Module):
     ffn_ratio: int,
     output_norm: str,
     attention: Implementation,
-    **kinds: Any,
+    **common: Unpack[LayerOptions],
   ):
-    rngs, param_dtype, self.dtype = kinds["rngs"], kinds["param_dtype"], kinds["dtype"]
+    rngs, param_dtype, self.dtype = common["rngs"], common["param_dtype"], common["dtype"]
     self.projector = nnx.List(
-      [layers.linear(in_width, width, **kinds), layers.GELU(), layers.linear(width, width, **kinds)]
+      [layers.linear(in_width, width, **common), layers.GELU(), layers.linear(width, width, **common)]
     )
     initial = initializers.normal(query_init)(rngs.params(), (num_queries, width), param_dtype)
     self.queries = nnx.Param(initial)
     self.blocks = nnx.List(
-      [QueryBlock(width, num_heads, ffn_ratio, attention=attention, **kinds) for _ in range(num_blocks)]
+      [QueryBlock(width, num_heads, ffn_ratio, attention=attention, **common) for _ in range(num_blocks)]
     )
-    self.output_norm = normalization.LayerNorm(width, **kinds) if output_norm == "ln" else layers.Identity()
+    self.output_norm = normalization.LayerNorm(width, **common) if output_norm == "ln" else layers.Identity()
 
   def __call__(self, features: Array) -> Array:
     """[B, L, Dv] to [B, N, D]."""
@@ -83,3 +89,33 @@ class ImplicitText(nnx.Module):
     for block in self.blocks:
       x = block(x, visual)
     return self.output_norm(x)
+
+
+class ClipQueries(Context):
+  """Learned queries that read the tokens of CLIP's frozen image encoder."""
+
+  def __init__(
+    self, sizes: ImageSizes, width: int, *, resize: str, features: str, tower_dtype: Any, num_queries: int, **block: Any
+  ):
+    """Builds encoder and queries.
+
+    Args:
+      sizes: of the image encoder.
+      width: D, of the UNet's context.
+      resize: of the image to CLIP's square, "bicubic" or "bilinear".
+      features: "last", the tokens after the last layer, or "penultimate".
+      tower_dtype: in which the encoder is stored; it computes in `dtype`.
+      num_queries: N.
+      **block: further arguments of ImplicitText.
+    """
+    common = {name: block[name] for name in ("dtype", "rngs")}
+    self.tokens, self.dtype = (num_queries, width), common["dtype"]
+    self.clip_resize, self.layer = resize, {"last": -1, "penultimate": -2}[features]
+    self.image_encoder = as_buffers(ClipImage(sizes, projected=False, **common, param_dtype=tower_dtype))
+    self.implicit = ImplicitText(sizes.width, width, num_queries=num_queries, **block)
+
+  def __call__(self, batch: Batch, step: int = 0) -> Array:
+    """Implicit text embeddings of "image", uint8 [B, H, W, 3] or float in [0, 1]: float [B, N, D]."""
+    size = self.image_encoder.image_size
+    image = pixels(batch["image"], size, dtype=self.dtype, resize=self.clip_resize)
+    return self.implicit(self.image_encoder(image).hidden[self.layer])

@@ -15,6 +15,8 @@ from flax import nnx
 
 from vpd_jax.errors import UserError
 from vpd_jax.models.backbones.clip_text import ClipText, TextSizes, as_buffers
+from vpd_jax.models.context.adapters import Adapter
+from vpd_jax.models.context.context import Context
 from vpd_jax.types import Array, Batch, Example
 
 SHOWN = 3  # cut sentences named in a line
@@ -82,34 +84,63 @@ class SentenceTokens:
     return f"{len(texts)} sentences, {len(cut)} of them cut to {self.length} tokens (method.token_length){named}"
 
 
-def text_encoder(sizes: TextSizes, length: int, width: int, **kinds: Any) -> ClipText:
-  """CLIP's text encoder, never trained.
+class Sentence(Context):
+  """The adapted states of each image's sentence, from CLIP's frozen text encoder."""
 
-  Args:
-    sizes: of the encoder.
-    length: tokens of a sentence.
-    width: of the UNet's context.
+  needs = prepare_outputs = frozenset({"tokens"})
+  prepare_inputs = frozenset({"sentence"})
 
-  Raises:
-    ValueError: the encoder knows fewer positions, or its states do not fit the UNet.
-  """
-  problems = []
-  if length > sizes.positions:
-    problems.append(f"method.token_length={length} is beyond the {sizes.positions} positions of the text encoder.")
-  if sizes.width != width:
-    problems.append(f"the text encoder (config.backbone.text) is {sizes.width} wide, the UNet's context {width}.")
-  if problems:
-    raise UserError(" ".join(problems))
-  return as_buffers(ClipText(sizes, **kinds))
+  def __init__(
+    self,
+    sizes: TextSizes,
+    length: int,
+    width: int,
+    tokenize: Callable[[tuple[str, ...]], np.ndarray],
+    adapt: Adapter,
+    *,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+  ):
+    """Builds the encoder.
 
+    Args:
+      sizes: of the encoder.
+      length: N, tokens of a sentence.
+      width: D, of the UNet's context.
+      tokenize: see SentenceTokens.
+      adapt: module from states to tokens.
+      dtype, param_dtype, rngs: of computation, of the encoder, and for its initial values.
 
-def states(encoder: nnx.Module, batch: Batch, dtype: Any) -> Array:
-  """The text of a batch as states, float [B, N, D]: `batch["text_states"]` where they are ready, else encoded.
+    Raises:
+      ValueError: the encoder knows fewer positions, or its states do not fit the UNet.
+    """
+    problems = []
+    if length > sizes.positions:
+      problems.append(f"method.token_length={length} is beyond the {sizes.positions} positions of the text encoder.")
+    if sizes.width != width:
+      problems.append(f"the text encoder (config.backbone.text) is {sizes.width} wide, the UNet's context {width}.")
+    if problems:
+      raise UserError(" ".join(problems))
+    self.tokens = self.sentence_tokens = (length, width)
+    self.dtype, self.adapt = dtype, adapt
+    self._prepare = SentenceTokens(tokenize, length)
+    self.text_encoder = as_buffers(ClipText(sizes, dtype=dtype, param_dtype=param_dtype, rngs=rngs))
 
-  Args:
-    encoder: see `text_encoder`.
-    batch: "text_states" float [B, N, D], after the encoder's final norm; or "tokens" int [B, N].
-    dtype: of the result.
-  """
-  ready = batch.get("text_states")
-  return (encoder(batch["tokens"]).last if ready is None else ready).astype(dtype)
+  @property
+  def prepare(self) -> SentenceTokens:
+    """Adds the "tokens" of an example's sentence, int32 [N]."""
+    return self._prepare
+
+  def text_states(self, batch: Batch) -> Array:
+    """`batch["text_states"]`, float [B, N, D], where they are ready; else the encoded "tokens", int [B, N]."""
+    ready = batch.get("text_states")
+    return (self.text_encoder(batch["tokens"]).last if ready is None else ready).astype(self.dtype)
+
+  def once(self, batch: Batch) -> Batch:
+    """With "text_states"."""
+    return batch | {"text_states": self.text_states(batch)}
+
+  def __call__(self, batch: Batch, step: int = 0) -> Array:
+    """Float [B, N, D]."""
+    return self.adapt(self.text_states(batch))

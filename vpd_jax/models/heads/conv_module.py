@@ -1,19 +1,17 @@
 """What the segmentation heads of mmsegmentation 0.30 share: their layer, their classifier, the way to the image."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import nnx
 
 from vpd_jax.errors import UserError
 from vpd_jax.models import initializers
 from vpd_jax.models.backbones import layers, normalization
-from vpd_jax.types import Array, Features
+from vpd_jax.models.layer_options import Common
+from vpd_jax.types import Array, Features, MapInfo
 
 # Starts of mmseg: He's normal over the outputs, and a normal of deviation 0.01 for the classifier.
 HE_FAN_OUT = initializers.variance_scaling(2.0, "fan_out", "normal")
 CLASSIFIER = initializers.normal(0.01)
-FRAMES = ("padded", "resized")
 
 
 class ConvModule(nnx.Module):
@@ -22,17 +20,17 @@ class ConvModule(nnx.Module):
   Source: mmcv 1.7 cnn/bricks/conv_module.py.
   """
 
-  def __init__(self, in_width: int, out_width: int, size: int, *, norm_group: int = 0, **kinds: Any):
-    self.conv = layers.conv(in_width, out_width, size, use_bias=False, kernel_init=HE_FAN_OUT, **kinds)
-    self.bn = normalization.BatchNorm(out_width, group=norm_group, **kinds)
+  def __init__(self, in_width: int, out_width: int, size: int, common: Common):
+    self.conv = layers.conv(in_width, out_width, size, use_bias=False, kernel_init=HE_FAN_OUT, **common.layer)
+    self.bn = normalization.BatchNorm(out_width, group=common.norm_group, **common.layer)
 
   def __call__(self, x: Array, *, training: bool) -> Array:
     return layers.ReLU()(self.bn(self.conv(x), training=training))
 
 
-def classifier(width: int, classes: int, **kinds: Any) -> nnx.Conv:
+def classifier(width: int, classes: int, common: Common) -> nnx.Conv:
   """The 1x1 convolution `conv_seg` from features to one score per class."""
-  return layers.conv(width, classes, 1, kernel_init=CLASSIFIER, **kinds)
+  return layers.conv(width, classes, 1, kernel_init=CLASSIFIER, **common.layer)
 
 
 def dropped(x: Array, rate: float, *, training: bool, key: Array | None) -> Array:
@@ -54,27 +52,21 @@ def check_dropout(rate: float) -> None:
     raise UserError(f"head.dropout={rate} must be at least 0 and below 1.")
 
 
-def check_frame(frame: str) -> None:
-  """Raises where the word is unknown."""
-  if frame not in FRAMES:
-    raise UserError(f"head.frame={frame!r} is unknown; choose one of {FRAMES}.")
-
-
-def resize_logits(logits: Array, features: Features, stride: int, frame: str) -> Array:
+def resize_logits(logits: Array, features: Features, maps: MapInfo) -> Array:
   """Scores at the size of the image, bilinear, float32 or wider.
 
   Args:
     logits: float [B, h, w, K].
     features: for the size of the image.
-    stride: of the logits.
-    frame: "padded": the map shows an image that grew at right and bottom to h * stride, which is cut off again;
-      "resized": it shows the whole image, whose sides need not be multiples of the stride.
+    maps: that the head read; the logits have the stride of the first. Where they are "padded", the image grew at right
+      and bottom to h * stride, which is cut off again; where "resized", its sides need not be multiples of the stride.
 
   Returns:
     float [B, H, W, K].
   """
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   height, width = features.image_size
-  if frame == "resized":
+  if maps.map_extent == "resized":
     return layers.resize(logits, (height, width))
+  stride = maps.strides[0]
   return layers.resize(logits, (logits.shape[1] * stride, logits.shape[2] * stride))[:, :height, :width]

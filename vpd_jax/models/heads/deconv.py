@@ -4,7 +4,6 @@ Source: VPD depth/models_depth/model.py Decoder, VPDDepth.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,8 @@ from flax import nnx
 from vpd_jax.errors import UserError
 from vpd_jax.models import initializers
 from vpd_jax.models.backbones import layers, normalization
-from vpd_jax.types import Array, Features, Outputs
+from vpd_jax.models.layer_options import Common
+from vpd_jax.types import Array, Features, MapInfo, Outputs
 
 INITS = {"released": initializers.normal(0.001), "fan_in": initializers.he_normal}
 
@@ -23,57 +23,48 @@ class Deconv(nnx.Module):
 
   def __init__(
     self,
-    widths: tuple[int, ...],
-    strides: tuple[int, ...],
+    maps: MapInfo,
+    common: Common,
     *,
     max_depth: float,
     filters: tuple[int, ...] = (32, 32, 32),
     width: int = 192,
     init: str = "released",
-    frame: str = "padded",
-    norm_group: int = 0,
-    dtype: Any,
-    param_dtype: Any,
-    rngs: nnx.Rngs,
   ):
     """Builds the layers.
 
     Args:
-      widths, strides: of the maps that come in; the first is read.
+      maps: that come in; the first is read.
+      common: dtypes, random keys, groups of batch normalization.
       max_depth: metres, the upper end of the sigmoid.
       filters: widths of the transposed convolutions, kernel 2 and stride 2 each.
       width: of the convolutions after them.
       init: of all kernels: "released", normal of deviation 0.001, which leaves the network before the head almost
         without gradient at first and suits a pretrained one; "fan_in", He's, for a network that starts from nothing.
-      frame: what the map shows, which every head is told of; no use of it here, for the neck has cut padding off.
-      norm_group: images per group of batch normalization, 0 for the whole batch.
     """
-    del frame
-    doublings = math.log2(strides[0]) - len(filters)
+    doublings = math.log2(maps.strides[0]) - len(filters)
     if doublings < 0 or doublings != int(doublings):
       raise UserError(
-        f"head 'deconv' with {len(filters)} filters cannot read a map of stride {strides[0]}; "
-        f"use at most {int(math.log2(strides[0]))} filters."
+        f"head 'deconv' with {len(filters)} filters cannot read a map of stride {maps.strides[0]}; "
+        f"use at most {int(math.log2(maps.strides[0]))} filters."
       )
     if init not in INITS:
       raise UserError(f"head.init={init!r} is unknown; choose one of {sorted(INITS)}.")
-    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    small = {"kernel_init": INITS[init]}
+    layer = {"kernel_init": INITS[init], **common.layer}
     self.max_depth, self.doublings = max_depth, int(doublings)
-    norm = lambda w: normalization.BatchNorm(w, group=norm_group, **kinds)
-    deconvs, last = [], widths[0]
+    norm = lambda w: normalization.BatchNorm(w, group=common.norm_group, **common.layer)
+    deconvs, last = [], maps.widths[0]
     for filter_width in filters:
-      deconvs += [layers.ConvTranspose(last, filter_width, 2, **small, **kinds), norm(filter_width), layers.ReLU()]
+      deconvs += [layers.ConvTranspose(last, filter_width, 2, **layer), norm(filter_width), layers.ReLU()]
       last = filter_width
     self.deconv_layers = nnx.List(deconvs)
-    self.conv_layers = nnx.List([layers.conv(last, width, 3, **small, **kinds), norm(width), layers.ReLU()])
+    self.conv_layers = nnx.List([layers.conv(last, width, 3, **layer), norm(width), layers.ReLU()])
     self.last_layer_depth = nnx.List(
-      [layers.conv(width, width, 3, **small, **kinds), layers.ReLU(), layers.conv(width, 1, 3, **small, **kinds)]
+      [layers.conv(width, width, 3, **layer), layers.ReLU(), layers.conv(width, 1, 3, **layer)]
     )
 
   def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
     """Returns {"depth": float32 or wider [B, H, W], metres, in (0, max_depth)}; no dropout asks for the key."""
-    del key
     x = layers.chain(self.deconv_layers, features.maps[0], training=training)
     x = layers.chain(self.conv_layers, x, training=training)
     for _ in range(self.doublings):

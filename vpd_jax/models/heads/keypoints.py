@@ -10,8 +10,6 @@ Source: mmpose 0.x models/heads/topdown_heatmap_simple_head.py as ViTPose config
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -19,8 +17,8 @@ from flax import nnx
 from vpd_jax.errors import UserError
 from vpd_jax.models import initializers
 from vpd_jax.models.backbones import layers, normalization
-from vpd_jax.models.heads import conv_module
-from vpd_jax.types import Array, Features, Outputs
+from vpd_jax.models.layer_options import Common
+from vpd_jax.types import Array, Features, MapInfo, Outputs
 
 STRIDE = 4  # of heatmaps
 INITS = {"released": initializers.normal(0.001), "fan_in": initializers.he_normal}
@@ -32,11 +30,11 @@ def heatmap_size(image_size: tuple[int, int]) -> tuple[int, int]:
   return height // STRIDE, width // STRIDE
 
 
-def to_heatmaps(x: Array, features: Features, frame: str) -> Outputs:
+def to_heatmaps(x: Array, features: Features, map_extent: str) -> Outputs:
   """{"heatmaps": float32 or wider [B, H / 4, W / 4, K]} of scores of stride 4: cut, or stretched by a pixel or so."""
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   height, width = heatmap_size(features.image_size)
-  return {"heatmaps": x[:, :height, :width] if frame == "padded" else layers.resize(x, (height, width))}
+  return {"heatmaps": x[:, :height, :width] if map_extent == "padded" else layers.resize(x, (height, width))}
 
 
 def up_size(x: Array, stride: int) -> tuple[int, int]:
@@ -49,7 +47,7 @@ def up(x: Array, stride: int) -> Array:
   return layers.resize(x, up_size(x, stride))
 
 
-def _init(word: str) -> Callable[..., Array]:
+def _init(word: str) -> initializers.Initializer:
   if word not in INITS:
     raise UserError(f"head.init={word!r} is unknown; choose one of {sorted(INITS)}.")
   return INITS[word]
@@ -58,8 +56,8 @@ def _init(word: str) -> Callable[..., Array]:
 def _chosen(stride: int, strides: tuple[int, ...], name: str) -> int:
   """Number of the map of a stride."""
   if stride not in strides:
-    raise UserError(f"head.stride={stride} of head {name!r} must be one of the strides of its maps, {tuple(strides)}.")
-  return tuple(strides).index(stride)
+    raise UserError(f"head.stride={stride} of head {name!r} must be one of the strides of its maps, {strides}.")
+  return strides.index(stride)
 
 
 class FusedHead(nnx.Module):
@@ -67,46 +65,38 @@ class FusedHead(nnx.Module):
 
   def __init__(
     self,
-    widths: tuple[int, ...],
-    strides: tuple[int, ...],
+    maps: MapInfo,
+    common: Common,
     *,
     keypoints: int,
     width: int = 256,
     init: str = "released",
-    frame: str = "padded",
-    norm_group: int = 0,
-    dtype: Any,
-    param_dtype: Any,
-    rngs: nnx.Rngs,
   ):
     """Builds the layers.
 
     Args:
-      widths, strides: of the maps that come in, finest first.
+      maps: that come in.
+      common: dtypes, random keys, groups of batch normalization.
       keypoints: K.
       width: of the convolution over all maps.
       init: of kernels: "released", normal of deviation 0.001 as in mmpose's heads; "fan_in", He's, for a network that
         starts from nothing.
-      frame: what the maps show: "padded" or "resized", see Method.
-      norm_group: images per group of batch normalization, 0 for the whole batch.
 
     Raises:
       ValueError: an unknown word.
     """
-    conv_module.check_frame(frame)
-    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    self.stride, self.frame = strides[0], frame
-    self.conv = layers.conv(sum(widths), width, 3, use_bias=False, kernel_init=_init(init), **kinds)
-    self.bn = normalization.BatchNorm(width, group=norm_group, **kinds)
-    self.final_layer = layers.conv(width, keypoints, 1, kernel_init=_init(init), **kinds)
+    layer = common.layer
+    self.stride, self.map_extent = maps.strides[0], maps.map_extent
+    self.conv = layers.conv(sum(maps.widths), width, 3, use_bias=False, kernel_init=_init(init), **layer)
+    self.bn = normalization.BatchNorm(width, group=common.norm_group, **layer)
+    self.final_layer = layers.conv(width, keypoints, 1, kernel_init=_init(init), **layer)
 
   def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
     """Returns {"heatmaps": float32 or wider [B, H / 4, W / 4, K]}; no dropout asks for the key."""
-    del key
     size = up_size(features.maps[0], self.stride)
     joined = jnp.concatenate([layers.resize(x, size) for x in features.maps], axis=-1)  # [B, H / 4, W / 4, sum(widths)]
     x = layers.ReLU()(self.bn(self.conv(joined), training=training))
-    return to_heatmaps(self.final_layer(x), features, self.frame)
+    return to_heatmaps(self.final_layer(x), features, self.map_extent)
 
 
 class ViTPoseSimpleHead(nnx.Module):
@@ -114,39 +104,30 @@ class ViTPoseSimpleHead(nnx.Module):
 
   def __init__(
     self,
-    widths: tuple[int, ...],
-    strides: tuple[int, ...],
+    maps: MapInfo,
+    common: Common,
     *,
     keypoints: int,
     stride: int = 8,
     init: str = "released",
-    frame: str = "padded",
-    norm_group: int = 0,
-    dtype: Any,
-    param_dtype: Any,
-    rngs: nnx.Rngs,
   ):
     """Builds the layer.
 
     Args:
-      widths, strides, keypoints, init, frame: see Fused.
+      maps, common, keypoints, init: see FusedHead.
       stride: of the map that is read. ViTPose has one of 16 only.
-      norm_group: which every head is told; no use of it here.
 
     Raises:
       ValueError: an unknown word; no map of that stride.
     """
-    del norm_group
-    conv_module.check_frame(frame)
-    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    self.map, self.stride, self.frame = _chosen(stride, strides, "simple"), stride, frame
-    self.final_layer = layers.conv(widths[self.map], keypoints, 3, kernel_init=_init(init), **kinds)
+    layer = common.layer
+    self.map, self.stride, self.map_extent = _chosen(stride, maps.strides, "simple"), stride, maps.map_extent
+    self.final_layer = layers.conv(maps.widths[self.map], keypoints, 3, kernel_init=_init(init), **layer)
 
   def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
     """Returns {"heatmaps": float32 or wider [B, H / 4, W / 4, K]}; neither training nor the key make a difference."""
-    del training, key
     x = up(layers.ReLU()(features.maps[self.map]), self.stride)
-    return to_heatmaps(self.final_layer(x), features, self.frame)
+    return to_heatmaps(self.final_layer(x), features, self.map_extent)
 
 
 class DeconvHead(nnx.Module):
@@ -154,48 +135,41 @@ class DeconvHead(nnx.Module):
 
   def __init__(
     self,
-    widths: tuple[int, ...],
-    strides: tuple[int, ...],
+    maps: MapInfo,
+    common: Common,
     *,
     keypoints: int,
     stride: int = 16,
     width: int = 256,
     init: str = "released",
-    frame: str = "padded",
-    norm_group: int = 0,
-    dtype: Any,
-    param_dtype: Any,
-    rngs: nnx.Rngs,
   ):
     """Builds the layers.
 
     Args:
-      widths, strides, keypoints, init, frame, norm_group: see Fused.
+      maps, common, keypoints, init: see FusedHead.
       stride: of the map that is read, 4 times a power of two. Release: 16, hence two transposed convolutions.
       width: of the transposed convolutions.
 
     Raises:
       ValueError: an unknown word; no map of that stride, or one that doubling does not bring to 4.
     """
-    conv_module.check_frame(frame)
-    self.map, self.frame = _chosen(stride, strides, "classic"), frame
+    self.map, self.map_extent = _chosen(stride, maps.strides, "classic"), maps.map_extent
     doublings = math.log2(stride / STRIDE)
     if doublings < 0 or doublings != int(doublings):
       raise UserError(f"head.stride={stride} of head 'classic' must be {STRIDE} times a power of two.")
-    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    steps, last = [], widths[self.map]
+    layer = common.layer
+    steps, last = [], maps.widths[self.map]
     for _ in range(int(doublings)):
-      steps.append(layers.ConvTranspose(last, width, 4, padding=1, kernel_init=_init(init), **kinds))
-      steps += [normalization.BatchNorm(width, group=norm_group, **kinds), layers.ReLU()]
+      steps.append(layers.ConvTranspose(last, width, 4, padding=1, kernel_init=_init(init), **layer))
+      steps += [normalization.BatchNorm(width, group=common.norm_group, **layer), layers.ReLU()]
       last = width
     self.deconv_layers = nnx.List(steps)
-    self.final_layer = layers.conv(last, keypoints, 1, kernel_init=_init(init), **kinds)
+    self.final_layer = layers.conv(last, keypoints, 1, kernel_init=_init(init), **layer)
 
   def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
     """Returns {"heatmaps": float32 or wider [B, H / 4, W / 4, K]}; no dropout asks for the key."""
-    del key
     x = layers.chain(self.deconv_layers, features.maps[self.map], training=training)  # [B, h * 2^n, w * 2^n, width]
-    return to_heatmaps(self.final_layer(x), features, self.frame)
+    return to_heatmaps(self.final_layer(x), features, self.map_extent)
 
 
 class IdentityHead(nnx.Module):
@@ -203,35 +177,26 @@ class IdentityHead(nnx.Module):
 
   def __init__(
     self,
-    widths: tuple[int, ...],
-    strides: tuple[int, ...],
+    maps: MapInfo,
+    common: Common,
     *,
     keypoints: int,
-    frame: str = "padded",
-    norm_group: int = 0,
-    dtype: Any,
-    param_dtype: Any,
-    rngs: nnx.Rngs,
   ):
     """Checks the map.
 
     Args:
-      widths, strides, keypoints, frame: see Fused.
-      norm_group, dtype, param_dtype, rngs: which every head is told; no use of them here.
+      maps, common, keypoints: see FusedHead.
 
     Raises:
       ValueError: an unknown word; the finest map has not K channels.
     """
-    del norm_group, dtype, param_dtype, rngs
-    conv_module.check_frame(frame)
-    if widths[0] != keypoints:
+    if maps.widths[0] != keypoints:
       raise UserError(
-        f"head 'direct' takes the {widths[0]} channels of the finest map for {keypoints} keypoints; "
+        f"head 'direct' takes the {maps.widths[0]} channels of the finest map for {keypoints} keypoints; "
         f"set method.prompts={keypoints} with a neck that multiplies by the prompts, or choose another head."
       )
-    self.stride, self.frame = strides[0], frame
+    self.stride, self.map_extent = maps.strides[0], maps.map_extent
 
   def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
     """Returns {"heatmaps": float32 or wider [B, H / 4, W / 4, K]}; neither training nor the key make a difference."""
-    del training, key
-    return to_heatmaps(up(features.maps[0], self.stride), features, self.frame)
+    return to_heatmaps(up(features.maps[0], self.stride), features, self.map_extent)

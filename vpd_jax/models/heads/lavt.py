@@ -9,7 +9,6 @@ refer/models_refer/model.py.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +17,8 @@ from flax import nnx
 from vpd_jax.errors import UserError
 from vpd_jax.models import initializers
 from vpd_jax.models.backbones import layers, normalization
-from vpd_jax.models.heads import conv_module
-from vpd_jax.types import Array, Features, Outputs
+from vpd_jax.models.layer_options import Common
+from vpd_jax.types import Array, Features, MapInfo, Outputs
 
 # PyTorch's start of convolutions, for the release sets none of its own; biases start at 0 here.
 TORCH = initializers.torch_default
@@ -67,44 +66,38 @@ class Lavt(nnx.Module):
 
   def __init__(
     self,
-    widths: tuple[int, ...],
-    strides: tuple[int, ...],
+    maps: MapInfo,
+    common: Common,
     *,
     classes: int = 2,
     width: int = 640,
-    frame: str = "padded",
-    norm_group: int = 0,
-    dtype: Any,
-    param_dtype: Any,
-    rngs: nnx.Rngs,
   ):
     """Builds the layers.
 
     Args:
-      widths, strides: of the maps that come in, finest first; at least two.
+      maps: that come in, at least two.
+      common: dtypes, random keys, groups of batch normalization.
       classes: scores per pixel. Release: 2.
       width: of all convolutions but the last. Release: 640.
-      frame: what the maps show, as the method says: "padded" or "resized"; see `conv_module.resize_logits`.
-      norm_group: images per group of batch normalization, 0 for the whole batch (SyncBatchNorm, as released).
 
     Raises:
       ValueError: fewer than two maps; an unknown word.
     """
-    conv_module.check_frame(frame)
+    widths = maps.widths
     if len(widths) < 2:
-      raise UserError(f"head 'lavt' joins maps of several strides, but widths={tuple(widths)} is one; choose another.")
-    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    self.stride, self.frame = strides[0], frame
+      raise UserError(f"head 'lavt' joins maps of several strides, but widths={widths} is one; choose another.")
+    layer = common.layer
+    self.map_info = maps
     # The level of a map: 4 where it is joined first, then 3 and 2, whatever the number of maps.
     self.levels = tuple(range(len(widths), 1, -1))
     below = widths[-1]
     for level in self.levels:
       for part, in_width in ((1, below + widths[level - 2]), (2, width)):
-        conv = layers.conv(in_width, width, 3, use_bias=False, kernel_init=TORCH, **kinds)
+        conv = layers.conv(in_width, width, 3, use_bias=False, kernel_init=TORCH, **layer)
         setattr(self, f"conv{part}_{level}", conv)
-        setattr(self, f"bn{part}_{level}", normalization.BatchNorm(width, group=norm_group, **kinds))
+        setattr(self, f"bn{part}_{level}", normalization.BatchNorm(width, group=common.norm_group, **layer))
       below = width
-    self.conv1_1 = layers.conv(width, classes, 1, kernel_init=TORCH, **kinds)
+    self.conv1_1 = layers.conv(width, classes, 1, kernel_init=TORCH, **layer)
 
   def scores(self, maps: tuple[Array, ...], *, training: bool) -> Array:
     """Scores at the size of the first map, float [B, h, w, K]."""
@@ -125,11 +118,11 @@ class Lavt(nnx.Module):
       training: batch statistics.
       key: of random numbers, of which there are none here.
     """
-    del key
     logits = self.scores(features.maps, training=training)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     height, width = features.image_size
-    if self.frame == "resized":
+    if self.map_info.map_extent == "resized":
       return {"logits": resize_corners(logits, (height, width))}
-    whole = resize_corners(logits, (logits.shape[1] * self.stride, logits.shape[2] * self.stride))
+    stride = self.map_info.strides[0]
+    whole = resize_corners(logits, (logits.shape[1] * stride, logits.shape[2] * stride))
     return {"logits": whole[:, :height, :width]}

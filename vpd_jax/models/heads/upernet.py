@@ -14,7 +14,8 @@ from vpd_jax.errors import UserError
 from vpd_jax.models.backbones import layers
 from vpd_jax.models.heads import conv_module
 from vpd_jax.models.heads.conv_module import ConvModule
-from vpd_jax.types import Array, Features, Outputs
+from vpd_jax.models.layer_options import Common
+from vpd_jax.types import Array, Features, MapInfo, Outputs
 
 
 class Pooling(nnx.Module):
@@ -33,22 +34,21 @@ class UperHead(nnx.Module):
   def __init__(
     self,
     widths: tuple[int, ...],
-    classes: int,
+    common: Common,
     *,
+    classes: int,
     width: int,
     pool_scales: tuple[int, ...],
     dropout: float,
-    norm_group: int,
-    **kinds: Any,
   ):
     self.dropout = dropout
-    conv = lambda in_width, size: ConvModule(in_width, width, size, norm_group=norm_group, **kinds)
+    conv = lambda in_width, size: ConvModule(in_width, width, size, common)
     self.psp_modules: Any = nnx.List([nnx.List([Pooling(scale), conv(widths[-1], 1)]) for scale in pool_scales])
     self.bottleneck = conv(widths[-1] + len(pool_scales) * width, 3)
     self.lateral_convs = nnx.List([conv(w, 1) for w in widths[:-1]])
     self.fpn_convs = nnx.List([conv(width, 3) for _ in widths[:-1]])
     self.fpn_bottleneck = conv(len(widths) * width, 3)
-    self.conv_seg = conv_module.classifier(width, classes, **kinds)
+    self.conv_seg = conv_module.classifier(width, classes, common)
 
   def __call__(self, maps: tuple[Array, ...], *, training: bool, key: Array | None = None) -> Array:
     """Scores, float [B, h, w, K] at the size of the first map."""
@@ -73,10 +73,10 @@ class UperHead(nnx.Module):
 class FcnHead(nnx.Module):
   """One 3x3 convolution and the classifier on one map; learns beside the main head and is not used afterwards."""
 
-  def __init__(self, in_width: int, classes: int, *, width: int, dropout: float, norm_group: int, **kinds: Any):
+  def __init__(self, in_width: int, common: Common, *, classes: int, width: int, dropout: float):
     self.dropout = dropout
-    self.convs = nnx.List([ConvModule(in_width, width, 3, norm_group=norm_group, **kinds)])
-    self.conv_seg = conv_module.classifier(width, classes, **kinds)
+    self.convs = nnx.List([ConvModule(in_width, width, 3, common)])
+    self.conv_seg = conv_module.classifier(width, classes, common)
 
   def __call__(self, x: Array, *, training: bool, key: Array | None = None) -> Array:
     """Scores, float [B, h, w, K] at the size of the map."""
@@ -89,8 +89,8 @@ class UperNet(nnx.Module):
 
   def __init__(
     self,
-    widths: tuple[int, ...],
-    strides: tuple[int, ...],
+    maps: MapInfo,
+    common: Common,
     *,
     classes: int,
     width: int = 512,
@@ -98,16 +98,12 @@ class UperNet(nnx.Module):
     auxiliary_map: int = 2,
     pool_scales: tuple[int, ...] = (1, 2, 3, 6),
     dropout: float = 0.0,
-    frame: str = "resized",
-    norm_group: int = 0,
-    dtype: Any,
-    param_dtype: Any,
-    rngs: nnx.Rngs,
   ):
     """Builds the layers.
 
     Args:
-      widths, strides: of the maps that come in, finest first.
+      maps: that come in.
+      common: dtypes, random keys, groups of batch normalization.
       classes: K.
       width: of all convolutions of the main head but the last.
       auxiliary_width: of the auxiliary head; None is `width`, 0 leaves the head out.
@@ -115,22 +111,23 @@ class UperNet(nnx.Module):
       pool_scales: bins per side of the pyramid pooling.
       dropout: probability of a whole channel to be dropped before both classifiers in training. Release: 0.0 on
         ADE20K, 0.1 on Cityscapes.
-      frame: what the maps show, as the method says: "padded" or "resized"; see `conv_module.resize_logits`.
-      norm_group: images per group of batch normalization, 0 for the whole batch (SyncBN, as released).
 
     Raises:
       ValueError: no such map; an unknown word; a rate that is no probability.
     """
     conv_module.check_dropout(dropout)
-    conv_module.check_frame(frame)
-    if not 0 <= auxiliary_map < len(widths):
-      raise UserError(f"head.auxiliary_map={auxiliary_map} must be the number of one of {len(widths)} maps, from 0.")
-    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    options = {"dropout": dropout, "norm_group": norm_group, **kinds}
-    self.stride, self.frame, self.auxiliary_map = strides[0], frame, auxiliary_map
-    self.decode_head = UperHead(tuple(widths), classes, width=width, pool_scales=tuple(pool_scales), **options)
+    if not 0 <= auxiliary_map < len(maps.widths):
+      raise UserError(
+        f"head.auxiliary_map={auxiliary_map} must be the number of one of {len(maps.widths)} maps, from 0."
+      )
+    self.map_info, self.auxiliary_map = maps, auxiliary_map
+    self.decode_head = UperHead(
+      maps.widths, common, classes=classes, width=width, pool_scales=tuple(pool_scales), dropout=dropout
+    )
     beside = width if auxiliary_width is None else auxiliary_width
-    self.auxiliary_head = FcnHead(widths[auxiliary_map], classes, width=beside, **options) if beside else None
+    self.auxiliary_head = (
+      FcnHead(maps.widths[auxiliary_map], common, classes=classes, width=beside, dropout=dropout) if beside else None
+    )
 
   def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
     """Class scores of the main head at the size of the image, of the auxiliary head at that of its map.
@@ -146,7 +143,7 @@ class UperNet(nnx.Module):
     """
     keys = (None, None) if key is None else jax.random.split(key)
     logits = self.decode_head(features.maps, training=training, key=keys[0])
-    outputs = {"logits": conv_module.resize_logits(logits, features, self.stride, self.frame)}
+    outputs = {"logits": conv_module.resize_logits(logits, features, self.map_info)}
     if self.auxiliary_head is not None:
       aux = self.auxiliary_head(features.maps[self.auxiliary_map], training=training, key=keys[1])
       outputs["aux_logits"] = aux.astype(jnp.promote_types(aux.dtype, jnp.float32))

@@ -1,12 +1,13 @@
 """What methods do to the image before the VAE, and to the UNet's maps after it."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from vpd_jax.errors import UserError
+from vpd_jax.models.backbones import layers
 from vpd_jax.models.backbones.unet import UNetOutput, UNetSizes
 from vpd_jax.types import Array, Batch
 
@@ -43,6 +44,59 @@ def padded(image: Array, multiple: int, value: float) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
+class PaddedInput:
+  """The image grows at the right and bottom to multiples of `multiple`, with `value`.
+
+  Attributes:
+    multiple: of the sides. Release of VPD: 64, as 480 -> 512 and 352 -> 384.
+    value: of the padding, after scaling to [-1, 1]. Release: 0, mid gray.
+  """
+
+  multiple: int
+  value: float
+  map_extent: ClassVar[str] = "padded"
+
+  def __post_init__(self):
+    if self.multiple % 64:
+      raise UserError(f"method.pad_multiple={self.multiple} must be a multiple of 64, the UNet's coarsest stride.")
+
+  def __call__(self, image: Array) -> Array:
+    """Float [B, H, W, 3] in [-1, 1], padded."""
+    return padded(image, self.multiple, self.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResizedInput:
+  """The image is resized to sides of (side // 64 + scale) * 64, bilinearly; -1 keeps it as it is."""
+
+  scale: int
+  map_extent: ClassVar[str] = "resized"
+
+  def __post_init__(self):
+    if self.scale < -1:
+      raise UserError(f"method.resize_scale={self.scale} must be -1 (the image as it is), 0 or more.")
+
+  def size(self, height: int, width: int) -> tuple[int, int]:
+    """The (H, W) that an image of height x width is resized to.
+
+    Raises:
+      ValueError: nothing would be left of the image.
+    """
+    if self.scale < 0:
+      return height, width
+    size = (height // 64 + self.scale) * 64, (width // 64 + self.scale) * 64
+    if not all(size):
+      raise UserError(
+        f"an image of {height}x{width} becomes {size[0]}x{size[1]} at method.resize_scale={self.scale}; use 1."
+      )
+    return size
+
+  def __call__(self, image: Array) -> Array:
+    """Float [B, H, W, 3] in [-1, 1], resized."""
+    return layers.resize(image, self.size(*image.shape[1:3]))
+
+
+@dataclasses.dataclass(frozen=True)
 class JoinedMaps:
   """Cross-attention maps, one channel per token, joined to the UNet's features of the same size; of `joined_maps`.
 
@@ -75,7 +129,7 @@ class JoinedMaps:
     return tuple(joined)
 
 
-def joined_maps(unet: UNetSizes, tokens: int, *, use: bool, max_size: int, gradient: bool) -> JoinedMaps:
+def joined_maps(unet: UNetSizes, tokens: int, *, use: bool, max_size: int = 32, gradient: bool = False) -> JoinedMaps:
   """What is joined where.
 
   Args:

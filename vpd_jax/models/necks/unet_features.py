@@ -1,6 +1,6 @@
 """Features to Features: what stands between a method's maps and a head."""
 
-from typing import Any
+import dataclasses
 
 import jax.numpy as jnp
 from flax import nnx
@@ -8,7 +8,8 @@ from flax import nnx
 from vpd_jax.errors import UserError
 from vpd_jax.models import initializers
 from vpd_jax.models.backbones import layers, normalization
-from vpd_jax.types import Array, Features
+from vpd_jax.models.layer_options import Common
+from vpd_jax.types import Array, Features, MapInfo
 
 # timm's trunc_normal_(std=0.02) of the release cuts at -2 and 2, a hundred deviations away.
 NORMAL = initializers.normal(0.02)
@@ -17,27 +18,12 @@ NORMAL = initializers.normal(0.02)
 class NoNeck(nnx.Module):
   """Hands the maps on as they are."""
 
-  needs_maps = 1
-
-  def __init__(
-    self,
-    widths: tuple[int, ...],
-    strides: tuple[int, ...],
-    *,
-    tokens: tuple[int, int] = (0, 0),
-    frame: str = "padded",
-    norm_group: int = 0,
-    dtype: Any,
-    param_dtype: Any,
-    rngs: nnx.Rngs,
-  ):
-    """Takes what every neck is told; only `widths` and `strides` matter, to the head."""
-    del tokens, frame, norm_group, dtype, param_dtype, rngs
-    self.widths, self.strides = tuple(widths), tuple(strides)
+  def __init__(self, maps: MapInfo, common: Common):
+    """Keeps `maps` for the head; `common` is that of every neck."""
+    self.map_info = maps
 
   def __call__(self, features: Features, *, training: bool = False) -> Features:
     """The same features."""
-    del training
     return features
 
 
@@ -51,79 +37,63 @@ class Fusion(nnx.Module):
   Source: VPD depth/models_depth/model.py VPDDepthEncoder.
   """
 
-  needs_maps = 4
-
   def __init__(
     self,
-    widths: tuple[int, ...],
-    strides: tuple[int, ...],
+    maps: MapInfo,
+    common: Common,
     *,
-    frame: str,
     width: int = 1536,
-    tokens: tuple[int, int] = (0, 0),
-    norm_group: int = 0,
-    dtype: Any,
-    param_dtype: Any,
-    rngs: nnx.Rngs,
   ):
     """Builds the layers.
 
     Args:
-      widths, strides: of the four maps that come in.
-      frame: what they show; see Method.
+      maps: the four that come in.
+      common: dtypes, random keys, groups of batch normalization.
       width: of the map that goes out.
-      tokens, norm_group: of the context and of batch normalization, which every neck is told of; no use of them here.
 
     Raises:
       ValueError: another number of maps than four, or maps of a resized image.
     """
-    del tokens, norm_group
-    if len(widths) != 4:
-      raise UserError(f"neck 'fusion' joins four maps, but the method gives {len(widths)}.")
-    if frame != "padded":
-      raise UserError(f"neck 'fusion' cuts padding off, but the method's image is {frame}; use neck 'einsum'.")
-    kinds = {
-      "dtype": dtype,
-      "param_dtype": param_dtype,
-      "rngs": rngs,
-      "kernel_init": initializers.truncated_normal(0.02),
-    }
-    norms = {"groups": 16, "epsilon": 1e-5, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    half = lambda w: layers.conv(w, w, 3, stride=2, **kinds)
-    self.strides, self.widths = (strides[2],), (width,)
-    self.layer1 = nnx.List(
-      [half(widths[0]), normalization.GroupNorm(widths[0], **norms), layers.ReLU(), half(widths[0])]
-    )
+    if len(maps.widths) != 4:
+      raise UserError(f"neck 'fusion' joins four maps, but the method gives {len(maps.widths)}.")
+    if maps.map_extent != "padded":
+      raise UserError(
+        f"neck 'fusion' cuts padding off, but the method's image is {maps.map_extent}; use neck 'einsum'."
+      )
+    widths, init = maps.widths, initializers.truncated_normal(0.02)
+    norm = lambda w: normalization.GroupNorm(w, groups=16, epsilon=1e-5, **common.layer)
+    half = lambda w: layers.conv(w, w, 3, stride=2, kernel_init=init, **common.layer)
+    self.map_info = dataclasses.replace(maps, widths=(width,), strides=(maps.strides[2],))
+    self.layer1 = nnx.List([half(widths[0]), norm(widths[0]), layers.ReLU(), half(widths[0])])
     self.layer2 = nnx.List([half(widths[1])])
-    self.out_layer = nnx.List(
-      [layers.conv(sum(widths), width, 1, **kinds), normalization.GroupNorm(width, **norms), layers.ReLU()]
-    )
+    mixed = layers.conv(sum(widths), width, 1, kernel_init=init, **common.layer)
+    self.out_layer = nnx.List([mixed, norm(width), layers.ReLU()])
 
   def __call__(self, features: Features, *, training: bool = False) -> Features:
     """The fused map; training makes no difference."""
-    del training
     finest, fine, coarse, coarsest = features.maps
     coarsest = layers.resize(coarsest, coarse.shape[1:3], method="nearest")
     joined = [layers.chain(self.layer1, finest), layers.chain(self.layer2, fine), coarse, coarsest]
     x = layers.chain(self.out_layer, jnp.concatenate(joined, axis=-1))  # [B, h, w, width]
-    rows, columns = (-(-side // self.strides[0]) for side in features.image_size)
+    rows, columns = (-(-side // self.map_info.strides[0]) for side in features.image_size)
     return features._replace(maps=(x[:, :rows, :columns],))
 
 
 class _Raised(nnx.Module):
   """Transposed convolutions, each doubling the size, then a 3x3 convolution back to the width; all normalized."""
 
-  def __init__(self, width: int, doublings: int, *, inner: int, norm_group: int, **kinds: Any):
-    norm = lambda w: normalization.BatchNorm(w, group=norm_group, **kinds)
+  def __init__(self, width: int, doublings: int, common: Common, *, inner: int):
+    layer = common.layer
+    norm = lambda w: normalization.BatchNorm(w, group=common.norm_group, **layer)
     # PyTorch's default, whose fan of a transposed convolution counts the outputs: the release leaves it.
     default = initializers.variance_scaling(1 / 3, "fan_out", "uniform")
     deconvs, last = [], width
     for _ in range(doublings):
-      deconvs += [layers.ConvTranspose(last, inner, 4, padding=1, kernel_init=default, **kinds), norm(inner)]
+      deconvs += [layers.ConvTranspose(last, inner, 4, padding=1, kernel_init=default, **layer), norm(inner)]
       deconvs.append(layers.ReLU())
       last = inner
     self.deconv_layers = nnx.List(deconvs)
-    self.conv_layers = nnx.List([layers.conv(last, width, 3, kernel_init=NORMAL, **kinds), norm(width), layers.ReLU()])
+    self.conv_layers = nnx.List([layers.conv(last, width, 3, kernel_init=NORMAL, **layer), norm(width), layers.ReLU()])
 
   def __call__(self, x: Array, *, training: bool) -> Array:
     x = layers.chain(self.deconv_layers, x, training=training)
@@ -139,46 +109,31 @@ class EinsumLevels(nnx.Module):
   Source: MetaPrompts segmentation, extract_feat (upconv1 to upconv4).
   """
 
-  needs_maps = 4
-
   def __init__(
     self,
-    widths: tuple[int, ...],
-    strides: tuple[int, ...],
-    *,
-    tokens: tuple[int, int],
-    frame: str = "resized",
-    norm_group: int = 0,
-    dtype: Any,
-    param_dtype: Any,
-    rngs: nnx.Rngs,
+    maps: MapInfo,
+    common: Common,
   ):
     """Builds the layers.
 
     Args:
-      widths, strides: of the four maps that come in.
-      tokens: number and width of the tokens of the method's context.
-      frame, norm_group: what the maps show and groups of batch normalization, which every neck is told of; no use of
-        them here.
+      maps: the four that come in.
+      common: dtypes, random keys, groups of batch normalization.
 
     Raises:
       ValueError: another number of maps than four.
     """
-    del frame, norm_group
-    if len(widths) != 4:
-      raise UserError(f"neck 'einsum_levels' takes four maps, but the method gives {len(widths)}.")
-    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    if len(maps.widths) != 4:
+      raise UserError(f"neck 'einsum_levels' takes four maps, but the method gives {len(maps.widths)}.")
+    (prompts, width), layer = maps.tokens, common.layer
     default = initializers.torch_default
-    norm = lambda w: normalization.GroupNorm(w, groups=16, epsilon=1e-5, **kinds)
-    level = lambda w: nnx.List(
-      [layers.conv(w, tokens[1], 3, kernel_init=default, **kinds), norm(tokens[1]), layers.ReLU()]
-    )
-    self.strides, self.widths = tuple(stride // 2 for stride in strides), (tokens[0],) * 4
-    self.upconv1, self.upconv2, self.upconv3, self.upconv4 = (level(w) for w in widths)
+    norm = lambda w: normalization.GroupNorm(w, groups=16, epsilon=1e-5, **layer)
+    level = lambda w: nnx.List([layers.conv(w, width, 3, kernel_init=default, **layer), norm(width), layers.ReLU()])
+    self.map_info = dataclasses.replace(maps, widths=(prompts,) * 4, strides=tuple(s // 2 for s in maps.strides))
+    self.upconv1, self.upconv2, self.upconv3, self.upconv4 = (level(w) for w in maps.widths)
 
   def __call__(self, features: Features, *, training: bool) -> Features:
     """Four maps at half the strides; training makes no difference."""
-    del training
     maps = []
     for convolved, x in zip((self.upconv1, self.upconv2, self.upconv3, self.upconv4), features.maps, strict=True):
       x = layers.resize(x, (2 * x.shape[1], 2 * x.shape[2]))
@@ -197,48 +152,37 @@ class Einsum(nnx.Module):
   Source: MetaPrompts depth/models_depth/model.py VPDDepthEncoder, VPDDepth.
   """
 
-  needs_maps = 4
-
   def __init__(
     self,
-    widths: tuple[int, ...],
-    strides: tuple[int, ...],
+    maps: MapInfo,
+    common: Common,
     *,
-    frame: str,
-    tokens: tuple[int, int],
     inner: int = 32,
-    norm_group: int = 0,
-    dtype: Any,
-    param_dtype: Any,
-    rngs: nnx.Rngs,
   ):
     """Builds the layers.
 
     Args:
-      widths, strides: of the four maps that come in.
-      frame: what they show; see Method.
-      tokens: number and width of the tokens of the method's context; the number is the channels of the map that goes
-        out.
+      maps: the four that come in.
+      common: dtypes, random keys, groups of batch normalization.
       inner: width of the transposed convolutions.
-      norm_group: images per group of batch normalization, 0 for the whole batch.
 
     Raises:
       ValueError: another number of maps than four; strides that are not doubled from map to map; a padded image.
     """
-    if len(widths) != 4:
-      raise UserError(f"neck 'einsum' joins four maps, but the method gives {len(widths)}.")
-    if frame != "resized":
-      raise UserError(f"neck 'einsum' shows a resized image, but the method's is {frame}; use neck 'fusion'.")
-    if tuple(strides) != tuple(strides[0] * 2**i for i in range(4)):
-      raise UserError(f"neck 'einsum' joins maps whose strides double, but the method's are {tuple(strides)}.")
-    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    norm = lambda w: normalization.GroupNorm(w, groups=16, epsilon=1e-5, **kinds)
-    mixed = lambda i, o: nnx.List([layers.conv(i, o, 3, kernel_init=NORMAL, **kinds), norm(o), layers.ReLU()])
-    self.strides, self.widths = (strides[0],), (tokens[0],)
+    if len(maps.widths) != 4:
+      raise UserError(f"neck 'einsum' joins four maps, but the method gives {len(maps.widths)}.")
+    if maps.map_extent != "resized":
+      raise UserError(f"neck 'einsum' shows a resized image, but the method's is {maps.map_extent}; use neck 'fusion'.")
+    if maps.strides != tuple(maps.strides[0] * 2**i for i in range(4)):
+      raise UserError(f"neck 'einsum' joins maps whose strides double, but the method's are {maps.strides}.")
+    (prompts, width), widths, layer = maps.tokens, maps.widths, common.layer
+    norm = lambda w: normalization.GroupNorm(w, groups=16, epsilon=1e-5, **layer)
+    mixed = lambda i, o: nnx.List([layers.conv(i, o, 3, kernel_init=NORMAL, **layer), norm(o), layers.ReLU()])
+    self.map_info = dataclasses.replace(maps, widths=(prompts,), strides=maps.strides[:1])
     self.layer1 = mixed(widths[0], widths[0])
-    raised = lambda i: _Raised(widths[i], i, inner=inner, norm_group=norm_group, **kinds)
+    raised = lambda i: _Raised(widths[i], i, common, inner=inner)
     self.layer2, self.layer3, self.layer4 = raised(1), raised(2), raised(3)
-    self.out_layer = mixed(sum(widths), tokens[1])
+    self.out_layer = mixed(sum(widths), width)
 
   def __call__(self, features: Features, *, training: bool) -> Features:
     """One map [B, H // 8, W // 8, prompts], of at least one cell, whatever the sizes of the four."""
@@ -254,5 +198,5 @@ class Einsum(nnx.Module):
 
   def cells(self, x: Array, image_size: tuple[int, int]) -> Array:
     """Resized to a cell per `strides[0]` pixels of the image, rounded down as the release does."""
-    rows, columns = (max(side // self.strides[0], 1) for side in image_size)
+    rows, columns = (max(side // self.map_info.strides[0], 1) for side in image_size)
     return layers.resize(x, (rows, columns))

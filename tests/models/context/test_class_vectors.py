@@ -11,8 +11,8 @@ from vpd_jax import experiment
 from vpd_jax.config import loader
 from vpd_jax.models import parameters
 from vpd_jax.models.backbones.clip_image import ImageSizes, pixels
-from vpd_jax.models.context import class_context
-from vpd_jax.models.methods.vpd import Vpd
+from vpd_jax.models.context import class_vectors
+from vpd_jax.models.context.class_vectors import PredictedClass
 
 SIZES = {"width": 16, "layers": 2, "heads": 2, "mlp_width": 32, "image_size": 28, "patch": 14, "projection": 8}
 KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
@@ -23,7 +23,7 @@ IMAGES = (COLORS * 0.9 + fill.integers("images", (6, 40, 56, 3), 25, 0)).astype(
 @pytest.fixture(scope="module")
 def predictor():
   """Described, with made-up values, and its answers for six images."""
-  parts = parameters.describe(lambda: class_context.ClassPredictor(ImageSizes(**SIZES), 27, **KINDS, rngs=nnx.Rngs(0)))
+  parts = parameters.describe(lambda: class_vectors.ClassPredictor(ImageSizes(**SIZES), 27, **KINDS, rngs=nnx.Rngs(0)))
   named = tiny.filled(parts.shapes)
 
   def run(named, image):
@@ -81,9 +81,9 @@ def test_what_is_told_goes_before_what_is_predicted(vpd):
 
   def run(named, images, told):
     method = product.parts.merge(named).method
-    predicted = method.class_ids({"image": images})
+    predicted = method.context.class_ids({"image": images})
     batch = {"image": images, "class_id": told}
-    return predicted, method.class_ids(batch), method.class_predictor(images), method.context(batch)
+    return predicted, method.context.class_ids(batch), method.class_predictor(images), method.context(batch)
 
   told = jnp.asarray([-1, 4, -1, 26, 0, -1], jnp.int32)
   predicted, mixed, alone, context = jax.jit(run)(named, jnp.asarray(IMAGES), told)
@@ -95,8 +95,8 @@ def test_what_is_told_goes_before_what_is_predicted(vpd):
 def test_the_network_attends_to_the_predicted_class(vpd, monkeypatch):
   product, named = vpd
   seen = {}
-  original = Vpd.class_ids
-  monkeypatch.setattr(Vpd, "class_ids", lambda self, batch: seen.setdefault("ids", original(self, batch)))
+  original = PredictedClass.class_ids
+  monkeypatch.setattr(PredictedClass, "class_ids", lambda self, batch: seen.setdefault("ids", original(self, batch)))
   jax.eval_shape(lambda n, b: product.parts.merge(n)(b, training=False), named, {"image": IMAGES})
   assert seen["ids"].shape == (6,) and seen["ids"].dtype == jnp.int32
 

@@ -1,0 +1,50 @@
+"""The registry of methods, and what a config of each task sets for them.
+
+A new method needs one row of METHODS: configs of all tasks then take its name, with the defaults of its constructor and
+VPD's neck and head. Where a paper says more, SECTIONS holds it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from vpd_jax.config.presets import depth, pose, referring, segmentation
+
+METHODS = {  # name in a config: module and class
+  "vpd": "vpd_jax.models.methods.vpd:Vpd",
+  "meta_prompts": "vpd_jax.models.methods.meta_prompts:MetaPrompts",
+  "iedp": "vpd_jax.models.methods.iedp:Iedp",
+}
+SECTIONS: dict[str, dict[str, Callable[..., dict[str, Any]]]] = {
+  "depth": {"vpd": depth.vpd_depth, "meta_prompts": depth.meta_prompts_depth, "iedp": depth.iedp_depth},
+  "segmentation": {
+    "vpd": segmentation.vpd_segmentation,
+    "meta_prompts": segmentation.meta_prompts_segmentation,
+    "iedp": segmentation.iedp_segmentation,
+  },
+  "referring": {
+    "vpd": referring.vpd_referring,
+    "meta_prompts": referring.meta_prompts_referring,
+    "iedp": referring.iedp_referring,
+  },
+  "pose": {"vpd": pose.vpd_pose, "meta_prompts": pose.meta_prompts_pose, "iedp": pose.iedp_pose},
+}
+
+
+def methods(default: str = "vpd") -> tuple[str, ...]:
+  """Names of all methods, the one that a config takes where none is named first."""
+  return (default, *(name for name in METHODS if name != default))
+
+
+def sections(task: str, method: str, **options: Any) -> dict[str, Any]:
+  """The sections method, neck and head of a task, and what else the method sets there.
+
+  Args:
+    task: "depth", "segmentation", "referring" or "pose".
+    method: a name of METHODS.
+    **options: of the task's functions in SECTIONS: `tiny`, and for depth `head_init`, for segmentation `dropout`, for
+      referring `token_length`.
+  """
+  if method in SECTIONS[task]:
+    return SECTIONS[task][method](**options)
+  vpd = SECTIONS[task]["vpd"](**options)
+  return {name: content for name, content in vpd.items() if name != "init"} | {"method": {"name": method}}

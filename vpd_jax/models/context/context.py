@@ -1,0 +1,81 @@
+"""What all sources of tokens have in common."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from vpd_jax.models.parameters import Inlined
+from vpd_jax.types import Array, Batch, Example
+
+
+def unchanged(example: Example) -> Example:
+  """A host transform that does nothing."""
+  return example
+
+
+class Context(Inlined):
+  """A source of the tokens that the UNet attends to.
+
+  Its arrays have the names they would have as attributes of the method itself.
+
+  Attributes:
+    tokens: number and width of the tokens.
+    needs: keys of a Batch that it reads besides "image".
+    prepare_inputs, prepare_outputs: keys of an Example that `prepare` reads, and that it adds.
+    sentence_tokens: number and width of the states of each image's sentence, None where it reads no sentence.
+    of_classes: whether there is one token for each class of the data set.
+  """
+
+  tokens: tuple[int, int]
+  dtype: Any
+  needs: frozenset[str] = frozenset()
+  prepare_inputs: frozenset[str] = frozenset()
+  prepare_outputs: frozenset[str] = frozenset()
+  sentence_tokens: tuple[int, int] | None = None
+  of_classes = False
+
+  @property
+  def prepare(self) -> Callable[[Example], Example]:
+    """Host transform that runs after the data set's own; picklable, since it travels to the data workers."""
+    return unchanged
+
+  def once(self, batch: Batch) -> Batch:
+    """The batch with what is the same in all passes of the UNet already computed."""
+    return batch
+
+  def text_states(self, batch: Batch) -> Array:
+    """States of each image's sentence, float [B, N, D]; for sources with `sentence_tokens`."""
+    raise NotImplementedError(f"{type(self).__name__} reads no sentence.")
+
+  def __call__(self, batch: Batch, step: int = 0) -> Array:
+    """Tokens of one pass of the UNet, counted from 0: float [B, N, D]."""
+    raise NotImplementedError
+
+
+class SentenceThen(Context):
+  """The tokens of a sentence, and behind them those of a source that needs no preparation."""
+
+  def __init__(self, sentence: Context, other: Context):
+    self.sentence, self.other = sentence, other
+    self.tokens = sentence.tokens[0] + other.tokens[0], sentence.tokens[1]
+    self.needs = sentence.needs | other.needs
+    self.prepare_inputs, self.prepare_outputs = sentence.prepare_inputs, sentence.prepare_outputs
+    self.sentence_tokens = sentence.sentence_tokens
+
+  @property
+  def prepare(self) -> Callable[[Example], Example]:
+    """That of the sentence."""
+    return self.sentence.prepare
+
+  def once(self, batch: Batch) -> Batch:
+    """With the states of the sentence."""
+    return self.sentence.once(batch)
+
+  def text_states(self, batch: Batch) -> Array:
+    """States of the sentence, float [B, N, D]."""
+    return self.sentence.text_states(batch)
+
+  def __call__(self, batch: Batch, step: int = 0) -> Array:
+    """Float [B, N + M, D]."""
+    return jnp.concatenate([self.sentence(batch, step), self.other(batch, step)], axis=1)

@@ -1,0 +1,40 @@
+"""What every layer, neck and head is given besides its own options."""
+
+import dataclasses
+from typing import Any, TypedDict
+
+from flax import nnx
+
+
+class LayerOptions(TypedDict):
+  """Keyword arguments of every layer.
+
+  Attributes:
+    dtype: of computation.
+    param_dtype: of parameters.
+    rngs: for their initial values; `initializers.InitKeys` in a model that is only described.
+  """
+
+  dtype: Any
+  param_dtype: Any
+  rngs: nnx.Rngs
+
+
+@dataclasses.dataclass(frozen=True)
+class Common:
+  """Dtypes, random keys and the groups of batch normalization.
+
+  Attributes:
+    dtype, param_dtype, rngs: see LayerOptions.
+    norm_group: images per group of batch normalization, 0 for the whole batch.
+  """
+
+  dtype: Any
+  param_dtype: Any
+  rngs: Any
+  norm_group: int = 0
+
+  @property
+  def layer(self) -> LayerOptions:
+    """The keyword arguments of a layer."""
+    return {"dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": self.rngs}

@@ -1,0 +1,199 @@
+"""What the methods have in common: a method is a composition of five parts, each chosen once.
+
+The *image* is padded or resized and encoded by the frozen VAE; the *context* gives the tokens that the UNet attends to;
+the *time* takes the place of the diffusion timestep; the UNet makes one or more *passes*, each of which starts from the
+latents that the previous one predicts; its *cross-attention maps* are joined to its features or not.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import numpy as np
+from flax import nnx
+
+from vpd_jax.models import initializers
+from vpd_jax.models.backbones.attention import Implementation
+from vpd_jax.models.backbones.clip_image import ImageSizes
+from vpd_jax.models.backbones.clip_text import TextSizes
+from vpd_jax.models.backbones.unet import UNet, UNetSizes
+from vpd_jax.models.backbones.vae import VaeEncoder, VaeSizes
+from vpd_jax.models.context.context import Context
+from vpd_jax.models.layer_options import Common
+from vpd_jax.models.methods import image_input
+from vpd_jax.models.methods.image_input import JoinedMaps, PaddedInput, ResizedInput
+from vpd_jax.models.parameters import Inlined
+from vpd_jax.types import Array, Batch, Branch, Example, Features, MapInfo
+
+
+def no_tokenizer(texts: tuple[str, ...]) -> np.ndarray:
+  """Raises: the default of a method that reads no text."""
+  raise ValueError(f"no tokenizer was given for {len(texts)} texts; give MethodSetup one.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodSetup:
+  """What every method is given besides its own options.
+
+  Attributes:
+    unet, vae, text, image: sizes of the backbones.
+    common: dtypes and random keys.
+    class_names: of the data set, by class id.
+    tokenize: sentences to int32 [sentences, N], of the length that the method's texts have; opens the tokenizer when it
+      is called.
+    training: False leaves the parts in `Method.training_only` out.
+    attention, remat: see UNet.
+  """
+
+  unet: UNetSizes
+  vae: VaeSizes
+  common: Common
+  text: TextSizes = dataclasses.field(default_factory=TextSizes)
+  image: ImageSizes = dataclasses.field(default_factory=ImageSizes)
+  class_names: tuple[str, ...] = ()
+  tokenize: Callable[[tuple[str, ...]], np.ndarray] = no_tokenizer
+  training: bool = True
+  attention: Implementation = "auto"
+  remat: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ConstantTime:
+  """The same diffusion timestep for every image and pass."""
+
+  timestep: int
+
+  def __call__(self, step: int) -> dict[str, Any]:
+    """What the UNet is called with in a pass."""
+    return {"timesteps": int(self.timestep)}
+
+
+class LearnedTime(Inlined):
+  """A learned vector for each pass, in place of the embedded timestep."""
+
+  def __init__(self, steps: int, width: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+    draw = lambda: initializers.normal(1.0)(rngs.params(), (1, width), param_dtype)
+    self.t = nnx.List([nnx.Param(draw()) for _ in range(steps)])
+
+  def __call__(self, step: int) -> dict[str, Any]:
+    """See ConstantTime."""
+    return {"time_embedding": self.t[step][...]}
+
+
+class DiffusionMethod(nnx.Module):
+  """Image and tokens to the four maps of the UNet; see types.Method for the attributes."""
+
+  text_options: ClassVar[tuple[str, ...]] = ("tokenizer",)
+  notes: tuple[str, ...] = ()
+  training_only: tuple[str, ...] = ()
+  branch = "text"  # name of the one pass of the batch through the network
+
+  def __init__(
+    self,
+    setup: MethodSetup,
+    *,
+    fit: PaddedInput | ResizedInput,
+    context: Context,
+    time: ConstantTime | LearnedTime,
+    latent_scale: float,
+    steps: int = 1,
+    join: JoinedMaps | None = None,
+    with_time_embed: bool = True,
+    with_out: bool = False,
+  ):
+    """Builds VAE and UNet beside the given parts.
+
+    Args:
+      setup: see MethodSetup.
+      fit: what happens to the image before the VAE.
+      context: where the tokens come from.
+      time: in place of the diffusion timestep.
+      latent_scale: factor on the latents of the VAE.
+      steps: passes of the UNet.
+      join: which attention maps are joined to the features; None joins none.
+      with_time_embed, with_out: see UNet.
+    """
+    layer, unet = setup.common.layer, setup.unet
+    self.dtype, self.latent_scale, self.steps = setup.common.dtype, latent_scale, steps
+    self.fit, self.context, self.time = fit, context, time
+    self.join = join or image_input.joined_maps(unet, context.tokens[0], use=False)
+    self.map_info = MapInfo(
+      self.join.widths, tuple(8 * 2**i for i in range(len(unet.widths))), context.tokens, fit.map_extent
+    )
+    self.needs, self.prepare_inputs = context.needs, context.prepare_inputs
+    self.prepare_outputs, self.sentence_tokens = context.prepare_outputs, context.sentence_tokens
+    self.vae = VaeEncoder(setup.vae, attention=setup.attention, **layer)
+    self.unet = UNet(
+      unet,
+      with_time_embed=with_time_embed,
+      with_out=with_out,
+      attention=setup.attention,
+      remat=setup.remat,
+      **layer,
+    )
+
+  @property
+  def prepare(self) -> Callable[[Example], Example]:
+    """Host transform of the context."""
+    return self.context.prepare
+
+  @property
+  def attends_to_classes(self) -> bool:
+    """Whether there are attention maps, one for each class."""
+    return self.context.of_classes and bool(self.join.levels)
+
+  def branches(self, training: bool) -> tuple[Branch, ...]:
+    """One, in training and in evaluation."""
+    return (Branch(self.branch, 1.0),)
+
+  def latents(self, batch: Batch) -> Array:
+    """The VAE's mode of the padded or resized images, float [B, h, w, 4], unscaled."""
+    return self.vae(self.fit(image_input.network_input(batch, self.dtype))).mean
+
+  def text_states(self, batch: Batch) -> Array:
+    """The frozen text encoder's states of "tokens", float [B, N, D], or the ready ones."""
+    return self.context.text_states(batch)
+
+  def __call__(self, batch: Batch, *, training: bool) -> Features:
+    """Four maps at strides 8 to 64 of the padded or resized image, and the tokens of the last pass.
+
+    Args:
+      batch: "image" uint8 [B, H, W, 3], or float in [0, 1], of any sides; what `needs` names: "class_id" int [B],
+        "tokens" int [B, N], or "text_states" float [B, N, D] in their place; "latents" float [B, h, w, 4], unscaled,
+        in place of the VAE where they are ready; "valid_size", see image_input.network_input. Where h or w is no
+        multiple of 8, the maps are those of the next one.
+      training: whether branches for training only run too.
+
+    Returns:
+      maps and context of len(branches(training)) * B rows.
+    """
+    latents = (batch["latents"] if "latents" in batch else self.latents(batch)) * self.latent_scale
+    height, width = batch["image"].shape[1:3]
+    maps, context = self.passes(latents, batch, training=training)
+    return Features(maps, context, (height, width))
+
+  def passes(self, latents: Array, batch: Batch, *, training: bool) -> tuple[tuple[Array, ...], Array]:
+    """The maps of the last pass and its tokens, float [B, N, D]."""
+    batch = self.context.once(batch)
+    for step in range(self.steps):
+      context = self.context(batch, step)
+      latents, maps = self.run_unet(latents, context, step)
+    return maps, context
+
+  def run_unet(self, latents: Array, context: Array, step: int = 0) -> tuple[Array, tuple[Array, ...]]:
+    """One pass: the latents for the next one, of the last pass None; and its maps."""
+    out = self.unet(
+      latents,
+      context,
+      map_max_positions=self.join.positions(latents),
+      predict_noise=step < self.steps - 1,
+      **self.time(step),
+    )
+    return cast(Array, out.noise), self.join(out)
+
+  def class_attention(self, batch: Batch) -> Array:
+    """How much each place attends to each class: float [B, h, w, K] at the finest stride whose maps are joined.
+
+    Shares of all tokens, so that a place's add up to 1; mean over heads and layers.
+    """
+    return self(batch, training=False).maps[min(self.join.levels)][..., -self.context.tokens[0] :]
