@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from vpd_jax.errors import UserError
+
 Array = jax.Array
 Device = Any  # jax.Device, which is a variable to type checkers and no type
 Example = dict[str, Any]  # one image: "image" uint8 [H, W, 3], "depth" float32 [H, W] metres, ..., also texts
@@ -58,7 +60,7 @@ class MapInfo:
 
   def __post_init__(self):
     if self.map_extent not in MAP_EXTENTS:
-      raise ValueError(f"map_extent={self.map_extent!r} is unknown; choose one of {MAP_EXTENTS}.")
+      raise UserError(f"map_extent={self.map_extent!r} is unknown; choose one of {MAP_EXTENTS}.")
 
 
 class Branch(NamedTuple):

@@ -14,6 +14,11 @@ from vpd_jax.evaluation import evaluate
 from vpd_jax.inference import sliding_window
 from vpd_jax.tasks.depth.task import Depth
 from vpd_jax.tasks.segmentation.task import Segmentation
+from vpd_jax.types import Source
+
+
+class Numbers(list, Source):
+  """A source whose examples are numbers."""
 
 
 def evaluator(rows, records=3, task=None):
@@ -21,8 +26,8 @@ def evaluator(rows, records=3, task=None):
   made = object.__new__(evaluate.Evaluator)
   made.config = loader.load("configs/my_depth.py:tiny")
   made.product = types.SimpleNamespace(task=task or Depth(max_depth=10.0))
-  made.dataset = types.SimpleNamespace(source=lambda split: range(records))
-  made.source, made._truth = range(records), {}
+  made.source, made._truth = Numbers(range(records)), {}
+  made.dataset = types.SimpleNamespace(source=lambda split: made.source)
   made._baselines = {}
 
   def measured(weights, panels):
@@ -120,7 +125,7 @@ def test_the_scores_of_every_class_are_printed_and_in_eval_json(tmp_path, monkey
   made.encodings = types.SimpleNamespace(lines=lambda: [])
   config = loader.changed(loader.load("configs/my_segmentation.py:tiny"), {"init.pretrained": "weights"})
   for place, name, value in (
-    (evaluate.initialize, "complete", lambda config, _: config),
+    (evaluate.initialize, "with_backbone_sizes", lambda config, _: config),
     (evaluate.initialize, "weights_on_mesh", lambda *_, **__: (None, ["weights: made up"])),
     (evaluate.experiment, "assemble", lambda *_, **__: made.product),
     (evaluate.experiment, "dataset", lambda *_: made.dataset),

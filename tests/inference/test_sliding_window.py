@@ -227,7 +227,7 @@ def test_every_config_of_label_maps_is_evaluated_with_few_shapes_of_windows(name
     assert len({tiles.window_of(size, procedure.window, config.eval.small) for size in scaled}) <= 9
 
 
-@pytest.mark.parametrize("small", sliding_window.SMALL)
+@pytest.mark.parametrize("small", sliding_window.SMALL_IMAGE_MODES)
 def test_evaluation_and_prediction_cut_windows_as_the_config_says(small, monkeypatch):
   config = loader.changed(loader.load("configs/my_segmentation.py:tiny"), {"eval.small": small})
   task = types.SimpleNamespace(measure=lambda *_: {}, decide=sliding_window.most_probable, result="label")
@@ -235,7 +235,7 @@ def test_evaluation_and_prediction_cut_windows_as_the_config_says(small, monkeyp
   monkeypatch.setattr(initialize, "gather", lambda *_: None)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   made = (evaluate._Pictures(config, product, None, mesh), protocols.SlidingWindowProtocol(config, product))
-  assert [one._labeling.small for one in made] == [small, small]
+  assert [made[0]._labeling.small, made[1]._inference.small] == [small, small]
 
 
 @pytest.mark.parametrize("window, expected", [

@@ -27,7 +27,7 @@ def test_weights_must_fill_the_network_unless_the_rest_is_to_be_random(monkeypat
     raise InterruptedError
 
   monkeypatch.setattr(initialize, "weights_on_mesh", stop)
-  monkeypatch.setattr(initialize, "complete", lambda config, source: config)
+  monkeypatch.setattr(initialize, "with_backbone_sizes", lambda config, source: config)
   config = loader.load("configs/nyu_depth.py:tiny").unlock()
   config.init.pretrained = "sd.safetensors"
   with pytest.raises(InterruptedError):

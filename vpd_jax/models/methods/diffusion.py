@@ -28,7 +28,7 @@ from vpd_jax.types import Array, Batch, Branch, Example, Features, MapInfo
 
 def no_tokenizer(texts: tuple[str, ...]) -> np.ndarray:
   """Raises: the default of a method that reads no text."""
-  raise ValueError(f"no tokenizer was given for {len(texts)} texts; give MethodSetup one.")
+  raise TypeError(f"no tokenizer was given for {len(texts)} texts; give MethodSetup one.")
 
 
 @dataclasses.dataclass(frozen=True)
