@@ -53,13 +53,11 @@ def unknown(section: Any, known: Sequence[str], where: str) -> str:
     return f"{where}={section!r} must be a section with fields of {', '.join(known)}; correct it"
   strange = [field for field in section if field not in known]
   section_name = where.removeprefix("config.").split(" ")[0]
-  renamed = [
-    f"{field} is now {RENAMED[f'{section_name}.{field}'].rpartition('.')[2]}"
-    for field in strange
-    if f"{section_name}.{field}" in RENAMED
-  ]
-  if renamed:
-    return f"{where}: {', '.join(renamed)}; rename {'it' if len(renamed) == 1 else 'them'} in your config"
+  new_names = {field: RENAMED.get(f"{section_name}.{field}", "").rpartition(".")[2] for field in strange}
+  if renamed := [f"{field} is now {new}" for field, new in new_names.items() if new]:
+    rest = [field for field in strange if not new_names[field]]
+    also = f"; it does not take {rest}" if rest else ""
+    return f"{where}: {', '.join(renamed)}; rename {'it' if len(renamed) == 1 else 'them'} in your config{also}"
   near = [match for field in strange for match in difflib.get_close_matches(str(field), known, n=1, cutoff=0.7)]
   hint = f" (did you mean {', '.join(near)}?)" if near else ""
   return f"{where} does not take {strange}{hint}; remove or correct them" if strange else ""

@@ -24,7 +24,7 @@ def describe(report: Report) -> str:
   """A report as a table."""
   where = report["topology"] or "devices at hand"
   mesh = report["mesh"]
-  bound = {"low": ", an upper bound: the compiler was in a hurry", "untimed": ", kernels chosen without timing them"}
+  bound = {"low": ", an upper bound: low compiler effort", "untimed": ", kernels chosen without timing them"}
   rows = [
     (
       f"{report['step']} step",
@@ -48,7 +48,7 @@ def describe(report: Report) -> str:
   if "bytes_accessed" in report:
     rows += [("  memory traffic", f"{report['bytes_accessed'] / 1e9:.1f} GB a step")]
   rows += (
-    [] if "collectives" in report or "temporaries" not in report else [("  collectives", "the compiler tells none")]
+    [] if "collectives" in report or "temporaries" not in report else [("  collectives", "not reported")]
   )
   for kind, (number, size) in sorted(report.get("collectives", {}).items()):
     rows += [(f"  {kind}", f"{number}, {size / 1e6:.1f} MB")]

@@ -81,7 +81,7 @@ class TrainingSession:
     )
     self.step = self._begin = int(self.state.step)
     lines += alone
-    lines += self._dataset.describe() if hasattr(self._dataset, "describe") else []
+    lines += self._dataset.describe()
     lines += [*experiment.sentence_lines(product, self._dataset), *self._evaluator.encodings.lines()]
     # Only now: a workdir that is refused stays as it was.
     self._writer = stack.enter_context(

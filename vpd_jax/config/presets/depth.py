@@ -91,10 +91,10 @@ def iedp_depth(*, tiny: bool, head_init: str) -> dict[str, Any]:
   """
   vpd = vpd_depth(tiny=tiny, head_init=head_init)
   return {
-    "init": {"clip": "random:0" if tiny else ""},  # folder or file of CLIP, or random:SEED for trying
+    "init": {"clip": "random:0" if tiny else ""},  # folder or file of CLIP, or random:SEED for smoke tests
     "method": {
       "name": "iedp",
-      "tokenizer": "characters" if tiny else "",  # a folder, where the weights bring none; "characters" for trying
+      "tokenizer": "characters" if tiny else "",  # a folder, where the weights bring none; "characters" for smoke tests
       "pad_multiple": 64,
       "pad_value": 0.0,
       **iedp_assumptions(),

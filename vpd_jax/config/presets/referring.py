@@ -26,7 +26,7 @@ def vpd_referring(*, tiny: bool, token_length: int = 40) -> dict[str, Any]:
     | {
       "prompt": "sentence",
       "token_length": token_length,
-      "tokenizer": "characters" if tiny else "",  # a folder, where the weights bring none; "words" for trying
+      "tokenizer": "characters" if tiny else "",  # a folder, where the weights bring none; "words" for smoke tests
       "attention_maps": True,
       "attention_max_size": 32,  # as for an image of 512: strides 16 and 32
       "attention_gradient": False,
