@@ -47,9 +47,7 @@ def describe(report: Report) -> str:
     rows += [("  operations", f"{report['flops'] / 1e12:.3f} TFLOP a step")]
   if "bytes_accessed" in report:
     rows += [("  memory traffic", f"{report['bytes_accessed'] / 1e9:.1f} GB a step")]
-  rows += (
-    [] if "collectives" in report or "temporaries" not in report else [("  collectives", "not reported")]
-  )
+  rows += [] if "collectives" in report or "temporaries" not in report else [("  collectives", "not reported")]
   for kind, (number, size) in sorted(report.get("collectives", {}).items()):
     rows += [(f"  {kind}", f"{number}, {size / 1e6:.1f} MB")]
   if "optimal_seconds" in report:
