@@ -104,7 +104,7 @@ def check(dataset: Any, splits: tuple[str, ...], accept: tuple[str, ...], say: C
   for split in splits:
     try:
       sources[split] = dataset.source(split)
-    except ValueError as error:
+    except UserError as error:
       wrong.append(f"{split}: {str(error).rstrip('.')}")
   for split, source in sources.items():
     count = published.counts.get(split, len(source))
@@ -127,7 +127,7 @@ def look(source: Any, index: int, published: Published) -> Seen:
   """Decodes one record."""
   try:
     example = source[index]
-  except ValueError as error:
+  except UserError as error:
     return Seen(error=str(error))
   ranges, missing = {}, {}
   for key in published.ranges:

@@ -14,6 +14,8 @@ import platform
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# A damaged header can claim any size; up to 2**30 pixels OpenCV fills them, for seconds.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**25))
 
 # Compiling takes longer than running here: leave the machine code as it comes, and make it in the quickest way.
 if "--xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):

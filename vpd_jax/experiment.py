@@ -10,7 +10,9 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from vpd_jax import optim
@@ -50,9 +52,9 @@ from vpd_jax.tasks.depth import task as depth_task
 from vpd_jax.tasks.pose import task as pose_task
 from vpd_jax.tasks.referring import task as referring_task
 from vpd_jax.tasks.segmentation import task as segmentation_task
-from vpd_jax.types import Dataset, DatasetInfo, Task
+from vpd_jax.types import Dataset, DatasetInfo, Fields, Method, Task
 
-METHODS: dict[str, Any] = {name: pkgutil.resolve_name(place) for name, place in registry.METHODS.items()}
+METHODS: dict[str, type] = {name: pkgutil.resolve_name(place) for name, place in registry.METHODS.items()}
 NECKS = {
   "fusion": unet_features.Fusion,
   "einsum": unet_features.Einsum,
@@ -110,24 +112,24 @@ class Product(NamedTuple):
   """
 
   parts: params_lib.Parts
-  task: Any
+  task: Task
   groups: optim.Groups
   rate: optim.Schedule
-  optimizer: Any
+  optimizer: optax.GradientTransformation
   classes: tuple[str, ...]
   keys: tuple[str, ...]
 
   @property
-  def method(self) -> Any:
+  def method(self) -> Method:
     """The method, with shapes in place of arrays."""
     return self.parts.model.method
 
 
-def _rest(section: ConfigDict, without: tuple[str, ...] = ("name",)) -> dict[str, Any]:
+def _rest(section: ConfigDict, without: tuple[str, ...] = ("name",)) -> Fields:
   return {key: value for key, value in section.items() if key not in without}
 
 
-def dtype(config: ConfigDict, field: str) -> Any:
+def dtype(config: ConfigDict, field: str) -> DTypeLike:
   """The dtype named by `config.dtype` or `config.param_dtype`.
 
   Raises:
@@ -182,7 +184,7 @@ def _method_setup(config: ConfigDict, classes: tuple[str, ...], training: bool) 
   )
 
 
-def _builder(config: ConfigDict, task: Any, classes: tuple[str, ...], training: bool) -> Callable[[], nnx.Module]:
+def _builder(config: ConfigDict, task: Task, classes: tuple[str, ...], training: bool) -> Callable[[], nnx.Module]:
   """A function that makes the model with random parameters of `config.seed`."""
   setup = _method_setup(config, classes, training)
   known = METHODS.get(config.method.get("name"))
@@ -228,9 +230,9 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Product:
   return Product(parts, task, groups, rate, optimizer, classes, keys)
 
 
-def _task(config: ConfigDict, info: DatasetInfo) -> Any:
+def _task(config: ConfigDict, info: DatasetInfo) -> Task:
   """The task, told of the data set's classes and their colors and numbers where it asks for them."""
-  facts: dict[str, Any] = {"classes": len(info.classes), "class_names": info.classes}
+  facts: Fields = {"classes": len(info.classes), "class_names": info.classes}
   facts |= {name: values for name, values in (("palette", info.palette), ("label_ids", info.label_ids)) if values}
   facts |= {"keypoints": info.keypoints, "udp": info.udp} if info.keypoints else {}
   if told := [name for name in facts if name in config.task]:
@@ -242,7 +244,7 @@ def _task(config: ConfigDict, info: DatasetInfo) -> Any:
   return maker(**_rest(config.task), **{name: value for name, value in facts.items() if name in asked})
 
 
-def _check_test_time(config: ConfigDict, task: Any) -> None:
+def _check_test_time(config: ConfigDict, task: Task) -> None:
   """The words of the test-time procedure, and the choice that goes with them."""
   if task.test_time_protocol == "sliding":
     sliding_window.parse(config.eval.test_time)
@@ -308,9 +310,11 @@ def only_resizes(config: ConfigDict) -> bool:
 
 def sentence_lines(product: Product, made: Dataset, splits: tuple[str, ...] = ("train", "eval")) -> list[str]:
   """For the start of a run: how many sentences are cut, of data sets that can tell without drawing or reading all."""
-  sources = {split: made.source(split) for split in splits} if hasattr(product.method.prepare, "census") else {}
-  known = {split: source.sentences() for split, source in sources.items()}
-  return [f"{split}: {product.method.prepare.census(texts)}" for split, texts in known.items() if texts]
+  census = product.method.sentence_census
+  if census is None:
+    return []
+  known = {split: made.source(split).sentences() for split in splits}
+  return [f"{split}: {census(texts)}" for split, texts in known.items() if texts]
 
 
 def model_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:

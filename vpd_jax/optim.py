@@ -12,7 +12,7 @@ import optax
 
 from vpd_jax.errors import UserError
 from vpd_jax.models import parameters as params_lib
-from vpd_jax.types import Array
+from vpd_jax.types import Array, Fields, PyTree
 
 Schedule = Callable[[Any], Array]
 
@@ -189,7 +189,7 @@ def optimizer(
     u = u + decay * p if decay else u
     return (u if lr == 1 else u * lr) * scales[2], mu, nu
 
-  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+  def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[Any, Any]:
     adam, schedule = state[1], state[4]
     clipped, clip_state = clip.update(updates, state[0], params)
     count = optax.safe_increment(adam.count)
@@ -211,7 +211,7 @@ def ema(old: dict[str, Array], new: dict[str, Array], decay: float) -> dict[str,
   return jax.tree.map(lambda o, n: o + (1 - decay) * (n - o), old, new)
 
 
-def table(groups: Groups, shapes: dict[str, Any]) -> list[tuple]:
+def table(groups: Groups, shapes: Fields) -> list[tuple]:
   """Rows of the start-up table: group, lr multiplier, decay multiplier, arrays, numbers, first name."""
   rows: dict[tuple, list[str]] = {}
   for name, multiplier in groups.lr.items():

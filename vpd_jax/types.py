@@ -3,17 +3,22 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import flax.struct
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
 
 from vpd_jax.errors import UserError
 
 Array = jax.Array
 Device = Any  # jax.Device, which is a variable to type checkers and no type
+PyTree = Any  # nested containers of arrays, or of what stands for them: shapes, shardings
+Fields = dict[str, Any]  # options by name, or an object of a JSON file
+Options = Mapping[str, Any]  # the same, to be read only
 Example = dict[str, Any]  # one image: "image" uint8 [H, W, 3], "depth" float32 [H, W] metres, ..., also texts
 Batch = dict[str, Array]  # stacked, plus "real" bool [B]: False for rows that only fill the last batch
 Outputs = dict[str, Array]  # what a head returns: "depth" | "logits", "aux_logits" | "heatmaps"
@@ -21,6 +26,7 @@ Rows = dict[str, np.ndarray]  # one measurement per example, [N, ...], on the ho
 # By full name, such as "method/unet/input_blocks/1/0/in_layers/2/kernel": arrays of devices or of the host, or what
 # stands for them: shapes, shardings.
 ParamDict = dict[str, Any]
+Weights = tuple[ParamDict, ParamDict, ParamDict]  # trained, frozen, running statistics
 
 
 MAP_EXTENTS = ("padded", "resized")
@@ -108,7 +114,7 @@ class TrainState:
   params: ParamDict
   frozen: ParamDict
   stats: ParamDict
-  opt_state: Any
+  opt_state: PyTree
   ema: ParamDict | None = None
 
 
@@ -123,6 +129,8 @@ class Method(Protocol):
     prepare_outputs: those among `needs` that `prepare` adds, so that no data set need provide them.
     map_info: of its maps.
     sentence_tokens: (N, D) of the states of each image's sentence, None where it reads no sentence.
+    class_predictor: images to the ids of their classes, int [B]; None where it predicts none.
+    sentence_census: sentences to a line for the start of a run; None where it reads none.
     attends_to_classes: whether it has attention maps, one for each class; these are given by `class_attention(batch)`.
     notes: lines for the log at the start of a run.
     text_options: options of the config's section that are read where texts are prepared, not by the constructor.
@@ -137,6 +145,10 @@ class Method(Protocol):
   sentence_tokens: tuple[int, int] | None
   text_options: ClassVar[tuple[str, ...]]
 
+  @property
+  def class_predictor(self) -> Callable[[Array], Array] | None: ...
+  @property
+  def sentence_census(self) -> Callable[[Iterable[str]], str] | None: ...
   @property
   def attends_to_classes(self) -> bool: ...
   @property
@@ -240,7 +252,7 @@ class Source(Protocol):
   def __len__(self) -> int: ...
   def __getitem__(self, index: int) -> Example: ...
 
-  def record(self, index: int) -> dict[str, Any]:
+  def record(self, index: int) -> Fields:
     """What shards store of a record, see Dataset.stored; by default the whole Example."""
     return self[index]
 
@@ -272,14 +284,14 @@ class Dataset(Protocol):
   provides: frozenset[str]
   classes: tuple[str, ...] = ()
   stored: ClassVar[Mapping[str, str] | None] = None
-  made_with: Mapping[str, Any] = {}
+  made_with: Options = MappingProxyType({})
   published: Published = Published({}, None, {})
   encoder_cache: Cache | None = None
 
   def __init__(self, **options: Any): ...
 
   @classmethod
-  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+  def info(cls, options: Options) -> DatasetInfo:
     """What follows from the options of a config's section `data`, those left out having their defaults."""
     ...
 
@@ -293,7 +305,7 @@ class Dataset(Protocol):
     parts = {split: [*filter(None, (source.summary(), *source.notes))] for split, source in sources.items()}
     return [f"{split}: {'; '.join(lines)}" for split, lines in parts.items() if lines]
 
-  def truth(self, split: str) -> dict[str, Any]:
+  def truth(self, split: str) -> Fields:
     """What is scored against beside the batches, for tasks that need it; a data set for another task has none."""
     raise NotImplementedError(f"{type(self).__name__} has no ground truth of the {split!r} split as a whole.")
 
@@ -303,7 +315,7 @@ class Task(Protocol):
 
   needs: frozenset[str]  # keys of a Batch
   eval_needs: frozenset[str]  # further ones that only `measure` reads
-  output: dict[str, Any]  # what every head of this task must be told: maximum depth, number of classes
+  output: Fields  # what every head of this task must be told: maximum depth, number of classes
   result: str  # name of a prediction, for Python users
   best: tuple[str, str]  # the score that chooses the best checkpoint, and "min" or "max"
   test_time_protocol: str  # how pictures are cut and put together at test time, one of prediction/protocols.py
@@ -320,7 +332,7 @@ class Task(Protocol):
   ) -> dict[str, float]: ...  # of `best`
   def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray: ...  # uint8 [H, W', 3]
   def save(
-    self, stem: Path, prediction: np.ndarray, facts: dict[str, Any], image: np.ndarray | None = None
+    self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None
   ) -> list[Path]: ...  # files of one picture
 
   def mirrored(self, prediction: Array) -> Array:
@@ -332,6 +344,34 @@ class Task(Protocol):
     del rows
     return {}
 
-  def write_results(self, path: Path, rows: Rows, *args: Any, **kwargs: Any) -> Path | None:
+  def write_results(self, path: epath.Path, rows: Rows, *args: Any, **kwargs: Any) -> epath.Path | None:
     """Writes the file that a benchmark's server takes, where there is one."""
     return None
+
+
+class WindowedTask(Task, Protocol):
+  """One whose pictures are cut into windows, of which a part alone may be scored."""
+
+  def region(self, size: tuple[int, int]) -> tuple[int, int, int, int]: ...  # top, bottom, left, right; half open
+
+
+class DecidingTask(Task, Protocol):
+  """One that decides for every pixel, where scores may be resized before."""
+
+  def decide(self, scores: Array) -> Array: ...  # [..., H, W, K] to [..., H, W]
+
+
+class ClassAttentionTask(Task, Protocol):
+  """One that draws where the network attends to each class."""
+
+  def save_attention(self, stem: Path, attention: np.ndarray, prediction: np.ndarray, image: np.ndarray) -> Path: ...
+
+
+class TopDownTask(Task, Protocol):
+  """One that finds keypoints in the crop of a person, and these on the picture."""
+
+  keypoints: Keypoints
+  udp: bool
+
+  def locate(self, prediction: Array, center: Array, extent: Array) -> Array: ...
+  def rescored(self, box_scores: np.ndarray, joint_scores: np.ndarray) -> np.ndarray: ...

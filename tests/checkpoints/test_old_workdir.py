@@ -4,7 +4,7 @@ tests/golden/workdir_880ccdc.tar.gz: the checkpoint of step 1 that commit 880ccd
 tests/helpers/one_convolution.py, both in the words of that commit.
 """
 
-import tarfile
+import shutil
 
 import jax
 import numpy as np
@@ -22,8 +22,7 @@ from vpd_jax.training import train
 
 @pytest.fixture
 def workdir(tmp_path):
-  with tarfile.open(GOLDEN / "workdir_880ccdc.tar.gz") as archive:
-    archive.extractall(tmp_path, filter="data")
+  shutil.unpack_archive(GOLDEN / "workdir_880ccdc.tar.gz", tmp_path)
   with one_convolution.known():
     yield tmp_path
 

@@ -115,6 +115,21 @@ def test_a_bad_record_is_replaced_by_the_next_readable_one_and_nothing_else_chan
   ]
 
 
+def test_a_programming_error_in_a_source_is_no_bad_record():
+  class WrongRecords(Records):
+    def __getitem__(self, index):
+      raise ValueError("operands could not be broadcast together")
+
+  class Wrong(Squares):
+    def source(self, split):
+      return WrongRecords(10, None)
+
+  batches = pipeline.train_batches(Wrong(), batch_size=6, seed=3, keys=KEYS, on_bad_record="skip")
+  with pytest.raises(ValueError, match=r"^operands could not be broadcast"):
+    next(batches)
+  batches.close()
+
+
 def test_which_records_are_skipped_depends_on_the_files_only(capsys):
   expected, _ = skipping(6, bad=(4, 5))
   for options in (dict(workers=2), dict(start_step=3)):
@@ -289,7 +304,7 @@ def test_prefetch_hands_on_all_batches_and_measures_the_wait():
       time.sleep(0.05)
       yield {"index": np.full(8, step)}
 
-  with_waits = pipeline.prefetch(slow(), sharding())
+  with_waits = pipeline.prefetch(pipeline.HostBatches(slow()), sharding())
   batches = list(with_waits)
   assert [int(batch["index"][0]) for batch in batches] == [0, 1, 2]
   assert 10 < with_waits.mean_wait_ms() < 1000
@@ -303,7 +318,7 @@ def test_prefetch_raises_what_the_input_raised_and_closes_when_full():
     yield {"index": np.zeros(8)}
     raise ValueError("a bad record")
 
-  iterator = pipeline.prefetch(failing(), sharding())
+  iterator = pipeline.prefetch(pipeline.HostBatches(failing()), sharding())
   next(iterator)
   with pytest.raises(ValueError, match="a bad record"):
     next(iterator)

@@ -42,8 +42,9 @@ def get_config(argument=""):
 
 # Reads argv, env and folder of a command as JSON, answers with its exit code.
 SERVER = f"""
-import json, os, signal, sys
+import gc, json, os, signal, sys
 import vpd_jax.main, vpd_jax.training.train, vpd_jax.prediction.predictor
+gc.freeze()  # a collection in a child would copy every page it touches
 for line in sys.stdin:
   case = json.loads(line)
   child = os.fork()
@@ -76,7 +77,11 @@ def write_good(home: pathlib.Path) -> None:
 @contextlib.contextmanager
 def started() -> Iterator[subprocess.Popen]:
   """The process that `command` talks to."""
-  environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore:os.fork"}
+  environment = os.environ | {
+    "PYTHONPATH": str(ROOT),
+    "PYTHONWARNINGS": "ignore:os.fork",
+    "PYTHONDONTWRITEBYTECODE": "1",
+  }
   command = [sys.executable, "-c", SERVER]
   with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
     yield process

@@ -5,6 +5,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from vpd_jax.errors import UserError
 from vpd_jax.types import Dataset, Source
 
 KEYS = ("index", "position", "noise", "image")
@@ -37,7 +38,7 @@ class Records(Source):
 
   def __getitem__(self, index):
     if index in (self.bad if isinstance(self.bad, tuple) else (self.bad,)):
-      raise ValueError(f"folder/file_{index}.png is truncated.")
+      raise UserError(f"folder/file_{index}.png is truncated.")
     return {"image": np.full((40, 50, 3), index, np.uint8), "index": np.asarray(index, np.int32)}
 
 

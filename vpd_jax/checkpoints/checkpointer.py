@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import cast
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from vpd_jax.errors import UserError
 from vpd_jax.files import damage, paths
+from vpd_jax.types import Fields, Options, PyTree
 
 WEIGHTS = ("params", "frozen", "stats", "ema")
 FOLDER = "checkpoints"
@@ -101,8 +102,8 @@ class Checkpoints:
   def save(
     self,
     step: int,
-    state: Any,
-    config: str | Mapping[str, Any],
+    state: PyTree,
+    config: str | Options,
     metrics: Mapping[str, float] | None = None,
     *,
     force: bool = False,
@@ -167,7 +168,7 @@ class Checkpoints:
     """The step with the best score; None where none has one."""
     return self._manager.best_step() if self._best_metric is not None else None
 
-  def restore(self, step: int, state: Any) -> Any:
+  def restore(self, step: int, state: PyTree) -> PyTree:
     """The saved state, onto the devices that `state` names, whatever mesh it was saved from.
 
     Args:
@@ -181,7 +182,7 @@ class Checkpoints:
     with self._read(step):
       return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state)))["state"]
 
-  def restore_config(self, step: int) -> dict[str, Any]:
+  def restore_config(self, step: int) -> Fields:
     """The config this step was trained with, as plain values; tuples have become lists."""
     self._check_exists(step)
     with self._read(step):
@@ -248,7 +249,7 @@ class Checkpoints:
     if step not in self._manager.all_steps():
       raise UserError(f"{self._directory} holds no checkpoint of step {step}; it holds {self.steps() or 'none'}.")
 
-  def _saved(self, step: int) -> dict[str, Any]:
+  def _saved(self, step: int) -> Fields:
     """Names, shapes and dtypes of what is on disk."""
     self._check_exists(step)
     with self._read(step):
@@ -260,7 +261,7 @@ class Checkpoints:
     then = "start in another workdir" if older is None else f"step {older} is then used"
     return damage.told(f"checkpoint {step} of {self._directory}", self._directory / str(step), then)
 
-  def _check_same(self, step: int, state: Any) -> None:
+  def _check_same(self, step: int, state: PyTree) -> None:
     """Raises where the arrays on disk are not those of `state`: orbax would cast, cut or pad in silence."""
     saved, wanted = _described(self._saved(step)), _described(state)
     problems = [
@@ -309,7 +310,7 @@ def _floats(metrics: Mapping[str, float]) -> dict[str, float]:
   return {name: float(value) for name, value in metrics.items()}
 
 
-def _described(tree: Any) -> dict[str, str]:
+def _described(tree: PyTree) -> dict[str, str]:
   """{path: 'dtype [shape]'} of arrays, or of orbax's descriptions of them."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")  # fields of tuples are keys on disk

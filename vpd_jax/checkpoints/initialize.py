@@ -220,7 +220,7 @@ def new_state(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> 
   named, lines = weights(config, product)
   where = state_shardings(config, product, mesh)
   fields = split(product, named) | {"step": np.zeros((), np.int32)}
-  placed = sharding.place(fields, {field: getattr(where, field) for field in fields})
+  placed = sharding.place(fields, {field: vars(where)[field] for field in fields})
   # A moving average of its own memory: the step donates both.
   copied = lambda n, x: jax.device_put(jnp.copy(x), cast(ParamDict, where.ema)[n])
   ema = {n: copied(n, x) for n, x in placed["params"].items()} if config.optim.ema_decay else None
@@ -330,5 +330,5 @@ def weights_on_mesh(
       "checkpoint as config.init.pretrained."
     )
   where, fields = state_shardings(config, product, mesh), split(product, named)
-  placed = sharding.place(fields, {field: getattr(where, field) for field in fields})
+  placed = sharding.place(fields, {field: vars(where)[field] for field in fields})
   return (placed["params"], placed["frozen"], placed["stats"]), lines

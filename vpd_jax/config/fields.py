@@ -5,7 +5,11 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from vpd_jax.errors import UserError
+
+Section = dict[str, Any]  # of a config
 
 # Section, "" for the top: every field of it that the program reads. Of the sections that are not here, what they name
 # says it, see `look_up`.
@@ -28,7 +32,7 @@ FILLED = ("self", "setup", "maps", "common", "lr")
 RENAMED = {"data.colour": "data.color_jitter", "data.centre_jitter": "data.center_jitter"}
 
 
-def with_new_names(flat: Mapping[str, Any]) -> dict[str, Any]:
+def with_new_names(flat: Mapping[str, object]) -> Section:
   """{dotted field: value} of a config that may have been written before an option was renamed."""
   return {RENAMED.get(field, field): value for field, value in flat.items()}
 
@@ -41,7 +45,7 @@ def check(config: Any) -> None:
     raise UserError("; ".join(problems) + ".")
 
 
-def unknown(section: Any, known: Sequence[str], where: str) -> str:
+def unknown(section: object, known: Sequence[str], where: str) -> str:
   """What is wrong with the fields of a section, and what may be meant; empty where nothing is.
 
   Args:
@@ -49,7 +53,7 @@ def unknown(section: Any, known: Sequence[str], where: str) -> str:
     known: the fields that are read.
     where: name of the section, for the message.
   """
-  if not hasattr(section, "keys"):
+  if not isinstance(section, Mapping | ConfigDict):
     return f"{where}={section!r} must be a section with fields of {', '.join(known)}; correct it"
   strange = [field for field in section if field not in known]
   section_name = where.removeprefix("config.").split(" ")[0]
@@ -84,7 +88,7 @@ def misfit(
 
 def look_up(
   table: Mapping[Any, Callable[..., Any]],
-  section: Any,
+  section: object,
   field: str,
   *,
   given: Iterable[str] = (),
@@ -103,7 +107,7 @@ def look_up(
   Raises:
     ValueError: an unknown name, unknown fields, fields that are needed and not there.
   """
-  name = section.get("name") if hasattr(section, "keys") else None
+  name = section.get("name") if isinstance(section, Mapping | ConfigDict) else None
   if name not in table:
     raise UserError(f"config.{field}.name={name!r} is unknown; choose one of {sorted(table)}.")
   where = f"config.{field} of name {name!r}"

@@ -17,6 +17,7 @@ from typing import Any
 import ml_collections
 
 from vpd_jax.config import fields
+from vpd_jax.config.fields import Section
 from vpd_jax.errors import UserError
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent
@@ -102,7 +103,7 @@ def load(config: str | ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return config.copy_and_resolve_references().lock()
   path, colon, argument = resolve(config).partition(":")
   module = _import(path)
-  if not hasattr(module, "get_config"):
+  if "get_config" not in vars(module):
     raise UserError(f"config file {path!r} has no function get_config; write one that returns a ConfigDict.")
   if colon and not inspect.signature(module.get_config).parameters:
     raise UserError(f"the get_config of config file {path!r} takes no words; leave ':{argument}' away.")
@@ -189,14 +190,14 @@ def workdir(config: str) -> str:
   return f"runs/{name(config)}"
 
 
-def changed(config: ml_collections.ConfigDict, fields: Mapping[str, Any]) -> ml_collections.ConfigDict:
+def changed(config: ml_collections.ConfigDict, fields: Mapping[str, object]) -> ml_collections.ConfigDict:
   """A locked copy with these fields set, by dotted name."""
   config = config.copy_and_resolve_references().unlock()
   config.update_from_flattened_dict(fields)
   return config.lock()
 
 
-def schedule(config: Mapping[str, Any] | ml_collections.ConfigDict) -> dict[str, Any]:
+def schedule(config: Section | ml_collections.ConfigDict) -> Section:
   """The section optim.schedule; its num_steps is the run's where it says 0. Empty where there is no such section."""
   options = dict((config.get("optim") or {}).get("schedule") or {})
   if "num_steps" in options:
@@ -205,8 +206,8 @@ def schedule(config: Mapping[str, Any] | ml_collections.ConfigDict) -> dict[str,
 
 
 def differences(
-  old: Mapping[str, Any] | ml_collections.ConfigDict,
-  new: Mapping[str, Any] | ml_collections.ConfigDict,
+  old: Section | ml_collections.ConfigDict,
+  new: Section | ml_collections.ConfigDict,
   prefixes: Sequence[str] = RESUME_CHECKED,
   indifferent: Sequence[str] = RESUME_IGNORED,
 ) -> list[str]:
@@ -244,19 +245,19 @@ class _Absent:
 _ABSENT = _Absent()
 
 
-def _flat(section: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(section: object, prefix: str = "") -> Section:
   """{dotted field: value}; an empty section is a field itself."""
   if isinstance(section, ml_collections.ConfigDict):
     section = section.to_dict()
   if not isinstance(section, Mapping) or not section:
     return {prefix: _as_tuples(section)} if prefix else {}
-  found: dict[str, Any] = {}
+  found: Section = {}
   for key, value in section.items():
     found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
   return found
 
 
-def _as_tuples(value: Any) -> Any:
+def _as_tuples(value: object) -> object:
   """Lists as tuples, at every depth."""
   return tuple(_as_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
 

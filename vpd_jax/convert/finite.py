@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpd_jax.errors import NotFiniteError, UserError
+from vpd_jax.types import Options
 
 REMEDY = "fetch or convert them again, or take a checkpoint from before the training went wrong"
 
 
-def missing(named: Mapping[str, Any]) -> dict[str, int]:
+def missing(named: Options) -> dict[str, int]:
   """How many numbers are NaN or infinite, by name, of the arrays that hold such.
 
   Args:
@@ -29,7 +30,7 @@ def in_words(found: Mapping[str, int]) -> str:
   return f"{len(found)} arrays hold NaN or infinity: {listed}{more}"
 
 
-def check(named: Mapping[str, Any], origin: str) -> None:
+def check(named: Options, origin: str) -> None:
   """Refuses weights that hold NaN or infinity.
 
   Raises:
@@ -40,7 +41,7 @@ def check(named: Mapping[str, Any], origin: str) -> None:
 
 
 def check_finite(
-  pending: list[tuple[int, Any, Any]], state: Any = None, batch_of: Callable[[int], Any] | None = None
+  pending: list[tuple[int, Any, Any]], state: object = None, batch_of: Callable[[int], Any] | None = None
 ) -> list:
   """An empty list where all steps are finite.
 
@@ -77,11 +78,11 @@ def _cause(step: int, state: Any, batch_of: Callable[[int], Any] | None) -> str:
   return f"Its data{here} and the weights at the start of the run hold finite numbers only. {remedy}."
 
 
-def _parts(x: Any) -> list[Any]:
+def _parts(x: object) -> list[object]:
   """What of an array is to be looked at in this process, every number once."""
   return [part.data for part in x.addressable_shards if part.replica_id == 0] if isinstance(x, jax.Array) else [x]
 
 
-def _count(x: Any) -> int:
+def _count(x: object) -> int:
   x = np.asarray(x)
   return x.size - int(np.count_nonzero(np.isfinite(x)))

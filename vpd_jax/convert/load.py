@@ -9,7 +9,6 @@ import dataclasses
 import importlib.metadata
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -22,6 +21,7 @@ from vpd_jax.convert.rules import COUNTER, ConversionError, NotFinite, Report, S
 from vpd_jax.convert.tables import released, stable_diffusion
 from vpd_jax.errors import UserError
 from vpd_jax.files import atomic, damage, paths, reading
+from vpd_jax.types import Fields
 
 ACCEPTED = (
   "a diffusers folder (unet/ and vae/), a CompVis .ckpt or .safetensors, the authors' .pth, a directory written by "
@@ -120,7 +120,7 @@ def save(
     (unfinished / "manifest.json").write_text(atomic.to_json(content, indent=1))
 
 
-def manifest(path: str | epath.PathLike) -> dict[str, Any]:
+def manifest(path: str | epath.PathLike) -> Fields:
   """manifest.json of a converted directory.
 
   Raises:

@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from vpd_jax.convert import finite
 from vpd_jax.convert.formats.lazy_tensor import LazyTensor
 from vpd_jax.errors import UserError
+from vpd_jax.types import Options
 
 
 class Shaped(Protocol):
@@ -276,7 +277,7 @@ def to_source(named: Mapping[str, npt.ArrayLike], rules: Sequence[Rule | Drop]) 
 
 
 def export(
-  named: Mapping[str, npt.ArrayLike], rules: Sequence[Rule | Drop], manifest: Sequence[Mapping[str, Any]], step: int
+  named: Mapping[str, npt.ArrayLike], rules: Sequence[Rule | Drop], manifest: Sequence[Options], step: int
 ) -> dict[str, np.ndarray]:
   """The state dict that a manifest describes: its names, shapes, dtypes and order.
 

@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import cv2
@@ -128,8 +128,29 @@ def eval_examples(
   return Batches(examples[process_index::process_count], 0)
 
 
-class Batches:
-  """Iterator of {key: [rows, ...]} on the host.
+class HostBatches:
+  """Iterator of batches {key: [rows, ...]} on the host, here of any iterable."""
+
+  def __init__(self, batches: Iterable[NumpyBatch]):
+    self._batches = iter(batches)
+
+  def __iter__(self) -> "HostBatches":
+    return self
+
+  def __next__(self) -> NumpyBatch:
+    return next(self._batches)
+
+  @property
+  def skipped(self) -> int:
+    """Rows so far that hold another record in place of one that cannot be read."""
+    return 0
+
+  def close(self) -> None:
+    """Ends the iterator and what it has started."""
+
+
+class Batches(HostBatches):
+  """Batches that threads or worker processes read.
 
   Workers make whole batches, in turn, so that their number changes nothing. They end with `close`, and also when the
   iterator is dropped or the program ends.
@@ -145,10 +166,11 @@ class Batches:
       reading = reading.mp_prefetch(options, worker_init_fn=_start_worker)
     self._shared, self._report = workers > 0, report
     self._open = [iter(reading)]
-    self.close = weakref.finalize(self, _close, self._open)
+    self._finalizer = weakref.finalize(self, _close, self._open)
 
-  def __iter__(self) -> "Batches":
-    return self
+  def close(self) -> None:
+    """See HostBatches."""
+    self._finalizer()
 
   def __next__(self) -> NumpyBatch:
     if not self._open:
@@ -160,7 +182,7 @@ class Batches:
 
   @property
   def skipped(self) -> int:
-    """Rows so far that hold another record in place of one that cannot be read."""
+    """See HostBatches."""
     return self._report.skipped if self._report else 0
 
 
@@ -182,7 +204,7 @@ def to_mesh(batch: NumpyBatch, sharding: jax.sharding.NamedSharding) -> Batch:
   return jax.make_array_from_process_local_data(sharding, batch)
 
 
-def prefetch(iterator: Iterator[NumpyBatch], sharding: jax.sharding.NamedSharding, size: int = 2) -> "Prefetch":
+def prefetch(iterator: HostBatches, sharding: jax.sharding.NamedSharding, size: int = 2) -> "Prefetch":
   """Takes batches and puts them on the mesh in a thread of its own, `size` ahead of their use."""
   return Prefetch(iterator, sharding, size)
 
@@ -195,7 +217,7 @@ class Prefetch:
     skipped: rows of this process so far that hold another record in place of one that cannot be read.
   """
 
-  def __init__(self, iterator: Iterator[NumpyBatch], sharding: jax.sharding.NamedSharding, size: int):
+  def __init__(self, iterator: HostBatches, sharding: jax.sharding.NamedSharding, size: int):
     self.wait_ms, self.skipped = 0.0, 0
     self._waits: list[float] = []
     self._iterator, self._sharding = iterator, sharding
@@ -234,14 +256,13 @@ class Prefetch:
       while not self._ready.empty():
         self._ready.get_nowait()
       self._thread.join(timeout=0.05)
-    if close := getattr(self._iterator, "close", None):
-      close()
+    self._iterator.close()
 
   def _fill(self) -> None:
     """Body of the thread: fills the queue until told to stop, hands over the error that ended it."""
     while not self._stop.is_set():
       try:
-        item = to_mesh(next(self._iterator), self._sharding), getattr(self._iterator, "skipped", 0)
+        item = to_mesh(next(self._iterator), self._sharding), self._iterator.skipped
       except Exception as error:
         self._ready.put(error)
         return

@@ -6,10 +6,11 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from vpd_jax.errors import UserError
 
+T = TypeVar("T")
 _EXIT = re.compile(r"[Ww]orker process was terminated unexpectedly with exit code (-?\d+)")  # grain 0.2.18
 _SHARED = "/dev/shm"
 _MEANS = {
@@ -23,7 +24,7 @@ REMEDY = (
 )
 
 
-def following(batches: Iterator[Any]) -> Any:
+def following(batches: Iterator[T]) -> T:
   """The next batch of grain's workers.
 
   Raises:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vpd_jax.errors import UserError
+from vpd_jax.types import Fields
 
 _FAILURE, _POLL = "vpd_jax/failure", 1.0  # key of the error of a failed process, and seconds between two reads of it
 _ALIVE, _DONE = "vpd_jax/alive", "done"  # keys of the heartbeats of the processes, and the last value
@@ -132,7 +133,7 @@ def _jax() -> Any:
 
 def arguments(
   address: str | None, count: int | None, index: int | None, environment: Mapping[str, str]
-) -> dict[str, Any] | None:
+) -> Fields | None:
   """The arguments of jax.distributed.initialize; None if this process is the whole run.
 
   Missing values are read from JAX_COORDINATOR_ADDRESS, JAX_PROCESS_COUNT and JAX_PROCESS_ID. If srun started several

@@ -36,7 +36,7 @@ class PreemptionGuard:
       self._old = signal.signal(signal.SIGTERM, self._handle)
     return self
 
-  def __exit__(self, *_: object) -> None:
+  def __exit__(self, *_: Any) -> None:
     if self._old is not None:
       signal.signal(signal.SIGTERM, self._old)
 

@@ -12,10 +12,11 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from vpd_jax.errors import UserError
 from vpd_jax.models import parameters as params_lib
-from vpd_jax.types import Device, ParamDict
+from vpd_jax.types import Device, ParamDict, PyTree
 
 AXES = ("data", "fsdp")
 Rules = Sequence[tuple[str, Sequence[str | None]]]
@@ -73,7 +74,7 @@ def array_spec(shape: Sequence[int], itemsize: int, fsdp_size: int, *, min_bytes
   return P(*(None,) * chosen, "fsdp")
 
 
-def state_shardings(mesh: Mesh, state: Any, *, rules: Rules = (), min_bytes: int = 2**20) -> Any:
+def state_shardings(mesh: Mesh, state: PyTree, *, rules: Rules = (), min_bytes: int = 2**20) -> PyTree:
   """A NamedSharding for every array of a TrainState, optimizer state included.
 
   The rule depends on the shape only, so that moments are sharded like their parameters. Pass the result as
@@ -105,12 +106,12 @@ def state_shardings(mesh: Mesh, state: Any, *, rules: Rules = (), min_bytes: int
   return jax.tree_util.tree_map_with_path(place, state)
 
 
-def abstract(state: Any, shardings: Any) -> Any:
+def abstract(state: PyTree, shardings: PyTree) -> PyTree:
   """The state as ShapeDtypeStructs with shardings, as needed to restore it."""
   return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, shardings)
 
 
-def place(arrays: Any, shardings: Any) -> Any:
+def place(arrays: PyTree, shardings: PyTree) -> PyTree:
   """Transfers arrays from the host, or from one device, to the mesh.
 
   Args:
@@ -136,7 +137,7 @@ def place(arrays: Any, shardings: Any) -> Any:
   )
 
 
-def _checksum(x: Any) -> int:
+def _checksum(x: object) -> int:
   """A checksum of an array on the host or on a device of this process."""
   return zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
 
@@ -168,7 +169,7 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def on_devices_of_one_process(arrays: Any, mesh: Mesh, local: Mesh) -> Any:
+def on_devices_of_one_process(arrays: PyTree, mesh: Mesh, local: Mesh) -> PyTree:
   """Replicates arrays that are sharded over all processes on each device of this process.
 
   Args:
@@ -180,7 +181,7 @@ def on_devices_of_one_process(arrays: Any, mesh: Mesh, local: Mesh) -> Any:
   return jax.tree.map(lambda x: jax.device_put(x.addressable_data(0), replicated(local)), full)
 
 
-def gathered(arrays: ParamDict, shardings: Mapping[str, NamedSharding], dtype: Any) -> ParamDict:
+def gathered(arrays: ParamDict, shardings: Mapping[str, NamedSharding], dtype: DTypeLike) -> ParamDict:
   """All-gathers the arrays that are split, in the dtype of computation; returns the others unchanged.
 
   Call it where a step uses the arrays. Without it, the partitioner would split activations along the axes of the
@@ -195,7 +196,7 @@ def gathered(arrays: ParamDict, shardings: Mapping[str, NamedSharding], dtype: A
   return {name: _all_gather(x, split[name], dtype) if name in split else x for name, x in arrays.items()}
 
 
-def _all_gather(x: jax.Array, where: NamedSharding, dtype: Any) -> jax.Array:
+def _all_gather(x: jax.Array, where: NamedSharding, dtype: DTypeLike) -> jax.Array:
   """All-gathers one array."""
   dtype_in = x.dtype
   carried = min(dtype_in, jnp.dtype(dtype), key=lambda dtype: dtype.itemsize)

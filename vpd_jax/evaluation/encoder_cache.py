@@ -19,7 +19,7 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -29,6 +29,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from vpd_jax import experiment
+from vpd_jax.data.pipeline import HostBatches
 from vpd_jax.distributed import sharding
 from vpd_jax.errors import UserError
 from vpd_jax.experiment import Product
@@ -137,12 +138,12 @@ class EncoderCache:
       return []
     return [f"latents and text states: {where.get(self._cache.kind, f'kept in {self._cache.folder}')}"]
 
-  def __call__(self, batches: Iterator[Numpy], frozen: ParamDict) -> "Iterator[Numpy]":
+  def __call__(self, batches: HostBatches, frozen: ParamDict) -> HostBatches:
     """The same batches with the results in them, those for this process' rows; "tokens" are gone.
 
     Args:
       batches: of {key: [rows, ...]} with "image" uint8 [rows, H, W, 3] and, where they are read, "tokens" int32 [rows,
-        N]. What else it offers, `close` and `skipped`, stays.
+        N].
       frozen: the arrays that are not trained, on the mesh; every process must call at the same time.
     """
     if not self.active:
@@ -180,20 +181,17 @@ class EncoderCache:
     self._encoders[name] = encoder
 
 
-class Encoded:
+class Encoded(HostBatches):
   """Iterator of batches with the results in them; the rest is that of the iterator below.
 
   Attributes:
     computed: rows that had to be computed so far, by name of the result.
   """
 
-  def __init__(self, batches: Iterator[Numpy], encoders: "Sequence[_Encoder]"):
+  def __init__(self, batches: HostBatches, encoders: "Sequence[_Encoder]"):
     self._batches, self._encoders = batches, encoders
     self._last: dict[str, Numpy] = {encoder.name: {} for encoder in encoders}
     self.computed = dict.fromkeys(self._last, 0)
-
-  def __iter__(self) -> "Encoded":
-    return self
 
   def __next__(self) -> Numpy:
     batch = dict(next(self._batches))
@@ -219,13 +217,12 @@ class Encoded:
 
   @property
   def skipped(self) -> int:
-    """See pipeline.Batches."""
-    return getattr(self._batches, "skipped", 0)
+    """See pipeline.HostBatches."""
+    return self._batches.skipped
 
   def close(self) -> None:
-    """Ends the iterator below."""
-    if close := getattr(self._batches, "close", None):
-      close()
+    """See pipeline.HostBatches."""
+    self._batches.close()
 
 
 class _Nothing:
@@ -273,7 +270,8 @@ class _Encoder:
 
 def _encode(parts: Parts, name: str, weights: ParamDict, rows: Array) -> Array:
   """Rows to results of this name, by the method that has these weights."""
-  return getattr(parts.partial(weights).method, name)({READ[name]: rows})
+  method = parts.partial(weights).method
+  return {"latents": method.latents, "text_states": method.text_states}[name]({READ[name]: rows})
 
 
 def _results(product: Product) -> list[str]:

@@ -24,9 +24,8 @@ from vpd_jax.files import atomic
 from vpd_jax.inference import sliding_window, tiles, tta
 from vpd_jax.monitoring import writers
 from vpd_jax.tasks import colormaps as panels_lib
-from vpd_jax.types import Array, Batch, Dataset, ParamDict, Rows, Task
+from vpd_jax.types import Array, Batch, Dataset, Example, Fields, Rows, Task, Weights, WindowedTask
 
-Weights = tuple[ParamDict, ParamDict, ParamDict]  # params, frozen, stats
 Step = Callable[[Weights, Batch], Any]
 
 
@@ -73,14 +72,15 @@ def make_step(config: ConfigDict, product: Product) -> Callable[[Weights, Batch]
 def check_coverage(config: ConfigDict, product: Product, size: Sequence[int]) -> None:
   """Raises ValueError where windows leave pixels of images of this size without a prediction that are scored."""
   if product.task.test_time_protocol == "windows":
-    tta.check_coverage(size, config.eval.test_time, config.eval.coverage, product.task.region(size))
+    region = cast(WindowedTask, product.task).region((size[0], size[1]))
+    tta.check_coverage(size, config.eval.test_time, config.eval.coverage, region)
 
 
 def on_mesh(step: Step, config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> Step:
   """A step as a program for this mesh: weights that are split are gathered, kernels run on each device's rows."""
   gather = initialize.gather(config, product, mesh)
 
-  def run(weights: Weights, batch: Batch) -> Any:
+  def run(weights: Weights, batch: Batch) -> object:
     with sharding.tracing(mesh):
       params, frozen, stats = map(gather, weights)
       return step((params, frozen, stats), batch)
@@ -179,7 +179,7 @@ class _Pictures:
         measured |= {"real": np.asarray(example["real"])[None]}
         yield _gathered(measured), label[None] if shown < panels else np.asarray(())
 
-  def _areas(self, label: np.ndarray, example: Any) -> Rows:
+  def _areas(self, label: np.ndarray, example: Example) -> Rows:
     """The task's measurements of one picture, which are sums over its pixels: square by square, in one program."""
     truth = {name: tiles.squares(example[name], tiles.OUTSIDE_LABEL) for name in self._product.task.needs}
     label, count = tiles.squares(label, 0), tiles.SQUARES
@@ -277,7 +277,7 @@ class Evaluator:
     beside = ", ".join(f"{name} {value:.4f}{share(value)}" for name, value in baselines.items())
     return f"{line}\n  {chosen} of trivial predictors, and ours as a share of it: {beside}"
 
-  def _examples(self, split: str, count: int | None = None) -> Iterator[Any]:
+  def _examples(self, split: str, count: int | None = None) -> Iterator[Example]:
     source = self.dataset.source(split)
     indices = range(len(source)) if not count else range(min(count, len(source)))
     return (self.dataset.eval_transform(source[i]) for i in indices)
@@ -290,7 +290,7 @@ class Evaluator:
     return panels_lib.stacked([self.product.task.panel(example, prediction) for prediction, example in pairs])
 
 
-def class_scores(task: Task, rows: Rows) -> list[dict[str, Any]]:
+def class_scores(task: Task, rows: Rows) -> list[Fields]:
   """{"class": name, "IoU", "Acc"} of every class, None where it does not occur; empty where the task has no classes."""
   number = lambda value: None if np.isnan(value) else float(value)
   of_class = task.per_class(rows)
@@ -300,7 +300,7 @@ def class_scores(task: Task, rows: Rows) -> list[dict[str, Any]]:
   ]
 
 
-def _gathered(values: dict[str, Any]) -> Rows:
+def _gathered(values: Fields) -> Rows:
   """Rows of all processes on the host, in the order of the global batch."""
   if jax.process_count() > 1:
     return multihost_utils.process_allgather(values, tiled=True)

@@ -7,7 +7,7 @@ import pathlib
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from etils import epath
@@ -53,17 +53,17 @@ def write(path: AnyPath, content: str | bytes | Callable[[AnyPath], object]) -> 
   return path
 
 
-def write_json(path: AnyPath, content: Any, *, indent: int | None = 1) -> AnyPath:
+def write_json(path: AnyPath, content: object, *, indent: int | None = 1) -> AnyPath:
   """`write` of `to_json`, with a line break at the end."""
   return write(path, to_json(content, indent=indent) + "\n")
 
 
-def to_json(content: Any, *, indent: int | None = None) -> str:
+def to_json(content: object, *, indent: int | None = None) -> str:
   """JSON in which numbers that are not finite are null: NaN and Infinity are no JSON."""
   return json.dumps(_finite(content), indent=indent, allow_nan=False)
 
 
-def _finite(content: Any) -> Any:
+def _finite(content: object) -> object:
   if isinstance(content, float | np.floating):
     return float(content) if math.isfinite(content) else None
   if isinstance(content, Mapping):

@@ -5,8 +5,9 @@ import json
 import os
 import zlib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from vpd_jax.errors import UserError
 
@@ -23,12 +24,11 @@ def read_text(path: str | os.PathLike, *, called: str = "") -> str:
   """
   called = called or str(path)
   try:
-    read = getattr(path, "read_bytes", None) or Path(path).expanduser().read_bytes
-    raw = read()
+    raw = epath.Path(path).expanduser().read_bytes()
     raw = gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
     text = raw.decode("utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8")
   except (OSError, EOFError, zlib.error) as error:
-    raise UserError(f"{called} cannot be read ({getattr(error, 'strerror', None) or error}).") from None
+    raise UserError(f"{called} cannot be read ({(isinstance(error, OSError) and error.strerror) or error}).") from None
   except UnicodeDecodeError as error:
     raise UserError(f"{called} cannot be read: it is not text in UTF-8 ({error}); save it as UTF-8.") from None
   return text.replace("\ufeff", "")  # also within: files that were joined

@@ -2,10 +2,10 @@
 
 import io
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
+from jax.typing import DTypeLike
 from PIL import Image, ImageOps
 
 from vpd_jax.errors import UserError
@@ -18,7 +18,7 @@ FORMATS = tuple(
 MAX_ASPECT = 16  # largest ratio of the sides; more elongated images are squeezed to it
 
 
-def to_float(image: Any, dtype: Any) -> np.ndarray:
+def to_float(image: object, dtype: DTypeLike) -> np.ndarray:
   """uint8 [H, W, 3], or float in [0, 1], to float in [0, 1].
 
   Raises:
@@ -34,7 +34,7 @@ def to_float(image: Any, dtype: Any) -> np.ndarray:
   return image.astype(dtype)
 
 
-def to_uint8(image: Any) -> np.ndarray:
+def to_uint8(image: object) -> np.ndarray:
   """uint8 [H, W, 3], or float in [0, 1], to uint8. Raises as `to_float` does."""
   image = np.asarray(image)
   if image.dtype == np.uint8 and image.ndim == 3:

@@ -27,10 +27,10 @@ import numpy as np
 from vpd_jax.errors import UserError
 from vpd_jax.inference import tiles
 from vpd_jax.inference.tiles import TILE, bilinear_indices, corners, scaled_size, window_of
-from vpd_jax.types import Array, Example
+from vpd_jax.types import Array, Example, Fields, Weights
 
 SMALL_IMAGE_MODES = ("whole", "padded", "few_shapes")
-Predict = Callable[[Any, dict[str, Array]], Array]  # (weights, batch of n windows) to scores [n, h, w, K]
+Predict = Callable[[Weights, dict[str, Array]], Array]  # (weights, batch of n windows) to scores [n, h, w, K]
 
 
 class SlidingWindowOptions(NamedTuple):
@@ -70,7 +70,7 @@ def parse(words: tuple[str, ...]) -> SlidingWindowOptions:
   Raises:
     ValueError: an unknown or repeated word, or invalid numbers.
   """
-  found: dict[str, Any] = {}
+  found: Fields = {}
   for word in words:
     name, *numbers = word.split(":")
     try:
@@ -222,13 +222,13 @@ class SlidingWindowInference:
     self.options, self.batch_size, self.small, self.place = options, batch_size, small, place
     self.shapes, self._unused = set(), []  # the latter: tiles to reuse
 
-    def full(weights: Any, batch: dict[str, Array]) -> Array:
+    def full(weights: Weights, batch: dict[str, Array]) -> Array:
       # Padded to the full window, so that all programs after the network are shared.
       scores = predict(weights, batch)
       missing = [(0, max(options.window - side, 0)) for side in scores.shape[1:3]]
       return jnp.pad(scores, ((0, 0), *missing, (0, 0)))
 
-    where: dict[str, Any] = {} if gathered is None else {"out_shardings": gathered}
+    where: Fields = {} if gathered is None else {"out_shardings": gathered}
     self._predict = jax.jit(full, **where)
     self._add = jax.jit(tiles.add, donate_argnums=0)
     fold = lambda total, four, steps, flags, weight: tiles.fold(total, four, steps, flags, weight, softmax, postprocess)
@@ -243,7 +243,7 @@ class SlidingWindowInference:
       images.append(image if size == image.shape[:2] else cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR))
     return Views(images, image.shape[:2], {name: x for name, x in example.items() if name != "image"})
 
-  def __call__(self, weights: Any, images: Iterable[Views]) -> Iterator[np.ndarray]:
+  def __call__(self, weights: Weights, images: Iterable[Views]) -> Iterator[np.ndarray]:
     """Yields the result of every image in order: [H, W, ...] of `postprocess`, else float32 [H, W, K].
 
     Images are read from the iterable as needed; at most `batch_size` are pending.
@@ -253,7 +253,7 @@ class SlidingWindowInference:
     finally:
       self._unused.clear()
 
-  def _results(self, weights: Any, images: Iterable[Views]) -> Iterator[np.ndarray]:
+  def _results(self, weights: Weights, images: Iterable[Views]) -> Iterator[np.ndarray]:
     waiting = collections.defaultdict(collections.deque)  # (view, pixels, y, x) by size of the window
     opened: collections.deque[_Image] = collections.deque()
     for views in images:
@@ -273,13 +273,13 @@ class SlidingWindowInference:
       self._complete(weights, opened[0], waiting)
       yield opened.popleft().pop_result()
 
-  def _complete(self, weights: Any, image: _Image, waiting: dict[Any, collections.deque]) -> None:
+  def _complete(self, weights: Weights, image: _Image, waiting: dict[Any, collections.deque]) -> None:
     """Computes the remaining windows of an image, even if they do not fill a call."""
     for view in image.views:
       while view.left:
         self._run(weights, waiting[view.window])
 
-  def _run(self, weights: Any, queue: collections.deque) -> None:
+  def _run(self, weights: Weights, queue: collections.deque) -> None:
     """One call of the network on the first windows of a queue, padded by repeating the last one."""
     chosen = [queue.popleft() for _ in range(min(self.batch_size, len(queue)))]
     filled = chosen + chosen[-1:] * (self.batch_size - len(chosen))

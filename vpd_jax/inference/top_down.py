@@ -8,9 +8,9 @@ import numpy as np
 
 from vpd_jax.errors import UserError
 from vpd_jax.files import reading
-from vpd_jax.types import Array, Example
+from vpd_jax.types import Array, Example, Fields, Weights
 
-Predict = Callable[[Any, dict[str, Array]], Array]  # weights and batch of n crops to heatmaps [n, h, w, K]
+Predict = Callable[[Weights, dict[str, Array]], Array]  # weights and batch of n crops to heatmaps [n, h, w, K]
 
 
 class ImagePoses(NamedTuple):
@@ -86,7 +86,7 @@ def read_boxes(path: str | Path) -> dict[str, list[list[float]]]:
   )
 
 
-def _is_entry(entry: Any) -> bool:
+def _is_entry(entry: object) -> bool:
   """Whether this is {"file_name", "bbox", "score"}; `check_boxes` validates the numbers."""
   return isinstance(entry, dict) and isinstance(entry.get("file_name"), str) and isinstance(entry.get("bbox"), list)
 
@@ -117,7 +117,7 @@ class TopDownPoseEstimator:
     self._predict, self._crop, self._locate = predict, crop, locate
     self._keypoints, self._rescore, self._batch_size = keypoints, rescore, batch_size
 
-  def __call__(self, weights: Any, images: Sequence[np.ndarray], boxes: Sequence[np.ndarray]) -> list[ImagePoses]:
+  def __call__(self, weights: Weights, images: Sequence[np.ndarray], boxes: Sequence[np.ndarray]) -> list[ImagePoses]:
     """The poses of the people in each image, one per box and in the order of the boxes.
 
     Args:
@@ -140,7 +140,7 @@ class TopDownPoseEstimator:
       for points, own in zip(found, boxes, strict=True)
     ]
 
-  def _crops(self, chosen: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> dict[str, Any]:
+  def _crops(self, chosen: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> Fields:
     """A batch of the given size, padded by repeating the last crop."""
     zero = np.int32(0)
     nothing = {"keypoints": np.zeros((self._keypoints, 3), np.float32), "image_index": zero, "index": zero}

@@ -12,11 +12,12 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from vpd_jax.types import Array
 
@@ -56,7 +57,7 @@ class Draw:
   sample: Sampler
   seed: int
   shape: tuple[int, ...]
-  dtype: Any
+  dtype: DTypeLike
 
   def __call__(self, name: str) -> np.ndarray:
     """The values of the array of this full name: the same ones wherever they are drawn."""
@@ -75,7 +76,7 @@ class Initializer:
   reference: Callable[..., Array]
   sample: Sampler
 
-  def __call__(self, key: Any, shape: Sequence[int], dtype: Any, **rest: Any) -> Array:
+  def __call__(self, key: object, shape: Sequence[int], dtype: DTypeLike, **rest: object) -> Array:
     if not isinstance(key, HostKey):
       return self.reference(key, shape, dtype, **rest)
     if not _RECORDS:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, TypedDict
 
 from flax import nnx
+from jax.typing import DTypeLike
 
 
 class LayerOptions(TypedDict):
@@ -15,8 +16,8 @@ class LayerOptions(TypedDict):
     rngs: for their initial values; `initializers.InitKeys` in a model that is only described.
   """
 
-  dtype: Any
-  param_dtype: Any
+  dtype: DTypeLike
+  param_dtype: DTypeLike
   rngs: nnx.Rngs
 
 
@@ -29,8 +30,8 @@ class Common:
     norm_group: images per group of batch normalization, 0 for the whole batch.
   """
 
-  dtype: Any
-  param_dtype: Any
+  dtype: DTypeLike
+  param_dtype: DTypeLike
   rngs: Any
   norm_group: int = 0
 

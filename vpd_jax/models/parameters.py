@@ -14,7 +14,7 @@ from flax import nnx
 
 from vpd_jax.errors import UserError
 from vpd_jax.models import initializers
-from vpd_jax.types import Buffer, ParamDict
+from vpd_jax.types import Buffer, Fields, ParamDict
 
 
 class Inlined(nnx.Module):
@@ -145,7 +145,7 @@ def first_rules(names: Iterable[str], rules: Sequence[tuple[str, Any]], *, field
   return first, "; ".join(problems)
 
 
-def assign(names: Iterable[str], rules: Sequence[tuple[str, Any]], *, field: str) -> dict[str, Any]:
+def assign(names: Iterable[str], rules: Sequence[tuple[str, Any]], *, field: str) -> Fields:
   """One value per name: of the first rule whose pattern is found in "/" + name.
 
   Args:

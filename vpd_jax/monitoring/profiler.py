@@ -62,7 +62,7 @@ class Profiler:
       self._begin = 0
       self._log(f"a trace of fewer than {self._steps} steps is in {self._workdir}/plugins/profile")
 
-  def on_step_start(self, step: int, last: Any = None) -> None:
+  def on_step_start(self, step: int, last: object = None) -> None:
     """Starts or stops the trace before the given step of this process, counted from 1.
 
     Waits for `last`, a result of the previous step, so that the trace contains whole steps.

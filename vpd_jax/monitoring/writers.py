@@ -22,6 +22,7 @@ from etils import epath
 
 from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
+from vpd_jax.types import Fields, ParamDict
 
 BACKENDS = ("auto", "clu", "tensorboardX")
 
@@ -32,7 +33,7 @@ class Backend(Protocol):
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None: ...
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None: ...
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None: ...
-  def write_hparams(self, hparams: Mapping[str, Any]) -> None: ...
+  def write_hparams(self, hparams: Mapping[str, object]) -> None: ...
   def flush(self) -> None: ...
   def close(self) -> None: ...
 
@@ -82,7 +83,7 @@ class Writer:
   def __exit__(self, *_: object) -> None:
     self.close()
 
-  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+  def write_scalars(self, step: int, scalars: Mapping[str, object]) -> None:
     """Writes numbers, or arrays with one element."""
     values = {name: float(np.asarray(value).item()) for name, value in scalars.items()}
     self._backend.write_scalars(int(step), values)
@@ -99,7 +100,7 @@ class Writer:
     """Writes Markdown under each name."""
     self._backend.write_texts(int(step), texts)
 
-  def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+  def write_hparams(self, hparams: Mapping[str, object]) -> None:
     """Writes a config of nested plain values, once per run: dotted names, and strings for all but numbers."""
     self._backend.write_hparams(dict(_flat(hparams)))
 
@@ -209,20 +210,20 @@ def table(rows: Sequence[Sequence[Any]]) -> str:
   return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def class_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def class_table(rows: Sequence[Mapping[str, object]]) -> str:
   """A text table of the scores of classes and a line break, with "-" for None; empty without rows."""
   text = lambda value: "-" if value is None else f"{value:.4f}" if isinstance(value, float) else value
   return table([tuple(rows[0]), *(tuple(map(text, row.values())) for row in rows)]) + "\n" if rows else ""
 
 
-def parameter_overview(arrays: Mapping[str, Any], max_lines: int | None = None) -> str:
+def parameter_overview(arrays: ParamDict, max_lines: int | None = None) -> str:
   """Name, shape, dtype and size of every array of a ParamDict (or of its shapes), and their total, as a table."""
   from clu import parameter_overview as overview
 
   return overview.get_parameter_overview(dict(arrays), include_stats=False, max_lines=max_lines)
 
 
-def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
+def _flat(section: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
   """(dotted name, value) pairs; event files store numbers and strings only."""
   for key, value in section.items():
     if isinstance(value, Mapping) and value:
@@ -251,7 +252,7 @@ def _hidden(package: str) -> Iterator[None]:
   if package in sys.modules:
     yield
     return
-  modules: dict[str, Any] = sys.modules
+  modules: Fields = sys.modules
   modules[package] = None
   try:
     yield
@@ -283,7 +284,7 @@ class _TensorboardX:
     for name, text in texts.items():
       self._writer.add_text(name, text, step)
 
-  def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+  def write_hparams(self, hparams: Mapping[str, object]) -> None:
     from tensorboardX import summary
 
     # add_hparams would create a separate run.
@@ -303,7 +304,7 @@ class _Log:
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
     logging.info("[%d] %s", step, ", ".join(f"{name}={value:.6g}" for name, value in sorted(scalars.items())))
 
-  def _ignore(self, *_: Any, **__: Any) -> None:
+  def _ignore(self, *_: object, **__: object) -> None:
     pass
 
   write_images = write_texts = write_hparams = close = _ignore

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from vpd_jax.monitoring import chips
+from vpd_jax.types import Fields
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _NO_MODEL = ("_resize",)  # jax.image.resize, which interpolates with matrix products
@@ -20,7 +21,7 @@ _TRIPS = re.compile(r"known_trip_count[^0-9]*(\d+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|condition|body|branch_computations)=(?:\{([^}]*)\}|(%?[\w.\-]+))")
 
 
-def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, Any] | None:
+def compiler_options(mesh: jax.sharding.Mesh) -> Fields | None:
   """Compiler options of the training step.
 
   On CPU, XLA drops the barriers that keep recomputed activations (backbone.remat) from being merged with the original
@@ -188,7 +189,7 @@ def _times(text: str) -> dict[str, int]:
   return {name: times(name) for name in called}
 
 
-def model_flops(function: Callable[..., Any], *arguments: Any) -> float:
+def model_flops(function: Callable[..., Any], *arguments: object) -> float:
   """Floating point operations of all matrix products and convolutions, 2 per multiplication.
 
   Counted in the traced program, hence the same on all devices. Elementwise operations and interpolation are not
@@ -225,7 +226,7 @@ def _equation_flops(equation: Any) -> float:
   return sum(inner) * (params["length"] if name == "scan" else 1)
 
 
-def _inner(params: dict[str, Any]) -> list[Any]:
+def _inner(params: Fields) -> list[Any]:
   """The jaxprs that an equation runs."""
   values = [v for value in params.values() for v in (value if isinstance(value, tuple | list) else (value,))]
   return [getattr(v, "jaxpr", v) for v in values if hasattr(getattr(v, "jaxpr", v), "eqns")]

@@ -193,7 +193,7 @@ def state_bytes(config: ConfigDict, product: experiment.Product, mesh: jax.shard
   shapes, where = initialize.state_shapes(config, product), initialize.state_shardings(config, product, mesh)
 
   def total(part: str) -> int:
-    pairs = zip(jax.tree.leaves(getattr(shapes, part)), jax.tree.leaves(getattr(where, part)), strict=True)
+    pairs = zip(jax.tree.leaves(vars(shapes)[part]), jax.tree.leaves(vars(where)[part]), strict=True)
     return sum(int(np.prod(spread.shard_shape(x.shape))) * x.dtype.itemsize for x, spread in pairs)
 
   return {part: total(part) for part in ("params", "frozen", "stats", "opt_state", "ema")}

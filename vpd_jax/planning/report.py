@@ -1,10 +1,9 @@
 """What --mode=plan says of a compiled step, for the reader at the terminal."""
 
-from typing import Any
-
 from vpd_jax.monitoring import writers
+from vpd_jax.types import Fields
 
-Report = dict[str, Any]  # of plan.compiled_report
+Report = Fields  # of plan.compiled_report
 
 
 def amount(count: float) -> str:

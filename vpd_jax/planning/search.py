@@ -1,17 +1,18 @@
 """When a training step does not fit: the nearest settings that may, and which of them to compile."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from vpd_jax.config import loader
 from vpd_jax.errors import UserError
+from vpd_jax.types import Fields
 
 ATTEMPTS = 3  # compilations; each takes minutes
 REMAT_LEAVES = 0.35  # share of the activations that recomputation keeps, until a compilation has told
 
-Report = dict[str, Any]
+Report = Fields
 
 
 class Found(NamedTuple):
@@ -28,7 +29,7 @@ class Found(NamedTuple):
   tried: list[tuple[str, Report]]
 
 
-def candidates(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
+def candidates(config: ConfigDict, devices: int) -> Iterator[Fields]:
   """Changes of the config by field, the least harmful first.
 
   Without any change of the result: `mesh.fsdp`, from small to large, then `backbone.remat`, which costs a quarter more
@@ -53,7 +54,7 @@ def candidates(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
           }
 
 
-def as_flags(config: ConfigDict, fields: dict[str, Any]) -> str:
+def as_flags(config: ConfigDict, fields: Fields) -> str:
   """The fields that differ from the config's, as words of a command line."""
   given = {name: config[name.split(".")[0]][name.split(".")[1]] for name in fields}
   return " ".join(f"--config.{name}={value}" for name, value in fields.items() if value != given[name])

@@ -4,17 +4,15 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from jax.experimental import topologies
 
 from vpd_jax.distributed import sharding
 from vpd_jax.errors import UserError
-from vpd_jax.types import Device
+from vpd_jax.types import Device, Fields, Options
 
 EFFORTS = ("low", "default")
-OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, Fields] = {
   "default": {},
   # Minutes; the program is slower and takes more memory than what a run would use. The levels are
   # XLA's EFFORT_O0: the two efforts alone took five times as long for VPD on v5e:2x4, and saved no memory.
@@ -41,7 +39,7 @@ _AMPERE = {
   "capability": (8, 0),
 }
 # What XLA asks of a GPU; bandwidth in bytes a second, memory in bytes.
-GPUS: dict[str, Mapping[str, Any]] = {
+GPUS: dict[str, Options] = {
   "a100-40gb": {"name": "NVIDIA A100-SXM4-40GB", "bandwidth": 1555e9, "memory": 42.4e9, **_AMPERE},
   "a100-80gb": {"name": "NVIDIA A100-SXM4-80GB", "bandwidth": 2039e9, "memory": 84.9e9, **_AMPERE},
   "h100": {"name": "NVIDIA H100 80GB HBM3", "bandwidth": 3352e9, "memory": 84.9e9, **_HOPPER},

@@ -6,7 +6,7 @@ import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -16,6 +16,7 @@ from vpd_jax.errors import UserError
 from vpd_jax.files import reading
 from vpd_jax.inference import image_io, top_down
 from vpd_jax.prediction.predictor import Predictor
+from vpd_jax.types import ClassAttentionTask, Fields
 
 BATCH_SIZE = 4  # images
 
@@ -31,7 +32,7 @@ class Request(NamedTuple):
 
   path: Path
   stem: str
-  inputs: dict[str, Any]
+  inputs: Fields
 
 
 def run(
@@ -108,7 +109,7 @@ def run(
       task = predictor.product.task
       if attention:
         maps = predictor.attention([image])[0]
-        task.save_attention(target / request.stem, maps, result[task.result], image)
+        cast(ClassAttentionTask, task).save_attention(target / request.stem, maps, result[task.result], image)
       metadata = _metadata(predictor, request, image, result, class_name)
       task.save(target / request.stem, result[task.result], metadata, image)
   if skipped:
@@ -143,19 +144,19 @@ def _check_flags(config: ConfigDict, predictor: Predictor, flags: Mapping[str, s
     if value and not takes.get(flag, predictor.takes_sentence):
       what = f"method {config.method.name!r} with task {config.task.name!r}"
       raise UserError(f"--{flag}={value!r} has no effect: {what} takes none; leave it out.")
-  if attention and not getattr(predictor.product.method, "attends_to_classes", False):
+  if attention and not predictor.product.method.attends_to_classes:
     raise UserError(f"--attention has no effect: {config.method.name!r} has no map for each class; leave it out.")
   if predictor.takes_sentence and not (flags["sentence"] or flags["sentences"]):
     raise UserError('this task needs a sentence: give --sentence="..." about all images, or --sentences=FILE.json.')
 
 
 def _requests(
-  paths: Sequence[Path], predictor: Predictor, sentence: str, listed: Mapping[str, dict[str, Any] | None]
+  paths: Sequence[Path], predictor: Predictor, sentence: str, listed: Mapping[str, Fields | None]
 ) -> list[Request]:
   """The predictions of all images: one per sentence where the method reads sentences, else one."""
   said, boxes = listed["sentences"], listed["boxes"]
 
-  def inputs(name: str) -> list[dict[str, Any]]:
+  def inputs(name: str) -> list[Fields]:
     if predictor.takes_sentence:
       return [{"sentences": text} for text in ([sentence] if said is None else said.get(name, []))]
     return [{} if boxes is None else {"boxes": boxes.get(name, [])}]
@@ -187,9 +188,9 @@ def _read(requests: Sequence[Request], damaged: list[str]) -> Iterator[tuple[Req
 
 def _metadata(
   predictor: Predictor, request: Request, image: np.ndarray, result: Mapping[str, np.ndarray], class_name: str
-) -> dict[str, Any]:
+) -> Fields:
   """What the .json file says of a prediction besides the task's own entries."""
-  metadata: dict[str, Any] = {"source": request.path.name, "source_size": list(image.shape[:2])}
+  metadata: Fields = {"source": request.path.name, "source_size": list(image.shape[:2])}
   if predictor.takes_class:
     number = int(result["class_id"])
     metadata["class"] = "mean of all" if number < 0 else predictor.product.classes[number]

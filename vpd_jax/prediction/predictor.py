@@ -19,6 +19,7 @@ from vpd_jax.evaluation import evaluate
 from vpd_jax.experiment import Product
 from vpd_jax.inference import image_io
 from vpd_jax.prediction import protocols
+from vpd_jax.types import Fields
 
 
 @dataclasses.dataclass
@@ -71,7 +72,7 @@ class Predictor:
     self._protocol = protocols.PROTOCOLS[product.task.test_time_protocol](self.config, product)
     self._forward = jax.jit(lambda weights, batch: product.parts.merge(*weights)(batch, training=False))
     predictor = lambda weights, image: product.parts.merge(*weights).method.class_predictor(image)
-    self._classify = jax.jit(predictor) if hasattr(product.method, "class_predictor") else None
+    self._classify = jax.jit(predictor) if product.method.class_predictor else None
     attended = lambda weights, image: product.parts.merge(*weights).method.class_attention({"image": image})
     self._attention = jax.jit(attended)
     self._side = int(self.config.data.crop[0])
@@ -109,7 +110,7 @@ class Predictor:
     return self.product.classes.index(wanted)
 
   def forward(
-    self, images: Any, *, class_id: Any = None, sentences: Sequence[str] | None = None, text_states: Any = None
+    self, images: Any, *, class_id: object = None, sentences: Sequence[str] | None = None, text_states: Any = None
   ) -> dict[str, np.ndarray]:
     """The bare network in evaluation mode, without resizing, windows or flips.
 
@@ -141,7 +142,7 @@ class Predictor:
   def predict(
     self,
     images: Sequence[Any],
-    class_id: Any = None,
+    class_id: object = None,
     *,
     sentences: Sequence[str] | None = None,
     boxes: Sequence[Any] | None = None,
@@ -187,15 +188,13 @@ class Predictor:
     Raises:
       ValueError: the method has no such maps; an image of another shape or dtype.
     """
-    if not getattr(self.product.method, "attends_to_classes", False):
+    if not self.product.method.attends_to_classes:
       raise UserError(f"{self._what} has no attention maps of classes.")
     size = tuple(self.config.data.crop)
     squeezed = [image_io.resize(image_io.to_float(image, self._dtype), size) for image in images]
     return [np.asarray(self._attention(self.weights, jnp.asarray(x[None])))[0].astype(np.float32) for x in squeezed]
 
-  def _known(
-    self, count: int, class_id: Any, sentences: Any, boxes: Any, complete: bool = True
-  ) -> list[dict[str, Any]]:
+  def _known(self, count: int, class_id: Any, sentences: Any, boxes: Any, complete: bool = True) -> list[Fields]:
     """The inputs of each image besides its pixels, by name."""
     if class_id is not None and not self.takes_class:
       raise UserError(f"class_id has no effect on {self._what}; leave it out.")
@@ -226,7 +225,7 @@ class Predictor:
       raise UserError(f"text_states have no effect on {self._what}; leave them out.")
     if sentences is not None:
       raise UserError("sentences and text_states are given; give one of them.")
-    states, expected = np.asarray(states), (count, *self.product.method.sentence_tokens)
+    states, expected = np.asarray(states), (count, *(self.product.method.sentence_tokens or ()))
     if states.shape != expected or not np.issubdtype(states.dtype, np.floating):
       raise UserError(f"text_states are {states.dtype} {states.shape}; give float {expected}.")
     return states.astype(self._dtype)
@@ -236,7 +235,7 @@ class Predictor:
     squeezed = jnp.asarray(image_io.resize(image, (self._side, self._side))[None])
     return int(cast(Any, self._classify)(self.weights, squeezed)[0])
 
-  def _class_ids(self, class_id: Any, count: int) -> np.ndarray:
+  def _class_ids(self, class_id: object, count: int) -> np.ndarray:
     ids = np.asarray(-1 if class_id is None else class_id)
     if ids.shape not in ((), (count,)) or (not np.issubdtype(ids.dtype, np.integer) and ids.size):
       raise UserError(f"class_id is {ids.dtype} {list(ids.shape)}; give one int, or one for each of {count} images.")

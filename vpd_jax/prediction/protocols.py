@@ -5,7 +5,7 @@ A protocol is called with the weights, the images, and a dict for each image of 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import jax
@@ -19,8 +19,9 @@ from vpd_jax.data.transforms import top_down as top_down_transforms
 from vpd_jax.evaluation import evaluate
 from vpd_jax.experiment import Product
 from vpd_jax.inference import image_io, sliding_window, top_down, tta
+from vpd_jax.types import Array, DecidingTask, Fields, TopDownTask, Weights
 
-Known = Sequence[dict[str, Any]]
+Known = Sequence[Fields]
 Results = list[dict[str, np.ndarray]]
 
 
@@ -39,7 +40,7 @@ class ShiftedWindowProtocol:
     self._cut_top = experiment.DATASETS[config.data.name].info(config.data).cut_top
     self._dtype = _dtype(config)
 
-  def __call__(self, weights: Any, images: Sequence[np.ndarray], known: Known) -> Results:
+  def __call__(self, weights: Weights, images: Sequence[np.ndarray], known: Known) -> Results:
     images = [image_io.to_float(image, self._dtype) for image in images]
     tops = [self._cut_top(image.shape[:2]) for image in images]
     fitted = [image_io.resize_shorter_side(image[top:], self._side) for image, top in zip(images, tops, strict=True)]
@@ -64,13 +65,13 @@ class SlidingWindowProtocol:
 
   def __init__(self, config: ConfigDict, product: Product):
     words, options = config.eval.test_time, {"batch_size": config.eval.batch_size, "small": config.eval.small}
-    options["postprocess"] = product.task.decide
+    options["postprocess"] = cast(DecidingTask, product.task).decide
     self._inference = sliding_window.SlidingWindowInference(
       evaluate.make_scores(product), sliding_window.parse(words), **options
     )
     self._result, self._dtype = product.task.result, _dtype(config)
 
-  def __call__(self, weights: Any, images: Sequence[np.ndarray], known: Known) -> Results:
+  def __call__(self, weights: Weights, images: Sequence[np.ndarray], known: Known) -> Results:
     # uint8 images are converted after resizing, as in the evaluation.
     given = [image if image.dtype == np.uint8 else image_io.to_float(image, self._dtype) for image in images]
     views = (self._inference.views({"image": image, **own}) for image, own in zip(given, known, strict=True))
@@ -83,23 +84,24 @@ class ResizeProtocol:
   def __init__(self, config: ConfigDict, product: Product):
     self._predict = jax.jit(evaluate.make_predict(product, (), "full"))
     self._size, self._batch_size = tuple(config.data.crop), config.eval.batch_size
-    self._decide, self._result = product.task.decide, product.task.result
+    task = cast(DecidingTask, product.task)
+    self._decide, self._result = task.decide, task.result
 
-  def __call__(self, weights: Any, images: Sequence[np.ndarray], known: Known) -> Results:
+  def __call__(self, weights: Weights, images: Sequence[np.ndarray], known: Known) -> Results:
     images = [image_io.to_uint8(image) for image in images]
     squeezed = [referring.resized_image(image, self._size) for image in images]
     rows = [{**own, "image": image} for image, own in zip(squeezed, known, strict=True)]
     scores = _in_batches(self._predict, weights, rows, self._batch_size)
     sizes = [image.shape[1::-1] for image in images]
     back = [cv2.resize(s, size, interpolation=cv2.INTER_LINEAR) for s, size in zip(scores, sizes, strict=True)]
-    return [{self._result: np.asarray(self._decide(s))} for s in back]
+    return [{self._result: np.asarray(self._decide(cast(Array, s)))} for s in back]
 
 
 class TopDownProtocol:
   """Crops around each box, see inference/top_down.py; without "boxes" the whole image is one person."""
 
   def __init__(self, config: ConfigDict, product: Product):
-    task, padding = product.task, config.data.get("padding", top_down_transforms.PADDING)
+    task, padding = cast(TopDownTask, product.task), config.data.get("padding", top_down_transforms.PADDING)
     crop = top_down_transforms.Augmentation(
       tuple(config.data.crop), task.keypoints, udp=task.udp, padding=padding
     ).evaluation
@@ -113,7 +115,7 @@ class TopDownProtocol:
       batch_size=config.eval.batch_size,
     )
 
-  def __call__(self, weights: Any, images: Sequence[np.ndarray], known: Known) -> Results:
+  def __call__(self, weights: Weights, images: Sequence[np.ndarray], known: Known) -> Results:
     images = [image_io.to_uint8(image) for image in images]
     checked = []
     for i, (image, own) in enumerate(zip(images, known, strict=True)):
@@ -134,7 +136,7 @@ def _dtype(config: ConfigDict) -> Any:
   return np.promote_types(experiment.dtype(config, "param_dtype"), np.float32)
 
 
-def _in_batches(predict: Callable, weights: Any, rows: Sequence[dict[str, Any]], batch_size: int) -> list[np.ndarray]:
+def _in_batches(predict: Callable, weights: Weights, rows: Sequence[Fields], batch_size: int) -> list[np.ndarray]:
   """The prediction of each row, in batches of one static size, at most `batch_size`; the last one is padded."""
   if not rows:
     return []

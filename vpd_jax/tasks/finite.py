@@ -1,11 +1,11 @@
 """NaN and infinity among predictions: counted, never right, and in no score and no file."""
 
-from typing import Any, cast
+from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
 
-from vpd_jax.types import Array, Rows
+from vpd_jax.types import Array, Fields, Rows
 
 KEY = "not_finite"  # of the counts, in rows and in scores
 
@@ -40,7 +40,7 @@ def points(found: np.ndarray) -> tuple[np.ndarray, int]:
   return np.where(wrong[..., None], 0, found), int(wrong.sum())
 
 
-def ends(values: np.ndarray) -> dict[str, Any]:
+def ends(values: np.ndarray) -> Fields:
   """{"min", "max"} of the finite values, None where there are none; and by KEY the number of others."""
   known = values[np.isfinite(values)]
   least, most = (float(known.min()), float(known.max())) if known.size else (None, None)

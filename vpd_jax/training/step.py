@@ -113,7 +113,7 @@ def make_update(
 
   def update(state: TrainState, grads: ParamDict, loss: Array, logs: dict[str, Array], stats: ParamDict):
     updates, opt_state = product.optimizer.update(grads, state.opt_state, state.params)
-    params = {name: p + updates[name].astype(p.dtype) for name, p in state.params.items()}
+    params = {name: p + cast(ParamDict, updates)[name].astype(p.dtype) for name, p in state.params.items()}
     rate = product.rate(state.step)
     logs = {f"train/{name}": x for name, x in logs.items()} | {
       "train/loss": loss,

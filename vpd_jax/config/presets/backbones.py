@@ -1,9 +1,9 @@
 """Sizes of the backbones."""
 
-from typing import Any
+from vpd_jax.config.fields import Section
 
 
-def sd_v1() -> dict[str, Any]:
+def sd_v1() -> Section:
   """Stable Diffusion 1.x; a diffusers folder in `init.pretrained` brings its own sizes."""
   return {
     "unet": {
@@ -34,7 +34,7 @@ def sd_v1() -> dict[str, Any]:
   }
 
 
-def sd_tiny() -> dict[str, Any]:
+def sd_tiny() -> Section:
   """The tiny network: a tenth of the width, everything else as Stable Diffusion 1.x."""
   config = sd_v1()
   config["unet"] |= {"model_channels": 32, "context_dim": 64}
@@ -44,7 +44,7 @@ def sd_tiny() -> dict[str, Any]:
   return config
 
 
-def clip_image(*, tiny: bool) -> dict[str, Any]:
+def clip_image(*, tiny: bool) -> Section:
   """Sizes of CLIP's image encoder: ViT-L/14 at 224 pixels; a folder in `init.clip` brings its own."""
   sizes = {"width": 1024, "layers": 24, "heads": 16, "mlp_width": 4096, "image_size": 224, "projection": 768}
   small = {"width": 64, "layers": 3, "heads": 4, "mlp_width": 256, "image_size": 56, "projection": 48}

@@ -1,9 +1,9 @@
 """Method, neck and head of depth, for each of the three methods."""
 
-from typing import Any
+from vpd_jax.config.fields import Section
 
 
-def iedp_assumptions() -> dict[str, Any]:
+def iedp_assumptions() -> Section:
   """What the paper is taken to mean where its text could not be had: options of the method, each an assumption.
 
   The numbers are the sections of the paper's description by which the options are grouped: 2 implicit branch,
@@ -32,7 +32,7 @@ def iedp_assumptions() -> dict[str, Any]:
   }
 
 
-def vpd_depth(*, tiny: bool, head_init: str) -> dict[str, Any]:
+def vpd_depth(*, tiny: bool, head_init: str) -> Section:
   """The sections method, neck and head of VPD depth, as released.
 
   Args:
@@ -56,7 +56,7 @@ def vpd_depth(*, tiny: bool, head_init: str) -> dict[str, Any]:
   }
 
 
-def meta_prompts_depth(*, tiny: bool, head_init: str, resize_scale: int = 1) -> dict[str, Any]:
+def meta_prompts_depth(*, tiny: bool, head_init: str, resize_scale: int = 1) -> Section:
   """The sections method, neck and head of MetaPrompts depth, as released.
 
   Args:
@@ -82,7 +82,7 @@ def meta_prompts_depth(*, tiny: bool, head_init: str, resize_scale: int = 1) -> 
   }
 
 
-def iedp_depth(*, tiny: bool, head_init: str) -> dict[str, Any]:
+def iedp_depth(*, tiny: bool, head_init: str) -> Section:
   """The sections method, neck and head of IEDP depth, and what it sets in init; see `vpd_depth`.
 
   Args:

@@ -4,13 +4,12 @@ No paper's pose code is published. The recipe is ViTPose's, which MetaPrompts' a
 an assumption, and each of these is an option.
 """
 
-from typing import Any
-
+from vpd_jax.config.fields import Section
 from vpd_jax.config.presets.depth import iedp_depth, meta_prompts_depth, vpd_depth
 from vpd_jax.config.presets.recipe import adamw
 
 
-def pose_task(*, sigma: int) -> dict[str, Any]:
+def pose_task(*, sigma: int) -> Section:
   """The section task: mmpose's loss, decoding and scores.
 
   Args:
@@ -26,7 +25,7 @@ def pose_task(*, sigma: int) -> dict[str, Any]:
   }
 
 
-def vpd_pose(*, tiny: bool, head_init: str = "released") -> dict[str, Any]:
+def vpd_pose(*, tiny: bool, head_init: str = "released") -> Section:
   """The sections method, neck and head of VPD for pose: the UNet attends to the names of all keypoints.
 
   Args:
@@ -41,7 +40,7 @@ def vpd_pose(*, tiny: bool, head_init: str = "released") -> dict[str, Any]:
   }
 
 
-def meta_prompts_pose(*, tiny: bool, head_init: str = "released") -> dict[str, Any]:
+def meta_prompts_pose(*, tiny: bool, head_init: str = "released") -> Section:
   """The sections method, neck and head of MetaPrompts for pose: segmentation's prompts and necks, a head of our own.
 
   Args:
@@ -62,7 +61,7 @@ def meta_prompts_pose(*, tiny: bool, head_init: str = "released") -> dict[str, A
   }
 
 
-def iedp_pose(*, tiny: bool, head_init: str = "released") -> dict[str, Any]:
+def iedp_pose(*, tiny: bool, head_init: str = "released") -> Section:
   """The sections method, neck and head of IEDP for pose, and what it sets in init; one sentence for all crops.
 
   Args:
@@ -78,7 +77,7 @@ def iedp_pose(*, tiny: bool, head_init: str = "released") -> dict[str, Any]:
   }
 
 
-def pose_optimizer(*, lr: float, drops: tuple[int, ...], warmup: int = 500) -> dict[str, Any]:
+def pose_optimizer(*, lr: float, drops: tuple[int, ...], warmup: int = 500) -> Section:
   """AdamW as ViTPose's recipes run it, but for the UNet's rate in place of a decay by layers.
 
   Args:

@@ -1,18 +1,18 @@
 """What configs of every task share: the optimizer, the evaluation, the run itself."""
 
-from typing import Any
+from vpd_jax.config.fields import Section
 
 
 def adamw(
   *,
   lr: float,
   decay: float,
-  schedule: dict[str, Any],
+  schedule: Section,
   lr_groups: tuple,
   decay_groups: tuple,
   norm_group: int = 0,
   loss_group: int = 0,
-) -> dict[str, Any]:
+) -> Section:
   """AdamW with the release's betas and no clipping.
 
   Args:
@@ -47,9 +47,7 @@ def no_decay_for_vectors() -> tuple:
   return ((r"/(bias|scale|gamma)$", 0.0), (r"", 1.0))
 
 
-def evaluation(
-  *, batch_size: int, test_time: tuple[str, ...], baselines: int = 0, coverage: str = "full"
-) -> dict[str, Any]:
+def evaluation(*, batch_size: int, test_time: tuple[str, ...], baselines: int = 0, coverage: str = "full") -> Section:
   """How scores and predictions are made.
 
   Args:
@@ -74,7 +72,7 @@ def evaluation(
 
 def sliding_window_evaluation(
   *, batch_size: int, test_time: tuple[str, ...], baselines: int = 0, small: str = "few_shapes"
-) -> dict[str, Any]:
+) -> Section:
   """How label maps are scored and predicted.
 
   Args:
@@ -92,7 +90,7 @@ def sliding_window_evaluation(
   return {name: value for name, value in common.items() if name != "coverage"} | {"small": small}
 
 
-def run(*, num_steps: int, log_every: int, eval_every: int, save_every: int) -> dict[str, Any]:
+def run(*, num_steps: int, log_every: int, eval_every: int, save_every: int) -> Section:
   """What every config has beside its own sections.
 
   Returns:

@@ -3,14 +3,13 @@
 VPD's is published. That of the two other methods is an experiment of ours: their context behind the sentence's.
 """
 
-from typing import Any
-
+from vpd_jax.config.fields import Section
 from vpd_jax.config.presets.depth import iedp_depth, vpd_depth
 from vpd_jax.config.presets.recipe import adamw
 from vpd_jax.config.presets.segmentation import meta_prompts_segmentation
 
 
-def vpd_referring(*, tiny: bool, token_length: int = 40) -> dict[str, Any]:
+def vpd_referring(*, tiny: bool, token_length: int = 40) -> Section:
   """The sections method, neck, head and task of VPD's referring segmentation, and what it sets in init, as released.
 
   Args:
@@ -38,7 +37,7 @@ def vpd_referring(*, tiny: bool, token_length: int = 40) -> dict[str, Any]:
   }
 
 
-def meta_prompts_referring(*, tiny: bool, token_length: int = 40) -> dict[str, Any]:
+def meta_prompts_referring(*, tiny: bool, token_length: int = 40) -> Section:
   """As `vpd_referring`, for MetaPrompts: 50 learned prompts behind the sentence, else as in segmentation."""
   vpd, segmentation = vpd_referring(tiny=tiny, token_length=token_length), meta_prompts_segmentation(tiny=tiny)
   told = {name: vpd["method"][name] for name in ("token_length", "tokenizer")}
@@ -49,7 +48,7 @@ def meta_prompts_referring(*, tiny: bool, token_length: int = 40) -> dict[str, A
   }
 
 
-def iedp_referring(*, tiny: bool, token_length: int = 40) -> dict[str, Any]:
+def iedp_referring(*, tiny: bool, token_length: int = 40) -> Section:
   """As `vpd_referring`, for IEDP: one branch, with the implicit tokens of the image behind the sentence."""
   vpd, depth = vpd_referring(tiny=tiny, token_length=token_length), iedp_depth(tiny=tiny, head_init="released")
   names = ("token_length", "tokenizer", "attention_maps", "attention_max_size", "attention_gradient")
@@ -61,7 +60,7 @@ def iedp_referring(*, tiny: bool, token_length: int = 40) -> dict[str, Any]:
   }
 
 
-def referring_optimizer(*, lr: float = 5e-5, num_steps: int = 0, unet_lr: float = 1.0) -> dict[str, Any]:
+def referring_optimizer(*, lr: float = 5e-5, num_steps: int = 0, unet_lr: float = 1.0) -> Section:
   """AdamW as VPD's referring segmentation runs it: no decay for the norms of the UNet's transformers, nothing else.
 
   Args:

@@ -7,6 +7,7 @@ VPD's neck and head. Where a paper says more, SECTIONS holds it.
 from collections.abc import Callable
 from typing import Any
 
+from vpd_jax.config.fields import Section
 from vpd_jax.config.presets import depth, pose, referring, segmentation
 
 METHODS = {  # name in a config: module and class
@@ -14,7 +15,7 @@ METHODS = {  # name in a config: module and class
   "meta_prompts": "vpd_jax.models.methods.meta_prompts:MetaPrompts",
   "iedp": "vpd_jax.models.methods.iedp:Iedp",
 }
-SECTIONS: dict[str, dict[str, Callable[..., dict[str, Any]]]] = {
+SECTIONS: dict[str, dict[str, Callable[..., Section]]] = {
   "depth": {"vpd": depth.vpd_depth, "meta_prompts": depth.meta_prompts_depth, "iedp": depth.iedp_depth},
   "segmentation": {
     "vpd": segmentation.vpd_segmentation,
@@ -35,7 +36,7 @@ def methods(default: str = "vpd") -> tuple[str, ...]:
   return (default, *(name for name in METHODS if name != default))
 
 
-def sections(task: str, method: str, **options: Any) -> dict[str, Any]:
+def sections(task: str, method: str, **options: Any) -> Section:
   """The sections method, neck and head of a task, and what else the method sets there.
 
   Args:

@@ -1,12 +1,11 @@
 """Method, neck, head, task and optimizer of semantic segmentation, for each of the three methods."""
 
-from typing import Any
-
+from vpd_jax.config.fields import Section
 from vpd_jax.config.presets.depth import iedp_depth, meta_prompts_depth, vpd_depth
 from vpd_jax.config.presets.recipe import adamw
 
 
-def vpd_segmentation(*, tiny: bool, dropout: float = 0.1) -> dict[str, Any]:
+def vpd_segmentation(*, tiny: bool, dropout: float = 0.1) -> Section:
   """The sections method, neck, head and task of VPD's segmentation, as released for ADE20K.
 
   Args:
@@ -31,7 +30,7 @@ def vpd_segmentation(*, tiny: bool, dropout: float = 0.1) -> dict[str, Any]:
   }
 
 
-def meta_prompts_segmentation(*, tiny: bool, dropout: float = 0.0, refine_steps: int = 3) -> dict[str, Any]:
+def meta_prompts_segmentation(*, tiny: bool, dropout: float = 0.0, refine_steps: int = 3) -> Section:
   """The sections method, neck, head and task of MetaPrompts' segmentation, as released.
 
   Args:
@@ -55,7 +54,7 @@ def meta_prompts_segmentation(*, tiny: bool, dropout: float = 0.0, refine_steps:
   }
 
 
-def iedp_segmentation(*, tiny: bool, dropout: float = 0.1) -> dict[str, Any]:
+def iedp_segmentation(*, tiny: bool, dropout: float = 0.1) -> Section:
   """The sections method, neck, head and task of IEDP's segmentation, and what it sets in init; see `iedp_depth`.
 
   Args:
@@ -73,7 +72,7 @@ def iedp_segmentation(*, tiny: bool, dropout: float = 0.1) -> dict[str, Any]:
   }
 
 
-def segmentation_optimizer(*, lr: float = 8e-5, num_steps: int = 80_000, warmup: int = 1500) -> dict[str, Any]:
+def segmentation_optimizer(*, lr: float = 8e-5, num_steps: int = 80_000, warmup: int = 1500) -> Section:
   """AdamW as mmsegmentation's recipes of VPD and MetaPrompts run it.
 
   The rule for names with "norm" is tried before that for the UNet and states no rate: the UNet's transformer norms

@@ -82,7 +82,7 @@ def in_pytorch(parts: tuple[str, ...], tensor: LazyTensor) -> tuple[str, LazyTen
   return ".".join([*modules, "weight" if last in ("kernel", "scale", "embedding") else last]), tensor
 
 
-def _leaves(value: Any, parts: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(value: object, parts: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
   """(path, leaf) of a nested dict."""
   if not isinstance(value, dict):
     yield parts, value
@@ -112,7 +112,7 @@ def _array(file: BinaryIO, path: pathlib.Path, end: int) -> LazyTensor:
   """An array of Flax: its shape, the name of its dtype and its bytes."""
   shape, name, place = _item(file, path)
   if name not in DTYPES:
-    if hasattr(ml_dtypes, str(name)) or str(name).startswith("complex"):
+    if str(name) in vars(ml_dtypes) or str(name).startswith("complex"):
       raise NotRead(path, {f"the array at byte {place.offset}": name})
     raise UserError(f"it holds an array of {name}")
   tensor = LazyTensor(path, place.offset, DTYPES[name], tuple(shape), contiguous(shape))

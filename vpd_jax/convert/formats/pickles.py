@@ -44,16 +44,16 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 class Inert:
   """Stands for every class and function that is not a dict or a tensor: any call succeeds, nothing is kept."""
 
-  def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
+  def __new__(cls, *args: object, **kwargs: object) -> "Inert":
     return object.__new__(cls)
 
-  def __init__(self, *args: Any, **kwargs: Any) -> None:
+  def __init__(self, *args: object, **kwargs: object) -> None:
     pass
 
-  def __call__(self, *args: Any, **kwargs: Any) -> "Inert":
+  def __call__(self, *args: object, **kwargs: object) -> "Inert":
     return self
 
-  def ignore(self, *args: Any) -> None:
+  def ignore(self, *args: object) -> None:
     pass
 
   __setstate__ = __setitem__ = append = extend = add = ignore
@@ -102,7 +102,7 @@ class _Unpickler(pickle.Unpickler):
     self.storages: list[Storage] = []
     self.sizes: dict[str, int] = {}  # bytes of a number of each storage
 
-  def find_class(self, module: str, name: str) -> Any:
+  def find_class(self, module: str, name: str) -> object:
     if module in ("torch", "torch.storage") and name in STORAGES:
       return StorageType(np.dtype(STORAGES[name]))
     if module in ("torch", "torch.storage") and name.endswith("Storage"):
@@ -134,14 +134,14 @@ class _Unpickler(pickle.Unpickler):
     return self.storages[-1]
 
 
-def _ordered_dict(*args: Any) -> dict[Any, Any]:
+def _ordered_dict(*args: object) -> dict[object, object]:
   return _Dict(*args)
 
 
 class _Dict(dict):
   """An ordered dict without the attributes that PyTorch hangs on it."""
 
-  def __setstate__(self, state: Any) -> None:
+  def __setstate__(self, state: object) -> None:
     pass
 
 
@@ -149,15 +149,17 @@ def _size(values: Any = ()) -> tuple[int, ...]:
   return tuple(values)
 
 
-def _first(value: Any, *_: Any) -> Any:
+def _first(value: object, *_: object) -> object:
   return value
 
 
-def _from_type(rebuild: Any, _: Any, args: tuple[Any, ...], __: Any = None) -> Any:
+def _from_type(rebuild: Any, _: Any, args: tuple[object, ...], __: Any = None) -> object:
   return rebuild(*args)
 
 
-def _typed_view(storage: Any, offset: int, shape: Any, strides: Any, grad: Any, hooks: Any, kind: Any, *_: Any) -> Any:
+def _typed_view(
+  storage: Any, offset: int, shape: Any, strides: Any, grad: Any, hooks: Any, kind: Any, *_: Any
+) -> object:
   """A tensor of a type that has no storage of its own: the storage is one of bytes."""
   name = kind.name if isinstance(kind, NumberType) else "unknown"
   if name not in DTYPES:
@@ -166,11 +168,11 @@ def _typed_view(storage: Any, offset: int, shape: Any, strides: Any, grad: Any, 
   return _view(Storage(storage.key, dtype, storage.count // dtype.itemsize), offset, shape, strides)
 
 
-def _quantized(storage: Any, *_: Any) -> Any:
+def _quantized(storage: object, *_: object) -> object:
   return storage if isinstance(storage, Strange) else Strange("quantized numbers")
 
 
-def _view(storage: Any, offset: int, shape: Any, strides: Any, *_: Any) -> Any:
+def _view(storage: Any, offset: int, shape: Any, strides: Any, *_: Any) -> object:
   """Checks that a tensor lies inside its storage."""
   if isinstance(storage, Strange):
     return storage
@@ -182,7 +184,7 @@ def _view(storage: Any, offset: int, shape: Any, strides: Any, *_: Any) -> Any:
   return view
 
 
-def read(path: pathlib.Path) -> Any:
+def read(path: pathlib.Path) -> object:
   """What the file holds: dicts, lists and numbers, a LazyTensor for every tensor, Inert objects for all else.
 
   Raises:
@@ -210,7 +212,7 @@ class _Refused(UserError):
   """A file that is whole but of no use here."""
 
 
-def _read_zip(path: pathlib.Path) -> Any:
+def _read_zip(path: pathlib.Path) -> object:
   with zipfile.ZipFile(path) as archive, path.open("rb") as file:
     entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
     if "data.pkl" not in entries:
@@ -235,7 +237,7 @@ def _place(file: BinaryIO, info: zipfile.ZipInfo, storage: Storage) -> int:
   return info.header_offset + 30 + name + extra
 
 
-def _read_legacy(path: pathlib.Path) -> Any:
+def _read_legacy(path: pathlib.Path) -> object:
   """Three pickles of marks, the content, the keys of the storages, then each storage as a count and its bytes."""
   with path.open("rb") as file:
     if _Unpickler(file).load() != LEGACY_MAGIC:
@@ -255,7 +257,7 @@ def _read_legacy(path: pathlib.Path) -> Any:
   return _locate(content, path, places)
 
 
-def _locate(value: Any, path: pathlib.Path, places: dict[str, int], depth: int = 2) -> Any:
+def _locate(value: object, path: pathlib.Path, places: dict[str, int], depth: int = 2) -> object:
   """The same content with a LazyTensor for every View, down to a state dict inside its wrapper."""
   if isinstance(value, View):
     start = places[value.storage.key] + value.offset * value.storage.dtype.itemsize

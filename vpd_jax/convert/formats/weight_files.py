@@ -11,7 +11,7 @@ import math
 import pathlib
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -22,6 +22,7 @@ from vpd_jax.convert.formats import flax_folder, pickles
 from vpd_jax.convert.formats.lazy_tensor import LazyTensor, NotRead, contiguous
 from vpd_jax.errors import UserError
 from vpd_jax.files import reading
+from vpd_jax.types import Fields
 
 SAFETENSORS = {
   "F64": np.float64,
@@ -110,7 +111,7 @@ def open_folder(path: str | pathlib.Path, parts: tuple[str, ...]) -> Weights:
   return Weights(tensors, tuple(files), others)
 
 
-def read_config(path: str | pathlib.Path, name: str = "config.json") -> dict[str, Any]:
+def read_config(path: str | pathlib.Path, name: str = "config.json") -> Fields:
   """A network's config.json, or another file of one JSON object."""
   path = pathlib.Path(path) / name
   config = reading.read_json(path)
@@ -202,7 +203,7 @@ def _check_kinds(path: pathlib.Path, kinds: Mapping[str, str]) -> None:
     raise NotRead(path, strange)
 
 
-def _unwrap(content: Any, path: pathlib.Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+def _unwrap(content: object, path: pathlib.Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
   """(tensors, other entries) of a state dict, bare or under one of the usual keys."""
   found = content
   if isinstance(content, dict):

@@ -6,7 +6,6 @@ Our names are theirs with '/' for '.'. The text encoder also comes inside Stable
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -16,6 +15,7 @@ from vpd_jax.convert.formats import weight_files
 from vpd_jax.convert.rules import Drop, Rule, Shaped, convert, drop, embedding, plain
 from vpd_jax.errors import UserError
 from vpd_jax.models.backbones.clip_text import ACTIVATIONS
+from vpd_jax.types import Fields, Options
 
 # Longest first. In a diffusers folder and in SD 1.x files the names go on with `text_model.`; some files leave it out.
 PREFIXES = ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.", "text_model.", "")
@@ -155,7 +155,7 @@ def holds_text(path: str | epath.PathLike) -> bool:
   return any(f"{prefix}final_layer_norm.weight" in names for prefix in PREFIXES)
 
 
-def sizes(path: str | epath.PathLike) -> dict[str, dict[str, Any]]:
+def sizes(path: str | epath.PathLike) -> dict[str, Fields]:
   """Sizes of the towers as the config.json of a folder states them; nothing where there is none.
 
   Returns:
@@ -179,7 +179,7 @@ def sizes(path: str | epath.PathLike) -> dict[str, dict[str, Any]]:
   return result
 
 
-def _image_sizes(path: pathlib.Path, vision: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def _image_sizes(path: pathlib.Path, vision: Options, config: Options) -> Fields:
   """Absent fields have transformers' defaults, those of ViT-B/32."""
   side, patch = vision.get("image_size", 224), vision.get("patch_size", 32)
   if side % patch:
@@ -192,7 +192,7 @@ def _image_sizes(path: pathlib.Path, vision: Mapping[str, Any], config: Mapping[
   }
 
 
-def _text_sizes(path: pathlib.Path, words: Mapping[str, Any]) -> dict[str, Any]:
+def _text_sizes(path: pathlib.Path, words: Options) -> Fields:
   return {
     **_transformer(path, words, (512, 12, 8, 2048)),
     "vocab_size": words.get("vocab_size", 49408),
@@ -200,7 +200,7 @@ def _text_sizes(path: pathlib.Path, words: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def _transformer(path: pathlib.Path, part: Mapping[str, Any], defaults: tuple[int, ...]) -> dict[str, Any]:
+def _transformer(path: pathlib.Path, part: Options, defaults: tuple[int, ...]) -> Fields:
   keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
   ours = ("width", "layers", "heads", "mlp_width")
   values = {name: part.get(key, default) for name, key, default in zip(ours, keys, defaults, strict=True)}

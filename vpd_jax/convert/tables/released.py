@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from vpd_jax.convert.rules import (
 )
 from vpd_jax.convert.tables import released_referring, released_segmentation, stable_diffusion
 from vpd_jax.errors import UserError
+from vpd_jax.types import Fields, Options
 
 AnyShaped = TypeVar("AnyShaped", bound=Shaped)
 _UNET = "encoder.unet.unet.diffusion_model"
@@ -167,7 +168,7 @@ def named_for(release: str, source: Mapping[str, LazyTensor], targets: Iterable[
   return found | dict(source)
 
 
-def manifest(shapes: Mapping[str, Shaped], rules: list[Rule | Drop]) -> list[dict[str, Any]]:
+def manifest(shapes: Mapping[str, Shaped], rules: list[Rule | Drop]) -> list[Fields]:
   """Entries {name, shape, dtype} of the authors' state dict, in its order, for a model of these shapes.
 
   Args:
@@ -192,7 +193,7 @@ def manifest(shapes: Mapping[str, Shaped], rules: list[Rule | Drop]) -> list[dic
 
 
 def state_dict(
-  named: Mapping[str, npt.ArrayLike], rules: list[Rule | Drop], entries: Sequence[Mapping[str, Any]], step: int
+  named: Mapping[str, npt.ArrayLike], rules: list[Rule | Drop], entries: Sequence[Options], step: int
 ) -> dict[str, np.ndarray]:
   """The authors' state dict of our arrays: `rules.export`, with the constants that some releases hold beside them.
 

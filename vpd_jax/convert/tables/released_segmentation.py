@@ -10,13 +10,12 @@ MetaPromptsSeg.
 
 import functools
 import re
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from vpd_jax.convert.rules import BATCH_NORM, DROP_COUNTERS, LAYER, Drop, Rule, drop, plain
 from vpd_jax.convert.tables import stable_diffusion
+from vpd_jax.types import Fields, Options
 
 WRAPPER = "state_dict"  # under which mmsegmentation looks for weights
 # Prefixes that no other release has.
@@ -84,7 +83,7 @@ def meta_prompts_segmentation() -> list[Rule | Drop]:
   ]
 
 
-def repeated(entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def repeated(entries: Options) -> dict[str, Fields]:
   """Entries of a release of segmentation that stand for no array of ours: repeated ones, and the constants.
 
   Args:
@@ -101,7 +100,7 @@ def repeated(entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   return found
 
 
-def resolved(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+def resolved(entry: Options) -> Options:
   """An entry of a list of names, shapes and dtypes, told of which array of ours it is, whatever the list says."""
   if entry["name"].startswith(f"{_LAST_BLOCK}."):
     return {key: value for key, value in entry.items() if key != "alias_of"}

@@ -15,6 +15,7 @@ from vpd_jax.convert import fetch
 from vpd_jax.convert.formats import weight_files
 from vpd_jax.convert.rules import Drop, Rule, bias, conv, drop, linear_as_conv
 from vpd_jax.errors import UserError
+from vpd_jax.types import Fields, Options
 
 DECODER = "the VAE's decoder is not used"
 NOT_IN_ALL = {"time_embed": "the model learns its time vectors", "out": "the model ends at the features"}
@@ -159,7 +160,7 @@ def _diffusers_vae(names: list[str]) -> list[Rule]:
   return rules + [Rule(f"{source}.{old}", f"{target}/{new}", attention, optional=True) for old, new in words.items()]
 
 
-def sizes(path: str | epath.PathLike) -> dict[str, dict[str, Any]] | None:
+def sizes(path: str | epath.PathLike) -> dict[str, Fields] | None:
   """Sizes of the three networks, from the config files of a diffusers folder; None for a single file.
 
   Args:
@@ -191,7 +192,7 @@ def sizes(path: str | epath.PathLike) -> dict[str, dict[str, Any]] | None:
   return result
 
 
-def _check_latents(path: pathlib.Path, found: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_latents(path: pathlib.Path, found: Mapping[str, Options]) -> None:
   """Raises where the UNet reads something else than the latents of the VAE, and says which model that is."""
   if not {"unet", "vae"} <= found.keys():
     return
@@ -207,7 +208,7 @@ def _check_latents(path: pathlib.Path, found: Mapping[str, Mapping[str, Any]]) -
   )
 
 
-def _refuse(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
+def _refuse(config: Options, allowed: Mapping[str, tuple[Any, ...]]) -> None:
   """Raises where an option has a value that would change the network; an absent one counts as the first."""
   wrong = [f"{key}={config[key]!r}" for key, values in allowed.items() if config.get(key, values[0]) not in values]
   if wrong:
@@ -220,7 +221,7 @@ def _multiples(widths: list[int]) -> tuple[int, ...]:
   return tuple(width // widths[0] for width in widths)
 
 
-def _unet_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+def _unet_sizes(config: Options) -> Fields:
   kinds = config["down_block_types"]
   _refuse(
     config,
@@ -262,7 +263,7 @@ def _unet_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def _vae_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+def _vae_sizes(config: Options) -> Fields:
   _refuse(config, {"act_fn": ("silu",), "norm_num_groups": (32,), "in_channels": (3,)})
   widths = config["block_out_channels"]
   return {
@@ -273,7 +274,7 @@ def _vae_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def _text_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+def _text_sizes(config: Options) -> Fields:
   _refuse(config, {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,)})
   return {
     "vocab_size": config["vocab_size"],

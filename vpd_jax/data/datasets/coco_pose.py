@@ -8,14 +8,13 @@ Files, below `root`:
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from vpd_jax.data.datasets.pose import PoseDataset
 from vpd_jax.data.readers import coco_json, image_files, label_maps, persons
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import top_down as top_down_transforms
 from vpd_jax.errors import UserError
-from vpd_jax.types import Published, Source
+from vpd_jax.types import Fields, Published, Source
 
 BOXES = ("detections", "annotated")
 YEARS = {"train": "train2017", "eval": "val2017"}
@@ -107,7 +106,7 @@ class CocoPose(PoseDataset):
       found = persons.open_split(folder, annotations, chosen, samples, PICTURES)
     return label_maps.check_count(found, split, self.published.counts.get(split), "COCO keypoints")
 
-  def truth(self, split: str) -> dict[str, Any]:
+  def truth(self, split: str) -> Fields:
     """What is scored against, for pycocotools: all pictures of the split with all their people.
 
     "image_index" of an Example counts in its "images".

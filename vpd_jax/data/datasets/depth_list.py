@@ -14,9 +14,8 @@ Depth in metres is the file's value / `factor`. What is not finite, not above 0 
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -27,7 +26,7 @@ from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import depth as depth_transforms
 from vpd_jax.errors import UserError
 from vpd_jax.files import image_decoding, reading
-from vpd_jax.types import DatasetInfo, Example, Source
+from vpd_jax.types import DatasetInfo, Example, Options, Source
 
 SUFFIXES = (".png", ".tif", ".tiff", ".pfm", ".npy")
 _SPACE = rb"(?:\s|#[^\n]*\n)+"  # between the words of a header, comments too
@@ -94,7 +93,7 @@ class DepthList(DepthDataset):
     self.classes, self.provides = one_scene(self.scene, DepthList.provides)
 
   @classmethod
-  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+  def info(cls, options: Options) -> DatasetInfo:
     """See types.Dataset; raises as `one_scene`."""
     return DatasetInfo(classes=one_scene(options.get("scene", "scene"), frozenset())[0])
 

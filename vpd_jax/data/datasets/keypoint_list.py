@@ -8,16 +8,14 @@ Files, below `root`:
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from vpd_jax.data.datasets.pose import PoseDataset
 from vpd_jax.data.readers import coco_json, image_files, persons
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import top_down as top_down_transforms
 from vpd_jax.errors import UserError
-from vpd_jax.types import Keypoints, Source
+from vpd_jax.types import Fields, Keypoints, Options, Source
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -78,7 +76,7 @@ class KeypointList(PoseDataset):
       image_files.require_folder(self.root, f"that holds {self.train_json} and {self.images}/.")
 
   @classmethod
-  def keypoints_of(cls, options: Mapping[str, Any]) -> Keypoints:
+  def keypoints_of(cls, options: Options) -> Keypoints:
     """The keypoints of a data set with these options, which may exist without its files if they name them.
 
     Raises:
@@ -116,7 +114,7 @@ class KeypointList(PoseDataset):
     source = f"{found.path} names them, data.images their folder."
     return persons.open_split(folder, found, chosen, samples, source, self.exif)
 
-  def truth(self, split: str) -> dict[str, Any]:
+  def truth(self, split: str) -> Fields:
     """What is scored against, see coco_pose.CocoPose.truth."""
     return coco_json.truth(*self._chosen(split))
 

@@ -13,9 +13,8 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,7 +25,7 @@ from vpd_jax.data.readers import image_files
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import depth as depth_transforms
 from vpd_jax.errors import UserError
-from vpd_jax.types import DatasetInfo, Example, Published, Source
+from vpd_jax.types import DatasetInfo, Example, Options, Published, Source
 
 DEPTH_SCALE = 256.0  # units per metre in the files
 MAX_DEPTH = 80.0  # metres
@@ -106,7 +105,7 @@ class Kitti(DepthDataset):
         raise UserError(f"depth_root={self.depth_root!r} is not a folder; {FILES_SOURCE}")
 
   @classmethod
-  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+  def info(cls, options: Options) -> DatasetInfo:
     """See types.Dataset; raises as depth_list.one_scene."""
     classes, _ = depth_list.one_scene(options.get("scene", "street"), frozenset())
     return DatasetInfo(classes=classes, window=tuple(options.get("kb_crop", ())) or None)

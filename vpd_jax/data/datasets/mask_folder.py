@@ -8,15 +8,14 @@ By default the number in a mask is the class, in the order of `classes`, and 255
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from vpd_jax.data.datasets.segmentation import SegmentationDataset
 from vpd_jax.data.readers import image_files, label_maps
 from vpd_jax.data.shards import reader
 from vpd_jax.errors import UserError
-from vpd_jax.types import DatasetInfo, Example
+from vpd_jax.types import DatasetInfo, Example, Options
 
 SOURCE = "the options data.{images} and data.{masks} name the folders of pictures and of PNGs of the same names."
 REMEDY = "correct data.classes, data.values or data.ignored."
@@ -84,7 +83,7 @@ class MaskFolder(SegmentationDataset):
       image_files.require_folder(self.root, f"that holds {self.images}/ and {self.masks}/.")
 
   @classmethod
-  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+  def info(cls, options: Options) -> DatasetInfo:
     """See types.Dataset.
 
     Raises:

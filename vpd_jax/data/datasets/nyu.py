@@ -8,9 +8,7 @@ Depth is a 16-bit PNG in millimetres, 0 where nothing was measured.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +16,7 @@ from vpd_jax.data.datasets.depth import DepthDataset
 from vpd_jax.data.readers import image_files
 from vpd_jax.data.shards import reader
 from vpd_jax.errors import UserError
-from vpd_jax.types import DatasetInfo, Example, Published, Source
+from vpd_jax.types import DatasetInfo, Example, Options, Published, Source
 
 # The order is that of the class vectors in the released checkpoints; 'excercise_room' is spelt as in the data.
 # Source: VPD depth/nyu_class_list.json.
@@ -84,7 +82,7 @@ class Nyu(DepthDataset):
       )
 
   @classmethod
-  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+  def info(cls, options: Options) -> DatasetInfo:
     """See types.Dataset."""
     del options
     return DatasetInfo(classes=cls.classes)

@@ -1,14 +1,12 @@
 """What the pose data sets share: options, augmentation, keypoints."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import top_down as top_down_transforms
-from vpd_jax.types import Dataset, DatasetInfo, Example, Keypoints
+from vpd_jax.types import Dataset, DatasetInfo, Example, Keypoints, Options
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -46,13 +44,13 @@ class PoseDataset(Dataset):
     reader.check_format(self.format)
 
   @classmethod
-  def keypoints_of(cls, options: Mapping[str, Any]) -> Keypoints:
+  def keypoints_of(cls, options: Options) -> Keypoints:
     """The keypoints of a data set with these options; by default COCO's."""
     del options
     return top_down_transforms.COCO
 
   @classmethod
-  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+  def info(cls, options: Options) -> DatasetInfo:
     """See types.Dataset; raises as `keypoints_of`."""
     keypoints = cls.keypoints_of(options)
     return DatasetInfo(classes=keypoints.names, keypoints=keypoints, udp=options.get("udp", True))

@@ -24,7 +24,7 @@ from vpd_jax.data.readers.referring import Item
 from vpd_jax.data.shards import reader
 from vpd_jax.errors import UserError
 from vpd_jax.files import reading
-from vpd_jax.types import Published, Source
+from vpd_jax.types import Fields, Published, Source
 
 # (references, pictures) by split, as published; None where no published number is known to us.
 Counts = dict[str, tuple[int, int] | None]
@@ -121,7 +121,7 @@ class RefCoco(ReferringDataset):
     read_mask = functools.partial(_read_mask, overlap=self.overlap)
     return referring.ReferringSource(root, items if split == "train" else referring.by_sentence(items), read_mask)
 
-  def _items(self, refs: Sequence[dict[str, Any]], instances: tuple[Mapping, Mapping], path: Path) -> list[Item]:
+  def _items(self, refs: Sequence[Fields], instances: tuple[Mapping, Mapping], path: Path) -> list[Item]:
     """The references as items; everything that is wrong with them is reported together."""
     pictures, annotations = instances
     ids = lambda found: (
@@ -155,7 +155,7 @@ class RefCoco(ReferringDataset):
         items.append(Item(name, ref["image_id"], (annotations[ref["ann_id"]], *size), texts))
     return items
 
-  def _check_count(self, refs: Sequence[dict[str, Any]], split: str, path: Path) -> None:
+  def _check_count(self, refs: Sequence[Fields], split: str, path: Path) -> None:
     """Raises where the references and pictures of a split are not as many as published."""
     found = (len(refs), len({ref["image_id"] for ref in refs}))
     expected = PUBLISHED[self.variant, self.split_by][split] if self.complete else None
@@ -180,7 +180,7 @@ class RefCoco(ReferringDataset):
     )
 
 
-def read_refs(path: Path) -> list[dict[str, Any]]:
+def read_refs(path: Path) -> list[Fields]:
   """The references of a refs(...).p.
 
   Raises:
@@ -198,7 +198,7 @@ def read_refs(path: Path) -> list[dict[str, Any]]:
   return found
 
 
-def _is_reference(ref: Any) -> bool:
+def _is_reference(ref: object) -> bool:
   if not isinstance(ref, dict) or not all(isinstance(ref.get(key), kind) for key, kind in KEYS.items()):
     return False
   return all(isinstance(s, dict) and isinstance(s.get("sent"), str) for s in ref["sentences"])

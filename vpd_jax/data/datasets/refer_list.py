@@ -12,7 +12,6 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from vpd_jax.data.readers.referring import Item
 from vpd_jax.data.shards import reader
 from vpd_jax.errors import UserError
 from vpd_jax.files import reading
-from vpd_jax.types import Source
+from vpd_jax.types import Fields, Source
 
 EXAMPLE = '{"image": "1.jpg", "mask": "1.png", "sentences": ["the red car"]}'
 KNOWN = frozenset({"image", "mask", "sentences", "value", "split"})
@@ -104,7 +103,7 @@ class ReferList(ReferringDataset):
     return found
 
 
-def read_entries(path: Path) -> list[dict[str, Any]]:
+def read_entries(path: Path) -> list[Fields]:
   """The entries of a JSON file, sentences without line breaks.
 
   Raises:
@@ -120,7 +119,7 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
   return [entry | {"sentences": [" ".join(text.split()) for text in entry["sentences"]]} for entry in content]
 
 
-def _problem(entry: Any) -> str:
+def _problem(entry: object) -> str:
   """What is wrong with an entry, or an empty text."""
   if not isinstance(entry, dict):
     return "is not an object with names and values"

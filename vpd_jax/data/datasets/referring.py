@@ -1,14 +1,12 @@
 """What the data sets for referring segmentation share: options, resizing, what is kept of encoded pictures."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from vpd_jax.data.readers import referring
 from vpd_jax.data.shards import reader
-from vpd_jax.types import Dataset, DatasetInfo, Example
+from vpd_jax.types import Dataset, DatasetInfo, Example, Options
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -48,7 +46,7 @@ class ReferringDataset(Dataset):
     self.encoder_cache = referring.check_cache(self.cache, self.cache_folder)
 
   @classmethod
-  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+  def info(cls, options: Options) -> DatasetInfo:
     """See types.Dataset."""
     del options
     return DatasetInfo(only_resizes=True)

@@ -6,7 +6,6 @@ nobody could tell their left from their right.
 """
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from vpd_jax.data.rooms import scene as room_scene
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import top_down as top_down_transforms
 from vpd_jax.errors import UserError
-from vpd_jax.types import Example, Source
+from vpd_jax.types import Example, Fields, Source
 
 MINIMUM = 6  # keypoints inside the picture
 NARROWEST = 16  # pixels of the box's shorter side, in a picture of 120 rows
@@ -68,7 +67,7 @@ class RoomFigures(PoseDataset):
       raise UserError(f"split={split!r} is unknown; choose one of {rooms.SPLITS}.")
     return Figures(self.seed, split, self.counts[split], self.size)
 
-  def truth(self, split: str) -> dict[str, Any]:
+  def truth(self, split: str) -> Fields:
     """What is scored against, see coco_pose.CocoPose.truth: every room is drawn once."""
     source, height, width = self._figures(split), *self.size
     people = [source.person(index) for index in range(len(source))]
@@ -103,7 +102,7 @@ class Figures(Source):
       "index": np.asarray(index, np.int32),
     }
 
-  def person(self, index: int) -> dict[str, Any]:
+  def person(self, index: int) -> Fields:
     """The figure as an annotation of COCO's form; its area is what is seen of it."""
     room, points, box = self._found(index)
     return {

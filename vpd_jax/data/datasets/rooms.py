@@ -7,8 +7,7 @@ The camera has NYU's field of view and is placed, raised, tilted and turned at r
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import depth as depth_transforms
 from vpd_jax.data.transforms import segmentation as segmentation_transforms
 from vpd_jax.errors import UserError
-from vpd_jax.types import Dataset, DatasetInfo, Example, Source
+from vpd_jax.types import Dataset, DatasetInfo, Example, Options, Source
 
 CLASSES = room_scene.CLASSES  # of "labels"; all pixels have one
 SPLITS = ("train", "eval")  # position is part of the random seed: no room is in both
@@ -107,7 +106,7 @@ class Rooms(Dataset):
     self.resizing = referring.Transforms(self.crop, self.size)
 
   @classmethod
-  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+  def info(cls, options: Options) -> DatasetInfo:
     """See types.Dataset.
 
     Raises:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from vpd_jax.data.readers import label_maps
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import segmentation as segmentation_transforms
 from vpd_jax.errors import UserError
-from vpd_jax.types import Dataset, DatasetInfo, Example, Source
+from vpd_jax.types import Dataset, DatasetInfo, Example, Options, Source
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -57,7 +57,7 @@ class SegmentationDataset(Dataset):
     )
 
   @classmethod
-  def info(cls, options: Mapping[str, Any]) -> DatasetInfo:
+  def info(cls, options: Options) -> DatasetInfo:
     """See types.Dataset."""
     del options
     return DatasetInfo(classes=cls.classes, palette=cls.palette, label_ids=cls.label_ids)

@@ -15,6 +15,7 @@ import numpy as np
 from vpd_jax.data.readers import image_files
 from vpd_jax.errors import UserError
 from vpd_jax.files import reading
+from vpd_jax.types import Fields
 
 LARGEST = 1e9  # beyond which no number is a place in a picture
 
@@ -32,9 +33,9 @@ class Annotations(NamedTuple):
   """
 
   path: Path | None
-  images: list[dict[str, Any]]
-  people: list[list[dict[str, Any]]]
-  category: dict[str, Any]
+  images: list[Fields]
+  people: list[list[Fields]]
+  category: Fields
   others: int = 0
 
 
@@ -80,9 +81,7 @@ def annotations(path: str | Path, names: Sequence[str]) -> Annotations:
       "agree in number and order."
     )
   listed = [image if isinstance(image, dict) else {} for image in content["images"]]
-  images: list[dict[str, Any]] = [
-    {key: image.get(key) for key in ("id", "file_name", "width", "height")} for image in listed
-  ]
+  images: list[Fields] = [{key: image.get(key) for key in ("id", "file_name", "width", "height")} for image in listed]
   named = lambda image: _whole(image["id"]) and isinstance(image["file_name"], str) and image["file_name"]
   sized = lambda image: all(_whole(image[side]) and 0 < image[side] < LARGEST for side in ("width", "height"))
   wrong = [f"image {i}" for i, image in enumerate(images) if not (named(image) and sized(image))]
@@ -90,7 +89,7 @@ def annotations(path: str | Path, names: Sequence[str]) -> Annotations:
   if len(set(ids)) < len(ids):
     raise UserError(f"{path} lists {len(ids)} images with {len(set(ids))} different ids; each needs its own.")
   number = {image["id"]: i for i, image in enumerate(images) if _whole(image["id"])}
-  people: list[list[dict[str, Any]]] = [[] for _ in images]
+  people: list[list[Fields]] = [[] for _ in images]
   others = 0
   for i, entry in enumerate(content["annotations"]):
     if not isinstance(entry, dict):
@@ -115,7 +114,7 @@ def annotations(path: str | Path, names: Sequence[str]) -> Annotations:
   return Annotations(path, images, people, category, others)
 
 
-def truth(found: Annotations, chosen: Sequence[int]) -> dict[str, Any]:
+def truth(found: Annotations, chosen: Sequence[int]) -> Fields:
   """What pycocotools scores against: a COCO file's content of the chosen images, without outlines of people."""
   entries = [entry for i in chosen for entry in found.people[i]]
   # Numbered anew, from 1: pycocotools takes an annotation of id 0 for none.
@@ -250,7 +249,7 @@ def clipped(box: Sequence[float], width: int, height: int) -> tuple[float, float
   return (left, top, right - left, bottom - top) if right > left and bottom > top else None
 
 
-def _category(content: Any, path: str | Path) -> dict[str, Any]:
+def _category(content: object, path: str | Path) -> Fields:
   """The one category that has keypoints."""
   parts = ("images", "annotations", "categories")
   if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in parts):
@@ -269,12 +268,12 @@ def _category(content: Any, path: str | Path) -> dict[str, Any]:
   return {key: named[0][key] for key in ("id", "name", "keypoints", "skeleton") if key in named[0]}
 
 
-def _known(entry: dict[str, Any], number: dict[int, int]) -> bool:
+def _known(entry: Fields, number: dict[int, int]) -> bool:
   """Whether an entry is of an image that is there."""
   return _whole(entry.get("image_id")) and entry["image_id"] in number
 
 
-def _described(entry: dict[str, Any], count: int) -> bool:
+def _described(entry: Fields, count: int) -> bool:
   """Whether the annotation's keypoints can be used, which a crowd may leave out, its area, its iscrowd."""
   crowd, area = entry.get("iscrowd"), entry.get("area")
   if crowd not in (None, 0, 1) or not (area is None or _numbers([area], 1)):
@@ -282,7 +281,7 @@ def _described(entry: dict[str, Any], count: int) -> bool:
   return bool(crowd and "keypoints" not in entry) or _numbers(entry.get("keypoints"), 3 * count)
 
 
-def _completed(entry: dict[str, Any], count: int) -> dict[str, Any]:
+def _completed(entry: Fields, count: int) -> Fields:
   """The annotation with what files may leave out: the area of the box, the number of labeled keypoints."""
   points = entry.get("keypoints", [0] * 3 * count)
   return {
@@ -295,7 +294,7 @@ def _completed(entry: dict[str, Any], count: int) -> dict[str, Any]:
   }
 
 
-def _numbers(values: Any, count: int) -> bool:
+def _numbers(values: object, count: int) -> bool:
   """Whether this is a list of that many numbers that float32 holds."""
   if not isinstance(values, list | tuple) or len(values) != count:
     return False
@@ -303,12 +302,12 @@ def _numbers(values: Any, count: int) -> bool:
   return all(number(value) and -LARGEST < value < LARGEST for value in values)  # NaN is not
 
 
-def _whole(value: Any) -> bool:
+def _whole(value: object) -> bool:
   """Whether this is a whole number, as ids are."""
   return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _counted(entries: Sequence[dict[str, Any]]) -> str:
+def _counted(entries: Sequence[Fields]) -> str:
   """Their category_id and how often, as in "0 (5), 3 (1)", the most frequent first."""
   counts = collections.Counter(str(entry.get("category_id"))[:20] for entry in entries)
   return _first([f"{name} ({count})" for name, count in counts.most_common()])

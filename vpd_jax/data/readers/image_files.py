@@ -8,16 +8,16 @@ import os
 from collections.abc import Iterable
 from concurrent import futures
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 
 from vpd_jax.errors import UserError
 from vpd_jax.files import image_decoding, reading
+from vpd_jax.types import Fields
 
 SHOWN = 10  # names per error message
-Record = dict[str, Any]
+Record = Fields
 # What is done with pictures that EXIF data turn. What belongs to a picture, be it a label map, a mask, depth, keypoints
 # or outlines, is never turned: it was made on the picture as it is stored, or as a program shows it, turned. Data sets
 # that are published are read as they are stored.

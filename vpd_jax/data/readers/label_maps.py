@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -21,7 +21,7 @@ from PIL import Image
 from vpd_jax.data.readers import image_files
 from vpd_jax.errors import UserError
 from vpd_jax.files import image_decoding, reading
-from vpd_jax.types import Example, Source
+from vpd_jax.types import Example, Fields, Source
 
 IGNORE = 255  # in an Example: a pixel of no class, neither learned nor scored
 _WRONG = 254  # in a table: a number that may not occur
@@ -38,7 +38,7 @@ class ClassList(NamedTuple):
 
   names: tuple[str, ...]
   palette: tuple[tuple[int, int, int], ...]
-  rows: tuple[dict[str, Any], ...]
+  rows: tuple[Fields, ...]
 
 
 class Values(NamedTuple):

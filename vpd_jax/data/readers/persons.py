@@ -6,13 +6,12 @@ Pictures with several people are read once for each of them.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from vpd_jax.data.readers import coco_json, image_files
 from vpd_jax.errors import UserError
-from vpd_jax.types import Example, Source
+from vpd_jax.types import Example, Fields, Source
 
 # Of a record, by key; the kinds are those of builders.KINDS. "person" is JSON: numbers in text lose nothing.
 STORED = {"image": "picture", "image_path": "text", "person": "text", "image_index": "int32", "index": "int32"}
@@ -25,9 +24,7 @@ class PersonSource(Source):
     notes: lines on what was left out, for the start of a run.
   """
 
-  def __init__(
-    self, folder: Path, images: Sequence[dict[str, Any]], samples: coco_json.Samples, exif: str | None = None
-  ):
+  def __init__(self, folder: Path, images: Sequence[Fields], samples: coco_json.Samples, exif: str | None = None):
     """
     Args:
       folder: the pictures' names start from.

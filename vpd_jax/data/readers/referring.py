@@ -118,7 +118,7 @@ class ReferringSource(Source):
     image = image_files.decode_image(raw, path, self.exif)
     try:
       mask = self.read_mask(item.outline, self.folder, image.shape[:2])
-    except ValueError as error:
+    except UserError as error:
       raise UserError(f"{error} It is about {item.sentences[0]!r} in {path}.") from None
     return _example(image, mask, "\n".join(item.sentences), item.image_id, index)
 

@@ -6,7 +6,6 @@ none, so that a file can hold dicts, lists, texts and numbers, and nothing else.
 
 import pickle
 from pathlib import Path
-from typing import Any
 
 from vpd_jax.errors import UserError
 
@@ -14,10 +13,10 @@ from vpd_jax.errors import UserError
 class _Plain(pickle.Unpickler):
   """Every class and function is refused before it is looked up."""
 
-  def find_class(self, module: str, name: str) -> Any:
+  def find_class(self, module: str, name: str) -> object:
     raise _Refused(f"asks for {module}.{name}")
 
-  def persistent_load(self, pid: Any) -> Any:
+  def persistent_load(self, pid: object) -> object:
     raise _Refused(f"refers to something outside of it ({str(pid)[:50]!r})")
 
 
@@ -25,7 +24,7 @@ class _Refused(Exception):
   """The file holds more than plain data."""
 
 
-def read(path: str | Path) -> Any:
+def read(path: str | Path) -> object:
   """What a pickle of plain data holds; texts of Python 2 are read byte by byte as Latin-1.
 
   Raises:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -15,7 +15,7 @@ from etils import epath
 
 from vpd_jax.data.readers.image_files import Record
 from vpd_jax.errors import UserError
-from vpd_jax.types import Example, Source
+from vpd_jax.types import Example, Fields, Options, Source
 
 FORMATS = ("files", "tfds")
 INFO = "dataset_info.json"  # written last: a folder that has it is whole
@@ -25,14 +25,16 @@ MOST = 10  # unreadable records in a row; more than that is a lost disk rather t
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-_READ: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()  # by data set; never pickled
+_READ: weakref.WeakKeyDictionary[object, dict[object, object]] = (
+  weakref.WeakKeyDictionary()
+)  # by data set; never pickled
 
 
 def read_once(method: Method) -> Method:
   """A method of a data set whose result for a split is kept as long as the data set; what it raises is not."""
 
   @functools.wraps(method)
-  def once(dataset: Any, split: str) -> Any:
+  def once(dataset: object, split: str) -> object:
     held, key = _READ.setdefault(dataset, {}), (method.__qualname__, split)
     if key not in held:
       held[key] = method(dataset, split)
@@ -77,7 +79,7 @@ class Shards(Source):
     split: str,
     *,
     decode: Callable[[Record], Example] | None = None,
-    made_with: Mapping[str, Any] | None = None,
+    made_with: Options | None = None,
   ):
     self._root, self._split, self._decode = str(root), split, decode
     if not root:
@@ -109,7 +111,7 @@ class Shards(Source):
       reason = " ".join(str(error).split())
       raise UserError(f"record {index} of split {self._split!r} in {self._root} cannot be read: {reason}") from None
 
-  def __getstate__(self) -> tuple[Any, ...]:
+  def __getstate__(self) -> tuple[object, ...]:
     return self._root, self._split, self._decode
 
   def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -134,7 +136,7 @@ def unending(function: Callable[..., Any]) -> Callable[..., Any]:
   """The function, its StopIteration made a RuntimeError: grain would take it for the end of the data."""
 
   @functools.wraps(function)
-  def call(*arguments: Any) -> Any:
+  def call(*arguments: object) -> object:
     try:
       return function(*arguments)
     except StopIteration as error:
@@ -182,7 +184,7 @@ class SkipUnreadable(Source):
     for count in range(min(MOST + 1, len(self))):
       try:
         example = self.source[(index + count) % len(self)]
-      except ValueError as error:
+      except UserError as error:
         first = first or error
       else:
         return {**example, SKIPPED: np.array([index, count], np.int32)}
@@ -215,7 +217,7 @@ class Report:
   def _reason(self, index: int) -> str:
     try:
       self.source[index]
-    except ValueError as error:
+    except UserError as error:
       return str(error)
     return f"record {index} could not be read before, but can be now."
 
@@ -254,7 +256,7 @@ class Collate:
     return batch
 
 
-def _check(root: str, info: Any, name: str, split: str, made_with: Mapping[str, Any]) -> None:
+def _check(root: str, info: Any, name: str, split: str, made_with: Options) -> None:
   """Whether a prepared folder is the one asked for, and whole."""
   found = dict(info.metadata or {})
   if found.get("dataset") != name:
@@ -282,7 +284,7 @@ def _check(root: str, info: Any, name: str, split: str, made_with: Mapping[str, 
     raise UserError(f"the {split} shards in {root} have {size} bytes in place of {whole}; copy them again.")
 
 
-def plain(options: Mapping[str, Any]) -> dict[str, Any]:
+def plain(options: Options) -> Fields:
   """Options as they look after a round through JSON: tuples are lists."""
   return {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
 

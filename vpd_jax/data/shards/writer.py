@@ -26,7 +26,7 @@ from tqdm import tqdm
 from vpd_jax.data.shards import reader
 from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
-from vpd_jax.types import Dataset, Source
+from vpd_jax.types import Dataset, Fields, Source
 
 KINDS: dict[str, Callable[[], Any]] = {  # what a data set may name in `stored`
   "picture": lambda: tfds.features.Image(shape=(None, None, 3)),
@@ -65,8 +65,8 @@ class VpdJax(tfds.core.ShardBasedBuilder):
     *,
     name: str,
     sources: dict[str, Source],
-    features: dict[str, Any],
-    made_with: dict[str, Any],
+    features: Fields,
+    made_with: Fields,
     shard_bytes: int,
     staging: Path,
     folder: Path,
@@ -88,17 +88,17 @@ class VpdJax(tfds.core.ShardBasedBuilder):
   def _example_writer(self) -> tfds.core.ExampleWriter:
     return _Writer(self._staging)
 
-  def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, Sequence[Callable[[], Iterator[Any]]]]:
+  def _shard_iterators_per_split(self, dl_manager: object) -> dict[str, Sequence[Callable[[], Iterator[object]]]]:
     return {split: self._shards(split, source) for split, source in self._sources.items()}
 
-  def _shards(self, split: str, source: Source) -> Sequence[Callable[[], Iterator[Any]]]:
+  def _shards(self, split: str, source: Source) -> Sequence[Callable[[], Iterator[object]]]:
     """One function per shard, that gives (place, record) of a range of records."""
     count = min(-(-self.size(split) // self._shard_bytes), len(source))
     bounds = [len(source) * number // count for number in range(count + 1)]
     template = self._get_filename_template(split_name=split)
     progress: list[tqdm] = []
 
-    def shard(number: int) -> Iterator[Any]:
+    def shard(number: int) -> Iterator[object]:
       if not progress:
         progress.append(tqdm(total=len(source), desc=f"writing {split}", unit=" records", mininterval=1.0))
       path = self._staging / template.sharded_filepath(shard_index=number, num_shards=count).name
@@ -146,7 +146,7 @@ class _Writer(tfds.core.ExampleWriter):
       shutil.copyfile(finished, path)
 
 
-def describe(dataset: Dataset, source: Source) -> dict[str, Any]:
+def describe(dataset: Dataset, source: Source) -> Fields:
   """tfds features by key: those of `dataset.stored`, or else of the first Example, its arrays exactly as they are.
 
   Raises:
@@ -248,7 +248,7 @@ def check_output(output: str | Path) -> Path:
   return output
 
 
-def _continue(staging: Path, state: dict[str, Any], say: Callable[[str], None]) -> None:
+def _continue(staging: Path, state: Fields, say: Callable[[str], None]) -> None:
   """Keeps the finished shards of an earlier run of the same state, and nothing else."""
   noted = staging / STATE
   if noted.exists():
@@ -264,7 +264,7 @@ def _continue(staging: Path, state: dict[str, Any], say: Callable[[str], None]) 
   atomic.write_json(noted, state)
 
 
-def _identity(value: Any) -> Any:
+def _identity(value: object) -> object:
   """What a source consists of, as JSON that is the same in every process; a pickle is not."""
   if value is None or isinstance(value, bool | int | float | str):
     return value
@@ -285,7 +285,7 @@ def _identity(value: Any) -> Any:
   return [type(value).__qualname__, _identity(vars(value))]
 
 
-def _feature(key: str, value: Any) -> Any:
+def _feature(key: str, value: object) -> object:
   """The tfds feature that stores an array exactly; text as text."""
   if isinstance(value, str):
     return tfds.features.Text()

@@ -18,7 +18,7 @@ import numpy as np
 from vpd_jax.data import validation
 from vpd_jax.data.rooms.figure import KEYPOINTS
 from vpd_jax.errors import UserError
-from vpd_jax.types import Example, Keypoints
+from vpd_jax.types import Example, Fields, Keypoints
 
 PADDING = 1.25
 HALF_BODY_PADDING = 1.5
@@ -281,7 +281,7 @@ class Augmentation:
     """
     matrix = warp_matrix(center, extent, angle, self.crop, udp=self.udp)
     placed = np.concatenate([warp_points(points[:, :2], matrix), np.ones((len(points), 1))], axis=1)
-    result: dict[str, Any] = {
+    result: Fields = {
       "image": warp_image(np.ascontiguousarray(image), matrix, self.crop),
       "keypoints": (placed * (points[:, 2:] > 0)).astype(np.float32),
       "center": center.astype(np.float32),

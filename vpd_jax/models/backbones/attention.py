@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from vpd_jax.errors import UserError
 from vpd_jax.models.backbones.platform import platform
-from vpd_jax.types import Array
+from vpd_jax.types import Array, Fields
 
 Implementation = Literal["auto", "xla", "chunked", "cudnn", "splash"]
 IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn", "splash")
@@ -150,7 +150,7 @@ def _splash_here(query: Array, key: Array, value: Array, *, interpret: bool) -> 
   q = fill(query * width**-0.5, q_block)  # [B, heads, N, lanes]
   k, v = fill(key, kv_block), fill(value, kv_block)
   full = masks.MultiHeadMask([masks.FullMask((q.shape[2], k.shape[2])) for _ in range(heads)])
-  sizes: dict[str, Any] = {name: q_block if name.startswith("block_q") else kv_block for name in _BLOCKS}
+  sizes: Fields = {name: q_block if name.startswith("block_q") else kv_block for name in _BLOCKS}
   attend = kernel.make_splash_mha_single_device(mask=full, block_sizes=kernel.BlockSizes(**sizes), interpret=interpret)
   # A query sees the keys of its own segment: the added queries see the real keys too, so that no softmax is empty.
   segments: Any = None

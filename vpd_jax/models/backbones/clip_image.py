@@ -4,12 +4,13 @@ Source: Radford et al. 2021, https://arxiv.org/abs/2103.00020; transformers mode
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from vpd_jax.models import initializers
 from vpd_jax.models.backbones import layers, normalization
@@ -64,7 +65,7 @@ class ImageStates(NamedTuple):
   embeds: Array | None
 
 
-def pixels(image: Array, size: int, *, dtype: Any, resize: str = "bicubic") -> Array:
+def pixels(image: Array, size: int, *, dtype: DTypeLike, resize: str = "bicubic") -> Array:
   """An image as CLIP takes it: squeezed to a square, cut to [0, 1], mean and deviation of CLIP's own images.
 
   The resize is Pillow's, by which CLIP was trained: cubic with a = -0.5, widened where it shrinks, here without

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vpd_jax.models.backbones.platform import platform
-from vpd_jax.types import Array
+from vpd_jax.types import Array, Fields
 
 FEW, MANY = 256, 4096  # positions, 16 x 16 and 64 x 64
 LARGE, WIDE = 512 * 512, 128 * 128  # weights of one tap of a kernel
@@ -35,7 +35,7 @@ def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any, **re
   return jax.lax.conv_general_dilated(x, kernel, strides, padding, **rest)
 
 
-def _is_plain(kernel: Array, strides: Sequence[int], padding: Any, rest: dict[str, Any]) -> bool:
+def _is_plain(kernel: Array, strides: Sequence[int], padding: Any, rest: Fields) -> bool:
   """Whether it is a 3x3 convolution that keeps the size, of all channels, undilated."""
   dilated = {*(rest.get("lhs_dilation") or (1,)), *(rest.get("rhs_dilation") or (1,))} != {1}
   same = kernel.shape[:2] == (3, 3) and tuple(map(tuple, padding)) == ((1, 1), (1, 1))

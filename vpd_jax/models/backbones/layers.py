@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from vpd_jax.models import initializers
 from vpd_jax.models.backbones import normalization
 from vpd_jax.models.backbones.cpu_convolution import convolve
 from vpd_jax.models.layer_options import LayerOptions
-from vpd_jax.types import Array
+from vpd_jax.types import Array, Fields
 
 
 class SiLU(nnx.Module):
@@ -83,7 +84,7 @@ def linear(
   **common: Unpack[LayerOptions],
 ) -> nnx.Linear:
   """A linear layer with a bias of zeros."""
-  init: dict[str, Any] = {"kernel_init": kernel_init, "bias_init": initializers.zeros}
+  init: Fields = {"kernel_init": kernel_init, "bias_init": initializers.zeros}
   return nnx.Linear(in_width, out_width, use_bias=use_bias, **init, **common)
 
 
@@ -106,7 +107,7 @@ def conv(
   """A square convolution with PyTorch's symmetric padding, by default the one that keeps the size at stride 1."""
   pad = (size - 1) // 2 if padding is None else padding
   pads = ((pad, pad), (pad, pad))
-  init: dict[str, Any] = {"kernel_init": kernel_init, "bias_init": initializers.zeros}
+  init: Fields = {"kernel_init": kernel_init, "bias_init": initializers.zeros}
   options = {"strides": stride, "padding": pads, "use_bias": use_bias, "conv_general_dilated": convolve}
   return nnx.Conv(in_width, out_width, (size, size), **options, **init, **common)
 
@@ -126,8 +127,8 @@ class ConvTranspose(nnx.Module):
     stride: int = 2,
     padding: int = 0,
     kernel_init: Any,
-    dtype: Any,
-    param_dtype: Any,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
     rngs: nnx.Rngs,
   ):
     """Output side: (input side - 1) * stride - 2 * padding + size."""

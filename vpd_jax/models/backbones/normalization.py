@@ -2,11 +2,12 @@
 
 import functools
 import math
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from vpd_jax.errors import UserError
 from vpd_jax.models import initializers
@@ -20,7 +21,9 @@ class GroupNorm(nnx.Module):
   on CPU the gradient takes a third to a half of the time of a reduction over [H, W, G, C / G] at once.
   """
 
-  def __init__(self, width: int, *, groups: int = 32, epsilon: float, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+  def __init__(
+    self, width: int, *, groups: int = 32, epsilon: float, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+  ):
     """`groups` divides `width`."""
     self.groups, self.epsilon, self.dtype = groups, epsilon, dtype
     self.scale = nnx.Param(initializers.ones(rngs.params(), (width,), param_dtype))
@@ -37,7 +40,7 @@ class GroupNorm(nnx.Module):
 class LayerNorm(nnx.Module):
   """Normalizes the last axis with PyTorch's epsilon of 1e-5, statistics in float32 or wider whatever the dtype."""
 
-  def __init__(self, width: int, *, epsilon: float = 1e-5, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+  def __init__(self, width: int, *, epsilon: float = 1e-5, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
     self.epsilon, self.dtype = epsilon, dtype
     self.scale = nnx.Param(initializers.ones(rngs.params(), (width,), param_dtype))
     self.bias = nnx.Param(initializers.zeros(rngs.params(), (width,), param_dtype))
@@ -137,8 +140,8 @@ class BatchNorm(nnx.Module):
     group: int = 0,
     momentum: float = 0.1,
     epsilon: float = 1e-5,
-    dtype: Any,
-    param_dtype: Any,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
     rngs: nnx.Rngs,
   ):
     """`group`: images per group, 0 for the whole batch; `momentum`: weight of the new statistics."""

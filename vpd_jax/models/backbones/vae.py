@@ -4,10 +4,11 @@ Source: Rombach et al. 2022, https://arxiv.org/abs/2112.10752; CompVis ldm/modul
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from vpd_jax.models import initializers
 from vpd_jax.models.backbones import layers, normalization
@@ -48,13 +49,12 @@ class ResBlock(nnx.Module):
     self.conv1 = layers.conv(in_width, out_width, 3, **common)
     self.norm2 = normalization.GroupNorm(out_width, epsilon=1e-6, **common)
     self.conv2 = layers.conv(out_width, out_width, 3, **common)
-    if in_width != out_width:
-      self.nin_shortcut = layers.conv(in_width, out_width, 1, **common)
+    self.nin_shortcut = layers.conv(in_width, out_width, 1, **common) if in_width != out_width else None
 
   def __call__(self, x: Array) -> Array:
     h = self.conv1(nnx.silu(self.norm1(x)))
     h = self.conv2(nnx.silu(self.norm2(h)))
-    return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+    return (self.nin_shortcut(x) if self.nin_shortcut else x) + h
 
 
 class AttentionBlock(nnx.Module):
@@ -87,13 +87,12 @@ class Level(nnx.Module):
 
   def __init__(self, in_width: int, out_width: int, blocks: int, last: bool, **common: Unpack[LayerOptions]):
     self.block = nnx.List([ResBlock(in_width if i == 0 else out_width, out_width, **common) for i in range(blocks)])
-    if not last:
-      self.downsample = Downsample(out_width, **common)
+    self.downsample = None if last else Downsample(out_width, **common)
 
   def __call__(self, x: Array) -> Array:
     for block in self.block:
       x = layers.traced_once(block, x)
-    return self.downsample(x) if hasattr(self, "downsample") else x
+    return self.downsample(x) if self.downsample else x
 
 
 class Middle(nnx.Module):
@@ -134,7 +133,7 @@ class Encoder(nnx.Module):
 class UnusedConv(nnx.Module):
   """A 1x1 convolution that nothing applies; kept so that files can be written back whole."""
 
-  def __init__(self, width: int, *, param_dtype: Any, rngs: nnx.Rngs, dtype: Any):
+  def __init__(self, width: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs, dtype: DTypeLike):
     del dtype
     self.kernel = Buffer(initializers.lecun_normal(rngs.params(), (1, 1, width, width), param_dtype))
     self.bias = Buffer(initializers.zeros(rngs.params(), (width,), param_dtype))

@@ -96,5 +96,5 @@ class PredictedClass(SceneClass):
 
   def class_ids(self, batch: Batch) -> Array:
     """See SceneClass.class_ids."""
-    given, predicted = batch.get("class_id"), self.class_predictor(batch["image"])
+    given, predicted = batch.get("class_id"), cast(ClassPredictor, self.class_predictor)(batch["image"])
     return predicted if given is None else jnp.where(given < 0, predicted, given)

@@ -7,6 +7,7 @@ from typing import Any, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from vpd_jax.models import initializers
 from vpd_jax.models.backbones import layers, normalization
@@ -95,7 +96,15 @@ class ClipQueries(Context):
   """Learned queries that read the tokens of CLIP's frozen image encoder."""
 
   def __init__(
-    self, sizes: ImageSizes, width: int, *, resize: str, features: str, tower_dtype: Any, num_queries: int, **block: Any
+    self,
+    sizes: ImageSizes,
+    width: int,
+    *,
+    resize: str,
+    features: str,
+    tower_dtype: DTypeLike,
+    num_queries: int,
+    **block: Any,
   ):
     """Builds encoder and queries.
 

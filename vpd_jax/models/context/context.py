@@ -1,9 +1,9 @@
 """What all sources of tokens have in common."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from vpd_jax.models.parameters import Inlined
 from vpd_jax.types import Array, Batch, Example
@@ -24,21 +24,28 @@ class Context(Inlined):
     needs: keys of a Batch that it reads besides "image".
     prepare_inputs, prepare_outputs: keys of an Example that `prepare` reads, and that it adds.
     sentence_tokens: number and width of the states of each image's sentence, None where it reads no sentence.
+    class_predictor: images to the ids of their classes, int [B]; None where it predicts none.
     of_classes: whether there is one token for each class of the data set.
   """
 
   tokens: tuple[int, int]
-  dtype: Any
+  dtype: DTypeLike
   needs: frozenset[str] = frozenset()
   prepare_inputs: frozenset[str] = frozenset()
   prepare_outputs: frozenset[str] = frozenset()
   sentence_tokens: tuple[int, int] | None = None
+  class_predictor: Callable[[Array], Array] | None = None
   of_classes = False
 
   @property
   def prepare(self) -> Callable[[Example], Example]:
     """Host transform that runs after the data set's own; picklable, since it travels to the data workers."""
     return unchanged
+
+  @property
+  def sentence_census(self) -> Callable[[Iterable[str]], str] | None:
+    """Sentences to a line for the start of a run; None where it reads none."""
+    return None
 
   def once(self, batch: Batch) -> Batch:
     """The batch with what is the same in all passes of the UNet already computed."""
@@ -67,6 +74,11 @@ class SentenceThen(Context):
   def prepare(self) -> Callable[[Example], Example]:
     """That of the sentence."""
     return self.sentence.prepare
+
+  @property
+  def sentence_census(self) -> Callable[[Iterable[str]], str] | None:
+    """That of the sentence."""
+    return self.sentence.sentence_census
 
   def once(self, batch: Batch) -> Batch:
     """With the states of the sentence."""

@@ -8,10 +8,10 @@ Source: VPD refer/data/dataset_refer_clip.py, refer/train.py.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from vpd_jax.errors import UserError
 from vpd_jax.models.backbones.clip_text import ClipText, TextSizes, as_buffers
@@ -98,8 +98,8 @@ class Sentence(Context):
     tokenize: Callable[[tuple[str, ...]], np.ndarray],
     adapt: Adapter,
     *,
-    dtype: Any,
-    param_dtype: Any,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
     rngs: nnx.Rngs,
   ):
     """Builds the encoder.
@@ -131,6 +131,11 @@ class Sentence(Context):
   def prepare(self) -> SentenceTokens:
     """Adds the "tokens" of an example's sentence, int32 [N]."""
     return self._prepare
+
+  @property
+  def sentence_census(self) -> Callable[[Iterable[str]], str]:
+    """How many sentences are cut."""
+    return self._prepare.census
 
   def text_states(self, batch: Batch) -> Array:
     """`batch["text_states"]`, float [B, N, D], where they are ready; else the encoded "tokens", int [B, N]."""

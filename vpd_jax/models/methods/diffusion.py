@@ -6,11 +6,12 @@ latents that the previous one predicts; its *cross-attention maps* are joined to
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from collections.abc import Callable, Iterable
+from typing import ClassVar, cast
 
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from vpd_jax.models import initializers
 from vpd_jax.models.backbones.attention import Implementation
@@ -23,7 +24,7 @@ from vpd_jax.models.layer_options import Common
 from vpd_jax.models.methods import image_input
 from vpd_jax.models.methods.image_input import JoinedMaps, PaddedInput, ResizedInput
 from vpd_jax.models.parameters import Inlined
-from vpd_jax.types import Array, Batch, Branch, Example, Features, MapInfo
+from vpd_jax.types import Array, Batch, Branch, Example, Features, Fields, MapInfo
 
 
 def no_tokenizer(texts: tuple[str, ...]) -> np.ndarray:
@@ -63,7 +64,7 @@ class ConstantTime:
 
   timestep: int
 
-  def __call__(self, step: int) -> dict[str, Any]:
+  def __call__(self, step: int) -> Fields:
     """What the UNet is called with in a pass."""
     return {"timesteps": int(self.timestep)}
 
@@ -71,11 +72,11 @@ class ConstantTime:
 class LearnedTime(Inlined):
   """A learned vector for each pass, in place of the embedded timestep."""
 
-  def __init__(self, steps: int, width: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+  def __init__(self, steps: int, width: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
     draw = lambda: initializers.normal(1.0)(rngs.params(), (1, width), param_dtype)
     self.t = nnx.List([nnx.Param(draw()) for _ in range(steps)])
 
-  def __call__(self, step: int) -> dict[str, Any]:
+  def __call__(self, step: int) -> Fields:
     """See ConstantTime."""
     return {"time_embedding": self.t[step][...]}
 
@@ -136,6 +137,16 @@ class DiffusionMethod(nnx.Module):
   def prepare(self) -> Callable[[Example], Example]:
     """Host transform of the context."""
     return self.context.prepare
+
+  @property
+  def class_predictor(self) -> Callable[[Array], Array] | None:
+    """Images to the ids of their classes, where the context predicts them."""
+    return self.context.class_predictor
+
+  @property
+  def sentence_census(self) -> Callable[[Iterable[str]], str] | None:
+    """See Context."""
+    return self.context.sentence_census
 
   @property
   def attends_to_classes(self) -> bool:

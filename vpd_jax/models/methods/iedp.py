@@ -15,7 +15,6 @@ Source: Wang et al. 2024, https://arxiv.org/abs/2404.07600.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -32,7 +31,7 @@ from vpd_jax.models.context.sentences import Sentence
 from vpd_jax.models.layer_options import LayerOptions
 from vpd_jax.models.methods import image_input
 from vpd_jax.models.methods.diffusion import ConstantTime, DiffusionMethod, MethodSetup
-from vpd_jax.types import Array, Batch, Branch, Example
+from vpd_jax.types import Array, Batch, Branch, Example, Fields
 
 CHOICES = {
   "prompt": ("image", "sentence+image"),
@@ -183,7 +182,7 @@ OPTIONS = (
 )
 
 
-def _check(options: dict[str, Any], unet: UNetSizes, text: TextSizes, *, maps: bool) -> None:
+def _check(options: Fields, unet: UNetSizes, text: TextSizes, *, maps: bool) -> None:
   """Raises one ValueError with everything that cannot be."""
   width = unet.context_dim
   problems = [

@@ -1,10 +1,11 @@
 """What methods do to the image before the VAE, and to the UNet's maps after it."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from vpd_jax.errors import UserError
 from vpd_jax.models.backbones import layers
@@ -12,14 +13,14 @@ from vpd_jax.models.backbones.unet import UNetOutput, UNetSizes
 from vpd_jax.types import Array, Batch
 
 
-def signed(image: Array, dtype: Any) -> Array:
+def signed(image: Array, dtype: DTypeLike) -> Array:
   """uint8 [B, H, W, 3], or float in [0, 1], to float in [-1, 1]; scaled in float32 or wider, then cast."""
   high = jnp.promote_types(dtype, jnp.float32)
   image = image.astype(high) / 255 if jnp.issubdtype(image.dtype, jnp.integer) else image.astype(high)
   return (image * 2 - 1).astype(dtype)
 
 
-def network_input(batch: Batch, dtype: Any) -> Array:
+def network_input(batch: Batch, dtype: DTypeLike) -> Array:
   """The images of a batch, float [B, H, W, 3] in [-1, 1], with 0 where they are padding.
 
   Args:

@@ -14,7 +14,7 @@ Source: Zhao et al. 2023, https://arxiv.org/abs/2303.02153; VPD depth/models_dep
 from vpd_jax.errors import UserError
 from vpd_jax.models.backbones.clip_text import as_buffers
 from vpd_jax.models.context.adapters import ResidualAdapter
-from vpd_jax.models.context.class_vectors import AllClasses, ClassPredictor, PredictedClass, SceneClass
+from vpd_jax.models.context.class_vectors import AllClasses, PredictedClass, SceneClass
 from vpd_jax.models.context.context import Context
 from vpd_jax.models.context.sentences import Sentence
 from vpd_jax.models.methods import image_input
@@ -80,13 +80,6 @@ class Vpd(DiffusionMethod):
     )
     if keep_unused:
       self.unet.out = as_buffers(self.unet.out)
-
-  @property
-  def class_predictor(self) -> ClassPredictor:
-    """CLIP's classification, where the prompt is "predicted"; AttributeError elsewhere."""
-    if not isinstance(self.context, PredictedClass):
-      raise AttributeError("this method predicts no class; see method.prompt")
-    return self.context.class_predictor
 
 
 def _context(setup: MethodSetup, prompt: str, token_length: int, residual_scale: float) -> Context:

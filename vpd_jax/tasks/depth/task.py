@@ -13,7 +13,7 @@ from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
 from vpd_jax.tasks import colormaps, finite
 from vpd_jax.tasks.depth.baselines import depth_baselines
-from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows, Task
+from vpd_jax.types import Array, Batch, Example, Fields, Loss, Outputs, Rows, Task
 
 SCORES = ("d1", "d2", "d3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
 PNG_SCALES = (1000, 256, 100, 10, 1)  # units per metre of 16-bit depth pictures
@@ -180,9 +180,7 @@ class Depth(Task):
     """Input, prediction, truth and error of one image side by side: uint8 [H, 4 W, 3]."""
     return colormaps.depth_panel(example["image"], prediction, example["depth"], self.max_depth)
 
-  def save(
-    self, stem: Path, prediction: np.ndarray, facts: dict[str, Any], image: np.ndarray | None = None
-  ) -> list[Path]:
+  def save(self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None) -> list[Path]:
     """Writes the depth of one picture; files appear only when complete, the JSON last.
 
     The PNG follows the rule of KITTI's development kit: value / png_scale is metres, 0 is no value. So a depth that is

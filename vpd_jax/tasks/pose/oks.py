@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from vpd_jax.tasks import finite
+from vpd_jax.types import Fields
 
 SCORES = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "AR_L")  # in pycocotools' order
 MOST = 20  # people per picture that COCO's keypoint scores look at
@@ -84,7 +85,7 @@ def detections(
   threshold: float,
   image_ids: Sequence[int],
   category: int,
-) -> list[dict[str, Any]]:
+) -> list[Fields]:
   """Entries of a COCO results file, picture by picture, doubles suppressed.
 
   Args:
@@ -113,7 +114,7 @@ def detections(
   return entries
 
 
-def coco_scores(truth: dict[str, Any], entries: list[dict[str, Any]], sigmas: np.ndarray) -> dict[str, float]:
+def coco_scores(truth: Fields, entries: list[Fields], sigmas: np.ndarray) -> dict[str, float]:
   """COCO's keypoint scores over all pictures of the truth, those without people included.
 
   Args:

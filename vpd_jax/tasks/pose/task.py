@@ -6,17 +6,17 @@ models/heads/topdown_heatmap_base_head.py, datasets/datasets/top_down/topdown_co
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
 from vpd_jax.tasks import finite
 from vpd_jax.tasks.label_images import write, write_colors
 from vpd_jax.tasks.pose import baselines, heatmaps, oks, visualize
-from vpd_jax.types import Array, Batch, Example, Keypoints, Loss, Outputs, Rows, Task
+from vpd_jax.types import Array, Batch, Example, Fields, Keypoints, Loss, Outputs, Rows, Task
 
 STRIDE = 4  # pixels of the crop per pixel of a heatmap
 DRAWN = 0.2  # score above which a keypoint is drawn
@@ -152,7 +152,7 @@ class Pose(Task):
     """Scores of people, float64 [N], of boxes' [N] and keypoints' [N, K]; see oks.rescored."""
     return oks.rescored(box_scores, joint_scores, self.score_above)
 
-  def results(self, rows: Rows, truth: dict[str, Any]) -> list[dict[str, Any]]:
+  def results(self, rows: Rows, truth: Fields) -> list[Fields]:
     """Entries of a COCO results file: rescored, doubles suppressed.
 
     Args:
@@ -170,7 +170,7 @@ class Pose(Task):
       category=truth["categories"][0]["id"],
     )
 
-  def summarize(self, rows: Rows, truth: dict[str, Any]) -> dict[str, float]:
+  def summarize(self, rows: Rows, truth: Fields) -> dict[str, float]:
     """COCO's scores over all pictures of the truth, those without people or without rows included.
 
     Returns:
@@ -184,14 +184,12 @@ class Pose(Task):
     scores = oks.coco_scores(truth, self.results(rows, truth), self.sigmas)
     return scores | {"people": float(len(rows["area"]))} | finite.total(rows)
 
-  def write_results(self, path: Path, rows: Rows, truth: dict[str, Any]) -> Path:
+  def write_results(self, path: epath.Path, rows: Rows, truth: Fields) -> epath.Path:
     """Writes `results` as COCO's servers and tools take them; the file appears only when complete."""
     entries = self.results(rows, truth)
-    return write(path.with_suffix(""), path.suffix, lambda to: to.write_text(atomic.to_json(entries)))
+    return atomic.write(path, atomic.to_json(entries))
 
-  def baselines(
-    self, train: Iterable[Example], evaluation: Iterable[Example], truth: dict[str, Any]
-  ) -> dict[str, float]:
+  def baselines(self, train: Iterable[Example], evaluation: Iterable[Example], truth: Fields) -> dict[str, float]:
     """AP of two predictors: the mean pose, and a linear regression on the crop; see pose_baselines.py."""
     fit, rows = baselines.Fit(len(self.keypoints.names)), {}
     for example in train:
@@ -222,9 +220,7 @@ class Pose(Task):
     shown = [self._drawn(example["image"], [points]) for points in (found, example["keypoints"])]
     return np.concatenate([*shown, visualize.heat(example["image"], prediction.max(-1))], axis=1)
 
-  def save(
-    self, stem: Path, prediction: np.ndarray, facts: dict[str, Any], image: np.ndarray | None = None
-  ) -> list[Path]:
+  def save(self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None) -> list[Path]:
     """Writes the people of one picture; files appear only when complete, the JSON last.
 
     Args:

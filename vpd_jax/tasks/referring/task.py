@@ -7,7 +7,6 @@ Source: VPD refer/train.py criterion, refer/test.py evaluate.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
 from vpd_jax.tasks import finite, label_images
 from vpd_jax.tasks.referring import baselines, visualize
-from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows, Task
+from vpd_jax.types import Array, Batch, Example, Fields, Loss, Outputs, Rows, Task
 
 EVAL_AT = ("network", "original")
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -189,9 +188,7 @@ class Referring(Task):
     shown = (visualize.overlay(x, image) for x in (np.zeros_like(mask), mask, _object(prediction)))
     return visualize.titled(np.concatenate(list(shown), axis=1), str(example.get("sentence", "")))
 
-  def save(
-    self, stem: Path, prediction: np.ndarray, facts: dict[str, Any], image: np.ndarray | None = None
-  ) -> list[Path]:
+  def save(self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None) -> list[Path]:
     """Writes the mask of one sentence; files appear only when complete, the JSON last.
 
     Args:

@@ -5,7 +5,7 @@ Source: mmsegmentation 0.30 models/losses, models/decode_heads/decode_head.py lo
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from vpd_jax.files import atomic
 from vpd_jax.tasks import finite, label_images
 from vpd_jax.tasks.segmentation import baselines
 from vpd_jax.tasks.segmentation.lovasz import lovasz_softmax
-from vpd_jax.types import Array, Batch, Example, Loss, Outputs, Rows, Task
+from vpd_jax.types import Array, Batch, Example, Fields, Loss, Outputs, Rows, Task
 
 MOST_CLASSES = 255  # a label is one byte, and one number means "no label"
 
@@ -297,9 +297,7 @@ class Segmentation(Task):
     picture = label_images.attention(maps, prediction, image)
     return label_images.write(stem, ".attention.png", lambda path: label_images.write_colors(path, picture))
 
-  def save(
-    self, stem: Path, prediction: np.ndarray, facts: dict[str, Any], image: np.ndarray | None = None
-  ) -> list[Path]:
+  def save(self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None) -> list[Path]:
     """Writes the labels of one picture; files appear only when complete, the JSON last.
 
     Args:
