@@ -50,3 +50,29 @@ def test_a_method_that_is_told_a_class_is_refused_at_assembly_where_there_is_non
 def test_without_a_scene_methods_that_are_told_no_class_go_on(words, changes):
   product = assembled(f"configs/kitti_depth.py:{words},tiny", **{"data.scene": ""}, **changes)
   assert product.classes == () and "class_id" not in product.keys
+
+
+@pytest.mark.parametrize(
+  "config, field, value",
+  [
+    ("configs/nyu_depth.py:meta_prompts,tiny", "init.clip", "random:0"),
+    ("configs/ade20k_seg.py:vpd,tiny", "init.clip", "random:0"),
+    ("configs/refcoco_refer.py:tiny", "method.class_vectors", "random:0"),
+    ("configs/refcoco_refer.py:tiny", "method.templates", "a photo of a {}"),
+    ("configs/nyu_depth.py:meta_prompts,tiny", "method.tokenizer", "characters"),
+  ],
+)
+def test_a_source_that_nothing_reads_is_refused(config, field, value):
+  with pytest.raises(
+    ValueError, match=rf"^config\.{field}='.*': nothing of method '.*' reads this; leave it out"
+  ) as caught:
+    assembled(config, **{field: value})
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  "config, field",
+  [("configs/nyu_depth.py:tiny", "init.clip"), ("configs/refcoco_refer.py:meta_prompts,tiny", "init.clip")],
+)
+def test_a_source_that_is_read_in_prediction_or_for_sentences_is_taken(config, field):
+  assembled(config, **{field: "random:0"})

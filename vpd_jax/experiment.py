@@ -219,6 +219,7 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Product:
   _check_test_time(config, task)
   parts = params_lib.describe(_builder(config, task, classes, training=True))
   _check_groups(config, parts)
+  _check_idle(config, parts)
   groups = optim.groups(parts.params, config.optim.lr_groups, config.optim.decay_groups)
   rate = optim.schedule(**loader.schedule(config), lr=config.optim.lr)
   optimizer = optim.optimizer(
@@ -275,6 +276,22 @@ def _check_groups(config: ConfigDict, parts: params_lib.Parts) -> None:
         f"config.optim.{field}={group} must divide the {batch // accumulation} images of "
         f"{'a part of the' if accumulation > 1 else 'the'} batch."
       )
+
+
+def _check_idle(config: ConfigDict, parts: params_lib.Parts) -> None:
+  """Sources of weights and texts that no part of the model takes anything from are refused."""
+  has = lambda *prefixes: any(name.startswith(prefixes) for name in parts.shapes)
+  takes_class = config.method.get("prompt", "") == "scene_class"  # in prediction CLIP may tell it
+  clip = has("method/text_encoder/", "method/image_encoder/", "method/class_predictor/") or takes_class
+  read = {
+    "init.clip": clip or parts.model.method.sentence_tokens,
+    "method.class_vectors": has("method/class_vectors"),
+    "method.templates": has("method/class_vectors"),
+    "method.tokenizer": clip or has("method/class_vectors") or parts.model.method.sentence_tokens,
+  }
+  given = {field: config[field.split(".")[0]].get(field.split(".")[1], "") for field in read}
+  if idle := [f"config.{field}={value!r}" for field, value in given.items() if value and not read[field]]:
+    raise UserError(f"{', '.join(idle)}: nothing of method {config.method.name!r} reads this; leave it out.")
 
 
 def dataset(config: ConfigDict, product: Product) -> Dataset:

@@ -95,7 +95,10 @@ def _read(folder: pathlib.Path) -> Any:
   from transformers import CLIPTokenizer  # Slow to import, and only needed here.
 
   try:
-    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    # Whatever its files say: CLIP reads texts from the left, padding behind their end.
+    return CLIPTokenizer.from_pretrained(
+      str(folder), local_files_only=True, padding_side="right", truncation_side="right"
+    )
   except Exception as error:  # A damaged vocabulary can fail anywhere.
     reason = " ".join(str(error).split())
     raise UserError(f"the tokenizer in {folder} cannot be read ({reason}); fetch its files again.") from error
@@ -114,8 +117,11 @@ def tokenize(sentences: Sequence[str], tokenizer: Any, *, vocabulary: int, lengt
     int32 [sentences, length].
 
   Raises:
-    ValueError: a tokenizer of another model than the encoder's.
+    ValueError: a tokenizer of another model than the encoder's; a text that spells one of its marks.
   """
+  marks = [mark for mark in (tokenizer.bos_token, tokenizer.eos_token) if any(mark in text for text in sentences)]
+  if marks:
+    raise UserError(f"a sentence holds {marks[0]!r}, which the tokenizer takes for a mark of its own; leave it out.")
   tokens = tokenizer(list(sentences), padding="max_length", truncation=True, max_length=length)["input_ids"]
   tokens = np.asarray(tokens, np.int32)
   if tokens.max() >= vocabulary:

@@ -58,6 +58,26 @@ def test_padding_is_that_of_the_tokenizer(tmp_path, padding):
   assert how(length).census(["a bed"]).startswith("1 sentences, 0 of them cut") and tokens[0, 0] == begin
 
 
+def test_the_side_of_padding_in_a_tokenizers_files_does_not_count(tmp_path):
+  read = {}
+  for side in ("right", "left"):
+    folder = tmp_path / side
+    write_tokenizer(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"padding_side": side}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"truncation_side": side}))
+    read[side] = [Tokenize((str(folder),), len(VOCABULARY), length)(("a bed",)).tolist() for length in (4, 12)]
+  assert read["left"] == read["right"]
+
+
+@pytest.mark.parametrize("mark", ["<|endoftext|>", "<|startoftext|>"])
+def test_a_sentence_that_spells_a_mark_of_the_tokenizer_is_refused(tmp_path, mark):
+  write_tokenizer(tmp_path / "tokenizer")
+  with pytest.raises(
+    ValueError, match=r"^a sentence holds '<\|.*\|>', which the tokenizer takes for a mark of its own"
+  ):
+    Tokenize((str(tmp_path / "tokenizer"),), len(VOCABULARY), 77)((f"a {mark} bed",))
+
+
 def test_the_census_counts_what_is_cut_and_names_it():
   how = tokens_of(8)
   texts = ["ab", "abcdefg", "abcdef", "abcdefgh"]
