@@ -60,7 +60,7 @@ def read(args: argparse.Namespace, shapes: dict) -> tuple[dict, int]:
   with checkpointer.Checkpoints(args.source, read_only=True) as checkpoints:
     step = checkpoints.latest_step() if args.step is None else args.step
     weights = checkpoints.restore_weights(step)
-  named = weights["params"] | weights["frozen"] | weights["stats"]
+  named = checkpoints.evaluated(weights)
   finite.check(named, f"checkpoint {step} of {args.source}")
   return named, step
 

@@ -23,7 +23,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from vpd_jax.errors import UserError
 from vpd_jax.files import damage, paths
-from vpd_jax.types import Fields, Options, PyTree
+from vpd_jax.types import Fields, Options, ParamDict, PyTree
 
 WEIGHTS = ("params", "frozen", "stats", "ema")
 FOLDER = "checkpoints"
@@ -187,6 +187,11 @@ class Checkpoints:
     self._check_exists(step)
     with self._read(step):
       return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+
+  @staticmethod
+  def evaluated(weights: Mapping[str, ParamDict]) -> ParamDict:
+    """All arrays that evaluation uses, of what `restore_weights` gives: the moving average where there is one."""
+    return weights["params"] | weights["frozen"] | weights["stats"] | weights.get("ema", {})
 
   def restore_weights(self, step: int, skip: tuple[str, ...] = ()) -> dict[str, dict[str, np.ndarray]]:
     """Parameters and statistics only, on the host: {'params', 'frozen', 'stats'} and, where kept, 'ema'.

@@ -199,7 +199,7 @@ def _load_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[
     best = held.best_step() if which == "best" else None
     step = held.latest_step() if best is None else best
     saved = held.restore_weights(cast(int, step), skip=absent)
-  named = saved["params"] | saved["frozen"] | saved["stats"] | saved.get("ema", {})
+  named = Checkpoints.evaluated(saved)
   needed = {n for n in shapes if not n.startswith(CLASS_PREDICTOR)}
   wrong = sorted(
     n for n in needed | named.keys() if n not in named or n not in shapes or named[n].shape != shapes[n].shape

@@ -288,7 +288,8 @@ def export(
     step: number of finished steps, for every `num_batches_tracked`.
 
   Raises:
-    ConversionError: entries that nothing fills, arrays without an entry, wrong shapes; all at once.
+    ConversionError: entries that nothing fills, arrays without an entry, wrong shapes, numbers beyond the dtype; all at
+      once.
   """
   arrays, problems, result = to_source(named, rules), collections.defaultdict(list), {}
   for entry in manifest:
@@ -301,7 +302,10 @@ def export(
     elif value.shape != shape:
       problems["have the wrong shape"].append(f"{name} is {list(value.shape)}, the manifest says {list(shape)}")
     else:
-      result[name] = value.astype(entry["dtype"], copy=False)
+      with np.errstate(over="ignore"):
+        result[name] = value.astype(entry["dtype"], copy=False)
+      if result[name].dtype.itemsize < value.dtype.itemsize and not np.isfinite(result[name]).all():
+        problems["do not fit their dtype"].append(f"{name}, {entry['dtype']}")
   problems["are in the weights, but not in the manifest"] = sorted(arrays.keys() - {e["name"] for e in manifest})
   _raise_all(problems, "the weights do not fit the manifest")
   return result
