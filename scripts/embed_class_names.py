@@ -13,7 +13,7 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 
-from vpd_jax.checkpoints import class_vectors
+from vpd_jax.checkpoints import class_name_encoding
 from vpd_jax.errors import UserError
 from vpd_jax.files import atomic, reading
 from vpd_jax.models.backbones.clip_text import TextSizes
@@ -42,10 +42,12 @@ def read_names(argument: str) -> list[str]:
 def embed(args: argparse.Namespace) -> None:
   if args.output.suffix != ".npz":
     raise UserError(f"output={str(args.output)!r} must end in '.npz'.")
-  names, templates = read_names(args.names), class_vectors.read_templates(args.templates)
-  tokenizer = class_vectors.load_tokenizer(args.tokenizer or args.weights)
-  text = class_vectors.load_text_encoder(args.weights, dtype=jnp.float32, sizes=TextSizes())
-  vectors = class_vectors.encode(names, tokenizer=tokenizer, text=text, templates=templates, max_length=args.max_length)
+  names, templates = read_names(args.names), class_name_encoding.read_templates(args.templates)
+  tokenizer = class_name_encoding.load_tokenizer(args.tokenizer or args.weights)
+  text = class_name_encoding.load_text_encoder(args.weights, dtype=jnp.float32, sizes=TextSizes())
+  vectors = class_name_encoding.encode(
+    names, tokenizer=tokenizer, text=text, templates=templates, max_length=args.max_length
+  )
   atomic.write(args.output, lambda path: np.savez(path, class_vectors=vectors, names=np.array(names)))
   print(f"wrote {args.output}: {vectors.shape[0]} names, width {vectors.shape[1]}, {len(templates)} templates")
 

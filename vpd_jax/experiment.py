@@ -3,7 +3,6 @@
 ConfigDict ends here: sections become keyword arguments.
 """
 
-import inspect
 import pkgutil
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -232,17 +231,12 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Product:
 
 
 def _task(config: ConfigDict, info: DatasetInfo) -> Task:
-  """The task, told of the data set's classes and their colors and numbers where it asks for them."""
-  facts: Fields = {"classes": len(info.classes), "class_names": info.classes}
-  facts |= {name: values for name, values in (("palette", info.palette), ("label_ids", info.label_ids)) if values}
-  facts |= {"keypoints": info.keypoints, "udp": info.udp} if info.keypoints else {}
-  if told := [name for name in facts if name in config.task]:
-    raise UserError(f"config.task.{told[0]} is a fact of the data set {config.data.name!r}; leave it out.")
-  maker = fields.look_up(TASKS, config.task, "task", given=("keypoints", *facts))
-  asked = inspect.signature(maker.__init__).parameters
-  if "keypoints" in asked and "keypoints" not in facts:
-    raise UserError(f"task {config.task.name!r} needs keypoints, which data set {config.data.name!r} has not.")
-  return maker(**_rest(config.task), **{name: value for name, value in facts.items() if name in asked})
+  """The task, with what it takes from the data set."""
+  known = TASKS.get(config.task.get("name"))
+  facts = known.facts(info, config.data.name) if known else {}
+  if given := [name for name in facts if name in config.task]:
+    raise UserError(f"config.task.{given[0]} is a fact of the data set {config.data.name!r}; leave it out.")
+  return fields.look_up(TASKS, config.task, "task", given=facts)(**_rest(config.task), **facts)
 
 
 def _check_test_time(config: ConfigDict, task: Task) -> None:

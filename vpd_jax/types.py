@@ -322,6 +322,14 @@ class Task(Protocol):
   class_names: tuple[str, ...] = ()  # of `per_class`
   needs_truth: bool  # `summarize` and `baselines` also take `truth`, what the data set's method of that name gives
 
+  def __init__(self, **options: Any): ...
+
+  @classmethod
+  def facts(cls, info: DatasetInfo, name: str) -> Fields:
+    """Arguments of the constructor that the data set of that name gives; UserError where it lacks what is needed."""
+    del info, name
+    return {}
+
   def loss(self, outputs: Outputs, batch: Batch) -> Loss: ...  # one group of images
   def predict(self, outputs: Outputs) -> Array: ...  # depth | label scores | heatmaps
   def measure(self, prediction: Array, batch: Batch) -> dict[str, Array]: ...  # [B, ...] each

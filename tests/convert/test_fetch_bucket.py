@@ -21,7 +21,7 @@ from tests.helpers.folders import (
   write_repository,
   write_shards,
 )
-from vpd_jax.checkpoints import class_vectors
+from vpd_jax.checkpoints import class_name_encoding
 from vpd_jax.convert import fetch, load
 from vpd_jax.convert.formats import weight_files, write
 from vpd_jax.convert.tables import stable_diffusion
@@ -56,7 +56,7 @@ def test_files_of_a_bucket_are_read(bucket):
   folder, _ = bucket
   folder.mkdir()
   np.save(folder / "vectors.npy", np.ones((2, 3), np.float32))
-  assert class_vectors.read("gs://bucket/vectors.npy").shape == (2, 3)
+  assert class_name_encoding.read("gs://bucket/vectors.npy").shape == (2, 3)
   write.write(folder / "v1.safetensors", {"model.diffusion_model.a": np.ones(2, np.float32)})
   assert load.source_files("gs://bucket/v1.safetensors").keys() == {"v1.safetensors"}
   assert stable_diffusion.sizes("gs://bucket/v1.safetensors") is None

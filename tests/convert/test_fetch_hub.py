@@ -24,7 +24,7 @@ from tests.helpers.folders import (
   write_shards,
 )
 from tests.helpers.paths import ROOT
-from vpd_jax.checkpoints import class_vectors
+from vpd_jax.checkpoints import class_name_encoding
 from vpd_jax.convert import fetch, load
 from vpd_jax.convert.formats import weight_files
 from vpd_jax.convert.tables import stable_diffusion
@@ -126,7 +126,7 @@ def test_shards_are_fetched_from_the_hub(hub):
 def test_a_tokenizer_of_its_own_is_fetched_from_the_hub(hub):
   repository, _, _ = hub
   text_folders.write_tokenizer(repository)
-  assert class_vectors.load_tokenizer("org/name")("a")["input_ids"]
+  assert class_name_encoding.load_tokenizer("org/name")("a")["input_ids"]
 
 
 def test_a_repository_without_the_weights_is_named(hub):

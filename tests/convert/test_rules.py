@@ -150,7 +150,9 @@ def test_a_number_beyond_the_dtype_of_the_manifest_is_refused():
   named, _ = rules.convert(source(), TABLE, targets())
   half = [entry | {"dtype": "float16"} for entry in MANIFEST]
   assert rules.export(named, TABLE, half, step=60_000)["net.up.1.num_batches_tracked"] == 60_000
-  with pytest.raises(rules.ConversionError, match=r"1 do not fit their dtype: net\.up\.1\.num_batches_tracked, float16"):
+  with pytest.raises(
+    rules.ConversionError, match=r"1 do not fit their dtype: net\.up\.1\.num_batches_tracked, float16"
+  ):
     rules.export(named, TABLE, half, step=70_000)
 
 

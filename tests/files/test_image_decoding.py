@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from vpd_jax.data.datasets import depth_list
 from vpd_jax.data.readers import image_files, label_maps, referring
 from vpd_jax.files import image_decoding
-from vpd_jax.inference import image_io
+from vpd_jax.inference import images as images_lib
 
 ANY = label_maps.values({n: n for n in range(200)}, (255,), "")
 
@@ -44,7 +44,7 @@ READERS = {
     {"image": encoded("PNG", GRAY), "mask": raw, "image_path": path, "sentences": "", "image_id": 0, "index": 0}
   ),
   "any depth": lambda raw, path: (path.write_bytes(raw), depth_list.read_depth(path, factor=1.0, max_depth=1e6)),
-  "prediction": lambda raw, path: (path.write_bytes(raw), image_io.read_image(path)),
+  "prediction": lambda raw, path: (path.write_bytes(raw), images_lib.read_image(path)),
 }
 FILES = {
   **{kind: encoded(kind, picture()) for kind in ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")},
@@ -146,7 +146,7 @@ def test_a_jpeg_within_a_jpeg_does_not_end_it(tmp_path):
   assert image_files.decode_image(raw, "a").shape == (150, 210, 3)
   for end in (-2, -3, -500, 2 + len(inner) + 300, 2 + len(inner)):
     (tmp_path / "a.jpg").write_bytes(raw[:end])
-    for read in (lambda path: image_files.read_image(path), image_io.read_image):
+    for read in (lambda path: image_files.read_image(path), images_lib.read_image):
       with pytest.raises(ValueError, match=r"a\.jpg is truncated"):
         read(tmp_path / "a.jpg")
 
@@ -176,7 +176,7 @@ def test_a_jpeg_whose_rest_would_be_filled_with_gray_is_damaged(tmp_path, damage
     "marker": raw[:place] + b"\xff\x42" + raw[place + 2 :],
   }[damage]
   (tmp_path / "a.jpg").write_bytes(changed)
-  for read in (lambda path: image_files.read_image(path), image_io.read_image):
+  for read in (lambda path: image_files.read_image(path), images_lib.read_image):
     with pytest.raises(ValueError, match=r"a\.jpg is (damaged: its data do not fill|truncated .* or damaged)"):
       read(tmp_path / "a.jpg")
 

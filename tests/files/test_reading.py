@@ -95,7 +95,7 @@ OWN = {
   "writer.py",
   "persons.py",
   "label_maps.py",
-  "class_vectors.py",
+  "class_name_encoding.py",
   "checkpointer.py",
   "reading.py",
 }

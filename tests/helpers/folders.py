@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.helpers import flax_form, stable_diffusion_folders, text_folders
-from vpd_jax.checkpoints import class_vectors
+from vpd_jax.checkpoints import class_name_encoding
 from vpd_jax.convert import load
 from vpd_jax.convert.formats import write
 from vpd_jax.convert.tables import stable_diffusion
@@ -58,8 +58,8 @@ def read_all(source):
   """What a run with class vectors from names reads of a folder."""
   assert set(stable_diffusion.sizes(source)) == {"unet", "vae", "text"}
   assert load.source_files(source).keys() == WEIGHTS
-  class_vectors.load_tokenizer(source)
-  text = class_vectors.load_text_encoder(source, dtype=jnp.float32)
+  class_name_encoding.load_tokenizer(source)
+  text = class_name_encoding.load_text_encoder(source, dtype=jnp.float32)
   expected = text_folders.random_weights(text_folders.SIZES)
   assert all(np.array_equal(text.weights[name], value) for name, value in expected.items())
 

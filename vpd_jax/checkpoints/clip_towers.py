@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from vpd_jax.checkpoints.class_vectors import random_class_vectors, random_seed
+from vpd_jax.checkpoints.class_name_encoding import random_class_vectors, random_seed
 from vpd_jax.convert import tokenizer
 from vpd_jax.convert.rules import Shaped
 from vpd_jax.convert.tables import clip

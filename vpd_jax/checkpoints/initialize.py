@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vpd_jax import experiment, optim
-from vpd_jax.checkpoints import class_vectors, clip_towers
+from vpd_jax.checkpoints import class_name_encoding, clip_towers
 from vpd_jax.checkpoints.checkpointer import Checkpoints, is_workdir
 from vpd_jax.config import loader
 from vpd_jax.convert import finite, load
@@ -72,7 +72,7 @@ def _prompts(config: ConfigDict, product: Product, named: ParamDict, source: str
   missing = shapes.keys() - named.keys()
   if CLASS_VECTORS in missing:
     rows, width = shapes[CLASS_VECTORS].shape
-    vectors, line = class_vectors.resolve(
+    vectors, line = class_name_encoding.resolve(
       setting=config.method.class_vectors,
       classes=classes[:rows],
       width=width,
@@ -90,7 +90,7 @@ def _prompts(config: ConfigDict, product: Product, named: ParamDict, source: str
       wanted,
       source=chosen,
       classes=classes,
-      templates=class_vectors.read_templates("imagenet_80"),
+      templates=class_name_encoding.read_templates("imagenet_80"),
       words=config.method.tokenizer,
       sizes=text,
     ),
@@ -127,7 +127,7 @@ def with_backbone_sizes(config: ConfigDict, source: str) -> ConfigDict:
   else:
     stated = (stable_diffusion.sizes(source) if source else None) or {}
   chosen = config.init.get("clip", "")
-  if chosen and class_vectors.random_seed(chosen, clip_towers.OPTION) is None:
+  if chosen and class_name_encoding.random_seed(chosen, clip_towers.OPTION) is None:
     stated |= {part: values for part, values in clip.sizes(chosen).items() if part == "image"}
   config = config.copy_and_resolve_references()
   with config.unlocked():

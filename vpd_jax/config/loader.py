@@ -110,7 +110,7 @@ def load(config: str | ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   try:
     made = module.get_config(argument) if colon else module.get_config()
   except UserError:
-    raise  # of `words`, or of the file's own checks
+    raise  # of `parse_variant`, or of the file's own checks
   except Exception as error:
     raise _failure(path, error) from error
   if not isinstance(made, ml_collections.ConfigDict):
@@ -121,8 +121,8 @@ def load(config: str | ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 def resolve_argv(argv: Sequence[str], flag: str = "config") -> list[str]:
   """The command line with the value of --config made absolute, as config_flags looks in the working directory only.
 
-  The file is loaded once here, so that a wrong word is the one-line ValueError of `words` and not absl's traceback, and
-  all fields that it does not have are named at once.
+  The file is loaded once here, so that a wrong word is the one-line ValueError of `parse_variant` and not absl's
+  traceback, and all fields that it does not have are named at once.
 
   Raises:
     ValueError: as `load`; a field that is set but not in the config, with the one that may be meant.

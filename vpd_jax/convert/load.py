@@ -1,6 +1,6 @@
 """Weights from anywhere: `config.init.pretrained` -> {name: array}; and our own converted directory.
 
-Where a source may lie (local, hub, bucket) is the matter of fetch.py, the forms of files that of files.py.
+Where a source may lie (local, hub, bucket) is the matter of fetch.py, the forms of files that of formats/.
 
 A converted directory holds `arrays/<part>` (orbax) and `manifest.json`: where they came from and what was done.
 """

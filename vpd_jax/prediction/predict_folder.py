@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from vpd_jax.checkpoints.checkpointer import is_workdir
 from vpd_jax.errors import UserError
 from vpd_jax.files import reading
-from vpd_jax.inference import image_io, top_down
+from vpd_jax.inference import images as images_lib
+from vpd_jax.inference import top_down
 from vpd_jax.prediction.predictor import Predictor
 from vpd_jax.types import ClassAttentionTask, Fields
 
@@ -74,7 +75,7 @@ def run(
   if not weights:
     raise UserError(f"--workdir={workdir!r} holds no checkpoint and config.init.pretrained is empty; give one of them.")
   files = [p for name in reading.visible(os.listdir(folder)) if (p := folder / name).is_file()]
-  paths = [path for path in files if image_io.is_image(path)]
+  paths = [path for path in files if images_lib.is_image(path)]
   if not paths:
     raise UserError(f"--input={source!r} contains no image, only {len(files)} other files; give a folder that does.")
   if sentence and sentences:
@@ -175,7 +176,7 @@ def _read(requests: Sequence[Request], damaged: list[str]) -> Iterator[tuple[Req
   for path, group in itertools.groupby(requests, lambda request: request.path):
     same = list(group)
     try:
-      image = image_io.read_image(path)
+      image = images_lib.read_image(path)
       for request in same:
         if "boxes" in request.inputs:
           top_down.check_boxes(request.inputs["boxes"], image.shape[:2], path.name)

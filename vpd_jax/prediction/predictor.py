@@ -17,7 +17,7 @@ from vpd_jax.distributed import sharding
 from vpd_jax.errors import UserError
 from vpd_jax.evaluation import evaluate
 from vpd_jax.experiment import Product
-from vpd_jax.inference import image_io
+from vpd_jax.inference import images as images_lib
 from vpd_jax.prediction import protocols
 from vpd_jax.types import Fields
 
@@ -170,7 +170,7 @@ class Predictor:
     if self._classify is not None:  # from the whole image, once for all windows
       for image, own in zip(images, known, strict=True):
         if own["class_id"] < 0:
-          own["class_id"] = np.int32(self._classify_image(image_io.to_float(image, self._dtype)))
+          own["class_id"] = np.int32(self._classify_image(images_lib.to_float(image, self._dtype)))
     results = self._protocol(self.weights, images, known)
     if self.takes_class:
       results = [result | {"class_id": own["class_id"]} for result, own in zip(results, known, strict=True)]
@@ -191,7 +191,7 @@ class Predictor:
     if not self.product.method.attends_to_classes:
       raise UserError(f"{self._what} has no attention maps of classes.")
     size = tuple(self.config.data.crop)
-    squeezed = [image_io.resize(image_io.to_float(image, self._dtype), size) for image in images]
+    squeezed = [images_lib.resize(images_lib.to_float(image, self._dtype), size) for image in images]
     return [np.asarray(self._attention(self.weights, jnp.asarray(x[None])))[0].astype(np.float32) for x in squeezed]
 
   def _known(self, count: int, class_id: Any, sentences: Any, boxes: Any, complete: bool = True) -> list[Fields]:
@@ -232,7 +232,7 @@ class Predictor:
 
   def _classify_image(self, image: np.ndarray) -> int:
     """The class that CLIP predicts for an image of any size; resized, so that one program serves all sizes."""
-    squeezed = jnp.asarray(image_io.resize(image, (self._side, self._side))[None])
+    squeezed = jnp.asarray(images_lib.resize(image, (self._side, self._side))[None])
     return int(cast(Any, self._classify)(self.weights, squeezed)[0])
 
   def _class_ids(self, class_id: object, count: int) -> np.ndarray:

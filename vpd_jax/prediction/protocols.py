@@ -18,7 +18,8 @@ from vpd_jax.data.readers import referring
 from vpd_jax.data.transforms import top_down as top_down_transforms
 from vpd_jax.evaluation import evaluate
 from vpd_jax.experiment import Product
-from vpd_jax.inference import image_io, sliding_window, top_down, tta
+from vpd_jax.inference import images as images_lib
+from vpd_jax.inference import sliding_window, top_down, tta
 from vpd_jax.types import Array, DecidingTask, Fields, TopDownTask, Weights
 
 Known = Sequence[Fields]
@@ -41,9 +42,9 @@ class ShiftedWindowProtocol:
     self._dtype = _dtype(config)
 
   def __call__(self, weights: Weights, images: Sequence[np.ndarray], known: Known) -> Results:
-    images = [image_io.to_float(image, self._dtype) for image in images]
+    images = [images_lib.to_float(image, self._dtype) for image in images]
     tops = [self._cut_top(image.shape[:2]) for image in images]
-    fitted = [image_io.resize_shorter_side(image[top:], self._side) for image, top in zip(images, tops, strict=True)]
+    fitted = [images_lib.resize_shorter_side(image[top:], self._side) for image, top in zip(images, tops, strict=True)]
     corners = [tta.offsets(f.shape[:2], self._windows, coverage="full") for f in fitted]
     rows = [
       {**own, "image": window}
@@ -55,7 +56,7 @@ class ShiftedWindowProtocol:
     for image, top, f, c in zip(images, tops, fitted, corners, strict=True):
       merged = tta.merge(np.stack([next(predicted) for _ in c]), c, f.shape[:2])[0]
       full = np.full((*image.shape[:2], *merged.shape[2:]), np.nan, np.float32)
-      full[top:] = image_io.resize(merged, image[top:].shape[:2])
+      full[top:] = images_lib.resize(merged, image[top:].shape[:2])
       results.append({self._result: full})
     return results
 
@@ -73,7 +74,7 @@ class SlidingWindowProtocol:
 
   def __call__(self, weights: Weights, images: Sequence[np.ndarray], known: Known) -> Results:
     # uint8 images are converted after resizing, as in the evaluation.
-    given = [image if image.dtype == np.uint8 else image_io.to_float(image, self._dtype) for image in images]
+    given = [image if image.dtype == np.uint8 else images_lib.to_float(image, self._dtype) for image in images]
     views = (self._inference.views({"image": image, **own}) for image, own in zip(given, known, strict=True))
     return [{self._result: label} for label in self._inference(weights, views)]
 
@@ -88,7 +89,7 @@ class ResizeProtocol:
     self._decide, self._result = task.decide, task.result
 
   def __call__(self, weights: Weights, images: Sequence[np.ndarray], known: Known) -> Results:
-    images = [image_io.to_uint8(image) for image in images]
+    images = [images_lib.to_uint8(image) for image in images]
     squeezed = [referring.resized_image(image, self._size) for image in images]
     rows = [{**own, "image": image} for image, own in zip(squeezed, known, strict=True)]
     scores = _in_batches(self._predict, weights, rows, self._batch_size)
@@ -116,7 +117,7 @@ class TopDownProtocol:
     )
 
   def __call__(self, weights: Weights, images: Sequence[np.ndarray], known: Known) -> Results:
-    images = [image_io.to_uint8(image) for image in images]
+    images = [images_lib.to_uint8(image) for image in images]
     checked = []
     for i, (image, own) in enumerate(zip(images, known, strict=True)):
       boxes = own["boxes"] if "boxes" in own else top_down.full_image_box(image)

@@ -1,9 +1,9 @@
-"""The training loop: after each step, the events of the schedule."""
+"""The training loop: after each step, the events that are due, see events.py."""
 
 from ml_collections import ConfigDict
 
 from vpd_jax.monitoring.writers import log
-from vpd_jax.training.schedule import Event, Schedule
+from vpd_jax.training.events import Event, TrainingEvents
 from vpd_jax.training.session import TrainingSession
 
 
@@ -23,8 +23,8 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     FloatingPointError: the loss is not finite; names the step.
   """
   with TrainingSession(config, workdir, accept_changes=accept_changes) as session:
-    schedule = Schedule(config, session.guard)
-    if schedule.evaluates(session.step) and not session.has_scores():
+    events = TrainingEvents(config, session.guard)
+    if events.evaluates(session.step) and not session.has_scores():
       log(f"step {session.step} was saved without its scores: it is evaluated now")
       session.evaluate()
     if session.step >= config.num_steps:
@@ -36,7 +36,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     session.prepare()
     while True:
       session.train_step()
-      for event in schedule.events(session.step):
+      for event in events.after(session.step):
         match event:
           case Event.LOG:
             session.write_logs()

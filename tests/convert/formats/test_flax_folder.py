@@ -11,7 +11,7 @@ import pytest
 from flax import serialization, traverse_util
 
 from tests.helpers import flax_form, oracle, text_folders
-from vpd_jax.checkpoints import class_vectors
+from vpd_jax.checkpoints import class_name_encoding
 from vpd_jax.convert.formats import flax_folder, lazy_tensor, weight_files
 from vpd_jax.convert.tables import clip
 
@@ -132,12 +132,12 @@ def test_a_bad_file_is_one_line_that_names_it(tmp_path):
 def test_the_text_encoder_of_a_flax_folder_is_that_of_pytorch(tmp_path, kind):
   """Sizes and weights, as class vectors need them."""
   folder = text_folders.write_diffusers(tmp_path)
-  expected = class_vectors.load_text_encoder(folder, dtype=kind)
+  expected = class_name_encoding.load_text_encoder(folder, dtype=kind)
   file = folder / "text_encoder" / "model.safetensors"
   state = {name: np.asarray(tensor, kind) for name, tensor in weight_files.open_file(file).tensors.items()}
   file.unlink()
   flax_form.write(folder / "text_encoder" / "flax_model.msgpack", state)
-  found = class_vectors.load_text_encoder(folder, dtype=kind)
+  found = class_name_encoding.load_text_encoder(folder, dtype=kind)
   assert found.weights.keys() == expected.weights.keys()
   assert all(np.array_equal(found.weights[name], value) for name, value in expected.weights.items())
 

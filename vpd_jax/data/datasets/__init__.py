@@ -1,1 +1,1 @@
-"""One file per data set."""
+"""One file per data set; `DATASETS` in vpd_jax/experiment.py gives them their names in configs."""

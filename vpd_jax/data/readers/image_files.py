@@ -1,7 +1,7 @@
 """Files as users have them: list files, and pictures whose faults are reported by name.
 
 A record is what is stored of an Example: the bytes of its files as they are, their names, and small numbers. Folders
-and prepared shards (records.py) give the same records, and one function makes Examples of them.
+and prepared shards (data/shards/) give the same records, and one function makes Examples of them.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Records on their way to a batch: read from prepared shards, replaced where they cannot be read, stacked.
 
-`builders.py` writes the shards. What stands here runs in worker processes too, so it is light and picklable.
+`writer.py` writes the shards. What stands here runs in worker processes too, so it is light and picklable.
 """
 
 import dataclasses

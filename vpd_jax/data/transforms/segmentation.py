@@ -1,6 +1,6 @@
 """The augmentation of the segmentation releases.
 
-Pure functions on numpy arrays, as in transforms.py, whose notion of a map they share. The order and the numbers are
+Pure functions on numpy arrays, as in depth.py, whose notion of a map they share. The order and the numbers are
 those of mmsegmentation 0.30 with mmcv 1.7: rescale, crop, mirror, color, pad. The releases work on BGR, we on RGB: of
 these steps only the change to HSV knows the channels, and OpenCV has it for both.
 

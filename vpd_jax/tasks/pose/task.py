@@ -16,7 +16,7 @@ from vpd_jax.files import atomic
 from vpd_jax.tasks import finite
 from vpd_jax.tasks.label_images import write, write_colors
 from vpd_jax.tasks.pose import baselines, heatmaps, oks, visualize
-from vpd_jax.types import Array, Batch, Example, Fields, Keypoints, Loss, Outputs, Rows, Task
+from vpd_jax.types import Array, Batch, DatasetInfo, Example, Fields, Keypoints, Loss, Outputs, Rows, Task
 
 STRIDE = 4  # pixels of the crop per pixel of a heatmap
 DRAWN = 0.2  # score above which a keypoint is drawn
@@ -94,6 +94,13 @@ class Pose(Task):
     self.shift_flipped, self.score_above, self.nms = shift_flipped, score_above, nms
     self.sigmas = np.asarray(keypoints.sigmas, np.float64)
     self.output = {"keypoints": len(keypoints.names)}
+
+  @classmethod
+  def facts(cls, info: DatasetInfo, name: str) -> Fields:
+    """See types.Task."""
+    if info.keypoints is None:
+      raise UserError(f"task 'pose' needs keypoints, which data set {name!r} has not; choose another.")
+    return {"keypoints": info.keypoints, "udp": info.udp}
 
   def loss(self, outputs: Outputs, batch: Batch) -> Loss:
     """Weighted squared error of one group of crops; weight 0 where no keypoint is labeled.
@@ -190,7 +197,7 @@ class Pose(Task):
     return atomic.write(path, atomic.to_json(entries))
 
   def baselines(self, train: Iterable[Example], evaluation: Iterable[Example], truth: Fields) -> dict[str, float]:
-    """AP of two predictors: the mean pose, and a linear regression on the crop; see pose_baselines.py."""
+    """AP of two predictors: the mean pose, and a linear regression on the crop; see baselines.py."""
     fit, rows = baselines.Fit(len(self.keypoints.names)), {}
     for example in train:
       fit.add(example["image"], example["keypoints"])

@@ -16,7 +16,7 @@ from vpd_jax.files import atomic
 from vpd_jax.tasks import finite, label_images
 from vpd_jax.tasks.segmentation import baselines
 from vpd_jax.tasks.segmentation.lovasz import lovasz_softmax
-from vpd_jax.types import Array, Batch, Example, Fields, Loss, Outputs, Rows, Task
+from vpd_jax.types import Array, Batch, DatasetInfo, Example, Fields, Loss, Outputs, Rows, Task
 
 MOST_CLASSES = 255  # a label is one byte, and one number means "no label"
 
@@ -181,6 +181,13 @@ class Segmentation(Task):
     self.merge = merged(merge, self.class_names)
     self.label_ids = np.asarray(() if merge else label_ids, np.uint8)
     self.output = {"classes": classes}
+
+  @classmethod
+  def facts(cls, info: DatasetInfo, name: str) -> Fields:
+    """See types.Task."""
+    colors = {"palette": info.palette, "label_ids": info.label_ids}
+    known = {field: values for field, values in colors.items() if values}
+    return {"classes": len(info.classes), "class_names": info.classes, **known}
 
   def loss(self, outputs: Outputs, batch: Batch) -> Loss:
     """Sum of the losses of one group of images; its logs are mmseg's by name and value.

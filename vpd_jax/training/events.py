@@ -18,7 +18,7 @@ class Event(enum.Enum):
   STOP = "leave the loop"
 
 
-class Schedule:
+class TrainingEvents:
   """The events of each step, from `log_every`, `save_every`, `eval_every` and `num_steps` of the config.
 
   The last step, which is `num_steps` or the one after which the run is asked to stop, is logged and saved in any case.
@@ -32,7 +32,7 @@ class Schedule:
   def __init__(self, config: ConfigDict, guard: PreemptionGuard):
     self._config, self._guard = config, guard
 
-  def events(self, step: int) -> Iterator[Event]:
+  def after(self, step: int) -> Iterator[Event]:
     """What follows the given step, in order.
 
     Handle each event before taking the next one: a request to stop that arrives during an evaluation ends the run

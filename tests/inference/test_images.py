@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpd_jax.inference import image_io
+from vpd_jax.inference import images as images_lib
 
 
 def content(kind):
@@ -39,4 +39,4 @@ def content(kind):
 )
 def test_pictures_are_told_by_their_ending_or_by_how_they_begin(tmp_path, name, raw, expected):
   (tmp_path / name).write_bytes(raw)
-  assert image_io.is_image(tmp_path / name) == expected
+  assert images_lib.is_image(tmp_path / name) == expected

@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from vpd_jax.training.schedule import Event, Schedule
+from vpd_jax.training.events import Event, TrainingEvents
 
 CONFIG = types.SimpleNamespace(num_steps=6, log_every=2, save_every=3, eval_every=4)
 LOG, SAVE, SAVE_AND_WAIT, EVALUATE, STOP = Event
@@ -24,10 +24,10 @@ class Guard:
 
 def events(guard):
   """By step, to the end of the run."""
-  schedule, found = Schedule(CONFIG, guard), {}
+  after, found = TrainingEvents(CONFIG, guard).after, {}
   for step in range(1, CONFIG.num_steps + 1):
     found[step] = []
-    for event in schedule.events(step):
+    for event in after(step):
       found[step].append(event)
       guard.requested = guard.requested or (event is EVALUATE and step == guard.during)
     if STOP in found[step]:
@@ -56,7 +56,7 @@ def test_a_step_is_logged_saved_and_evaluated_in_this_order_and_the_last_one_in_
 def test_a_stop_between_two_steps_waits_for_the_next_step():
   """A step that is not saved is never the last one."""
   guard = Guard()
-  schedule = Schedule(CONFIG, guard)
-  assert list(schedule.events(1)) == []
+  after = TrainingEvents(CONFIG, guard).after
+  assert list(after(1)) == []
   guard.requested = True
-  assert list(schedule.events(2)) == [LOG, SAVE_AND_WAIT, STOP]
+  assert list(after(2)) == [LOG, SAVE_AND_WAIT, STOP]

@@ -13,7 +13,7 @@ import pytest
 from tests.helpers import pth
 from tests.helpers.paths import ROOT
 from tests.helpers.text_folders import MERGES, SIZES, VOCABULARY, random_weights, write_diffusers, write_tokenizer
-from vpd_jax.checkpoints import class_vectors
+from vpd_jax.checkpoints import class_name_encoding
 from vpd_jax.convert import rules
 from vpd_jax.convert.tables import clip
 
@@ -28,12 +28,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(folder):
-  return class_vectors.load_text_encoder(folder, dtype=jnp.float32)
+  return class_name_encoding.load_text_encoder(folder, dtype=jnp.float32)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
-  return class_vectors.load_tokenizer(folder)
+  return class_name_encoding.load_tokenizer(folder)
 
 
 def tokens_by_hand(sentence, max_length):
@@ -64,21 +64,21 @@ def encode_by_hand(name, templates, states, max_length):
 
 @functools.cache
 def first_templates():
-  return class_vectors.read_templates("imagenet_80")[:5]
+  return class_name_encoding.read_templates("imagenet_80")[:5]
 
 
 def test_the_templates_are_eighty_different_sentences():
-  templates = class_vectors.read_templates("imagenet_80")
+  templates = class_name_encoding.read_templates("imagenet_80")
   assert len(set(templates)) == 80 and all(t.count("{}") == 1 for t in templates)
-  assert class_vectors.read_templates("a picture of {}") == ("a picture of {}",)
+  assert class_name_encoding.read_templates("a picture of {}") == ("a picture of {}",)
   assert (importlib.resources.files("vpd_jax") / "data/assets/prompt_templates.json").is_file()
   with pytest.raises(ValueError, match=r"templates='imagenet_8' is unknown; choose one of \['imagenet_80', 'name'"):
-    class_vectors.read_templates("imagenet_8")
+    class_name_encoding.read_templates("imagenet_8")
 
 
 @pytest.mark.parametrize("max_length", [20, 32])
 def test_encoding_is_the_mean_over_the_sentences(text, tokenizer, max_length):
-  found = class_vectors.encode(
+  found = class_name_encoding.encode(
     NAMES, tokenizer=tokenizer, text=text, templates=first_templates(), max_length=max_length
   )
   states = jax.jit(lambda tokens: text.parts.merge(text.weights)(tokens).last)
@@ -91,7 +91,7 @@ def test_encoding_is_the_mean_over_the_sentences(text, tokenizer, max_length):
 
 def test_encoding_compiles_once_for_all_names(text, tokenizer, caplog):
   with jax.log_compiles(), caplog.at_level("WARNING"):
-    class_vectors.encode(["a", "bed room", "c_d"], tokenizer=tokenizer, text=text, templates=("the {}", "{}"))
+    class_name_encoding.encode(["a", "bed room", "c_d"], tokenizer=tokenizer, text=text, templates=("the {}", "{}"))
   assert sum("Finished XLA compilation of jit(mean_vector)" in r.getMessage() for r in caplog.records) == 1
 
 
@@ -100,9 +100,9 @@ def test_vectors_equal_those_of_transformers(folder, text, tokenizer):
   import torch
   from transformers import CLIPTextModel
 
-  templates = class_vectors.read_templates("imagenet_80")
+  templates = class_name_encoding.read_templates("imagenet_80")
   theirs = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True).eval()
-  found = class_vectors.encode(NAMES, tokenizer=tokenizer, text=text, templates=templates)
+  found = class_name_encoding.encode(NAMES, tokenizer=tokenizer, text=text, templates=templates)
   for name, vector in zip(NAMES, found, strict=True):
     sentences = [template.format(name.replace("_", " ")) for template in templates]
     batch = tokenizer(sentences, truncation=True, max_length=20, padding="max_length", return_tensors="pt")
@@ -112,12 +112,12 @@ def test_vectors_equal_those_of_transformers(folder, text, tokenizer):
 
 
 def test_what_cannot_be_encoded_is_refused(text, tokenizer, tmp_path):
-  encode = functools.partial(class_vectors.encode, tokenizer=tokenizer, text=text, templates=("{}",))
+  encode = functools.partial(class_name_encoding.encode, tokenizer=tokenizer, text=text, templates=("{}",))
   with pytest.raises(ValueError, match="there are 0 names and 1 templates"):
     encode([])
   with pytest.raises(ValueError, match="max_length=33 must be between 2 and the 32 positions"):
     encode(NAMES, max_length=33)
-  larger = class_vectors.load_tokenizer(
+  larger = class_name_encoding.load_tokenizer(
     write_diffusers(tmp_path / "larger", vocabulary=VOCABULARY | {"<|endoftext|>": len(VOCABULARY) + 7})
   )
   with pytest.raises(ValueError, match=rf"gives id {len(VOCABULARY) + 7}, the text encoder knows {len(VOCABULARY)}"):
@@ -125,18 +125,18 @@ def test_what_cannot_be_encoded_is_refused(text, tokenizer, tmp_path):
   end, start = VOCABULARY["<|startoftext|>"], VOCABULARY["<|endoftext|>"]
   write_tokenizer(tmp_path / "swapped", VOCABULARY | {"<|startoftext|>": start, "<|endoftext|>": end})
   with pytest.raises(ValueError, match=f"end of text, id {end}, is not the largest id"):
-    encode(NAMES, tokenizer=class_vectors.load_tokenizer(tmp_path / "swapped"))
+    encode(NAMES, tokenizer=class_name_encoding.load_tokenizer(tmp_path / "swapped"))
 
 
 def test_tokenizers_are_found_in_both_places_and_damage_is_named(folder, tmp_path):
   for place in (folder, folder / "tokenizer"):
-    assert class_vectors.load_tokenizer(place).eos_token_id == len(VOCABULARY) - 1
+    assert class_name_encoding.load_tokenizer(place).eos_token_id == len(VOCABULARY) - 1
   with pytest.raises(ValueError, match=r"holds no CLIP tokenizer: vocab.json and merges.txt missing"):
-    class_vectors.load_tokenizer(tmp_path)
+    class_name_encoding.load_tokenizer(tmp_path)
   write_tokenizer(tmp_path / "tokenizer")
   (tmp_path / "tokenizer" / "vocab.json").write_text('{"a": 0,')
   with pytest.raises(ValueError, match=r"^the tokenizer in .* cannot be read \(.*\); fetch its files again.$"):
-    class_vectors.load_tokenizer(tmp_path)
+    class_name_encoding.load_tokenizer(tmp_path)
 
 
 VECTORS = np.random.default_rng(1).normal(size=(3, 16)).astype(np.float32)
@@ -169,16 +169,16 @@ def write_vectors(path, **arrays):
   ],
 )
 def test_every_format_gives_the_same_vectors(tmp_path, file, arrays):
-  found = class_vectors.read(write_vectors(tmp_path / file, **arrays))
+  found = class_name_encoding.read(write_vectors(tmp_path / file, **arrays))
   assert found.dtype == np.float32
   np.testing.assert_array_equal(found, VECTORS)
 
 
 def test_a_bare_tensor_and_a_wrapped_one_are_read(tmp_path):
   pth.write_zip(tmp_path / "a.pth", pth.tensor(VECTORS))
-  np.testing.assert_array_equal(class_vectors.read(tmp_path / "a.pth"), VECTORS)
+  np.testing.assert_array_equal(class_name_encoding.read(tmp_path / "a.pth"), VECTORS)
   pth.write_legacy(tmp_path / "b.pth", {"model": {"encoder.class_embeddings": pth.tensor(VECTORS)}, "epoch": 3})
-  np.testing.assert_array_equal(class_vectors.read(tmp_path / "b.pth"), VECTORS)
+  np.testing.assert_array_equal(class_name_encoding.read(tmp_path / "b.pth"), VECTORS)
 
 
 @pytest.mark.parametrize(
@@ -195,24 +195,24 @@ def test_a_bare_tensor_and_a_wrapped_one_are_read(tmp_path):
 )
 def test_files_that_hold_no_vectors_are_refused_in_one_line(tmp_path, file, arrays, message):
   with pytest.raises(ValueError, match=message) as caught:
-    class_vectors.read(write_vectors(tmp_path / file, **arrays))
+    class_name_encoding.read(write_vectors(tmp_path / file, **arrays))
   assert "\n" not in str(caught.value)
 
 
 def test_missing_unknown_and_damaged_files_are_refused(tmp_path):
   with pytest.raises(ValueError, match=r"must end in one of \['.npy', '.npz', '.pth'\]"):
-    class_vectors.read("vectors.txt")
+    class_name_encoding.read("vectors.txt")
   with pytest.raises(ValueError, match=r"are not a file; give init\.pretrained"):
-    class_vectors.read(tmp_path / "none.npy")
+    class_name_encoding.read(tmp_path / "none.npy")
   for name in ("a.npy", "a.npz", "a.pth"):
     (tmp_path / name).write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(ValueError, match="is damaged"):
-      class_vectors.read(tmp_path / name)
+      class_name_encoding.read(tmp_path / name)
 
 
 def resolve(**changes):
   options = {"setting": "", "classes": NAMES, "width": 16, "pretrained": "", "dtype": jnp.float32} | changes
-  return class_vectors.resolve(**options)
+  return class_name_encoding.resolve(**options)
 
 
 def test_a_file_goes_before_the_text_encoder_and_random_numbers_are_asked_for(tmp_path, folder):
@@ -221,14 +221,14 @@ def test_a_file_goes_before_the_text_encoder_and_random_numbers_are_asked_for(tm
   np.testing.assert_array_equal(found, VECTORS)
   assert line == f"class vectors: 3 x 16 from {file}"
   found, line = resolve(setting="random:7", pretrained=str(folder))
-  np.testing.assert_array_equal(found, class_vectors.random_class_vectors(3, 16, 7))
+  np.testing.assert_array_equal(found, class_name_encoding.random_class_vectors(3, 16, 7))
   assert found.dtype == np.float32 and "(seed 7), for smoke tests only" in line
 
 
 def test_names_are_encoded_by_the_pretrained_folder(folder, text, tokenizer):
   found, line = resolve(pretrained=str(folder))
-  templates = class_vectors.read_templates("imagenet_80")
-  expected = class_vectors.encode(NAMES, tokenizer=tokenizer, text=text, templates=templates)
+  templates = class_name_encoding.read_templates("imagenet_80")
+  expected = class_name_encoding.encode(NAMES, tokenizer=tokenizer, text=text, templates=templates)
   np.testing.assert_array_equal(found, expected)
   assert line == f"class vectors: 3 x 16 from the names, templates imagenet_80, text encoder of {folder}"
 
@@ -279,8 +279,10 @@ def test_the_script_writes_what_read_takes(tmp_path, folder, text, tokenizer):
   done = run_script(f"--weights={folder}", "--names=names.txt", "--output=out/v.npz", *options, cwd=tmp_path)
   assert done.returncode == 0, done.stderr
   assert done.stdout == "wrote out/v.npz: 3 names, width 16, 1 templates\n"
-  expected = class_vectors.encode(NAMES, tokenizer=tokenizer, text=text, templates=("a photo of a {}",), max_length=24)
-  np.testing.assert_allclose(class_vectors.read(tmp_path / "out" / "v.npz"), expected, rtol=0, atol=1e-6)
+  expected = class_name_encoding.encode(
+    NAMES, tokenizer=tokenizer, text=text, templates=("a photo of a {}",), max_length=24
+  )
+  np.testing.assert_allclose(class_name_encoding.read(tmp_path / "out" / "v.npz"), expected, rtol=0, atol=1e-6)
   with np.load(tmp_path / "out" / "v.npz") as arrays:
     assert tuple(arrays["names"]) == NAMES
 
