@@ -44,7 +44,7 @@ def vae_taps(model, image):
   for i, level in enumerate(encoder.down):
     for j, block in enumerate(level.block):
       x = keep(f"encoder.down.{i}.block.{j}", block(x))
-    if hasattr(level, "downsample"):
+    if level.downsample:
       x = keep(f"encoder.down.{i}.downsample", level.downsample(x))
   for name in ("block_1", "attn_1", "block_2"):
     x = keep(f"encoder.mid.{name}", getattr(encoder.mid, name)(x))
