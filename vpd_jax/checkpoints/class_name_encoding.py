@@ -10,7 +10,7 @@ import importlib.resources
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,8 @@ from vpd_jax.convert import fetch
 from vpd_jax.convert.formats import pickles, weight_files
 from vpd_jax.convert.formats.lazy_tensor import LazyTensor
 from vpd_jax.convert.tables import clip, stable_diffusion
+from vpd_jax.convert.tokenizer import Tokenizer, tokenize
 from vpd_jax.convert.tokenizer import load as load_tokenizer
-from vpd_jax.convert.tokenizer import tokenize
 from vpd_jax.errors import UserError
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones.clip_text import ClipText, TextSizes
@@ -154,7 +154,7 @@ def load_text_encoder(path: str | epath.PathLike, *, dtype: DTypeLike, sizes: Te
 
 
 def encode(
-  names: Sequence[str], *, tokenizer: Any, text: TextEncoder, templates: Sequence[str], max_length: int = 20
+  names: Sequence[str], *, tokenizer: Tokenizer, text: TextEncoder, templates: Sequence[str], max_length: int = 20
 ) -> np.ndarray:
   """Class vectors of names by VPD's recipe: float32 [K, D].
 

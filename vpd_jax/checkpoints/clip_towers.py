@@ -5,7 +5,6 @@ Each function takes what is missing by the names of CLIP's own modules, and says
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +114,7 @@ def name_vectors(
   names: Sequence[str],
   templates: Sequence[str],
   *,
-  words: Any,
+  words: tokenizer.Tokenizer,
   sizes: TextSizes,
   projection: int,
 ) -> np.ndarray:

@@ -20,7 +20,7 @@ from vpd_jax.data.shards import reader
 from vpd_jax.distributed import sharding
 from vpd_jax.errors import UserError
 from vpd_jax.experiment import Product
-from vpd_jax.types import ParamDict, TrainState
+from vpd_jax.types import ParamDict, PyTree, TrainState
 
 Gather = Callable[[ParamDict], ParamDict]
 
@@ -247,7 +247,7 @@ def state_shapes(config: ConfigDict, product: Product) -> TrainState:
 
 
 @functools.lru_cache(maxsize=4)
-def _optimizer_state(init: Callable[[ParamDict], Any], params: tuple[tuple[str, jax.ShapeDtypeStruct], ...]) -> Any:
+def _optimizer_state(init: Callable[[ParamDict], PyTree], params: tuple[tuple[str, jax.ShapeDtypeStruct], ...]) -> Any:
   """Shapes of the state that `init` makes: asked for several times at a start, and a tenth of its tracing."""
   return jax.eval_shape(init, dict(params))
 

@@ -16,6 +16,7 @@ from vpd_jax.errors import UserError
 
 FILES = ("vocab.json", "merges.txt")
 CHARACTERS, WORDS = "characters", "words"
+Tokenizer = Any  # transformers.CLIPTokenizer, slow to import
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ def _tokens(how: Tokenize, sentences: tuple[str, ...]) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=2)
-def _first(given: tuple[str, ...]) -> Any:
+def _first(given: tuple[str, ...]) -> Tokenizer:
   """The tokenizer of the first source that holds one; kept, for sentences may come one by one."""
   holding = next((source for source in given if holds(source)), None)
   if holding is None:
@@ -71,7 +72,7 @@ def _missing(folder: pathlib.Path) -> list[str]:
   return [name for name in FILES if not (folder / name).is_file()]
 
 
-def load(source: str | epath.PathLike) -> Any:
+def load(source: str | epath.PathLike) -> Tokenizer:
   """CLIP's tokenizer (transformers) from the `tokenizer` below a diffusers folder, or from a folder itself.
 
   Args:
@@ -89,7 +90,7 @@ def load(source: str | epath.PathLike) -> Any:
   return _read(folder)
 
 
-def _read(folder: pathlib.Path) -> Any:
+def _read(folder: pathlib.Path) -> Tokenizer:
   # Without it the import says that PyTorch is missing, which no tokenizer needs.
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   from transformers import CLIPTokenizer  # Slow to import, and only needed here.
@@ -104,7 +105,7 @@ def _read(folder: pathlib.Path) -> Any:
     raise UserError(f"the tokenizer in {folder} cannot be read ({reason}); fetch its files again.") from error
 
 
-def tokenize(sentences: Sequence[str], tokenizer: Any, *, vocabulary: int, length: int) -> np.ndarray:
+def tokenize(sentences: Sequence[str], tokenizer: Tokenizer, *, vocabulary: int, length: int) -> np.ndarray:
   """Token ids, checked against what the encoder can look up and where it finds the end.
 
   Args:

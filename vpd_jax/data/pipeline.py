@@ -15,7 +15,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import cv2
 import grain
@@ -221,7 +220,7 @@ class Prefetch:
     self.wait_ms, self.skipped = 0.0, 0
     self._waits: list[float] = []
     self._iterator, self._sharding = iterator, sharding
-    self._ready: queue.Queue[Any] = queue.Queue(size)
+    self._ready: queue.Queue[tuple[Batch, int] | Exception] = queue.Queue(size)
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._fill, daemon=True, name="prefetch")
     self._thread.start()
@@ -318,7 +317,7 @@ class _EvalTransform:
     return dict(self.prepare(example) if self.prepare else example, real=np.asarray(real))
 
 
-def _close(iterators: list[Any]) -> None:
+def _close(iterators: list[grain.DatasetIterator]) -> None:
   """Closes and lets go: grain's iterators complain when they are still there while the interpreter ends."""
   while iterators:
     iterators.pop().close()

@@ -21,7 +21,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import jax
 import numpy as np
@@ -321,7 +321,7 @@ def inputs(batch: Batch, product: Product) -> Batch:
   return {name: x for name, x in batch.items() if name in names}
 
 
-def _digest(*parts: Any) -> Any:
+def _digest(*parts: bytes | memoryview) -> hashlib.blake2b:
   """A running digest of bytes."""
   made = hashlib.blake2b(digest_size=16)
   for part in parts:

@@ -4,7 +4,7 @@ import collections
 import contextlib
 import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax
 import numpy as np
@@ -24,9 +24,9 @@ from vpd_jax.files import atomic
 from vpd_jax.inference import sliding_window, tiles, tta
 from vpd_jax.monitoring import writers
 from vpd_jax.tasks import colormaps as panels_lib
-from vpd_jax.types import Array, Batch, Dataset, Example, Fields, Rows, Task, Weights, WindowedTask
+from vpd_jax.types import Array, Batch, Dataset, Example, Fields, PyTree, Rows, Task, Weights, WindowedTask
 
-Step = Callable[[Weights, Batch], Any]
+Step = Callable[[Weights, Batch], PyTree]
 
 
 class Evaluation(NamedTuple):
@@ -163,7 +163,7 @@ class _Pictures:
     )
     if jax.process_count() > 1:
       weights = sharding.on_devices_of_one_process(weights, self._mesh, self._local)
-    waiting: collections.deque[Any] = collections.deque()  # examples whose scores are on their way
+    waiting: collections.deque[Example] = collections.deque()  # examples whose scores are on their way
 
     def views() -> Iterator[sliding_window.Views]:
       for example in examples:

@@ -16,8 +16,8 @@ image/geometric.py imrescale.
 
 import collections
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, cast
 
 import cv2
 import jax
@@ -273,7 +273,7 @@ class SlidingWindowInference:
       self._complete(weights, opened[0], waiting)
       yield opened.popleft().pop_result()
 
-  def _complete(self, weights: Weights, image: _Image, waiting: dict[Any, collections.deque]) -> None:
+  def _complete(self, weights: Weights, image: _Image, waiting: dict[tuple, collections.deque]) -> None:
     """Computes the remaining windows of an image, even if they do not fill a call."""
     for view in image.views:
       while view.left:
@@ -328,7 +328,9 @@ class SlidingWindowInference:
       self._unused += view.tiles.values()
       view.tiles = {}
 
-  def _add_tile(self, view: _View, corner: tuple[int, int], reads: Any, last: bool) -> None:
+  def _add_tile(
+    self, view: _View, corner: tuple[int, int], reads: Sequence[tuple[np.ndarray, ...]], last: bool
+  ) -> None:
     """Adds one view to the tile of the result at `corner`."""
     image, first = view.parent, corner not in view.parent.sums
     parts = zip(reads, corner, image.steps, strict=True)

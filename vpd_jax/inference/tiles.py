@@ -1,7 +1,6 @@
 """Positions of windows and tiles in an image, and sums of scores over tiles; see inference/sliding_window.py."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -153,7 +152,15 @@ def _lerp(x: Array, low: Array, high: Array, share: Array, axis: int) -> Array:
   return x.take(low, axis) * (1 - share) + x.take(high, axis) * share
 
 
-def fold(total: Array, tiles: list[Array], steps: Any, flags: Array, weight: Array, softmax: bool, postprocess: Any):
+def fold(
+  total: Array,
+  tiles: list[Array],
+  steps: Array,
+  flags: Array,
+  weight: Array,
+  softmax: bool,
+  postprocess: Callable[[Array], Array],
+):
   """A tile of the sum over views with one view added, and its result if that view was the last one.
 
   Args:

@@ -32,7 +32,7 @@ class Common:
 
   dtype: DTypeLike
   param_dtype: DTypeLike
-  rngs: Any
+  rngs: Any  # nnx.Rngs, or what takes its place
   norm_group: int = 0
 
   @property

@@ -195,7 +195,7 @@ def duration(seconds: float) -> str:
   return f"{seconds}s"
 
 
-def table(rows: Sequence[Sequence[Any]]) -> str:
+def table(rows: Sequence[Sequence[object]]) -> str:
   """A text table with padded columns and right-aligned numbers; the first row is the header."""
   cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -5,7 +5,7 @@ A protocol is called with the weights, the images, and a dict for each image of 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import cv2
 import jax
@@ -133,7 +133,7 @@ PROTOCOLS = {
 }
 
 
-def _dtype(config: ConfigDict) -> Any:
+def _dtype(config: ConfigDict) -> np.dtype:
   return np.promote_types(experiment.dtype(config, "param_dtype"), np.float32)
 
 

@@ -5,7 +5,6 @@ VPD's neck and head. Where a paper says more, SECTIONS holds it.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 from vpd_jax.config.fields import Section
 from vpd_jax.config.presets import depth, pose, referring, segmentation
@@ -36,7 +35,7 @@ def methods(default: str = "vpd") -> tuple[str, ...]:
   return (default, *(name for name in METHODS if name != default))
 
 
-def sections(task: str, method: str, **options: Any) -> Section:
+def sections(task: str, method: str, **options: object) -> Section:
   """The sections method, neck and head of a task, and what else the method sets there.
 
   Args:

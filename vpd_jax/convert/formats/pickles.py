@@ -21,6 +21,7 @@ import numpy as np
 from vpd_jax.convert.formats.lazy_tensor import LazyTensor
 from vpd_jax.errors import UserError
 
+Content = Any  # whatever a pickle holds
 STORAGES = {
   "FloatStorage": np.float32,
   "HalfStorage": np.float16,
@@ -109,7 +110,7 @@ class _Unpickler(pickle.Unpickler):
       return Strange(name.removesuffix("Storage"))
     if module == "torch" and re.fullmatch(r"(q?u?int|b?float|complex|bits)\d+.*", name):
       return NumberType(name)
-    known: dict[str, Callable[..., Any]] = {
+    known: dict[str, Callable[..., Content]] = {
       "collections.OrderedDict": functools.partial(_ordered_dict),
       "torch.Size": functools.partial(_size),
       "torch._utils._rebuild_tensor": functools.partial(_view),
@@ -122,7 +123,7 @@ class _Unpickler(pickle.Unpickler):
     }
     return known.get(f"{module}.{name}") or type(name, (Inert,), {"__module__": module})
 
-  def persistent_load(self, pid: Any) -> Storage | Strange:
+  def persistent_load(self, pid: Content) -> Storage | Strange:
     kind, storage_type, key, _, count, *view = pid
     if isinstance(storage_type, Strange):
       self.sizes[str(key)] = STRANGE.get(storage_type.kind, 1)
@@ -145,7 +146,7 @@ class _Dict(dict):
     pass
 
 
-def _size(values: Any = ()) -> tuple[int, ...]:
+def _size(values: Content = ()) -> tuple[int, ...]:
   return tuple(values)
 
 
@@ -153,12 +154,19 @@ def _first(value: object, *_: object) -> object:
   return value
 
 
-def _from_type(rebuild: Any, _: Any, args: tuple[object, ...], __: Any = None) -> object:
+def _from_type(rebuild: Content, _: Content, args: tuple[object, ...], __: Content = None) -> object:
   return rebuild(*args)
 
 
 def _typed_view(
-  storage: Any, offset: int, shape: Any, strides: Any, grad: Any, hooks: Any, kind: Any, *_: Any
+  storage: Content,
+  offset: int,
+  shape: Content,
+  strides: Content,
+  grad: Content,
+  hooks: Content,
+  kind: Content,
+  *_: Content,
 ) -> object:
   """A tensor of a type that has no storage of its own: the storage is one of bytes."""
   name = kind.name if isinstance(kind, NumberType) else "unknown"
@@ -172,7 +180,7 @@ def _quantized(storage: object, *_: object) -> object:
   return storage if isinstance(storage, Strange) else Strange("quantized numbers")
 
 
-def _view(storage: Any, offset: int, shape: Any, strides: Any, *_: Any) -> object:
+def _view(storage: Content, offset: int, shape: Content, strides: Content, *_: Content) -> object:
   """Checks that a tensor lies inside its storage."""
   if isinstance(storage, Strange):
     return storage

@@ -7,7 +7,6 @@ count through all levels, hence the loops.
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from etils import epath
 
@@ -208,7 +207,7 @@ def _check_latents(path: pathlib.Path, found: Mapping[str, Options]) -> None:
   )
 
 
-def _refuse(config: Options, allowed: Mapping[str, tuple[Any, ...]]) -> None:
+def _refuse(config: Options, allowed: Mapping[str, tuple[object, ...]]) -> None:
   """Raises where an option has a value that would change the network; an absent one counts as the first."""
   wrong = [f"{key}={config[key]!r}" for key, values in allowed.items() if config.get(key, values[0]) not in values]
   if wrong:

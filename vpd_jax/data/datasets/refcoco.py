@@ -14,12 +14,12 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from vpd_jax.data.datasets.referring import ReferringDataset
 from vpd_jax.data.readers import coco_masks, image_files, referring, safe_pickle
+from vpd_jax.data.readers.coco_masks import Outline
 from vpd_jax.data.readers.referring import Item
 from vpd_jax.data.shards import reader
 from vpd_jax.errors import UserError
@@ -204,7 +204,7 @@ def _is_reference(ref: object) -> bool:
   return all(isinstance(s, dict) and isinstance(s.get("sent"), str) for s in ref["sentences"])
 
 
-def read_instances(path: Path) -> tuple[dict[int, tuple[str, int, int]], dict[int, Any]]:
+def read_instances(path: Path) -> tuple[dict[int, tuple[str, int, int]], dict[int, Outline]]:
   """(File name, height, width) by picture and outlines by annotation of an instances.json.
 
   Raises:
@@ -220,7 +220,7 @@ def read_instances(path: Path) -> tuple[dict[int, tuple[str, int, int]], dict[in
     raise UserError(f"{path} is damaged or not COCO's instances ({type(error).__name__} {reason}); {SOURCE}") from None
 
 
-def _read_mask(annotated: tuple[Any, int, int], folder: Path, size: tuple[int, int], *, overlap: str) -> np.ndarray:
+def _read_mask(annotated: tuple[Outline, int, int], folder: Path, size: tuple[int, int], *, overlap: str) -> np.ndarray:
   """The mask of (outline, height, width)."""
   del folder  # outlines are in the annotations
   outline, *expected = annotated

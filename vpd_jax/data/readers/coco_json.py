@@ -8,7 +8,7 @@ file is a list of image_id, category_id, bbox, score.
 import collections
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -313,5 +313,5 @@ def _counted(entries: Sequence[Fields]) -> str:
   return _first([f"{name} ({count})" for name, count in counts.most_common()])
 
 
-def _first(items: Sequence[Any]) -> str:
+def _first(items: Sequence[object]) -> str:
   return ", ".join(map(str, items[: image_files.SHOWN])) + (", ..." if len(items) > image_files.SHOWN else "")

@@ -66,7 +66,7 @@ def decode(outline: Outline, size: tuple[int, int], *, overlap: str = "released"
       raise UserError(f"the outline of an object is {told}, its picture {height}x{width}.")
   try:
     if isinstance(parts[0], list):
-      polygons: Any = [[float(x) for x in part] for part in parts]
+      polygons: Outline = [[float(x) for x in part] for part in parts]
       counts = coco.decode(coco.frPyObjects(polygons, height, width)).sum(axis=2, dtype=np.int64)
     else:
       counts = cast(np.ndarray, sum(_of_runs(part) for part in parts))

@@ -7,7 +7,7 @@ sentence, and those of one picture stand together.
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -15,6 +15,7 @@ from PIL import Image
 
 from vpd_jax.data import validation
 from vpd_jax.data.readers import image_files
+from vpd_jax.data.readers.coco_masks import Outline
 from vpd_jax.errors import UserError
 from vpd_jax.files import image_decoding
 from vpd_jax.types import Cache, Example, Source
@@ -57,7 +58,7 @@ class Item(NamedTuple):
 
   image: str
   image_id: int
-  outline: Any
+  outline: Outline
   sentences: tuple[str, ...]
 
 
@@ -72,7 +73,7 @@ class ReferringSource(Source):
     self,
     folder: Path,
     items: Sequence[Item],
-    read_mask: Callable[[Any, Path, tuple[int, int]], np.ndarray],
+    read_mask: Callable[[Outline, Path, tuple[int, int]], np.ndarray],
     exif: str | None = None,
   ):
     """

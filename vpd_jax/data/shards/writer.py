@@ -28,7 +28,7 @@ from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
 from vpd_jax.types import Dataset, Fields, Source
 
-KINDS: dict[str, Callable[[], Any]] = {  # what a data set may name in `stored`
+KINDS: dict[str, Callable[[], object]] = {  # what a data set may name in `stored`
   "picture": lambda: tfds.features.Image(shape=(None, None, 3)),
   "depth16": lambda: tfds.features.Image(shape=(None, None, 1), dtype=np.uint16, encoding_format="png"),
   "labels8": lambda: tfds.features.Image(shape=(None, None, 1), encoding_format="png"),

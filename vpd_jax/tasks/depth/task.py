@@ -1,9 +1,8 @@
 """Metric depth: scale-invariant loss, the scores of NYU and KITTI, pictures and files of the result."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
 import jax.numpy as jnp
@@ -214,7 +213,7 @@ class Depth(Task):
     ]
 
 
-def _write(stem: Path, suffix: str, write: Any) -> Path:
+def _write(stem: Path, suffix: str, write: Callable[[Path], object]) -> Path:
   return atomic.write(stem.with_name(stem.name + suffix), write)
 
 
