@@ -19,11 +19,11 @@ from vpd_jax.config import loader, presets
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
   words = loader.parse_variant(
-    argument, method=presets.methods("meta_prompts"), data=("fine", "extra"), size=("full", "tiny")
+    argument, method=presets.methods("meta_prompts"), data=("fine", "extra"), size=presets.sizes()
   )
   method, extra, tiny = words["method"], words["data"] == "extra", words["size"] == "tiny"
   config = ml_collections.ConfigDict(presets.run(num_steps=80_000, log_every=50, eval_every=8000, save_every=2000))
-  config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
+  config.backbone = presets.backbone(words["size"])
   config.update(presets.sections("segmentation", method, tiny=tiny, dropout=0.1))
   if extra and method == "meta_prompts":
     config.method.refine_steps = 1

@@ -27,13 +27,13 @@ ITERATIONS = 293  # per epoch: 149 813 people over 512
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
   words = loader.parse_variant(
-    argument, method=presets.methods("meta_prompts"), crop=tuple(SIGMAS), length=tuple(LENGTHS), size=("full", "tiny")
+    argument, method=presets.methods("meta_prompts"), crop=tuple(SIGMAS), length=tuple(LENGTHS), size=presets.sizes()
   )
   tiny, (epochs, *drops) = words["size"] == "tiny", LENGTHS[words["length"]]
   config = ml_collections.ConfigDict(
     presets.run(num_steps=epochs * ITERATIONS, log_every=50, eval_every=10 * ITERATIONS, save_every=ITERATIONS)
   )
-  config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
+  config.backbone = presets.backbone(words["size"])
   config.update(presets.sections("pose", words["method"], tiny=tiny))
   config.task = pose.pose_task(sigma=1 if tiny else SIGMAS[words["crop"]])
   config.data = {

@@ -22,12 +22,12 @@ ITERATIONS = 965  # per epoch in the release: 23 160 padded frames over 8 x 3
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.parse_variant(argument, method=presets.methods(), size=("full", "tiny"))
+  words = loader.parse_variant(argument, method=presets.methods(), size=presets.sizes())
   method, tiny = words["method"], words["size"] == "tiny"
   config = ml_collections.ConfigDict(
     presets.run(num_steps=25 * ITERATIONS, log_every=50, eval_every=ITERATIONS, save_every=ITERATIONS)
   )
-  config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
+  config.backbone = presets.backbone(words["size"])
   config.update(presets.sections("depth", method, tiny=tiny, head_init="released"))
   if "resize_scale" in config.method:
     config.method.resize_scale = 2  # 352 -> 448

@@ -15,10 +15,10 @@ MAX_DEPTH = 10.0  # metres
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.parse_variant(argument, method=presets.methods(), size=("full", "tiny"))
+  words = loader.parse_variant(argument, method=presets.methods(), size=presets.sizes())
   tiny = words["size"] == "tiny"
   config = ml_collections.ConfigDict(presets.run(num_steps=20_000, log_every=50, eval_every=1000, save_every=1000))
-  config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
+  config.backbone = presets.backbone(words["size"])
   config.update(presets.sections("depth", words["method"], tiny=tiny, head_init="released"))
   config.task = {"name": "depth", "max_depth": MAX_DEPTH, "min_depth": 1e-3, "eval_crop": "none"}
   config.data = {"name": "depth_list", "root": "", "factor": 1000.0, "max_depth": MAX_DEPTH, "scene": "room"}

@@ -17,10 +17,10 @@ SKELETON = (("nose", "left_eye"), ("nose", "right_eye"), ("nose", "tail"))  # li
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.parse_variant(argument, method=presets.methods(), size=("full", "tiny"))
+  words = loader.parse_variant(argument, method=presets.methods(), size=presets.sizes())
   tiny, steps = words["size"] == "tiny", 20_000
   config = ml_collections.ConfigDict(presets.run(num_steps=steps, log_every=50, eval_every=1000, save_every=1000))
-  config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
+  config.backbone = presets.backbone(words["size"])
   config.update(presets.sections("pose", words["method"], tiny=tiny))
   config.task = pose.pose_task(sigma=1 if tiny else 2)
   config.data = {"name": "keypoint_list", "root": "", "train_json": "train.json", "eval_json": "", "images": "images"}

@@ -14,10 +14,10 @@ from vpd_jax.config import loader, presets
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.parse_variant(argument, method=presets.methods(), size=("full", "tiny"))
+  words = loader.parse_variant(argument, method=presets.methods(), size=presets.sizes())
   tiny = words["size"] == "tiny"
   config = ml_collections.ConfigDict(presets.run(num_steps=20_000, log_every=50, eval_every=1000, save_every=1000))
-  config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
+  config.backbone = presets.backbone(words["size"])
   config.update(presets.sections("referring", words["method"], tiny=tiny, token_length=40))
   config.data = {"name": "refer_list", "root": "", "file": "sentences.json", "holdout": 0.1, "exif": "stored"}
   config.data.update({"crop": (128, 128) if tiny else (512, 512), "canvas": (640, 640)})

@@ -15,10 +15,10 @@ CLASSES = ("background", "person", "dog")  # in the order of the numbers in the 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.parse_variant(argument, method=presets.methods(), size=("full", "tiny"))
+  words = loader.parse_variant(argument, method=presets.methods(), size=presets.sizes())
   tiny = words["size"] == "tiny"
   config = ml_collections.ConfigDict(presets.run(num_steps=20_000, log_every=50, eval_every=1000, save_every=1000))
-  config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
+  config.backbone = presets.backbone(words["size"])
   config.update(presets.sections("segmentation", words["method"], tiny=tiny))
   config.data = {"name": "mask_folder", "root": "", "classes": CLASSES, "images": "images", "masks": "masks"}
   config.data.update(

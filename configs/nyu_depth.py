@@ -17,12 +17,12 @@ ITERATIONS = 1009  # per epoch in the release: 24 232 padded frames over 8 x 3
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.parse_variant(argument, method=presets.methods(), size=("full", "tiny"))
+  words = loader.parse_variant(argument, method=presets.methods(), size=presets.sizes())
   tiny = words["size"] == "tiny"
   config = ml_collections.ConfigDict(
     presets.run(num_steps=25 * ITERATIONS, log_every=50, eval_every=ITERATIONS, save_every=ITERATIONS)
   )
-  config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
+  config.backbone = presets.backbone(words["size"])
   config.update(presets.sections("depth", words["method"], tiny=tiny, head_init="released"))
   config.task = {"name": "depth", "max_depth": 10.0, "min_depth": 1e-3, "eval_crop": "eigen_nyu", "variance_focus": 0.5}
   config.data = {

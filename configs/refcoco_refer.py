@@ -28,13 +28,13 @@ BATCH, EPOCHS = 32, 40
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
   words = loader.parse_variant(argument, data=tuple(DATA), method=presets.methods(), rate=("as_run", "as_intended"),
-                            size=("full", "tiny"))  # fmt: skip
+                            size=presets.sizes())  # fmt: skip
   variant, split_by, objects, tokens = DATA[words["data"]]
   tiny, epoch = words["size"] == "tiny", objects // BATCH
   config = ml_collections.ConfigDict(
     presets.run(num_steps=EPOCHS * epoch, log_every=50, eval_every=epoch, save_every=epoch)
   )
-  config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
+  config.backbone = presets.backbone(words["size"])
   config.update(presets.sections("referring", words["method"], tiny=tiny, token_length=tokens))
   config.data = {
     "name": "refcoco",

@@ -26,11 +26,11 @@ OPTIONS = {  # of presets.sections, by task
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.parse_variant(argument, task=tuple(OPTIONS), method=presets.methods(), size=("tiny", "full"))
+  words = loader.parse_variant(argument, task=tuple(OPTIONS), method=presets.methods(), size=presets.sizes("tiny"))
   task, method, tiny = words["task"], words["method"], words["size"] == "tiny"
   steps = 320
   config = ml_collections.ConfigDict(presets.run(num_steps=steps, log_every=20, eval_every=steps, save_every=100))
-  config.backbone = presets.sd_tiny() if tiny else presets.sd_v1()
+  config.backbone = presets.backbone(words["size"])
   if tiny:
     # The VAE, trained here, is most of the work: with less of it the same time teaches more.
     config.backbone.vae.update({"channel_mult": (1, 1, 2, 4), "num_res_blocks": 1})
@@ -38,10 +38,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   if task == "depth":
     config.task = {"name": "depth", "max_depth": 10.0, "min_depth": 1e-3, "eval_crop": "none", "variance_focus": 0.5}
   elif task == "referring":
-    # CLIP's tokens and states would come with weights; here words get random vectors, which are told apart well enough.
-    config.init.clip = "random:0"
     if "tokenizer" in config.method:
-      config.method.tokenizer = "words"
+      # CLIP's tokens and states would come with weights; here words get random vectors, told apart well enough.
+      config.init.clip, config.method.tokenizer = "random:0", "words"
     config.task.class_weights = (0.3, 1.7)  # objects are small: with the released ones a short training finds nothing
     if "attention_gradient" in config.method:
       config.method.attention_gradient = True  # nothing pretrained tells which pixels a word is about

@@ -8,7 +8,7 @@ import pytest
 from tests.helpers import fill, oracle
 from tests.helpers.depth_truth import truth_of
 from vpd_jax.inference import tta
-from vpd_jax.tasks.depth.task import SCORES, Depth
+from vpd_jax.tasks.depth.task import Depth
 
 # case: words of eval.test_time, size of the image, largest depth, crop
 CASES = {
@@ -74,7 +74,7 @@ def test_the_merged_depth_is_the_authors(validated, arrays):
 
 def test_the_scores_of_the_merged_depth_are_the_authors(validated, arrays):
   case, _, _, summary, _ = validated
-  np.testing.assert_allclose([summary[name] for name in SCORES], arrays[f"tta/{case}/metrics"], rtol=1e-6)
+  np.testing.assert_allclose([summary[name] for name in arrays["names"]], arrays[f"tta/{case}/metrics"], rtol=1e-6)
 
 
 def test_the_model_sees_windows_and_mirrors_in_one_batch(validated, arrays):

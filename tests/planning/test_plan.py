@@ -316,7 +316,7 @@ def test_a_slice_that_is_not_there(capsys):
   found = plan.run(config, "v5e:2x4")
   assert found["train"]["fits"] and found["train"]["devices"] == 8 and found["train"]["kind"] == "TPU v5 lite"
   assert found["train"]["optimal_seconds"] > 0 and found["train"]["collectives"]
-  with pytest.raises(ValueError, match="cannot be planned for"):
+  with pytest.raises(ValueError, match="is unknown; known are v5e"):
     plan.run(config, "v5e:3x5")
 
 

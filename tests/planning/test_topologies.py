@@ -51,3 +51,17 @@ def test_a_step_is_compiled_for_gpus_that_are_not_there(capsys):
   assert found["train"]["fits"] and found["train"]["devices"] == 8 and found["train"]["kind"] == "NVIDIA H200"
   assert found["train"]["effort"] == "untimed" and "all-reduce" in found["train"]["collectives"]
   assert "kernels chosen without timing them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["v5e:3x3", "4090", "v5e", "v5e:2x4x1", "v7:2x2", "h200", "h300:8", "V5E:2x4"])
+def test_an_unknown_name_is_answered_before_anything_is_asked_for(monkeypatch, name):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda _: pytest.fail("looked for a compiler"))
+  with pytest.raises(ValueError, match=rf"^--topology='{name}' is unknown; known are v5e .*as h200:8\.$"):
+    topologies.of(name)
+
+
+@pytest.mark.parametrize("name", ["v5e:1x1", "v6e:16x16", "v5p:2x2x1", "v4:2x2x2", "a100-80gb:1", "h100:8"])
+def test_a_known_name_is_refused_only_where_nothing_compiles_for_it(monkeypatch, name):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+  with pytest.raises(ValueError, match=rf"^--topology='{name}' needs .*: pip install"):
+    topologies.of(name)

@@ -2,10 +2,13 @@
 
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import vpd_jax
+from tests.helpers import one_convolution
 from vpd_jax.checkpoints import initialize
 from vpd_jax.config import loader
 from vpd_jax.prediction import predictor
@@ -40,7 +43,9 @@ def known(class_id, *, takes, count=2):
   made = object.__new__(predictor.Predictor)
   method = types.SimpleNamespace(needs={"class_id"} if takes else set(), prepare_inputs=set())
   made.product = types.SimpleNamespace(
-    method=method, task=types.SimpleNamespace(test_time_protocol="windows"), classes=range(27)
+    method=method,
+    task=types.SimpleNamespace(test_time_protocol="windows"),
+    classes=tuple(f"room_{i}" for i in range(27)),
   )
   made.config = types.SimpleNamespace(method=types.SimpleNamespace(name="a"), task=types.SimpleNamespace(name="b"))
   made._classify = None
@@ -56,7 +61,96 @@ def test_a_class_has_an_effect_or_is_refused(given):
   assert known(None, takes=False) == [{}, {}] and known(None, takes=True, count=0) == []
 
 
-@pytest.mark.parametrize("given", [[1, 2, 3], 1.5, "1", [[1, 2]]])
+@pytest.mark.parametrize("given", [[1, 2, 3], 1.5, [[1, 2]]])
 def test_classes_are_one_or_one_each(given):
   with pytest.raises(ValueError, match="give one int, or one for each of 2 images"):
     known(given, takes=True)
+
+
+@pytest.mark.parametrize(
+  "given, ids", [("room 3", [3, 3]), (["room_0", "Room 26"], [0, 26]), (["room_1", -1], [1, -1])]
+)
+def test_classes_may_be_named(given, ids):
+  assert [own["class_id"] for own in known(given, takes=True)] == ids
+  with pytest.raises(ValueError, match=r"^class 'kitchen' is unknown; choose one of room_0, room_1, "):
+    known("kitchen", takes=True)
+
+
+@pytest.fixture(scope="module")
+def small():
+  with one_convolution.known():
+    yield vpd_jax.Predictor.load(one_convolution.rooms(), random_init=True)
+
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+GRAY = np.repeat(IMAGE[..., :1], 3, axis=-1)
+
+
+def test_a_predictor_is_shown_in_a_line(small):
+  shown = repr(small)
+  assert "\n" not in shown and len(shown) < 300
+  assert "method 'one_convolution', task 'depth', data set 'rooms'" in shown and "M parameters" in shown
+
+
+@pytest.mark.parametrize(
+  "form, same",
+  [
+    (lambda folder: Image.fromarray(IMAGE), IMAGE),
+    (lambda folder: IMAGE.astype(np.int64), IMAGE),
+    (lambda folder: IMAGE.astype(np.float64) / 255, IMAGE),
+    (lambda folder: np.concatenate([IMAGE, IMAGE[..., :1]], axis=-1), IMAGE),
+    (lambda folder: IMAGE[..., 0], GRAY),
+    (lambda folder: IMAGE[..., :1], GRAY),
+    (lambda folder: IMAGE[..., 0].astype(np.uint16) * 257, GRAY),
+    (lambda folder: Image.fromarray(IMAGE[..., 0]), GRAY),
+    (lambda folder: Image.fromarray(IMAGE[..., 0].astype(np.uint16) * 257), GRAY),
+    (lambda folder: jnp.asarray(IMAGE), IMAGE),
+    (lambda folder: save(folder / "a.png", IMAGE), IMAGE),
+    (lambda folder: str(save(folder / "a.png", IMAGE)), IMAGE),
+    (lambda folder: save(folder / "a.png", IMAGE[..., 0]), GRAY),
+  ],
+)
+def test_an_image_may_have_any_usual_form(small, tmp_path, form, same):
+  image, (expected,) = form(tmp_path), small.predict([same])
+  (listed,), alone = small.predict([image]), small.predict(image)
+  np.testing.assert_allclose(alone["depth"], expected["depth"], atol=1e-6)
+  np.testing.assert_array_equal(alone["depth"], listed["depth"])
+  np.testing.assert_allclose(small.forward(image)["depth"], small.forward(same[None])["depth"], atol=1e-6)
+
+
+def save(path, image):
+  Image.fromarray(image).save(path)
+  return path
+
+
+def test_arrays_with_four_axes_and_lists_are_several_images(small):
+  results = small.predict(np.stack([IMAGE, GRAY]))
+  assert len(results) == 2 and small.forward([IMAGE, GRAY, IMAGE])["depth"].shape == (3, 64, 64)
+  np.testing.assert_array_equal(results[1]["depth"], small.predict((GRAY,))[0]["depth"])
+
+
+@pytest.mark.parametrize(
+  "image, message",
+  [
+    (
+      IMAGE.transpose(2, 0, 1),
+      r"shape \(3, 64, 64\); give .*; its channels come first, which np\.moveaxis\(image, 0, -1\)",
+    ),
+    (IMAGE.astype(np.float32), r"float32 has values up to 255; give float in \[0, 1\]"),
+    (IMAGE.astype(np.int32) * 10, r"dtype int32 and values of 0 to 2550; give uint8"),
+    (IMAGE[..., :2], r"shape \(64, 64, 2\); give"),
+    (np.zeros((0, 4, 3)), r"shape \(0, 4, 3\); give"),
+    (np.array("a.png"), r"shape \(\); give"),
+    ("nowhere/a.png", r"a\.png is not a picture"),
+  ],
+)
+def test_what_is_no_image_is_refused_in_a_line(small, image, message):
+  for call in (small.predict, small.forward):
+    with pytest.raises(ValueError, match=message) as caught:
+      call(image)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_of_several_sizes_are_for_predict(small):
+  with pytest.raises(ValueError, match=r"^images of sizes \[\(32, 64\), \(64, 64\)\] make no batch; .*use predict"):
+    small.forward([IMAGE, IMAGE[:32]])

@@ -114,10 +114,10 @@ def test_predict_takes_lists_of_any_sizes_and_types(predictor):
 @pytest.mark.parametrize(
   "call, message",
   [
-    (lambda p: p.forward(np.zeros((96, 96, 3), np.float32)), "give float"),
-    (lambda p: p.forward(np.zeros((1, 96, 96, 3), np.uint8)), "give float"),
+    (lambda p: p.forward(np.zeros((1, 3, 96, 96), np.float32)), "its channels come first"),
+    (lambda p: p.forward(np.full((1, 96, 96, 3), 200.0, np.float32)), "values up to 200; give float in"),
     (lambda p: p.forward(np.zeros((1, 96, 96, 3), np.float32), class_id=27), "between -1"),
-    (lambda p: p.predict([np.zeros((9, 9))]), r"give \[H, W, 3\]"),
+    (lambda p: p.predict([np.zeros((9, 9, 2))]), r"give \[H, W, 3\]"),
     (lambda p: p.class_id("no such room"), "is unknown; choose one of"),
   ],
 )

@@ -1,6 +1,7 @@
 """Loading user images: files of any format, arrays of any size."""
 
 import io
+import os
 from pathlib import Path
 
 import cv2
@@ -16,6 +17,40 @@ FORMATS = tuple(
   ["JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF", "TGA", "PCX", "SGI", "QOI"]
 )
 MAX_ASPECT = 16  # largest ratio of the sides; more elongated images are squeezed to it
+
+
+def as_image(image: object) -> np.ndarray:
+  """An image in any of the forms that people have them in, as uint8 or float [H, W, 3], RGB.
+
+  Args:
+    image: a path; a PIL image; or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], whose alpha is dropped: bool,
+      uint8, uint16, another integer type with values of 0 to 255, or float in [0, 1].
+
+  Raises:
+    ValueError: another shape, dtype or range; a file that is not an image, or is damaged.
+  """
+  if isinstance(image, str | os.PathLike):
+    return read_image(Path(image).expanduser())
+  if isinstance(image, Image.Image):
+    return _rgb(image)
+  array = np.asarray(image)
+  if array.ndim == 2:
+    array = array[..., None]
+  if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
+    first = array.ndim == 3 and array.shape[0] in (1, 3, 4)
+    hint = "; its channels come first, which np.moveaxis(image, 0, -1) changes" if first else ""
+    raise UserError(f"an image has shape {np.shape(image)}; give [H, W, 3], [H, W] or [H, W, 4]{hint}.")
+  array = np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array[..., :3]
+  if np.issubdtype(array.dtype, np.floating):
+    if array.max() > 1.5:  # somewhat more than 1 comes from resizing
+      raise UserError(f"an image of dtype {array.dtype} has values up to {array.max():.6g}; give float in [0, 1].")
+    return array
+  if array.dtype == np.bool_ or array.dtype == np.uint16:
+    return (array * (255.0 if array.dtype == np.bool_ else 255 / 65535)).astype(np.uint8)
+  if not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.max() > 255:
+    span = f" and values of {array.min()} to {array.max()}" if np.issubdtype(array.dtype, np.integer) else ""
+    raise UserError(f"an image has dtype {array.dtype}{span}; give uint8, uint16, or float in [0, 1].")
+  return array.astype(np.uint8, copy=False)
 
 
 def to_float(image: object, dtype: DTypeLike) -> np.ndarray:
@@ -66,12 +101,17 @@ def read_image(path: Path) -> np.ndarray:
     raw = path.read_bytes()
   image_decoding.check_whole(raw, path.name)
   with image_decoding.faults(path.name, remedy=""), Image.open(io.BytesIO(raw)) as image:
-    turned = ImageOps.exif_transpose(image)
-    if turned.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
-      gray = np.asarray(turned, np.float64)
-      top = 65535.0 if turned.mode != "F" else max(gray.max(), 1e-12)
-      turned = Image.fromarray(np.clip(gray / top * 255, 0, 255).astype(np.uint8))
-    return np.asarray(turned.convert("RGB"))
+    return _rgb(image)
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+  """uint8 [H, W, 3] of a PIL image of any mode, rotated as its EXIF orientation says."""
+  turned = ImageOps.exif_transpose(image)
+  if turned.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
+    gray = np.asarray(turned, np.float64)
+    top = 65535.0 if turned.mode != "F" else max(gray.max(), 1e-12)
+    turned = Image.fromarray(np.clip(gray / top * 255, 0, 255).astype(np.uint8))
+  return np.asarray(turned.convert("RGB"))
 
 
 def is_image(path: Path) -> bool:

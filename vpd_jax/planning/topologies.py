@@ -29,6 +29,8 @@ QUIET = {
   **{"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
 }
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+SLICES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # of v5e and v6e
+_TPU = re.compile(rf"v(?:5e|6e):(?:{'|'.join(SLICES)})|v(?:4|5p):\d+x\d+x\d+")
 _GPU = re.compile(r"([a-z]+\d+(?:-\d+gb)?):(\d+)")
 _HOPPER = {
   **{"cores": 132, "fpus": 128, "shared": 233472, "most_shared": 232448, "l2": 52428800, "clock": 1.98},
@@ -45,6 +47,10 @@ GPUS: dict[str, Options] = {
   "h100": {"name": "NVIDIA H100 80GB HBM3", "bandwidth": 3352e9, "memory": 84.9e9, **_HOPPER},
   "h200": {"name": "NVIDIA H200", "bandwidth": 4800e9, "memory": 150.1e9, **_HOPPER},
 }
+KNOWN = (
+  f"known are v5e and v6e with {', '.join(SLICES)}, as v5e:2x4; v4 and v5p as v5p:2x2x1; and any number of "
+  f"{', '.join(GPUS)}, as h200:8"
+)
 _DESCRIPTION = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -71,6 +77,8 @@ def of(topology: str) -> list[Device]:
     ValueError: what compiles for it is not installed, it is unknown, or jax makes no mesh of it, as of v4's.
   """
   gpu = _gpu(topology)
+  if not gpu and not _TPU.fullmatch(topology):
+    raise UserError(f"--topology={topology!r} is unknown; {KNOWN}.")
   needed = PLUGINS if gpu else ("libtpu",)
   if not any(map(importlib.util.find_spec, needed)):
     word, extra = ("JAX's CUDA plugin, which also compiles without a GPU", "cuda12") if gpu else (
@@ -81,10 +89,7 @@ def of(topology: str) -> list[Device]:
     sharding.make_mesh(devices=devices)
   except Exception as error:
     reason = " ".join(str(error).split())[:200]
-    raise UserError(
-      f"--topology={topology!r} cannot be planned for ({reason}); names are like v5e:2x4, v5p:2x2x1, v6e:16x16, and "
-      f"{', '.join(f'{name}:8' for name in GPUS)}."
-    ) from error
+    raise UserError(f"--topology={topology!r} cannot be planned for ({reason}); {KNOWN}.") from error
   return devices
 
 

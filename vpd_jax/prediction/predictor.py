@@ -1,6 +1,7 @@
 """Predictor, the Python entry point."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
 
 from vpd_jax import experiment
 from vpd_jax.checkpoints import initialize
@@ -21,8 +23,10 @@ from vpd_jax.inference import images as images_lib
 from vpd_jax.prediction import protocols
 from vpd_jax.types import Fields
 
+Images = object | Sequence[object]  # see images_lib.as_image
 
-@dataclasses.dataclass
+
+@dataclasses.dataclass(repr=False)
 class Predictor:
   """A network with its weights, which maps images to numpy arrays.
 
@@ -78,6 +82,15 @@ class Predictor:
     self._side = int(self.config.data.crop[0])
     self._dtype = np.promote_types(experiment.dtype(self.config, "param_dtype"), np.float32)
 
+  def __repr__(self) -> str:
+    config, size = self.config, "x".join(map(str, self.config.data.crop))
+    parameters = sum(x.size for x in self.product.parts.shapes.values()) / 1e6
+    classes = f" ({len(self.product.classes)} classes)" if self.product.classes else ""
+    return (
+      f"<vpd_jax.Predictor: method {config.method.name!r}, task {config.task.name!r}, data set {config.data.name!r}"
+      f"{classes}, crops of {size}, {parameters:.1f} M parameters; {'; '.join(self.origin[:1])}>"
+    )
+
   @property
   def takes_class(self) -> bool:
     """Whether the method takes the class of an image, or predicts it."""
@@ -110,13 +123,20 @@ class Predictor:
     return self.product.classes.index(wanted)
 
   def forward(
-    self, images: Any, *, class_id: object = None, sentences: Sequence[str] | None = None, text_states: Any = None
+    self,
+    images: Images,
+    *,
+    class_id: object = None,
+    sentences: str | Sequence[str] | None = None,
+    text_states: Any = None,
   ) -> dict[str, np.ndarray]:
     """The bare network in evaluation mode, without resizing, windows or flips.
 
+        predictor.forward(np.zeros((1, 480, 640, 3), np.float32))["depth"]  # float32 [1, 480, 640]
+
     Args:
-      images: float [B, H, W, 3] in [0, 1], RGB.
-      class_id: int or int [B], -1 for the mean of all class vectors; None is -1.
+      images: an array [B, H, W, 3], uint8 or float in [0, 1], RGB; or as for `predict`, of one size.
+      class_id: int or name, or one per image; -1 or None for the mean of all class vectors.
       sentences: one per image, where the method reads sentences.
       text_states: float [B, N, D], the text encoder's output after its final norm, in place of sentences.
 
@@ -128,10 +148,11 @@ class Predictor:
       ValueError: images of another shape or dtype; a class id out of range; missing sentences; a class id or sentences
         for a method that does not take them.
     """
-    images = np.asarray(images)
-    if images.ndim != 4 or images.shape[-1] != 3 or not np.issubdtype(images.dtype, np.floating):
-      raise UserError(f"images are {images.dtype} {images.shape}; give float [B, H, W, 3] in [0, 1].")
-    batch = {"image": images.astype(self._dtype)}
+    several, _ = _as_list(images)
+    arrays = [images_lib.to_float(images_lib.as_image(image), self._dtype) for image in several]
+    if len(sizes := sorted({array.shape[:2] for array in arrays})) != 1:
+      raise UserError(f"images of sizes {sizes} make no batch; give images of one size, or use predict.")
+    batch, images = {"image": np.stack(arrays)}, arrays
     if text_states is not None:
       batch["text_states"] = self._text_states(text_states, len(images), sentences)
       sentences = None
@@ -141,23 +162,28 @@ class Predictor:
 
   def predict(
     self,
-    images: Sequence[Any],
+    images: Images,
     class_id: object = None,
     *,
-    sentences: Sequence[str] | None = None,
+    sentences: str | Sequence[str] | None = None,
     boxes: Sequence[Any] | None = None,
-  ) -> list[dict[str, np.ndarray]]:
+  ) -> Any:
     """The test-time protocol of the config for images of any size; see prediction/protocols.py.
 
+        predictor.predict("photo.jpg", "kitchen")["depth"]                      # float32 [H, W], metres
+        [found["label"] for found in predictor.predict(["a.jpg", image_b])]     # int32 [H, W] each
+
     Args:
-      images: uint8 [H, W, 3], or float in [0, 1], each.
-      class_id: int, or one per image; None for the mean of all class vectors.
+      images: a path, a PIL image or an array [H, W, 3], uint8 or float in [0, 1], RGB, see images_lib.as_image; or a
+        sequence of these.
+      class_id: int or name of a class, or one per image; None for the mean of all class vectors.
       sentences: one per image, where the method reads sentences.
       boxes: for poses, a list per image of [x, y, width, height] or [x, y, width, height, score]; None: one person
         per image, with the whole image as box.
 
     Returns:
-      One dict per image: {"depth": float32 [H, W] metres}, {"label": int32 [H, W]}, {"mask": bool [H, W]}, or
+      A list with one dict per image, of a single image its dict: {"depth": float32 [H, W] metres}, {"label": int32 [H,
+      W]}, {"mask": bool [H, W]}, or
       {"keypoints": float32 [N, K, 3] of x, y, score; "boxes" [N, 4]; "scores" [N]}; with "class_id" where the method
       takes one.
 
@@ -165,25 +191,29 @@ class Predictor:
       ValueError: an image of another shape or dtype; a class id out of range; missing sentences; a class id,
         sentences or boxes that would have no effect.
     """
-    known = self._known(len(images), class_id, sentences, boxes)
-    images = [np.asarray(image) for image in images]
+    several, single = _as_list(images)
+    if single and boxes is not None:
+      boxes = [boxes]
+    known = self._known(len(several), class_id, sentences, boxes)
+    arrays = [images_lib.as_image(image) for image in several]
     if self._classify is not None:  # from the whole image, once for all windows
-      for image, own in zip(images, known, strict=True):
+      for image, own in zip(arrays, known, strict=True):
         if own["class_id"] < 0:
           own["class_id"] = np.int32(self._classify_image(images_lib.to_float(image, self._dtype)))
-    results = self._protocol(self.weights, images, known)
+    results = self._protocol(self.weights, arrays, known)
     if self.takes_class:
       results = [result | {"class_id": own["class_id"]} for result, own in zip(results, known, strict=True)]
-    return results
+    return results[0] if single else results
 
-  def attention(self, images: Sequence[Any]) -> list[np.ndarray]:
+  def attention(self, images: Images) -> Any:
     """Attention of each position of an image to each class, of methods that attend to all classes.
 
     Args:
-      images: uint8 [H, W, 3], or float in [0, 1], each; resized to the training crop, ignoring the aspect ratio.
+      images: as for `predict`; resized to the training crop, ignoring the aspect ratio.
 
     Returns:
-      float32 [h, w, K] each: h and w are the sides of the crop over the stride of the finest joined maps.
+      A list of float32 [h, w, K], of a single image its array: h and w are the sides of the crop over the stride of the
+      finest joined maps.
 
     Raises:
       ValueError: the method has no such maps; an image of another shape or dtype.
@@ -191,13 +221,17 @@ class Predictor:
     if not self.product.method.attends_to_classes:
       raise UserError(f"{self._what} has no attention maps of classes.")
     size = tuple(self.config.data.crop)
-    squeezed = [images_lib.resize(images_lib.to_float(image, self._dtype), size) for image in images]
-    return [np.asarray(self._attention(self.weights, jnp.asarray(x[None])))[0].astype(np.float32) for x in squeezed]
+    several, single = _as_list(images)
+    arrays = [images_lib.to_float(images_lib.as_image(image), self._dtype) for image in several]
+    squeezed = [images_lib.resize(array, size) for array in arrays]
+    maps = [np.asarray(self._attention(self.weights, jnp.asarray(x[None])))[0].astype(np.float32) for x in squeezed]
+    return maps[0] if single else maps
 
   def _known(self, count: int, class_id: Any, sentences: Any, boxes: Any, complete: bool = True) -> list[Fields]:
     """The inputs of each image besides its pixels, by name."""
     if class_id is not None and not self.takes_class:
       raise UserError(f"class_id has no effect on {self._what}; leave it out.")
+    sentences = [sentences] if isinstance(sentences, str) and count == 1 else sentences
     for name, value, taken in (("sentences", sentences, self.takes_sentence), ("boxes", boxes, self.takes_boxes)):
       if value is not None and not taken:
         raise UserError(f"{name} have no effect on {self._what}; leave them out.")
@@ -236,10 +270,23 @@ class Predictor:
     return int(cast(Any, self._classify)(self.weights, squeezed)[0])
 
   def _class_ids(self, class_id: object, count: int) -> np.ndarray:
-    ids = np.asarray(-1 if class_id is None else class_id)
+    by_name = lambda given: self.class_id(given) if isinstance(given, str) else given
+    if isinstance(class_id, list | tuple):
+      class_id = [by_name(given) for given in class_id]
+    ids = np.asarray(-1 if class_id is None else by_name(class_id))
     if ids.shape not in ((), (count,)) or (not np.issubdtype(ids.dtype, np.integer) and ids.size):
       raise UserError(f"class_id is {ids.dtype} {list(ids.shape)}; give one int, or one for each of {count} images.")
     ids = np.broadcast_to(ids.astype(np.int32), (count,))
     if ids.size and (ids.min() < -1 or ids.max() >= len(self.product.classes)):
       raise UserError(f"class_id {ids.tolist()} must lie between -1 (the mean) and {len(self.product.classes) - 1}.")
     return ids
+
+
+def _as_list(images: Images) -> tuple[list[object], bool]:
+  """The images one by one, and whether a single one was given: no sequence, and no array [B, H, W, C]."""
+  if isinstance(images, str | os.PathLike | Image.Image):
+    return [images], True
+  if isinstance(images, Sequence):
+    return list(images), False
+  array = np.asarray(images)
+  return ([array], True) if array.ndim < 4 else (list(array), False)

@@ -1,6 +1,6 @@
 """Small functions that return parts of a config, so that config files say only what is their own."""
 
-from vpd_jax.config.presets.backbones import clip_image, sd_tiny, sd_v1
+from vpd_jax.config.presets.backbones import backbone, clip_image, sd_tiny, sd_v1, sizes
 from vpd_jax.config.presets.depth import iedp_assumptions, iedp_depth, meta_prompts_depth, vpd_depth
 from vpd_jax.config.presets.recipe import adamw, evaluation, no_decay_for_vectors, run, sliding_window_evaluation
 from vpd_jax.config.presets.referring import iedp_referring, meta_prompts_referring, referring_optimizer, vpd_referring
@@ -14,6 +14,7 @@ from vpd_jax.config.presets.segmentation import (
 
 __all__ = [
   "adamw",
+  "backbone",
   "clip_image",
   "evaluation",
   "iedp_assumptions",
@@ -31,6 +32,7 @@ __all__ = [
   "sd_v1",
   "sections",
   "segmentation_optimizer",
+  "sizes",
   "sliding_window_evaluation",
   "vpd_depth",
   "vpd_referring",

@@ -44,6 +44,19 @@ def sd_tiny() -> Section:
   return config
 
 
+SIZES = {"full": sd_v1, "tiny": sd_tiny}  # by the word of a config
+
+
+def sizes(default: str = "full") -> tuple[str, ...]:
+  """The words for a size, the one that a config takes where none is given first."""
+  return (default, *(name for name in SIZES if name != default))
+
+
+def backbone(size: str) -> Section:
+  """The section `backbone` for one of these words."""
+  return SIZES[size]()
+
+
 def clip_image(*, tiny: bool) -> Section:
   """Sizes of CLIP's image encoder: ViT-L/14 at 224 pixels; a folder in `init.clip` brings its own."""
   sizes = {"width": 1024, "layers": 24, "heads": 16, "mlp_width": 4096, "image_size": 224, "projection": 768}
