@@ -31,7 +31,7 @@ COUNT = flags.DEFINE_integer("count", 2000, "images whose shapes are counted")
 RUN = flags.DEFINE_integer("run", 50, "how many of them are labeled")
 RATIOS = flags.DEFINE_list("ratios", ["1"], "scales of each image")
 FLIP = flags.DEFINE_bool("flip", False, "mirrored too")
-SMALL = flags.DEFINE_string("small", "", "config.eval.small; empty: as the config says")
+SMALL = flags.DEFINE_string("small", "", "config.eval.small_images; empty: as the config says")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "windows in one call of the network")
 
 
@@ -62,7 +62,7 @@ def main(_: list[str]) -> None:
   config, shapes, compiled = loader.load("configs/ade20k_seg.py"), [], []
   words = (*config.eval.test_time, *(("flip",) if FLIP.value else ()))
   config.eval.test_time = (*words, ":".join(["ms", *RATIOS.value]))
-  config.eval.batch_size, config.eval.small = BATCH_SIZE.value, SMALL.value or config.eval.small
+  config.eval.batch_size, config.eval.small_images = BATCH_SIZE.value, SMALL.value or config.eval.small_images
   classes = CLASSES.value or {"memory": 150, "programs": 2}[MEASURE.value]
   weights = (jax.random.normal(jax.random.key(0), (3, classes)),)
   label = protocols.SlidingWindowProtocol(config, stub_network(classes, shapes))
@@ -79,7 +79,7 @@ def main(_: list[str]) -> None:
     return
   rng = np.random.default_rng(0)
   sizes = [tuple(int(256 * 8 ** rng.random()) for _ in range(2)) for _ in range(COUNT.value)]
-  options, small = sliding_window.parse(config.eval.test_time), config.eval.small
+  options, small = sliding_window.parse(config.eval.test_time), config.eval.small_images
   scaled = [tiles.scaled_size(size, options.scale, ratio) for size in sizes for ratio in options.ratios]
   windows = {tiles.window_of(size, options.window, small) for size in scaled}
   jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))

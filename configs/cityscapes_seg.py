@@ -47,5 +47,5 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   config.optim.loss_group = 1  # Lovász is a loss over the images of one GPU
   words = ("slide:128:64",) if tiny else ("slide:1024:512",)
   # All pictures have one size: a shape for each scale, as released.
-  config.eval = presets.sliding_window_evaluation(batch_size=8, test_time=words, small="whole")
+  config.eval = presets.sliding_window_evaluation(batch_size=8, test_time=words, small_images="whole")
   return config

@@ -243,13 +243,13 @@ def _check_test_time(config: ConfigDict, task: Task) -> None:
   """The words of the test-time procedure, and the choice that goes with them."""
   if task.test_time_protocol == "sliding":
     sliding_window.parse(config.eval.test_time)
-    option, choices = "small", sliding_window.SMALL_IMAGE_MODES
+    option, choices = "small_images", sliding_window.SMALL_IMAGE_MODES
   else:
     tta.parse(config.eval.test_time, task.test_time_protocol)
     option, choices = "coverage", tta.COVERAGES
   if config.eval.get(option) not in choices:
     raise UserError(f"eval.{option}={config.eval.get(option)!r} is unknown; choose one of {choices}.")
-  if idle := [other for other in ("coverage", "small") if other != option and other in config.eval]:
+  if idle := [other for other in ("coverage", "small_images") if other != option and other in config.eval]:
     raise UserError(f"config.eval does not take {idle} with task {config.task.name!r}; remove or correct them.")
 
 

@@ -16,7 +16,7 @@ NYU, ROOMS = "configs/nyu_depth.py:tiny", "configs/rooms.py:{}"
     (NYU, "optim.schedule.warm_up", 1),
     (NYU, "optim.schedule.lr", 1.0),
     (NYU, "eval.batchsize", 1),
-    (NYU, "eval.small", "whole"),  # of label maps
+    (NYU, "eval.small_images", "whole"),  # of label maps
     (ROOMS.format("segmentation"), "eval.coverage", "full"),  # of all others
     (NYU, "mesh.fdsp", 2),
     (NYU, "init.weights", "x"),
@@ -86,7 +86,7 @@ def test_the_table_holds_what_the_configs_of_the_package_have():
     config = loader.load(str(path))
     fields.check(config)
     for name, known in fields.FIELDS.items():
-      optional = {"coverage", "small"} if name == "eval" else set()
+      optional = {"coverage", "small_images"} if name == "eval" else set()
       assert set(known) - optional == set(config[name] if name else config) - optional, (path, name)
 
 

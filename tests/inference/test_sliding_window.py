@@ -168,7 +168,7 @@ def test_nothing_outlives_its_picture(weights):
 def test_what_is_smaller_than_the_window_is_taken_whole_or_padded(weights):
   views = Views([picture(0, (20, 71))], (20, 71), {})
   whole, padded = (
-    next(SlidingWindowInference(stand_in, SLIDE, small=small)(weights, [views])) for small in ("whole", "padded")
+    next(SlidingWindowInference(stand_in, SLIDE, small_images=small)(weights, [views])) for small in ("whole", "padded")
   )
   np.testing.assert_allclose(whole[:20, :71], restated(weights, views, SLIDE), rtol=0, atol=2e-6)
   grown = Views([np.pad(views.images[0], ((0, 12), (0, 0), (0, 0)), constant_values=0.5)], (32, 71), {})
@@ -224,18 +224,18 @@ def test_every_config_of_label_maps_is_evaluated_with_few_shapes_of_windows(name
   scales = (*config.eval.test_time, "ms:0.5:0.75:1:1.25:1.5:1.75:2", "flip")
   for procedure in map(sliding_window.parse, (config.eval.test_time, scales)):
     scaled = [sliding_window.scaled_size(s, procedure.scale, r) for s in LABEL_MAPS[name] for r in procedure.ratios]
-    assert len({tiles.window_of(size, procedure.window, config.eval.small) for size in scaled}) <= 9
+    assert len({tiles.window_of(size, procedure.window, config.eval.small_images) for size in scaled}) <= 9
 
 
 @pytest.mark.parametrize("small", sliding_window.SMALL_IMAGE_MODES)
 def test_evaluation_and_prediction_cut_windows_as_the_config_says(small, monkeypatch):
-  config = loader.changed(loader.load("configs/my_segmentation.py:tiny"), {"eval.small": small})
+  config = loader.changed(loader.load("configs/my_segmentation.py:tiny"), {"eval.small_images": small})
   task = types.SimpleNamespace(measure=lambda *_: {}, decide=sliding_window.most_probable, result="label")
   product = types.SimpleNamespace(task=task)
   monkeypatch.setattr(initialize, "gather", lambda *_: None)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   made = (evaluate._Pictures(config, product, None, mesh), protocols.SlidingWindowProtocol(config, product))
-  assert [made[0]._labeling.small, made[1]._inference.small] == [small, small]
+  assert [made[0]._labeling.small_images, made[1]._inference.small_images] == [small, small]
 
 
 @pytest.mark.parametrize("window, expected", [
@@ -256,7 +256,7 @@ def test_all_programs_of_a_data_set_are_at_most_twelve():
     return stand_in(weights, batch)
 
   procedure = sliding_window.parse(("resize:512:128", "slide:128:85", "ms:0.5:0.75:1", "flip"))
-  options = {"batch_size": 4, "small": "few_shapes", "postprocess": sliding_window.most_probable}
+  options = {"batch_size": 4, "small_images": "few_shapes", "postprocess": sliding_window.most_probable}
   engine, weights = SlidingWindowInference(network, procedure, **options), fill.normal("weights", (5, CLASSES), 0)
   pictures = [picture(i, size) for i, size in enumerate([(48, 64), (64, 47), (24, 130), (90, 91)])]
   listener = lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
@@ -276,13 +276,17 @@ def test_few_shapes_change_nothing_but_what_the_network_sees(weights):
   for size in ((130, 400), (300, 64), (100, 90), (40, 300), (30, 20)):
     views = Views([picture(0, size)], size, {})
     few, whole = (
-      next(SlidingWindowInference(pixels, SlidingWindowOptions(256, 171), batch_size=2, small=small)(weights, [views]))
+      next(
+        SlidingWindowInference(pixels, SlidingWindowOptions(256, 171), batch_size=2, small_images=small)(
+          weights, [views]
+        )
+      )
       for small in ("few_shapes", "whole")
     )
     np.testing.assert_allclose(few, whole, rtol=0, atol=1e-6)
   views = Views([picture(0, (70, 64))], (70, 64), {})
   few, whole = (
-    next(SlidingWindowInference(stand_in, SlidingWindowOptions(64, 40), small=s)(weights, [views]))
+    next(SlidingWindowInference(stand_in, SlidingWindowOptions(64, 40), small_images=s)(weights, [views]))
     for s in ("few_shapes", "whole")
   )
   np.testing.assert_array_equal(few, whole)
@@ -392,7 +396,7 @@ def test_an_unknown_word_names_the_known_ones(words, word):
 
 
 @pytest.mark.parametrize("options, message", [
-  (dict(small="crop"), r"^eval\.small='crop' is unknown; choose one of \('whole', 'padded', 'few_shapes'\)\."),
+  (dict(small_images="crop"), r"^eval\.small_images='crop' is unknown; choose one of \('whole', 'padded', 'few"),
   (dict(batch_size=0), r"^batch_size=0 must be at least 1\."),
 ])  # fmt: skip
 def test_options_that_do_not_fit_are_refused(options, message):

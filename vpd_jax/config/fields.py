@@ -20,7 +20,7 @@ FIELDS = {
   "optim": ("lr", "decay", "b1", "b2", "epsilon", "clip_norm", "schedule", "lr_groups", "decay_groups", "norm_group",
             "loss_group", "accumulation", "ema_decay"),
   "backbone": ("unet", "vae", "text", "image", "attention", "remat"),
-  "eval": ("batch_size", "test_time", "coverage", "small", "checkpoint", "baselines", "panels"),
+  "eval": ("batch_size", "test_time", "coverage", "small_images", "checkpoint", "baselines", "panels"),
   "init": ("pretrained", "run", "clip"),
   "mesh": ("data", "fsdp", "rules"),
 }  # fmt: skip
@@ -29,7 +29,11 @@ FILLED = ("self", "setup", "maps", "common", "lr")
 
 
 # Options by their names in earlier versions: a config must say the new name, a workdir may still hold the old one.
-RENAMED = {"data.colour": "data.color_jitter", "data.centre_jitter": "data.center_jitter"}
+RENAMED = {
+  "data.colour": "data.color_jitter",
+  "data.centre_jitter": "data.center_jitter",
+  "eval.small": "eval.small_images",
+}
 
 
 def with_new_names(flat: Mapping[str, object]) -> Section:

@@ -146,7 +146,7 @@ class _Pictures:
       on_mesh(make_scores(product), config, product, self._local),
       sliding_window.parse(config.eval.test_time),
       batch_size=config.eval.batch_size // jax.process_count(),
-      small=config.eval.small,
+      small_images=config.eval.small_images,
       postprocess=sliding_window.finite_label,
       place=lambda x: jax.device_put(x, sharding.batch_sharding(self._local)),
       gathered=sharding.replicated(self._local),

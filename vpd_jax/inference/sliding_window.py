@@ -192,7 +192,7 @@ class SlidingWindowInference:
     options: SlidingWindowOptions,
     *,
     batch_size: int = 8,
-    small: str = "whole",
+    small_images: str = "whole",
     softmax: bool = True,
     postprocess: Callable[[Array], Array] = lambda scores: scores,
     place: Callable[[np.ndarray], Array] = jax.device_put,
@@ -203,8 +203,8 @@ class SlidingWindowInference:
       predict: (weights, {"image": float [n, h, w, 3] in [0, 1], ..}) to scores [n, h, w, K] at the size of the windows.
       options: of `parse`.
       batch_size: n, the number of windows per call.
-      small: what happens where a side of the image is shorter than the window. "whole", as released, shortens the
-        window, which compiles another program; "few_shapes" chooses among at most nine shapes the largest that fits
+      small_images: what happens where a side of the image is shorter than the window. "whole", as released, shortens
+        the window, which compiles another program; "few_shapes" chooses among at most nine shapes the largest that fits
         into the view, and covers it; "padded" pads with mid gray at right and bottom, so that all windows have one
         size. The last two give other scores than "whole" there.
       softmax: sums probabilities; False sums scores.
@@ -213,13 +213,13 @@ class SlidingWindowInference:
       gathered: sharding of the scores of a call; None leaves them where they are computed.
 
     Raises:
-      ValueError: unknown `small`, or a batch size below 1.
+      ValueError: unknown `small_images`, or a batch size below 1.
     """
-    if small not in SMALL_IMAGE_MODES:
-      raise UserError(f"eval.small={small!r} is unknown; choose one of {SMALL_IMAGE_MODES}.")
+    if small_images not in SMALL_IMAGE_MODES:
+      raise UserError(f"eval.small_images={small_images!r} is unknown; choose one of {SMALL_IMAGE_MODES}.")
     if batch_size < 1:
       raise UserError(f"batch_size={batch_size} must be at least 1.")
-    self.options, self.batch_size, self.small, self.place = options, batch_size, small, place
+    self.options, self.batch_size, self.small_images, self.place = options, batch_size, small_images, place
     self.shapes, self._unused = set(), []  # the latter: tiles to reuse
 
     def full(weights: Weights, batch: dict[str, Array]) -> Array:
@@ -257,7 +257,7 @@ class SlidingWindowInference:
     waiting = collections.defaultdict(collections.deque)  # (view, pixels, y, x) by size of the window
     opened: collections.deque[_Image] = collections.deque()
     for views in images:
-      image = _Image(views, self.options, self.small)
+      image = _Image(views, self.options, self.small_images)
       opened.append(image)
       for view in image.views:
         queue = waiting[view.window]

@@ -29,7 +29,7 @@ def scaled_size(size: tuple[int, int], scale: tuple[int, int] | None, ratio: flo
 
 
 def few_shapes(window: int) -> list[tuple[int, int]]:
-  """The windows of `eval.small="few_shapes"`, at most nine: sides that are quarters of the window, multiples of 64."""
+  """Windows of `eval.small_images="few_shapes"`, at most nine: sides are quarters of the window, multiples of 64."""
   side = lambda n: window if n == 4 else max(n * window // 4 // MULTIPLE * MULTIPLE, min(MULTIPLE, window))
   return list(dict.fromkeys((side(rows), side(columns)) for rows, columns in QUARTERS))
 

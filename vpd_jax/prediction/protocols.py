@@ -65,7 +65,8 @@ class SlidingWindowProtocol:
   """Classifies every pixel with sliding windows and scales, see inference/sliding_window.py."""
 
   def __init__(self, config: ConfigDict, product: Product):
-    words, options = config.eval.test_time, {"batch_size": config.eval.batch_size, "small": config.eval.small}
+    words = config.eval.test_time
+    options = {"batch_size": config.eval.batch_size, "small_images": config.eval.small_images}
     options["postprocess"] = cast(DecidingTask, product.task).decide
     self._inference = sliding_window.SlidingWindowInference(
       evaluate.make_scores(product), sliding_window.parse(words), **options

@@ -71,7 +71,7 @@ def evaluation(*, batch_size: int, test_time: tuple[str, ...], baselines: int = 
 
 
 def sliding_window_evaluation(
-  *, batch_size: int, test_time: tuple[str, ...], baselines: int = 0, small: str = "few_shapes"
+  *, batch_size: int, test_time: tuple[str, ...], baselines: int = 0, small_images: str = "few_shapes"
 ) -> Section:
   """How label maps are scored and predicted.
 
@@ -80,14 +80,14 @@ def sliding_window_evaluation(
     test_time: of "flip", "slide:WINDOW:STRIDE", "resize:LONG:SHORT" and "ms:RATIO:RATIO..", see
       inference/sliding_window.py.
     baselines: see `evaluation`.
-    small: what a side shorter than the window does: "whole" makes the window shorter there, as released, and the
+    small_images: what a side shorter than the window does: "whole" makes the window shorter there, as released, and the
       network is compiled for every shape; "few_shapes": windows of at most nine shapes; "padded" with gray, one shape.
 
   Returns:
-    also small; the rest as `evaluation`.
+    also small_images; the rest as `evaluation`.
   """
   common = evaluation(batch_size=batch_size, test_time=test_time, baselines=baselines)
-  return {name: value for name, value in common.items() if name != "coverage"} | {"small": small}
+  return {name: value for name, value in common.items() if name != "coverage"} | {"small_images": small_images}
 
 
 def run(*, num_steps: int, log_every: int, eval_every: int, save_every: int) -> Section:
