@@ -28,6 +28,9 @@ SENTENCE = flags.DEFINE_string("sentence", "", "--mode=predict: sentence about a
 SENTENCES = flags.DEFINE_string("sentences", "", "--mode=predict: JSON file with sentences about each image.")
 BOXES = flags.DEFINE_string("boxes", "", "--mode=predict: JSON file with the boxes of people in each image.")
 ATTENTION = flags.DEFINE_bool("attention", False, "--mode=predict: also write the attention maps of the classes.")
+ALLOW_DAMAGED = flags.DEFINE_bool(
+  "allow_damaged", False, "--mode=predict: exit code 0 although some images cannot be read."
+)
 TOPOLOGY = flags.DEFINE_string(
   "topology", "", "--mode=plan: TPUs like v5e:2x4 or GPUs like h200:8; default: the local devices."
 )
@@ -66,7 +69,8 @@ def _run() -> None:
   if line := accelerators.unused():
     print(line, file=sys.stderr, flush=True)
   of_prediction = {"source": INPUT, "output": OUTPUT, "class_name": CLASS, "sentence": SENTENCE}
-  of_prediction |= {"sentences": SENTENCES, "boxes": BOXES, "attention": cast(Any, ATTENTION)}
+  of_prediction |= {"sentences": SENTENCES, "boxes": BOXES}
+  of_prediction |= cast(dict[str, Any], {"attention": ATTENTION, "allow_damaged": ALLOW_DAMAGED})
   of_mode = {"predict": of_prediction, "plan": {"topology": TOPOLOGY}, "train": {"accept_changes": ACCEPT}}
   for mode, mode_flags in of_mode.items():
     if unused := [f"--{flag.name}" for flag in mode_flags.values() if flag.value and MODE.value != mode]:

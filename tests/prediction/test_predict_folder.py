@@ -3,9 +3,12 @@
 import json
 import types
 
+import numpy as np
 import pytest
 from PIL import Image
 
+import vpd_jax
+from tests.helpers import one_convolution
 from vpd_jax.config import loader
 from vpd_jax.prediction import predict_folder
 
@@ -73,3 +76,25 @@ def test_as_many_results_are_written_as_are_told(tmp_path, monkeypatch, capsys):
     "a.jpg: it", "a.png: it", "a_jpg.bmp: it", "car.jpg: b", "car.jpg: it", "car_1.jpg: it",
   ]  # fmt: skip
   assert "5 images written" in capsys.readouterr().out
+
+
+def test_damaged_images_are_counted_and_may_be_allowed(tmp_path, monkeypatch, capsys):
+  source, options = tmp_path / "in", {"source": str(tmp_path / "in"), "output": str(tmp_path / "out")}
+  source.mkdir()
+  for name in ("a", "b"):
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(source / f"{name}.png")
+  (source / "b.png").write_bytes((source / "b.png").read_bytes()[:60])
+  (source / "notes.txt").write_text("no image")
+  with one_convolution.known():
+    config = one_convolution.rooms(**{"init.pretrained": "weights.pth"})
+    predictor = vpd_jax.Predictor.load(one_convolution.rooms(), random_init=True)
+    monkeypatch.setattr(predict_folder.Predictor, "load", lambda *_, **__: predictor)
+    with pytest.raises(ValueError, match=r"^1 of 2 images in .* cannot be read: b\.png.* or give --allow_damaged\.$"):
+      predict_folder.run(config, str(tmp_path / "none"), **options)
+    counts = f"1 images written to {tmp_path / 'out'}, 1 files skipped, 1 images damaged"
+    assert capsys.readouterr().out.splitlines()[-1] == counts
+    assert predict_folder.run(config, str(tmp_path / "none"), **options, allow_damaged=True) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == counts
+    (source / "a.png").unlink()
+    with pytest.raises(ValueError, match="1 of 1 images"):
+      predict_folder.run(config, str(tmp_path / "none"), **options, allow_damaged=True)

@@ -65,7 +65,10 @@ RESULTS = tuple(f"out/{name}{end}" for name in "ab" for end in (".npy", ".json",
 CASES = {
   # The command line and the config file.
   "no config": Case("--config=", "names no file", "give one like"),
-  "a config file that is not there": Case("--config=configs/nyu_dept.py", "was not found", "like configs/"),
+  "a config file that is not there": Case("--config=configs/mine_own.py", "was not found", "like configs/"),
+  "a config file that is nearly there": Case(
+    "--config=configs/nyu_dept.py", "was not found", "mean configs/nyu_depth.py?"
+  ),
   "a config file that fails": Case(
     MINE, "line 2, fails with NameError", "fix the file", text("mine.py", "import vpd_jax\nx = nothing\n")
   ),

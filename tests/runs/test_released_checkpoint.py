@@ -182,7 +182,7 @@ def test_prediction_of_a_folder_writes_pictures_metres_and_facts(checkpoint, nyu
       config(nyu, checkpoint), str(tmp_path / "none"), source=str(folder), output=str(out), class_name="kitchen"
     )
   text = capsys.readouterr().out
-  assert "6 images written" in text and "2 files skipped" in text
+  assert "6 images written" in text and "1 files skipped, 1 images damaged" in text
   assert "skipped: notes.txt" in text and "skipped: broken.png" in text
   assert {p.name for p in out.iterdir()} == {
     f"{stem}{suffix}"

@@ -86,11 +86,13 @@ def resolve(config: str) -> str:
     if candidate.is_file():
       return f"{candidate.resolve()}{colon}{argument}"
   names = sorted({held.name for folder in (PACKAGE, PROJECT) for held in (folder / "configs").glob("*.py")})
-  shipped = ", ".join(f"configs/{name}" for name in names)
-  raise UserError(
-    f"config file {path!r} was not found: no file {' and no file '.join(map(str, candidates))}; give one that exists, "
-    f"like {shipped or 'configs/mine.py'}."
+  stems = [name.removesuffix(".py") for name in names]
+  near = [stem for stem in stems if file.stem in stem] or difflib.get_close_matches(file.stem, stems, n=2)
+  listed = lambda chosen: ", ".join(f"configs/{stem}.py" for stem in chosen)
+  hint = (
+    f"did you mean {listed(near)}?" if near else f"give one that exists, like {listed(stems) or 'configs/mine.py'}."
   )
+  raise UserError(f"config file {path!r} was not found: no file {' and no file '.join(map(str, candidates))}; {hint}")
 
 
 def load(config: str | ml_collections.ConfigDict) -> ml_collections.ConfigDict:

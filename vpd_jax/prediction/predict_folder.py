@@ -47,6 +47,7 @@ def run(
   sentences: str = "",
   boxes: str = "",
   attention: bool = False,
+  allow_damaged: bool = False,
 ) -> int:
   """--mode=predict: writes the prediction of every image of a folder, and returns their number.
 
@@ -61,11 +62,12 @@ def run(
     sentences: a file with sentences about each image, see `read_sentences`.
     boxes: a file with boxes of each image, see top_down.read_boxes.
     attention: also write attention maps of the classes, see Predictor.attention.
+    allow_damaged: images that cannot be read are no error, unless all are.
 
   Raises:
     ValueError: no such folder, or no image in it; an unknown class; files in another format, or that name a missing
       image; options without effect; after all others have been written, images that cannot be read, or whose boxes
-      have no area inside them.
+      have no area inside them, unless `allow_damaged`.
   """
   folder = Path(source).expanduser()
   if not source or not folder.is_dir():
@@ -116,12 +118,13 @@ def run(
   if skipped:
     print(f"{skipped} images without an entry in --sentences are skipped", flush=True)
   done = len(paths) - len(damaged) - skipped
-  print(f"{done} images written to {output}, {len(files) - done} files skipped", flush=True)
-  if damaged:
+  left = f"{len(files) - done - len(damaged)} files skipped"
+  print(f"{done} images written to {output}, {left}, {len(damaged)} images damaged", flush=True)
+  if damaged and not (allow_damaged and done):
     reasons = "; ".join(message.rstrip(".") for message in damaged[:10])
     raise UserError(
       f"{len(damaged)} of {len(paths)} images in {source} cannot be read: {reasons}. "
-      f"The other {done} are done; fix or remove these."
+      f"The other {done} are done; fix or remove these, or give --allow_damaged."
     )
   return done
 
