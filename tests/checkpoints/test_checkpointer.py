@@ -387,3 +387,11 @@ def test_a_folder_that_must_not_be_looked_into_is_not_taken_for_empty(tmp_path, 
   monkeypatch.setattr(os, "stat", refuse)
   with pytest.raises(ValueError, match=r"cannot be searched for checkpoints .*Permission denied"):
     checkpointer.is_workdir(tmp_path)
+
+
+def test_orbax_says_nothing_of_what_is_as_it_should_be(tmp_path, caplog):
+  with checkpointer.Checkpoints(tmp_path, best_metric="rmse") as held:
+    held.save(1, start(), CONFIG, {}, force=True)
+  with checkpointer.Checkpoints(tmp_path, read_only=True) as held:
+    held.restore_weights(1)
+  assert [record.getMessage() for record in caplog.records if record.name == "absl"] == []

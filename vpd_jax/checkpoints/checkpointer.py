@@ -8,6 +8,7 @@ makes the same calls in the same order; each writes its own part of the arrays.
 import contextlib
 import errno
 import json
+import logging
 import math
 import os
 import re
@@ -18,6 +19,7 @@ from typing import cast
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -29,6 +31,14 @@ WEIGHTS = ("params", "frozen", "stats", "ema")
 FOLDER = "checkpoints"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # device, quota and file size: room is missing
 _STATUS = re.compile(r"[A-Z_]+: ")  # how errors of the library that writes arrays begin: they come as ValueErrors
+
+
+def _is_asked_for(record: logging.LogRecord) -> bool:
+  """Whether a line of the log is not one of orbax's about what is as it should be, such as a folder only read."""
+  return record.levelno >= logging.ERROR or "orbax" not in record.pathname or absl_logging.level_debug()
+
+
+absl_logging.get_absl_logger().addFilter(_is_asked_for)
 
 
 class Checkpoints:
