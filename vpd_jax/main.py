@@ -1,6 +1,6 @@
 """python -m vpd_jax.main --config=configs/nyu_depth.py [--workdir=...] [--mode=train|eval|predict|plan]
 
-Any field of the config can be set on the command line: --config.optim.lr=3e-4. To train on several machines, run the
+Every field of the config can be set on the command line: --config.optim.lr=3e-4. To train on several machines, run the
 same command on each of them. TPU pods and SLURM's srun are detected; elsewhere add --coordinator_address,
 --process_count and --process_id.
 """
