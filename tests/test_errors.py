@@ -20,6 +20,12 @@ def test_an_error_for_users_is_one_line_and_exit_code_2(capsys):
     assert printed.startswith("error: ") and printed.count("\n") == 1 and "Traceback" not in printed
 
 
+def test_ctrl_c_is_one_line_and_exit_code_130(capsys):
+  with pytest.raises(SystemExit) as caught, multiprocess.report_errors():
+    raise KeyboardInterrupt
+  assert caught.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
 @pytest.mark.parametrize("error", [ValueError("shapes (2,) and (3,)"), FloatingPointError("a bug"), TypeError("a bug")])
 def test_any_other_error_keeps_its_traceback(error):
   with pytest.raises(type(error)) as caught, multiprocess.report_errors():

@@ -1,5 +1,7 @@
 """The loop around the training step, with a state of two numbers in place of a network."""
 
+import contextlib
+import signal
 import types
 
 import jax
@@ -10,7 +12,7 @@ import pytest
 
 from vpd_jax.checkpoints import checkpointer, initialize
 from vpd_jax.config import loader
-from vpd_jax.distributed import sharding
+from vpd_jax.distributed import multiprocess, sharding
 from vpd_jax.evaluation import evaluate
 from vpd_jax.tasks.depth.task import Depth
 from vpd_jax.training import compilation, session, startup_report, train
@@ -161,6 +163,29 @@ def test_a_loss_that_is_not_finite_is_blamed_on_what_its_step_was_given(run, mon
   }
   with pytest.raises(FloatingPointError, match=rf"^the loss of step 2 is nan, .*{words[blame]}"):
     run({})
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_saves_the_step_under_way_and_twice_ends_at_once(run, tmp_path, monkeypatch, capsys, times):
+  class Interrupted(Step):
+    def __call__(self, state, batch):
+      if state.step == 4:
+        for _ in range(times):
+          signal.raise_signal(signal.SIGINT)
+      return super().__call__(state, batch)
+
+  monkeypatch.setattr(compilation, "lower_step", lambda *_: Interrupted())
+  with contextlib.nullcontext() if times == 1 else pytest.raises(SystemExit) as caught, multiprocess.report_errors():
+    run({2: 0.5, 4: 0.25})
+  printed = capsys.readouterr()
+  assert printed.err.startswith("Ctrl-C: the step under way is finished and saved; once more ends at once\n")
+  with checkpoints_of(tmp_path) as held:
+    assert held.latest_step() == (5 if times == 1 else 4)
+  if times == 1:
+    assert "stopped by Ctrl-C after step 5, which is saved; the same command goes on from there" in printed.out
+  else:
+    assert caught.value.code == 130
+    assert printed.err.splitlines()[1:] == ["interrupted; step 4 is saved, the same command goes on there"]
 
 
 def test_the_newest_and_the_best_are_kept_whichever_it_is(run, tmp_path):

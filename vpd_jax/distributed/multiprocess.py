@@ -29,11 +29,19 @@ _exit_watcher: subprocess.Popen | None = None  # reports that this process was k
 def report_errors(debug: bool = False) -> Iterator[None]:
   """Ends the process at an error, and with it the other processes of the run.
 
+  Ctrl-C is one line, and exit code 130.
+
   Args:
     debug: print the traceback of every error; else those of the user (UserError, OSError) are printed as one line.
   """
   try:
     yield
+  except KeyboardInterrupt as error:
+    line = "; ".join(["interrupted", *getattr(error, "__notes__", [])])
+    if "jax" in sys.modules and _jax().distributed.is_initialized():
+      _abort_all(line)
+    print(line, file=sys.stderr)
+    sys.exit(130)
   except Exception as error:
     alone = "jax" not in sys.modules or not _jax().distributed.is_initialized()
     known = isinstance(error, (UserError, OSError)) and not debug

@@ -1,7 +1,8 @@
-"""Preemption handling: SIGTERM ends a run after a step, which is the same one in all of its processes."""
+"""Preemption handling: SIGTERM or Ctrl-C ends a run after a step, which is the same one in all of its processes."""
 
 import itertools
 import signal
+import sys
 import threading
 from typing import Any
 
@@ -12,7 +13,7 @@ _calls = itertools.count(1)  # of PreemptionGuard.should_stop in this process
 
 
 class PreemptionGuard:
-  """Notices SIGTERM: `with PreemptionGuard() as guard: ... if guard.should_stop(): save and leave`.
+  """Notices SIGTERM and Ctrl-C: `with PreemptionGuard() as guard: ... if guard.should_stop(): save and leave`.
 
   All processes of a run have to leave after the same step, whichever of them received the signal; the others would
   wait in their next collective forever. With several processes the signal goes to JAX's preemption service, which
@@ -20,25 +21,27 @@ class PreemptionGuard:
   `should_stop` that no process has made yet. A call only reads memory; an all-gather of a flag would synchronize host
   and devices in every step.
 
-  With one process the previous handler is restored at the end. Python handles signals in its main thread only: in any
-  other thread `requested` stays False, and the caller's own handler stays in place.
+  With one process a second Ctrl-C raises KeyboardInterrupt, and the previous handlers are restored at the end. Python
+  handles signals in its main thread only: in any other thread `requested` stays False, and the caller's own handlers
+  stay in place.
 
   Attributes:
     requested: whether a signal has been noticed.
+    cause: which one, for messages.
   """
 
   def __init__(self) -> None:
-    self.requested = False
-    self._old: Any = None
+    self.requested, self.cause = False, "SIGTERM"
+    self._old: dict[int, Any] = {}
 
   def __enter__(self) -> "PreemptionGuard":
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-      self._old = signal.signal(signal.SIGTERM, self._handle)
+      self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
     return self
 
   def __exit__(self, *_: Any) -> None:
-    if self._old is not None:
-      signal.signal(signal.SIGTERM, self._old)
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
 
   def should_stop(self) -> bool:
     """Whether to stop at this point; stays True. All processes make the same calls in the same order."""
@@ -47,4 +50,9 @@ class PreemptionGuard:
     return self.requested
 
   def _handle(self, number: int, frame: object) -> None:
+    if number == signal.SIGINT:
+      if self.requested:
+        raise KeyboardInterrupt
+      self.cause = "Ctrl-C"
+      print("Ctrl-C: the step under way is finished and saved; once more ends at once", file=sys.stderr, flush=True)
     self.requested = True

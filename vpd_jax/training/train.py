@@ -31,7 +31,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
       log(f"nothing to do: step {session.step} of {config.num_steps} is reached")
       return session.scores
     if session.guard.requested:
-      log(f"stopped by SIGTERM at step {session.step}")
+      log(f"stopped by {session.guard.cause} at step {session.step}")
       return session.scores
     session.prepare()
     while True:
