@@ -30,11 +30,13 @@ FILLED = ("self", "setup", "maps", "common", "lr")
 
 # Options by their names in earlier versions: a config must say the new name, a workdir may still hold the old one.
 RENAMED = {"data.colour": "data.color_jitter", "data.centre_jitter": "data.center_jitter"}
+# Options that earlier versions did not have, and what they did without.
+ADDED = {"data.captions": ""}
 
 
 def with_new_names(flat: Mapping[str, object]) -> Section:
-  """{dotted field: value} of a config that may have been written before an option was renamed."""
-  return {RENAMED.get(field, field): value for field, value in flat.items()}
+  """{dotted field: value} of a config that may have been written before an option was renamed or added."""
+  return ADDED | {RENAMED.get(field, field): value for field, value in flat.items()}
 
 
 def check(config: Any) -> None:
