@@ -42,6 +42,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     "batch_size": 8,  # 8 GPUs x 1 in the release
     "workers": 8,
     "on_bad_record": "stop",  # "skip"
+    "captions": "",  # a file of them, for methods that read a sentence; see docs/data.md
   }
   config.optim = presets.segmentation_optimizer()
   config.optim.loss_group = 1  # Lovász is a loss over the images of one GPU

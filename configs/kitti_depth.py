@@ -3,7 +3,8 @@
 python -m vpd_jax.main --config=configs/kitti_depth.py --config.data.root=/data/kitti \
     --config.init.pretrained=/weights/stable-diffusion-v1-5
 
-The argument is a list of words: a method (vpd, meta_prompts, iedp), and "tiny" for the small network of the tests.
+The argument is a list of words: a method (vpd, meta_prompts, iedp, tadp), and "tiny" for the small network of the
+tests.
 
 KITTI states no class of the scene. A method that is told one gets the same for every frame, `data.scene`: VPD, whose
 method.prompt is "scene_class", the vector encoded from that word; IEDP in training "a photo of a street". data.scene=""
@@ -55,6 +56,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     "batch_size": 24,
     "workers": 8,
     "on_bad_record": "stop",  # "skip"
+    "captions": "",  # a file of them, for methods that read a sentence; see docs/data.md
   }
   config.optim = presets.adamw(
     lr=5e-4,

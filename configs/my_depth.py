@@ -3,7 +3,8 @@
 python -m vpd_jax.main --config=configs/my_depth.py --config.data.root=/data/mine \
     --config.init.pretrained=/weights/stable-diffusion-v1-5
 
-The argument is a list of words: a method (vpd, meta_prompts, iedp), and "tiny" for the small network of the tests.
+The argument is a list of words: a method (vpd, meta_prompts, iedp, tadp), and "tiny" for the small network of the
+tests.
 """
 
 import ml_collections
@@ -22,7 +23,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   config.update(presets.sections("depth", words["method"], tiny=tiny, head_init="released"))
   config.task = {"name": "depth", "max_depth": MAX_DEPTH, "min_depth": 1e-3, "eval_crop": "none"}
   config.data = {"name": "depth_list", "root": "", "factor": 1000.0, "max_depth": MAX_DEPTH, "scene": "room"}
-  config.data.update({"train_list": "train_list.txt", "eval_list": "", "holdout": 0.1, "exif": "stored"})
+  config.data.update(
+    {"train_list": "train_list.txt", "eval_list": "", "holdout": 0.1, "exif": "stored", "captions": ""}
+  )
   config.data.update({"resize": (96, 128) if tiny else (480, 640), "crop": (96, 96) if tiny else (480, 480)})
   config.data.update(
     {"cut_depth": "scaled", "color_jitter": True, "batch_size": 24, "workers": 8, "on_bad_record": "stop"}

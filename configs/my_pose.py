@@ -3,7 +3,8 @@
 python -m vpd_jax.main --config=configs/my_pose.py --config.data.root=/data/mine \
     --config.init.pretrained=/weights/stable-diffusion-v1-5
 
-The argument is a list of words: a method (vpd, meta_prompts, iedp), and "tiny" for the small network of the tests.
+The argument is a list of words: a method (vpd, meta_prompts, iedp, tadp), and "tiny" for the small network of the
+tests.
 """
 
 import ml_collections
@@ -26,7 +27,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   config.data = {"name": "keypoint_list", "root": "", "train_json": "train.json", "eval_json": "", "images": "images"}
   config.data.update({"keypoints": KEYPOINTS, "skeleton": SKELETON, "pairs": (), "sigmas": (), "upper": ()})
   config.data.update({"holdout": 0.1, "crop": (128, 96) if tiny else (256, 192), "udp": True, "exif": "stored"})
-  config.data.update({"detections": "", "person_category": -1})  # -1: as the annotations number it
+  config.data.update({"captions": "", "detections": "", "person_category": -1})  # -1: as the annotations number it
   config.data.update({"rotation": 40.0, "scale": 0.5, "batch_size": 64, "workers": 8, "on_bad_record": "stop"})
   config.optim = pose.pose_optimizer(lr=6e-5, drops=(steps * 8 // 10, steps * 19 // 20))  # 5e-4 at 512
   config.eval = presets.evaluation(batch_size=32, test_time=("flip",), baselines=256)

@@ -3,7 +3,8 @@
 python -m vpd_jax.main --config=configs/my_segmentation.py --config.data.root=/data/mine \
     --config.init.pretrained=/weights/stable-diffusion-v1-5
 
-The argument is a list of words: a method (vpd, meta_prompts, iedp), and "tiny" for the small network of the tests.
+The argument is a list of words: a method (vpd, meta_prompts, iedp, tadp), and "tiny" for the small network of the
+tests.
 """
 
 import ml_collections
@@ -25,7 +26,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     {"eval_images": "", "eval_masks": "", "holdout": 0.1, "values": (), "ignored": (255,), "exif": "stored"}
   )
   config.data.update({"crop": (128, 128) if tiny else (512, 512), "scale": (512, 128) if tiny else (2048, 512)})
-  config.data.update({"batch_size": 16, "workers": 8, "on_bad_record": "stop"})
+  config.data.update({"batch_size": 16, "workers": 8, "on_bad_record": "stop", "captions": ""})
   config.optim = presets.segmentation_optimizer(num_steps=0, warmup=500)  # 0: as long as the run
   slide = ("resize:512:128", "slide:128:85") if tiny else ("resize:2048:512", "slide:512:341")
   config.eval = presets.sliding_window_evaluation(batch_size=8, test_time=slide, baselines=64)

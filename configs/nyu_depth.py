@@ -3,9 +3,13 @@
 python -m vpd_jax.main --config=configs/nyu_depth.py --config.data.root=/data/nyu_depth_v2 \
     --config.init.pretrained=/weights/v1-5-pruned-emaonly.ckpt
 
-The argument is a list of words: a method (vpd, meta_prompts, iedp), and "tiny" for the small network of the tests.
+The argument is a list of words: a method (vpd, meta_prompts, iedp, tadp), and "tiny" for the small network of the
+tests.
 
-Expected: RMSE 0.254, d1 0.964 for VPD, 0.223 and 0.976 for MetaPrompts (their READMEs). Ours: not yet run.
+TADP reads a caption of every picture: --config.data.captions=FILE.
+
+Expected: RMSE 0.254, d1 0.964 for VPD, 0.223 and 0.976 for MetaPrompts (their READMEs), 0.225 and 0.976 for TADP. Ours:
+not yet run.
 """
 
 import ml_collections
@@ -38,6 +42,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     "batch_size": 24,
     "workers": 8,
     "on_bad_record": "stop",  # "skip"
+    "captions": "",  # a file of them, for methods that read a sentence; see docs/data.md
   }
   config.optim = presets.adamw(
     lr=5e-4,

@@ -41,9 +41,10 @@ def forward(args: argparse.Namespace) -> None:
 def reverse(args: argparse.Namespace) -> None:
   config = initialize.with_backbone_sizes(loader.load(args.config), args.source)
   release = released.of(config.method.name, config.task.name)
-  shapes, table = released.inside(experiment.model_shapes(config)), released.TABLES[release]()
+  table = released.TABLES[release]()
+  shapes = released.inside(experiment.model_shapes(config), table)
   named, step = read(args, shapes)
-  named = released.inside(named)
+  named = released.inside(named, table)
   if args.manifest:
     entries = read_manifest(args.manifest)
   else:

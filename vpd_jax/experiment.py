@@ -18,6 +18,7 @@ from vpd_jax import optim
 from vpd_jax.config import fields, loader
 from vpd_jax.config.presets import registry
 from vpd_jax.convert.tokenizer import Tokenize
+from vpd_jax.data import captions
 from vpd_jax.data.datasets import (
   ade20k,
   cityscapes,
@@ -94,7 +95,7 @@ DATASETS: dict[str, type[Dataset]] = {
 }
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
-NOT_OF_THE_DATASET = ("name", "batch_size", "workers", "on_bad_record")
+NOT_OF_THE_DATASET = ("name", "batch_size", "workers", "on_bad_record", "captions")
 
 
 class Product(NamedTuple):
@@ -278,6 +279,7 @@ def _check_idle(config: ConfigDict, parts: params_lib.Parts) -> None:
   takes_class = config.method.get("prompt", "") == "scene_class"  # in prediction CLIP may tell it
   clip = has("method/text_encoder/", "method/image_encoder/", "method/class_predictor/") or takes_class
   read = {
+    "data.captions": parts.model.method.sentence_tokens,
     "init.clip": clip or parts.model.method.sentence_tokens,
     "method.class_vectors": has("method/class_vectors"),
     "method.templates": has("method/class_vectors"),
@@ -295,6 +297,8 @@ def dataset(config: ConfigDict, product: Product) -> Dataset:
     ValueError: files missing, or what method and task need is not what it provides.
   """
   made = DATASETS[config.data.name](**_rest(config.data, NOT_OF_THE_DATASET))
+  if config.data.get("captions"):
+    made = captions.Captioned(made, config.data.captions)
   missing = sorted(
     (set(product.keys) | product.method.prepare_inputs | product.task.eval_needs)
     - made.provides
@@ -302,6 +306,8 @@ def dataset(config: ConfigDict, product: Product) -> Dataset:
   )
   if missing:
     remedy = "Set config.data.scene to one name for all pictures." if "scene" in config.data else "Choose another."
+    if missing == ["sentence"] and "captions" in config.data:
+      remedy = "Set config.data.captions to a file of them."
     raise UserError(
       f"method {config.method.name!r} and task {config.task.name!r} need {missing}, but data set "
       f"{config.data.name!r} provides {sorted(made.provides)}. {remedy}"

@@ -132,6 +132,7 @@ class Method(Protocol):
     class_predictor: images to the ids of their classes, int [B]; None where it predicts none.
     sentence_census: sentences to a line for the start of a run; None where it reads none.
     attends_to_classes: whether it has attention maps, one for each class; these are given by `class_attention(batch)`.
+    samples_latents: whether the latents of an image are drawn, anew for each key, instead of computed.
     notes: lines for the log at the start of a run.
     text_options: options of the config's section that are read where texts are prepared, not by the constructor.
     training_only: top-level parts that evaluation does without; `build` leaves them out there.
@@ -141,6 +142,7 @@ class Method(Protocol):
   needs: frozenset[str]
   prepare_inputs: frozenset[str]
   prepare_outputs: frozenset[str]
+  samples_latents: bool
   map_info: MapInfo
   sentence_tokens: tuple[int, int] | None
   text_options: ClassVar[tuple[str, ...]]
@@ -159,9 +161,10 @@ class Method(Protocol):
   def prepare(self) -> Callable[[Example], Example]: ...
 
   def branches(self, training: bool) -> tuple[Branch, ...]: ...
-  def latents(self, batch: Batch) -> Array: ...  # of the images, float [B, h, w, 4], unscaled
+  def latents(self, batch: Batch, key: Array | None = None) -> Array: ...  # of the images, [B, h, w, 4], unscaled
   def text_states(self, batch: Batch) -> Array: ...  # of sentences, float [B, N, D]; see `sentence_tokens`
-  def __call__(self, batch: Batch, *, training: bool) -> Features: ...  # len(branches) * B rows, branch by branch
+  # len(branches) * B rows, branch by branch; the key is for what is drawn.
+  def __call__(self, batch: Batch, *, training: bool, key: Array | None = None) -> Features: ...
 
 
 class Keypoints(NamedTuple):
@@ -255,6 +258,13 @@ class Source(Protocol):
   def record(self, index: int) -> Fields:
     """What shards store of a record, see Dataset.stored; by default the whole Example."""
     return self[index]
+
+  def picture(self, index: int) -> str:
+    """The name of a record's picture, with its folders as the data set has them, by which captions are found."""
+    raise UserError(
+      "the pictures of this data set have no names, by which captions are found; choose another data set, or leave "
+      "data.captions out."
+    )
 
   def label(self, index: int) -> np.ndarray:
     """The label map alone, uint8 [H, W]; a source of files need not read the picture for it."""

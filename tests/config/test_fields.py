@@ -100,6 +100,15 @@ def test_a_renamed_option_is_refused_with_its_new_name_and_an_old_workdir_still_
   assert loader.differences({section: {old_name: 1}}, {section: {new_name: 2}}, (section,)) == [f"{new}: 1 -> 2"]
 
 
+@pytest.mark.parametrize("field, before", fields.ADDED.items())
+def test_a_workdir_from_before_an_option_resumes_where_it_does_as_before(field, before):
+  section, name = field.split(".")
+  old = {section: {"crop": 1}}
+  assert loader.differences(old, {section: {"crop": 1, name: before}}, (section,)) == []
+  changed = loader.differences(old, {section: {"crop": 1, name: "other"}}, (section,))
+  assert changed == [f"{field}: {before!r} -> 'other'"]
+
+
 def test_a_renamed_option_on_the_command_line_is_refused_with_its_new_name():
   argv = ["main", "--config=configs/nyu_depth.py:tiny", "--config.data.colour=False"]
   with pytest.raises(ValueError, match=r"config\.data\.colour is now config\.data\.color_jitter"):

@@ -131,6 +131,18 @@ def test_where_the_vae_is_trained_nothing_is_kept(made, mesh):
     encodings(trained, mesh, "memory")
 
 
+def test_where_latents_are_drawn_nothing_is_kept(mesh):
+  config = small().copy_and_resolve_references().unlock()
+  config.method = {"name": "tadp", "token_length": 8, "tokenizer": "words"}
+  for latents, active in (("sample", False), ("mode", True)):
+    config.method.latents = latents
+    drawn = (config, experiment.assemble(config.copy_and_resolve_references().lock()), None)
+    assert encodings(drawn, mesh).active == active
+    if not active:
+      with pytest.raises(ValueError, match=r"data.cache='memory' keeps .*draws it anew in every step; take the mode"):
+        encodings(drawn, mesh, "memory")
+
+
 def test_options_that_cannot_be():
   for kind, folder, message in (
     ("ram", "", "'ram' is unknown"),

@@ -21,7 +21,7 @@ class OneConvolution(nnx.Module):
   needs = prepare_inputs = prepare_outputs = frozenset()
   map_info = MapInfo((8,), (8,), tokens=(1, 8))
   sentence_tokens, attends_to_classes, notes, training_only, text_options = None, False, (), (), ()
-  class_predictor = sentence_census = None
+  class_predictor, sentence_census, samples_latents = None, None, False
 
   def __init__(self, setup):
     self.only = layers.conv(3, 8, 8, stride=8, padding=0, **setup.common.layer)
@@ -36,8 +36,8 @@ class OneConvolution(nnx.Module):
     del training
     return (Branch("only", 1.0),)
 
-  def __call__(self, batch, *, training):
-    del training
+  def __call__(self, batch, *, training, key=None):
+    del training, key
     x = self.only(image_input.network_input(batch, self.dtype))
     return Features((x,), x.reshape(x.shape[0], -1, 8)[:, :1], tuple(batch["image"].shape[1:3]))
 

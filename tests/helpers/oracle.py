@@ -18,7 +18,7 @@ def manifest(setup: str, size: str = "tiny") -> list[dict]:
 
 def weights(setup: str, size: str = "tiny", seed: int = 0) -> dict[str, np.ndarray]:
   """The authors' state dict, in their names and layouts."""
-  entries = [e for e in manifest(setup, size) if not e["name"].startswith("sd_model.")]
+  entries = [e for e in manifest(setup, size) if not (e["kind"] == "buffer" and "sd_model." in e["name"])]
   return {e["name"]: fill.weight(e.get("alias_of") or e["name"], e["shape"], seed) for e in entries}
 
 

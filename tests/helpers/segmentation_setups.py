@@ -16,7 +16,7 @@ from vpd_jax.convert.tables import released
 from vpd_jax.models import parameters
 from vpd_jax.models.backbones import layers, unet
 from vpd_jax.models.heads import conv_module, fpn
-from vpd_jax.models.methods.vpd import Vpd
+from vpd_jax.models.necks import unet_features
 from vpd_jax.types import Features
 
 CONFIGS = {
@@ -104,7 +104,9 @@ class Tapped:
     """(name, module) of what the oracle has taps of; a list is tapped at its end."""
     method, neck, head = model.method, model.neck, model.head
     yield "vae.quant_conv", method.vae.quant_conv
-    if isinstance(method, Vpd):
+    if isinstance(neck, unet_features.Fusion):
+      return
+    if isinstance(neck, fpn.Fpn):
       for name in ("lateral_convs", "fpn_convs"):
         yield from ((f"neck.{name}.{i}", conv) for i, conv in enumerate(getattr(neck, name)))
       yield from ((f"decode_head.scale_heads.{i}", steps[-1]) for i, steps in enumerate(head.decode_head.scale_heads))

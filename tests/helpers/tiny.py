@@ -66,7 +66,7 @@ def shrunk(config):
   config.neck.update({name: size for name, size in (("width", 32), ("inner", 8)) if name in config.neck})
   if "class_vectors" in config.method:
     config.method.class_vectors = "random:0"
-  sentences = "sentence" in config.method.get("prompt", "")
+  sentences = "sentence" in config.method.get("prompt", "") or config.method.name == "tadp"
   if sentences or config.method.name == "iedp":
     config.backbone.text.update(vocab_size=100, width=16, layers=1, heads=2, mlp_width=32, positions=8)
   if config.method.name == "iedp":

@@ -15,7 +15,7 @@ class TwoBranches(nnx.Module):
   prepare_inputs = frozenset()
   map_info = MapInfo((16, 16, 16, 16), (8, 16, 32, 64), tokens=(1, 16))
   sentence_tokens, attends_to_classes, notes, training_only, text_options = None, False, (), (), ()
-  class_predictor = sentence_census = None
+  class_predictor, sentence_census, samples_latents = None, None, False
 
   def __init__(self, setup):
     self.mix = nnx.List([layers.conv(4, 16, 1, **setup.common.layer) for _ in range(4)])
@@ -30,7 +30,7 @@ class TwoBranches(nnx.Module):
   def branches(self, training):
     return (Branch("plain", 1.0), Branch("negative", 0.5))[: 2 if training else 1]
 
-  def __call__(self, batch, *, training):
+  def __call__(self, batch, *, training, key=None):
     x = batch["latents"].astype(self.mix[0].dtype)
     x = jnp.concatenate([x, -x]) if training else x
     maps = tuple(mix(x[:, :: 2**i, :: 2**i]) for i, mix in enumerate(self.mix))

@@ -34,11 +34,13 @@ RENAMED = {
   "data.centre_jitter": "data.center_jitter",
   "eval.small": "eval.small_images",
 }
+# Options that earlier versions did not have, and what they did without.
+ADDED = {"data.captions": ""}
 
 
 def with_new_names(flat: Mapping[str, object]) -> Section:
-  """{dotted field: value} of a config that may have been written before an option was renamed."""
-  return {RENAMED.get(field, field): value for field, value in flat.items()}
+  """{dotted field: value} of a config that may have been written before an option was renamed or added."""
+  return ADDED | {RENAMED.get(field, field): value for field, value in flat.items()}
 
 
 def check(config: Any) -> None:

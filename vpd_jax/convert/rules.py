@@ -9,7 +9,7 @@ description. Gradients and moments have the names and shapes of their parameters
 import collections
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -119,11 +119,19 @@ class Same:
 
 @dataclasses.dataclass(frozen=True)
 class Drop:
-  """Source names that match `pattern` as a whole are left out, because of `why`."""
+  """Source names that match `pattern` as a whole are left out, because of `why`.
+
+  Attributes:
+    pattern, why: see above.
+    optional: whether a source may lack all of them.
+    repeats: a prefix; below it stand, under the names that the pattern's first group captures, tensors that the ones
+      left out must equal. Empty: they need not equal any.
+  """
 
   pattern: str
   why: str
   optional: bool = False
+  repeats: str = ""
 
 
 def drop(pattern: str, why: str, *, optional: bool = False) -> Drop:
@@ -189,7 +197,8 @@ def convert(
 
   Raises:
     ConversionError: source names no rule or two rules match, unknown, doubly filled, unfilled or misshapen targets and
-      rules without effect, all of them at once. Nothing has been read by then.
+      rules without effect, all of them at once, nothing having been read by then; then tensors that differ from those
+      that they should repeat.
     NotFinite: tensors that hold NaN or infinity, as they are or in the dtype of their target; all at once.
   """
   plan, dropped, problems = _plan(source, rules)
@@ -209,6 +218,10 @@ def convert(
     target for target in absent if not any(re.search(pattern, "/" + target) for pattern in patterns)
   ]
   _raise_all(problems, f"{table}: the weights do not fit")
+  differing = [
+    f"{name} from {original}" for name, original in _repeated(source, rules) if not _equal(source, name, original)
+  ]
+  _raise_all({"differ from what they should repeat": differing}, f"{table}: the weights do not fit")
   named, wrong = {}, {}
   for name, (target, leaf) in plan.items():
     with np.errstate(over="ignore"):  # counted below
@@ -321,6 +334,19 @@ def _between(name: str, prefix: str, last: str, separator: str) -> list[str] | N
     return None
   middle = parts[len(first) : len(parts) - len(end)]
   return middle if last or not middle else None
+
+
+def _repeated(source: Iterable[str], rules: Sequence[Rule | Drop | Same]) -> Iterator[tuple[str, str]]:
+  """Names that are left out, each with the name of the tensor that it should repeat."""
+  for rule in rules:
+    if isinstance(rule, Drop) and rule.repeats:
+      yield from (
+        (name, f"{rule.repeats}.{match[1]}") for name in source if (match := re.fullmatch(rule.pattern, name))
+      )
+
+
+def _equal(source: Mapping[str, np.ndarray | LazyTensor], name: str, other: str) -> bool:
+  return other in source and np.array_equal(np.asarray(source[name]), np.asarray(source[other]), equal_nan=True)
 
 
 def _phantom(shape: Sequence[int]) -> np.ndarray:

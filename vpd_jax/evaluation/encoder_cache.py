@@ -107,7 +107,7 @@ class EncoderCache:
 
   Attributes:
     active: whether it does; else batches stay as they are, and the network encodes its pictures itself, which it must
-      where the VAE is trained.
+      where the VAE is trained, or latents are drawn.
   """
 
   def __init__(self, config: ConfigDict, product: Product, dataset: Dataset, mesh: jax.sharding.Mesh):
@@ -125,7 +125,7 @@ class EncoderCache:
     check(product, dataset)
     self._cache = dataset.encoder_cache or Cache("off", "")
     self._product, self._mesh = product, mesh
-    self.active = dataset.encoder_cache is not None and not _vae_is_trained(product)
+    self.active = dataset.encoder_cache is not None and not _latents_change(product)
     self._local = sharding.make_mesh(devices=[d for d in mesh.devices.flat if d.process_index == jax.process_index()])
     self._size = tuple(config.data.crop)
     self._weights: dict[str, str] = {}
@@ -279,17 +279,20 @@ def _results(product: Product) -> list[str]:
   return [name for name in ENCODERS if name == "latents" or product.method.sentence_tokens]
 
 
-def _vae_is_trained(product: Product) -> bool:
-  return any(name.startswith(ENCODERS["latents"]) for name in product.groups.lr)
+def _latents_change(product: Product) -> str:
+  """Why a picture has other latents in each step; empty where it has not."""
+  if product.method.samples_latents:
+    return "config.method draws it anew in every step; take the mode"
+  trained = any(name.startswith(ENCODERS["latents"]) for name in product.groups.lr)
+  return 'config.optim.lr_groups trains it; freeze it with (r"/vae/", None)' if trained else ""
 
 
 def check(product: Product, dataset: Dataset) -> None:
-  """Raises ValueError where results of a VAE are to be kept that is trained."""
+  """Raises ValueError where results of a VAE are to be kept that change."""
   cache = dataset.encoder_cache
-  if cache is not None and cache.kind != "off" and _vae_is_trained(product):
+  if cache is not None and cache.kind != "off" and (why := _latents_change(product)):
     raise UserError(
-      f"data.cache={cache.kind!r} keeps what the VAE makes of pictures, but config.optim.lr_groups trains it; "
-      "freeze it with (r\"/vae/\", None), or set data.cache='off'."
+      f"data.cache={cache.kind!r} keeps what the VAE makes of pictures, but {why}, or set data.cache='off'."
     )
 
 
@@ -305,7 +308,7 @@ def planned(config: ConfigDict, product: Product, batch: Batch) -> tuple[Batch, 
     ShapeDtypeStructs of what the step is given, and the bytes of the encoders' weights, a copy of which lies on every
     device beside the state.
   """
-  if not experiment.only_resizes(config) or _vae_is_trained(product):
+  if not experiment.only_resizes(config) or _latents_change(product):
     return batch, 0
   encoded, held = {key: x for key, x in batch.items() if key != "tokens"}, 0
   for name in _results(product):

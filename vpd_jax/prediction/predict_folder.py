@@ -151,7 +151,7 @@ def _check_flags(config: ConfigDict, predictor: Predictor, flags: Mapping[str, s
   if attention and not predictor.product.method.attends_to_classes:
     raise UserError(f"--attention has no effect: {config.method.name!r} has no map for each class; leave it out.")
   if predictor.takes_sentence and not (flags["sentence"] or flags["sentences"]):
-    raise UserError('this task needs a sentence: give --sentence="..." about all images, or --sentences=FILE.json.')
+    raise UserError('the method needs a sentence: give --sentence="..." about all images, or --sentences=FILE.json.')
 
 
 def _requests(

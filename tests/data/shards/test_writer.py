@@ -57,6 +57,12 @@ def test_shards_hold_the_examples_of_the_files_in_their_order(root, shards, spli
     source[len(source)]
 
 
+def test_shards_know_the_names_of_their_pictures(root, shards):
+  stored, files = nyu.Nyu(root=str(shards), format="tfds").source("train"), nyu.Nyu(root=str(root)).source("train")
+  assert [stored.picture(i) for i in range(len(stored))] == [files.picture(i) for i in range(len(files))]
+  assert files.picture(1) == "study_room_0004/rgb_00001.jpg"
+
+
 def test_a_shard_holds_the_bytes_of_the_files(root, shards):
   import tensorflow_datasets as tfds
 

@@ -1,4 +1,4 @@
-"""Method, neck and head of depth, for each of the three methods."""
+"""Method, neck and head of depth, for each method."""
 
 from vpd_jax.config.fields import Section
 
@@ -99,6 +99,29 @@ def iedp_depth(*, tiny: bool, head_init: str) -> Section:
       "pad_value": 0.0,
       **iedp_assumptions(),
       **({"tower_dtype": "float32"} if tiny else {}),
+    },
+    "neck": vpd["neck"],
+    "head": vpd["head"],
+  }
+
+
+def tadp_depth(*, tiny: bool, head_init: str) -> Section:
+  """The sections method, neck and head of TADP depth, as released, and what it sets in init; see `vpd_depth`.
+
+  Args:
+    tiny: widths of the tiny network, with a random text encoder and a stand-in for the tokenizer.
+    head_init: see heads/deconv.py.
+  """
+  vpd = vpd_depth(tiny=tiny, head_init=head_init)
+  return {
+    "init": {"clip": "random:0" if tiny else ""},  # CLIP's text encoder: a folder, where the weights bring none
+    "method": {
+      "name": "tadp",
+      "token_length": 77,
+      "tokenizer": "characters" if tiny else "",  # a folder, where the weights bring none; "words" for smoke tests
+      "latents": "sample",  # "mode"
+      "latent_scale": 0.18215,
+      **{name: vpd["method"][name] for name in ("timestep", "pad_multiple", "pad_value")},
     },
     "neck": vpd["neck"],
     "head": vpd["head"],

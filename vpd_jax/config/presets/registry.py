@@ -13,13 +13,20 @@ METHODS = {  # name in a config: module and class
   "vpd": "vpd_jax.models.methods.vpd:Vpd",
   "meta_prompts": "vpd_jax.models.methods.meta_prompts:MetaPrompts",
   "iedp": "vpd_jax.models.methods.iedp:Iedp",
+  "tadp": "vpd_jax.models.methods.tadp:Tadp",
 }
 SECTIONS: dict[str, dict[str, Callable[..., Section]]] = {
-  "depth": {"vpd": depth.vpd_depth, "meta_prompts": depth.meta_prompts_depth, "iedp": depth.iedp_depth},
+  "depth": {
+    "vpd": depth.vpd_depth,
+    "meta_prompts": depth.meta_prompts_depth,
+    "iedp": depth.iedp_depth,
+    "tadp": depth.tadp_depth,
+  },
   "segmentation": {
     "vpd": segmentation.vpd_segmentation,
     "meta_prompts": segmentation.meta_prompts_segmentation,
     "iedp": segmentation.iedp_segmentation,
+    "tadp": segmentation.tadp_segmentation,
   },
   "referring": {
     "vpd": referring.vpd_referring,

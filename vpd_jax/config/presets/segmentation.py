@@ -1,7 +1,7 @@
-"""Method, neck, head, task and optimizer of semantic segmentation, for each of the three methods."""
+"""Method, neck, head, task and optimizer of semantic segmentation, for each method."""
 
 from vpd_jax.config.fields import Section
-from vpd_jax.config.presets.depth import iedp_depth, meta_prompts_depth, vpd_depth
+from vpd_jax.config.presets.depth import iedp_depth, meta_prompts_depth, tadp_depth, vpd_depth
 from vpd_jax.config.presets.recipe import adamw
 
 
@@ -70,6 +70,19 @@ def iedp_segmentation(*, tiny: bool, dropout: float = 0.1) -> Section:
     "head": vpd["head"],
     "task": vpd["task"] | {"avg_non_ignore": True},
   }
+
+
+def tadp_segmentation(*, tiny: bool, dropout: float = 0.1) -> Section:
+  """The sections method, neck, head and task of TADP's segmentation, as released, and init; see `tadp_depth`.
+
+  Args:
+    tiny: widths of the tiny network.
+    dropout: see heads/fpn.py.
+  """
+  depth, vpd = tadp_depth(tiny=tiny, head_init="released"), vpd_segmentation(tiny=tiny, dropout=dropout)
+  names = ("attention_maps", "attention_max_size", "attention_gradient", "keep_unused")
+  told = {name: vpd["method"][name] for name in names}
+  return {**vpd, "init": depth["init"], "method": depth["method"] | told}
 
 
 def segmentation_optimizer(*, lr: float = 8e-5, num_steps: int = 80_000, warmup: int = 1500) -> Section:

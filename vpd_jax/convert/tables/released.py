@@ -25,7 +25,7 @@ from vpd_jax.convert.rules import (
   plain,
   to_source,
 )
-from vpd_jax.convert.tables import released_referring, released_segmentation, stable_diffusion
+from vpd_jax.convert.tables import released_referring, released_segmentation, released_tadp, stable_diffusion
 from vpd_jax.errors import UserError
 from vpd_jax.types import Fields, Options
 
@@ -61,6 +61,13 @@ def vpd_depth() -> list[Rule | Drop]:
     *_depth_head(),
     DROP_COUNTERS,
   ]
+
+
+def tadp_depth() -> list[Rule | Drop]:
+  """TADP on NYU Depth v2: VPD's without what makes its context, and Stable Diffusion whole."""
+  context = ("encoder.gamma", "encoder.class_embeddings", "encoder.text_adapter")
+  rest = [rule for rule in vpd_depth() if isinstance(rule, Drop) or rule.source not in context]
+  return [*rest, *released_tadp.depth_alone()]
 
 
 def meta_prompts_depth() -> list[Rule | Drop]:
@@ -102,23 +109,26 @@ TABLES = {
   "meta_prompts_segmentation": released_segmentation.meta_prompts_segmentation,
   "vpd_segmentation": released_segmentation.vpd_segmentation,
   "vpd_refer": released_referring.vpd_refer,
+  "tadp_depth": tadp_depth,
+  "tadp_segmentation": released_tadp.tadp_segmentation,
 }
 TASKS = {"referring": "refer"}  # Names of tasks in TABLES where they differ from ours.
 # A prefix by which a release is known; the first that is found decides.
 SIGNATURES = {
+  **released_tadp.SIGNATURES,  # before VPD's, whose sign the one for depth has too
   "meta_prompts_depth": "encoder.meta_prompts1",
   "vpd_depth": f"{_UNET}.",
   **released_segmentation.SIGNATURES,
   "vpd_refer": released_referring.SIGN,
 }
-# What of a model no file of a release holds, found in "/" + name: CLIP's towers, which come from CLIP.
+# What of a model a file of a release need not hold, found in "/" + name: CLIP's towers, which come from CLIP.
 CLIP = (r"^/method/text_encoder/", r"^/method/class_predictor/")
 # Under which key of a .pth the authors' code looks for weights, where not under "model".
-WRAPPERS = dict.fromkeys(released_segmentation.SIGNATURES, released_segmentation.WRAPPER)
+WRAPPERS = dict.fromkeys((*released_segmentation.SIGNATURES, "tadp_segmentation"), released_segmentation.WRAPPER)
 
 # The order in which the authors' modules register their children, one list for all modules: no two of them disagree.
 _ORDER = (
-  "encoder decoder last_layer_depth "
+  "embeddings encoder decoder last_layer_depth "
   + "".join(f"t{i} meta_prompts{i} " for i in range(1, MOST_STEPS + 1))
   + "meta_prompts gamma class_embeddings layer1 layer2 layer3 layer4 out_layer text_adapter1 "
   + "".join(f"cross_unet_conv{i} text_adapter{i} " for i in range(2, MOST_STEPS + 1))
@@ -130,7 +140,7 @@ _ORDER = (
   "norm q k v proj_in transformer_blocks proj_out "
   "attn1 ff attn2 norm1 conv1 norm2 conv2 norm3 nin_shortcut to_q to_k to_v to_out "
   "deconv_layers conv_layers "
-  f"{released_referring.ORDER} "
+  f"{released_referring.ORDER} {released_tadp.ORDER} "
   "weight bias running_mean running_var num_batches_tracked "
 )
 _RANK = {word: rank for rank, word in enumerate(_ORDER.split())}
@@ -148,9 +158,11 @@ def of(method: str, task: str) -> str:
   return release
 
 
-def inside(named: Mapping[str, AnyShaped]) -> dict[str, AnyShaped]:
-  """The arrays of a model, or their shapes, that the file of a release holds."""
-  return {name: x for name, x in named.items() if not any(re.search(pattern, "/" + name) for pattern in CLIP)}
+def inside(named: Mapping[str, AnyShaped], rules: list[Rule | Drop]) -> dict[str, AnyShaped]:
+  """The arrays of a model, or their shapes, that the file of a release holds, by its table."""
+  clip = lambda name: any(re.search(pattern, "/" + name) for pattern in CLIP)
+  held = lambda name, x: any(isinstance(rule, Rule) and rule.to_source(name, len(x.shape)) for rule in rules)
+  return {name: x for name, x in named.items() if not clip(name) or held(name, x)}
 
 
 def named_for(release: str, source: Mapping[str, LazyTensor], targets: Iterable[str]) -> dict[str, LazyTensor]:
@@ -188,7 +200,7 @@ def manifest(shapes: Mapping[str, Shaped], rules: list[Rule | Drop]) -> list[Fie
   others = (*(f"encoder.cross_unet_conv{i}" for i in range(3, steps + 1)), f"{_UNET}.out")
   for name in [name for name in entries if name.startswith(f"{_LAST_BLOCK}.")]:
     entries |= {name.replace(_LAST_BLOCK, other): entries[name] | {"alias_of": name} for other in others}
-  entries |= released_segmentation.repeated(entries)
+  entries |= released_segmentation.repeated(entries) | released_tadp.repeated(entries)
   return [{"name": name, **entries[name]} for name in sorted(entries, key=_place)]
 
 
@@ -206,9 +218,10 @@ def state_dict(
   Raises:
     ConversionError: entries that nothing fills, arrays without an entry, wrong shapes; all at once.
   """
-  constants = released_segmentation.constants()
+  constants = released_segmentation.constants() | released_tadp.constants()
   held = {e["name"] for e in entries if e["name"] in constants and constants[e["name"]].shape == tuple(e["shape"])}
-  rest = [released_segmentation.resolved(entry) for entry in entries if entry["name"] not in held]
+  resolved = lambda entry: released_segmentation.resolved(released_tadp.resolved(entry))
+  rest = [resolved(entry) for entry in entries if entry["name"] not in held]
   exported = export(named, rules, rest, step)
   value = lambda entry: constants[entry["name"]].astype(entry["dtype"], copy=False)
   return {e["name"]: value(e) if e["name"] in held else exported[e["name"]] for e in entries}

@@ -149,6 +149,10 @@ class Frames(Source):
   def __len__(self) -> int:
     return len(self.records)
 
+  def picture(self, index: int) -> str:
+    """See Source."""
+    return self.records[index][0].as_posix()
+
   def __getitem__(self, index: int) -> Example:
     """The whole picture.
 

@@ -158,6 +158,10 @@ class Frames(Source):
   def __len__(self) -> int:
     return len(self.pairs)
 
+  def picture(self, index: int) -> str:
+    """See Source."""
+    return self.pairs[index][0]
+
   def record(self, index: int) -> image_files.Record:
     """What is stored of a frame, see Kitti.stored: the files as they are."""
     return {**image_files.read_frame(self.folder, *self.pairs[index]), "index": np.int32(index)}

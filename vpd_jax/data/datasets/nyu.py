@@ -116,6 +116,10 @@ class Frames(Source):
   def __len__(self) -> int:
     return len(self.pairs)
 
+  def picture(self, index: int) -> str:
+    """See Source."""
+    return self.pairs[index][0]
+
   def record(self, index: int) -> image_files.Record:
     """What is stored of a frame, see Nyu.stored: the files as they are."""
     frame = image_files.read_frame(self.folder, *self.pairs[index])

@@ -156,6 +156,10 @@ class Pictures(Source):
   def __len__(self) -> int:
     return len(self.pairs)
 
+  def picture(self, index: int) -> str:
+    """See Source."""
+    return self.pairs[index][0]
+
   def record(self, index: int) -> image_files.Record:
     """What is stored of a picture, see STORED: the files as they are."""
     paths = self.pairs[index]

@@ -40,6 +40,10 @@ class PersonSource(Source):
   def __len__(self) -> int:
     return len(self.image)
 
+  def picture(self, index: int) -> str:
+    """See Source."""
+    return self.names[self.image[index]]
+
   def record(self, index: int) -> image_files.Record:
     """What is stored of a person, see STORED: the picture's file as it is."""
     picture = int(self.image[index])

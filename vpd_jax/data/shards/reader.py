@@ -111,6 +111,12 @@ class Shards(Source):
       reason = " ".join(str(error).split())
       raise UserError(f"record {index} of split {self._split!r} in {self._root} cannot be read: {reason}") from None
 
+  def picture(self, index: int) -> str:
+    """See Source; reads the whole record."""
+    if "image_path" not in self._restore:
+      return super().picture(index)
+    return self._restore["image_path"](self._records[int(index)]["image_path"])
+
   def __getstate__(self) -> tuple[object, ...]:
     return self._root, self._split, self._decode
 

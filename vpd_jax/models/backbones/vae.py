@@ -40,6 +40,10 @@ class Posterior(NamedTuple):
   mean: Array
   log_variance: Array
 
+  def sample(self, noise: Array) -> Array:
+    """The latents that standard normal noise, float [B, H/8, W/8, z_channels], stands for."""
+    return self.mean + jnp.exp(0.5 * self.log_variance) * noise
+
 
 class ResBlock(nnx.Module):
   """GN-SiLU-conv twice, + skip."""

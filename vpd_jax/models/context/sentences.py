@@ -67,8 +67,8 @@ class SentenceTokens:
     """
     if "sentence" not in example:
       raise UserError(
-        "method.prompt='sentence' needs a sentence with every picture, which this data set has not; choose a data set "
-        "of referring expressions, or another prompt."
+        "the method needs a sentence with every picture, which this data set has not; set data.captions to a file of "
+        "them, or choose a data set of referring expressions, or another method or prompt."
       )
     return example | {"tokens": self.rows((str(example["sentence"]),))[0][0]}
 

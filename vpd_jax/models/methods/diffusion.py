@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import ClassVar, cast
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
@@ -97,6 +99,7 @@ class DiffusionMethod(nnx.Module):
     context: Context,
     time: ConstantTime | LearnedTime,
     latent_scale: float,
+    samples_latents: bool = False,
     steps: int = 1,
     join: JoinedMaps | None = None,
     with_time_embed: bool = True,
@@ -110,12 +113,14 @@ class DiffusionMethod(nnx.Module):
       context: where the tokens come from.
       time: in place of the diffusion timestep.
       latent_scale: factor on the latents of the VAE.
+      samples_latents: the latents are a sample of the VAE's posterior, not its mode.
       steps: passes of the UNet.
       join: which attention maps are joined to the features; None joins none.
       with_time_embed, with_out: see UNet.
     """
     layer, unet = setup.common.layer, setup.unet
     self.dtype, self.latent_scale, self.steps = setup.common.dtype, latent_scale, steps
+    self.samples_latents = samples_latents
     self.fit, self.context, self.time = fit, context, time
     self.join = join or image_input.joined_maps(unet, context.tokens[0], use=False)
     self.map_info = MapInfo(
@@ -157,15 +162,28 @@ class DiffusionMethod(nnx.Module):
     """One, in training and in evaluation."""
     return (Branch(self.branch, 1.0),)
 
-  def latents(self, batch: Batch) -> Array:
-    """The VAE's mode of the padded or resized images, float [B, h, w, 4], unscaled."""
-    return self.vae(self.fit(image_input.network_input(batch, self.dtype))).mean
+  def latents(self, batch: Batch, key: Array | None = None) -> Array:
+    """The VAE's mode of the padded or resized images, or a sample, float [B, h, w, 4], unscaled.
+
+    Args:
+      batch: "image", and "valid_size" where there is one.
+      key: of a sample's noise; None: a fixed one, and the same noise for every image of a size, so that what is
+        computed of an image does not depend on the others of its batch.
+    """
+    posterior = self.vae(self.fit(image_input.network_input(batch, self.dtype)))
+    if not self.samples_latents:
+      return posterior.mean
+    rows, *shape = posterior.mean.shape
+    # Apart from the key itself, which the head takes for its dropout.
+    chosen = jax.random.key(0) if key is None else jax.random.fold_in(key, 1)
+    noise = jax.random.normal(chosen, (1 if key is None else rows, *shape), jnp.float32)
+    return posterior.sample(noise.astype(posterior.mean.dtype))
 
   def text_states(self, batch: Batch) -> Array:
     """The frozen text encoder's states of "tokens", float [B, N, D], or the ready ones."""
     return self.context.text_states(batch)
 
-  def __call__(self, batch: Batch, *, training: bool) -> Features:
+  def __call__(self, batch: Batch, *, training: bool, key: Array | None = None) -> Features:
     """Four maps at strides 8 to 64 of the padded or resized image, and the tokens of the last pass.
 
     Args:
@@ -174,11 +192,12 @@ class DiffusionMethod(nnx.Module):
         in place of the VAE where they are ready; "valid_size", see image_input.network_input. Where h or w is no
         multiple of 8, the maps are those of the next one.
       training: whether branches for training only run too.
+      key: of the latents' noise, see `latents`.
 
     Returns:
       maps and context of len(branches(training)) * B rows.
     """
-    latents = (batch["latents"] if "latents" in batch else self.latents(batch)) * self.latent_scale
+    latents = (batch["latents"] if "latents" in batch else self.latents(batch, key)) * self.latent_scale
     height, width = batch["image"].shape[1:3]
     maps, context = self.passes(latents, batch, training=training)
     return Features(maps, context, (height, width))

@@ -23,7 +23,7 @@ from vpd_jax.models.context.learned_prompts import LearnedPrompts
 from vpd_jax.models.context.sentences import Sentence
 from vpd_jax.models.methods.diffusion import ConstantTime, DiffusionMethod, LearnedTime, MethodSetup
 from vpd_jax.models.methods.image_input import ResizedInput
-from vpd_jax.types import Batch, Features
+from vpd_jax.types import Array, Batch, Features
 
 PROMPTS = ("learned", "sentence+learned")
 REFINE_INITS = ("released", "fan_in")
@@ -121,7 +121,7 @@ class MetaPrompts(DiffusionMethod):
     if keep_unused and held == 1:
       self.unet.out = as_buffers(self.unet.out)
 
-  def __call__(self, batch: Batch, *, training: bool) -> Features:
+  def __call__(self, batch: Batch, *, training: bool, key: Array | None = None) -> Features:
     """See DiffusionMethod; in training all steps that the weights hold.
 
     Raises:
@@ -132,4 +132,4 @@ class MetaPrompts(DiffusionMethod):
         f"training needs all {self.trained_steps} steps that the weights hold, but "
         f"method.refine_steps={self.steps}; fewer are for evaluation."
       )
-    return super().__call__(batch, training=training)
+    return super().__call__(batch, training=training, key=key)
