@@ -1,4 +1,4 @@
-"""Inputs and steps of the authors' tiny VPD depth network."""
+"""Inputs and steps of the authors' tiny VPD depth network; the steps serve other networks for depth too."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def everything(state):
   return state.params, state.frozen, state.stats
 
 
-def run_steps(product, state, batch):
+def run_steps(product, state, batch, table=released.vpd_depth):
   """Gradients, the states before and after each of five steps, their logs; network and optimizer compiled once."""
   gradients = jax.jit(training_step.make_gradients(product, loss_group=0, accumulation=1))
   update = jax.jit(training_step.make_update(product))
@@ -32,7 +32,7 @@ def run_steps(product, state, batch):
     states.append(state)
     logs.append(jax.device_get(log))
   return {
-    "grads": rules.to_source(first[0], released.vpd_depth()),
+    "grads": rules.to_source(first[0], table()),
     "loss": first[1],
     "stats": first[3],
     "states": states,
