@@ -42,6 +42,7 @@ from vpd_jax.models.backbones.clip_image import ImageSizes
 from vpd_jax.models.backbones.clip_text import TextSizes
 from vpd_jax.models.backbones.unet import UNetSizes
 from vpd_jax.models.backbones.vae import VaeSizes
+from vpd_jax.models.backbones.vit import VitSizes
 from vpd_jax.models.heads import deconv, fpn, keypoints, lavt, upernet
 from vpd_jax.models.initializers import InitKeys
 from vpd_jax.models.layer_options import Common
@@ -148,9 +149,9 @@ def dtype(config: ConfigDict, field: str) -> DTypeLike:
   return DTYPES[word]
 
 
-def sizes(config: ConfigDict) -> tuple[UNetSizes, VaeSizes, TextSizes, ImageSizes]:
-  """Sizes of the four backbones; 0 heads, or a head width of 0, means "not this one"."""
-  kinds = {"unet": UNetSizes, "vae": VaeSizes, "text": TextSizes, "image": ImageSizes}
+def sizes(config: ConfigDict) -> tuple[UNetSizes, VaeSizes, TextSizes, ImageSizes, VitSizes]:
+  """Sizes of the five backbones; 0 heads, or a head width of 0, means "not this one"."""
+  kinds = {"unet": UNetSizes, "vae": VaeSizes, "text": TextSizes, "image": ImageSizes, "vit": VitSizes}
   held = {part: config.backbone.get(part, {}) for part in kinds}
   problems = [fields.misfit(kind, held[part], f"config.backbone.{part}") for part, kind in kinds.items()]
   if problems := list(filter(None, problems)):
@@ -162,7 +163,7 @@ def sizes(config: ConfigDict) -> tuple[UNetSizes, VaeSizes, TextSizes, ImageSize
 
 def _method_setup(config: ConfigDict, classes: tuple[str, ...], training: bool) -> MethodSetup:
   """What the method is given besides its own options."""
-  unet, vae, text, image = sizes(config)
+  unet, vae, text, image, vit = sizes(config)
   if config.backbone.attention not in IMPLEMENTATIONS:
     raise UserError(
       f"config.backbone.attention={config.backbone.attention!r} is unknown; choose one of {IMPLEMENTATIONS}."
@@ -175,6 +176,7 @@ def _method_setup(config: ConfigDict, classes: tuple[str, ...], training: bool) 
     vae=vae,
     text=text,
     image=image,
+    vit=vit,
     common=Common(dtype(config, "dtype"), dtype(config, "param_dtype"), InitKeys(config.seed), config.optim.norm_group),
     class_names=tuple(classes),
     tokenize=Tokenize(sources, text.vocab_size, length),
@@ -281,6 +283,7 @@ def _check_idle(config: ConfigDict, parts: params_lib.Parts) -> None:
   read = {
     "data.captions": parts.model.method.sentence_tokens,
     "init.clip": clip or parts.model.method.sentence_tokens,
+    "init.vit": has("method/vit_model/"),
     "method.class_vectors": has("method/class_vectors"),
     "method.templates": has("method/class_vectors"),
     "method.tokenizer": clip or has("method/class_vectors") or parts.model.method.sentence_tokens,

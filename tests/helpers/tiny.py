@@ -14,9 +14,9 @@ from vpd_jax.convert.tables import released
 from vpd_jax.types import TrainState
 
 
-def depth_config(**changes):
-  """configs/nyu_depth.py:tiny as the oracle ran it: batch 2, statistics and loss over both images."""
-  config = loader.load("configs/nyu_depth.py:tiny").unlock()
+def depth_config(string="configs/nyu_depth.py:tiny", **changes):
+  """A tiny config as the oracle ran it: batch 2, statistics and loss over both images."""
+  config = loader.load(string).unlock()
   config.data.batch_size = 2
   config.optim.norm_group = config.optim.loss_group = 0
   config.optim.schedule.half = 3  # the trace: 2 epochs of 3 iterations
@@ -72,6 +72,9 @@ def shrunk(config):
   if config.method.name == "iedp":
     config.backbone.image.update(width=32, layers=1, heads=2, mlp_width=64, image_size=28, projection=16)
     config.init.clip, config.method.tokenizer, config.method.num_queries = "random:0", "characters", 8
+  if config.method.name == "eco_depth":
+    config.backbone.vit.update(width=16, layers=1, heads=2, mlp_width=32, image_size=28, labels=10)
+    config.method.embeddings, config.init.vit = 5, "random:0"
   if sentences:
     config.method.token_length, config.method.tokenizer, config.init.clip = 8, "words", "random:0"
   config.data.update(crop=(64, 64), batch_size=6, workers=0)

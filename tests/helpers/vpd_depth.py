@@ -1,4 +1,4 @@
-"""Inputs and steps of the authors' tiny VPD depth network."""
+"""Inputs and steps of the authors' tiny VPD depth network; the steps serve other networks for depth too."""
 
 import jax
 import jax.numpy as jnp

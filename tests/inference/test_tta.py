@@ -8,7 +8,7 @@ import pytest
 from tests.helpers import fill, oracle
 from tests.helpers.depth_truth import truth_of
 from vpd_jax.inference import tta
-from vpd_jax.tasks.depth.task import Depth
+from vpd_jax.tasks.depth.task import SCORES, Depth
 
 # case: words of eval.test_time, size of the image, largest depth, crop
 CASES = {
@@ -163,16 +163,82 @@ def test_overlaps_are_averaged_and_the_rest_is_nan():
 
 
 @pytest.mark.parametrize("words, expected", [
-  ((), (False, 1)), (("flip",), (True, 1)), (("shift:2",), (False, 2)), (("shift:16", "flip"), (True, 16)),
+  ((), (False, 1, 0)), (("flip",), (True, 1, 0)), (("shift:2",), (False, 2, 0)), (("shift:16", "flip"), (True, 16, 0)),
+  (("flip", "halves:64"), (True, 1, 64)),
 ])  # fmt: skip
 def test_words_are_understood_in_any_order(words, expected):
   assert tta.parse(words) == expected
 
 
-@pytest.mark.parametrize("word", ["flop", "flip:2", "shift", "shift:1", "shift:two", "shift:-2"])
+@pytest.mark.parametrize("word", ["flop", "flip:2", "shift", "shift:1", "shift:two", "shift:-2", "halves", "halves:0"])
 def test_an_unknown_word_names_the_known_ones(word):
-  with pytest.raises(ValueError, match=rf"eval\.test_time has '{word}'; known are 'flip' and 'shift:N'"):
+  known = "'flip' and 'shift:N' with N at least 2 and 'halves:N' with N at least 1"
+  with pytest.raises(ValueError, match=rf"eval\.test_time has '{word}'; known are {known}\.$"):
     tta.parse((word,))
+
+
+def test_windows_and_halves_exclude_each_other():
+  with pytest.raises(
+    ValueError, match=r"eval\.test_time=\('shift:2', 'halves:64'\) has both windows and halves; choose"
+  ):
+    tta.parse(("shift:2", "halves:64"))
+
+
+# EcoDepth's cases: words of eval.test_time, size of the image, largest depth, crop, factor where it leaves the range
+HALVES = {
+  "nyu_flip": (("flip",), (480, 640), 10.0, "eigen_nyu", 0),
+  "nyu_noflip": ((), (480, 640), 10.0, "eigen_nyu", 0),
+  "nyu_flip_clip": (("flip",), (480, 640), 10.0, "eigen_nyu", 8),
+  "kitti_halves_flip": (("flip", "halves:64"), (352, 1216), 80.0, "garg", 0),
+  "kitti_halves_noflip": (("halves:64",), (352, 1216), 80.0, "garg", 0),
+  "kitti_halves_flip_clip": (("flip", "halves:64"), (352, 1216), 80.0, "garg", 70),
+  "kitti_whole_flip": (("flip",), (352, 1216), 80.0, "garg", 0),
+}
+
+
+@pytest.mark.parametrize("case", HALVES)
+def test_the_procedure_of_eco_depth_is_the_authors(case):
+  words, size, largest, crop, factor = HALVES[case]
+  arrays, shapes = oracle.golden("metrics.eco_depth.npz"), []
+
+  def model(batch):
+    """Knows where in the padded window a pixel is; its result is cut back to the window."""
+    (height, width), padding = batch["image"].shape[1:3], [(0, -side % 64) for side in batch["image"].shape[1:3]]
+    padded = jnp.pad(batch["image"], ((0, 0), *padding, (0, 0)))
+    shapes.append(padded.shape)
+    depth = stand_in({"image": padded, "class_id": jnp.zeros(len(padded))})[:, :height, :width]
+    return factor * (depth - 2) if factor else depth
+
+  predict = jax.jit(tta.with_test_time_augmentation(model, words))
+  task = Depth(max_depth=largest, eval_crop=crop, clip_prediction=True, benchmark_silog=True)
+  rows = []
+  for i in range(2):
+    depth = predict({"image": jnp.asarray(image_of(case, i, size))})
+    truth = truth_of(f"tta_{case}", i, size, largest)[None]
+    rows.append(task.measure(depth, {"depth": jnp.asarray(truth)}))
+    clipped = np.asarray(depth[0].clip(1e-3, largest))
+    stored = {key: arrays[f"eco_tta/{case}/merged_{key}.{i}"] for key in ("stride35", "row100", "l2")}
+    rounding = factor * 4 * np.finfo(np.float32).eps  # of the stand-in before it is multiplied: two steps at 2
+    np.testing.assert_allclose(clipped[::35, ::35], stored["stride35"], rtol=1e-6, atol=rounding)
+    np.testing.assert_allclose(clipped[100], stored["row100"], rtol=1e-6, atol=rounding)
+    np.testing.assert_allclose(np.linalg.norm(clipped.astype(np.float64)), stored["l2"], rtol=1e-6)
+  scores = task.summarize({name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
+  np.testing.assert_allclose([scores[name] for name in SCORES], arrays[f"eco_tta/{case}/metrics"], rtol=3e-6)
+  batch, channels, height, width = arrays[f"eco_tta/{case}/model_batch_shape"]
+  assert shapes == [(batch, height, width, channels)]
+
+
+@pytest.mark.parametrize("width, overlap, side", [(10, 4, 7), (11, 4, 8), (6, 1, 4), (4, 4, 4), (3, 9, 3)])
+def test_halves_of_any_width_meet(width, overlap, side):
+  seen = []
+
+  def predict(batch):
+    seen.append(batch["image"].shape[2])
+    return batch["image"][..., 0]
+
+  image = fill.uniform("halves", (2, 3, width, 3), 0)
+  np.testing.assert_allclose(tta.halves(predict, overlap)({"image": jnp.asarray(image)}), image[..., 0], rtol=1e-6)
+  assert seen == [side]
 
 
 def test_an_unknown_coverage_names_the_known_ones():

@@ -11,11 +11,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vpd_jax import experiment, optim
-from vpd_jax.checkpoints import class_name_encoding, clip_towers
+from vpd_jax.checkpoints import class_name_encoding, clip_towers, vit_tower
 from vpd_jax.checkpoints.checkpointer import Checkpoints, is_workdir
 from vpd_jax.config import loader
 from vpd_jax.convert import finite, load
-from vpd_jax.convert.tables import clip, stable_diffusion
+from vpd_jax.convert.tables import clip, stable_diffusion, vit
 from vpd_jax.data.shards import reader
 from vpd_jax.distributed import sharding
 from vpd_jax.errors import UserError
@@ -24,8 +24,10 @@ from vpd_jax.types import ParamDict, PyTree, TrainState
 
 Gather = Callable[[ParamDict], ParamDict]
 
+BACKBONES = ("unet", "vae", "text", "image", "vit")  # of which a workdir states the sizes
 CLASS_VECTORS = "method/class_vectors"
 TEXT_ENCODER, IMAGE_ENCODER = "method/text_encoder/", "method/image_encoder/"
+CLASSIFIER = "method/vit_model/"
 RANDOM = "randomly initialized"
 CLASS_PREDICTOR = "method/class_predictor/"  # never in a checkpoint of the network that was trained without it
 
@@ -42,7 +44,8 @@ def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[Par
     Arrays by name in the dtypes of the model, on the host.
 
   Raises:
-    ValueError: a source that cannot be read or does not fit; no source of class vectors or of CLIP's towers.
+    ValueError: a source that cannot be read or does not fit; no source of class vectors, of CLIP's towers or of the
+      classifier of ImageNet.
   """
   shapes = product.parts.shapes
   source = source or config.init.run or config.init.pretrained
@@ -86,6 +89,7 @@ def _prompts(config: ConfigDict, product: Product, named: ParamDict, source: str
   makers = {
     TEXT_ENCODER: functools.partial(clip_towers.text_encoder, pretrained=pretrained, source=chosen),
     IMAGE_ENCODER: functools.partial(clip_towers.image_encoder, source=chosen),
+    CLASSIFIER: functools.partial(vit_tower.classifier, source=config.init.get("vit", "")),
     CLASS_PREDICTOR: lambda wanted: clip_towers.class_predictor(
       wanted,
       source=chosen,
@@ -110,7 +114,8 @@ def best_metric(config: ConfigDict, product: Product) -> str:
 def with_backbone_sizes(config: ConfigDict, source: str) -> ConfigDict:
   """The config with the backbones' sizes as the source of the weights states them, where it does.
 
-  Those of the image encoder are stated by a folder in `init.clip`. A workdir also states how many refinement steps its
+  Those of CLIP's image encoder are stated by a folder in `init.clip`, those of the classifier by one in `init.vit`. A
+  workdir also states how many refinement steps its
   weights hold, so that `method.refine_steps` can be chosen anew.
 
   Args:
@@ -122,13 +127,16 @@ def with_backbone_sizes(config: ConfigDict, source: str) -> ConfigDict:
   if source and is_workdir(source):
     with Checkpoints(source, read_only=True) as held:
       stored = held.restore_config(cast(int, held.latest_step()))
-    stated = {part: stored["backbone"][part] for part in ("unet", "vae", "text", "image") if part in stored["backbone"]}
+    stated = {part: stored["backbone"][part] for part in BACKBONES if part in stored["backbone"]}
     steps = stored["method"].get("trained_steps") or stored["method"].get("refine_steps", 0)
   else:
     stated = (stable_diffusion.sizes(source) if source else None) or {}
   chosen = config.init.get("clip", "")
   if chosen and class_name_encoding.random_seed(chosen, clip_towers.OPTION) is None:
     stated |= {part: values for part, values in clip.sizes(chosen).items() if part == "image"}
+  classifier = config.init.get("vit", "")
+  if classifier and class_name_encoding.random_seed(classifier, vit_tower.OPTION) is None:
+    stated |= {"vit": vit.sizes(classifier)}
   config = config.copy_and_resolve_references()
   with config.unlocked():
     for part, values in stated.items():

@@ -19,9 +19,9 @@ FIELDS = {
        "writer"),
   "optim": ("lr", "decay", "b1", "b2", "epsilon", "clip_norm", "schedule", "lr_groups", "decay_groups", "norm_group",
             "loss_group", "accumulation", "ema_decay"),
-  "backbone": ("unet", "vae", "text", "image", "attention", "remat"),
+  "backbone": ("unet", "vae", "text", "image", "vit", "attention", "remat"),
   "eval": ("batch_size", "test_time", "coverage", "small_images", "checkpoint", "baselines", "panels"),
-  "init": ("pretrained", "run", "clip"),
+  "init": ("pretrained", "run", "clip", "vit"),
   "mesh": ("data", "fsdp", "rules"),
 }  # fmt: skip
 # Of sections that name a constructor: what the section does not give, but the other parts do.

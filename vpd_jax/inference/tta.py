@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +16,22 @@ Images = TypeVar("Images", np.ndarray, Array)
 Predict = Callable[[Batch], Array]  # batch of B images to [B, H, W, ...]
 COVERAGES = ("released", "full")
 # Values of `eval.test_time` by test-time protocol. Flipping would swap left and right in sentences.
-TEST_TIME_OPTIONS = {"windows": ("flip", "shift:N"), "crops": ("flip",), "squeezed": ()}
+TEST_TIME_OPTIONS = {"windows": ("flip", "shift:N", "halves:N"), "crops": ("flip",), "squeezed": ()}
+NUMBERS = {"shift:N": " with N at least 2", "halves:N": " with N at least 1"}
+
+
+class TestTime(NamedTuple):
+  """What `eval.test_time` asks for.
+
+  Attributes:
+    flip: the mirrored image too.
+    windows: number of square windows along the longer side; 1 for the whole image.
+    overlap: columns that the two halves of an image share, which are predicted apart; 0: it is not halved.
+  """
+
+  flip: bool
+  windows: int
+  overlap: int
 
 
 def offsets(size: Sequence[int], count: int, *, coverage: str = "released") -> list[tuple[int, int]]:
@@ -53,7 +68,7 @@ def check_coverage(
   Raises:
     ValueError: pixels of the region have no prediction.
   """
-  windows, side = parse(words)[1], min(size)
+  windows, side = parse(words).windows, min(size)
   if windows == 1:
     return
   covered = np.zeros(size, bool)
@@ -121,28 +136,56 @@ def shifted_windows(predict: Predict, count: int, *, coverage: str = "released")
   return run
 
 
-def parse(words: tuple[str, ...], protocol: str = "windows") -> tuple[bool, int]:
-  """Parses `eval.test_time`, such as ("flip", "shift:2"), into (flip, number of windows; 1 for the whole image).
+def halves(predict: Predict, overlap: int) -> Predict:
+  """Predicts the left and the right half of an image, which share `overlap` columns, and blends these linearly.
+
+  Of an image no wider than the overlap there is one half. Where the width and the overlap are odd together they share
+  one column more.
+
+  Source: EcoDepth depth/test.py (v1.0.0): 640 of KITTI's 1216 columns each, 64 in common.
+  """
+
+  def run(batch: Batch) -> Array:
+    image = batch["image"]
+    width, side = image.shape[2], -(-(image.shape[2] + overlap) // 2)
+    if side >= width:
+      return predict(batch)
+    windows = tiled(batch, 2) | {"image": jnp.concatenate([image[:, :, :side], image[:, :, -side:]])}
+    left, right = jnp.split(predict(windows), 2)
+    common = 2 * side - width
+    share = jnp.linspace(0, 1, common, dtype=left.dtype).reshape(1, 1, common, *(1,) * (left.ndim - 3))
+    blended = left[:, :, -common:] * (1 - share) + right[:, :, :common] * share
+    return jnp.concatenate([left[:, :, :-common], blended, right[:, :, common:]], axis=2)
+
+  return run
+
+
+def parse(words: tuple[str, ...], protocol: str = "windows") -> TestTime:
+  """Parses `eval.test_time`, such as ("flip", "shift:2").
 
   Args:
     words: of the config.
     protocol: of the task, see TEST_TIME_OPTIONS.
 
   Raises:
-    ValueError: a word that the protocol does not support.
+    ValueError: a word that the protocol does not support; windows and halves together.
   """
-  flip, windows, known = False, 1, TEST_TIME_OPTIONS[protocol]
+  flip, windows, overlap, known = False, 1, 0, TEST_TIME_OPTIONS[protocol]
   for word in words:
     name, _, number = word.partition(":")
     if name == "flip" and not number and "flip" in known:
       flip = True
     elif name == "shift" and number.isdigit() and int(number) >= 2 and "shift:N" in known:
       windows = int(number)
+    elif name == "halves" and number.isdigit() and int(number) >= 1 and "halves:N" in known:
+      overlap = int(number)
     else:
-      listed = " and ".join(map(repr, known)) + (" with N at least 2" if "shift:N" in known else "")
+      listed = " and ".join(repr(word) + NUMBERS.get(word, "") for word in known)
       remedy = f"known are {listed}" if known else "this task supports none: use ()"
       raise UserError(f"eval.test_time has {word!r}; {remedy}.")
-  return flip, windows
+  if overlap and windows > 1:
+    raise UserError(f"eval.test_time={tuple(words)} has both windows and halves; choose one.")
+  return TestTime(flip, windows, overlap)
 
 
 def with_test_time_augmentation(
@@ -152,10 +195,11 @@ def with_test_time_augmentation(
   coverage: str = "released",
   mirrored: Callable[[Array], Array] = mirror_back,
 ) -> Predict:
-  """`predict` with `eval.test_time`: flips are averaged first, then windows."""
-  flip, windows = parse(words)
+  """`predict` with `eval.test_time`: flips are averaged first, then windows or halves."""
+  flip, windows, overlap = parse(words)
   combined = flipped(predict, mirrored) if flip else predict
   combined = shifted_windows(combined, windows, coverage=coverage) if windows > 1 else combined
+  combined = halves(combined, overlap) if overlap else combined
 
   def run(batch: Batch) -> Array:
     if words and "latents" in batch:

@@ -34,7 +34,7 @@ class ShiftedWindowProtocol:
   """
 
   def __init__(self, config: ConfigDict, product: Product):
-    flip, self._windows = tta.parse(config.eval.test_time)
+    flip, self._windows, _ = tta.parse(config.eval.test_time)
     self._predict = jax.jit(evaluate.make_predict(product, ("flip",) if flip else (), "full"))
     self._side, self._result = int(config.data.crop[0]), product.task.result
     self._batch_size = max(self._windows, config.eval.batch_size)

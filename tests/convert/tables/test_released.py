@@ -13,7 +13,7 @@ from vpd_jax.convert.formats import weight_files, write
 from vpd_jax.convert.tables import released
 
 
-@pytest.fixture(scope="module", params=["vpd_depth", "meta_prompts_depth"])
+@pytest.fixture(scope="module", params=["vpd_depth", "meta_prompts_depth", "eco_depth_depth"])
 def release(request):
   """The release's name in released.TABLES."""
   return request.param
@@ -39,7 +39,11 @@ def shapes_of(release, state):
   return shapes
 
 
-SETUPS = {"vpd_depth": "vpd_depth", "meta_prompts_depth": "meta_depth"}  # names in tests/golden
+SETUPS = {
+  "vpd_depth": "vpd_depth",
+  "meta_prompts_depth": "meta_depth",
+  "eco_depth_depth": "eco_depth",
+}  # names in tests/golden
 HEAD = {
   "decoder.deconv_layers.0.weight": "head/deconv_layers/0/kernel",
   "decoder.deconv_layers.1.running_mean": "head/deconv_layers/1/mean",
@@ -83,7 +87,28 @@ META_PROMPTS = {
   "encoder.layer4.conv_layers.1.running_var": "neck/layer4/conv_layers/1/var",
   "encoder.out_layer.1.bias": "neck/out_layer/1/bias",
 }
-PAIRS = {"vpd_depth": VPD | HEAD, "meta_prompts_depth": META_PROMPTS | HEAD}
+CIDE = "encoder.cide_module."
+ECO_DEPTH = {
+  f"{CIDE}embeddings": "method/embeddings",
+  f"{CIDE}gamma": "method/gamma",
+  f"{CIDE}fc.2.weight": "method/fc/2/kernel",
+  f"{CIDE}embedding_adapter.fc.0.weight": "method/text_adapter/fc/0/kernel",
+  f"{CIDE}vit_model.vit.embeddings.cls_token": "method/vit_model/vit/embeddings/cls_token",
+  f"{CIDE}vit_model.vit.embeddings.position_embeddings": "method/vit_model/vit/embeddings/position_embeddings",
+  f"{CIDE}vit_model.vit.embeddings.patch_embeddings.projection.weight": (
+    "method/vit_model/vit/embeddings/patch_embeddings/projection/kernel"
+  ),
+  f"{CIDE}vit_model.vit.encoder.layer.1.attention.attention.key.bias": (
+    "method/vit_model/vit/encoder/layer/1/attention/attention/key/bias"
+  ),
+  f"{CIDE}vit_model.vit.encoder.layer.2.layernorm_after.weight": (
+    "method/vit_model/vit/encoder/layer/2/layernorm_after/scale"
+  ),
+  f"{CIDE}vit_model.classifier.weight": "method/vit_model/classifier/kernel",
+  "encoder.layer1.3.weight": "neck/layer1/3/kernel",
+  "encoder.unet.unet.diffusion_model.time_embed.0.weight": "method/unet/time_embed/0/kernel",
+}
+PAIRS = {"vpd_depth": VPD | HEAD, "meta_prompts_depth": META_PROMPTS | HEAD, "eco_depth_depth": ECO_DEPTH | HEAD}
 
 
 @pytest.mark.parametrize("wrap", ["module", "model", "bare"])
@@ -101,11 +126,12 @@ def test_a_release_fills_the_model(tmp_path, release, state, targets, wrap):
 
 
 def test_every_name_of_ours_has_its_own_pair(release, targets):
-  # 839 entries, 4 of them counters; 912 entries, 13 of them counters and 8 repeated.
-  assert len(targets) == {"vpd_depth": 835, "meta_prompts_depth": 891}[release]
+  # 839 entries, 4 of them counters; 912 entries, 13 of them counters and 8 repeated; 899 entries, 4 of them counters.
+  assert len(targets) == {"vpd_depth": 835, "meta_prompts_depth": 891, "eco_depth_depth": 895}[release]
   method = {
     "vpd_depth": {"gamma", "class_vectors", "text_adapter"},
     "meta_prompts_depth": {"t", "meta_prompts", "text_adapter", "layer3", "layer4"},
+    "eco_depth_depth": {"embeddings", "gamma", "vit_model", "fc", "text_adapter"},
   }
   assert {name.split("/")[1] for name in targets} == method[release] | {
     *("unet", "vae", "layer1", "layer2", "out_layer", "deconv_layers", "conv_layers", "last_layer_depth"),

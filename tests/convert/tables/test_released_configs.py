@@ -23,6 +23,8 @@ CASES = {
   ("vpd_depth", "configs/nyu_depth.py:vpd", "predicted"): "vpd_depth",
   ("meta_prompts_depth", "configs/nyu_depth.py:meta_prompts"): "meta_depth",
   ("meta_prompts_depth", "configs/kitti_depth.py:meta_prompts"): "meta_depth",
+  ("eco_depth_depth", "configs/nyu_depth.py:eco_depth"): "eco_depth",
+  ("eco_depth_depth", "configs/kitti_depth.py:eco_depth"): "eco_depth",
   ("vpd_segmentation", "configs/ade20k_seg.py:vpd"): "vpd_seg",
   ("meta_prompts_segmentation", "configs/ade20k_seg.py:meta_prompts"): "meta_seg_ade",
   ("meta_prompts_segmentation", "configs/cityscapes_seg.py:meta_prompts"): "meta_seg_cityscapes",

@@ -50,6 +50,16 @@ def neck():
   return named, lambda f: parts.merge(named)(f)
 
 
+@pytest.mark.parametrize("cut, shape", [(True, (2, 3, 4, 64)), (False, (2, 4, 6, 64))])
+def test_padding_is_cut_off_or_kept(neck, cut, shape):
+  named, _ = neck
+  parts = parameters.describe(lambda: Fusion(MapInfo(WIDTHS, STRIDES), COMMON, width=64, cut_padding=cut))
+  given = features(128, 192, (70, 100))
+  fused = parts.merge(named)(given).maps[0]
+  assert fused.shape == shape
+  np.testing.assert_allclose(fused, joined(named, given.maps)[:, : shape[1], : shape[2]], rtol=1e-5, atol=1e-5)
+
+
 def test_fusion_is_its_formula(neck):
   named, run = neck
   given = features(128, 192, (128, 192))

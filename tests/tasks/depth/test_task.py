@@ -78,6 +78,31 @@ def test_the_summary_is_the_authors_mean_over_images(measured, arrays):
   assert summary["images"] == 3
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_scores_of_eco_depth_are_the_authors(case):
+  """Clipped predictions, and silog as KITTI's benchmark has it."""
+  (size, largest, crop), arrays = CASES[case], oracle.golden("metrics.eco_depth.npz")
+  task = Depth(max_depth=largest, eval_crop=crop, clip_prediction=True, benchmark_silog=True)
+  predictions, truths = zip(*(pair(case, i, size, largest) for i in range(3)), strict=True)
+  rows = scores(task, np.stack(predictions), np.stack(truths))
+  np.testing.assert_array_equal(rows["pixels"], arrays[f"eco_depth/{case}/pixels_used"])
+  theirs = arrays[f"eco_depth/{case}/per_image"]
+  np.testing.assert_allclose(np.stack([rows[name] for name in SCORES], axis=1), theirs, rtol=1e-6)
+  summary = task.summarize(rows)
+  np.testing.assert_allclose([summary[name] for name in SCORES], arrays[f"eco_depth/{case}/global_avg"], rtol=1e-6)
+
+
+def test_the_loss_of_eco_depth_is_the_authors():
+  arrays = oracle.golden("metrics.eco_depth.npz")
+  prediction, truth = (fill.uniform(f"metrics/silog/{name}", (2, 40, 50), 0, 0.5, 9.5) for name in ("pred", "gt"))
+  truth = jnp.asarray(truth * (fill.uniform("metrics/silog/valid", (2, 40, 50), 0) > 0.25))
+  task = Depth(max_depth=10.0, variance_focus=0.85, loss_scale=10.0)
+  loss = jax.value_and_grad(lambda p: task.loss({"depth": p}, {"depth": truth}).value)
+  value, gradient = loss(jnp.asarray(prediction))
+  np.testing.assert_allclose(value, arrays["eco_silog/loss"], rtol=1e-6)
+  np.testing.assert_allclose(gradient, arrays["eco_silog/grad"], rtol=1e-4, atol=1e-8)
+
+
 def test_silog_is_the_authors(arrays):
   prediction, truth = silog_pair()
   value, gradient = jax.value_and_grad(lambda p: silog(p, truth)[0])(prediction)
@@ -159,6 +184,12 @@ def test_both_limits_of_depth_are_strict():
   task = Depth(max_depth=10.0, min_depth=1.0)
   truth = np.array([[[0.0, 1.0, 1.5, 9.5, 10.0, 11.0]]])
   assert scores(task, np.full(truth.shape, 2.0), truth)["pixels"] == 2
+
+
+def test_the_prediction_is_clipped_where_the_task_says_so():
+  task = Depth(max_depth=10.0, min_depth=0.5, clip_prediction=True)
+  rows = scores(task, np.array([30.0, 0.1, np.nan, -np.inf]).reshape(4, 1, 1), np.full((4, 1, 1), 5.0))
+  np.testing.assert_allclose(rows["rmse"], [5.0, 4.5, 4.5, 5.0], rtol=1e-6)
 
 
 def test_the_prediction_is_not_clipped():

@@ -57,6 +57,13 @@ def backbone(size: str) -> Section:
   return SIZES[size]()
 
 
+def vit(*, tiny: bool) -> Section:
+  """Sizes of the classifier of ImageNet: google/vit-base-patch16-224; a folder in `init.vit` brings its own."""
+  sizes = {"width": 768, "layers": 12, "heads": 12, "mlp_width": 3072, "image_size": 224, "patch": 16}
+  small = {"width": 64, "layers": 3, "heads": 4, "mlp_width": 256, "image_size": 56, "patch": 14}
+  return {**(small if tiny else sizes), "labels": 1000}
+
+
 def clip_image(*, tiny: bool) -> Section:
   """Sizes of CLIP's image encoder: ViT-L/14 at 224 pixels; a folder in `init.clip` brings its own."""
   sizes = {"width": 1024, "layers": 24, "heads": 16, "mlp_width": 4096, "image_size": 224, "projection": 768}

@@ -1,6 +1,7 @@
 """Method, neck and head of depth, for each method."""
 
 from vpd_jax.config.fields import Section
+from vpd_jax.config.presets.backbones import vit
 
 
 def iedp_assumptions() -> Section:
@@ -125,4 +126,56 @@ def tadp_depth(*, tiny: bool, head_init: str) -> Section:
     },
     "neck": vpd["neck"],
     "head": vpd["head"],
+  }
+
+
+def eco_depth(*, tiny: bool, head_init: str) -> Section:
+  """The sections method, neck and head of EcoDepth, as released, and what it sets in backbone and init.
+
+  Args:
+    tiny: widths of the tiny network, and a random classifier in place of that of `init.vit`.
+    head_init: see heads/deconv.py.
+  """
+  vpd = vpd_depth(tiny=tiny, head_init=head_init)
+  return {
+    "backbone": {"vit": vit(tiny=tiny)},
+    "init": {"vit": "random:0" if tiny else ""},  # folder or file of the classifier, or random:SEED for smoke tests
+    "method": {
+      "name": "eco_depth",
+      "embeddings": 100,  # 200 in the released weights of outdoor pictures
+      "vit_bytes": "truncated",  # "rounded"
+      "vit_padding": True,
+      "class_scores": "logits",  # "probabilities"
+      "residual_scale": 1e-4,
+      "timestep": 1,
+      "latent_scale": 0.18215,
+      "pad_multiple": 64,
+      "pad_value": -1.0,  # black
+    },
+    "neck": vpd["neck"] | {"cut_padding": False},
+    "head": vpd["head"],
+  }
+
+
+def eco_depth_recipe(*, iterations: int, test_time: tuple[str, ...]) -> Section:
+  """What EcoDepth's release trains and tests otherwise than VPD's: a global batch of 32, of 8 GPUs x 4.
+
+  Args:
+    iterations: of an epoch; 25 of them.
+    test_time: see `recipe.evaluation`.
+
+  Source: EcoDepth depth/train.py, depth/test.py, depth/models/optimizer.py, depth/utils_depth (v1.0.0).
+  """
+  return {
+    **dict.fromkeys(("eval_every", "save_every"), iterations),
+    "num_steps": 25 * iterations,
+    "task": {"variance_focus": 0.85, "loss_scale": 10.0, "clip_prediction": True, "benchmark_silog": True},
+    "data": {"batch_size": 32},
+    "optim": {
+      "schedule": {"half": 12 * iterations},
+      "lr_groups": ((r"/vae/", None), (r"/unet/", 0.01), (r"/embeddings$", 10.0), (r"", 1.0)),
+      "norm_group": 4,
+      "loss_group": 4,
+    },
+    "eval": {"test_time": test_time},
   }

@@ -1,11 +1,11 @@
-"""Method, neck, head, task and optimizer of human pose, for each of the three methods.
+"""Method, neck, head, task and optimizer of human pose, for each of the four methods.
 
 No paper's pose code is published. The recipe is ViTPose's, which MetaPrompts' authors name; what they say nothing of is
 an assumption, and each of these is an option.
 """
 
 from vpd_jax.config.fields import Section
-from vpd_jax.config.presets.depth import iedp_depth, meta_prompts_depth, vpd_depth
+from vpd_jax.config.presets.depth import eco_depth, iedp_depth, meta_prompts_depth, vpd_depth
 from vpd_jax.config.presets.recipe import adamw
 
 
@@ -75,6 +75,17 @@ def iedp_pose(*, tiny: bool, head_init: str = "released") -> Section:
     "neck": vpd["neck"],
     "head": vpd["head"],
   }
+
+
+def eco_depth_pose(*, tiny: bool, head_init: str = "released") -> Section:
+  """EcoDepth's context with VPD's head for pose; see `depth.eco_depth`.
+
+  Args:
+    tiny: a random classifier.
+    head_init: see `vpd_pose`.
+  """
+  vpd = vpd_pose(tiny=tiny, head_init=head_init)
+  return {**eco_depth(tiny=tiny, head_init="released"), "neck": vpd["neck"], "head": vpd["head"]}
 
 
 def pose_optimizer(*, lr: float, drops: tuple[int, ...], warmup: int = 500) -> Section:

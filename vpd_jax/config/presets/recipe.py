@@ -52,7 +52,8 @@ def evaluation(*, batch_size: int, test_time: tuple[str, ...], baselines: int = 
 
   Args:
     batch_size: images, all processes together, in one call of the network (times windows and mirroring).
-    test_time: of "flip" and "shift:N", the mirrored image and N shifted square windows.
+    test_time: of "flip", the mirrored image, and one of "shift:N", N shifted square windows, and "halves:N", the two
+      halves, which share N columns.
     baselines: training images to fit the trivial predictors on whose scores are printed beside; 0 for none.
     coverage: "full" spreads shifted windows over the whole image; "released" may leave its end out, for the published
       protocols of NYU and KITTI, which score nothing there.

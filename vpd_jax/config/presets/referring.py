@@ -1,10 +1,10 @@
 """Method, neck, head, task and optimizer of referring segmentation.
 
-VPD's is published. That of the two other methods is an experiment of ours: their context behind the sentence's.
+VPD's is published. That of the other methods is an experiment of ours: their context behind the sentence's.
 """
 
 from vpd_jax.config.fields import Section
-from vpd_jax.config.presets.depth import iedp_depth, vpd_depth
+from vpd_jax.config.presets.depth import eco_depth, iedp_depth, vpd_depth
 from vpd_jax.config.presets.recipe import adamw
 from vpd_jax.config.presets.segmentation import meta_prompts_segmentation
 
@@ -57,6 +57,18 @@ def iedp_referring(*, tiny: bool, token_length: int = 40) -> Section:
     **vpd,
     "init": depth["init"],
     "method": depth["method"] | told | {"prompt": "sentence+image", "branch_mode": "implicit"},
+  }
+
+
+def eco_depth_referring(*, tiny: bool, token_length: int = 40) -> Section:
+  """As `vpd_referring`, for EcoDepth: its token behind the sentence's, without attention maps."""
+  vpd, depth = vpd_referring(tiny=tiny, token_length=token_length), eco_depth(tiny=tiny, head_init="released")
+  told = {name: vpd["method"][name] for name in ("token_length", "tokenizer")}
+  return {
+    **vpd,
+    "backbone": depth["backbone"],
+    "init": vpd["init"] | depth["init"],
+    "method": depth["method"] | told | {"prompt": "sentence+image"},
   }
 
 

@@ -14,6 +14,7 @@ METHODS = {  # name in a config: module and class
   "meta_prompts": "vpd_jax.models.methods.meta_prompts:MetaPrompts",
   "iedp": "vpd_jax.models.methods.iedp:Iedp",
   "tadp": "vpd_jax.models.methods.tadp:Tadp",
+  "eco_depth": "vpd_jax.models.methods.eco_depth:EcoDepth",
 }
 SECTIONS: dict[str, dict[str, Callable[..., Section]]] = {
   "depth": {
@@ -21,19 +22,27 @@ SECTIONS: dict[str, dict[str, Callable[..., Section]]] = {
     "meta_prompts": depth.meta_prompts_depth,
     "iedp": depth.iedp_depth,
     "tadp": depth.tadp_depth,
+    "eco_depth": depth.eco_depth,
   },
   "segmentation": {
     "vpd": segmentation.vpd_segmentation,
     "meta_prompts": segmentation.meta_prompts_segmentation,
     "iedp": segmentation.iedp_segmentation,
     "tadp": segmentation.tadp_segmentation,
+    "eco_depth": segmentation.eco_depth_segmentation,
   },
   "referring": {
     "vpd": referring.vpd_referring,
     "meta_prompts": referring.meta_prompts_referring,
     "iedp": referring.iedp_referring,
+    "eco_depth": referring.eco_depth_referring,
   },
-  "pose": {"vpd": pose.vpd_pose, "meta_prompts": pose.meta_prompts_pose, "iedp": pose.iedp_pose},
+  "pose": {
+    "vpd": pose.vpd_pose,
+    "meta_prompts": pose.meta_prompts_pose,
+    "iedp": pose.iedp_pose,
+    "eco_depth": pose.eco_depth_pose,
+  },
 }
 
 

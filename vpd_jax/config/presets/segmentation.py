@@ -1,7 +1,7 @@
 """Method, neck, head, task and optimizer of semantic segmentation, for each method."""
 
 from vpd_jax.config.fields import Section
-from vpd_jax.config.presets.depth import iedp_depth, meta_prompts_depth, tadp_depth, vpd_depth
+from vpd_jax.config.presets.depth import eco_depth, iedp_depth, meta_prompts_depth, tadp_depth, vpd_depth
 from vpd_jax.config.presets.recipe import adamw
 
 
@@ -83,6 +83,17 @@ def tadp_segmentation(*, tiny: bool, dropout: float = 0.1) -> Section:
   names = ("attention_maps", "attention_max_size", "attention_gradient", "keep_unused")
   told = {name: vpd["method"][name] for name in names}
   return {**vpd, "init": depth["init"], "method": depth["method"] | told}
+
+
+def eco_depth_segmentation(*, tiny: bool, dropout: float = 0.1) -> Section:
+  """EcoDepth's context with VPD's neck, head and task of segmentation, an experiment of ours; see `depth.eco_depth`.
+
+  Args:
+    tiny: widths of the tiny network, and a random classifier.
+    dropout: see heads/fpn.py.
+  """
+  vpd = vpd_segmentation(tiny=tiny, dropout=dropout)
+  return {**eco_depth(tiny=tiny, head_init="released"), **{name: vpd[name] for name in ("neck", "head", "task")}}
 
 
 def segmentation_optimizer(*, lr: float = 8e-5, num_steps: int = 80_000, warmup: int = 1500) -> Section:

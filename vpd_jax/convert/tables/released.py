@@ -25,12 +25,13 @@ from vpd_jax.convert.rules import (
   plain,
   to_source,
 )
-from vpd_jax.convert.tables import released_referring, released_segmentation, released_tadp, stable_diffusion
+from vpd_jax.convert.tables import released_referring, released_segmentation, released_tadp, stable_diffusion, vit
 from vpd_jax.errors import UserError
 from vpd_jax.types import Fields, Options
 
 AnyShaped = TypeVar("AnyShaped", bound=Shaped)
 _UNET = "encoder.unet.unet.diffusion_model"
+_CIDE = "encoder.cide_module"
 _LAST_BLOCK = "encoder.cross_unet_conv2"  # of MetaPrompts' UNet: its first name
 MOST_STEPS = released_segmentation.MOST_STEPS  # of refinement; each has rules of its own
 
@@ -70,6 +71,27 @@ def tadp_depth() -> list[Rule | Drop]:
   return [*rest, *released_tadp.depth_alone()]
 
 
+def eco_depth_depth() -> list[Rule | Drop]:
+  """EcoDepth on NYU Depth v2 and KITTI. Source: EcoDepth depth/models/model.py, class EcoDepth (v1.0.0).
+
+  The frozen classifier of ImageNet is part of the file.
+  """
+  return [
+    Rule(f"{_CIDE}.embeddings", "method/embeddings", (plain,)),
+    Rule(f"{_CIDE}.gamma", "method/gamma", (plain,)),
+    *vit.classifier(f"{_CIDE}.vit_model.", "method/vit_model/"),
+    Rule(f"{_CIDE}.fc", "method/fc"),
+    Rule(f"{_CIDE}.embedding_adapter", "method/text_adapter"),
+    Rule("encoder.layer1", "neck/layer1"),
+    Rule("encoder.layer2", "neck/layer2"),
+    Rule("encoder.out_layer", "neck/out_layer"),
+    *stable_diffusion.first_stage("encoder.encoder_vq"),
+    *stable_diffusion.unet(_UNET, out=False),
+    *_depth_head(),
+    DROP_COUNTERS,
+  ]
+
+
 def meta_prompts_depth() -> list[Rule | Drop]:
   """MetaPrompts on NYU Depth v2 and KITTI. Source: MetaPrompts depth/models_depth/model.py, class VPDDepth.
 
@@ -104,6 +126,7 @@ SHARED = {
   "meta_prompts_segmentation": released_segmentation.SHARED,
 }
 TABLES = {
+  "eco_depth_depth": eco_depth_depth,
   "meta_prompts_depth": meta_prompts_depth,
   "vpd_depth": vpd_depth,
   "meta_prompts_segmentation": released_segmentation.meta_prompts_segmentation,
@@ -116,6 +139,7 @@ TASKS = {"referring": "refer"}  # Names of tasks in TABLES where they differ fro
 # A prefix by which a release is known; the first that is found decides.
 SIGNATURES = {
   **released_tadp.SIGNATURES,  # before VPD's, whose sign the one for depth has too
+  "eco_depth_depth": f"{_CIDE}.",
   "meta_prompts_depth": "encoder.meta_prompts1",
   "vpd_depth": f"{_UNET}.",
   **released_segmentation.SIGNATURES,
@@ -128,9 +152,9 @@ WRAPPERS = dict.fromkeys((*released_segmentation.SIGNATURES, "tadp_segmentation"
 
 # The order in which the authors' modules register their children, one list for all modules: no two of them disagree.
 _ORDER = (
-  "embeddings encoder decoder last_layer_depth "
+  "embeddings gamma vit_model fc embedding_adapter vit encoder decoder last_layer_depth "
   + "".join(f"t{i} meta_prompts{i} " for i in range(1, MOST_STEPS + 1))
-  + "meta_prompts gamma class_embeddings layer1 layer2 layer3 layer4 out_layer text_adapter1 "
+  + "meta_prompts class_embeddings layer1 layer2 layer3 layer4 out_layer cide_module text_adapter1 "
   + "".join(f"cross_unet_conv{i} text_adapter{i} " for i in range(2, MOST_STEPS + 1))
   + f"encoder_vq unet {released_segmentation.ORDER} "
   "conv_in down mid norm_out conv_out quant_conv post_quant_conv "
@@ -140,6 +164,8 @@ _ORDER = (
   "norm q k v proj_in transformer_blocks proj_out "
   "attn1 ff attn2 norm1 conv1 norm2 conv2 norm3 nin_shortcut to_q to_k to_v to_out "
   "deconv_layers conv_layers "
+  "cls_token position_embeddings patch_embeddings query key value "
+  "attention intermediate output layernorm_before layernorm_after layernorm "
   f"{released_referring.ORDER} {released_tadp.ORDER} "
   "weight bias running_mean running_var num_batches_tracked "
 )

@@ -21,6 +21,7 @@ from vpd_jax.models.backbones.clip_image import ImageSizes
 from vpd_jax.models.backbones.clip_text import TextSizes
 from vpd_jax.models.backbones.unet import UNet, UNetSizes
 from vpd_jax.models.backbones.vae import VaeEncoder, VaeSizes
+from vpd_jax.models.backbones.vit import VitSizes
 from vpd_jax.models.context.context import Context
 from vpd_jax.models.layer_options import Common
 from vpd_jax.models.methods import image_input
@@ -39,7 +40,7 @@ class MethodSetup:
   """What every method is given besides its own options.
 
   Attributes:
-    unet, vae, text, image: sizes of the backbones.
+    unet, vae, text, image, vit: sizes of the backbones.
     common: dtypes and random keys.
     class_names: of the data set, by class id.
     tokenize: sentences to int32 [sentences, N], of the length that the method's texts have; opens the tokenizer when it
@@ -53,6 +54,7 @@ class MethodSetup:
   common: Common
   text: TextSizes = dataclasses.field(default_factory=TextSizes)
   image: ImageSizes = dataclasses.field(default_factory=ImageSizes)
+  vit: VitSizes = dataclasses.field(default_factory=VitSizes)
   class_names: tuple[str, ...] = ()
   tokenize: Callable[[tuple[str, ...]], np.ndarray] = no_tokenizer
   training: bool = True

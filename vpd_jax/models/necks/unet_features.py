@@ -43,6 +43,7 @@ class Fusion(nnx.Module):
     common: Common,
     *,
     width: int = 1536,
+    cut_padding: bool = True,
   ):
     """Builds the layers.
 
@@ -50,6 +51,7 @@ class Fusion(nnx.Module):
       maps: the four that come in.
       common: dtypes, random keys, groups of batch normalization.
       width: of the map that goes out.
+      cut_padding: False keeps the whole map, and the head cuts its result. Release of VPD: True, of EcoDepth: False.
 
     Raises:
       ValueError: another number of maps than four, or maps of a resized image.
@@ -61,6 +63,7 @@ class Fusion(nnx.Module):
         f"neck 'fusion' cuts padding off, but the method's image is {maps.map_extent}; use neck 'einsum'."
       )
     widths, init = maps.widths, initializers.truncated_normal(0.02)
+    self.cut_padding = cut_padding
     norm = lambda w: normalization.GroupNorm(w, groups=16, epsilon=1e-5, **common.layer)
     half = lambda w: layers.conv(w, w, 3, stride=2, kernel_init=init, **common.layer)
     self.map_info = dataclasses.replace(maps, widths=(width,), strides=(maps.strides[2],))
@@ -75,8 +78,10 @@ class Fusion(nnx.Module):
     coarsest = layers.resize(coarsest, coarse.shape[1:3], method="nearest")
     joined = [layers.chain(self.layer1, finest), layers.chain(self.layer2, fine), coarse, coarsest]
     x = layers.chain(self.out_layer, jnp.concatenate(joined, axis=-1))  # [B, h, w, width]
-    rows, columns = (-(-side // self.map_info.strides[0]) for side in features.image_size)
-    return features._replace(maps=(x[:, :rows, :columns],))
+    if self.cut_padding:
+      rows, columns = (-(-side // self.map_info.strides[0]) for side in features.image_size)
+      x = x[:, :rows, :columns]
+    return features._replace(maps=(x,))
 
 
 class _Raised(nnx.Module):

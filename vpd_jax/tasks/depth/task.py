@@ -74,6 +74,9 @@ class Depth(Task):
     min_depth: float = 1e-3,
     eval_crop: str = "none",
     variance_focus: float = 0.5,
+    loss_scale: float = 1.0,
+    clip_prediction: bool = False,
+    benchmark_silog: bool = False,
     png_scale: int = 0,
   ):
     """Options of loss, scores and files.
@@ -82,7 +85,12 @@ class Depth(Task):
       max_depth: metres; the head's largest value, and the scored ground truth is below it.
       min_depth: metres; the scored ground truth is above it.
       eval_crop: the part of the image that is scored: "eigen_nyu", "garg", "eigen_kitti" or "none".
-      variance_focus: of the loss.
+      variance_focus: of the loss. Release of VPD: 0.5, of EcoDepth: 0.85.
+      loss_scale: factor on the loss, which AdamW hardly sees. Release of VPD: 1.0, of EcoDepth: 10.0.
+      clip_prediction: whether a prediction is scored as clipped to [min_depth, max_depth]. Release of VPD: False, of
+        EcoDepth: True.
+      benchmark_silog: the score "silog" as KITTI's benchmark states it, 100 sqrt(mean(e^2) - mean(e)^2). Release of
+        VPD: False, sqrt(mean(e^2) - 0.5 mean(e)^2), of EcoDepth: True.
       png_scale: units per metre of the 16-bit depth pictures of `save`: 1000 as in NYU's files, 256 as the KITTI server
         takes them; 0 is the first of PNG_SCALES at which 16 bits hold max_depth: 1000 up to 65 m, then 256.
 
@@ -100,13 +108,14 @@ class Depth(Task):
         f"task.max_depth={max_depth}; or 0, which chooses."
       )
     self.max_depth, self.min_depth = max_depth, min_depth
-    self.eval_crop, self.variance_focus = eval_crop, variance_focus
+    self.eval_crop, self.variance_focus, self.loss_scale = eval_crop, variance_focus, loss_scale
+    self.clip_prediction, self.benchmark_silog = clip_prediction, benchmark_silog
     self.output = {"max_depth": max_depth}
 
   def loss(self, outputs: Outputs, batch: Batch) -> Loss:
     """SiLog of one group of images; weight 0 where no pixel has ground truth."""
     value, any_valid = silog(outputs["depth"], batch["depth"], variance_focus=self.variance_focus)
-    return Loss(value, any_valid.astype(value.dtype), {"silog": value})
+    return Loss(self.loss_scale * value, any_valid.astype(value.dtype), {"silog": value})
 
   def predict(self, outputs: Outputs) -> Array:
     """Depth, float [B, H, W], metres."""
@@ -120,14 +129,17 @@ class Depth(Task):
     """Scores of each image, float [B] each, and its number of scored pixels; 0 each where it has none.
 
     Valid pixels have min_depth < truth < max_depth, both strict, inside the crop. The prediction is not clipped,
-    but to RANGE; infinities become `max_depth`, NaN `min_depth`, as released; "not_finite" counts both.
+    but to RANGE or as `clip_prediction` says; infinities become `max_depth`, NaN `min_depth`, as released;
+    "not_finite" counts both.
 
-    Source: VPD depth/utils_depth/metrics.py cropping_img, eval_depth.
+    Source: VPD and EcoDepth, depth/utils_depth/metrics.py cropping_img, eval_depth.
     """
     truth = batch["depth"].astype(prediction.dtype)
     finite = jnp.isfinite(prediction)
     prediction = jnp.where(jnp.isinf(prediction), self.max_depth, prediction)
     prediction = jnp.where(jnp.isnan(prediction), self.min_depth, prediction)
+    if self.clip_prediction:
+      prediction = prediction.clip(self.min_depth, self.max_depth)
     top, bottom, left, right = self.region(truth.shape[1:])
     inside = np.zeros((1, *truth.shape[1:]), bool)
     inside[:, top:bottom, left:right] = True
@@ -137,6 +149,7 @@ class Depth(Task):
     mean = lambda x: jnp.where(valid, x, 0).sum(axis=(1, 2)) / jnp.maximum(pixels, 1)
     difference, p = p - g, jnp.maximum(p, RANGE[0])
     ratio, logs = jnp.maximum(p / g, g / p), jnp.log(p) - jnp.log(g)
+    scale, focus = (100, 1) if self.benchmark_silog else (1, 0.5)
     rows = {f"d{k}": mean((ratio < 1.25**k).astype(p.dtype)) for k in (1, 2, 3)}
     return rows | {
       "abs_rel": mean(jnp.abs(difference) / g),
@@ -144,7 +157,7 @@ class Depth(Task):
       "rmse": jnp.sqrt(mean(difference**2)),
       "rmse_log": jnp.sqrt(mean(logs**2)),
       "log10": mean(jnp.abs(logs)) / jnp.log(jnp.asarray(10, p.dtype)),
-      "silog": jnp.sqrt(mean(logs**2) - 0.5 * mean(logs) ** 2),
+      "silog": scale * jnp.sqrt(jnp.maximum(mean(logs**2) - focus * mean(logs) ** 2, 0)),
       "pixels": pixels,
       "not_finite": (valid & ~finite).sum(axis=(1, 2), dtype=jnp.int32),
     }
