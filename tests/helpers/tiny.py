@@ -78,8 +78,9 @@ def shrunk(config):
   if sentences:
     config.method.token_length, config.method.tokenizer, config.init.clip = 8, "words", "random:0"
   config.data.update(crop=(64, 64), batch_size=6, workers=0)
-  if config.optim.loss_group and 6 % config.optim.loss_group:
-    config.optim.loss_group = 3
+  for group in ("loss_group", "norm_group"):
+    if config.optim[group] and 6 % config.optim[group]:
+      config.optim[group] = 3
   config.data.update({name: (64, 96) for name in ("size", "resize") if name in config.data})
   config.data.update({name: n for name, n in (("train_count", 12), ("eval_count", 5)) if name in config.data})
   config.eval.batch_size = 2

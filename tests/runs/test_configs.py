@@ -13,9 +13,9 @@ from vpd_jax.training import step as training_step
 
 # configs/<file>: words of its argument. A config that is not listed fails the first test.
 SHIPPED = {
-  "nyu_depth": ("vpd", "meta_prompts", "iedp", "vpd,tiny"),
-  "kitti_depth": ("vpd", "meta_prompts", "iedp", "vpd,tiny"),
-  "my_depth": ("vpd,tiny", "meta_prompts,tiny", "iedp,tiny"),
+  "nyu_depth": ("vpd", "meta_prompts", "iedp", "eco_depth", "vpd,tiny"),
+  "kitti_depth": ("vpd", "meta_prompts", "iedp", "eco_depth", "vpd,tiny"),
+  "my_depth": ("vpd,tiny", "meta_prompts,tiny", "iedp,tiny", "eco_depth,tiny"),
   "ade20k_seg": ("vpd", "meta_prompts", "iedp"),
   "cityscapes_seg": ("vpd,tiny", "meta_prompts,extra", "iedp,tiny"),
   "my_segmentation": ("vpd,tiny", "meta_prompts,tiny", "iedp,tiny"),
@@ -28,6 +28,9 @@ SHIPPED = {
     "depth,meta_prompts,tiny",
     "depth,iedp,tiny",
     "segmentation,iedp,tiny",
+    "segmentation,eco_depth,tiny",
+    "referring,eco_depth,tiny",
+    "pose,eco_depth,tiny",
     "referring,tiny",
     "pose,iedp,full",
   ),
@@ -35,6 +38,7 @@ SHIPPED = {
 # Stepped as well; what the others are made of is stepped here, in test_run.py or in the tests of the methods.
 STEPPED = (
   "configs/ade20k_seg.py:iedp",
+  "configs/kitti_depth.py:eco_depth",
   pytest.param("configs/coco_pose.py:meta_prompts", marks=pytest.mark.slow),  # test_pose_run.py has VPD's
   pytest.param("configs/cityscapes_seg.py:meta_prompts", marks=pytest.mark.slow),
 )
@@ -62,7 +66,9 @@ RELEASES = {
   ("nyu_depth", "vpd"): (8, 3, "of a GPU", "grouped"),
   ("nyu_depth", "meta_prompts"): (8, 3, "of a GPU", "grouped"),
   ("nyu_depth", "iedp"): (8, 3, "of all", "grouped"),  # an assumption, see presets.iedp_assumptions
+  ("nyu_depth", "eco_depth"): (8, 4, "of a GPU", "grouped"),
   ("kitti_depth", "vpd"): (8, 3, "of a GPU", "grouped"),
+  ("kitti_depth", "eco_depth"): (8, 4, "of a GPU", "grouped"),
   ("kitti_depth", "meta_prompts"): (8, 3, "of a GPU", "grouped"),
   ("kitti_depth", "iedp"): (8, 3, "of all", "grouped"),
   ("ade20k_seg", "vpd"): (8, 2, "of all", "grouped"),
