@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from vpd_jax.checkpoints.class_vectors import random_seed
+from vpd_jax.checkpoints.class_name_encoding import random_seed
 from vpd_jax.checkpoints.clip_towers import Found, random_tower
 from vpd_jax.convert.rules import Shaped
 from vpd_jax.convert.tables import vit
