@@ -13,7 +13,7 @@ import numpy as np
 from vpd_jax.data.shards import reader
 from vpd_jax.errors import UserError
 from vpd_jax.files import reading
-from vpd_jax.types import Dataset, Example, Fields, Source
+from vpd_jax.types import Dataset, DatasetInfo, Example, Fields, Options, Source
 
 
 class Captioned(Dataset):
@@ -34,6 +34,12 @@ class Captioned(Dataset):
     self._dataset, self._path, self._captions = dataset, path, read(path)
     self.provides = dataset.provides | {"sentence"}
     self.classes, self.published, self.encoder_cache = dataset.classes, dataset.published, dataset.encoder_cache
+
+  @classmethod
+  def info(cls, options: Options) -> DatasetInfo:
+    """Nothing: the class of the data set is asked."""
+    del options
+    return DatasetInfo()
 
   @reader.read_once
   def source(self, split: str) -> Source:
@@ -123,9 +129,10 @@ def read(path: str) -> dict[str, str]:
 
 def _text(entry: object) -> str:
   """The one caption of an entry, or nothing."""
-  listed = entry.get("captions") if isinstance(entry, dict) else [entry]
-  one = isinstance(listed, list) and len(listed) == 1 and isinstance(listed[0], str)
-  return listed[0] if one else ""
+  match entry:
+    case str(text) | {"captions": [str(text)]}:
+      return text
+  return ""
 
 
 def _key(name: str, captions: dict[str, str]) -> str:

@@ -115,7 +115,7 @@ class Shards(Source):
     """See Source; reads the whole record."""
     if "image_path" not in self._restore:
       return super().picture(index)
-    return self._restore["image_path"](self._records[int(index)]["image_path"])
+    return str(self._restore["image_path"](self._records[int(index)]["image_path"]))
 
   def __getstate__(self) -> tuple[object, ...]:
     return self._root, self._split, self._decode
