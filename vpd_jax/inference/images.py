@@ -34,12 +34,13 @@ def as_image(image: object) -> np.ndarray:
   if isinstance(image, Image.Image):
     return _rgb(image)
   array = np.asarray(image)
+  shape = array.shape
   if array.ndim == 2:
     array = array[..., None]
   if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
     first = array.ndim == 3 and array.shape[0] in (1, 3, 4)
     hint = "; its channels come first, which np.moveaxis(image, 0, -1) changes" if first else ""
-    raise UserError(f"an image has shape {np.shape(image)}; give [H, W, 3], [H, W] or [H, W, 4]{hint}.")
+    raise UserError(f"an image has shape {shape}; give [H, W, 3], [H, W] or [H, W, 4]{hint}.")
   array = np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array[..., :3]
   if np.issubdtype(array.dtype, np.floating):
     if array.max() > 1.5:  # somewhat more than 1 comes from resizing
