@@ -76,3 +76,16 @@ def test_a_source_that_nothing_reads_is_refused(config, field, value):
 )
 def test_a_source_that_is_read_in_prediction_or_for_sentences_is_taken(config, field):
   assembled(config, **{field: "random:0"})
+
+
+def test_a_head_chosen_on_the_command_line_leaves_fields_of_the_one_before_out():
+  config = tiny.shrunk(loader.load("configs/coco_pose.py:meta_prompts,tiny"))
+  chosen = loader.changed(config, {"head.name": "simple"})
+  with pytest.raises(ValueError, match=r"config\.head of name 'simple' does not take"):
+    experiment.assemble(chosen)
+  product = experiment.assemble(experiment.with_chosen_parts(chosen, {"head.name"}))
+  assert product.parts.model.head.__class__.__name__ == "ViTPoseSimpleHead"
+  foreign = {"head.name", *(f"head.{field}" for field in chosen.head)}
+  with pytest.raises(ValueError, match=r"config\.head of name 'simple' does not take"):
+    experiment.assemble(experiment.with_chosen_parts(chosen, foreign))
+  assert experiment.with_chosen_parts(config, set()).to_dict() == config.to_dict()

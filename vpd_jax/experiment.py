@@ -4,7 +4,7 @@ ConfigDict ends here: sections become keyword arguments.
 """
 
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -240,6 +240,24 @@ def _task(config: ConfigDict, info: DatasetInfo) -> Task:
   if given := [name for name in facts if name in config.task]:
     raise UserError(f"config.task.{given[0]} is a fact of the data set {config.data.name!r}; leave it out.")
   return fields.look_up(TASKS, config.task, "task", given=facts)(**_rest(config.task), **facts)
+
+
+def with_chosen_parts(config: ConfigDict, overrides: Collection[str]) -> ConfigDict:
+  """The config without what another neck or head, chosen on the command line, does not take of the one before.
+
+  Args:
+    config: with the overrides in it.
+    overrides: dotted fields that the command line sets; they stay, and are refused where they do not fit.
+  """
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    for part, table in (("neck", NECKS), ("head", HEADS)):
+      if f"{part}.name" in overrides and config[part].name in table:
+        taken = fields.arguments(table[config[part].name])
+        for field in [*config[part]]:
+          if field not in ("name", *taken) and f"{part}.{field}" not in overrides:
+            del config[part][field]
+  return config.lock()
 
 
 def _check_test_time(config: ConfigDict, task: Task) -> None:

@@ -60,6 +60,7 @@ def _run() -> None:
   # Imported late, so that a wrong flag is reported immediately.
   import jax
 
+  from vpd_jax import experiment
   from vpd_jax.evaluation import evaluate
   from vpd_jax.monitoring import accelerators
   from vpd_jax.planning import plan
@@ -77,7 +78,9 @@ def _run() -> None:
       raise UserError(f"{', '.join(unused)}: only valid with --mode={mode}, not with --mode={MODE.value}.")
   if EFFORT.value != "low" and not TOPOLOGY.value:
     raise UserError("--effort is only valid with --mode=plan and --topology; leave it out.")
-  config, workdir = CONFIG.value, WORKDIR.value or loader.workdir(config_string())
+  overrides = config_flags.get_override_values(flags.FLAGS["config"])
+  config = experiment.with_chosen_parts(CONFIG.value, overrides)
+  workdir = WORKDIR.value or loader.workdir(config_string())
   if not cast(Any, jax.config).jax_compilation_cache_dir and MODE.value != "plan":
     # Compiled programs are reused by the next command in this workdir.
     jax.config.update("jax_compilation_cache_dir", f"{workdir}/compiled")

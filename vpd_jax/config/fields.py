@@ -85,7 +85,7 @@ def misfit(
     given: arguments that are not the section's to give, beside FILLED.
     more: fields of the section that are not the entry's, but read elsewhere.
   """
-  own = {key: value for key, value in _arguments(entry).items() if key not in (*FILLED, *given)}
+  own = {key: value for key, value in arguments(entry).items() if key not in (*FILLED, *given)}
   if problem := unknown(section, (*more, *own), where):
     return problem
   absent = [key for key, value in own.items() if value.default is inspect.Parameter.empty and key not in section]
@@ -117,13 +117,13 @@ def look_up(
   if name not in table:
     raise UserError(f"config.{field}.name={name!r} is unknown; choose one of {sorted(table)}.")
   where = f"config.{field} of name {name!r}"
-  if foreign := [key for key in told if key not in _arguments(table[name])]:
+  if foreign := [key for key in told if key not in arguments(table[name])]:
     raise UserError(f"{where} is not made for what config.task gives, {foreign}; choose one that takes it.")
   if problem := misfit(table[name], section, where, given=(*given, *told), more=("name", *more)):
     raise UserError(problem + ".")
   return table[name]
 
 
-def _arguments(entry: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+def arguments(entry: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
   """What a class, of which flax hides it, or a function takes."""
   return inspect.signature(entry.__init__ if inspect.isclass(entry) else entry).parameters
