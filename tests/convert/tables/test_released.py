@@ -1,5 +1,6 @@
 """The authors' depth checkpoints, of VPD and of MetaPrompts: in, and out again."""
 
+import argparse
 import os
 
 import jax
@@ -116,7 +117,8 @@ def test_a_release_fills_the_model(tmp_path, release, state, targets, wrap):
   prefix = "module." if wrap == "module" else ""
   content = {prefix + name: pth.tensor(value) for name, value in state.items()}
   path = pth.write_zip(
-    tmp_path / "vpd.pth", content if wrap == "bare" else {"model": content, "optimizer": {"state": {}}}
+    tmp_path / "vpd.pth",
+    content if wrap == "bare" else {"model": content, "optimizer": {"state": {}}, "args": argparse.Namespace(lr=5e-4)},
   )
   named, report = load.load_pretrained(path, targets)
   assert named.keys() == targets.keys() and report.fresh == () and report.step == STEP

@@ -5,7 +5,7 @@ No text and no class of the scene are needed.
 Source: Patni et al. 2024, https://arxiv.org/abs/2403.18807; EcoDepth depth/models/model.py, class CIDE (v1.0.0).
 """
 
-from typing import Unpack, cast
+from typing import TypeVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from vpd_jax.models.context.context import Context
 from vpd_jax.models.layer_options import LayerOptions
 from vpd_jax.types import Array, Batch
 
+Pixels = TypeVar("Pixels", np.ndarray, Array)
 HIDDEN = 400  # width between the classifier's scores and the mixture's
 CHOICES = {"vit_bytes": ("truncated", "rounded"), "class_scores": ("logits", "probabilities")}
 
@@ -40,10 +41,10 @@ def to_bytes(image: Array, how: str) -> Array:
   if jnp.issubdtype(image.dtype, jnp.integer):
     return jnp.asarray(_back(np.arange(256, dtype=np.float32) / np.float32(255) * 2 - 1, how))[image]
   # Between the two steps the numbers are kept: a compiler knows that they cancel.
-  return cast(Array, _back(jax.lax.optimization_barrier(image.astype(jnp.float32) * 2 - 1), how))
+  return _back(jax.lax.optimization_barrier(image.astype(jnp.float32) * 2 - 1), how)
 
 
-def _back(x: Array | np.ndarray, how: str) -> Array | np.ndarray:
+def _back(x: Pixels, how: str) -> Pixels:
   """Float32 in [-1, 1] to int32 from 0 to 255."""
   return (255 * ((x + 1) / 2) + (0.5 if how == "rounded" else 0)).astype(np.int32)
 
@@ -103,7 +104,7 @@ class ClassMixture(Context):
     if self.padding:
       multiple, value = self.padding
       size = [-(-side // multiple) * multiple for side in image.shape[1:3]]
-      image = _grown(image, size, int(_back(np.full((), value, np.float32), self.vit_bytes)))
+      image = _grown(image, size, int(_back(np.array(value, np.float32), self.vit_bytes)))
     return _grown(image, [max(image.shape[1:3])] * 2, 0)
 
   def __call__(self, batch: Batch, step: int = 0) -> Array:
