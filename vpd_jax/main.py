@@ -10,7 +10,7 @@ import sys
 from typing import Any, cast
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections.config_flags import config_flags
 
 from vpd_jax.config import loader
 from vpd_jax.distributed import multiprocess
