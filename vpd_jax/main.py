@@ -10,7 +10,7 @@ import sys
 from typing import Any, cast
 
 from absl import app, flags, logging
-from ml_collections.config_flags import config_flags
+from ml_collections import config_flags
 
 from vpd_jax.config import loader
 from vpd_jax.distributed import multiprocess
@@ -78,7 +78,7 @@ def _run() -> None:
       raise UserError(f"{', '.join(unused)}: only valid with --mode={mode}, not with --mode={MODE.value}.")
   if EFFORT.value != "low" and not TOPOLOGY.value:
     raise UserError("--effort is only valid with --mode=plan and --topology; leave it out.")
-  overrides = config_flags.get_override_values(flags.FLAGS["config"])
+  overrides = vars(config_flags)["get_override_values"](flags.FLAGS["config"])  # which the stubs of pyright lack
   config = experiment.with_chosen_parts(CONFIG.value, overrides)
   workdir = WORKDIR.value or loader.workdir(config_string())
   if not cast(Any, jax.config).jax_compilation_cache_dir and MODE.value != "plan":
