@@ -86,7 +86,7 @@ def test_the_table_holds_what_the_configs_of_the_package_have():
     config = loader.load(str(path))
     fields.check(config)
     for name, known in fields.FIELDS.items():
-      optional = {"coverage", "small"} if name == "eval" else set()
+      optional = {"eval": {"coverage", "small"}, "backbone": {"vit"}, "init": {"vit"}}.get(name, set())
       assert set(known) - optional == set(config[name] if name else config) - optional, (path, name)
 
 
