@@ -91,7 +91,7 @@ def test_other_sizes_are_the_authors(nyu, name, size, seed):
   oracle.compare(depth(everything(state), batch)[:, None], arrays, f"output/{name}", 2e-5)
 
 
-@pytest.mark.slow  # the procedure, with every run of the tests: test_eco_depth_procedure.py
+@pytest.mark.slow  # the procedure, with every run of the tests: tests/inference/test_tta.py
 def test_the_test_of_nyu_is_the_authors(nyu):
   """Whole pictures and their mirror images, clipped."""
   product, state, arrays = nyu
