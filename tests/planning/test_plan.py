@@ -81,6 +81,9 @@ CHOICES = {
     "eval_crop": ("none", "eigen_nyu", "garg", "eigen_kitti"),
     "variance_focus": (0.5, 0.85),
     "png_scale": (0, 256),
+    "loss_scale": (1.0, 10.0),
+    "clip_prediction": (False, True),
+    "benchmark_silog": (False, True),
   },
   "segmentation": {
     "lovasz": (0.0, 1.0),
