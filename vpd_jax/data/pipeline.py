@@ -145,7 +145,7 @@ class HostBatches:
     return 0
 
   def close(self) -> None:
-    """Ends the iterator and what it has started."""
+    """Ends the iterator and what it has started; here nothing."""
 
 
 class Batches(HostBatches):
