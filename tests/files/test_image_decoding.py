@@ -1,5 +1,6 @@
 """Damaged pictures: whatever a decoder raises becomes one line that names the file."""
 
+import contextlib
 import io
 import struct
 import zlib
@@ -11,6 +12,7 @@ from PIL import Image, ImageOps
 
 from vpd_jax.data.datasets import depth_list
 from vpd_jax.data.readers import image_files, label_maps, referring
+from vpd_jax.errors import UserError
 from vpd_jax.files import image_decoding
 from vpd_jax.inference import images as images_lib
 
@@ -28,11 +30,11 @@ def picture(seed=0, size=(48, 64)):
   return cv2.resize(small, size[::-1])
 
 
-def png_of(height, width, *, depth=8, color=0):
-  """A PNG that claims to be so large and holds next to nothing."""
+def png_of(height, width, *, depth=8, color=0, data=b"0" * 99):
+  """A PNG that claims to be so large, whatever it holds."""
   chunk = lambda name, data: struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
   header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
-  return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0" * 99)) + chunk(b"IEND", b"")
+  return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
 GRAY = picture()[..., 0]
@@ -83,9 +85,21 @@ def test_no_reader_lets_an_error_of_a_decoder_through(tmp_path, name, kind):
 
 @pytest.mark.parametrize("name", ["picture", "depth", "labels", "prediction"])
 def test_too_many_pixels_are_a_fault_of_the_file(tmp_path, name):
-  raw = png_of(80_000, 80_000, depth=1 if name == "labels" else 16)
+  raw = png_of(14_000, 14_000, depth=1, data=bytes(14_000 * 1_751))
   with pytest.raises(ValueError, match=r"a\.png (has more pixels than can be read|is not a picture)"):
     READERS[name](raw, tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("name", ["picture", "depth", "labels", "prediction"])
+def test_a_png_holds_what_its_header_says(tmp_path, name):
+  whole = png_of(48, 64, data=bytes(48 * 65))
+  with contextlib.suppress(UserError):  # 8 bits are no depth
+    READERS[name](whole, tmp_path / "a.png")
+  with pytest.raises(UserError, match=r"a\.png is damaged: its 69 bytes cannot fill the size that its header says"):
+    READERS[name](png_of(480, 640), tmp_path / "a.png")
+  longer = whole.replace(b"\0\0\0\rIHDR", b"\0\1\0\rIHDR")
+  with pytest.raises(UserError, match=r"a\.png is truncated \(\d+ bytes\), or damaged"):
+    READERS[name](longer, tmp_path / "a.png")
 
 
 def test_a_damaged_header_of_an_array_is_a_fault_of_the_file(tmp_path):

@@ -103,15 +103,39 @@ def faults(path: str | Path, what: str = "a picture", remedy: str = AGAIN) -> It
 
 
 def check_whole(raw: bytes, path: str | Path) -> None:
-  """Raises where a PNG or JPEG is cut off, or a JPEG damaged within, which decoders fill with gray and go on."""
-  if not raw or (raw.startswith(b"\x89PNG") and b"IEND" not in raw):
-    raise UserError(f"{path} is truncated ({len(raw)} bytes); {AGAIN}.")
+  """Raises where a PNG or JPEG is cut off, or its data cannot fill it, which decoders fill with gray and go on."""
+  if not raw or (raw.startswith(_PNG) and not _ends(raw)):
+    raise UserError(f"{path} is truncated ({len(raw)} bytes), or damaged; {AGAIN}.")
+  if raw.startswith(_PNG) and _png_bytes(raw) > _DEFLATE * len(raw):
+    raise UserError(f"{path} is damaged: its {len(raw)} bytes cannot fill the size that its header says; {AGAIN}.")
   if raw.startswith(b"\xff\xd8"):
     scans = jpeg_scans(raw)
     if scans is None:
       raise UserError(f"{path} is truncated ({len(raw)} bytes), or damaged; {AGAIN}.")
     if not all(_restarts_fit(raw, scan) for scan in scans) or (len(scans) == 1 and not _fits(raw, scans[0])):
       raise UserError(f"{path} is damaged: its data do not fill the picture; {AGAIN}.")
+
+
+_PNG = b"\x89PNG"
+_DEFLATE = 1032  # bytes that one byte of deflated data can stand for, at most
+
+
+def _ends(raw: bytes) -> bool:
+  """Whether the chunks of a PNG lead to its end; OpenCV makes room for whatever length one claims. Source: PNG, 5.3."""
+  at = 8
+  while at + 8 <= len(raw):
+    if raw[at + 4 : at + 8] == b"IEND":
+      return True
+    at += 12 + int.from_bytes(raw[at : at + 4], "big")
+  return False
+
+
+def _png_bytes(raw: bytes) -> int:
+  """Bytes of a PNG's pixels before they are deflated, at least; 0 where its header is none. Source: PNG, 11.2.1."""
+  width, height = int.from_bytes(raw[16:20], "big"), int.from_bytes(raw[20:24], "big")
+  depth, color = raw[24:26].ljust(2, b"\0")
+  channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(color, 0)
+  return height * (width * channels * depth // 8)
 
 
 class Scan(NamedTuple):
