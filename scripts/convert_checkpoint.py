@@ -27,6 +27,7 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--output", required=True, help="directory to write; with --reverse a .pth or .safetensors file")
   parser.add_argument("--reverse", action="store_true", help="back to the authors' names")
   parser.add_argument("--manifest", help="JSON list of {name, shape, dtype} to export by; default: that of the release")
+  parser.add_argument("--version", default="", help="of the release to write for, such as v2 of EcoDepth")
   parser.add_argument("--step", type=int, help="checkpoint of a workdir to export; default: the newest")
   return parser.parse_args()
 
@@ -40,7 +41,7 @@ def forward(args: argparse.Namespace) -> None:
 
 def reverse(args: argparse.Namespace) -> None:
   config = initialize.with_backbone_sizes(loader.load(args.config), args.source)
-  release = released.of(config.method.name, config.task.name)
+  release = released.of(config.method.name, config.task.name, args.version)
   table = released.TABLES[release]()
   shapes = released.inside(experiment.model_shapes(config), table)
   named, step = read(args, shapes)

@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vpd_jax.convert import rules
 from vpd_jax.convert.tables import released
+from vpd_jax.tasks.depth.task import SCORES
 from vpd_jax.training import step as training_step
 
 
@@ -20,12 +22,20 @@ def everything(state):
   return state.params, state.frozen, state.stats
 
 
-def run_steps(product, state, batch, table=released.vpd_depth):
-  """Gradients, the states before and after each of five steps, their logs; network and optimizer compiled once."""
+def scores_on_nyu(task, depth, truth):
+  """SCORES of small pictures [B, h, w], in the upper left corner of NYU's, where the release's crop is in pixels."""
+  placed = lambda x: jnp.pad(x, ((0, 0), (0, 480 - x.shape[1]), (0, 640 - x.shape[2])))
+  rows = task.measure(placed(depth), {"depth": placed(truth)})
+  scores = task.summarize({name: np.asarray(x) for name, x in rows.items()})
+  return [scores[name] for name in SCORES]
+
+
+def run_steps(product, state, batch, table=released.vpd_depth, count=5):
+  """Gradients, the states before and after each of `count` steps, their logs; network and optimizer compiled once."""
   gradients = jax.jit(training_step.make_gradients(product, loss_group=0, accumulation=1))
   update = jax.jit(training_step.make_update(product))
   states, logs, first = [state], [], None
-  for _ in range(5):
+  for _ in range(count):
     result = gradients(*everything(states[-1]), batch)
     first = first or result
     state, log = update(states[-1], *result)

@@ -14,7 +14,7 @@ from vpd_jax.convert.formats import weight_files, write
 from vpd_jax.convert.tables import released
 
 
-@pytest.fixture(scope="module", params=["vpd_depth", "meta_prompts_depth", "eco_depth_depth"])
+@pytest.fixture(scope="module", params=["vpd_depth", "meta_prompts_depth", "eco_depth_depth", "eco_depth_v2_depth"])
 def release(request):
   """The release's name in released.TABLES."""
   return request.param
@@ -44,6 +44,7 @@ SETUPS = {
   "vpd_depth": "vpd_depth",
   "meta_prompts_depth": "meta_depth",
   "eco_depth_depth": "eco_depth",
+  "eco_depth_v2_depth": "eco_depth_v2",
 }  # names in tests/golden
 HEAD = {
   "decoder.deconv_layers.0.weight": "head/deconv_layers/0/kernel",
@@ -109,7 +110,13 @@ ECO_DEPTH = {
   "encoder.layer1.3.weight": "neck/layer1/3/kernel",
   "encoder.unet.unet.diffusion_model.time_embed.0.weight": "method/unet/time_embed/0/kernel",
 }
-PAIRS = {"vpd_depth": VPD | HEAD, "meta_prompts_depth": META_PROMPTS | HEAD, "eco_depth_depth": ECO_DEPTH | HEAD}
+ECO_DEPTH_V2 = {name.replace(".unet.unet.diffusion_model.", ".unet."): ours for name, ours in ECO_DEPTH.items()}
+PAIRS = {
+  "vpd_depth": VPD | HEAD,
+  "meta_prompts_depth": META_PROMPTS | HEAD,
+  "eco_depth_depth": ECO_DEPTH | HEAD,
+  "eco_depth_v2_depth": ECO_DEPTH_V2 | HEAD,
+}
 
 
 @pytest.mark.parametrize("wrap", ["module", "model", "bare"])
@@ -129,13 +136,15 @@ def test_a_release_fills_the_model(tmp_path, release, state, targets, wrap):
 
 def test_every_name_of_ours_has_its_own_pair(release, targets):
   # 839 entries, 4 of them counters; 912 entries, 13 of them counters and 8 repeated; 899 entries, 4 of them counters.
-  assert len(targets) == {"vpd_depth": 835, "meta_prompts_depth": 891, "eco_depth_depth": 895}[release]
+  assert (
+    len(targets) == {"vpd_depth": 835, "meta_prompts_depth": 891, "eco_depth_depth": 895}[release.replace("_v2", "")]
+  )
   method = {
     "vpd_depth": {"gamma", "class_vectors", "text_adapter"},
     "meta_prompts_depth": {"t", "meta_prompts", "text_adapter", "layer3", "layer4"},
     "eco_depth_depth": {"embeddings", "gamma", "vit_model", "fc", "text_adapter"},
   }
-  assert {name.split("/")[1] for name in targets} == method[release] | {
+  assert {name.split("/")[1] for name in targets} == method[release.replace("_v2", "")] | {
     *("unet", "vae", "layer1", "layer2", "out_layer", "deconv_layers", "conv_layers", "last_layer_depth"),
   }
 
@@ -160,6 +169,22 @@ def test_the_table_implies_the_authors_manifest(release, size):
   implied = released.manifest(dict(sorted(shapes_of(release, phantoms).items())), table)
   alias = lambda entry: {"alias_of": entry["alias_of"]} if entry.get("alias_of") else {}
   assert implied == [{key: entry[key] for key in ("name", "shape", "dtype")} | alias(entry) for entry in entries]
+
+
+def test_a_file_of_the_later_ecodepth_may_hold_a_class_token_in_place_of_the_mixture(tmp_path):
+  """Under Lightning's "state_dict", beside what Lightning keeps."""
+  state = state_dict(setup="eco_depth_v2")
+  mixture = tuple(f"{CIDE}{part}" for part in ("fc.", "embeddings", "gamma", "embedding_adapter."))
+  kept = {name: value for name, value in state.items() if not name.startswith(mixture)}
+  targets = shapes_of("eco_depth_v2_depth", kept)
+  content = {"state_dict": {name: pth.tensor(value) for name, value in kept.items()}, "epoch": 3, "global_step": 9}
+  lightning = {"pytorch-lightning_version": "2.1", "hyper_parameters": argparse.Namespace(lr=5e-4), "loops": {}}
+  path = pth.write_zip(tmp_path / "weights_indoor.ckpt", content | lightning)
+  named, report = load.load_pretrained(path, targets)
+  assert len(state) - len(kept) == 10 and named.keys() == targets.keys()
+  assert report.table == "released:eco_depth_v2_depth" and released.of("eco_depth", "depth", "v2") in released.TABLES
+  with pytest.raises(rules.ConversionError, match="are filled by nothing and may not stay fresh: method/embeddings"):
+    load.load_pretrained(path, shapes_of("eco_depth_v2_depth", state))
 
 
 def test_the_shared_block_of_meta_prompts_stands_under_three_names():

@@ -17,7 +17,8 @@ from vpd_jax.convert.formats import weight_files
 from vpd_jax.convert.tables import released
 
 SCRIPT = ROOT / "scripts" / "convert_checkpoint.py"
-# (release, config, fields that change it) to the setup in tests/golden with the authors' own list of names and shapes.
+# (release, config, fields that change it: the prompt, the version of the release) to the setup in tests/golden with the
+# authors' own list of names and shapes.
 CASES = {
   ("vpd_depth", "configs/nyu_depth.py:vpd"): "vpd_depth",
   ("vpd_depth", "configs/nyu_depth.py:vpd", "predicted"): "vpd_depth",
@@ -25,6 +26,7 @@ CASES = {
   ("meta_prompts_depth", "configs/kitti_depth.py:meta_prompts"): "meta_depth",
   ("eco_depth_depth", "configs/nyu_depth.py:eco_depth"): "eco_depth",
   ("eco_depth_depth", "configs/kitti_depth.py:eco_depth"): "eco_depth",
+  ("eco_depth_v2_depth", "configs/nyu_depth.py:eco_depth", "", "v2"): "eco_depth_v2",
   ("vpd_segmentation", "configs/ade20k_seg.py:vpd"): "vpd_seg",
   ("meta_prompts_segmentation", "configs/ade20k_seg.py:meta_prompts"): "meta_seg_ade",
   ("meta_prompts_segmentation", "configs/cityscapes_seg.py:meta_prompts"): "meta_seg_cityscapes",
@@ -37,7 +39,7 @@ CASES = {
 LEFT_OUT = {"tadp_depth": ("encoder.gamma", "encoder.class_embeddings")}
 
 
-def config_of(string, prompt=""):
+def config_of(string, prompt="", version=""):
   config = loader.load(string).unlock()
   if prompt:
     config.method.prompt = prompt
@@ -48,10 +50,10 @@ def test_every_table_has_a_config():
   assert {case[0] for case in CASES} == set(released.TABLES)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case[1:]))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(filter(None, case[1:])))
 def test_the_table_fits_the_model_of_its_config_in_both_directions(case):
   config = config_of(*case[1:])
-  release = released.of(config.method.name, config.task.name)
+  release = released.of(config.method.name, config.task.name, *case[3:])
   assert release == case[0]
   shapes, table = experiment.model_shapes(config), released.TABLES[release]()
   # Out: the authors' names and shapes, no more and no fewer.
@@ -65,7 +67,9 @@ def test_the_table_fits_the_model_of_its_config_in_both_directions(case):
   assert not any(problems.values())
   assert {target for target, _ in planned.values()} == held.keys()
   left = {name.split("/")[1] for name in shapes.keys() - held.keys()}
-  assert left == ({"text_encoder"} if "refer" in release else {"class_predictor"} if len(case) == 3 else set())
+  assert left == (
+    {"text_encoder"} if "refer" in release else {"class_predictor"} if case[2:3] == ("predicted",) else set()
+  )
 
 
 def test_a_method_without_a_release_is_told():

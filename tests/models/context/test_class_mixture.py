@@ -10,7 +10,7 @@ from tests.helpers.modules import COMMON
 from vpd_jax.models import parameters
 from vpd_jax.models.backbones import layers, vit
 from vpd_jax.models.context import class_mixture
-from vpd_jax.models.context.class_mixture import ClassMixture
+from vpd_jax.models.context.class_mixture import ClassMixture, ClassToken
 
 WIDTH, COUNT = 8, 6
 SIZES = vit.VitSizes(width=16, layers=1, heads=2, mlp_width=32, image_size=28, patch=14, labels=10)
@@ -110,6 +110,26 @@ def test_the_token_is_the_weighted_mean_of_the_vectors(named, scores):
   weights = softmax(hidden @ named["fc/2/kernel"] + named["fc/2/bias"])
   np.testing.assert_allclose(token, (weights @ named["embeddings"])[:, None], rtol=2e-5, atol=2e-6)
   assert token.shape == (2, 1, WIDTH) and np.abs(token[0] - token[1]).max() > 1e-4
+
+
+def token(width=SIZES.width):
+  return ClassToken(SIZES, width, vit_bytes="truncated", padding=(64, 0.0), **COMMON.layer)
+
+
+def test_the_class_token_is_the_last_layers_before_the_norm():
+  parts = parameters.describe(token)
+  context = parts.merge(tiny.filled(parts.shapes))
+  image = jnp.asarray(eco_depth.picture((2, 40, 60)))
+  states = context.vit_model(jnp.asarray(vit.LEVELS)[context.picture(image)])
+  np.testing.assert_array_equal(context({"image": image}), states.hidden[-1][:, :1])
+  assert np.abs(np.asarray(states.hidden[-1][:, 0] - states.last[:, 0])).max() > 0.1
+  assert {name.removeprefix("vit_model/") for name in parts.buffers} == {
+    *("vit/layernorm/scale", "vit/layernorm/bias", "classifier/kernel", "classifier/bias")
+  }
+  with pytest.raises(
+    ValueError, match=r"^method\.prompt='class_token' hands tokens of backbone\.vit\.width=16 to a UNet"
+  ):
+    parameters.describe(lambda: token(768))
 
 
 def test_the_classifier_is_never_trained(named):

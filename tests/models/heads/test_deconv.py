@@ -80,6 +80,22 @@ def test_deconv_crops_to_the_image_from_the_upper_left():
   np.testing.assert_allclose(cropped, whole[:, :40, :65], rtol=1e-6)
 
 
+def test_padding_is_cut_before_or_after_the_last_convolutions():
+  """Two convolutions of 3 x 3 see two rows beyond the image, or zeros."""
+  x = jnp.asarray(fill.normal("x", (1, 2, 3, 16), 0))
+  parts, named = made(head())
+  after = evaluated(parts, (40, 65))(named, x)
+  before = evaluated(made(head(cut_padding="features"))[0], (40, 65))(named, x)
+  np.testing.assert_array_equal(before[:, :38, :63], after[:, :38, :63])
+  assert (before != after)[:, 39].all() and (before != after)[:, :, 64].all()
+  parts, _ = made(head(cut_padding="features"))
+  np.testing.assert_array_equal(evaluated(parts, (64, 96))(named, x), evaluated(made(head())[0], (64, 96))(named, x))
+  with pytest.raises(
+    ValueError, match=r"^head\.cut_padding='map' is unknown; choose one of \('prediction', 'features'"
+  ):
+    made(head(cut_padding="map"))
+
+
 def test_depth_is_float32_and_within_its_limit_whatever_the_dtype():
   common = dataclasses.replace(COMMON, dtype=jnp.bfloat16)
   parts, named = made(lambda: Deconv(MapInfo((16,), (32,)), common, max_depth=80.0, filters=(8, 8, 8), width=12))

@@ -105,11 +105,32 @@ def test_there_are_as_many_learned_vectors_as_asked_for(count):
   assert product.parts.shapes["method/embeddings"].shape == (count, 16)
 
 
+def test_the_class_token_of_a_trained_transformer_is_the_context():
+  """The variant of a later version: no mixture, and everything up to the last layer is trained."""
+  options = {"method.prompt": "class_token", "method.pad_value": 0.0, "head.cut_padding": "features"}
+  options |= {"backbone.vit.width": 16, "method.embeddings": 100, "optim.lr_groups": ((r"/vae/", None), (r"", 1.0))}
+  product, named, batch = small(**options)
+  assert product.method.map_info.tokens == (1, 16)
+  assert not [name for name in named if name.startswith(("method/fc", "method/embeddings", "method/gamma"))]
+  layer = "method/vit_model/vit/encoder/layer/0/intermediate/dense/kernel"
+  assert product.groups.lr[layer] == 1.0 and "method/vit_model/classifier/kernel" in product.parts.buffers
+
+  def loss(kernel, batch):
+    method = product.parts.merge(named | {layer: kernel}).method
+    return (method.context(batch) ** 2).sum()
+
+  assert jnp.abs(jax.grad(loss)(jnp.asarray(named[layer]), batch)).max() > 0
+
+
 @pytest.mark.parametrize(
   "changes, message",
   [
     ({"method.embeddings": 0}, r"method\.embeddings=0 must be at least 1\."),
-    ({"method.prompt": "class"}, r"method\.prompt='class' is unknown to eco_depth; choose one of \('image', 'sent"),
+    ({"method.prompt": "class"}, r"method\.prompt='class' is unknown to eco_depth; choose one of \('image', 'clas"),
+    (
+      {"method.prompt": "class_token", "method.embeddings": 200},
+      r"method\.prompt='class_token' has no mixture to read method\.embeddings=200; leave",
+    ),
     ({"method.pad_multiple": 32}, r"method\.pad_multiple=32 must be a multiple of 64"),
   ],
 )

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from tests.helpers import eco_depth, oracle, tiny
-from tests.helpers.vpd_depth import everything
+from tests.helpers.vpd_depth import everything, scores_on_nyu
 from vpd_jax import experiment
 from vpd_jax.evaluation import evaluate
 from vpd_jax.models.backbones.vit import LEVELS
-from vpd_jax.tasks.depth.task import SCORES
 from vpd_jax.types import Features
 
 FEATURES = tuple(f"unet.output_blocks.{i}" for i in (11, 7, 4, 1))
@@ -98,12 +97,5 @@ def test_the_test_of_nyu_is_the_authors(nyu):
   batch = eco_depth.batch_of()
   depth = jax.jit(evaluate.make_predict(product, ("flip",), "full"))(everything(state), {"image": batch["image"]})
   oracle.compare(depth, arrays, "output/test_pred", 2e-5)
-  # The pictures are smaller than NYU's: the release's crop is in pixels.
-  rows = product.task.measure(_placed(depth), {"depth": _placed(batch["depth"])})
-  scores = product.task.summarize({name: np.asarray(x) for name, x in rows.items()})
-  np.testing.assert_allclose([scores[name] for name in SCORES], arrays["output/test_metrics"], rtol=2e-5)
-
-
-def _placed(x):
-  """[B, 120, 192] in the upper left corner of NYU's 480 x 640, where the release's crop in pixels means the same."""
-  return jnp.pad(x, ((0, 0), (0, 360), (0, 448)))
+  scores = scores_on_nyu(product.task, depth, batch["depth"])
+  np.testing.assert_allclose(scores, arrays["output/test_metrics"], rtol=2e-5)

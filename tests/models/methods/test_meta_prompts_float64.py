@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import fill, oracle
 from tests.helpers import meta_prompts as single
-from tests.helpers.gradients import check_gradients
+from tests.helpers import oracle
+from tests.helpers.gradients import check_gradients, check_steps
 from vpd_jax import experiment
 from vpd_jax.convert import rules
 from vpd_jax.convert.tables import released
@@ -107,16 +107,4 @@ def test_depth_before_and_after_five_steps_agrees(nyu, logs):
 
 def test_five_steps_move_every_parameter_as_the_authors(nyu, logs):
   first, last = (rules.to_source({**s.params, **s.frozen}, TABLE) for s in (nyu.states[0], nyu.states[-1]))
-  names = [str(n) for n in nyu.double["trace/param_names"]]
-  assert set(names) == first.keys()
-  worst = 0.0
-  for i, name in enumerate(names):
-    if oracle.is_noise("meta_depth", name):
-      continue
-    delta = np.asarray(last[name]) - np.asarray(first[name])
-    along = fill.normal("probe/" + name, delta.shape, 0).astype(np.float64)
-    expected = nyu.double["trace/param_delta_l2"][i]
-    error = abs(np.linalg.norm(delta) - expected)
-    worst = max(worst, error / expected if expected else error)
-    assert abs((delta * along).sum() - nyu.double["trace/param_delta_probe"][i]) <= 1e-9 * max(1.0, expected), name
-  assert worst < 1e-9, worst
+  check_steps(first, last, nyu.double, "meta_depth")

@@ -13,6 +13,7 @@ import pytest
 
 from tests.helpers import oracle, tadp
 from tests.helpers import segmentation_setups as setups
+from tests.helpers.vpd_depth import scores_on_nyu
 from vpd_jax import experiment, optim
 from vpd_jax.config import loader
 from vpd_jax.convert import rules
@@ -86,7 +87,10 @@ def test_mirrored_windows_of_depth_are_the_authors(depth):
   """Two windows and their mirror images are one batch, each with noise of its own."""
   batch, noise = tadp.depth_batch((1, 96, 144), seed=3000), tadp.noise(4, 16, seed=3000)
   predict = tta.with_test_time_augmentation(lambda part: depth(part, noise)[3]["depth"], ("flip", "shift:2"))
-  oracle.compare(predict(batch)[0], depth.arrays, "output/test_pred", LIMIT)
+  predicted = predict(batch)
+  oracle.compare(predicted[0], depth.arrays, "output/test_pred", LIMIT)
+  scores = scores_on_nyu(depth.product.task, predicted, batch["depth"])
+  np.testing.assert_allclose(scores, depth.arrays["output/test_metrics"], rtol=1e-5)
 
 
 def test_segmentation_and_its_taps_are_the_authors(segmentation):

@@ -142,6 +142,7 @@ def eco_depth(*, tiny: bool, head_init: str) -> Section:
     "init": {"vit": "random:0" if tiny else ""},  # folder or file of the classifier, or random:SEED for smoke tests
     "method": {
       "name": "eco_depth",
+      "prompt": "image",  # "class_token" of a transformer that is trained
       "embeddings": 100,  # 200 in the released weights of outdoor pictures
       "vit_bytes": "truncated",  # "rounded"
       "vit_padding": True,
@@ -150,10 +151,10 @@ def eco_depth(*, tiny: bool, head_init: str) -> Section:
       "timestep": 1,
       "latent_scale": 0.18215,
       "pad_multiple": 64,
-      "pad_value": -1.0,  # black
+      "pad_value": -1.0,  # black; 0.0 from v2.0.0 on
     },
     "neck": vpd["neck"] | {"cut_padding": False},
-    "head": vpd["head"],
+    "head": vpd["head"] | {"cut_padding": "prediction"},  # "features" from v2.0.0 on
   }
 
 

@@ -31,6 +31,7 @@ from vpd_jax.types import Fields, Options
 
 AnyShaped = TypeVar("AnyShaped", bound=Shaped)
 _UNET = "encoder.unet.unet.diffusion_model"
+_BARE_UNET = "encoder.unet"
 _CIDE = "encoder.cide_module"
 _LAST_BLOCK = "encoder.cross_unet_conv2"  # of MetaPrompts' UNet: its first name
 MOST_STEPS = released_segmentation.MOST_STEPS  # of refinement; each has rules of its own
@@ -71,25 +72,33 @@ def tadp_depth() -> list[Rule | Drop]:
   return [*rest, *released_tadp.depth_alone()]
 
 
-def eco_depth_depth() -> list[Rule | Drop]:
+def eco_depth_depth(unet: str = _UNET) -> list[Rule | Drop]:
   """EcoDepth on NYU Depth v2 and KITTI. Source: EcoDepth depth/models/model.py, class EcoDepth (v1.0.0).
 
-  The frozen classifier of ImageNet is part of the file.
+  The classifier of ImageNet is part of the file.
+
+  Args:
+    unet: prefix of the UNet's names.
   """
   return [
-    Rule(f"{_CIDE}.embeddings", "method/embeddings", (plain,)),
-    Rule(f"{_CIDE}.gamma", "method/gamma", (plain,)),
+    *(Rule(f"{_CIDE}.{name}", f"method/{name}", (plain,), optional=True) for name in ("embeddings", "gamma")),
     *vit.classifier(f"{_CIDE}.vit_model.", "method/vit_model/"),
-    Rule(f"{_CIDE}.fc", "method/fc"),
-    Rule(f"{_CIDE}.embedding_adapter", "method/text_adapter"),
+    # Not in a file whose context is the class token.
+    Rule(f"{_CIDE}.fc", "method/fc", optional=True),
+    Rule(f"{_CIDE}.embedding_adapter", "method/text_adapter", optional=True),
     Rule("encoder.layer1", "neck/layer1"),
     Rule("encoder.layer2", "neck/layer2"),
     Rule("encoder.out_layer", "neck/out_layer"),
     *stable_diffusion.first_stage("encoder.encoder_vq"),
-    *stable_diffusion.unet(_UNET, out=False),
+    *stable_diffusion.unet(unet, out=False),
     *_depth_head(),
     DROP_COUNTERS,
   ]
+
+
+def eco_depth_v2_depth() -> list[Rule | Drop]:
+  """EcoDepth's later files, whose UNet stands there without a wrapper. Source: EcoDepth model.py (v2.0.0)."""
+  return eco_depth_depth(unet=_BARE_UNET)
 
 
 def meta_prompts_depth() -> list[Rule | Drop]:
@@ -127,6 +136,7 @@ SHARED = {
 }
 TABLES = {
   "eco_depth_depth": eco_depth_depth,
+  "eco_depth_v2_depth": eco_depth_v2_depth,
   "meta_prompts_depth": meta_prompts_depth,
   "vpd_depth": vpd_depth,
   "meta_prompts_segmentation": released_segmentation.meta_prompts_segmentation,
@@ -139,6 +149,7 @@ TASKS = {"referring": "refer"}  # Names of tasks in TABLES where they differ fro
 # A prefix by which a release is known; the first that is found decides.
 SIGNATURES = {
   **released_tadp.SIGNATURES,  # before VPD's, whose sign the one for depth has too
+  "eco_depth_v2_depth": f"{_BARE_UNET}.input_blocks.",
   "eco_depth_depth": f"{_CIDE}.",
   "meta_prompts_depth": "encoder.meta_prompts1",
   "vpd_depth": f"{_UNET}.",
@@ -148,7 +159,9 @@ SIGNATURES = {
 # What of a model a file of a release need not hold, found in "/" + name: CLIP's towers, which come from CLIP.
 CLIP = (r"^/method/text_encoder/", r"^/method/class_predictor/")
 # Under which key of a .pth the authors' code looks for weights, where not under "model".
-WRAPPERS = dict.fromkeys((*released_segmentation.SIGNATURES, "tadp_segmentation"), released_segmentation.WRAPPER)
+WRAPPERS = dict.fromkeys(
+  (*released_segmentation.SIGNATURES, "tadp_segmentation", "eco_depth_v2_depth"), released_segmentation.WRAPPER
+)
 
 # The order in which the authors' modules register their children, one list for all modules: no two of them disagree.
 _ORDER = (
@@ -172,13 +185,17 @@ _ORDER = (
 _RANK = {word: rank for rank, word in enumerate(_ORDER.split())}
 
 
-def of(method: str, task: str) -> str:
+def of(method: str, task: str, version: str = "") -> str:
   """The key of TABLES for the names of a config.
+
+  Args:
+    method, task: of the config.
+    version: of the release, such as "v2"; "": the first.
 
   Raises:
     ValueError: there is no release of this method on this task.
   """
-  release = f"{method}_{TASKS.get(task, task)}"
+  release = "_".join(filter(None, (method, version, TASKS.get(task, task))))
   if release not in TABLES:
     raise UserError(f"there is no released checkpoint of {release!r}; there is one of each of {sorted(TABLES)}.")
   return release

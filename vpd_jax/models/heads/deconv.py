@@ -1,6 +1,6 @@
 """The depth head of VPD and MetaPrompts: transposed convolutions to stride 4, bilinear to the image, sigmoid.
 
-Source: VPD depth/models_depth/model.py Decoder, VPDDepth.
+Source: VPD depth/models_depth/model.py Decoder, VPDDepth; EcoDepth model.py, class EcoDepth (v2.0.0).
 """
 
 import math
@@ -16,6 +16,7 @@ from vpd_jax.models.layer_options import Common
 from vpd_jax.types import Array, Features, MapInfo, Outputs
 
 INITS = {"released": initializers.normal(0.001), "fan_in": initializers.he_normal}
+CUTS = ("prediction", "features")
 
 
 class Deconv(nnx.Module):
@@ -30,6 +31,7 @@ class Deconv(nnx.Module):
     filters: tuple[int, ...] = (32, 32, 32),
     width: int = 192,
     init: str = "released",
+    cut_padding: str = "prediction",
   ):
     """Builds the layers.
 
@@ -41,6 +43,11 @@ class Deconv(nnx.Module):
       width: of the convolutions after them.
       init: of all kernels: "released", normal of deviation 0.001, which leaves the network before the head almost
         without gradient at first and suits a pretrained one; "fan_in", He's, for a network that starts from nothing.
+      cut_padding: what is cut to the image: "prediction", as released; "features", the input of the last two
+        convolutions, which then see zeros beyond the image. EcoDepth v2: "features".
+
+    Raises:
+      ValueError: more filters than the map's stride takes, an unknown word.
     """
     doublings = math.log2(maps.strides[0]) - len(filters)
     if doublings < 0 or doublings != int(doublings):
@@ -50,7 +57,10 @@ class Deconv(nnx.Module):
       )
     if init not in INITS:
       raise UserError(f"head.init={init!r} is unknown; choose one of {sorted(INITS)}.")
+    if cut_padding not in CUTS:
+      raise UserError(f"head.cut_padding={cut_padding!r} is unknown; choose one of {CUTS}.")
     layer = {"kernel_init": INITS[init], **common.layer}
+    self.cut_padding = cut_padding
     self.max_depth, self.doublings = max_depth, int(doublings)
     norm = lambda w: normalization.BatchNorm(w, group=common.norm_group, **common.layer)
     deconvs, last = [], maps.widths[0]
@@ -69,10 +79,11 @@ class Deconv(nnx.Module):
     x = layers.chain(self.conv_layers, x, training=training)
     for _ in range(self.doublings):
       x = layers.resize(x, (2 * x.shape[1], 2 * x.shape[2]))  # [B, 2h, 2w, width]
+    height, width = features.image_size
+    if self.cut_padding == "features":
+      x = x[:, :height, :width]
     x = layers.chain(self.last_layer_depth, x)  # [B, H', W', 1]
     # A side that the map's stride does not divide: a neck rounds up where the rows beyond the image show padding, and
     # down where the map shows the image and nothing else.
-    x = layers.resize(x[:, : features.image_size[0], : features.image_size[1]], features.image_size)[
-      ..., 0
-    ]  # [B, H, W]
+    x = layers.resize(x[:, :height, :width], (height, width))[..., 0]  # [B, H, W]
     return {"depth": jax.nn.sigmoid(x.astype(jnp.promote_types(x.dtype, jnp.float32))) * self.max_depth}

@@ -6,19 +6,20 @@ runs once at a constant timestep. Neck and head are VPD's: "fusion", which keeps
 tasks take its context with VPD's necks and heads, which is an experiment of ours, as is a sentence before the token in
 referring segmentation.
 
-Source: Patni et al. 2024, https://arxiv.org/abs/2403.18807; EcoDepth depth/models/model.py (v1.0.0).
+Source: Patni et al. 2024, https://arxiv.org/abs/2403.18807; EcoDepth depth/models/model.py (v1.0.0), model.py (v2.0.0).
 """
 
 from vpd_jax.errors import UserError
 from vpd_jax.models.backbones import layers
 from vpd_jax.models.context.adapters import ResidualAdapter
-from vpd_jax.models.context.class_mixture import ClassMixture
+from vpd_jax.models.context.class_mixture import ClassMixture, ClassToken
 from vpd_jax.models.context.context import Context, SentenceThen
 from vpd_jax.models.context.sentences import Sentence
 from vpd_jax.models.methods import image_input
 from vpd_jax.models.methods.diffusion import ConstantTime, DiffusionMethod, MethodSetup
 
-PROMPTS = ("image", "sentence+image")
+PROMPTS = ("image", "class_token", "sentence+image")
+MIXTURE = {"embeddings": 100, "class_scores": "logits", "residual_scale": 1e-4}  # what "class_token" does without
 
 
 class EcoDepth(DiffusionMethod):
@@ -44,8 +45,9 @@ class EcoDepth(DiffusionMethod):
 
     Args:
       setup: see MethodSetup.
-      prompt: "image", the context above; "sentence+image", behind the states of each image's sentence. The latter is
-        ours, for referring segmentation.
+      prompt: "image", the context above; "class_token", the class token of the transformer, which is then trained, in
+        place of the mixture, as in a later version of the release; "sentence+image", the mixture behind the states of
+        each image's sentence, which is ours, for referring segmentation.
       token_length: tokens of such a sentence.
       embeddings: learned vectors. Release: 100 on NYU Depth v2 and KITTI, 200 for its weights of outdoor pictures.
       vit_bytes: bytes of the classifier's picture, "truncated" or "rounded", see class_mixture.to_bytes. Release:
@@ -56,24 +58,27 @@ class EcoDepth(DiffusionMethod):
       timestep: the diffusion timestep, the same for every image. Release: 1.
       latent_scale: factor on the latents. Release: 0.18215, with which Stable Diffusion was trained.
       pad_multiple: the image grows at right and bottom to the next multiple. Release: 64.
-      pad_value: of the padding, after scaling to [-1, 1]. Release: -1, black.
+      pad_value: of the padding, after scaling to [-1, 1]. Release: -1, black; from v2.0.0 on 0, gray.
 
     Raises:
-      ValueError: an unknown word, a padding the UNet cannot take.
+      ValueError: an unknown word, a padding the UNet cannot take, a transformer whose class token the UNet cannot take,
+        an option of the mixture where there is none.
     """
     if prompt not in PROMPTS:
       raise UserError(f"method.prompt={prompt!r} is unknown to eco_depth; choose one of {PROMPTS}.")
     width, layer = setup.unet.context_dim, setup.common.layer
-    context: Context = ClassMixture(
-      setup.vit,
-      width,
-      embeddings,
-      ResidualAdapter(width, residual_scale, **layer),
-      vit_bytes=vit_bytes,
-      class_scores=class_scores,
-      padding=(pad_multiple, pad_value) if vit_padding else None,
-      **layer,
-    )
+    seen = {"vit_bytes": vit_bytes, "padding": (pad_multiple, pad_value) if vit_padding else None}
+    mixing = {"embeddings": embeddings, "class_scores": class_scores, "residual_scale": residual_scale}
+    context: Context
+    if prompt == "class_token":
+      if others := [f"method.{name}={mixing[name]!r}" for name in MIXTURE if mixing[name] != MIXTURE[name]]:
+        raise UserError(
+          f"method.prompt='class_token' has no mixture to read {', '.join(others)}; leave these as they are."
+        )
+      context = ClassToken(setup.vit, width, **seen, **layer)
+    else:
+      adapt = ResidualAdapter(width, residual_scale, **layer)
+      context = ClassMixture(setup.vit, width, embeddings, adapt, class_scores=class_scores, **seen, **layer)
     if prompt == "sentence+image":
       sentence = Sentence(setup.text, token_length, width, setup.tokenize, layers.Identity(), **layer)
       context = SentenceThen(sentence, context)
