@@ -48,11 +48,10 @@ def compilation_cache() -> pathlib.Path:
 # What one test has compiled, another one, in whatever process and run, need not compile again.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compilation_cache())  # also for the processes that tests start
-  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
   jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-  jax.config.update(
-    "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
-  )
+if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 # Tracing makes objects by the million that live until their file is done, see _programs_are_dropped.
 gc.freeze()
