@@ -3,9 +3,10 @@
 python -m vpd_jax.main --config=configs/rooms.py:depth,tiny
 
 The argument is a list of words: a task (depth, segmentation, referring, pose), a method (vpd, meta_prompts, iedp,
-eco_depth), a size (tiny, full). Nothing pretrained is at hand, so the network starts from random weights and everything
-is trained at the same rate, the VAE included; what the releases freeze or slow down makes no sense here. The scores say
-that training works, not how good a method is.
+eco_depth; for depth and segmentation also tadp, with --config.data.captions=FILE), a size (tiny, full). Nothing
+pretrained is at hand, so the network starts from random weights and everything is trained at the same rate, the VAE
+included; what the releases freeze or slow down makes no sense here. The scores say that training works, not how good a
+method is.
 
 Expected: RMSE under 0.65 of the best constant depth, which the evaluation prints beside it; the others likewise better
 than the predictors printed beside them.
@@ -89,6 +90,7 @@ def rooms(task: str, *, tiny: bool) -> dict:
     "batch_size": 6,
     "workers": 0,
     "on_bad_record": "stop",
+    **({} if task == "referring" else {"captions": ""}),  # a file of them, by names as "train/12" and "eval/0"
   }
 
 

@@ -13,7 +13,7 @@ from tests.helpers.messages import check_message
 from vpd_jax import experiment
 from vpd_jax.config import loader
 from vpd_jax.data import captions, pipeline
-from vpd_jax.data.datasets import mask_folder, nyu, rooms
+from vpd_jax.data.datasets import mask_folder, nyu, room_figures, rooms
 
 SAID = {name.format("rgb"): f"a picture of {name.split('/')[0]}" for name in (*TRAIN, *TEST)}
 
@@ -114,8 +114,8 @@ def test_two_pictures_do_not_share_a_caption_by_their_files_name(root, tmp_path)
 def test_data_without_names_or_with_sentences_is_refused(tmp_path):
   path = written(tmp_path, {"a": "b"})
   drawn = {"train_count": 2, "eval_count": 1, "size": (32, 32), "crop": (32, 32)}
-  nameless = captions.Captioned(rooms.Rooms(task="depth", **drawn), path)
-  check_message("the pictures of this data set have no names", lambda: nameless.source("train"))
+  figures = captions.Captioned(room_figures.RoomFigures(**drawn), path)
+  check_message("the pictures of this data set have no names", lambda: figures.source("train"))
   speaking = rooms.Rooms(task="referring", **drawn)
   check_message("no effect on a data set with sentences", lambda: captions.Captioned(speaking, path))
 

@@ -13,10 +13,10 @@ from vpd_jax.training import step as training_step
 
 # configs/<file>: words of its argument. A config that is not listed fails the first test.
 SHIPPED = {
-  "nyu_depth": ("vpd", "meta_prompts", "iedp", "eco_depth", "vpd,tiny"),
+  "nyu_depth": ("vpd", "meta_prompts", "iedp", "eco_depth", "tadp", "vpd,tiny"),
   "kitti_depth": ("vpd", "meta_prompts", "iedp", "eco_depth", "vpd,tiny"),
   "my_depth": ("vpd,tiny", "meta_prompts,tiny", "iedp,tiny", "eco_depth,tiny"),
-  "ade20k_seg": ("vpd", "meta_prompts", "iedp"),
+  "ade20k_seg": ("vpd", "meta_prompts", "iedp", "tadp"),
   "cityscapes_seg": ("vpd,tiny", "meta_prompts,extra", "iedp,tiny"),
   "my_segmentation": ("vpd,tiny", "meta_prompts,tiny", "iedp,tiny"),
   "refcoco_refer": ("refcoco", "refcoco_plus,as_intended,meta_prompts", "refcocog,iedp,tiny"),
@@ -28,6 +28,7 @@ SHIPPED = {
     "depth,meta_prompts,tiny",
     "depth,iedp,tiny",
     "segmentation,iedp,tiny",
+    "segmentation,tadp,full",
     "segmentation,eco_depth,tiny",
     "referring,eco_depth,tiny",
     "pose,eco_depth,tiny",
@@ -67,6 +68,7 @@ RELEASES = {
   ("nyu_depth", "meta_prompts"): (8, 3, "of a GPU", "grouped"),
   ("nyu_depth", "iedp"): (8, 3, "of all", "grouped"),  # an assumption, see presets.iedp_assumptions
   ("nyu_depth", "eco_depth"): (8, 4, "of a GPU", "grouped"),
+  ("nyu_depth", "tadp"): (8, 3, "of a GPU", "grouped"),
   ("kitti_depth", "vpd"): (8, 3, "of a GPU", "grouped"),
   ("kitti_depth", "eco_depth"): (8, 4, "of a GPU", "grouped"),
   ("kitti_depth", "meta_prompts"): (8, 3, "of a GPU", "grouped"),
@@ -74,6 +76,7 @@ RELEASES = {
   ("ade20k_seg", "vpd"): (8, 2, "of all", "grouped"),
   ("ade20k_seg", "meta_prompts"): (8, 1, "of all", "grouped"),
   ("ade20k_seg", "iedp"): (8, 2, "of all", "grouped"),
+  ("ade20k_seg", "tadp"): (2, 8, "of all", "grouped"),
   ("cityscapes_seg", "vpd"): (8, 1, "of all", "grouped"),
   ("cityscapes_seg", "meta_prompts"): (8, 1, "of all", "grouped"),
   ("cityscapes_seg", "iedp"): (8, 1, "of all", "grouped"),

@@ -130,7 +130,16 @@ def random_weights(config) -> None:
     config.method.class_vectors = "random:0"
   if "refine_init" in config.method:
     config.method.refine_init = "fan_in"  # zeros, which weights would replace, hide the image from the second step
-  config.init.clip = "random:0" if config.method.name == "iedp" else ""
+  config.init.clip = "random:0" if config.method.name in ("iedp", "tadp") else ""
+  if "vit" in config.init:
+    config.init.vit = "random:0"
+  if config.method.name == "tadp":
+    config.method.tokenizer = "words"
+
+
+def sentences(config) -> dict:
+  """What a forward pass is given besides, where the method reads a sentence."""
+  return {"sentences": ["a room with a chair"]} if config.method.name == "tadp" else {}
 
 
 def forward(words: str, picture: str, scene: str) -> None:
@@ -147,7 +156,7 @@ def forward(words: str, picture: str, scene: str) -> None:
   predictor = vpd_jax.Predictor.load(config.lock(), random_init=True)
   made, clock = time.monotonic() - clock, time.monotonic()
   class_id = predictor.class_id(scene) if predictor.takes_class else None
-  depth = predictor.forward(image[None].astype(np.float32) / 255, class_id=class_id)["depth"]
+  depth = predictor.forward(image[None].astype(np.float32) / 255, class_id=class_id, **sentences(config))["depth"]
   first = time.monotonic() - clock
   assert depth.shape == (1, *image.shape[:2]) and depth.dtype == np.float32
   assert 0 < depth.min() < depth.max() < config.task.max_depth, (depth.min(), depth.max())
@@ -156,7 +165,7 @@ def forward(words: str, picture: str, scene: str) -> None:
   print(f"{count / 1e6:.0f} M parameters, image {size}: made in {made:.0f} s, compiled and run in {first:.0f} s")
 
 
-@pytest.mark.parametrize("method", ["vpd", "meta_prompts", "iedp"])
+@pytest.mark.parametrize("method", ["vpd", "meta_prompts", "iedp", "eco_depth", "tadp"])
 @pytest.mark.parametrize("data", ["nyu", "kitti"])
 def test_every_network_runs_forward_on_a_real_picture(data, method, real, tmp_path):
   pattern, scene = {
@@ -179,9 +188,9 @@ def forward_segmentation(data: str, method: str, path: str) -> None:
   clock = time.monotonic()
   predictor = vpd_jax.Predictor.load(config.lock(), random_init=True)
   made, clock = time.monotonic() - clock, time.monotonic()
-  out = predictor.forward(image[None].astype(np.float32) / 255)
+  out = predictor.forward(image[None].astype(np.float32) / 255, **sentences(config))
   first, clock = time.monotonic() - clock, time.monotonic()
-  predictor.forward(image[None].astype(np.float32) / 255)
+  predictor.forward(image[None].astype(np.float32) / 255, **sentences(config))
   assert out["logits"].shape == (1, *config.data.crop, len(predictor.product.classes))
   assert all(np.isfinite(x).all() and np.ptp(x) > 0 for x in out.values()) and ("aux_logits" in out) == (
     method == "meta_prompts"
@@ -194,7 +203,7 @@ def forward_segmentation(data: str, method: str, path: str) -> None:
   )
 
 
-@pytest.mark.parametrize("method", ["vpd", "meta_prompts", "iedp"])
+@pytest.mark.parametrize("method", ["vpd", "meta_prompts", "iedp", "eco_depth", "tadp"])
 @pytest.mark.parametrize("data", ["ade20k_seg", "cityscapes_seg"])
 def test_every_network_of_segmentation_runs_forward_on_a_real_crop(data, method, real, tmp_path):
   picture = min(real.parent.glob("ADEChallengeData2016/images/validation/*.jpg"), default=None)
@@ -222,7 +231,7 @@ def forward_pose(method: str, root: str) -> None:
   print(f"{count / 1e6:.0f} M parameters: made in {made:.0f} s, first {time.monotonic() - clock:.0f} s")
 
 
-@pytest.mark.parametrize("method", ["vpd", "meta_prompts", "iedp"])
+@pytest.mark.parametrize("method", ["vpd", "meta_prompts", "iedp", "eco_depth"])
 def test_every_network_of_pose_runs_forward_on_a_real_crop(method, real, tmp_path):
   root = real.parent / "coco"
   if not root.exists():

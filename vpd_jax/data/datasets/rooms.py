@@ -189,6 +189,10 @@ class DrawnRooms(Source):
     example["index"] = np.asarray(index, np.int32)
     return {key: value for key, value in example.items() if key in self.keys}
 
+  def picture(self, index: int) -> str:
+    """Such as "train/12": there is no file."""
+    return f"{self.split}/{index}"
+
 
 class Room(NamedTuple):
   """One drawn room.
