@@ -144,8 +144,7 @@ def with_backbone_sizes(config: ConfigDict, source: str) -> ConfigDict:
   with config.unlocked():
     for part, values in stated.items():
       plain = {key: tuple(x) if isinstance(x, list) else 0 if x is None else x for key, x in values.items()}
-      known = config.backbone.get(part, plain)
-      config.backbone[part] = dict(known) | {key: x for key, x in plain.items() if key in known}
+      config.backbone[part] = dict(config.backbone.get(part, {})) | plain
     # As many as the config has anyway are left unsaid: a run that resumes compares its config with the stored one.
     if steps and not config.method.get("trained_steps", 1) and steps != config.method.refine_steps:
       config.method.trained_steps = steps

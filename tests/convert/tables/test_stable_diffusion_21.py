@@ -12,8 +12,8 @@ from flax import nnx
 from tests.helpers import single_file, text_folders
 from tests.helpers.single_file import TEXT, UNET, VAE
 from tests.helpers.stable_diffusion_folders import SD1, folder
-from vpd_jax.checkpoints import class_name_encoding
-from vpd_jax.config import presets
+from vpd_jax.checkpoints import class_name_encoding, initialize
+from vpd_jax.config import loader, presets
 from vpd_jax.convert import load, rules
 from vpd_jax.convert.formats import write
 from vpd_jax.convert.formats.lazy_tensor import LazyTensor, contiguous
@@ -196,6 +196,10 @@ def test_a_folder_says_with_what_its_unet_was_trained(tmp_path):
   made = folder(tmp_path, {"vae": SD1["vae"] | {"scaling_factor": 0.13025}, "text_encoder": SD1["text_encoder"]})
   sizes = stable_diffusion.sizes(made)
   assert (sizes["vae"]["latent_scale"], sizes["text"]["padding"]) == (0.13025, -1)
+  config = loader.load("configs/nyu_depth.py:sd21").unlock()
+  del config.backbone.vae["latent_scale"]  # a config of one's own may leave it to the default
+  config = initialize.with_backbone_sizes(config.lock(), str(made))
+  assert (config.backbone.vae.latent_scale, config.backbone.text.padding) == (0.13025, -1)
   assert not stable_diffusion.predicts_v(made)
   (made / "scheduler").mkdir()
   for kind in ("epsilon", "v_prediction"):
