@@ -68,7 +68,8 @@ class Encoder(nn.Module):
   def __init__(self, config: Settings, classes: int):
     super().__init__()
     unet, method, width = config["backbone"]["unet"], config["method"], config["neck"]["width"]
-    self.timestep, self.latent_scale = method["timestep"], method["latent_scale"]
+    self.timestep = method["timestep"]
+    self.latent_scale = method["latent_scale"] or config["backbone"]["vae"]["latent_scale"]
     self.multiple, self.pad_value = method["pad_multiple"], method["pad_value"]
     widths, tokens = [unet["model_channels"] * m for m in unet["channel_mult"]], unet["context_dim"]
     self.vae, self.unet = make_vae(config["backbone"]["vae"]), make_unet(unet)

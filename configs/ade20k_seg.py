@@ -3,8 +3,8 @@
 python -m vpd_jax.main --config=configs/ade20k_seg.py --config.data.root=/data/ADEChallengeData2016 \
     --config.init.pretrained=/weights/v1-5-pruned-emaonly.ckpt
 
-The argument is a list of words: a method (vpd, meta_prompts, iedp, eco_depth, tadp), and "tiny" for the small network
-of the tests.
+The argument is a list of words: a method (vpd, meta_prompts, iedp, eco_depth, tadp), and a size (sd21: Stable Diffusion
+2.1; tiny: the small network of the tests).
 Multi-scale and mirrored: --config.eval.test_time='("resize:2048:512", "slide:512:341", "ms:1:1.125:1.25:1.375:1.5",
 "flip")', as VPD publishes it, or "ms:0.5:0.75:1:1.25:1.5:1.75:2" for MetaPrompts. Pictures shorter than 512 there get
 smaller windows of a few shapes; exactly the release's, each shape compiled: --config.eval.small_images=whole.

@@ -5,8 +5,8 @@ python -m vpd_jax.main --config=configs/cityscapes_seg.py:meta_prompts --config.
 
 The argument is a list of words: a method (meta_prompts, vpd, iedp, eco_depth), "extra" for the release's second stage
 (one refinement step, the automatic labels of train_extra too, to be started from a run on Mapillary by
-config.init.run), and "tiny" for the small network of the tests. --mode=predict writes files that the test server takes
-(.label_ids.png).
+config.init.run), and a size (sd21: Stable Diffusion 2.1; tiny: the small network of the tests). --mode=predict writes
+files that the test server takes (.label_ids.png).
 
 Expected mIoU on val, single-scale / multi-scale: MetaPrompts 85.98 / 87.26 (with "extra"). VPD and IEDP publish none.
 Ours: not yet run.

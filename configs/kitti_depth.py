@@ -3,9 +3,10 @@
 python -m vpd_jax.main --config=configs/kitti_depth.py --config.data.root=/data/kitti \
     --config.init.pretrained=/weights/stable-diffusion-v1-5
 
-The argument is a list of words: a method (vpd, meta_prompts, iedp, eco_depth, tadp), "tiny" for the network of the
-tests. EcoDepth has a recipe of its own: crops of 352 x 640, a global batch of 32 (8 GPUs x 4), scores of two halves,
-see presets.eco_depth_recipe; its classifier of ImageNet is given by --config.init.vit.
+The argument is a list of words: a method (vpd, meta_prompts, iedp, eco_depth, tadp), a size (sd21: Stable Diffusion
+2.1; tiny: the small network of the tests). EcoDepth has a recipe of its own: crops of 352 x 640, a global batch of 32
+(8 GPUs x 4), scores of two halves, see presets.eco_depth_recipe; its classifier of ImageNet is given by
+--config.init.vit.
 
 KITTI states no class of the scene. A method that is told one gets the same for every frame, `data.scene`: VPD, whose
 method.prompt is "scene_class", the vector encoded from that word; IEDP in training "a photo of a street". data.scene=""

@@ -3,9 +3,9 @@
 python -m vpd_jax.main --config=configs/nyu_depth.py --config.data.root=/data/nyu_depth_v2 \
     --config.init.pretrained=/weights/v1-5-pruned-emaonly.ckpt
 
-The argument is a list of words: a method (vpd, meta_prompts, iedp, eco_depth, tadp), "tiny" for the network of the
-tests. EcoDepth has a recipe of its own: whole pictures, a global batch of 32 (8 GPUs x 4), see
-presets.eco_depth_recipe; its classifier of ImageNet is given by --config.init.vit.
+The argument is a list of words: a method (vpd, meta_prompts, iedp, eco_depth, tadp), a size (sd21: Stable Diffusion
+2.1; tiny: the small network of the tests). EcoDepth has a recipe of its own: whole pictures, a global batch of 32 (8
+GPUs x 4), see presets.eco_depth_recipe; its classifier of ImageNet is given by --config.init.vit.
 
 TADP reads a caption of every picture: --config.data.captions=FILE.
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpd_jax.checkpoints import class_name_encoding
+from vpd_jax.config import presets
 from vpd_jax.errors import UserError
 from vpd_jax.files import atomic, reading
 from vpd_jax.models.backbones.clip_text import TextSizes
@@ -21,7 +22,10 @@ from vpd_jax.models.backbones.clip_text import TextSizes
 
 def parse() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--weights", required=True, help="diffusers folder, or a single file of Stable Diffusion 1.x")
+  parser.add_argument("--weights", required=True, help="diffusers folder, or a single file of Stable Diffusion")
+  parser.add_argument(
+    "--size", default="full", choices=presets.sizes(), help="of a single file: full is 1.x, sd21 is 2.x"
+  )
   parser.add_argument("--names", required=True, help="a .txt file with one name a line, or names between commas")
   parser.add_argument("--output", required=True, type=pathlib.Path, help=".npz file to write")
   parser.add_argument("--templates", default="imagenet_80", help="a set of prompt_templates.json, or a text with {}")
@@ -44,7 +48,8 @@ def embed(args: argparse.Namespace) -> None:
     raise UserError(f"output={str(args.output)!r} must end in '.npz'.")
   names, templates = read_names(args.names), class_name_encoding.read_templates(args.templates)
   tokenizer = class_name_encoding.load_tokenizer(args.tokenizer or args.weights)
-  text = class_name_encoding.load_text_encoder(args.weights, dtype=jnp.float32, sizes=TextSizes())
+  sizes = TextSizes(**presets.backbone(args.size)["text"])
+  text = class_name_encoding.load_text_encoder(args.weights, dtype=jnp.float32, sizes=sizes)
   vectors = class_name_encoding.encode(
     names, tokenizer=tokenizer, text=text, templates=templates, max_length=args.max_length
   )

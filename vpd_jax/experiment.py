@@ -179,7 +179,7 @@ def _method_setup(config: ConfigDict, classes: tuple[str, ...], training: bool) 
     vit=vit,
     common=Common(dtype(config, "dtype"), dtype(config, "param_dtype"), InitKeys(config.seed), config.optim.norm_group),
     class_names=tuple(classes),
-    tokenize=Tokenize(sources, text.vocab_size, length),
+    tokenize=Tokenize(sources, text.vocab_size, length, text.padding),
     training=training,
     attention=config.backbone.attention,
     remat=config.backbone.remat,

@@ -102,11 +102,24 @@ def test_a_renamed_option_is_refused_with_its_new_name_and_an_old_workdir_still_
 
 @pytest.mark.parametrize("field, before", fields.ADDED.items())
 def test_a_workdir_from_before_an_option_resumes_where_it_does_as_before(field, before):
-  section, name = field.split(".")
+  section, _, name = field.partition(".")
   old = {section: {"crop": 1}}
   assert loader.differences(old, {section: {"crop": 1, name: before}}, (section,)) == []
   changed = loader.differences(old, {section: {"crop": 1, name: "other"}}, (section,))
   assert changed == [f"{field}: {before!r} -> 'other'"]
+
+
+def test_a_factor_on_the_latents_is_compared_as_the_method_takes_it():
+  config = lambda scale, own=0.18215: {"method": {"latent_scale": scale}, "backbone": {"vae": {"latent_scale": own}}}
+  before = {"method": {"latent_scale": 0.18215}, "backbone": {"vae": {"channels": 1}}}
+  assert (
+    loader.differences(before, {**config(0.0), "backbone": {"vae": {"channels": 1, "latent_scale": 0.18215}}}) == []
+  )
+  assert loader.differences(config(1.0), config(0.0)) == ["method.latent_scale: 1.0 -> 0.18215"]
+  assert loader.differences(config(0.0), config(0.0, 0.5)) == [
+    "backbone.vae.latent_scale: 0.18215 -> 0.5",
+    "method.latent_scale: 0.18215 -> 0.5",
+  ]
 
 
 def test_a_renamed_option_on_the_command_line_is_refused_with_its_new_name():

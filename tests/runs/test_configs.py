@@ -14,15 +14,15 @@ from vpd_jax.training import step as training_step
 # configs/<file>: words of its argument. A config that is not listed fails the first test.
 SHIPPED = {
   "nyu_depth": ("vpd", "meta_prompts", "iedp", "eco_depth", "tadp", "vpd,tiny"),
-  "kitti_depth": ("vpd", "meta_prompts", "iedp", "eco_depth", "vpd,tiny"),
-  "my_depth": ("vpd,tiny", "meta_prompts,tiny", "iedp,tiny", "eco_depth,tiny"),
+  "kitti_depth": ("vpd", "meta_prompts", "iedp", "eco_depth", "vpd,tiny", "eco_depth,sd21"),
+  "my_depth": ("vpd,tiny", "meta_prompts,tiny", "iedp,tiny", "eco_depth,tiny", "meta_prompts,sd21"),
   "ade20k_seg": ("vpd", "meta_prompts", "iedp", "tadp"),
   "cityscapes_seg": ("vpd,tiny", "meta_prompts,extra", "iedp,tiny"),
-  "my_segmentation": ("vpd,tiny", "meta_prompts,tiny", "iedp,tiny"),
-  "refcoco_refer": ("refcoco", "refcoco_plus,as_intended,meta_prompts", "refcocog,iedp,tiny"),
+  "my_segmentation": ("vpd,tiny", "meta_prompts,tiny", "iedp,tiny", "tadp,sd21"),
+  "refcoco_refer": ("refcoco", "refcoco_plus,as_intended,meta_prompts", "refcocog,iedp,tiny", "refcoco,sd21"),
   "my_refer": ("tiny", "meta_prompts,tiny", "iedp,tiny"),
   "coco_pose": ("meta_prompts", "vpd,384x288", "iedp,tiny"),
-  "my_pose": ("vpd,tiny", "meta_prompts,tiny", "iedp,tiny"),
+  "my_pose": ("vpd,tiny", "meta_prompts,tiny", "iedp,tiny", "iedp,sd21"),
   "rooms": (
     "depth,vpd,full",
     "depth,meta_prompts,tiny",
@@ -58,6 +58,27 @@ def test_assembles_at_its_real_size(string):
   count = sum(shape.size for shape in product.parts.shapes.values())
   assert count > (8e8 if "tiny" not in string else 1e7)
   assert product.groups.lr and product.keys[0] == "image"
+
+
+def test_every_config_takes_the_words_of_all_sizes():
+  for name in SHIPPED:
+    for size, width in {"full": 768, "sd21": 1024, "tiny": 64}.items():
+      assert loader.load(f"configs/{name}.py:{size}").backbone.unet.context_dim == width, (name, size)
+
+
+# Methods and tasks that are not assembled with it above.
+REST_OF_SD21 = (
+  *("nyu_depth:vpd", "nyu_depth:tadp", "nyu_depth:iedp", "my_depth:vpd", "ade20k_seg:vpd", "ade20k_seg:iedp"),
+  *("ade20k_seg:eco_depth", "cityscapes_seg:meta_prompts", "refcoco_refer:meta_prompts", "refcoco_refer:iedp"),
+  *("my_refer:eco_depth", "coco_pose:meta_prompts", "coco_pose:eco_depth", "coco_pose:vpd", "rooms:depth,vpd"),
+)
+
+
+@pytest.mark.parametrize("words", REST_OF_SD21)
+def test_stable_diffusion_21_assembles_at_its_real_size(words):
+  name, _, argument = words.partition(":")
+  shapes = experiment.model_shapes(loader.load(f"configs/{name}.py:{argument},sd21"))
+  assert sum(shape.size for shape in shapes.values()) > 8e8
 
 
 # Config and method: GPUs and images on each in the release, whether batch norm is over all GPUs, whether the loss of

@@ -27,6 +27,7 @@ Gather = Callable[[ParamDict], ParamDict]
 BACKBONES = ("unet", "vae", "text", "image", "vit")  # of which a workdir states the sizes
 CLASS_VECTORS = "method/class_vectors"
 TEXT_ENCODER, IMAGE_ENCODER = "method/text_encoder/", "method/image_encoder/"
+LAST_BLOCK = "method/unet/out/"
 CLASSIFIER = "method/vit_model/"
 RANDOM = "randomly initialized"
 CLASS_PREDICTOR = "method/class_predictor/"  # never in a checkpoint of the network that was trained without it
@@ -57,6 +58,8 @@ def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[Par
     held = {name: shape for name, shape in shapes.items() if not name.startswith(CLASS_PREDICTOR)}
     named, report = load.load_pretrained(source, held)
     lines.append(f"weights: {source}: {report.summary()}")
+    if any(name.startswith(LAST_BLOCK) for name in named) and stable_diffusion.predicts_v(source):
+      lines.append(f"the UNet's last block was trained to predict v, not noise: {source} says so in scheduler/")
     lines += [f"class vectors: those of {source}"] if CLASS_VECTORS in named else []
   for found, line in _prompts(config, product, named, source):
     named |= found
@@ -141,8 +144,7 @@ def with_backbone_sizes(config: ConfigDict, source: str) -> ConfigDict:
   with config.unlocked():
     for part, values in stated.items():
       plain = {key: tuple(x) if isinstance(x, list) else 0 if x is None else x for key, x in values.items()}
-      known = config.backbone.get(part, plain)
-      config.backbone[part] = dict(known) | {key: x for key, x in plain.items() if key in known}
+      config.backbone[part] = dict(config.backbone.get(part, {})) | plain
     # As many as the config has anyway are left unsaid: a run that resumes compares its config with the stored one.
     if steps and not config.method.get("trained_steps", 1) and steps != config.method.refine_steps:
       config.method.trained_steps = steps

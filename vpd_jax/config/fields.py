@@ -35,7 +35,7 @@ RENAMED = {
   "eval.small": "eval.small_images",
 }
 # Options that earlier versions did not have, and what they did without.
-ADDED = {"data.captions": ""}
+ADDED = {"data.captions": "", "backbone.vae.latent_scale": 0.18215, "backbone.text.padding": -1}
 
 
 def with_new_names(flat: Mapping[str, object]) -> Section:

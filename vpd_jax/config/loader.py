@@ -216,7 +216,7 @@ def differences(
   """What changed between two configs, one line a field: 'optim.lr: 0.0005 -> 0.001'.
 
   Either may have gone through JSON: tuples and lists with equal items are equal. A schedule's length is compared as
-  the run takes it, see `schedule`.
+  the run takes it, see `schedule`, and so is the factor on the latents.
 
   Args:
     old: the config stored in a checkpoint.
@@ -229,6 +229,9 @@ def differences(
     | {f"optim.schedule.{name}": _as_tuples(value) for name, value in schedule(config).items()}
     for config in (old, new)
   )
+  for flat in (old_fields, new_fields):
+    if flat.get("method.latent_scale") == 0:
+      flat["method.latent_scale"] = flat["backbone.vae.latent_scale"]  # as the method takes it
   lines = []
   for field in sorted(old_fields.keys() | new_fields.keys()):
     before, after = old_fields.get(field, _ABSENT), new_fields.get(field, _ABSENT)

@@ -29,6 +29,7 @@ from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
 
 NETWORKS = ("unet", "vae", "text_encoder")
+CONFIGS = (*(f"{network}/config.json" for network in NETWORKS), "scheduler/scheduler_config.json")
 TOKENIZER = "tokenizer"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
@@ -132,7 +133,7 @@ def _from_bucket(url: str, parts: tuple[str, ...]) -> pathlib.Path:
 def _needed(folder: epath.Path, parts: tuple[str, ...]) -> list[epath.Path]:
   """The files of a bucket's folder that `parts` need."""
   there = {path.name for path in folder.iterdir()}
-  needed = [folder / part / "config.json" for part in NETWORKS if part in there]
+  needed = [folder / name for name in CONFIGS if name.partition("/")[0] in there]
   needed = [file for file in needed if file.exists()]
   for part in parts:
     inner = folder / part if part in there else folder
@@ -159,7 +160,7 @@ def _from_hub(source: str, found: HubId, parts: tuple[str, ...]) -> pathlib.Path
   """The snapshot in huggingface_hub's cache, with what is needed of it."""
   from huggingface_hub import snapshot_download  # Slow to import, and only needed here.
 
-  patterns = [f"{network}/config.json" for network in NETWORKS]
+  patterns = [*CONFIGS]
   if TOKENIZER in parts:
     patterns += [f"{folder}{name}" for folder in (f"{TOKENIZER}/", "") for name in TOKENIZER_FILES]
   lacking = [part for part in parts if part != TOKENIZER]

@@ -27,6 +27,9 @@ ACCEPTED = (
   "a diffusers folder (unet/ and vae/), a CompVis .ckpt or .safetensors, the authors' .pth, a directory written by "
   "scripts/convert_checkpoint.py, or a hub id (org/name@revision)"
 )
+# Models by the width of what their UNet attends to, and how that layer ends in the source's names and in ours.
+MODELS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
+ATTENDED = ("attn2.to_k.weight", "attn2/to_k/kernel")
 NETWORKS = ("unet", "vae")  # Of a diffusers folder, what perception is built on.
 # Arrays that no Stable Diffusion source holds.
 OUTSIDE_SD = (r"^/(?!method/(unet|vae)/)",)
@@ -49,14 +52,17 @@ def load_pretrained(
     The arrays found, in the dtypes of `targets`, and a report with what stays fresh.
 
   Raises:
-    ValueError: an unknown or damaged source, or (ConversionError) one that does not fit; everything at once.
+    ValueError: an unknown or damaged source; one of another Stable Diffusion; or (ConversionError) one that does not
+      fit, everything at once.
   """
   kind, weights = _open(path)
   if weights is None:
-    saved = manifest(path)
+    saved, arrays = manifest(path), _restore(path)
+    _check_model(path, arrays, targets)
     allowed = released.CLIP if saved["table"].startswith("released:") else fresh
-    named, report = convert(_restore(path), [Same()], targets, fresh=allowed, table=f"ours, from {saved['table']}")
+    named, report = convert(arrays, [Same()], targets, fresh=allowed, table=f"ours, from {saved['table']}")
     return named, dataclasses.replace(report, step=saved["step"])
+  _check_model(path, weights.tensors, targets)
   release = kind.removeprefix("released:")
   if release in released.TABLES:
     rules, fresh = released.TABLES[release](), released.CLIP
@@ -73,6 +79,18 @@ def load_pretrained(
     raise NotFinite(f"{path}: {error}") from error
   others = {name: f"not a tensor, but {what}" for name, what in weights.others.items()}
   return named, dataclasses.replace(report, dropped=report.dropped | others, step=_steps(weights.tensors))
+
+
+def _check_model(path: str | epath.PathLike, source: Mapping[str, Shaped], targets: Mapping[str, Shaped]) -> None:
+  """Raises where source and model are two of MODELS, and names both."""
+  width = lambda name, x: x.shape[-1 if name.endswith(ATTENDED[0]) else 0]
+  given, needed = ({width(n, x) for n, x in named.items() if n.endswith(ATTENDED)} for named in (source, targets))
+  if given != needed and len(given) == len(needed) == 1 and given | needed <= MODELS.keys():
+    (held,), (wanted,) = given, needed
+    raise UserError(
+      f"{path} holds {MODELS[held]} (a context {held} wide), the config describes {MODELS[wanted]} ({wanted}); give "
+      "weights of the latter, or in the config's words the size of the former: full is 1.x, sd21 is 2.x."
+    )
 
 
 def source_files(path: str | epath.PathLike) -> dict[str, str]:

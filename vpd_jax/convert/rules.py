@@ -66,6 +66,7 @@ norm = TensorLayout("weight", "scale", (0,))
 bias = TensorLayout("bias", "bias", (0,))
 linear = TensorLayout("weight", "kernel", (1, 0))
 embedding = TensorLayout("weight", "embedding", (0, 1))
+bare_embedding = TensorLayout("", "embedding", (0, 1))  # a tensor of its own in the source, without `weight`
 conv = TensorLayout("weight", "kernel", (2, 3, 1, 0))  # OIHW -> HWIO
 deconv = TensorLayout("weight", "kernel", (2, 3, 0, 1))  # IOHW -> HWIO
 linear_as_conv = TensorLayout("weight", "kernel", (2, 3, 1, 0), source_ndim=2)  # OI -> 11IO

@@ -26,11 +26,13 @@ class Tokenize:
   Attributes:
     sources: where one may lie, the first that holds one counts; or a word of STAND_INS, for smoke tests.
     vocabulary, length: rows of the text encoder's two tables.
+    padding: id behind the end of a sentence; -1 for that of the tokenizer. See TextSizes.
   """
 
   sources: tuple[str, ...]
   vocabulary: int
   length: int
+  padding: int = -1
 
   def __call__(self, sentences: Sequence[str]) -> np.ndarray:
     """int32 [len(sentences), length].
@@ -45,9 +47,12 @@ class Tokenize:
 def _tokens(how: Tokenize, sentences: tuple[str, ...]) -> np.ndarray:
   stand_in = next((STAND_INS[source] for source in how.sources if source in STAND_INS), None)
   if stand_in:
-    return stand_in(sentences, vocabulary=how.vocabulary, length=how.length)
-  given = [source for source in how.sources if source]
-  return tokenize(sentences, _first(tuple(given)), vocabulary=how.vocabulary, length=how.length)
+    tokens = stand_in(sentences, vocabulary=how.vocabulary, length=how.length)
+  else:
+    given = tuple(source for source in how.sources if source)
+    tokens = tokenize(sentences, _first(given), vocabulary=how.vocabulary, length=how.length)
+  behind = np.arange(how.length) > tokens.argmax(axis=1)[:, None]  # the end has the largest id
+  return tokens if how.padding < 0 else np.where(behind, np.int32(how.padding), tokens)
 
 
 @functools.lru_cache(maxsize=2)

@@ -64,12 +64,6 @@ def test_folders_hold_it_below_or_at_the_top(tmp_path, source, expected, place):
   load_from(tmp_path, expected)
 
 
-def test_openclip_names_point_to_the_diffusers_folder(tmp_path):
-  write.write(tmp_path / "v2.safetensors", {"cond_stage_model.model.ln_final.weight": np.ones(2, np.float32)})
-  with pytest.raises(ValueError, match=r"v2\.safetensors: .*OpenCLIP's own names; give the diffusers folder"):
-    clip.load_text(tmp_path / "v2.safetensors", {})
-
-
 def test_a_source_without_text_encoder_says_so(tmp_path):
   write.write(tmp_path / "x.safetensors", {"a.weight": np.ones(2, np.float32)})
   with pytest.raises(ValueError, match=r"x.safetensors: no text encoder"):

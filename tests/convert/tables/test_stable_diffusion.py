@@ -6,6 +6,7 @@ import pytest
 
 from tests.helpers import oracle, pth
 from tests.helpers.stable_diffusion_folders import SD1, folder
+from vpd_jax.config import presets
 from vpd_jax.convert import load, rules
 from vpd_jax.convert.formats import write
 from vpd_jax.convert.tables import stable_diffusion
@@ -171,10 +172,12 @@ def test_sizes_of_sd_1_are_read_from_its_configs(tmp_path):
       "in_channels": 4, "out_channels": 4, "model_channels": 320, "channel_mult": (1, 2, 4, 4), "num_res_blocks": 2,
       "attention_levels": (0, 1, 2), "num_heads": 8, "head_width": None, "context_dim": 768, "linear_projection": False,
     },
-    "vae": {"channels": 128, "channel_mult": (1, 2, 4, 4), "num_res_blocks": 2, "z_channels": 4},
+    "vae": {
+      "channels": 128, "channel_mult": (1, 2, 4, 4), "num_res_blocks": 2, "z_channels": 4, "latent_scale": 0.18215,
+    },
     "text": {
       "vocab_size": 49408, "width": 768, "layers": 12, "heads": 12, "mlp_width": 3072, "positions": 77,
-      "activation": "quick_gelu",
+      "activation": "quick_gelu", "padding": -1,
     },
   }  # fmt: skip
 
@@ -183,7 +186,9 @@ def test_sizes_of_sd_2_are_read_from_its_configs(tmp_path):
   sizes = stable_diffusion.sizes(folder(tmp_path, SD2))
   unet = {"num_heads": None, "head_width": 64, "context_dim": 1024, "linear_projection": True}
   assert {key: sizes["unet"][key] for key in unet} == unet
-  assert (sizes["text"]["layers"], sizes["text"]["activation"]) == (23, "gelu")
+  ours = presets.backbone("sd21")
+  assert {key: value or 0 for key, value in sizes["unet"].items()} == ours["unet"]
+  assert (sizes["vae"], sizes["text"]) == (ours["vae"], ours["text"])
 
 
 def test_sizes_fit_the_backbones(tmp_path):

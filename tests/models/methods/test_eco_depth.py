@@ -68,9 +68,11 @@ def small(string="configs/nyu_depth.py:eco_depth,tiny", **changes):
   return product, tiny.filled(product.parts.shapes), {"image": jnp.asarray(image)}
 
 
-@pytest.mark.parametrize("scale", [0.18215, 1.0])
-def test_latents_are_scaled(scale):
-  product, named, batch = small(**{"method.latent_scale": scale})
+@pytest.mark.parametrize(
+  "changes, scale", [({}, 0.18215), ({"method.latent_scale": 1.0}, 1.0), ({"backbone.vae.latent_scale": 0.5}, 0.5)]
+)
+def test_latents_are_scaled(changes, scale):
+  product, named, batch = small(**changes)
   seen = []
 
   def run(named, batch):

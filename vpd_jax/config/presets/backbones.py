@@ -18,7 +18,13 @@ def sd_v1() -> Section:
       "context_dim": 768,
       "linear_projection": False,
     },
-    "vae": {"channels": 128, "channel_mult": (1, 2, 4, 4), "num_res_blocks": 2, "z_channels": 4},
+    "vae": {
+      "channels": 128,
+      "channel_mult": (1, 2, 4, 4),
+      "num_res_blocks": 2,
+      "z_channels": 4,
+      "latent_scale": 0.18215,
+    },
     "text": {
       "vocab_size": 49408,
       "width": 768,
@@ -27,11 +33,25 @@ def sd_v1() -> Section:
       "mlp_width": 3072,
       "positions": 77,
       "activation": "quick_gelu",
+      "padding": -1,  # as the tokenizer pads
     },
     "image": clip_image(tiny=False),
     "attention": "auto",
     "remat": False,
   }
+
+
+def sd21() -> Section:
+  """Stable Diffusion 2.1 and 2.1-base: heads of 64 channels, and the text encoder of OpenCLIP ViT-H/14.
+
+  Of its 24 layers the last one is not used. CLIP's image encoder, for IEDP and predicted classes, stays OpenAI's.
+
+  Source: Stability-AI/stablediffusion configs/stable-diffusion/v2-inference-v.yaml.
+  """
+  config = sd_v1()
+  config["unet"] |= {"num_heads": 0, "head_width": 64, "context_dim": 1024, "linear_projection": True}
+  config["text"] |= {"width": 1024, "layers": 23, "heads": 16, "mlp_width": 4096, "activation": "gelu", "padding": 0}
+  return config
 
 
 def sd_tiny() -> Section:
@@ -44,7 +64,7 @@ def sd_tiny() -> Section:
   return config
 
 
-SIZES = {"full": sd_v1, "tiny": sd_tiny}  # by the word of a config
+SIZES = {"full": sd_v1, "sd21": sd21, "tiny": sd_tiny}  # by the word of a config
 
 
 def sizes(default: str = "full") -> tuple[str, ...]:

@@ -27,7 +27,7 @@ def iedp_assumptions() -> Section:
     "residual_scale": 1e-4,  # 3: start of gamma
     "branch_mode": "both",  # 4: "implicit" trains without text
     "lambda_exp": 1.0,  # 4: weight of the explicit branch's loss
-    "latent_scale": 1.0,  # 5: as VPD; 0.18215, with which Stable Diffusion was trained
+    "latent_scale": 1.0,  # 5: as VPD; 0: that with which Stable Diffusion was trained
     "timestep": 1,  # 2: as VPD's code
     "tower_dtype": "bfloat16",  # 6: in which CLIP's frozen towers are kept; "float32"
   }
@@ -121,7 +121,7 @@ def tadp_depth(*, tiny: bool, head_init: str) -> Section:
       "token_length": 77,
       "tokenizer": "characters" if tiny else "",  # a folder, where the weights bring none; "words" for smoke tests
       "latents": "sample",  # "mode"
-      "latent_scale": 0.18215,
+      "latent_scale": 0.0,  # that of the backbone
       **{name: vpd["method"][name] for name in ("timestep", "pad_multiple", "pad_value")},
     },
     "neck": vpd["neck"],
@@ -149,7 +149,7 @@ def eco_depth(*, tiny: bool, head_init: str) -> Section:
       "class_scores": "logits",  # "probabilities"
       "residual_scale": 1e-4,
       "timestep": 1,
-      "latent_scale": 0.18215,
+      "latent_scale": 0.0,  # that of the backbone
       "pad_multiple": 64,
       "pad_value": -1.0,  # black; 0.0 from v2.0.0 on
     },

@@ -59,6 +59,11 @@ class LazyTensor:
     shape, strides = (tuple(sizes[axis] for axis in axes) for sizes in (self.shape, self.strides))
     return dataclasses.replace(self, shape=shape, strides=strides)
 
+  def rows(self, start: int, stop: int) -> "LazyTensor":
+    """The numbers from `start` to `stop` along the first axis."""
+    offset = self.offset + start * self.strides[0] * self.dtype.itemsize
+    return dataclasses.replace(self, offset=offset, shape=(stop - start, *self.shape[1:]))
+
   def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
     size = self.extent * self.dtype.itemsize
     flat = np.fromfile(self.path, np.uint8, count=size, offset=self.offset)

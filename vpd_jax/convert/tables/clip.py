@@ -1,6 +1,7 @@
 """CLIP's two towers in Hugging Face's names: tables, sizes, reading.
 
-Our names are theirs with '/' for '.'. The text encoder also comes inside Stable Diffusion files.
+Our names are theirs with '/' for '.'. The text encoder also comes inside Stable Diffusion files, in those of SD 2.x in
+OpenCLIP's names.
 """
 
 import pathlib
@@ -12,13 +13,23 @@ from etils import epath
 
 from vpd_jax.convert import fetch
 from vpd_jax.convert.formats import weight_files
-from vpd_jax.convert.rules import Drop, Rule, Shaped, convert, drop, embedding, plain
+from vpd_jax.convert.formats.lazy_tensor import LazyTensor
+from vpd_jax.convert.rules import Drop, Rule, Shaped, bare_embedding, convert, drop, embedding, plain
 from vpd_jax.errors import UserError
 from vpd_jax.models.backbones.clip_text import ACTIVATIONS
 from vpd_jax.types import Fields, Options
 
 # Longest first. In a diffusers folder and in SD 1.x files the names go on with `text_model.`; some files leave it out.
 PREFIXES = ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.", "text_model.", "")
+OPENCLIP = "cond_stage_model.model."  # in SD 2.x files
+OPENCLIP_LAYER = {
+  "ln_1": "layer_norm1",
+  "attn": "self_attn",
+  "ln_2": "layer_norm2",
+  "mlp.c_fc": "mlp/fc1",
+  "mlp.c_proj": "mlp/fc2",
+}
+THIRDS = ("q_proj", "k_proj", "v_proj")  # of OpenCLIP's in_proj, along its first axis
 IMAGE_PREFIXES = ("vision_model.", "")
 OTHER_PARTS = r"(vision_model|visual_projection)\..*|logit_scale"
 TEXT_PARTS = r"(text_model|text_projection)\..*|logit_scale"
@@ -26,19 +37,20 @@ TEXT_FOLDER = "text_encoder"  # of a diffusers folder
 WANTED = "the folder of a whole CLIP in Hugging Face's names, such as openai/clip-vit-large-patch14"
 
 
-def text(source: Iterable[str], *, projected: bool = False) -> list[Rule | Drop]:
+def text(source: Iterable[str], targets: Iterable[str] = (), *, projected: bool = False) -> list[Rule | Drop]:
   """Table of the text encoder for the spelling that the source's names are in.
 
   Args:
-    source: its names.
+    source: its names; those of OpenCLIP after `apart`.
+    targets: arrays of the encoder by our names; only read for OpenCLIP, see `openclip`.
     projected: with the projection into the space shared with images.
 
   Raises:
-    ValueError: names of no known spelling; OpenCLIP's own, inside SD 2.x files, are named; no projection.
+    ValueError: names of no known spelling; no projection.
   """
   names = set(source)
-  if any(name.startswith("cond_stage_model.model.") for name in names):
-    raise UserError("this file holds a text encoder in OpenCLIP's own names; give the diffusers folder of the model.")
+  if any(name.startswith(OPENCLIP) for name in names) and not projected:
+    return openclip(targets)
   prefix = next((p for p in PREFIXES if f"{p}final_layer_norm.weight" in names), None)
   if prefix is None:
     raise UserError(
@@ -61,6 +73,59 @@ def text(source: Iterable[str], *, projected: bool = False) -> list[Rule | Drop]
       r"(?!cond_stage_model\.).*" if prefix.startswith("cond_") else OTHER_PARTS, "not the text encoder", optional=True
     ),
   ]
+
+
+def openclip(targets: Iterable[str]) -> list[Rule | Drop]:
+  """Table of the text encoder in a single file of Stable Diffusion 2.x; `apart` comes before it, `stacked` after.
+
+  The last layer is left out: the context are the states before it, which pass the last norm all the same. Files that
+  were made from a diffusers folder lack that layer.
+
+  Args:
+    targets: arrays of the encoder by our names, which say how many layers there are.
+
+  Source: Stability-AI/stablediffusion ldm/modules/encoders/modules.py FrozenOpenCLIPEmbedder, layer "penultimate".
+  """
+  layers = {int(match[1]) for name in targets if (match := re.match(r"text_model/encoder/layers/(\d+)/", name))}
+  blocks = f"{OPENCLIP}transformer.resblocks"
+  return [
+    Rule(f"{OPENCLIP}token_embedding", "text_model/embeddings/token_embedding", (embedding,)),
+    Rule(f"{OPENCLIP}positional_embedding", "text_model/embeddings/position_embedding", (bare_embedding,)),
+    *(
+      Rule(f"{blocks}.{i}.{old}", f"text_model/encoder/layers/{i}/{new}")
+      for i in sorted(layers)
+      for old, new in OPENCLIP_LAYER.items()
+    ),
+    Rule(f"{OPENCLIP}ln_final", "text_model/final_layer_norm"),
+    drop(rf"{re.escape(blocks)}\.{len(layers)}\..*", "the states before the last layer are used", optional=True),
+    drop(rf"{re.escape(OPENCLIP)}(text_projection|logit_scale)", "only compares texts with images", optional=True),
+    drop(rf"{re.escape(OPENCLIP)}attn_mask", "causal, as ours", optional=True),
+    drop(r"(?!cond_stage_model\.).*", "not the text encoder", optional=True),
+  ]
+
+
+def apart(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+  """Tensors by name, OpenCLIP's stacked projections of query, key and value as three: q_proj.weight, q_proj.bias, .."""
+  result = {}
+  for name, tensor in tensors.items():
+    match = re.fullmatch(rf"({re.escape(OPENCLIP)}.*)\.in_proj_(weight|bias)", name)
+    if not match or not tensor.ndim or tensor.shape[0] % len(THIRDS):
+      result[name] = tensor
+      continue
+    size = tensor.shape[0] // len(THIRDS)
+    for i, part in enumerate(THIRDS):
+      result[f"{match[1]}.{part}.{match[2]}"] = tensor.rows(i * size, (i + 1) * size)
+  return result
+
+
+def stacked(named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The way back of `apart`, for the arrays of rules.to_source."""
+  first = re.compile(rf"({re.escape(OPENCLIP)}.*)\.{THIRDS[0]}\.(weight|bias)")
+  starts = [match for name in named if (match := first.fullmatch(name))]
+  parts = {f"{m[1]}.in_proj_{m[2]}": [f"{m[1]}.{part}.{m[2]}" for part in THIRDS] for m in starts}
+  gone = {name for names in parts.values() for name in names}
+  joined = {name: np.concatenate([named[part] for part in names]) for name, names in parts.items()}
+  return {name: x for name, x in named.items() if name not in gone} | joined
 
 
 def image(source: Iterable[str], *, projected: bool) -> list[Rule | Drop]:
@@ -111,7 +176,7 @@ def load_image(path: str | epath.PathLike, targets: Mapping[str, Shaped], *, pro
   Raises:
     ValueError: a source that cannot be read, is none, or does not fit; everything at once.
   """
-  return _load(path, fetch.local(path), image, targets, projected=projected)
+  return _load(path, fetch.local(path), lambda names: image(names, projected=projected), targets, which="image")
 
 
 def load_text(
@@ -124,26 +189,35 @@ def load_text(
   """
   place = fetch.local(path, () if projected else (TEXT_FOLDER,))
   inner = place / TEXT_FOLDER
-  return _load(path, inner if inner.is_dir() else place, text, targets, projected=projected)
+  table = lambda names: text(names, targets, projected=projected)
+  return _load(path, inner if inner.is_dir() else place, table, targets, which="text")
 
 
 def _load(
   path: str | epath.PathLike,
   place: pathlib.Path,
-  table: Callable[..., list[Rule | Drop]],
+  table: Callable[[Iterable[str]], list[Rule | Drop]],
   targets: Mapping[str, Shaped],
   *,
-  projected: bool,
+  which: str,
 ) -> dict[str, np.ndarray]:
   """One of the encoders, out of what lies at `place`; messages name `path`."""
   if not place.exists():
     raise UserError(f"{str(path)!r} does not exist; give {WANTED}.")
   weights = weight_files.open_folder(place, ("",)) if place.is_dir() else weight_files.open_file(place)
   try:
-    rules = table(weights.tensors, projected=projected)
+    tensors = apart(weights.tensors)
+    rules = table(tensors)
   except UserError as error:
     raise UserError(f"{path}: {error}") from error
-  return convert(weights.tensors, rules, targets, table=f"CLIP {table.__name__} encoder of {path}")[0]
+  words = ("token_embedding.weight", "token_embedding/embedding")
+  given, needed = ({x.shape[-1] for n, x in named.items() if n.endswith(words)} for named in (tensors, targets))
+  if needed and given != needed:
+    raise UserError(
+      f"the text encoder of {path} is {min(given, default=0)} wide, that of config.backbone.text {min(needed)}; give "
+      "the one that belongs to the UNet, in Stable Diffusion 2.x that of its own folder or file."
+    )
+  return convert(tensors, rules, targets, table=f"CLIP {which} encoder of {path}")[0]
 
 
 def holds_text(path: str | epath.PathLike) -> bool:
@@ -152,7 +226,9 @@ def holds_text(path: str | epath.PathLike) -> bool:
   if path.is_dir():
     return (path / TEXT_FOLDER).is_dir()
   names = weight_files.open_file(path).tensors
-  return any(f"{prefix}final_layer_norm.weight" in names for prefix in PREFIXES)
+  return any(
+    name in names for name in (*(f"{p}final_layer_norm.weight" for p in PREFIXES), f"{OPENCLIP}ln_final.weight")
+  )
 
 
 def sizes(path: str | epath.PathLike) -> dict[str, Fields]:

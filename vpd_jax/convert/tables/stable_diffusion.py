@@ -191,6 +191,12 @@ def sizes(path: str | epath.PathLike) -> dict[str, Fields] | None:
   return result
 
 
+def predicts_v(path: str | epath.PathLike) -> bool:
+  """Whether a diffusers folder says that its UNet was trained to predict v, as that of SD 2.1 (768 pixels) was."""
+  folder, name = fetch.local(path) / "scheduler", "scheduler_config.json"
+  return (folder / name).is_file() and weight_files.read_config(folder, name).get("prediction_type") == "v_prediction"
+
+
 def _check_latents(path: pathlib.Path, found: Mapping[str, Options]) -> None:
   """Raises where the UNet reads something else than the latents of the VAE, and says which model that is."""
   if not {"unet", "vae"} <= found.keys():
@@ -270,6 +276,7 @@ def _vae_sizes(config: Options) -> Fields:
     "channel_mult": _multiples(widths),
     "num_res_blocks": config["layers_per_block"],
     "z_channels": config["latent_channels"],
+    "latent_scale": config.get("scaling_factor", 0.18215),  # absent in files before diffusers 0.11
   }
 
 
@@ -283,4 +290,6 @@ def _text_sizes(config: Options) -> Fields:
     "mlp_width": config["intermediate_size"],
     "positions": config["max_position_embeddings"],
     "activation": config["hidden_act"],
+    # OpenCLIP's; the tokenizers of SD 2.x say so too. (pad_token_id of this file is not used, and wrong.)
+    "padding": 0 if config["hidden_act"] == "gelu" else -1,
   }

@@ -33,6 +33,8 @@ class TextSizes:
     vocab_size, positions: rows of the two embedding tables.
     width, layers, heads, mlp_width: of the transformer.
     activation: "quick_gelu" (OpenAI) or "gelu" (OpenCLIP, SD 2.x).
+    padding: id that fills a sentence behind its end, 0 in SD 2.x, whatever the tokenizer says; -1: what it says, in
+      SD 1.x the end again. All positions count, so another padding gives other states.
   """
 
   vocab_size: int = 49408
@@ -42,6 +44,7 @@ class TextSizes:
   mlp_width: int = 3072
   positions: int = 77
   activation: str = "quick_gelu"
+  padding: int = -1
 
 
 class TextStates(NamedTuple):
@@ -153,7 +156,7 @@ class ClipText(nnx.Module):
       self.text_projection = layers.linear(sizes.width, projection, use_bias=False, **common)
 
   def __call__(self, tokens: Array) -> TextStates:
-    """Encodes int [B, N] token ids, N at most `positions`, padded with the end-of-text id."""
+    """Encodes int [B, N] token ids, N at most `positions`, padded with an id up to that of the end."""
     states = self.text_model(tokens)
     return states._replace(embeds=self.text_projection(states.pooled)) if self.projected else states
 

@@ -74,7 +74,8 @@ class UNetOutput(NamedTuple):
   Attributes:
     features: float [B, h, w, C], finest first: output blocks 11, 7, 4, 1 in SD.
     maps: (h, w) -> float [B, h, w, N], cross-attention probabilities averaged over heads and layers.
-    noise: float [B, h, w, out_channels], or None where it was not asked for.
+    noise: float [B, h, w, out_channels], what the UNet was trained to predict: noise in SD 1.x and 2.1-base, v in 2.1
+      (768 pixels), with arrays of the same names and shapes; or None where it was not asked for.
   """
 
   features: tuple[Array, ...]
@@ -208,7 +209,7 @@ class UNet(nnx.Module):
       timesteps: one whole number for all images, or int [B]; leave out where `time_embedding` is given.
       time_embedding: float [1 or B, 4C], ready made, in place of the embedded timesteps.
       map_max_positions: keep cross-attention maps of at most so many positions; 0 keeps none.
-      predict_noise: also run the last convolution.
+      predict_noise: also run the last convolution, see UNetOutput.
 
     Raises:
       ValueError: neither or both of `timesteps` and `time_embedding`.

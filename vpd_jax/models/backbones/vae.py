@@ -26,12 +26,15 @@ class VaeSizes:
     channel_mult: width multiplier per level, finest first.
     num_res_blocks: residual blocks per level.
     z_channels: channels of the latents.
+    latent_scale: factor on the latents with which the UNet was trained; 0.18215 in SD 1.x and 2.x. The encoder itself
+      does not apply it.
   """
 
   channels: int = 128
   channel_mult: tuple[int, ...] = (1, 2, 4, 4)
   num_res_blocks: int = 2
   z_channels: int = 4
+  latent_scale: float = 0.18215
 
 
 class Posterior(NamedTuple):

@@ -114,14 +114,15 @@ class DiffusionMethod(nnx.Module):
       fit: what happens to the image before the VAE.
       context: where the tokens come from.
       time: in place of the diffusion timestep.
-      latent_scale: factor on the latents of the VAE.
+      latent_scale: factor on the latents of the VAE; 0 for that of the backbone, see VaeSizes.
       samples_latents: the latents are a sample of the VAE's posterior, not its mode.
       steps: passes of the UNet.
       join: which attention maps are joined to the features; None joins none.
       with_time_embed, with_out: see UNet.
     """
     layer, unet = setup.common.layer, setup.unet
-    self.dtype, self.latent_scale, self.steps = setup.common.dtype, latent_scale, steps
+    self.dtype, self.steps = setup.common.dtype, steps
+    self.latent_scale = latent_scale or setup.vae.latent_scale
     self.samples_latents = samples_latents
     self.fit, self.context, self.time = fit, context, time
     self.join = join or image_input.joined_maps(unet, context.tokens[0], use=False)

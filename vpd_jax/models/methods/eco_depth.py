@@ -37,7 +37,7 @@ class EcoDepth(DiffusionMethod):
     class_scores: str = "logits",
     residual_scale: float = 1e-4,
     timestep: int = 1,
-    latent_scale: float = 0.18215,
+    latent_scale: float = 0.0,
     pad_multiple: int = 64,
     pad_value: float = -1.0,
   ):
@@ -56,7 +56,7 @@ class EcoDepth(DiffusionMethod):
       class_scores: of the classifier, "logits" or "probabilities". Release: "logits".
       residual_scale: start of gamma in x + gamma * adapter(x). Release: 1e-4.
       timestep: the diffusion timestep, the same for every image. Release: 1.
-      latent_scale: factor on the latents. Release: 0.18215, with which Stable Diffusion was trained.
+      latent_scale: factor on the latents; 0 for that with which the backbone was trained. Release: 0, which is 0.18215.
       pad_multiple: the image grows at right and bottom to the next multiple. Release: 64.
       pad_value: of the padding, after scaling to [-1, 1]. Release: -1, black; from v2.0.0 on 0, gray.
 

@@ -59,7 +59,8 @@ class MetaPrompts(DiffusionMethod):
       prompt: what the UNet attends to: "learned", the prompts; "sentence+learned", the states of each image's sentence,
         as CLIP's frozen text encoder gives them, and then the prompts. Ours, for referring segmentation.
       prompts: tokens the UNet attends to. Release: 50 in depth, 150 in segmentation.
-      refine_steps: passes of the UNet. Release: 3.
+      refine_steps: passes of the UNet. Release: 3. What the last block gives for the next pass is Stable Diffusion's
+        prediction: of the noise in 1.x and 2.1-base, of v in 2.1 (768 pixels). Here it is trained on in either case.
       trained_steps: steps the weights hold, 0 for `refine_steps`. Evaluation may stop earlier; training may not.
       share_prompts: one set of prompts for all steps. Release: not in depth; in segmentation.
       adapt_prompts: each step's prompts pass a TextAdapter of its own, without residual. Release: in depth; not in
@@ -68,7 +69,7 @@ class MetaPrompts(DiffusionMethod):
         for the time, which are then absent (release); "timestep:N", those two layers at the diffusion timestep N.
       resize_scale: s in ((side // 64 + s) * 64), the sides the image is resized to, bilinearly; -1 keeps the image as
         it is. Release: 1 on NYU (480 -> 512), 2 on KITTI (352 -> 448); segmentation keeps the image.
-      latent_scale: factor on the latents of the VAE. Release: 1.0; Stable Diffusion was trained with 0.18215.
+      latent_scale: factor on the latents of the VAE. Release: 1.0; 0 for that with which the backbone was trained.
       refine_init: start of the convolution that turns the finest feature back into latents, where no weights fill it.
         "released": zeros, as Stable Diffusion's own, so that the second step sees nothing of the image until they have
         grown; "fan_in": scaled by its inputs, for training from nothing.

@@ -28,7 +28,7 @@ class Tadp(DiffusionMethod):
     *,
     token_length: int = 77,
     latents: str = "sample",
-    latent_scale: float = 0.18215,
+    latent_scale: float = 0.0,
     timestep: int = 1,
     pad_multiple: int = 64,
     pad_value: float = 0.0,
@@ -44,7 +44,7 @@ class Tadp(DiffusionMethod):
       token_length: tokens of a caption; longer ones are cut. Release: 77, all that CLIP knows.
       latents: "sample" of the VAE's posterior, see DiffusionMethod.latents; or "mode", which leaves nothing to chance.
         Release: "sample", drawn anew at every call, in evaluation too.
-      latent_scale: factor on the latents. Release: 0.18215, with which Stable Diffusion was trained.
+      latent_scale: factor on the latents; 0 for that with which the backbone was trained. Release: 0, which is 0.18215.
       timestep, pad_multiple, pad_value, attention_maps, attention_max_size, attention_gradient, keep_unused: see Vpd.
 
     Raises:

@@ -55,7 +55,7 @@ class Vpd(DiffusionMethod):
       token_length: tokens of a sentence. Release: 40 on RefCOCO and RefCOCO+, 77 on RefCOCOg.
       residual_scale: start of gamma in text + gamma * adapter(text). Release: 1e-4.
       timestep: the diffusion timestep, the same for every image. Release: 1 (the paper says 0).
-      latent_scale: factor on the latents. Release: 1.0; Stable Diffusion itself was trained with 0.18215.
+      latent_scale: factor on the latents of the VAE. Release: 1.0; 0 for that with which the backbone was trained.
       pad_multiple: the image grows at right and bottom to the next multiple. Release: 64, as 480 -> 512 and 352 -> 384.
       pad_value: of the padding, after scaling to [-1, 1]. Release: 0, mid gray.
       attention_maps: join the cross-attention maps to the features. Release: in segmentation and referring.
