@@ -4,8 +4,8 @@ python -m vpd_jax.main --config=configs/rooms.py:depth,tiny
 
 The argument is a list of words: a task (depth, segmentation, referring, pose), a method (vpd, meta_prompts, iedp,
 eco_depth; for depth and segmentation also tadp, with --config.data.captions=FILE), a size (tiny, full, sd21: Stable
-Diffusion 2.1). Nothing pretrained is at hand, so the network starts from random weights and everything is trained at the
-same rate, the VAE included; what the releases freeze or slow down makes no sense here. The scores say that training
+Diffusion 2.1). Nothing pretrained is at hand, so the network starts from random weights and everything is trained at
+the same rate, the VAE included; what the releases freeze or slow down makes no sense here. The scores say that training
 works, not how good a method is.
 
 Expected: RMSE under 0.65 of the best constant depth, which the evaluation prints beside it; the others likewise better
