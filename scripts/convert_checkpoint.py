@@ -10,6 +10,11 @@ workdir of a run (its newest checkpoint, or --step), or any checkpoint that fill
 
 import argparse
 
+from vpd_jax.monitoring import progress
+
+if __name__ == "__main__":
+  progress.begin("convert_checkpoint")  # before imports that take seconds
+
 from vpd_jax import experiment
 from vpd_jax.checkpoints import checkpointer, initialize
 from vpd_jax.config import loader
@@ -32,25 +37,32 @@ def parse() -> argparse.Namespace:
 
 
 def forward(args: argparse.Namespace) -> None:
-  config = initialize.with_backbone_sizes(loader.load(args.config), args.source)
-  named, report = load.load_pretrained(args.source, experiment.model_shapes(config))
-  print(report.summary())
-  load.save(args.output, named, report, load.source_files(args.source))
+  with progress.phase("assemble"):
+    config = initialize.with_backbone_sizes(loader.load(args.config), args.source)
+    shapes = experiment.model_shapes(config)
+  with progress.phase("convert"):
+    named, report = load.load_pretrained(args.source, shapes)
+  progress.write(report.summary())
+  with progress.phase("write"):
+    load.save(args.output, named, report, load.source_files(args.source))
 
 
 def reverse(args: argparse.Namespace) -> None:
   config = initialize.with_backbone_sizes(loader.load(args.config), args.source)
   release = released.of(config.method.name, config.task.name)
   table = released.TABLES[release]()
-  shapes = released.inside(experiment.model_shapes(config), table)
-  named, step = read(args, shapes)
+  with progress.phase("assemble"):
+    shapes = released.inside(experiment.model_shapes(config), table)
+  with progress.phase("read"):
+    named, step = read(args, shapes)
   named = released.inside(named, table)
   if args.manifest:
     entries = read_manifest(args.manifest)
   else:
     entries = released.manifest(shapes, table)
   exported = released.state_dict(named, table, entries, step)
-  write.write(args.output, exported, wrapper=released.WRAPPERS.get(release, "model"))
+  with progress.phase("write"):
+    write.write(args.output, exported, wrapper=released.WRAPPERS.get(release, "model"))
 
 
 def read(args: argparse.Namespace, shapes: dict) -> tuple[dict, int]:
@@ -81,7 +93,7 @@ def main() -> None:
     (reverse if args.reverse else forward)(args)
   except UserError as error:
     raise SystemExit(f"convert_checkpoint: {error}") from error
-  print(f"wrote {args.output}")
+  progress.write(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,11 @@ The order of the names is the order of the class ids. Written are `class_vectors
 import argparse
 import pathlib
 
+from vpd_jax.monitoring import progress
+
+if __name__ == "__main__":
+  progress.begin("embed_class_names")  # before imports that take seconds
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -44,12 +49,13 @@ def embed(args: argparse.Namespace) -> None:
     raise UserError(f"output={str(args.output)!r} must end in '.npz'.")
   names, templates = read_names(args.names), class_name_encoding.read_templates(args.templates)
   tokenizer = class_name_encoding.load_tokenizer(args.tokenizer or args.weights)
-  text = class_name_encoding.load_text_encoder(args.weights, dtype=jnp.float32, sizes=TextSizes())
+  with progress.phase("weights"):
+    text = class_name_encoding.load_text_encoder(args.weights, dtype=jnp.float32, sizes=TextSizes())
   vectors = class_name_encoding.encode(
     names, tokenizer=tokenizer, text=text, templates=templates, max_length=args.max_length
   )
   atomic.write(args.output, lambda path: np.savez(path, class_vectors=vectors, names=np.array(names)))
-  print(f"wrote {args.output}: {vectors.shape[0]} names, width {vectors.shape[1]}, {len(templates)} templates")
+  progress.write(f"wrote {args.output}: {vectors.shape[0]} names, width {vectors.shape[1]}, {len(templates)} templates")
 
 
 def main() -> None:

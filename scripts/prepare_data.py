@@ -23,8 +23,12 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no device is used
 
+from vpd_jax.monitoring import progress
+
+if __name__ == "__main__":
+  progress.begin("prepare_data")  # before imports that take seconds
+
 import numpy as np
-from tqdm import tqdm
 
 from vpd_jax.data.readers import image_files
 from vpd_jax.data.shards import reader, writer
@@ -120,7 +124,12 @@ def survey(source: Any, published: Published, split: str) -> list[Seen]:
   """Decodes every record of a split, in threads."""
   with futures.ThreadPoolExecutor(THREADS) as pool:
     looked = pool.map(lambda index: look(source, index, published), range(len(source)))
-    return list(tqdm(looked, total=len(source), desc=f"checking {split}", unit=" records", mininterval=1.0))
+    found = []
+    with progress.phase(f"checking {split}", len(source), "records") as checked:
+      for seen in looked:
+        found.append(seen)
+        checked.advance()
+    return found
 
 
 def look(source: Any, index: int, published: Published) -> Seen:
@@ -196,7 +205,7 @@ def first(names: list[str], count: int | None = None) -> str:
   return ", ".join(name.rstrip(".") for name in names[: image_files.SHOWN]) + (", ..." if more else "")
 
 
-def run(options: argparse.Namespace, say: Callable[[str], None] = lambda line: print(line, flush=True)) -> None:
+def run(options: argparse.Namespace, say: Callable[[str], None] = progress.write) -> None:
   """Checks and writes.
 
   Raises:

@@ -16,6 +16,7 @@ from vpd_jax.errors import UserError
 from vpd_jax.files import reading
 from vpd_jax.inference import images as images_lib
 from vpd_jax.inference import top_down
+from vpd_jax.monitoring import progress
 from vpd_jax.prediction.predictor import Predictor
 from vpd_jax.types import ClassAttentionTask, Fields
 
@@ -93,33 +94,35 @@ def run(
   flags = {"class": class_name, "sentence": sentence, "sentences": sentences, "boxes": boxes}
   _check_flags(config, predictor, flags, attention)
   class_id = predictor.class_id(class_name) if class_name else None
-  print("\n".join(predictor.origin), flush=True)
+  progress.write("\n".join(predictor.origin))
   if class_id is None and predictor.takes_class:
     predicted = "CLIP predicts the class of each image, see the .json files"
     mean = "using the mean of all class vectors (set config.init.clip to predict the class)"
-    print(f"no --class given: {predicted if predictor.predicts_class else mean}", flush=True)
+    progress.write(f"no --class given: {predicted if predictor.predicts_class else mean}")
   for path in sorted(set(files) - set(paths)):
-    print(f"skipped: {path.name} is not an image in a supported format", flush=True)
+    progress.write(f"skipped: {path.name} is not an image in a supported format")
   requests = _requests(paths, predictor, sentence, listed)
   skipped = len(paths) - len({request.path for request in requests})
   damaged: list[str] = []
   readable = _read(requests, damaged)
-  while batch := list(itertools.islice(readable, BATCH_SIZE)):
-    target.mkdir(parents=True, exist_ok=True)
-    inputs = {name: [request.inputs[name] for request, _ in batch] for name in batch[0][0].inputs}
-    results = predictor.predict([image for _, image in batch], class_id, **inputs)
-    for (request, image), result in zip(batch, results, strict=True):
-      task = predictor.product.task
-      if attention:
-        maps = predictor.attention([image])[0]
-        cast(ClassAttentionTask, task).save_attention(target / request.stem, maps, result[task.result], image)
-      metadata = _metadata(predictor, request, image, result, class_name)
-      task.save(target / request.stem, result[task.result], metadata, image)
+  with progress.phase("predict", len(requests), "predictions") as predicted:
+    while batch := list(itertools.islice(readable, BATCH_SIZE)):
+      target.mkdir(parents=True, exist_ok=True)
+      inputs = {name: [request.inputs[name] for request, _ in batch] for name in batch[0][0].inputs}
+      results = predictor.predict([image for _, image in batch], class_id, **inputs)
+      for (request, image), result in zip(batch, results, strict=True):
+        task = predictor.product.task
+        if attention:
+          maps = predictor.attention([image])[0]
+          cast(ClassAttentionTask, task).save_attention(target / request.stem, maps, result[task.result], image)
+        metadata = _metadata(predictor, request, image, result, class_name)
+        task.save(target / request.stem, result[task.result], metadata, image)
+      predicted.advance(len(batch))
   if skipped:
-    print(f"{skipped} images without an entry in --sentences are skipped", flush=True)
+    progress.write(f"{skipped} images without an entry in --sentences are skipped")
   done = len(paths) - len(damaged) - skipped
   left = f"{len(files) - done - len(damaged)} files skipped"
-  print(f"{done} images written to {output}, {left}, {len(damaged)} images damaged", flush=True)
+  progress.write(f"{done} images written to {output}, {left}, {len(damaged)} images damaged")
   if damaged and not (allow_damaged and done):
     reasons = "; ".join(message.rstrip(".") for message in damaged[:10])
     raise UserError(
@@ -185,7 +188,7 @@ def _read(requests: Sequence[Request], damaged: list[str]) -> Iterator[tuple[Req
           top_down.check_boxes(request.inputs["boxes"], image.shape[:2], path.name)
     except UserError as error:
       damaged.append(str(error))
-      print(f"skipped: {error}", flush=True)
+      progress.write(f"skipped: {error}")
       continue
     yield from ((request, image) for request in same)
 

@@ -14,12 +14,14 @@ from PIL import Image
 
 from vpd_jax import experiment
 from vpd_jax.checkpoints import initialize
-from vpd_jax.config import loader
+from vpd_jax.checkpoints.checkpointer import is_workdir
+from vpd_jax.config import loader, stored
 from vpd_jax.distributed import sharding
 from vpd_jax.errors import UserError
 from vpd_jax.evaluation import evaluate
 from vpd_jax.experiment import Product
 from vpd_jax.inference import images as images_lib
+from vpd_jax.monitoring import progress
 from vpd_jax.prediction import protocols
 from vpd_jax.types import Fields
 
@@ -45,30 +47,49 @@ class Predictor:
   origin: list[str]
 
   @classmethod
-  def load(cls, config: ConfigDict | str, weights: str | Path = "", *, random_init: bool = False) -> "Predictor":
+  def load(
+    cls,
+    config: ConfigDict | str | None = None,
+    weights: str | Path = "",
+    *,
+    workdir: str | Path = "",
+    random_init: bool = False,
+  ) -> "Predictor":
     """Builds the network and loads its weights.
 
     Args:
       config: a ConfigDict or the string of --config, e.g. "configs/nyu_depth.py:tiny"; a relative path is looked up in
-        the working directory, then beside the package.
+        the working directory, then beside the package. None: that of the run in `workdir`.
       weights: a workdir, a released checkpoint (.pth), or converted weights; empty: `config.init`.
+      workdir: of a run, whose newest checkpoint is taken; in place of `weights`.
       random_init: initialize arrays that the weights do not contain at random; without weights, all arrays.
 
     Raises:
       ValueError: in one line, for a config or weights that cannot be used, or weights that do not fill the network.
     """
-    config = loader.load(config)
+    if workdir and str(weights):
+      raise UserError(f"Predictor.load has weights={str(weights)!r} and workdir={str(workdir)!r}; give one of them.")
+    if workdir and not is_workdir(workdir):
+      raise UserError(f"workdir={str(workdir)!r} holds no checkpoint; give the workdir of a run.")
+    weights = workdir or weights
+    if config is None and not (str(weights) and is_workdir(weights)):
+      raise UserError(
+        "Predictor.load has no config: give one, like 'configs/nyu_depth.py', or workdir=RUN, whose own is taken."
+      )
+    config = loader.load(stored.config_string(str(weights)) if config is None else config)
     source = str(weights) or config.init.run or config.init.pretrained
     if not (source or random_init):
       raise UserError(
         "Predictor.load has no weights: give weights=WORKDIR or a released checkpoint, set config.init.pretrained, or "
         "give random_init=True for a randomly initialized network."
       )
-    config = initialize.with_backbone_sizes(config, source)
-    config = initialize.with_predicted_class(config)
-    product = experiment.assemble(config, training=False)
+    with progress.phase("assemble"):
+      config = initialize.with_backbone_sizes(config, source)
+      config = initialize.with_predicted_class(config)
+      product = experiment.assemble(config, training=False)
     mesh = sharding.make_mesh(1, 1, devices=jax.local_devices()[:1])
-    filled, lines = initialize.weights_on_mesh(config, product, mesh, str(weights), complete=not random_init)
+    with progress.phase("weights"):
+      filled, lines = initialize.weights_on_mesh(config, product, mesh, str(weights), complete=not random_init)
     return cls(config, product, filled, lines)
 
   def __post_init__(self):
