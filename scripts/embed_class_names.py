@@ -49,7 +49,7 @@ def embed(args: argparse.Namespace) -> None:
     raise UserError(f"output={str(args.output)!r} must end in '.npz'.")
   names, templates = read_names(args.names), class_name_encoding.read_templates(args.templates)
   tokenizer = class_name_encoding.load_tokenizer(args.tokenizer or args.weights)
-  with progress.phase("weights"):
+  with progress.phase("load weights"):
     text = class_name_encoding.load_text_encoder(args.weights, dtype=jnp.float32, sizes=TextSizes())
   vectors = class_name_encoding.encode(
     names, tokenizer=tokenizer, text=text, templates=templates, max_length=args.max_length

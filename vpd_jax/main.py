@@ -67,7 +67,7 @@ def _run() -> None:
   progress.say(f"--mode={MODE.value}, config {'of the run' if of_run else config_string()}, workdir {workdir}")
   multiprocess.connect(COORDINATOR.value, COUNT.value, INDEX.value, TIMEOUT.value)
   # Imported late, so that a wrong flag is reported immediately.
-  with progress.phase("imports"):
+  with progress.phase("import"):
     import jax
 
     from vpd_jax import experiment

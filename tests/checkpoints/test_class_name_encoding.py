@@ -2,6 +2,7 @@
 
 import functools
 import importlib.resources
+import re
 import subprocess
 import sys
 

@@ -51,7 +51,7 @@ class Labels:
     self.product = types.SimpleNamespace(method=None, task=self)
     self.result = "label"
 
-  def predict(self, images, class_id, sentences):
+  def predict_each(self, images, class_id, sentences):
     return [{"label": (image, sentence)} for image, sentence in zip(images, sentences, strict=True)]
 
   def save(self, stem, label, facts, image):

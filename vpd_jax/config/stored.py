@@ -69,6 +69,8 @@ def differing(trained: Section, config: ml_collections.ConfigDict) -> str:
   rank = lambda field: next((i for i, start in enumerate(OF_ARRAYS) if field.startswith(start)), len(OF_ARRAYS))
   found = loader.changes(trained, config, SECTIONS, OF_NO_ARRAY)
   found = [change for change in found if not change[0].startswith("data.") or rank(change[0]) < len(OF_ARRAYS)]
+  named = {field.removesuffix(".name") for field, *_ in found if field.endswith(".name")}  # whose other options follow
+  found = [change for change in found if change[0].endswith(".name") or change[0].split(".")[0] not in named]
   short = lambda value: textwrap.shorten(repr(value), WIDTH, placeholder=" ..")
   texts = [
     f"{field} is {short(before)} in the run and {short(after)} here"

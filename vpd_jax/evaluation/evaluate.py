@@ -324,10 +324,10 @@ def run(config: ConfigDict, workdir: str) -> dict[str, float]:
     config = initialize.with_backbone_sizes(config, source or config.init.run or config.init.pretrained)
     product = experiment.assemble(config, training=False)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  with progress.phase("data"):
+  with progress.phase("open data"):
     dataset = experiment.dataset(config, product)
     evaluator = Evaluator(config, product, dataset, mesh)
-  with progress.phase("weights"):
+  with progress.phase("load weights"):
     weights, lines = initialize.weights_on_mesh(config, product, mesh, source, complete=True)
   first = jax.process_index() == 0
   if first:

@@ -71,7 +71,11 @@ def run(
       have no area inside them, unless `allow_damaged`.
   """
   folder = Path(source).expanduser()
-  if not source or not folder.is_dir():
+  if not source:
+    raise UserError("--mode=predict needs the images: give --input=FOLDER.")
+  if folder.is_file():
+    raise UserError(f"--input={source!r} is a file; give the folder that contains it.")
+  if not folder.is_dir():
     raise UserError(f"--input={source!r} is not a folder; give one that contains images.")
   target = _check_output(output, folder)
   weights = workdir if is_workdir(workdir) else config.init.run or config.init.pretrained
@@ -80,7 +84,8 @@ def run(
   files = [p for name in reading.visible(os.listdir(folder)) if (p := folder / name).is_file()]
   paths = [path for path in files if images_lib.is_image(path)]
   if not paths:
-    raise UserError(f"--input={source!r} contains no image, only {len(files)} other files; give a folder that does.")
+    held = f"only {len(files)} other files, like {files[0].name}" if files else "it is empty"
+    raise UserError(f"--input={source!r} contains no image, {held}; give a folder that does.")
   if sentence and sentences:
     raise UserError("--sentence and --sentences are given; give one of them.")
   listed = {
@@ -99,6 +104,13 @@ def run(
     predicted = "CLIP predicts the class of each image, see the .json files"
     mean = "using the mean of all class vectors (set config.init.clip to predict the class)"
     progress.write(f"no --class given: {predicted if predictor.predicts_class else mean}")
+  if predictor.takes_boxes:
+    boxed = listed["boxes"]
+    without = len(paths) - len(set(boxed or ()) & {path.name for path in paths})
+    if boxed is None:
+      progress.write("no --boxes given: every image is taken as one person (a detector is not included)")
+    elif without:
+      progress.write(f"{without} images without an entry in --boxes: nobody is looked for there")
   for path in sorted(set(files) - set(paths)):
     progress.write(f"skipped: {path.name} is not an image in a supported format")
   requests = _requests(paths, predictor, sentence, listed)
@@ -109,7 +121,7 @@ def run(
     while batch := list(itertools.islice(readable, BATCH_SIZE)):
       target.mkdir(parents=True, exist_ok=True)
       inputs = {name: [request.inputs[name] for request, _ in batch] for name in batch[0][0].inputs}
-      results = predictor.predict([image for _, image in batch], class_id, **inputs)
+      results = predictor.predict_each([image for _, image in batch], class_id, **inputs)
       for (request, image), result in zip(batch, results, strict=True):
         task = predictor.product.task
         if attention:
@@ -117,7 +129,7 @@ def run(
           cast(ClassAttentionTask, task).save_attention(target / request.stem, maps, result[task.result], image)
         metadata = _metadata(predictor, request, image, result, class_name)
         task.save(target / request.stem, result[task.result], metadata, image)
-      predicted.advance(len(batch))
+        predicted.advance()
   if skipped:
     progress.write(f"{skipped} images without an entry in --sentences are skipped")
   done = len(paths) - len(damaged) - skipped
@@ -135,10 +147,14 @@ def run(
 def _check_output(output: str, folder: Path) -> Path:
   """The folder for the results, which can be created, and is not the folder of the images."""
   target = Path(output).expanduser()
+  if not output:
+    raise UserError("--mode=predict needs a place for the results: give --output=FOLDER.")
   parent = next(p for p in (target, *target.absolute().parents) if p.exists())
-  if not output or not parent.is_dir() or not os.access(parent, os.W_OK):
-    why = f": {parent} is not a folder that can be written to" if output else ""
-    raise UserError(f"--output={output!r} must name a folder{why}; give another, it is created if it does not exist.")
+  if not parent.is_dir() or not os.access(parent, os.W_OK):
+    raise UserError(
+      f"--output={output!r} must name a folder: {parent} is not a folder that can be written to; give another, it is "
+      "created if it does not exist."
+    )
   if target.resolve() == folder.resolve():
     raise UserError(f"--output={output!r} is the folder of the images; give another, or results become images.")
   return target

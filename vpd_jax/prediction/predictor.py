@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -88,7 +88,7 @@ class Predictor:
       config = initialize.with_predicted_class(config)
       product = experiment.assemble(config, training=False)
     mesh = sharding.make_mesh(1, 1, devices=jax.local_devices()[:1])
-    with progress.phase("weights"):
+    with progress.phase("load weights"):
       filled, lines = initialize.weights_on_mesh(config, product, mesh, str(weights), complete=not random_init)
     return cls(config, product, filled, lines)
 
@@ -215,16 +215,27 @@ class Predictor:
     several, single = _as_list(images)
     if single and boxes is not None:
       boxes = [boxes]
+    results = list(self.predict_each(several, class_id, sentences=sentences, boxes=boxes))
+    return results[0] if single else results
+
+  def predict_each(
+    self,
+    images: Sequence[object],
+    class_id: object = None,
+    *,
+    sentences: str | Sequence[str] | None = None,
+    boxes: Sequence[Any] | None = None,
+  ) -> Iterator[Fields]:
+    """As `predict` of a sequence of images, one result after the other as soon as it is known."""
+    several = list(images)
     known = self._known(len(several), class_id, sentences, boxes)
     arrays = [images_lib.as_image(image) for image in several]
     if self._classify is not None:  # from the whole image, once for all windows
       for image, own in zip(arrays, known, strict=True):
         if own["class_id"] < 0:
           own["class_id"] = np.int32(self._classify_image(images_lib.to_float(image, self._dtype)))
-    results = self._protocol(self.weights, arrays, known)
-    if self.takes_class:
-      results = [result | {"class_id": own["class_id"]} for result, own in zip(results, known, strict=True)]
-    return results[0] if single else results
+    for result, own in zip(self._protocol(self.weights, arrays, known), known, strict=True):
+      yield result | ({"class_id": own["class_id"]} if self.takes_class else {})
 
   def attention(self, images: Images) -> Any:
     """Attention of each position of an image to each class, of methods that attend to all classes.

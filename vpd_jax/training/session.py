@@ -54,7 +54,7 @@ class TrainingSession:
     initialize.check_training(config)
     self._mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     pipeline.check_batch_size(config.data.batch_size // config.optim.accumulation, self._mesh.size, "devices")
-    with progress.phase("data"):
+    with progress.phase("open data"):
       self._dataset = experiment.dataset(config, self._product)
       self._dataset.source("train")  # raises for a missing file before anything is written
       self._evaluator = evaluate.Evaluator(config, self._product, self._dataset, self._mesh)
@@ -83,7 +83,7 @@ class TrainingSession:
     alone = [] if jax.process_index() else stack.enter_context(workdir_lock.claimed(self._workdir))
     self._checkpoints = stack.enter_context(initialize.checkpoints(config, product, self._workdir))
     self.guard = stack.enter_context(PreemptionGuard())
-    with progress.phase("weights"):
+    with progress.phase("load weights"):
       self.state, lines = initialize.resume_or_start(
         config, product, mesh, self._checkpoints, accept_changes=self._accept_changes
       )
