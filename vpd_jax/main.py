@@ -64,7 +64,8 @@ def _run() -> None:
   if multiprocess.may_be_first(INDEX.value, os.environ):
     progress.show()
   of_run = config_string() == stored.config_string(workdir)
-  progress.say(f"--mode={MODE.value}, config {'of the run' if of_run else config_string()}, workdir {workdir}")
+  which = "of the run" if of_run else os.path.basename(config_string())
+  progress.say(f"--mode={MODE.value}, config {which}, workdir {workdir}")
   multiprocess.connect(COORDINATOR.value, COUNT.value, INDEX.value, TIMEOUT.value)
   # Imported late, so that a wrong flag is reported immediately.
   with progress.phase("import"):

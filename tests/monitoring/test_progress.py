@@ -36,7 +36,7 @@ def test_a_library_prints_nothing_unasked(capsys):
 def test_a_phase_is_one_line_with_its_seconds(shown, capsys):
   run()
   run("evaluate", total=3, unit="records")
-  assert capsys.readouterr() == ("compile: 0.0 s\nevaluate: 3 records in 0.0 s, the first in 0.0 s\n", "")
+  assert capsys.readouterr() == ("compile: 0.0 s\nevaluate: 3 records in 0.0 s\n", "")
 
 
 def test_a_phase_that_fails_has_no_line_and_leaves_no_thread(shown, capsys):
@@ -60,7 +60,7 @@ def test_on_a_terminal_a_line_is_redrawn_and_the_last_one_stays(shown, capsys, m
   monkeypatch.setattr(progress, "_REDRAW", 0.02)
   run(seconds=0.1, total=2, unit="names")
   assert "\rcompile: 2 of 2 names, 0s, ETA 0s" in screen.getvalue() and "\n" not in screen.getvalue().strip()
-  assert capsys.readouterr().out == "compile: 2 names in 0.1 s, the first in 0.0 s\n"
+  assert capsys.readouterr().out == "compile: 2 names in 0.1 s\n"
 
 
 def test_the_time_left_does_not_count_the_first_part_which_compiles():

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 INTERVAL = 10.0  # seconds between two lines of a phase, where stderr is no terminal
 _REDRAW = 1.0  # seconds, where it is
+_LONG = 1.0  # seconds that the first part of a phase takes, if it is named
 _shown = threading.Event()
 
 
@@ -94,7 +95,7 @@ class Phase:
     if not self.total:
       return f"{self.name}: {self.seconds:.1f} s"
     first = ""
-    if self._first and self._first[1] < self.done:
+    if self._first and self._first[1] < self.done and self._first[0] >= _LONG:
       first = f", the first{f' {self._first[1]}' if self._first[1] > 1 else ''} in {self._first[0]:.1f} s"
     return f"{self.name}: {self.done} {self.unit} in {self.seconds:.1f} s{first}"
 

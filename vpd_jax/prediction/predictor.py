@@ -1,6 +1,7 @@
 """Predictor, the Python entry point."""
 
 import dataclasses
+import difflib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -140,7 +141,9 @@ class Predictor:
     """
     wanted = name.strip().lower().replace(" ", "_")
     if wanted not in self.product.classes:
-      raise UserError(f"class {name!r} is unknown; choose one of {', '.join(self.product.classes)}.")
+      near = difflib.get_close_matches(wanted, self.product.classes, n=1)
+      hint = f"did you mean {near[0]}? Known are" if near else "choose one of"
+      raise UserError(f"class {name!r} is unknown; {hint} {', '.join(self.product.classes)}.")
     return self.product.classes.index(wanted)
 
   def forward(
