@@ -3,8 +3,8 @@
 python scripts/first_session.py            # prints the page with the new output
 python scripts/first_session.py --write    # writes it
 
-Of the page, ```console blocks hold commands after "$ ", each with its output; the ```python block is session.py. All run
-in a fresh folder, in the order of the page. On two cores this takes about ten minutes, most of it compiling.
+The ```console blocks of the page hold commands after "$ ", each with its output; the ```python block is session.py. All
+run in a fresh folder, in the order of the page. On two cores this takes about ten minutes, most of it compiling.
 """
 
 import os
