@@ -53,6 +53,15 @@ def test_a_long_phase_says_in_between_what_it_has_reached(shown, capsys, monkeyp
   assert lines[0] == "compile: 0s" and lines[-1] == "compile: 0.1 s"
 
 
+def test_a_phase_whose_log_goes_on_says_nothing_in_between(shown, capsys, monkeypatch):
+  monkeypatch.setattr(progress, "INTERVAL", 0.2)
+  with progress.phase("train"):
+    for step in range(12):
+      progress.write(f"step {step}")
+      time.sleep(0.04)
+  assert [line for line in capsys.readouterr().out.splitlines() if not line.startswith("step")] == ["train: 0.5 s"]
+
+
 def test_on_a_terminal_a_line_is_redrawn_and_the_last_one_stays(shown, capsys, monkeypatch):
   screen = io.StringIO()
   screen.isatty = lambda: True

@@ -15,6 +15,7 @@ INTERVAL = 10.0  # seconds between two lines of a phase, where stderr is no term
 _REDRAW = 1.0  # seconds, where it is
 _LONG = 1.0  # seconds that the first part of a phase takes, if it is named
 _shown = threading.Event()
+_written = [0.0]  # when the last line was printed
 
 
 def show() -> None:
@@ -42,6 +43,7 @@ def say(line: str) -> None:
 
 def write(line: str) -> None:
   """Prints a line to stdout, and above what is being redrawn."""
+  _written[0] = time.monotonic()
   if sys.stderr.isatty() and "tqdm" in sys.modules:
     from tqdm import tqdm
 
@@ -135,7 +137,10 @@ def _reported(running: Phase) -> Iterator[None]:
 
 def _print(running: Phase, ended: threading.Event) -> None:
   while not ended.wait(INTERVAL):
-    write(running.under_way())
+    if (
+      time.monotonic() - _written[0] >= INTERVAL / 2
+    ):  # else the log, or a phase within this one, shows that it goes on
+      write(running.under_way())
 
 
 def _redraw(running: Phase, ended: threading.Event) -> None:
