@@ -122,4 +122,4 @@ def test_the_first_line_waits_for_no_heavy_import(command, tmp_path):
   )
   lines = done.stdout.splitlines()
   assert done.returncode == 3 and len(lines) == 2 and lines[1].startswith("no "), done.stdout + done.stderr
-  assert COMMANDS[command][0].removeprefix("--config=") in lines[0]
+  assert COMMANDS[command][0].removeprefix("--config=configs/") in lines[0]
