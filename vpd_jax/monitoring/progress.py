@@ -137,9 +137,8 @@ def _reported(running: Phase) -> Iterator[None]:
 
 def _print(running: Phase, ended: threading.Event) -> None:
   while not ended.wait(INTERVAL):
-    if (
-      time.monotonic() - _written[0] >= INTERVAL / 2
-    ):  # else the log, or a phase within this one, shows that it goes on
+    # Else a log, or a phase within this one, shows that it goes on.
+    if time.monotonic() - _written[0] >= INTERVAL / 2:
       write(running.under_way())
 
 

@@ -141,7 +141,7 @@ class Predictor:
     """
     wanted = name.strip().lower().replace(" ", "_")
     if wanted not in self.product.classes:
-      near = difflib.get_close_matches(wanted, self.product.classes, n=1)
+      near = difflib.get_close_matches(wanted, self.product.classes, n=1, cutoff=0.75)
       hint = f"did you mean {near[0]}? Known are" if near else "choose one of"
       raise UserError(f"class {name!r} is unknown; {hint} {', '.join(self.product.classes)}.")
     return self.product.classes.index(wanted)
