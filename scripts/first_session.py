@@ -19,7 +19,7 @@ from vpd_jax.errors import Parser
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "first_session.md"
 BLOCK = re.compile(r"```(console|python)\n(.*?)```\n", re.DOTALL)
-LONGEST = 140  # letters of a line of output that are kept
+LONGEST = 400  # letters of a line of output that are kept
 
 
 def program(page: str) -> str:
