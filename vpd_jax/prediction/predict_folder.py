@@ -170,8 +170,8 @@ def _check_flags(config: ConfigDict, predictor: Predictor, flags: Mapping[str, s
   if attention and not predictor.product.method.attends_to_classes:
     raise UserError(f"--attention has no effect: {config.method.name!r} has no map for each class; leave it out.")
   if predictor.takes_sentence and not (flags["sentence"] or flags["sentences"]):
-    what = f"method {config.method.name!r} with task {config.task.name!r} reads a sentence about each image"
-    raise UserError(f'{what}: give --sentence="the red car" about all, or --sentences=FILE.json.')
+    how = 'give --sentence="the red car" about all, or --sentences=FILE.json'
+    raise UserError(f"the method needs a sentence about each image: {how}.")
 
 
 def _requests(
