@@ -10,18 +10,25 @@ workdir of a run (its newest checkpoint, or --step), or any checkpoint that fill
 
 import argparse
 
+from vpd_jax.monitoring import progress
+
+if __name__ == "__main__":
+  progress.begin("convert_checkpoint")  # before imports that take seconds
+
+from ml_collections import ConfigDict
+
 from vpd_jax import experiment
 from vpd_jax.checkpoints import checkpointer, initialize
-from vpd_jax.config import loader
+from vpd_jax.config import loader, stored
 from vpd_jax.convert import finite, load
 from vpd_jax.convert.formats import write
 from vpd_jax.convert.tables import released
-from vpd_jax.errors import UserError
+from vpd_jax.errors import Parser, UserError, one_line
 from vpd_jax.files import reading
 
 
 def parse() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--config", required=True, help="config file, e.g. configs/nyu_depth.py:tiny")
   parser.add_argument("--source", required=True, help="what to convert")
   parser.add_argument("--output", required=True, help="directory to write; with --reverse a .pth or .safetensors file")
@@ -33,28 +40,41 @@ def parse() -> argparse.Namespace:
 
 
 def forward(args: argparse.Namespace) -> None:
-  config = initialize.with_backbone_sizes(loader.load(args.config), args.source)
-  named, report = load.load_pretrained(args.source, experiment.model_shapes(config))
-  print(report.summary())
-  load.save(args.output, named, report, load.source_files(args.source))
+  if checkpointer.is_workdir(args.source):
+    raise UserError(
+      f"--source={args.source!r} is the workdir of a run, which needs no conversion: give it as --workdir or "
+      "--config.init.run, or export it with --reverse."
+    )
+  with progress.phase("assemble"):
+    config = initialize.with_backbone_sizes(loader.load(args.config), args.source)
+    shapes = experiment.model_shapes(config)
+  with progress.phase("convert"):
+    named, report = load.load_pretrained(args.source, shapes)
+  progress.write(report.summary())
+  with progress.phase("write"):
+    load.save(args.output, named, report, load.source_files(args.source))
 
 
 def reverse(args: argparse.Namespace) -> None:
+  write.check_name(args.output)
   config = initialize.with_backbone_sizes(loader.load(args.config), args.source)
   release = released.of(config.method.name, config.task.name, args.version)
   table = released.TABLES[release]()
-  shapes = released.inside(experiment.model_shapes(config), table)
-  named, step = read(args, shapes)
+  with progress.phase("assemble"):
+    shapes = released.inside(experiment.model_shapes(config), table)
+  with progress.phase("read"):
+    named, step = read(args, shapes, config)
   named = released.inside(named, table)
   if args.manifest:
     entries = read_manifest(args.manifest)
   else:
     entries = released.manifest(shapes, table)
   exported = released.state_dict(named, table, entries, step)
-  write.write(args.output, exported, wrapper=released.WRAPPERS.get(release, "model"))
+  with progress.phase("write"):
+    write.write(args.output, exported, wrapper=released.WRAPPERS.get(release, "model"))
 
 
-def read(args: argparse.Namespace, shapes: dict) -> tuple[dict, int]:
+def read(args: argparse.Namespace, shapes: dict, config: ConfigDict) -> tuple[dict, int]:
   """(all arrays by our names, finished steps)."""
   if not checkpointer.is_workdir(args.source):
     named, report = load.load_pretrained(args.source, shapes, fresh=())
@@ -62,7 +82,13 @@ def read(args: argparse.Namespace, shapes: dict) -> tuple[dict, int]:
   with checkpointer.Checkpoints(args.source, read_only=True) as checkpoints:
     step = checkpoints.latest_step() if args.step is None else args.step
     weights = checkpoints.restore_weights(step)
+    differing = stored.differing(checkpoints.restore_config(step), config)
   named = checkpoints.evaluated(weights)
+  if wrong := [name for name, shape in shapes.items() if name not in named or named[name].shape != shape.shape]:
+    raise UserError(
+      f"--source={args.source!r} is not of this config: {differing}, and {len(wrong)} arrays are missing or of another "
+      f"shape, like {wrong[0]}; give the config it was trained with."
+    )
   finite.check(named, f"checkpoint {step} of {args.source}")
   return named, step
 
@@ -81,8 +107,8 @@ def main() -> None:
   try:
     (reverse if args.reverse else forward)(args)
   except UserError as error:
-    raise SystemExit(f"convert_checkpoint: {error}") from error
-  print(f"wrote {args.output}")
+    raise SystemExit(f"convert_checkpoint: {one_line(error)}") from error
+  progress.write(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

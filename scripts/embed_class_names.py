@@ -10,18 +10,23 @@ The order of the names is the order of the class ids. Written are `class_vectors
 import argparse
 import pathlib
 
+from vpd_jax.monitoring import progress
+
+if __name__ == "__main__":
+  progress.begin("embed_class_names")  # before imports that take seconds
+
 import jax.numpy as jnp
 import numpy as np
 
 from vpd_jax.checkpoints import class_name_encoding
 from vpd_jax.config import presets
-from vpd_jax.errors import UserError
+from vpd_jax.errors import Parser, UserError, one_line
 from vpd_jax.files import atomic, reading
 from vpd_jax.models.backbones.clip_text import TextSizes
 
 
 def parse() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--weights", required=True, help="diffusers folder, or a single file of Stable Diffusion")
   parser.add_argument(
     "--size", default="full", choices=presets.sizes(), help="of a single file: full is 1.x, sd21 is 2.x"
@@ -37,7 +42,7 @@ def parse() -> argparse.Namespace:
 def read_names(argument: str) -> list[str]:
   """The names of a file or of the argument itself, none empty."""
   if argument.lower().endswith(".txt"):
-    listed = reading.read_text(argument, called=f"names={argument!r}").splitlines()
+    listed = reading.read_text(argument, called=f"--names={argument!r}").splitlines()
   else:
     listed = argument.split(",")
   return [name.strip() for name in listed if name.strip()]
@@ -45,23 +50,26 @@ def read_names(argument: str) -> list[str]:
 
 def embed(args: argparse.Namespace) -> None:
   if args.output.suffix != ".npz":
-    raise UserError(f"output={str(args.output)!r} must end in '.npz'.")
+    raise UserError(f"--output={str(args.output)!r} must end in '.npz'; rename it.")
   names, templates = read_names(args.names), class_name_encoding.read_templates(args.templates)
+  if not names:
+    raise UserError(f"--names={args.names!r} holds no name; give a .txt file with one a line, or names between commas.")
   tokenizer = class_name_encoding.load_tokenizer(args.tokenizer or args.weights)
   sizes = TextSizes(**presets.backbone(args.size)["text"])
-  text = class_name_encoding.load_text_encoder(args.weights, dtype=jnp.float32, sizes=sizes)
+  with progress.phase("load weights"):
+    text = class_name_encoding.load_text_encoder(args.weights, dtype=jnp.float32, sizes=sizes)
   vectors = class_name_encoding.encode(
     names, tokenizer=tokenizer, text=text, templates=templates, max_length=args.max_length
   )
   atomic.write(args.output, lambda path: np.savez(path, class_vectors=vectors, names=np.array(names)))
-  print(f"wrote {args.output}: {vectors.shape[0]} names, width {vectors.shape[1]}, {len(templates)} templates")
+  progress.write(f"wrote {args.output}: {vectors.shape[0]} names, width {vectors.shape[1]}, {len(templates)} templates")
 
 
 def main() -> None:
   try:
     embed(parse())
   except UserError as error:
-    raise SystemExit(f"embed_class_names: {error}") from error
+    raise SystemExit(f"embed_class_names: {one_line(error)}") from error
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import ast
 import collections
 import inspect
 import os
+import re
 from collections.abc import Callable
 from concurrent import futures
 from pathlib import Path
@@ -23,12 +24,16 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no device is used
 
+from vpd_jax.monitoring import progress
+
+if __name__ == "__main__":
+  progress.begin("prepare_data")  # before imports that take seconds
+
 import numpy as np
-from tqdm import tqdm
 
 from vpd_jax.data.readers import image_files
 from vpd_jax.data.shards import reader, writer
-from vpd_jax.errors import UserError
+from vpd_jax.errors import Parser, UserError, one_line
 from vpd_jax.experiment import DATASETS
 from vpd_jax.types import Published
 
@@ -54,7 +59,7 @@ class Seen(NamedTuple):
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("name", choices=sorted(DATASETS), help="data set")
   parser.add_argument("--root", default="", help="folder of its files; the procedural rooms have none")
   parser.add_argument("--output", help="local folder to write; it appears when it is complete")
@@ -81,11 +86,14 @@ def make(name: str, root: str, settings: list[str], *, check_only: bool) -> Any:
   """
   if "format" not in inspect.signature(DATASETS[name]).parameters and not check_only:
     raise UserError(f"{name} is read from its files only, so shards of it are of no use; give --check_only.")
-  known = [option for option in inspect.signature(DATASETS[name]).parameters if option not in ("root", "format")]
+  options = inspect.signature(DATASETS[name]).parameters
+  known = [option for option in options if option not in ("root", "format")]
   given = dict(setting.partition("=")[::2] for setting in settings)
   unknown = sorted(set(given) - set(known))
   if unknown:
     raise UserError(f"--set {unknown[0]} is no option of {name!r}; it has {', '.join(known)}.")
+  if needed := [o for o in known if options[o].default is inspect.Parameter.empty and o not in given]:
+    raise UserError(f"{name} needs {', '.join(needed)}; give {' '.join(f'--set {o}=...' for o in needed)}.")
   return DATASETS[name](root=root, **{option: value(text) for option, text in given.items()})
 
 
@@ -120,7 +128,12 @@ def survey(source: Any, published: Published, split: str) -> list[Seen]:
   """Decodes every record of a split, in threads."""
   with futures.ThreadPoolExecutor(THREADS) as pool:
     looked = pool.map(lambda index: look(source, index, published), range(len(source)))
-    return list(tqdm(looked, total=len(source), desc=f"checking {split}", unit=" records", mininterval=1.0))
+    found = []
+    with progress.phase(f"checking {split}", len(source), "records") as checked:
+      for seen in looked:
+        found.append(seen)
+        checked.advance()
+    return found
 
 
 def look(source: Any, index: int, published: Published) -> Seen:
@@ -196,7 +209,7 @@ def first(names: list[str], count: int | None = None) -> str:
   return ", ".join(name.rstrip(".") for name in names[: image_files.SHOWN]) + (", ..." if more else "")
 
 
-def run(options: argparse.Namespace, say: Callable[[str], None] = lambda line: print(line, flush=True)) -> None:
+def run(options: argparse.Namespace, say: Callable[[str], None] = progress.write) -> None:
   """Checks and writes.
 
   Raises:
@@ -219,11 +232,18 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = lambda line: p
     say(f"wrote {output}; train with --config.data.format=tfds --config.data.root={output}")
 
 
+def in_flags(message: str) -> str:
+  """A message that names options of a config, with the flags of this script in their place."""
+  message = re.sub(r"\bdata\.root\b", "--root", message)
+  message = re.sub(r"\bset data\.(\w+)", r"give --set \1", message)
+  return re.sub(r"\bdata\.(\w+)", r"--set \1", message)
+
+
 def main() -> None:
   try:
     run(parse())
   except UserError as error:
-    raise SystemExit(f"prepare_data: {error}") from None
+    raise SystemExit(f"prepare_data: {in_flags(one_line(error))}") from None
 
 
 if __name__ == "__main__":

@@ -12,12 +12,16 @@ from typing import Any, cast
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from vpd_jax.config import loader
+from vpd_jax.config import loader, stored
 from vpd_jax.distributed import multiprocess
 from vpd_jax.errors import UserError
+from vpd_jax.monitoring import progress
 
 CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config file and variant: configs/nyu_depth.py:vpd,tiny", lock_config=True
+  "config",
+  None,
+  "Config file and variant: configs/nyu_depth.py:vpd,tiny; default of --mode=eval|predict: that of the run.",
+  lock_config=True,
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<config name>.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "predict", "plan"], "What to run.")
@@ -56,17 +60,26 @@ def main(arguments: list[str]) -> None:
 def _run() -> None:
   if MODE.value == "plan" and TOPOLOGY.value:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # compiles only, and needs no device
+  workdir = WORKDIR.value or loader.workdir(config_string())
+  if multiprocess.may_be_first(INDEX.value, os.environ):
+    progress.show()
+  of_run = config_string() == stored.config_string(workdir)
+  which = "of the run" if of_run else os.path.basename(config_string())
+  progress.say(f"--mode={MODE.value}, config {which}, workdir {workdir}")
   multiprocess.connect(COORDINATOR.value, COUNT.value, INDEX.value, TIMEOUT.value)
   # Imported late, so that a wrong flag is reported immediately.
-  import jax
+  with progress.phase("import"):
+    import jax
 
-  from vpd_jax import experiment
-  from vpd_jax.evaluation import evaluate
-  from vpd_jax.monitoring import accelerators
-  from vpd_jax.planning import plan
-  from vpd_jax.prediction import predict_folder
-  from vpd_jax.training import train
+    from vpd_jax import experiment
+    from vpd_jax.evaluation import evaluate
+    from vpd_jax.monitoring import accelerators
+    from vpd_jax.planning import plan
+    from vpd_jax.prediction import predict_folder
+    from vpd_jax.training import train
 
+  if jax.process_index():
+    progress.hide()
   if line := accelerators.unused():
     print(line, file=sys.stderr, flush=True)
   of_prediction = {"source": INPUT, "output": OUTPUT, "class_name": CLASS, "sentence": SENTENCE}
@@ -80,7 +93,6 @@ def _run() -> None:
     raise UserError("--effort is only valid with --mode=plan and --topology; leave it out.")
   overrides = vars(config_flags)["get_override_values"](flags.FLAGS["config"])  # which the stubs of pyright lack
   config = experiment.with_chosen_parts(CONFIG.value, overrides)
-  workdir = WORKDIR.value or loader.workdir(config_string())
   if not cast(Any, jax.config).jax_compilation_cache_dir and MODE.value != "plan":
     # Compiled programs are reused by the next command in this workdir.
     jax.config.update("jax_compilation_cache_dir", f"{workdir}/compiled")
@@ -105,20 +117,31 @@ def config_string() -> str:
 
 def entry() -> None:
   """Parses the command line, and runs `main`; config paths may be relative to the package."""
-  flags.register_validator("config", bool, "give one, like --config=configs/nyu_depth.py")
+  flags.register_validator(
+    "config", bool, "give one, like --config=configs/nyu_depth.py, or for --mode=eval|predict the --workdir of a run"
+  )
   app.run(main, argv=sys.argv, flags_parser=_parse)
 
 
 def _parse(arguments: list[str]) -> list[str]:
   """The positional arguments; a wrong flag or field is printed as one line, with exit code 2."""
   try:
-    return flags.FLAGS(loader.resolve_argv(arguments))
+    return flags.FLAGS(loader.resolve_argv(_with_config(arguments)))
   except (flags.Error, ValueError, AttributeError, KeyError, TypeError) as error:
     # config_flags raises AttributeError for a misspelled field, and TypeError for a value of another type.
     if "--debug" in arguments:
       raise
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def _with_config(arguments: list[str]) -> list[str]:
+  """The command line, with the config of the run in --workdir where a mode that reads a run is given no --config."""
+  own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+  given = {flag: loader.argument(own, flag) for flag in ("config", "mode", "workdir")}
+  if given["config"] is None and given["mode"] in ("eval", "predict") and given["workdir"]:
+    return [arguments[0], f"--config={stored.config_string(given['workdir'])}", *arguments[1:]]
+  return arguments
 
 
 if __name__ == "__main__":

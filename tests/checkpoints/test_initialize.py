@@ -230,12 +230,25 @@ def test_a_run_is_evaluated_without_what_only_training_uses(iedp_run):
   assert whole.keys() == saved.keys()
 
 
+NOT_OF_THIS = (
+  r"is not of this config: method\.output_norm is '\w*' in the run and 'ln' here, and \d+ arrays are missing, "
+  r"unknown or of another shape, like method/.*; give the config it was trained with, or no config"
+)
+
+
 def test_a_run_of_another_method_is_refused(iedp_run):
   workdir, config, _ = iedp_run
   changed = config.copy_and_resolve_references().unlock()
   changed.method.output_norm = "ln"
-  with pytest.raises(ValueError, match=r"is not of this config: .*output_norm"):
+  with pytest.raises(ValueError, match=NOT_OF_THIS):
     initialize.weights(changed.lock(), experiment.assemble(changed, training=False), workdir)
+
+
+def test_options_that_change_predictions_but_no_array_are_told(iedp_run):
+  workdir, config, _ = iedp_run
+  changed = loader.changed(config, {"task.max_depth": 80.0})
+  _, lines = initialize.weights(changed, experiment.assemble(changed, training=False), workdir)
+  assert lines[1] == "not as in the run: task.max_depth is 10.0 in the run and 80.0 here"
 
 
 def test_a_run_that_was_told_the_class_may_predict_it(tmp_path, whole_clip):

@@ -25,6 +25,7 @@ from vpd_jax.checkpoints import class_name_encoding
 from vpd_jax.convert import fetch, load
 from vpd_jax.convert.formats import weight_files, write
 from vpd_jax.convert.tables import stable_diffusion
+from vpd_jax.monitoring import progress
 
 __all__ = ["bucket"]  # a fixture
 
@@ -32,15 +33,17 @@ __all__ = ["bucket"]  # a fixture
 def test_of_a_bucket_one_form_is_copied_once_and_only_what_is_needed(bucket, capsys):
   folder, opened = bucket
   write_repository(folder / "sd")
+  progress.show()
   read_all("gs://bucket/sd")
   wanted = NAMED | WEIGHTS | TOKENIZER | TEXT
   assert {name.removeprefix("sd/") for name in opened} == wanted
-  lines = capsys.readouterr().err.splitlines()
-  assert lines and all(line.startswith("fetching gs://bucket/sd: ") and "vpd_jax/sd-" in line for line in lines)
+  lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fetch gs://bucket/sd (")]
+  assert lines and all("vpd_jax/sd-" in line and " files in " in line for line in lines)
   assert not [name for name in held(folder.parent / "cache") if "unfinished" in name]
   opened.clear()
   read_all("gs://bucket/sd")
-  assert not opened and not capsys.readouterr().err
+  progress.hide()
+  assert not opened and "fetch" not in capsys.readouterr().out
 
 
 def test_what_has_changed_in_a_bucket_is_fetched_anew(bucket):

@@ -16,6 +16,8 @@ import pytest
 from tests.helpers import oracle, released_states, tiny
 from tests.helpers.paths import ROOT
 from vpd_jax import experiment
+from vpd_jax.checkpoints import checkpointer, initialize
+from vpd_jax.config import loader
 from vpd_jax.convert import load, rules
 from vpd_jax.convert.formats import weight_files, write
 from vpd_jax.convert.tables import released
@@ -158,6 +160,24 @@ def test_the_script_goes_there_and_back_bit_for_bit(tmp_path, release, monkeypat
 def test_the_script_fails_in_one_line(tmp_path, monkeypatch):
   with pytest.raises(SystemExit, match=r"convert_checkpoint: weights .*does not exist"):
     run(monkeypatch, f"--source={tmp_path / 'absent'}", f"--output={tmp_path / 'x'}")
+
+
+def test_the_script_refuses_before_it_reads(tmp_path, monkeypatch):
+  with pytest.raises(SystemExit, match=r"convert_checkpoint: output='x\.txt' must end in one of"):
+    run(monkeypatch, f"--source={tmp_path}", "--output=x.txt", "--reverse")
+  monkeypatch.setattr(checkpointer, "is_workdir", lambda source: True)
+  with pytest.raises(SystemExit, match=r"is the workdir of a run, which needs no conversion: .*export it with --rev"):
+    run(monkeypatch, f"--source={tmp_path}", f"--output={tmp_path / 'x'}")
+
+
+def test_the_script_names_the_options_of_a_run_that_are_others(tmp_path, monkeypatch):
+  config = loader.load("configs/nyu_depth.py:tiny,meta_prompts")
+  product = experiment.assemble(tiny.shrunk(config))
+  state = tiny.train_state(product, tiny.filled(product.parts.shapes))
+  with initialize.checkpoints(config, product, str(tmp_path / "run")) as held:
+    held.save(1, state, initialize.to_json(config), force=True)
+  with pytest.raises(SystemExit, match=r"not of this config: method\.name is 'meta_prompts' in the run and 'vpd' here"):
+    run(monkeypatch, f"--source={tmp_path / 'run'}", f"--output={tmp_path / 'x.pth'}", "--reverse")
 
 
 def test_every_release_has_a_signature():

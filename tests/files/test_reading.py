@@ -38,7 +38,7 @@ def test_marks_and_encodings_of_editors_leave_no_trace(tmp_path, way):
 @pytest.mark.parametrize(
   "content, message",
   [
-    (None, "x cannot be read (No such file or directory)."),
+    (None, "x cannot be read (No such file or directory); check its name."),
     ("größe".encode("latin-1"), "x cannot be read: it is not text in UTF-8"),
     (b"\xff\xfe\x00", "x cannot be read: it is not text in UTF-8"),
     (b"\x1f\x8b\x08\x00", "x cannot be read (Compressed file ended"),
@@ -96,6 +96,7 @@ OWN = {
   "persons.py",
   "label_maps.py",
   "class_name_encoding.py",
+  "stored.py",
   "checkpointer.py",
   "reading.py",
 }

@@ -135,14 +135,6 @@ def test_progress_without_a_finished_step_has_no_speed():
   assert writers.Progress(10, 8, start=10).report(10, 0.5) == ("step 10/10  loss 0.5", {})
 
 
-@pytest.mark.parametrize(
-  "seconds, text",
-  [(-1, "0s"), (59.4, "59s"), (59.6, "1m00s"), (462, "7m42s"), (11259, "3h07m"), (183600, "2d03h")],
-)
-def test_durations_are_short(seconds, text):
-  assert writers.duration(seconds) == text
-
-
 def test_a_table_pads_and_puts_numbers_to_the_right():
   text = writers.table([("group", "arrays", "lr"), ("unet", 12345, 0.01), ("rest", 7, 1.0)])
   assert text.splitlines() == [

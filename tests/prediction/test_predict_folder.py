@@ -51,7 +51,7 @@ class Labels:
     self.product = types.SimpleNamespace(method=None, task=self)
     self.result = "label"
 
-  def predict(self, images, class_id, sentences):
+  def predict_each(self, images, class_id, sentences):
     return [{"label": (image, sentence)} for image, sentence in zip(images, sentences, strict=True)]
 
   def save(self, stem, label, facts, image):
@@ -98,3 +98,52 @@ def test_damaged_images_are_counted_and_may_be_allowed(tmp_path, monkeypatch, ca
     (source / "a.png").unlink()
     with pytest.raises(ValueError, match="1 of 1 images"):
       predict_folder.run(config, str(tmp_path / "none"), **options, allow_damaged=True)
+
+
+@pytest.mark.parametrize(
+  "source, output, message",
+  [
+    ("", "out", "^--mode=predict needs the images: give --input=FOLDER"),
+    ("in", "", "^--mode=predict needs a place for the results: give --output=FOLDER"),
+    ("in/a.png", "out", "a.png' is a file; give the folder that contains it"),
+    ("none", "out", "none' is not a folder; give one that contains images"),
+    ("empty", "out", "contains no image, it is empty; give a folder that does"),
+    ("texts", "out", "contains no image, only 1 other files, like notes.txt; give a folder that does"),
+  ],
+)
+def test_folders_that_will_not_do_are_one_line(tmp_path, source, output, message):
+  for name in ("in", "empty", "texts"):
+    (tmp_path / name).mkdir()
+  Image.new("RGB", (8, 8)).save(tmp_path / "in" / "a.png")
+  (tmp_path / "texts" / "notes.txt").write_text("no image")
+  config = loader.changed(loader.load("configs/my_depth.py"), {"init.pretrained": "made-up"})
+  options = {name: value and str(tmp_path / value) for name, value in (("source", source), ("output", output))}
+  with pytest.raises(ValueError, match=message) as caught:
+    predict_folder.run(config, "", **options)
+  assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+class People(Labels):
+  """Stands for a network that takes boxes of people."""
+
+  takes_sentence, takes_boxes = False, True
+
+  def predict_each(self, images, class_id, boxes=None):
+    facts = {"label": (None, "text"), "boxes": np.zeros((0, 4)), "scores": np.zeros(0)}
+    return [facts for _ in images]
+
+
+@pytest.mark.parametrize(
+  "boxes, said",
+  [(None, "no --boxes given: every image is taken as one person"), ({"a.png": [[0, 0, 4, 4]]}, "1 images without an")],
+)
+def test_images_without_boxes_are_told(tmp_path, monkeypatch, capsys, boxes, said):
+  (tmp_path / "in").mkdir()
+  for name in ("a.png", "b.png"):
+    Image.new("RGB", (8, 8)).save(tmp_path / "in" / name)
+  (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+  monkeypatch.setattr(predict_folder.Predictor, "load", lambda *_, **__: People())
+  config = loader.changed(loader.load("configs/my_pose.py"), {"init.pretrained": "made-up"})
+  options = {"source": str(tmp_path / "in"), "output": str(tmp_path / "out")}
+  predict_folder.run(config, "", **options, boxes=str(tmp_path / "boxes.json") if boxes else "")
+  assert said in capsys.readouterr().out

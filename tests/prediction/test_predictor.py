@@ -74,6 +74,8 @@ def test_classes_may_be_named(given, ids):
   assert [own["class_id"] for own in known(given, takes=True)] == ids
   with pytest.raises(ValueError, match=r"^class 'kitchen' is unknown; choose one of room_0, room_1, "):
     known("kitchen", takes=True)
+  with pytest.raises(ValueError, match=r"^class 'rom_7' is unknown; did you mean room_7\? Known are room_0, "):
+    known("rom_7", takes=True)
 
 
 @pytest.fixture(scope="module")

@@ -3,17 +3,23 @@
 import contextlib
 import json
 import logging
+import re
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+import vpd_jax
 from tests.helpers import one_convolution
 from vpd_jax import experiment
 from vpd_jax.checkpoints import workdir_lock
+from vpd_jax.config import loader, stored
 from vpd_jax.convert.finite import check_finite
 from vpd_jax.distributed import sharding
 from vpd_jax.evaluation import evaluate
+from vpd_jax.monitoring import progress
 from vpd_jax.planning import plan
 from vpd_jax.prediction import predict_folder
 from vpd_jax.training import compilation, train
@@ -110,6 +116,43 @@ def test_evaluation_prints_the_scores_of_training_and_the_trivial_predictors(run
   text = capsys.readouterr().out
   assert "checkpoint of step 4" in text and "linear_rgb_position" in text
   assert json.loads((workdir / "eval.json").read_text())["scores"] == pytest.approx(again)
+
+
+def test_a_run_is_used_without_its_config(run):
+  workdir, _ = run
+  assert loader.changes(loader.load(stored.config_string(str(workdir))), small()) == []
+  predictor = vpd_jax.Predictor.load(workdir=workdir)
+  again = vpd_jax.Predictor.load(small(), str(workdir))
+  image = np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8)
+  np.testing.assert_array_equal(predictor.predict(image)["depth"], again.predict(image)["depth"])
+  for words, message in (
+    ({"workdir": workdir / "none"}, "none' holds no checkpoint; give the workdir of a run"),
+    ({"workdir": workdir, "weights": "a.pth"}, "give one of them"),
+    ({"weights": "a.pth"}, r"has no config: give one, .* or workdir=RUN"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      vpd_jax.Predictor.load(**words)
+
+
+def test_a_library_is_silent_and_a_command_names_its_phases(run, tmp_path, capsys):
+  (tmp_path / "in").mkdir()
+  Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "in" / "a.png")
+  vpd_jax.Predictor.load(workdir=run[0]).predict(str(tmp_path / "in" / "a.png"))
+  assert capsys.readouterr() == ("", "")
+  workdir = str(shutil.copytree(run[0], tmp_path / "run"))
+  progress.show()
+  try:
+    predict_folder.run(small(), workdir, source=str(tmp_path / "in"), output=str(tmp_path / "out"))
+    evaluate.run(small(), workdir)
+    train.run(small(num_steps=5), workdir, accept_changes=True)
+  finally:
+    progress.hide()
+  said = capsys.readouterr().out
+  phases = re.findall(r"^([a-z ]+\d?): (?:\d+ \w+ in )?[\d.]+ s", said, re.MULTILINE)
+  of_train = ["assemble", "open data", "load weights", "first batch", "trace", "compile", "first step", "save step 5"]
+  assert phases[:3] == ["assemble", "load weights", "predict"]
+  assert phases[3:8] == ["assemble", "open data", "load weights", "evaluate", "trivial predictors"]
+  assert phases[8:16] == of_train, said
 
 
 def test_a_second_run_in_a_workdir_is_refused_and_an_evaluation_is_not(run):

@@ -116,6 +116,25 @@ def test_the_output_may_not_lie_among_the_files(script, root):
   )
 
 
+def test_messages_name_the_flags_of_the_script(script):
+  check_message(
+    "mask_folder needs classes; give --set classes=...", lambda: script.make("mask_folder", "", [], check_only=True)
+  )
+  said = script.in_flags("set data.root to the folder, set data.complete=False or name it in data.train_list.")
+  assert said == "set --root to the folder, give --set complete=False or name it in --set train_list."
+
+
+@pytest.mark.parametrize(
+  "words, message", [(["nyu2"], "invalid choice: 'nyu2'"), (["nyu", "--rooot=x", "--check_only"], "--rooot=x")]
+)
+def test_a_wrong_argument_is_one_line(script, capsys, words, message):
+  with pytest.raises(SystemExit) as caught:
+    script.parse(words)
+  printed = capsys.readouterr().err
+  assert caught.value.code == 2 and message in printed and printed.endswith("; see --help\n")
+  assert printed.count("\n") == 1
+
+
 def test_rooms_by_the_command_line(tmp_path):
   command = [sys.executable, str(SCRIPT), "rooms", f"--output={tmp_path}/rooms"]
   sizes = ["size=(24,32)", "crop=(24,24)", "train_count=2", "eval_count=1"]
@@ -123,9 +142,9 @@ def test_rooms_by_the_command_line(tmp_path):
     command + [word for size in sizes for word in ("--set", size)], capture_output=True, text=True, timeout=100
   )
   assert ended.returncode == 0, ended.stderr
-  assert "checking train" in ended.stderr and "there is no published number" in ended.stdout
+  assert "checking train: 2 records in" in ended.stdout and "there is no published number" in ended.stdout
   data = rooms.Rooms(size=(24, 32), crop=(24, 24), train_count=2, eval_count=1, format="tfds", root=f"{tmp_path}/rooms")
   assert len(data.source("train")) == 2
   refused = subprocess.run([*command, "--set", "size=0"], capture_output=True, text=True, timeout=100)
-  assert (refused.returncode, refused.stdout) == (1, "")
+  assert (refused.returncode, len(refused.stdout.splitlines())) == (1, 1), "its arguments"
   assert refused.stderr == "prepare_data: size=0 must be (height, width), two positive whole numbers.\n"

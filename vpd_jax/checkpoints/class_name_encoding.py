@@ -28,6 +28,7 @@ from vpd_jax.convert.tokenizer import load as load_tokenizer
 from vpd_jax.errors import UserError
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones.clip_text import ClipText, TextSizes
+from vpd_jax.monitoring import progress
 from vpd_jax.types import Array, ParamDict
 
 IN_NPZ = "class_vectors"
@@ -184,11 +185,15 @@ def encode(
     return pooled.astype(jnp.promote_types(pooled.dtype, jnp.float32)).mean(axis=0)
 
   vectors = []
-  with jax.default_matmul_precision("highest"):  # Made once and kept, and accelerators would round.
+  with (
+    jax.default_matmul_precision("highest"),  # Made once and kept, and accelerators would round.
+    progress.phase("class names", len(names), "names") as encoded,
+  ):
     for name in names:
       sentences = [template.replace("{}", name.replace("_", " ")) for template in templates]
       tokens = tokenize(sentences, tokenizer, vocabulary=vocabulary, length=max_length)
       vectors.append(np.asarray(mean_vector(text.weights, tokens), np.float32))
+      encoded.advance()
   return np.stack(vectors)
 
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from vpd_jax import experiment, optim
 from vpd_jax.checkpoints import class_name_encoding, clip_towers, vit_tower
 from vpd_jax.checkpoints.checkpointer import Checkpoints, is_workdir
-from vpd_jax.config import loader
+from vpd_jax.config import loader, stored
 from vpd_jax.convert import finite, load
 from vpd_jax.convert.tables import clip, stable_diffusion, vit
 from vpd_jax.data.shards import reader
@@ -52,8 +52,7 @@ def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[Par
   source = source or config.init.run or config.init.pretrained
   named, lines = {}, []
   if source and is_workdir(source):
-    named, line = _load_run(config, product, source)
-    lines.append(line)
+    named, lines = _load_run(config, product, source)
   elif source:
     held = {name: shape for name, shape in shapes.items() if not name.startswith(CLASS_PREDICTOR)}
     named, report = load.load_pretrained(source, held)
@@ -192,13 +191,16 @@ def checkpoints(config: ConfigDict, product: Product, workdir: str, *, read_only
   )
 
 
-def _load_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[str, np.ndarray], str]:
+def _load_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[str, np.ndarray], list[str]]:
   """Parameters and statistics of a run's newest or best checkpoint; its EMA in place of the parameters where kept.
 
   What the method has for training only is left out where the model does. What predicts the class may be missing.
 
+  Returns:
+    Arrays by name, and lines: the checkpoint, and where its config differs in what is seen in predictions.
+
   Raises:
-    ValueError: the names or shapes are not those of the model; NaN or infinity.
+    ValueError: the names or shapes are not those of the model, with the options that differ; NaN or infinity.
   """
   which, shapes = config.eval.checkpoint, product.parts.shapes
   if which not in ("newest", "best"):
@@ -209,6 +211,7 @@ def _load_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[
     best = held.best_step() if which == "best" else None
     step = held.latest_step() if best is None else best
     saved = held.restore_weights(cast(int, step), skip=absent)
+    differing = stored.differing(held.restore_config(cast(int, step)), config)
   named = Checkpoints.evaluated(saved)
   needed = {n for n in shapes if not n.startswith(CLASS_PREDICTOR)}
   wrong = sorted(
@@ -216,12 +219,15 @@ def _load_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[
   )
   if wrong:
     raise UserError(
-      f"checkpoint {step} of {workdir} is not of this config: {len(wrong)} arrays are missing, unknown or "
-      f"of another shape, like {wrong[:3]}; give the config it was trained with."
+      f"checkpoint {step} of {workdir} is not of this config: {differing or 'the options are the same, but the code'}, "
+      f"and {len(wrong)} arrays are missing, unknown or of another shape, like {wrong[0]}; give the config it was "
+      "trained with, or no config, which takes that of the run."
     )
   named = {n: x.astype(shapes[n].dtype) for n, x in named.items()}
   finite.check(named, f"checkpoint {step} of {workdir}")
-  return named, f"weights: {workdir}, checkpoint of step {step}" + (", moving average" if saved.get("ema") else "")
+  lines = [f"weights: {workdir}, checkpoint of step {step}" + (", moving average" if saved.get("ema") else "")]
+  lines += [f"not as in the run: {differing}"] if differing else []
+  return named, lines
 
 
 def new_state(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> tuple[TrainState, list[str]]:

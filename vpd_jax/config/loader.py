@@ -147,6 +147,17 @@ def resolve_argv(argv: Sequence[str], flag: str = "config") -> list[str]:
   return resolved
 
 
+def argument(argv: Sequence[str], flag: str) -> str | None:
+  """The value of a flag on a command line that is not parsed yet, the last one; None where it is not given."""
+  found = None
+  for i, word in enumerate(argv):
+    if match := re.fullmatch(rf"--?{flag}=(.*)", word):
+      found = match[1]
+    elif re.fullmatch(rf"--?{flag}", word) and i + 1 < len(argv):
+      found = argv[i + 1]
+  return found
+
+
 def check(config: ml_collections.ConfigDict) -> None:
   """Checks what no other part of the program would find: that REQUIRED is there, the numbers of MINIMUM, no NaN.
 
@@ -224,20 +235,30 @@ def differences(
     prefixes: sections, or fields of the top level, to compare.
     indifferent: fields among them that may change, since no number depends on them.
   """
+  return [f"{field}: {before!r} -> {after!r}" for field, before, after in changes(old, new, prefixes, indifferent)]
+
+
+def changes(
+  old: Section | ml_collections.ConfigDict,
+  new: Section | ml_collections.ConfigDict,
+  prefixes: Sequence[str] = RESUME_CHECKED,
+  indifferent: Sequence[str] = RESUME_IGNORED,
+) -> list[tuple[str, object, object]]:
+  """The dotted field, and its values in the old and in the new config, of what `differences` compares, by name."""
   old_fields, new_fields = (
     fields.with_new_names(_flat(config))
-    | {f"optim.schedule.{name}": _as_tuples(value) for name, value in schedule(config).items()}
+    | {f"optim.schedule.{name}": as_tuples(value) for name, value in schedule(config).items()}
     for config in (old, new)
   )
   for flat in (old_fields, new_fields):
     if flat.get("method.latent_scale") == 0:
       flat["method.latent_scale"] = flat["backbone.vae.latent_scale"]  # as the method takes it
-  lines = []
+  found = []
   for field in sorted(old_fields.keys() | new_fields.keys()):
     before, after = old_fields.get(field, _ABSENT), new_fields.get(field, _ABSENT)
     if field.split(".", 1)[0] in prefixes and field not in indifferent and before != after:
-      lines.append(f"{field}: {before!r} -> {after!r}")
-  return lines
+      found.append((field, before, after))
+  return found
 
 
 class _Absent:
@@ -255,16 +276,18 @@ def _flat(section: object, prefix: str = "") -> Section:
   if isinstance(section, ml_collections.ConfigDict):
     section = section.to_dict()
   if not isinstance(section, Mapping) or not section:
-    return {prefix: _as_tuples(section)} if prefix else {}
+    return {prefix: as_tuples(section)} if prefix else {}
   found: Section = {}
   for key, value in section.items():
     found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
   return found
 
 
-def _as_tuples(value: object) -> object:
-  """Lists as tuples, at every depth."""
-  return tuple(_as_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
+def as_tuples(value: object) -> object:
+  """Plain values as a config holds them: lists, as JSON knows them, become tuples at every depth."""
+  if isinstance(value, Mapping):
+    return {key: as_tuples(item) for key, item in value.items()}
+  return tuple(as_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def _value(config: Any, field: str) -> Any:

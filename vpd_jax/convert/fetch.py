@@ -19,7 +19,6 @@ import os
 import pathlib
 import re
 import shutil
-import sys
 from typing import NamedTuple
 
 from etils import epath
@@ -27,6 +26,7 @@ from etils import epath
 from vpd_jax.convert.formats import weight_files
 from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
+from vpd_jax.monitoring import progress
 
 NETWORKS = ("unet", "vae", "text_encoder")
 CONFIGS = (*(f"{network}/config.json" for network in NETWORKS), "scheduler/scheduler_config.json")
@@ -117,9 +117,10 @@ def _from_bucket(url: str, parts: tuple[str, ...]) -> pathlib.Path:
     copy.mkdir(parents=True, exist_ok=True)
     if missing:
       size = sum(stats[file].length for file in missing) / 2**20
-      print(f"fetching {url}: {len(missing)} files, {size:.1f} MiB, to {copy}", file=sys.stderr, flush=True)
-    for file in missing:
-      _copy(file, targets[file])
+      with progress.phase(f"fetch {url} ({size:.1f} MiB) to {copy}", len(missing), "files") as fetched:
+        for file in missing:
+          _copy(file, targets[file])
+          fetched.advance()
   except OSError as error:
     raise UserError(
       f"{url} cannot be copied to {copy} ({_line(error)}); if that disk is full or read-only, make room or set "

@@ -12,10 +12,12 @@ import time
 import traceback
 import urllib.request
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vpd_jax.errors import UserError
-from vpd_jax.types import Fields
+
+if TYPE_CHECKING:  # it imports jax, for which the first line of a command does not wait
+  from vpd_jax.types import Fields
 
 _FAILURE, _POLL = "vpd_jax/failure", 1.0  # key of the error of a failed process, and seconds between two reads of it
 _ALIVE, _DONE = "vpd_jax/alive", "done"  # keys of the heartbeats of the processes, and the last value
@@ -141,7 +143,7 @@ def _jax() -> Any:
 
 def arguments(
   address: str | None, count: int | None, index: int | None, environment: Mapping[str, str]
-) -> Fields | None:
+) -> "Fields | None":
   """The arguments of jax.distributed.initialize; None if this process is the whole run.
 
   Missing values are read from JAX_COORDINATOR_ADDRESS, JAX_PROCESS_COUNT and JAX_PROCESS_ID. If srun started several
@@ -184,6 +186,18 @@ def arguments(
     raise UserError(f"--coordinator_address={given['coordinator_address']!r} has no port; write HOST:PORT.")
   detection = {} if missing else {"cluster_detection_method": "deactivate"}
   return {key: value for key, value in given.items() if value is not None} | detection
+
+
+def may_be_first(index: int | None, environment: Mapping[str, str]) -> bool:
+  """Whether this process may be the first of its run, as far as is known before `connect`.
+
+  Args:
+    index: of this process, from 0, as the command line gives it.
+    environment: os.environ.
+  """
+  told = (index, environment.get("JAX_PROCESS_ID"), environment.get("SLURM_PROCID"))
+  known = next((str(number) for number in told if number not in (None, "")), "0")
+  return known == "0"
 
 
 def _cluster(environment: Mapping[str, str]) -> bool:

@@ -22,7 +22,7 @@ from vpd_jax.evaluation import encoder_cache
 from vpd_jax.experiment import Product
 from vpd_jax.files import atomic
 from vpd_jax.inference import sliding_window, tiles, tta
-from vpd_jax.monitoring import writers
+from vpd_jax.monitoring import progress, writers
 from vpd_jax.tasks import colormaps as panels_lib
 from vpd_jax.types import Array, Batch, Dataset, Example, Fields, PyTree, Rows, Task, Weights, WindowedTask
 
@@ -228,14 +228,18 @@ class Evaluator:
     Raises:
       ValueError: not every record of the split was scored.
     """
-    rows, shown = [], []
-    with contextlib.closing(self._measured(weights, self.config.eval.panels)) as measured:
+    rows, shown, expected = [], [], len(self.source)
+    with (
+      progress.phase("evaluate", expected, "records") as evaluated,
+      contextlib.closing(self._measured(weights, self.config.eval.panels)) as measured,
+    ):
       for row, predictions in measured:
         if stop():
           return None
         rows.append(row)
         shown += list(predictions)
-    scored, expected = sum(int(row["real"].sum()) for row in rows), len(self.source)
+        evaluated.advance(int(row["real"].sum()))
+    scored = evaluated.done
     if scored != expected:
       raise UserError(
         f"the evaluation scored {scored} of the {expected} records of data set {self.config.data.name!r}: their "
@@ -253,7 +257,8 @@ class Evaluator:
     count = self.config.eval.baselines
     if self._baselines is None:
       task = self.product.task
-      scores = task.baselines(self._examples("train", count), self._examples("eval"), **self._truth) if count else {}
+      with progress.phase("trivial predictors") if count else contextlib.nullcontext():
+        scores = task.baselines(self._examples("train", count), self._examples("eval"), **self._truth) if count else {}
       self._baselines = scores
       return scores
     return self._baselines
@@ -315,19 +320,22 @@ def run(config: ConfigDict, workdir: str) -> dict[str, float]:
       f"no trained weights to evaluate: --workdir={workdir!r} holds no checkpoint and config.init.pretrained "
       "is empty; give one of them."
     )
-  config = initialize.with_backbone_sizes(config, source or config.init.run or config.init.pretrained)
-  product = experiment.assemble(config, training=False)
+  with progress.phase("assemble"):
+    config = initialize.with_backbone_sizes(config, source or config.init.run or config.init.pretrained)
+    product = experiment.assemble(config, training=False)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  dataset = experiment.dataset(config, product)
-  evaluator = Evaluator(config, product, dataset, mesh)
-  weights, lines = initialize.weights_on_mesh(config, product, mesh, source, complete=True)
+  with progress.phase("open data"):
+    dataset = experiment.dataset(config, product)
+    evaluator = Evaluator(config, product, dataset, mesh)
+  with progress.phase("load weights"):
+    weights, lines = initialize.weights_on_mesh(config, product, mesh, source, complete=True)
   first = jax.process_index() == 0
   if first:
     lines_of_data = [*evaluator.source.notes, *experiment.sentence_lines(product, dataset, ("eval",))]
-    print("\n".join([*lines, *lines_of_data, *evaluator.encodings.lines()]), flush=True)
+    progress.write("\n".join([*lines, *lines_of_data, *evaluator.encodings.lines()]))
   result = cast(Evaluation, evaluator.run(weights))  # nothing stops it
   if first:
-    print(evaluator.report(result.scores, result.rows), flush=True)
+    progress.write(evaluator.report(result.scores, result.rows))
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"weights": lines, "scores": result.scores, "trivial predictors": evaluator.baselines()}

@@ -28,7 +28,10 @@ def read_text(path: str | os.PathLike, *, called: str = "") -> str:
     raw = gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
     text = raw.decode("utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8")
   except (OSError, EOFError, zlib.error) as error:
-    raise UserError(f"{called} cannot be read ({(isinstance(error, OSError) and error.strerror) or error}).") from None
+    remedy = "; check its name" if isinstance(error, FileNotFoundError) else ""
+    raise UserError(
+      f"{called} cannot be read ({(isinstance(error, OSError) and error.strerror) or error}){remedy}."
+    ) from None
   except UnicodeDecodeError as error:
     raise UserError(f"{called} cannot be read: it is not text in UTF-8 ({error}); save it as UTF-8.") from None
   return text.replace("\ufeff", "")  # also within: files that were joined

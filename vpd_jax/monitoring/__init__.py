@@ -1,1 +1,1 @@
-"""Metric writers, profiler, cost of compiled programs, accelerators."""
+"""Progress of commands, metric writers, profiler, cost of compiled programs, accelerators."""

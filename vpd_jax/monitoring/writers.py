@@ -22,6 +22,7 @@ from etils import epath
 
 from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
+from vpd_jax.monitoring import progress
 from vpd_jax.types import Fields, ParamDict
 
 BACKENDS = ("auto", "clu", "tensorboardX")
@@ -170,7 +171,7 @@ class Progress:
     speed = self._images / seconds
     line = (
       f"step {step}/{self._num_steps} ({100 * step / max(self._num_steps, 1):.0f}%)  loss {loss:.4g}  "
-      f"{speed:.1f} img/s  {1e3 * seconds:.0f} ms/step  ETA {duration((self._num_steps - step) * seconds)}"
+      f"{speed:.1f} img/s  {1e3 * seconds:.0f} ms/step  ETA {progress.duration((self._num_steps - step) * seconds)}"
     )
     scalars = {
       "perf/step_ms": 1e3 * seconds,
@@ -183,16 +184,7 @@ class Progress:
 def log(line: str) -> None:
   """Prints a line to the terminal, from the first process only."""
   if jax.process_index() == 0:
-    print(line, flush=True)
-
-
-def duration(seconds: float) -> str:
-  """'42s', '7m42s', '3h07m', '2d03h'."""
-  seconds = max(round(seconds), 0)
-  for size, below, letters in ((86400, 3600, "dh"), (3600, 60, "hm"), (60, 1, "ms")):
-    if seconds >= size:
-      return f"{seconds // size}{letters[0]}{seconds % size // below:02d}{letters[1]}"
-  return f"{seconds}s"
+    progress.write(line)
 
 
 def table(rows: Sequence[Sequence[object]]) -> str:

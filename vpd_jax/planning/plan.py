@@ -27,7 +27,7 @@ from vpd_jax.distributed import sharding
 from vpd_jax.errors import UserError
 from vpd_jax.evaluation import encoder_cache, evaluate
 from vpd_jax.files import atomic
-from vpd_jax.monitoring import chips, writers, xla_cost
+from vpd_jax.monitoring import chips, progress, writers, xla_cost
 from vpd_jax.planning import report as plan_report
 from vpd_jax.planning import search as plan_search
 from vpd_jax.planning import topologies
@@ -237,7 +237,8 @@ def compiled_report(
   }
   options = topologies.OPTIONS[effort] if topology else xla_cost.compiler_options(mesh)
   try:
-    compiled = lowered.compile(options)
+    with progress.phase(f"compile {step}"):
+      compiled = lowered.compile(options)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise

@@ -16,6 +16,7 @@ from vpd_jax.errors import UserError
 from vpd_jax.files import reading
 from vpd_jax.inference import images as images_lib
 from vpd_jax.inference import top_down
+from vpd_jax.monitoring import progress
 from vpd_jax.prediction.predictor import Predictor
 from vpd_jax.types import ClassAttentionTask, Fields
 
@@ -70,7 +71,11 @@ def run(
       have no area inside them, unless `allow_damaged`.
   """
   folder = Path(source).expanduser()
-  if not source or not folder.is_dir():
+  if not source:
+    raise UserError("--mode=predict needs the images: give --input=FOLDER.")
+  if folder.is_file():
+    raise UserError(f"--input={source!r} is a file; give the folder that contains it.")
+  if not folder.is_dir():
     raise UserError(f"--input={source!r} is not a folder; give one that contains images.")
   target = _check_output(output, folder)
   weights = workdir if is_workdir(workdir) else config.init.run or config.init.pretrained
@@ -79,7 +84,8 @@ def run(
   files = [p for name in reading.visible(os.listdir(folder)) if (p := folder / name).is_file()]
   paths = [path for path in files if images_lib.is_image(path)]
   if not paths:
-    raise UserError(f"--input={source!r} contains no image, only {len(files)} other files; give a folder that does.")
+    held = f"only {len(files)} other files, like {files[0].name}" if files else "it is empty"
+    raise UserError(f"--input={source!r} contains no image, {held}; give a folder that does.")
   if sentence and sentences:
     raise UserError("--sentence and --sentences are given; give one of them.")
   listed = {
@@ -93,33 +99,42 @@ def run(
   flags = {"class": class_name, "sentence": sentence, "sentences": sentences, "boxes": boxes}
   _check_flags(config, predictor, flags, attention)
   class_id = predictor.class_id(class_name) if class_name else None
-  print("\n".join(predictor.origin), flush=True)
+  progress.write("\n".join(predictor.origin))
   if class_id is None and predictor.takes_class:
     predicted = "CLIP predicts the class of each image, see the .json files"
     mean = "using the mean of all class vectors (set config.init.clip to predict the class)"
-    print(f"no --class given: {predicted if predictor.predicts_class else mean}", flush=True)
+    progress.write(f"no --class given: {predicted if predictor.predicts_class else mean}")
+  if predictor.takes_boxes:
+    boxed = listed["boxes"]
+    without = len(paths) - len(set(boxed or ()) & {path.name for path in paths})
+    if boxed is None:
+      progress.write("no --boxes given: every image is taken as one person (a detector is not included)")
+    elif without:
+      progress.write(f"{without} images without an entry in --boxes: nobody is looked for there")
   for path in sorted(set(files) - set(paths)):
-    print(f"skipped: {path.name} is not an image in a supported format", flush=True)
+    progress.write(f"skipped: {path.name} is not an image in a supported format")
   requests = _requests(paths, predictor, sentence, listed)
   skipped = len(paths) - len({request.path for request in requests})
   damaged: list[str] = []
   readable = _read(requests, damaged)
-  while batch := list(itertools.islice(readable, BATCH_SIZE)):
-    target.mkdir(parents=True, exist_ok=True)
-    inputs = {name: [request.inputs[name] for request, _ in batch] for name in batch[0][0].inputs}
-    results = predictor.predict([image for _, image in batch], class_id, **inputs)
-    for (request, image), result in zip(batch, results, strict=True):
-      task = predictor.product.task
-      if attention:
-        maps = predictor.attention([image])[0]
-        cast(ClassAttentionTask, task).save_attention(target / request.stem, maps, result[task.result], image)
-      metadata = _metadata(predictor, request, image, result, class_name)
-      task.save(target / request.stem, result[task.result], metadata, image)
+  with progress.phase("predict", len(requests), "predictions") as predicted:
+    while batch := list(itertools.islice(readable, BATCH_SIZE)):
+      target.mkdir(parents=True, exist_ok=True)
+      inputs = {name: [request.inputs[name] for request, _ in batch] for name in batch[0][0].inputs}
+      results = predictor.predict_each([image for _, image in batch], class_id, **inputs)
+      for (request, image), result in zip(batch, results, strict=True):
+        task = predictor.product.task
+        if attention:
+          maps = predictor.attention([image])[0]
+          cast(ClassAttentionTask, task).save_attention(target / request.stem, maps, result[task.result], image)
+        metadata = _metadata(predictor, request, image, result, class_name)
+        task.save(target / request.stem, result[task.result], metadata, image)
+        predicted.advance()
   if skipped:
-    print(f"{skipped} images without an entry in --sentences are skipped", flush=True)
+    progress.write(f"{skipped} images without an entry in --sentences are skipped")
   done = len(paths) - len(damaged) - skipped
   left = f"{len(files) - done - len(damaged)} files skipped"
-  print(f"{done} images written to {output}, {left}, {len(damaged)} images damaged", flush=True)
+  progress.write(f"{done} images written to {output}, {left}, {len(damaged)} images damaged")
   if damaged and not (allow_damaged and done):
     reasons = "; ".join(message.rstrip(".") for message in damaged[:10])
     raise UserError(
@@ -132,10 +147,14 @@ def run(
 def _check_output(output: str, folder: Path) -> Path:
   """The folder for the results, which can be created, and is not the folder of the images."""
   target = Path(output).expanduser()
+  if not output:
+    raise UserError("--mode=predict needs a place for the results: give --output=FOLDER.")
   parent = next(p for p in (target, *target.absolute().parents) if p.exists())
-  if not output or not parent.is_dir() or not os.access(parent, os.W_OK):
-    why = f": {parent} is not a folder that can be written to" if output else ""
-    raise UserError(f"--output={output!r} must name a folder{why}; give another, it is created if it does not exist.")
+  if not parent.is_dir() or not os.access(parent, os.W_OK):
+    raise UserError(
+      f"--output={output!r} must name a folder: {parent} is not a folder that can be written to; give another, it is "
+      "created if it does not exist."
+    )
   if target.resolve() == folder.resolve():
     raise UserError(f"--output={output!r} is the folder of the images; give another, or results become images.")
   return target
@@ -151,7 +170,8 @@ def _check_flags(config: ConfigDict, predictor: Predictor, flags: Mapping[str, s
   if attention and not predictor.product.method.attends_to_classes:
     raise UserError(f"--attention has no effect: {config.method.name!r} has no map for each class; leave it out.")
   if predictor.takes_sentence and not (flags["sentence"] or flags["sentences"]):
-    raise UserError('the method needs a sentence: give --sentence="..." about all images, or --sentences=FILE.json.')
+    how = 'give --sentence="the red car" about all, or --sentences=FILE.json'
+    raise UserError(f"the method needs a sentence about each image: {how}.")
 
 
 def _requests(
@@ -185,7 +205,7 @@ def _read(requests: Sequence[Request], damaged: list[str]) -> Iterator[tuple[Req
           top_down.check_boxes(request.inputs["boxes"], image.shape[:2], path.name)
     except UserError as error:
       damaged.append(str(error))
-      print(f"skipped: {error}", flush=True)
+      progress.write(f"skipped: {error}")
       continue
     yield from ((request, image) for request in same)
 

@@ -1,8 +1,9 @@
 """Predictor, the Python entry point."""
 
 import dataclasses
+import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,12 +15,14 @@ from PIL import Image
 
 from vpd_jax import experiment
 from vpd_jax.checkpoints import initialize
-from vpd_jax.config import loader
+from vpd_jax.checkpoints.checkpointer import is_workdir
+from vpd_jax.config import loader, stored
 from vpd_jax.distributed import sharding
 from vpd_jax.errors import UserError
 from vpd_jax.evaluation import evaluate
 from vpd_jax.experiment import Product
 from vpd_jax.inference import images as images_lib
+from vpd_jax.monitoring import progress
 from vpd_jax.prediction import protocols
 from vpd_jax.types import Fields
 
@@ -45,30 +48,49 @@ class Predictor:
   origin: list[str]
 
   @classmethod
-  def load(cls, config: ConfigDict | str, weights: str | Path = "", *, random_init: bool = False) -> "Predictor":
+  def load(
+    cls,
+    config: ConfigDict | str | None = None,
+    weights: str | Path = "",
+    *,
+    workdir: str | Path = "",
+    random_init: bool = False,
+  ) -> "Predictor":
     """Builds the network and loads its weights.
 
     Args:
       config: a ConfigDict or the string of --config, e.g. "configs/nyu_depth.py:tiny"; a relative path is looked up in
-        the working directory, then beside the package.
+        the working directory, then beside the package. None: that of the run in `workdir`.
       weights: a workdir, a released checkpoint (.pth), or converted weights; empty: `config.init`.
+      workdir: of a run, whose newest checkpoint is taken; in place of `weights`.
       random_init: initialize arrays that the weights do not contain at random; without weights, all arrays.
 
     Raises:
       ValueError: in one line, for a config or weights that cannot be used, or weights that do not fill the network.
     """
-    config = loader.load(config)
+    if workdir and str(weights):
+      raise UserError(f"Predictor.load has weights={str(weights)!r} and workdir={str(workdir)!r}; give one of them.")
+    if workdir and not is_workdir(workdir):
+      raise UserError(f"workdir={str(workdir)!r} holds no checkpoint; give the workdir of a run.")
+    weights = workdir or weights
+    if config is None and not (str(weights) and is_workdir(weights)):
+      raise UserError(
+        "Predictor.load has no config: give one, like 'configs/nyu_depth.py', or workdir=RUN, whose own is taken."
+      )
+    config = loader.load(stored.config_string(str(weights)) if config is None else config)
     source = str(weights) or config.init.run or config.init.pretrained
     if not (source or random_init):
       raise UserError(
         "Predictor.load has no weights: give weights=WORKDIR or a released checkpoint, set config.init.pretrained, or "
         "give random_init=True for a randomly initialized network."
       )
-    config = initialize.with_backbone_sizes(config, source)
-    config = initialize.with_predicted_class(config)
-    product = experiment.assemble(config, training=False)
+    with progress.phase("assemble"):
+      config = initialize.with_backbone_sizes(config, source)
+      config = initialize.with_predicted_class(config)
+      product = experiment.assemble(config, training=False)
     mesh = sharding.make_mesh(1, 1, devices=jax.local_devices()[:1])
-    filled, lines = initialize.weights_on_mesh(config, product, mesh, str(weights), complete=not random_init)
+    with progress.phase("load weights"):
+      filled, lines = initialize.weights_on_mesh(config, product, mesh, str(weights), complete=not random_init)
     return cls(config, product, filled, lines)
 
   def __post_init__(self):
@@ -119,7 +141,9 @@ class Predictor:
     """
     wanted = name.strip().lower().replace(" ", "_")
     if wanted not in self.product.classes:
-      raise UserError(f"class {name!r} is unknown; choose one of {', '.join(self.product.classes)}.")
+      near = difflib.get_close_matches(wanted, self.product.classes, n=1, cutoff=0.75)
+      hint = f"did you mean {near[0]}? Known are" if near else "choose one of"
+      raise UserError(f"class {name!r} is unknown; {hint} {', '.join(self.product.classes)}.")
     return self.product.classes.index(wanted)
 
   def forward(
@@ -194,16 +218,27 @@ class Predictor:
     several, single = _as_list(images)
     if single and boxes is not None:
       boxes = [boxes]
+    results = list(self.predict_each(several, class_id, sentences=sentences, boxes=boxes))
+    return results[0] if single else results
+
+  def predict_each(
+    self,
+    images: Sequence[object],
+    class_id: object = None,
+    *,
+    sentences: str | Sequence[str] | None = None,
+    boxes: Sequence[Any] | None = None,
+  ) -> Iterator[Fields]:
+    """As `predict` of a sequence of images, one result after the other as soon as it is known."""
+    several = list(images)
     known = self._known(len(several), class_id, sentences, boxes)
     arrays = [images_lib.as_image(image) for image in several]
     if self._classify is not None:  # from the whole image, once for all windows
       for image, own in zip(arrays, known, strict=True):
         if own["class_id"] < 0:
           own["class_id"] = np.int32(self._classify_image(images_lib.to_float(image, self._dtype)))
-    results = self._protocol(self.weights, arrays, known)
-    if self.takes_class:
-      results = [result | {"class_id": own["class_id"]} for result, own in zip(results, known, strict=True)]
-    return results[0] if single else results
+    for result, own in zip(self._protocol(self.weights, arrays, known), known, strict=True):
+      yield result | ({"class_id": own["class_id"]} if self.takes_class else {})
 
   def attention(self, images: Images) -> Any:
     """Attention of each position of an image to each class, of methods that attend to all classes.

@@ -1,10 +1,11 @@
 """Test-time protocols: predictions for images of any size from a network with a fixed input size.
 
 A protocol is called with the weights, the images, and a dict for each image of what else the network reads ("class_id",
-"tokens") and, for poses, the "boxes" of its people. It returns a dict of results for each image.
+"tokens") and, for poses, the "boxes" of its people. It gives a dict of results for each image, in their order, maybe
+before the next one is begun.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import cv2
@@ -73,11 +74,11 @@ class SlidingWindowProtocol:
     )
     self._result, self._dtype = product.task.result, _dtype(config)
 
-  def __call__(self, weights: Weights, images: Sequence[np.ndarray], known: Known) -> Results:
+  def __call__(self, weights: Weights, images: Sequence[np.ndarray], known: Known) -> Iterator[dict[str, np.ndarray]]:
     # uint8 images are converted after resizing, as in the evaluation.
     given = [image if image.dtype == np.uint8 else images_lib.to_float(image, self._dtype) for image in images]
     views = (self._inference.views({"image": image, **own}) for image, own in zip(given, known, strict=True))
-    return [{self._result: label} for label in self._inference(weights, views)]
+    return ({self._result: label} for label in self._inference(weights, views))
 
 
 class ResizeProtocol:

@@ -19,7 +19,7 @@ from vpd_jax.distributed import sharding
 from vpd_jax.distributed.preemption import PreemptionGuard
 from vpd_jax.evaluation import evaluate
 from vpd_jax.experiment import Product
-from vpd_jax.monitoring import chips, writers, xla_cost
+from vpd_jax.monitoring import chips, progress, writers, xla_cost
 from vpd_jax.monitoring.profiler import Profiler
 from vpd_jax.monitoring.writers import log
 from vpd_jax.training import compilation, startup_report
@@ -47,15 +47,17 @@ class TrainingSession:
     Raises:
       ValueError: in one line, for anything that cannot be assembled or found.
     """
-    config = initialize.with_backbone_sizes(config, config.init.run or config.init.pretrained)
-    self._config, self._workdir, self._accept_changes = config, workdir, accept_changes
-    self._product = experiment.assemble(config)
+    with progress.phase("assemble"):
+      config = initialize.with_backbone_sizes(config, config.init.run or config.init.pretrained)
+      self._config, self._workdir, self._accept_changes = config, workdir, accept_changes
+      self._product = experiment.assemble(config)
     initialize.check_training(config)
     self._mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     pipeline.check_batch_size(config.data.batch_size // config.optim.accumulation, self._mesh.size, "devices")
-    self._dataset = experiment.dataset(config, self._product)
-    self._dataset.source("train")  # raises for a missing file before anything is written
-    self._evaluator = evaluate.Evaluator(config, self._product, self._dataset, self._mesh)
+    with progress.phase("open data"):
+      self._dataset = experiment.dataset(config, self._product)
+      self._dataset.source("train")  # raises for a missing file before anything is written
+      self._evaluator = evaluate.Evaluator(config, self._product, self._dataset, self._mesh)
     self._scored_step: int | None = None
     self._unchecked, self._logs = [], {}  # the former: (step, loss, norm of the gradients)
     self.scores: dict[str, float] = {}
@@ -81,9 +83,10 @@ class TrainingSession:
     alone = [] if jax.process_index() else stack.enter_context(workdir_lock.claimed(self._workdir))
     self._checkpoints = stack.enter_context(initialize.checkpoints(config, product, self._workdir))
     self.guard = stack.enter_context(PreemptionGuard())
-    self.state, lines = initialize.resume_or_start(
-      config, product, mesh, self._checkpoints, accept_changes=self._accept_changes
-    )
+    with progress.phase("load weights"):
+      self.state, lines = initialize.resume_or_start(
+        config, product, mesh, self._checkpoints, accept_changes=self._accept_changes
+      )
     self.step = self._begin = int(self.state.step)
     lines += alone
     lines += self._dataset.describe()
@@ -99,12 +102,15 @@ class TrainingSession:
     """Opens the input at the next step, and compiles the training step."""
     with self._progress.pause():
       batches = self._batches = self._stack.enter_context(contextlib.closing(self._read(self.step)))
-      first = next(batches)
+      with progress.phase("first batch"):
+        first = next(batches)
       self._input: Iterator[Batch] = itertools.chain([first], batches)
       begin = time.monotonic()
-      lowered = compilation.lower_step(self._config, self._product, self._mesh, first)
+      with progress.phase("trace"):
+        lowered = compilation.lower_step(self._config, self._product, self._mesh, first)
       traced = time.monotonic()
-      compiled = self._compiled = lowered.compile(xla_cost.compiler_options(self._mesh))
+      with progress.phase("compile"):
+        compiled = self._compiled = lowered.compile(xla_cost.compiler_options(self._mesh))
       seconds = f"traced in {traced - begin:.1f} s, compiled in {time.monotonic() - traced:.1f} s"
       # XLA counts the body of a loop once: the parts of an accumulated batch are one.
       self._flops = (compiled.cost_analysis() or {}).get("flops", 0.0) * self._config.optim.accumulation
@@ -121,7 +127,10 @@ class TrainingSession:
     batch = next(self._input)
     self.step += 1
     self._profiler.on_step_start(self.step - self._begin, self._logs)
-    self.state, self._logs = self._compiled(self.state, batch)
+    with progress.phase("first step") if self.step == self._begin + 1 else contextlib.nullcontext():
+      self.state, self._logs = self._compiled(self.state, batch)
+      if self.step == self._begin + 1:
+        jax.block_until_ready(self._logs)
     self._unchecked.append((self.step, self._logs["train/loss"], self._logs["norm/gradients"]))
 
   def write_logs(self) -> None:
@@ -141,7 +150,8 @@ class TrainingSession:
     """Saves the state in the background; with `wait`, returns when it is on disk. Raises as `write_logs` does."""
     with self._progress.pause():
       self._check_finite()
-      self._checkpoints.save(self.step, self.state, initialize.to_json(self._config), force=wait)
+      with progress.phase(f"save step {self.step}"):
+        self._checkpoints.save(self.step, self.state, initialize.to_json(self._config), force=wait)
 
   def evaluate(self) -> None:
     """Evaluates, adds the scores to the checkpoint, and logs them; does nothing if it is stopped."""

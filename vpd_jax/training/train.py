@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 
+from vpd_jax.monitoring import progress
 from vpd_jax.monitoring.writers import log
 from vpd_jax.training.events import Event, TrainingEvents
 from vpd_jax.training.session import TrainingSession
@@ -34,18 +35,20 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
       log(f"stopped by {session.guard.cause} at step {session.step}")
       return session.scores
     session.prepare()
-    while True:
-      session.train_step()
-      for event in events.after(session.step):
-        match event:
-          case Event.LOG:
-            session.write_logs()
-          case Event.SAVE:
-            session.save()
-          case Event.SAVE_AND_WAIT:
-            session.save(wait=True)
-          case Event.EVALUATE:
-            session.evaluate()
-          case Event.STOP:
-            session.report_stop()
-            return session.scores
+    with progress.phase("train", config.num_steps - session.step, "steps") as trained:
+      while True:
+        session.train_step()
+        trained.advance()
+        for event in events.after(session.step):
+          match event:
+            case Event.LOG:
+              session.write_logs()
+            case Event.SAVE:
+              session.save()
+            case Event.SAVE_AND_WAIT:
+              session.save(wait=True)
+            case Event.EVALUATE:
+              session.evaluate()
+            case Event.STOP:
+              session.report_stop()
+              return session.scores

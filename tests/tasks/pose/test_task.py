@@ -290,6 +290,13 @@ def test_pictures_show_skeletons_and_files_name_keypoints(data, examples, tmp_pa
   np.testing.assert_array_equal(task.save(tmp_path / "c", people[:0], {}, image / 255.0)[0].suffix, ".png")
 
 
+def test_a_person_without_a_sure_keypoint_is_drawn_as_a_box(tmp_path):
+  image, people = np.zeros((40, 60, 3), np.uint8), np.full((1, 17, 3), 0.1)
+  path, _ = Pose(keypoints=COCO).save(tmp_path / "a", people, {"people": [{"box": [10, 5, 30.0, 200]}]}, image)
+  drawn = cv2.imread(str(path))
+  assert (drawn[5, 10:40] == 128).all() and (drawn[20, 10] == 128).all() and not drawn[15:30, 15:35].any()
+
+
 def test_options_that_do_not_fit_are_refused():
   with pytest.raises(ValueError, match=r"^task: sigma=0 must be .*; nms=0 must be above 0"):
     Pose(keypoints=COCO, sigma=0, blur=11, nms=0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import fill, oracle
-from vpd_jax.tasks.referring import baselines
+from vpd_jax.tasks.referring import baselines, visualize
 from vpd_jax.tasks.referring import task as referring_task
 from vpd_jax.tasks.referring.task import Referring
 
@@ -155,6 +155,14 @@ def test_files_of_a_sentence(tmp_path):
   assert facts["box"] == [4, 5, 16, 5] and facts["sentence"] == "the red box" and facts["size"] == [20, 30]
   Referring().save(tmp_path / "b", np.zeros((20, 30), bool), {})
   assert json.loads((tmp_path / "b.json").read_text())["box"] is None
+
+
+def test_a_picture_says_where_nothing_was_found(tmp_path, monkeypatch):
+  titles, mask = [], np.zeros((20, 30), bool)
+  monkeypatch.setattr(visualize, "titled", lambda picture, title: titles.append(title) or picture)
+  for found in (mask, ~mask):
+    Referring().save(tmp_path / "a", found, {"sentence": "a box"})
+  assert titles == ["a box (nothing found)", "a box"]
 
 
 @pytest.mark.parametrize("call, message", [

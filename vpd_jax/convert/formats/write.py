@@ -15,6 +15,8 @@ from vpd_jax.convert.formats.weight_files import SAFETENSORS
 from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
 
+ENDINGS = (".pth", ".safetensors")
+
 
 def write(path: str | pathlib.Path, state: Mapping[str, np.ndarray], *, wrapper: str = "model") -> None:
   """Writes a state dict; the file appears under its name only when it is complete.
@@ -27,11 +29,16 @@ def write(path: str | pathlib.Path, state: Mapping[str, np.ndarray], *, wrapper:
   Raises:
     ValueError: for another ending, or a dtype the format does not know.
   """
+  check_name(path)
   path = pathlib.Path(path)
   writers = {".pth": functools.partial(_write_pth, wrapper=wrapper), ".safetensors": _write_safetensors}
-  if path.suffix.lower() not in writers:
-    raise UserError(f"output={str(path)!r} must end in one of {sorted(writers)}.")
   atomic.write(path, lambda unfinished: writers[path.suffix.lower()](unfinished, state))
+
+
+def check_name(path: str | pathlib.Path) -> None:
+  """Raises ValueError where a path does not end as `write` needs it."""
+  if pathlib.Path(path).suffix.lower() not in ENDINGS:
+    raise UserError(f"output={str(path)!r} must end in one of {ENDINGS}; rename it.")
 
 
 def _write_safetensors(path: pathlib.Path, state: Mapping[str, np.ndarray]) -> None:

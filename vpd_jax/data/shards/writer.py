@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -100,7 +101,8 @@ class VpdJax(tfds.core.ShardBasedBuilder):
 
     def shard(number: int) -> Iterator[object]:
       if not progress:
-        progress.append(tqdm(total=len(source), desc=f"writing {split}", unit=" records", mininterval=1.0))
+        every = 1.0 if sys.stderr.isatty() else 10.0  # seconds
+        progress.append(tqdm(total=len(source), desc=f"writing {split}", unit=" records", mininterval=every))
       path = self._staging / template.sharded_filepath(shard_index=number, num_shards=count).name
       finished = path.exists()
       for index in range(bounds[number], bounds[number + 1]):

@@ -231,7 +231,8 @@ class Pose(Task):
     """Writes the people of one picture; files appear only when complete, the JSON last.
 
     Args:
-      stem: path without suffix: stem.skeleton.png, where there is an image; stem.json, which gives each person's
+      stem: path without suffix: stem.skeleton.png, where there is an image, with the box of a person of whom no
+        keypoint is sure enough to be drawn, if `facts` gives it; stem.json, which gives each person's
         keypoints by name as x, y, score, all 0 where they are not finite, and then "not_finite", their number.
       prediction: float [N, K, 3] of `locate`, one entry per person, also none.
       facts: more entries for the JSON; "people" among them is a list of N, what else is known of each person.
@@ -246,6 +247,8 @@ class Pose(Task):
     parts = {}
     if image is not None:
       image = image if image.dtype == np.uint8 else np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
+      unsure = [own for own, points in zip(known, prediction, strict=True) if not (points[:, 2] > DRAWN).any()]
+      image = visualize.boxes(image, [own["box"] for own in unsure if "box" in own])
       parts[".skeleton.png"] = lambda path: write_colors(path, self._drawn(image, prediction))
     parts[".json"] = lambda path: path.write_text(atomic.to_json(described, indent=1) + "\n")
     return [write(stem, suffix, content) for suffix, content in parts.items()]

@@ -55,6 +55,21 @@ def draw(
   return drawn
 
 
+def boxes(image: np.ndarray, outlines: Sequence[Sequence[float]]) -> np.ndarray:
+  """Boxes of people over a picture, as thin gray lines: uint8 [H, W, 3].
+
+  Args:
+    image: uint8 [H, W, 3].
+    outlines: x, y, width and height of each in pixels.
+  """
+  drawn, (height, width) = image.copy(), image.shape[:2]
+  for x, y, w, h in outlines:
+    left, right = np.clip([round(x), round(x + w) - 1], 0, width - 1).tolist()
+    top, bottom = np.clip([round(y), round(y + h) - 1], 0, height - 1).tolist()
+    cv2.rectangle(drawn, (left, top), (right, bottom), (128, 128, 128), 2)
+  return drawn
+
+
 def heat(image: np.ndarray, strongest: np.ndarray) -> np.ndarray:
   """A picture, gray, with the highest of its heatmaps as red light: uint8 [H, W, 3].
 

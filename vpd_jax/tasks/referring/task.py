@@ -193,7 +193,7 @@ class Referring(Task):
 
     Args:
       stem: path without suffix: stem.mask.png (255 on the object, else 0), stem.overlay.png (the object in color over
-        the picture, the sentence below), stem.json.
+        the picture, below it the sentence, and whether nothing was found), stem.json.
       prediction: bool or int [H, W], 1 on the object; or scores float [H, W, 2].
       facts: more entries for the JSON, among them "sentence"; it gives the object's share and box (left, top, width,
         height in pixels, None where nothing was found).
@@ -201,7 +201,8 @@ class Referring(Task):
     """
     mask = _object(prediction)
     background = np.zeros((*mask.shape, 3), np.uint8) if image is None else image
-    picture = visualize.titled(visualize.overlay(mask, background), str(facts.get("sentence", "")))
+    title = str(facts.get("sentence", "")) + ("" if mask.any() else " (nothing found)")
+    picture = visualize.titled(visualize.overlay(mask, background), title)
     described = {"share": round(float(mask.mean()), 6), "box": visualize.box(mask), "size": list(mask.shape)}
     parts = {
       ".mask.png": lambda path: label_images.write_colors(path, mask.astype(np.uint8) * 255),
