@@ -83,8 +83,11 @@ def load_pretrained(
 
 def _check_model(path: str | epath.PathLike, source: Mapping[str, Shaped], targets: Mapping[str, Shaped]) -> None:
   """Raises where source and model are two of MODELS, and names both."""
-  width = lambda name, x: x.shape[-1 if name.endswith(ATTENDED[0]) else 0]
-  given, needed = ({width(n, x) for n, x in named.items() if n.endswith(ATTENDED)} for named in (source, targets))
+  last = lambda name: -1 if name.endswith(ATTENDED[0]) else 0
+  given, needed = (
+    {x.shape[last(n)] for n, x in named.items() if n.endswith(ATTENDED) and len(x.shape) == 2}
+    for named in (source, targets)
+  )
   if given != needed and len(given) == len(needed) == 1 and given | needed <= MODELS.keys():
     (held,), (wanted,) = given, needed
     raise UserError(

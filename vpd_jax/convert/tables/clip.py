@@ -211,10 +211,11 @@ def _load(
   except UserError as error:
     raise UserError(f"{path}: {error}") from error
   words = ("token_embedding.weight", "token_embedding/embedding")
-  given, needed = ({x.shape[-1] for n, x in named.items() if n.endswith(words)} for named in (tensors, targets))
-  if needed and given != needed:
+  of_words = lambda named: {x.shape[-1] for n, x in named.items() if n.endswith(words) and len(x.shape) == 2}
+  given, needed = of_words(tensors), of_words(targets)
+  if given and needed and given != needed:
     raise UserError(
-      f"the text encoder of {path} is {min(given, default=0)} wide, that of config.backbone.text {min(needed)}; give "
+      f"the text encoder of {path} is {min(given)} wide, that of config.backbone.text {min(needed)}; give "
       "the one that belongs to the UNet, in Stable Diffusion 2.x that of its own folder or file."
     )
   return convert(tensors, rules, targets, table=f"CLIP {which} encoder of {path}")[0]
