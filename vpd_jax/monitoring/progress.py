@@ -60,19 +60,32 @@ class Phase:
     name: what is being done.
     total: how many units there are to do; 0: only time is measured.
     unit: their name, in the plural.
+    reached: how many are done, where `advance` cannot tell, as of steps that a device has not finished yet.
     clock: seconds.
   """
 
-  def __init__(self, name: str, total: int = 0, unit: str = "", clock: Callable[[], float] = time.monotonic):
-    self.name, self.total, self.unit, self.done = name, total, unit, 0
+  def __init__(
+    self,
+    name: str,
+    total: int = 0,
+    unit: str = "",
+    reached: Callable[[], int] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    self.name, self.total, self.unit, self._count, self._reached = name, total, unit, 0, reached
     self._clock, self._begin = clock, clock()
     self._first: tuple[float, int] | None = None  # seconds and units of the first part, in which programs are compiled
 
   def advance(self, count: int = 1) -> None:
     """Counts finished units."""
-    self.done += count
+    self._count += count
     if self._first is None:
       self._first = self._clock() - self._begin, self.done
+
+  @property
+  def done(self) -> int:
+    """Finished units."""
+    return self._count if self._reached is None else self._reached()
 
   @property
   def seconds(self) -> float:
@@ -103,16 +116,16 @@ class Phase:
 
 
 @contextlib.contextmanager
-def phase(name: str, total: int = 0, unit: str = "") -> Iterator[Phase]:
+def phase(name: str, total: int = 0, unit: str = "", reached: Callable[[], int] | None = None) -> Iterator[Phase]:
   """Prints a line at the end of what is done in the `with`, and, where it takes long, what it has reached.
 
       with progress.phase("evaluate", total=654, unit="images") as evaluated:
         evaluated.advance(8)
 
   Args:
-    name, total, unit: see Phase.
+    name, total, unit, reached: see Phase.
   """
-  running = Phase(name, total, unit)
+  running = Phase(name, total, unit, reached)
   if not _shown.is_set():
     yield running
     return

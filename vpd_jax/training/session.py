@@ -133,6 +133,10 @@ class TrainingSession:
         jax.block_until_ready(self._logs)
     self._unchecked.append((self.step, self._logs["train/loss"], self._logs["norm/gradients"]))
 
+  def finished_steps(self) -> int:
+    """Steps that the devices have finished, also those of earlier runs; `step` counts those that were begun."""
+    return self.step - sum(not loss.is_ready() for _, loss, _ in [*self._unchecked])
+
   def write_logs(self) -> None:
     """Writes the logs of the step and the speed of the run.
 

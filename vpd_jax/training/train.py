@@ -35,10 +35,9 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
       log(f"stopped by {session.guard.cause} at step {session.step}")
       return session.scores
     session.prepare()
-    with progress.phase("train", config.num_steps - session.step, "steps") as trained:
+    with progress.phase("train", config.num_steps, "steps", session.finished_steps):
       while True:
         session.train_step()
-        trained.advance()
         for event in events.after(session.step):
           match event:
             case Event.LOG:
