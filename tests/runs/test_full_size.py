@@ -165,7 +165,7 @@ def forward(words: str, picture: str, scene: str) -> None:
   print(f"{count / 1e6:.0f} M parameters, image {size}: made in {made:.0f} s, compiled and run in {first:.0f} s")
 
 
-@pytest.mark.parametrize("method", ["vpd", "meta_prompts", "iedp", "eco_depth", "tadp"])
+@pytest.mark.parametrize("method", ["vpd", "meta_prompts", "iedp", "eco_depth", "tadp", "vpd,sd21"])
 @pytest.mark.parametrize("data", ["nyu", "kitti"])
 def test_every_network_runs_forward_on_a_real_picture(data, method, real, tmp_path):
   pattern, scene = {
