@@ -1,11 +1,10 @@
-"""The README's table of the embedded rooms: all methods of a task, trained with the same settings and several seeds.
+"""The table of docs/rooms.md: all methods of a task, trained with the same settings and several seeds.
 
 python scripts/rooms_table.py                            # all rows missing in benchmarks/rooms_table.json
 python scripts/rooms_table.py --methods vpd --seeds 0    # one run
-python scripts/rooms_table.py --write                    # the README's table from that file, without runs
+python scripts/rooms_table.py --write                    # the table from that file, without runs
 
-Each run is the command of the README in a separate process, below runs/rooms_table. After an interruption the same
-command continues.
+Each run is a process of its own, below runs/rooms_table. After an interruption the same command continues.
 """
 
 import argparse
@@ -26,7 +25,7 @@ from vpd_jax.files import atomic
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "rooms_table.json"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "rooms.md"
 BEGIN, END = "<!-- rooms_table.py: begin -->", "<!-- rooms_table.py: end -->"
 NAMES = {"vpd": "VPD", "meta_prompts": "MetaPrompts", "iedp": "IEDP"}
 SEEDS = (0, 1)
@@ -290,7 +289,7 @@ def _row(name: str, runs: list[Record], network: Record | None) -> str:
 
 
 def write(readme: str, results: dict[str, list[Record]], tasks: tuple[Rows, ...] = TASKS) -> str:
-  """Replaces the tables between the two markers of the README.
+  """Replaces the tables between the two markers of the page.
 
   Raises:
     ValueError: not exactly one of each marker, in this order; rows that do not fit in one table.
@@ -298,7 +297,7 @@ def write(readme: str, results: dict[str, list[Record]], tasks: tuple[Rows, ...]
   before, begin, rest = readme.partition(BEGIN)
   _, end, after = rest.partition(END)
   if not (begin and end) or readme.count(BEGIN) + readme.count(END) != 2:
-    raise UserError(f"the README must hold {BEGIN!r} and behind it {END!r}, once each.")
+    raise UserError(f"{PAGE.name} must hold {BEGIN!r} and behind it {END!r}, once each.")
   return "\n".join([before + begin, "\n\n".join(table(results, rows) for rows in tasks), end + after])
 
 
@@ -314,13 +313,13 @@ def stale(results: dict[str, list[Record]]) -> list[str]:
 
 def main() -> None:
   parser = argparse.ArgumentParser(
-    description="Train every method on the embedded rooms, and write the README's table."
+    description="Train every method on the embedded rooms, and write the table of docs/rooms.md."
   )
   parser.add_argument("--tasks", nargs="+", choices=[rows.task for rows in TASKS], help="default: all")
   parser.add_argument("--methods", nargs="+", choices=NAMES, help="default: all")
   parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help=f"default: {' '.join(map(str, SEEDS))}")
   parser.add_argument("--again", action="store_true", help="repeat stored rows")
-  parser.add_argument("--write", action="store_true", help="only write the README from the stored rows")
+  parser.add_argument("--write", action="store_true", help="only write the page from the stored rows")
   parser.add_argument("--measure", nargs=2, metavar=("TASK", "METHOD"), help=argparse.SUPPRESS)  # for child processes
   options = parser.parse_args()
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -331,7 +330,7 @@ def main() -> None:
   if options.write:
     if old := stale(load()):
       print(f"outdated config: {', '.join(old)}; --again repeats them")
-    atomic.write(README, write(README.read_text(), load()))
+    atomic.write(PAGE, write(PAGE.read_text(), load()))
     return
   for rows in (known[task] for task in options.tasks or known):
     for method in (m for m in rows.methods if m in (options.methods or rows.methods)):

@@ -1,4 +1,4 @@
-"""The script of the README's table: reading a run, writing the table; no training."""
+"""The script of the rooms' table: reading a run, writing the table; no training."""
 
 import importlib.util
 import json
@@ -75,9 +75,9 @@ def test_only_what_stands_between_the_markers_is_replaced(script):
       script.write(wrong, made, script.TASKS[:1])
 
 
-def test_the_readme_holds_the_table_of_the_stored_results(script):
-  readme = script.README.read_text()
-  assert script.write(readme, script.load()) == readme, "python scripts/rooms_table.py --write"
+def test_the_page_holds_the_table_of_the_stored_results(script):
+  page = script.PAGE.read_text()
+  assert script.write(page, script.load()) == page, "python scripts/rooms_table.py --write"
 
 
 def test_scores_and_losses_are_read_from_the_metrics(script):

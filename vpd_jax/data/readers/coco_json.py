@@ -78,7 +78,7 @@ def annotations(path: str | Path, names: Sequence[str]) -> Annotations:
   if tuple(category["keypoints"]) != tuple(names):
     raise UserError(
       f"{path} has the keypoints {', '.join(category['keypoints'])}, but the config {', '.join(names)}; make them "
-      "agree in number and order."
+      "agree in number and order, or leave data.keypoints empty, which takes those of the file."
     )
   listed = [image if isinstance(image, dict) else {} for image in content["images"]]
   images: list[Fields] = [{key: image.get(key) for key in ("id", "file_name", "width", "height")} for image in listed]
