@@ -188,7 +188,7 @@ def test_files_of_another_kind_are_refused(root, tmp_path):
   path.write_text(json.dumps({"images": [], "annotations": [], "categories": [{"id": 1, "name": "person"}]}))
   check_message("has 0 categories with keypoints", lambda: coco_json.annotations(path, names))
   check_message("cannot be read (No such file", lambda: coco_json.annotations(tmp_path / "no.json", names))
-  check_message("but the config a, b; make them agree in number and order, or leave data.key", lambda: coco_json.annotations(
+  check_message("but the config a, b; make them agree in number and order, or leave", lambda: coco_json.annotations(
     root / "annotations/person_keypoints_val2017.json", ("a", "b")))  # fmt: skip
   check_message("it is not on cocodataset.org", lambda: data(root, detections="no.json").source("eval"))
   check_message("annotations_trainval2017.zip", lambda: data(root, annotations="no").source("eval"))
