@@ -21,7 +21,7 @@ LAYERS = (
   ("experiment",),
   ("convert", "optim", "tasks"),
   ("distributed",),
-  ("models", "data", "inference", "monitoring", "config"),
+  ("models", "data", "inference", "monitoring", "config", "moments"),
   ("files",),
   ("types",),
   ("errors",),

@@ -224,9 +224,8 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Product:
   _check_idle(config, parts)
   groups = optim.groups(parts.params, config.optim.lr_groups, config.optim.decay_groups)
   rate = optim.schedule(**loader.schedule(config), lr=config.optim.lr)
-  optimizer = optim.optimizer(
-    rate, groups, **{k: config.optim[k] for k in ("decay", "b1", "b2", "epsilon", "clip_norm")}
-  )
+  options = {k: config.optim[k] for k in ("decay", "b1", "b2", "epsilon", "clip_norm", "moments")}
+  optimizer = optim.optimizer(rate, groups, **options, seed=config.seed)
   if not training and parts.model.method.training_only:
     parts = params_lib.describe(_builder(config, task, classes, training=False))
   keys = ("image", *sorted(task.needs | parts.model.method.needs))

@@ -1,5 +1,6 @@
 """Where the arrays of a run come from: its own checkpoint, another run, converted weights, or random initialization."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator
@@ -298,19 +299,35 @@ def resume_or_start(
   step = checkpoints.latest_step()
   if step is None:
     return new_state(config, product, mesh)
-  changed = loader.differences(checkpoints.restore_config(step), json.loads(to_json(config)))
+  held = checkpoints.restore_config(step)
+  changed = loader.differences(held, json.loads(to_json(config)))
   if changed and not accept_changes:
     raise UserError(
       f"the workdir was made with another config: {'; '.join(changed)}. Choose another --workdir, or "
       "go on all the same with --accept_config_changes."
     )
-  abstract = sharding.abstract(state_shapes(config, product), state_shardings(config, product, mesh))
-  state = checkpoints.restore(step, abstract)
+  state, more = _restored(config, product, mesh, checkpoints, step, held["optim"].get("moments", "float32"))
   named = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(state)}
   finite.check(named, f"checkpoint {step} of the workdir")
-  return state, [
-    f"resumed: checkpoint of step {step}",
-    *(f"changed: {c}" for c in changed),
+  return state, [f"resumed: checkpoint of step {step}", *(f"changed: {c}" for c in changed), *more]
+
+
+def _restored(
+  config: ConfigDict, product: Product, mesh: jax.sharding.Mesh, checkpoints: Checkpoints, step: int, moments: str
+) -> tuple[TrainState, list[str]]:
+  """The state of a checkpoint whose moments are kept as this word says, and a line where they are converted."""
+  shapes, where = state_shapes(config, product), state_shardings(config, product, mesh)
+  if moments == config.optim.moments:
+    return checkpoints.restore(step, sharding.abstract(shapes, where)), []
+  recode = lambda kind: lambda opt_state, params: optim.with_moments(opt_state, kind, params)
+  before = jax.eval_shape(recode(moments), shapes.opt_state, shapes.params)
+  before = dataclasses.replace(shapes, opt_state=before)
+  placed = sharding.state_shardings(mesh, before, rules=config.mesh.rules)
+  state = checkpoints.restore(step, sharding.abstract(before, placed))
+  convert = jax.jit(recode(config.optim.moments), out_shardings=where.opt_state)
+  opt_state = convert(state.opt_state, state.params)
+  return dataclasses.replace(state, opt_state=opt_state), [
+    f"moments converted from {moments} to {config.optim.moments}"
   ]
 
 

@@ -18,7 +18,7 @@ FIELDS = {
        "param_dtype", "num_steps", "log_every", "eval_every", "save_every", "keep", "keep_best", "profile",
        "writer"),
   "optim": ("lr", "decay", "b1", "b2", "epsilon", "clip_norm", "schedule", "lr_groups", "decay_groups", "norm_group",
-            "loss_group", "accumulation", "ema_decay"),
+            "loss_group", "accumulation", "ema_decay", "moments"),
   "backbone": ("unet", "vae", "text", "image", "vit", "attention", "remat"),
   "eval": ("batch_size", "test_time", "coverage", "small_images", "checkpoint", "baselines", "panels"),
   "init": ("pretrained", "run", "clip", "vit"),
@@ -35,7 +35,12 @@ RENAMED = {
   "eval.small": "eval.small_images",
 }
 # Options that earlier versions did not have, and what they did without.
-ADDED = {"data.captions": "", "backbone.vae.latent_scale": 0.18215, "backbone.text.padding": -1}
+ADDED = {
+  "data.captions": "",
+  "backbone.vae.latent_scale": 0.18215,
+  "backbone.text.padding": -1,
+  "optim.moments": "float32",
+}
 
 
 def with_new_names(flat: Mapping[str, object]) -> Section:

@@ -12,6 +12,7 @@ def adamw(
   decay_groups: tuple,
   norm_group: int = 0,
   loss_group: int = 0,
+  moments: str = "float32",
 ) -> Section:
   """AdamW with the release's betas and no clipping.
 
@@ -21,6 +22,7 @@ def adamw(
     schedule: name and options of a schedule in `optim.py`; its `lr` is `optim.lr`.
     lr_groups, decay_groups: ordered (pattern, multiplier) pairs; None as an lr multiplier freezes.
     norm_group, loss_group: images per group of batch statistics and of the loss; 0 is the whole batch.
+    moments: how the two moments are kept, see moments.py: "float32", "bfloat16" or "int8".
   """
   return {
     "lr": lr,
@@ -36,6 +38,7 @@ def adamw(
     "loss_group": loss_group,
     "accumulation": 1,
     "ema_decay": 0.0,
+    "moments": moments,
   }
 
 
