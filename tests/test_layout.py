@@ -38,7 +38,7 @@ ONLY = {  # narrower than the rows
 MODELS = (
   ("perception_model",),
   ("methods", "necks", "heads"),
-  ("context",),
+  ("context", "lora"),
   ("backbones", "parameters"),
   ("initializers", "layer_options"),
 )

@@ -36,6 +36,7 @@ from vpd_jax.data.datasets import (
 )
 from vpd_jax.errors import UserError
 from vpd_jax.inference import sliding_window, tta
+from vpd_jax.models import lora
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones.attention import IMPLEMENTATIONS
 from vpd_jax.models.backbones.clip_image import ImageSizes
@@ -223,13 +224,35 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Product:
   _check_groups(config, parts)
   _check_idle(config, parts)
   groups = optim.groups(parts.params, config.optim.lr_groups, config.optim.decay_groups)
+  kernels = _lora_kernels(config, parts, groups)
+  trained = {f"{lora.PREFIX}{kernel}/{part}": kernel for kernel in kernels for part in "ab"}
+  groups = optim.with_lora(groups, lora.UNET, trained, config.lora.lr) if kernels else groups
   rate = optim.schedule(**loader.schedule(config), lr=config.optim.lr)
   options = {k: config.optim[k] for k in ("decay", "b1", "b2", "epsilon", "clip_norm", "moments")}
   optimizer = optim.optimizer(rate, groups, **options, seed=config.seed)
   if not training and parts.model.method.training_only:
     parts = params_lib.describe(_builder(config, task, classes, training=False))
+  elif training and config.lora.rank:
+    parts = _with_lora(config, parts, kernels)
   keys = ("image", *sorted(task.needs | parts.model.method.needs))
   return Product(parts, task, groups, rate, optimizer, classes, keys)
+
+
+def _lora_kernels(config: ConfigDict, parts: params_lib.Parts, groups: optim.Groups) -> list[str]:
+  """The kernels that `config.lora` trains in another form; none where its rank is 0."""
+  if config.lora.rank:
+    return lora.targets(groups.lr, parts.shapes, tuple(config.lora.targets))
+  if config.lora.targets:
+    raise UserError(
+      f"config.lora.targets={tuple(config.lora.targets)!r} have no effect with config.lora.rank=0; give a rank."
+    )
+  return []
+
+
+def _with_lora(config: ConfigDict, parts: params_lib.Parts, kernels: list[str]) -> params_lib.Parts:
+  """The model with the arrays that `config.lora` trains."""
+  options = {"rank": config.lora.rank, "alpha": config.lora.alpha, "seed": config.seed}
+  return lora.adapted(parts, kernels, **options, dtype=dtype(config, "param_dtype"))
 
 
 def _task(config: ConfigDict, info: DatasetInfo) -> Task:
@@ -355,5 +378,6 @@ def sentence_lines(product: Product, made: Dataset, splits: tuple[str, ...] = ("
 
 
 def model_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shape and dtype of every array of the model, by name."""
-  return assemble(config).parts.shapes
+  """Shape and dtype of every array of the model itself, by name: without those of LoRA."""
+  parts = assemble(config).parts
+  return {name: parts.shapes[name] for name in parts.paths}

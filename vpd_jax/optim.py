@@ -158,6 +158,24 @@ def groups(names: Iterable[str], lr_groups: tuple, decay_groups: tuple) -> Group
   return Groups({n: lr[n] for n in trained}, decay, {n: label[n] for n in trained}, frozenset(names) - set(trained))
 
 
+def with_lora(groups: Groups, frozen: str, kernels: dict[str, str], lr: float) -> Groups:
+  """The groups where kernels are trained by other arrays in their place.
+
+  Args:
+    groups: of the model alone.
+    frozen: the beginning of the names of all that is no longer trained.
+    kernels: the arrays that are trained, and the kernel of each, whose decay they take.
+    lr: multiplier of their rate.
+  """
+  others = {n: x for n, x in groups.lr.items() if not n.startswith(frozen)}
+  return Groups(
+    others | dict.fromkeys(kernels, lr),
+    {n: groups.decay[n] for n in others} | {n: groups.decay[kernel] for n, kernel in kernels.items()},
+    {n: groups.label[n] for n in others} | dict.fromkeys(kernels, "lora"),
+    groups.frozen | (groups.lr.keys() - others.keys()),
+  )
+
+
 def optimizer(
   rate: Schedule,
   groups: Groups,

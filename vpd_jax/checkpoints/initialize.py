@@ -49,7 +49,7 @@ def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[Par
     ValueError: a source that cannot be read or does not fit; no source of class vectors, of CLIP's towers or of the
       classifier of ImageNet.
   """
-  shapes = product.parts.shapes
+  shapes = {name: product.parts.shapes[name] for name in product.parts.paths}
   source = source or config.init.run or config.init.pretrained
   named, lines = {}, []
   if source and is_workdir(source):
@@ -69,7 +69,9 @@ def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[Par
   if rest:
     tops = sorted({"/".join(name.split("/")[:2]) for name in rest})
     lines.append(f"{RANDOM} (seed {config.seed}): {len(rest)} arrays in {', '.join(tops)}")
-  return named | product.parts.initialize(sorted(rest)), lines
+  more = sorted(product.parts.shapes.keys() - shapes.keys())
+  lines += [f"LoRA: {len(more) // 2} kernels of the UNet, which begins as it is"] if more else []
+  return named | product.parts.initialize([*sorted(rest), *more]), lines
 
 
 def _prompts(config: ConfigDict, product: Product, named: ParamDict, source: str) -> Iterator[tuple[ParamDict, str]]:
@@ -201,7 +203,7 @@ def _load_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[
   Raises:
     ValueError: the names or shapes are not those of the model; NaN or infinity.
   """
-  which, shapes = config.eval.checkpoint, product.parts.shapes
+  which, shapes = config.eval.checkpoint, {n: product.parts.shapes[n] for n in product.parts.paths}
   if which not in ("newest", "best"):
     raise UserError(f"config.eval.checkpoint={which!r} is unknown; choose 'newest' or 'best'.")
   parts = tuple(f"method/{part}" for part in product.method.training_only)
@@ -210,7 +212,7 @@ def _load_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[
     best = held.best_step() if which == "best" else None
     step = held.latest_step() if best is None else best
     saved = held.restore_weights(cast(int, step), skip=absent)
-  named = Checkpoints.evaluated(saved)
+    named = held.evaluated(cast(int, step), saved)
   needed = {n for n in shapes if not n.startswith(CLASS_PREDICTOR)}
   wrong = sorted(
     n for n in needed | named.keys() if n not in named or n not in shapes or named[n].shape != shapes[n].shape

@@ -100,7 +100,9 @@ def run(*, num_steps: int, log_every: int, eval_every: int, save_every: int) -> 
   Returns:
     seed; dtype of computation and param_dtype of parameters and optimizer state; the lengths, in steps; checkpoints
     kept (newest, best); profile: number of steps to trace from the tenth on, 0 for none; writer: of event files, see
-    writers.create; init: weights to start from; mesh: devices along ("data", "fsdp"), -1 for the rest.
+    writers.create; init: weights to start from; lora: rank (0: off), alpha, multiplier of the rate, and patterns of the
+    kernels of the UNet that get one, () for those of attention, see models/lora.py; mesh: devices along ("data",
+    "fsdp"), -1 for the rest.
   """
   return {
     "seed": 0,
@@ -115,5 +117,6 @@ def run(*, num_steps: int, log_every: int, eval_every: int, save_every: int) -> 
     "profile": 0,
     "writer": "auto",
     "init": {"pretrained": "", "run": "", "clip": ""},
+    "lora": {"rank": 0, "alpha": 16.0, "lr": 1.0, "targets": ()},
     "mesh": {"data": -1, "fsdp": 1, "rules": ()},
   }
