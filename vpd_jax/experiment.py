@@ -97,6 +97,7 @@ DATASETS: dict[str, type[Dataset]] = {
 }
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+FROZEN_DTYPES = ("float32", "bfloat16")  # the first: as param_dtype
 NOT_OF_THE_DATASET = ("name", "batch_size", "workers", "on_bad_record", "captions")
 
 
@@ -224,7 +225,7 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Product:
   _check_groups(config, parts)
   _check_idle(config, parts)
   groups = optim.groups(parts.params, config.optim.lr_groups, config.optim.decay_groups)
-  kernels = _lora_kernels(config, parts, groups)
+  kernels = lora.targets(groups.lr, parts.shapes, config.lora.rank, tuple(config.lora.targets))
   trained = {f"{lora.PREFIX}{kernel}/{part}": kernel for kernel in kernels for part in "ab"}
   groups = optim.with_lora(groups, lora.UNET, trained, config.lora.lr) if kernels else groups
   rate = optim.schedule(**loader.schedule(config), lr=config.optim.lr)
@@ -234,25 +235,30 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Product:
     parts = params_lib.describe(_builder(config, task, classes, training=False))
   elif training and config.lora.rank:
     parts = _with_lora(config, parts, kernels)
+  parts = _with_frozen_dtype(config, parts, groups, kept=() if training else kernels)
   keys = ("image", *sorted(task.needs | parts.model.method.needs))
   return Product(parts, task, groups, rate, optimizer, classes, keys)
-
-
-def _lora_kernels(config: ConfigDict, parts: params_lib.Parts, groups: optim.Groups) -> list[str]:
-  """The kernels that `config.lora` trains in another form; none where its rank is 0."""
-  if config.lora.rank:
-    return lora.targets(groups.lr, parts.shapes, tuple(config.lora.targets))
-  if config.lora.targets:
-    raise UserError(
-      f"config.lora.targets={tuple(config.lora.targets)!r} have no effect with config.lora.rank=0; give a rank."
-    )
-  return []
 
 
 def _with_lora(config: ConfigDict, parts: params_lib.Parts, kernels: list[str]) -> params_lib.Parts:
   """The model with the arrays that `config.lora` trains."""
   options = {"rank": config.lora.rank, "alpha": config.lora.alpha, "seed": config.seed}
   return lora.adapted(parts, kernels, **options, dtype=dtype(config, "param_dtype"))
+
+
+def _with_frozen_dtype(
+  config: ConfigDict, parts: params_lib.Parts, groups: optim.Groups, kept: Collection[str]
+) -> params_lib.Parts:
+  """The model with what is not trained in `config.frozen_dtype`; but for statistics and the arrays `kept` as they are.
+
+  Kept are kernels into which LoRA is merged before they come: most of what it adds would be rounded away.
+  """
+  if config.frozen_dtype not in FROZEN_DTYPES:
+    raise UserError(f"config.frozen_dtype={config.frozen_dtype!r} is unknown; choose one of {FROZEN_DTYPES}.")
+  if config.frozen_dtype == FROZEN_DTYPES[0]:
+    return parts
+  frozen = parts.shapes.keys() - groups.lr.keys() - parts.stats - set(kept)
+  return parts.stored_in(DTYPES[config.frozen_dtype], frozen)
 
 
 def _task(config: ConfigDict, info: DatasetInfo) -> Task:
@@ -378,6 +384,6 @@ def sentence_lines(product: Product, made: Dataset, splits: tuple[str, ...] = ("
 
 
 def model_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shape and dtype of every array of the model itself, by name: without those of LoRA."""
-  parts = assemble(config).parts
+  """Shape and dtype of every array of the model itself, by name: without those of LoRA, in `param_dtype`."""
+  parts = assemble(loader.changed(config, {"frozen_dtype": FROZEN_DTYPES[0]})).parts
   return {name: parts.shapes[name] for name in parts.paths}

@@ -186,6 +186,30 @@ def test_lora_goes_with_every_method(method):
   assert not any(n.startswith(lora.PREFIX) for n in evaluated.shapes)
 
 
+def test_frozen_arrays_in_bfloat16_are_their_rounded_values_and_take_half(tmp_path):
+  config, plain = rooms(frozen_dtype="bfloat16"), rooms()
+  product, wide = experiment.assemble(config), experiment.assemble(plain)
+  named, _ = initialize.weights(config, product)
+  before, _ = initialize.weights(plain, wide)
+  frozen = product.groups.frozen
+  assert {n for n, x in named.items() if x.dtype == jnp.bfloat16} == frozen and frozen >= set(KERNELS)
+  batch, rounded = batch_for(product, config), {n: named[n].astype(x.dtype) for n, x in before.items()}
+  run = lambda p: jax.jit(lambda w, b: p.parts.merge(*w)(b, training=True)["depth"])
+  np.testing.assert_array_equal(run(product)(of(product, named), batch), run(wide)(of(wide, rounded), batch))
+  mesh = sharding.make_mesh(1, 1)
+  size = [plan.state_bytes(c, p, mesh) for c, p in ((config, product), (plain, wide))]
+  assert size[0] == size[1] | {"frozen": size[1]["frozen"] // 2}
+  scores = train.run(config, str(tmp_path))
+  assert evaluate.run(config, str(tmp_path)) == pytest.approx(scores, rel=1e-4)
+  assert evaluate.run(rooms(0), str(tmp_path)) == pytest.approx(scores, rel=1e-4)
+  assert {x.dtype.name for x in experiment.model_shapes(config).values()} == {"float32"}
+
+
+def test_an_unknown_dtype_of_frozen_arrays_is_refused():
+  with pytest.raises(ValueError, match=r"^config\.frozen_dtype='float16' is unknown; choose one of \('float32', 'bf"):
+    experiment.assemble(rooms(frozen_dtype="float16"))
+
+
 @pytest.mark.multidevice
 def test_a_step_of_eight_devices_is_that_of_one():
   config = rooms(**{"data.batch_size": 8, "optim.loss_group": 0, "optim.norm_group": 0})

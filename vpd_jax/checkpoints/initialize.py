@@ -71,7 +71,8 @@ def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[Par
     lines.append(f"{RANDOM} (seed {config.seed}): {len(rest)} arrays in {', '.join(tops)}")
   more = sorted(product.parts.shapes.keys() - shapes.keys())
   lines += [f"LoRA: {len(more) // 2} kernels of the UNet, which begins as it is"] if more else []
-  return named | product.parts.initialize([*sorted(rest), *more]), lines
+  named |= product.parts.initialize([*sorted(rest), *more])
+  return {name: x.astype(product.parts.shapes[name].dtype, copy=False) for name, x in named.items()}, lines
 
 
 def _prompts(config: ConfigDict, product: Product, named: ParamDict, source: str) -> Iterator[tuple[ParamDict, str]]:

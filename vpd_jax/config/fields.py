@@ -15,8 +15,8 @@ Section = dict[str, Any]  # of a config
 # says it, see `look_up`.
 FIELDS = {
   "": ("method", "neck", "head", "task", "data", "optim", "backbone", "eval", "init", "mesh", "seed", "dtype",
-       "param_dtype", "num_steps", "log_every", "eval_every", "save_every", "keep", "keep_best", "profile",
-       "writer", "lora"),
+       "param_dtype", "frozen_dtype", "num_steps", "log_every", "eval_every", "save_every", "keep", "keep_best",
+       "profile", "writer", "lora"),
   "optim": ("lr", "decay", "b1", "b2", "epsilon", "clip_norm", "schedule", "lr_groups", "decay_groups", "norm_group",
             "loss_group", "accumulation", "ema_decay", "moments"),
   "backbone": ("unet", "vae", "text", "image", "vit", "attention", "remat"),
@@ -45,6 +45,7 @@ ADDED = {
   "lora.alpha": 16.0,
   "lora.lr": 1.0,
   "lora.targets": (),
+  "frozen_dtype": "float32",
 }
 
 

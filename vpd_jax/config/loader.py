@@ -22,7 +22,19 @@ from vpd_jax.errors import UserError
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 PROJECT = PACKAGE.parent  # of a checkout; a wheel has its configs/ in the package
-RESUME_CHECKED = ("method", "neck", "head", "task", "data", "optim", "backbone", "lora", "seed", "dtype")
+RESUME_CHECKED = (
+  "method",
+  "neck",
+  "head",
+  "task",
+  "data",
+  "optim",
+  "backbone",
+  "lora",
+  "seed",
+  "dtype",
+  "frozen_dtype",
+)
 RESUME_IGNORED = (
   "data.workers",
   "data.root",

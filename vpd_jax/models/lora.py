@@ -27,17 +27,23 @@ UNET = "method/unet/"
 ATTENTION = (r"/attn[12]/to_(q|k|v|out/0)/kernel$",)  # the matrices of self- and cross-attention
 
 
-def targets(trained: Iterable[str], shapes: Fields, patterns: tuple[str, ...]) -> list[str]:
-  """The kernels of the UNet that get A and B.
+def targets(trained: Iterable[str], shapes: Fields, rank: int, patterns: tuple[str, ...]) -> list[str]:
+  """The kernels of the UNet that get A and B; none where the rank is 0.
 
   Args:
     trained: names of the arrays that the run would train without LoRA.
     shapes: by name.
-    patterns: regular expressions, searched in "/" + name; empty: ATTENTION.
+    rank: config.lora.rank.
+    patterns: config.lora.targets, regular expressions, searched in "/" + name; empty: ATTENTION.
 
   Raises:
-    ValueError: no kernel of the UNet is trained; a pattern is no regular expression, or matches none of them.
+    ValueError: patterns without a rank; no kernel of the UNet is trained; a pattern is no regular expression, or
+      matches none of them.
   """
+  if not rank:
+    if patterns:
+      raise UserError(f"config.lora.targets={patterns!r} have no effect with config.lora.rank=0; give a rank.")
+    return []
   kernels = sorted(n for n in trained if n.startswith(UNET) and len(shapes[n].shape) > 1)
   if not kernels:
     raise UserError(

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from vpd_jax.errors import UserError
 from vpd_jax.models import initializers
@@ -56,6 +58,14 @@ class Parts(NamedTuple):
     if undrawn := sorted(set(names) - self.draws.keys()):
       raise UserError(f"nothing says how {undrawn[:5]} are drawn; build the model with InitKeys and Initializers.")
     return {name: self.draws[name](name) for name in names}
+
+  def stored_in(self, dtype: DTypeLike, names: Iterable[str]) -> "Parts":
+    """The same model with the named arrays in another dtype, those of whole numbers as they are."""
+    held = {name: self.shapes[name] for name in names}
+    floats = {name: x for name, x in held.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    return self._replace(
+      shapes=self.shapes | {name: jax.ShapeDtypeStruct(x.shape, dtype) for name, x in floats.items()}
+    )
 
   def merge(self, *arrays: ParamDict) -> Any:
     """The model holding `arrays`, for one traced function; variables are copies, so statistics may change."""

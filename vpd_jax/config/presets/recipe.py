@@ -98,16 +98,17 @@ def run(*, num_steps: int, log_every: int, eval_every: int, save_every: int) -> 
   """What every config has beside its own sections.
 
   Returns:
-    seed; dtype of computation and param_dtype of parameters and optimizer state; the lengths, in steps; checkpoints
-    kept (newest, best); profile: number of steps to trace from the tenth on, 0 for none; writer: of event files, see
-    writers.create; init: weights to start from; lora: rank (0: off), alpha, multiplier of the rate, and patterns of the
-    kernels of the UNet that get one, () for those of attention, see models/lora.py; mesh: devices along ("data",
-    "fsdp"), -1 for the rest.
+    seed; dtype of computation, param_dtype of parameters and optimizer state, and frozen_dtype of what is not trained,
+    "float32" (as param_dtype) or "bfloat16"; the lengths, in steps; checkpoints kept (newest, best); profile: number of
+    steps to trace from the tenth on, 0 for none; writer: of event files, see writers.create; init: weights to start
+    from; lora: rank (0: off), alpha, multiplier of the rate, and patterns of the kernels of the UNet that get one, ()
+    for those of attention, see models/lora.py; mesh: devices along ("data", "fsdp"), -1 for the rest.
   """
   return {
     "seed": 0,
     "dtype": "float32",
     "param_dtype": "float32",
+    "frozen_dtype": "float32",
     "num_steps": num_steps,
     "log_every": log_every,
     "eval_every": eval_every,
