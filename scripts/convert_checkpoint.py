@@ -5,7 +5,7 @@ python scripts/convert_checkpoint.py --config=configs/nyu_depth.py --source=DIR_
 
 Forward: writes DIR with the arrays (orbax) and manifest.json, to be given as --config.init.pretrained.
 Reverse: writes a .pth or .safetensors that the authors' code loads strictly. The source is a converted directory, a
-workdir of a run (its newest checkpoint, or --step), or any checkpoint that fills the whole model.
+workdir of a run (its newest checkpoint, or --step, LoRA merged), or any checkpoint that fills the whole model.
 """
 
 import argparse
@@ -81,9 +81,8 @@ def read(args: argparse.Namespace, shapes: dict, config: ConfigDict) -> tuple[di
     return named, report.step
   with checkpointer.Checkpoints(args.source, read_only=True) as checkpoints:
     step = checkpoints.latest_step() if args.step is None else args.step
-    weights = checkpoints.restore_weights(step)
     differing = stored.differing(checkpoints.restore_config(step), config)
-  named = checkpoints.evaluated(weights)
+    named = checkpoints.evaluated(step, checkpoints.restore_weights(step))
   if wrong := [name for name, shape in shapes.items() if name not in named or named[name].shape != shape.shape]:
     raise UserError(
       f"--source={args.source!r} is not of this config: {differing}, and {len(wrong)} arrays are missing or of another "

@@ -21,7 +21,7 @@ LAYERS = (
   ("experiment",),
   ("convert", "optim", "tasks"),
   ("distributed",),
-  ("models", "data", "inference", "monitoring", "config"),
+  ("models", "data", "inference", "monitoring", "config", "moments"),
   ("files",),
   ("types",),
   ("errors",),
@@ -38,7 +38,7 @@ ONLY = {  # narrower than the rows
 MODELS = (
   ("perception_model",),
   ("methods", "necks", "heads"),
-  ("context",),
+  ("context", "lora"),
   ("backbones", "parameters"),
   ("initializers", "layer_options"),
 )

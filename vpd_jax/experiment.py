@@ -36,6 +36,7 @@ from vpd_jax.data.datasets import (
 )
 from vpd_jax.errors import UserError
 from vpd_jax.inference import sliding_window, tta
+from vpd_jax.models import lora
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones.attention import IMPLEMENTATIONS
 from vpd_jax.models.backbones.clip_image import ImageSizes
@@ -96,6 +97,7 @@ DATASETS: dict[str, type[Dataset]] = {
 }
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+FROZEN_DTYPES = ("float32", "bfloat16")  # the first: as param_dtype
 NOT_OF_THE_DATASET = ("name", "batch_size", "workers", "on_bad_record", "captions")
 
 
@@ -223,14 +225,40 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Product:
   _check_groups(config, parts)
   _check_idle(config, parts)
   groups = optim.groups(parts.params, config.optim.lr_groups, config.optim.decay_groups)
+  kernels = lora.targets(groups.lr, parts.shapes, config.lora.rank, tuple(config.lora.targets))
+  trained = {f"{lora.PREFIX}{kernel}/{part}": kernel for kernel in kernels for part in "ab"}
+  groups = optim.with_lora(groups, lora.UNET, trained, config.lora.lr) if kernels else groups
   rate = optim.schedule(**loader.schedule(config), lr=config.optim.lr)
-  optimizer = optim.optimizer(
-    rate, groups, **{k: config.optim[k] for k in ("decay", "b1", "b2", "epsilon", "clip_norm")}
-  )
+  options = {k: config.optim[k] for k in ("decay", "b1", "b2", "epsilon", "clip_norm", "moments")}
+  optimizer = optim.optimizer(rate, groups, **options, seed=config.seed)
   if not training and parts.model.method.training_only:
     parts = params_lib.describe(_builder(config, task, classes, training=False))
+  elif training and config.lora.rank:
+    parts = _with_lora(config, parts, kernels)
+  parts = _with_frozen_dtype(config, parts, groups, kept=() if training else kernels)
   keys = ("image", *sorted(task.needs | parts.model.method.needs))
   return Product(parts, task, groups, rate, optimizer, classes, keys)
+
+
+def _with_lora(config: ConfigDict, parts: params_lib.Parts, kernels: list[str]) -> params_lib.Parts:
+  """The model with the arrays that `config.lora` trains."""
+  options = {"rank": config.lora.rank, "alpha": config.lora.alpha, "seed": config.seed}
+  return lora.adapted(parts, kernels, **options, dtype=dtype(config, "param_dtype"))
+
+
+def _with_frozen_dtype(
+  config: ConfigDict, parts: params_lib.Parts, groups: optim.Groups, kept: Collection[str]
+) -> params_lib.Parts:
+  """The model with what is not trained in `config.frozen_dtype`; but for statistics and the arrays `kept` as they are.
+
+  Kept are kernels into which LoRA is merged before they come: most of what it adds would be rounded away.
+  """
+  if config.frozen_dtype not in FROZEN_DTYPES:
+    raise UserError(f"config.frozen_dtype={config.frozen_dtype!r} is unknown; choose one of {FROZEN_DTYPES}.")
+  if config.frozen_dtype == FROZEN_DTYPES[0]:
+    return parts
+  frozen = parts.shapes.keys() - groups.lr.keys() - parts.stats - set(kept)
+  return parts.stored_in(DTYPES[config.frozen_dtype], frozen)
 
 
 def _task(config: ConfigDict, info: DatasetInfo) -> Task:
@@ -356,5 +384,6 @@ def sentence_lines(product: Product, made: Dataset, splits: tuple[str, ...] = ("
 
 
 def model_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shape and dtype of every array of the model, by name."""
-  return assemble(config).parts.shapes
+  """Shape and dtype of every array of the model itself, by name: without those of LoRA, in `param_dtype`."""
+  parts = assemble(loader.changed(config, {"frozen_dtype": FROZEN_DTYPES[0]})).parts
+  return {name: parts.shapes[name] for name in parts.paths}

@@ -3,13 +3,16 @@
 import functools
 import itertools
 import re
+import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from vpd_jax import moments as moments_lib
 from vpd_jax.errors import UserError
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.types import Array, Fields, PyTree
@@ -155,15 +158,43 @@ def groups(names: Iterable[str], lr_groups: tuple, decay_groups: tuple) -> Group
   return Groups({n: lr[n] for n in trained}, decay, {n: label[n] for n in trained}, frozenset(names) - set(trained))
 
 
+def with_lora(groups: Groups, frozen: str, kernels: dict[str, str], lr: float) -> Groups:
+  """The groups where kernels are trained by other arrays in their place.
+
+  Args:
+    groups: of the model alone.
+    frozen: the beginning of the names of all that is no longer trained.
+    kernels: the arrays that are trained, and the kernel of each, whose decay they take.
+    lr: multiplier of their rate.
+  """
+  others = {n: x for n, x in groups.lr.items() if not n.startswith(frozen)}
+  return Groups(
+    others | dict.fromkeys(kernels, lr),
+    {n: groups.decay[n] for n in others} | {n: groups.decay[kernel] for n, kernel in kernels.items()},
+    {n: groups.label[n] for n in others} | dict.fromkeys(kernels, "lora"),
+    groups.frozen | (groups.lr.keys() - others.keys()),
+  )
+
+
 def optimizer(
-  rate: Schedule, groups: Groups, *, decay: float, b1: float, b2: float, epsilon: float, clip_norm: float
+  rate: Schedule,
+  groups: Groups,
+  *,
+  decay: float,
+  b1: float,
+  b2: float,
+  epsilon: float,
+  clip_norm: float,
+  moments: str = "float32",
+  seed: int = 0,
 ) -> optax.GradientTransformation:
   """AdamW as one chain over a flat dict of arrays.
 
   clip -> Adam -> add decay * decay[name] * p -> multiply by lr[name] -> multiply by -rate(step).
 
-  The state is that of the optax chain of these parts. The update has their formulas, but is traced once for all arrays
-  of one shape and group: hundreds of arrays take optax as many seconds as the network itself.
+  The state is that of the optax chain of these parts, the moments as `moments` says. The update has their formulas, but
+  is traced once for all arrays of one shape and group: hundreds of arrays take optax as many seconds as the network
+  itself.
 
   Args:
     rate: from step to learning rate.
@@ -171,7 +202,15 @@ def optimizer(
     decay: weight decay, decoupled, multiplied by the group's rate as in torch.optim.AdamW.
     b1, b2, epsilon: of Adam.
     clip_norm: largest norm of all gradients together; 0 does not clip. No release clips.
+    moments: how the two moments are kept between steps, see moments.py; an update is made of what they were before they
+      were rounded.
+    seed: of random rounding, which depends on it, the step and the array's name only.
+
+  Raises:
+    ValueError: an unknown word for `moments`.
   """
+  if moments not in moments_lib.KINDS:
+    raise UserError(f"config.optim.moments={moments!r} is unknown; choose one of {moments_lib.KINDS}.")
   clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
   chain = optax.chain(
     clip,
@@ -181,12 +220,21 @@ def optimizer(
     optax.scale_by_schedule(lambda count: -rate(count)),
   )
 
+  def init(params: PyTree) -> Any:
+    state = chain.init(params)
+    return state if moments == "float32" else with_moments(state, moments, params)
+
   @functools.partial(jax.jit, static_argnames=("lr", "decay"))
-  def update_one(g, mu, nu, p, scales, *, lr: float, decay: float):
+  def update_one(g, mu, nu, p, scales, key, number, *, lr: float, decay: float):
+    kept, noise = (mu, nu), (None, None)
+    if key is not None:
+      noise = moments_lib.noise(jax.random.fold_in(key, number), g.shape)
+    mu, nu = (moments_lib.restored(x, g.dtype) for x in kept)
     mu, nu = (1 - b1) * g + b1 * mu, (1 - b2) * jnp.square(g) + b2 * nu
     scales = [scale.astype(g.dtype) for scale in scales]
     u = (mu / scales[0]) / (jnp.sqrt(nu / scales[1]) + epsilon)
     u = u + decay * p if decay else u
+    mu, nu = (moments_lib.stored(x, kept[i], second=i == 1, noise=noise[i]) for i, x in enumerate((mu, nu)))
     return (u if lr == 1 else u * lr) * scales[2], mu, nu
 
   def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[Any, Any]:
@@ -194,8 +242,11 @@ def optimizer(
     clipped, clip_state = clip.update(updates, state[0], params)
     count = optax.safe_increment(adam.count)
     scales = (1 - b1**count, 1 - b2**count, -rate(schedule.count))
+    key = None if moments == "float32" else jax.random.fold_in(jax.random.key(seed), count)
+    number = lambda name: None if key is None else np.uint32(zlib.crc32(name.encode()))
+    options = lambda name: {"lr": float(groups.lr[name]), "decay": decay * groups.decay[name]}
     done = {
-      n: update_one(g, adam.mu[n], adam.nu[n], params[n], scales, lr=float(groups.lr[n]), decay=decay * groups.decay[n])
+      n: update_one(g, adam.mu[n], adam.nu[n], params[n], scales, key, number(n), **options(n))
       for n, g in cast(dict[str, Array], clipped).items()
     }
     updates, mu, nu = ({n: results[i] for n, results in done.items()} for i in range(3))
@@ -203,7 +254,23 @@ def optimizer(
     after = optax.ScaleByScheduleState(optax.safe_increment(schedule.count))
     return updates, (clip_state, adam, *state[2:4], after)
 
-  return optax.GradientTransformation(chain.init, update)
+  return optax.GradientTransformation(init, update)
+
+
+def with_moments(state: Any, kind: str, params: PyTree) -> Any:
+  """The state of an `optimizer` with its moments kept in another way, rounded to the nearest; traceable.
+
+  Args:
+    state: of an optimizer with any `moments`.
+    kind: of moments.KINDS.
+    params: arrays, or their shapes, by name.
+  """
+  clip, adam, *rest = state
+  mu, nu = (
+    {n: moments_lib.converted(x, kind, params[n].dtype, second=second) for n, x in held.items()}
+    for held, second in ((adam.mu, False), (adam.nu, True))
+  )
+  return (clip, optax.ScaleByAdamState(adam.count, mu, nu), *rest)
 
 
 def ema(old: dict[str, Array], new: dict[str, Array], decay: float) -> dict[str, Array]:

@@ -103,9 +103,10 @@ def test_a_renamed_option_is_refused_with_its_new_name_and_an_old_workdir_still_
 @pytest.mark.parametrize("field, before", fields.ADDED.items())
 def test_a_workdir_from_before_an_option_resumes_where_it_does_as_before(field, before):
   section, _, name = field.partition(".")
-  old = {section: {"crop": 1}}
-  assert loader.differences(old, {section: {"crop": 1, name: before}}, (section,)) == []
-  changed = loader.differences(old, {section: {"crop": 1, name: "other"}}, (section,))
+  old = {section: {"crop": 1}} if name else {}
+  new = lambda value: {section: {"crop": 1, name: value} if name else value}
+  assert loader.differences(old, new(before), (section,)) == []
+  changed = loader.differences(old, new("other"), (section,))
   assert changed == [f"{field}: {before!r} -> 'other'"]
 
 

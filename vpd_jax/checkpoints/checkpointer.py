@@ -25,6 +25,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from vpd_jax.errors import UserError
 from vpd_jax.files import damage, paths
+from vpd_jax.models import lora
 from vpd_jax.types import Fields, Options, ParamDict, PyTree
 
 WEIGHTS = ("params", "frozen", "stats", "ema")
@@ -198,10 +199,15 @@ class Checkpoints:
     with self._read(step):
       return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
 
-  @staticmethod
-  def evaluated(weights: Mapping[str, ParamDict]) -> ParamDict:
-    """All arrays that evaluation uses, of what `restore_weights` gives: the moving average where there is one."""
-    return weights["params"] | weights["frozen"] | weights["stats"] | weights.get("ema", {})
+  def evaluated(self, step: int, weights: Mapping[str, ParamDict]) -> ParamDict:
+    """All arrays of the model that evaluation uses, of what `restore_weights` gives of this step.
+
+    The moving average where there is one; LoRA merged into its kernels.
+    """
+    named = weights["params"] | weights["frozen"] | weights["stats"] | weights.get("ema", {})
+    if not any(name.startswith(lora.PREFIX) for name in named):
+      return named
+    return lora.merged(named, self.restore_config(step)["lora"]["alpha"])
 
   def restore_weights(self, step: int, skip: tuple[str, ...] = ()) -> dict[str, dict[str, np.ndarray]]:
     """Parameters and statistics only, on the host: {'params', 'frozen', 'stats'} and, where kept, 'ema'.

@@ -1,5 +1,6 @@
 """Where the arrays of a run come from: its own checkpoint, another run, converted weights, or random initialization."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator
@@ -48,7 +49,7 @@ def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[Par
     ValueError: a source that cannot be read or does not fit; no source of class vectors, of CLIP's towers or of the
       classifier of ImageNet.
   """
-  shapes = product.parts.shapes
+  shapes = {name: product.parts.shapes[name] for name in product.parts.paths}
   source = source or config.init.run or config.init.pretrained
   named, lines = {}, []
   if source and is_workdir(source):
@@ -67,7 +68,10 @@ def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[Par
   if rest:
     tops = sorted({"/".join(name.split("/")[:2]) for name in rest})
     lines.append(f"{RANDOM} (seed {config.seed}): {len(rest)} arrays in {', '.join(tops)}")
-  return named | product.parts.initialize(sorted(rest)), lines
+  more = sorted(product.parts.shapes.keys() - shapes.keys())
+  lines += [f"LoRA: {len(more) // 2} kernels of the UNet, which begins as it is"] if more else []
+  named |= product.parts.initialize([*sorted(rest), *more])
+  return {name: x.astype(product.parts.shapes[name].dtype, copy=False) for name, x in named.items()}, lines
 
 
 def _prompts(config: ConfigDict, product: Product, named: ParamDict, source: str) -> Iterator[tuple[ParamDict, str]]:
@@ -202,7 +206,7 @@ def _load_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[
   Raises:
     ValueError: the names or shapes are not those of the model, with the options that differ; NaN or infinity.
   """
-  which, shapes = config.eval.checkpoint, product.parts.shapes
+  which, shapes = config.eval.checkpoint, {n: product.parts.shapes[n] for n in product.parts.paths}
   if which not in ("newest", "best"):
     raise UserError(f"config.eval.checkpoint={which!r} is unknown; choose 'newest' or 'best'.")
   parts = tuple(f"method/{part}" for part in product.method.training_only)
@@ -212,7 +216,7 @@ def _load_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[
     step = held.latest_step() if best is None else best
     saved = held.restore_weights(cast(int, step), skip=absent)
     differing = stored.differing(held.restore_config(cast(int, step)), config)
-  named = Checkpoints.evaluated(saved)
+    named = held.evaluated(cast(int, step), saved)
   needed = {n for n in shapes if not n.startswith(CLASS_PREDICTOR)}
   wrong = sorted(
     n for n in needed | named.keys() if n not in named or n not in shapes or named[n].shape != shapes[n].shape
@@ -304,19 +308,35 @@ def resume_or_start(
   step = checkpoints.latest_step()
   if step is None:
     return new_state(config, product, mesh)
-  changed = loader.differences(checkpoints.restore_config(step), json.loads(to_json(config)))
+  held = checkpoints.restore_config(step)
+  changed = loader.differences(held, json.loads(to_json(config)))
   if changed and not accept_changes:
     raise UserError(
       f"the workdir was made with another config: {'; '.join(changed)}. Choose another --workdir, or "
       "go on all the same with --accept_config_changes."
     )
-  abstract = sharding.abstract(state_shapes(config, product), state_shardings(config, product, mesh))
-  state = checkpoints.restore(step, abstract)
+  state, more = _restored(config, product, mesh, checkpoints, step, held["optim"].get("moments", "float32"))
   named = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(state)}
   finite.check(named, f"checkpoint {step} of the workdir")
-  return state, [
-    f"resumed: checkpoint of step {step}",
-    *(f"changed: {c}" for c in changed),
+  return state, [f"resumed: checkpoint of step {step}", *(f"changed: {c}" for c in changed), *more]
+
+
+def _restored(
+  config: ConfigDict, product: Product, mesh: jax.sharding.Mesh, checkpoints: Checkpoints, step: int, moments: str
+) -> tuple[TrainState, list[str]]:
+  """The state of a checkpoint whose moments are kept as this word says, and a line where they are converted."""
+  shapes, where = state_shapes(config, product), state_shardings(config, product, mesh)
+  if moments == config.optim.moments:
+    return checkpoints.restore(step, sharding.abstract(shapes, where)), []
+  recode = lambda kind: lambda opt_state, params: optim.with_moments(opt_state, kind, params)
+  before = jax.eval_shape(recode(moments), shapes.opt_state, shapes.params)
+  before = dataclasses.replace(shapes, opt_state=before)
+  placed = sharding.state_shardings(mesh, before, rules=config.mesh.rules)
+  state = checkpoints.restore(step, sharding.abstract(before, placed))
+  convert = jax.jit(recode(config.optim.moments), out_shardings=where.opt_state)
+  opt_state = convert(state.opt_state, state.params)
+  return dataclasses.replace(state, opt_state=opt_state), [
+    f"moments converted from {moments} to {config.optim.moments}"
   ]
 
 

@@ -15,14 +15,15 @@ Section = dict[str, Any]  # of a config
 # says it, see `look_up`.
 FIELDS = {
   "": ("method", "neck", "head", "task", "data", "optim", "backbone", "eval", "init", "mesh", "seed", "dtype",
-       "param_dtype", "num_steps", "log_every", "eval_every", "save_every", "keep", "keep_best", "profile",
-       "writer"),
+       "param_dtype", "frozen_dtype", "num_steps", "log_every", "eval_every", "save_every", "keep", "keep_best",
+       "profile", "writer", "lora"),
   "optim": ("lr", "decay", "b1", "b2", "epsilon", "clip_norm", "schedule", "lr_groups", "decay_groups", "norm_group",
-            "loss_group", "accumulation", "ema_decay"),
+            "loss_group", "accumulation", "ema_decay", "moments"),
   "backbone": ("unet", "vae", "text", "image", "vit", "attention", "remat"),
   "eval": ("batch_size", "test_time", "coverage", "small_images", "checkpoint", "baselines", "panels"),
   "init": ("pretrained", "run", "clip", "vit"),
   "mesh": ("data", "fsdp", "rules"),
+  "lora": ("rank", "alpha", "lr", "targets"),
 }  # fmt: skip
 # Of sections that name a constructor: what the section does not give, but the other parts do.
 FILLED = ("self", "setup", "maps", "common", "lr")
@@ -35,7 +36,17 @@ RENAMED = {
   "eval.small": "eval.small_images",
 }
 # Options that earlier versions did not have, and what they did without.
-ADDED = {"data.captions": "", "backbone.vae.latent_scale": 0.18215, "backbone.text.padding": -1}
+ADDED = {
+  "data.captions": "",
+  "backbone.vae.latent_scale": 0.18215,
+  "backbone.text.padding": -1,
+  "optim.moments": "float32",
+  "lora.rank": 0,
+  "lora.alpha": 16.0,
+  "lora.lr": 1.0,
+  "lora.targets": (),
+  "frozen_dtype": "float32",
+}
 
 
 def with_new_names(flat: Mapping[str, object]) -> Section:

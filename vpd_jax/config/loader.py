@@ -22,7 +22,19 @@ from vpd_jax.errors import UserError
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 PROJECT = PACKAGE.parent  # of a checkout; a wheel has its configs/ in the package
-RESUME_CHECKED = ("method", "neck", "head", "task", "data", "optim", "backbone", "seed", "dtype")
+RESUME_CHECKED = (
+  "method",
+  "neck",
+  "head",
+  "task",
+  "data",
+  "optim",
+  "backbone",
+  "lora",
+  "seed",
+  "dtype",
+  "frozen_dtype",
+)
 RESUME_IGNORED = (
   "data.workers",
   "data.root",
@@ -41,6 +53,7 @@ MINIMUM = {
   **dict.fromkeys(("data.batch_size", "eval.batch_size"), 1),
   **dict.fromkeys(("keep_best", "profile", "data.workers", "eval.panels", "eval.baselines"), 0),
   **dict.fromkeys(("optim.norm_group", "optim.loss_group", "optim.clip_norm", "optim.decay", "optim.ema_decay"), 0),
+  **dict.fromkeys(("lora.rank", "lora.lr"), 0),
 }
 
 

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from vpd_jax import moments
 from vpd_jax.errors import UserError
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.types import Device, ParamDict, PyTree
@@ -77,8 +78,9 @@ def array_spec(shape: Sequence[int], itemsize: int, fsdp_size: int, *, min_bytes
 def state_shardings(mesh: Mesh, state: PyTree, *, rules: Rules = (), min_bytes: int = 2**20) -> PyTree:
   """A NamedSharding for every array of a TrainState, optimizer state included.
 
-  The rule depends on the shape only, so that moments are sharded like their parameters. Pass the result as
-  `out_shardings` of `jax.jit(optimizer.init)`, which would replicate them otherwise.
+  The rule depends on the shape only, and of arrays of one name and shape on the widest, so that moments are sharded
+  like their parameters; the scales of moments in int8 like the axis that their blocks do not extend along. Pass the
+  result as `out_shardings` of `jax.jit(optimizer.init)`, which would replicate them otherwise.
 
   Args:
     mesh: of `make_mesh`.
@@ -88,22 +90,41 @@ def state_shardings(mesh: Mesh, state: PyTree, *, rules: Rules = (), min_bytes: 
     min_bytes: see `array_spec`.
 
   Raises:
-    ValueError: a rule matches no name, or its spec does not fit an array that it matches.
+    ValueError: a rule matches no name, or its spec does not fit an array that it matches; moments in int8 would be
+      split inside their blocks.
   """
   names = {array_name(path) for path, leaf in jax.tree.leaves_with_path(state) if leaf.ndim}
   first, idle = params_lib.first_rules(names, rules, field="config.mesh.rules")
   if idle:
     raise UserError(f"config.mesh.rules: {idle}; remove or correct them.")
 
-  def place(path: Any, leaf: Any) -> NamedSharding:
-    name = array_name(path)
-    if leaf.ndim and name in first:
-      pattern, spec = rules[first[name]]
-      _check_fits(mesh, name, leaf.shape, pattern, spec)
-      return NamedSharding(mesh, P(*spec))
-    return NamedSharding(mesh, array_spec(leaf.shape, leaf.dtype.itemsize, mesh.shape["fsdp"], min_bytes=min_bytes))
+  widest: dict[tuple[str, tuple[int, ...]], int] = {}
+  for path, leaf in jax.tree.leaves_with_path(state):
+    key = array_name(path), leaf.shape
+    widest[key] = max(leaf.dtype.itemsize, widest.get(key, 0))
 
-  return jax.tree_util.tree_map_with_path(place, state)
+  def spec_of(name: str, shape: tuple[int, ...]) -> P:
+    if shape and name in first:
+      pattern, spec = rules[first[name]]
+      _check_fits(mesh, name, shape, pattern, spec)
+      return P(*spec)
+    return array_spec(shape, widest[name, shape], mesh.shape["fsdp"], min_bytes=min_bytes)
+
+  def place(path: Any, leaf: Any) -> Any:
+    if not isinstance(leaf, moments.Blocks):
+      return NamedSharding(mesh, spec_of(array_name(path), leaf.shape))
+    name, shape = array_name(path), leaf.codes.shape
+    spec = spec_of(name, shape)
+    whole, split = moments.axis(shape), [i for i, part in enumerate(spec) if part is not None and mesh.shape[part] > 1]
+    if split and split != [whole]:
+      raise UserError(
+        f"config.optim.moments='int8' keeps blocks along every axis but {whole} of {name} of shape {shape}, which is "
+        f"split along {split}; add (r'/{name}$', ()) in front of config.mesh.rules, or choose other moments."
+      )
+    scales = P(None, spec[whole]) if split else P()
+    return moments.Blocks(NamedSharding(mesh, spec), NamedSharding(mesh, scales))  # pyright: ignore[reportArgumentType]
+
+  return jax.tree_util.tree_map_with_path(place, state, is_leaf=lambda x: isinstance(x, moments.Blocks))
 
 
 def abstract(state: PyTree, shardings: PyTree) -> PyTree:

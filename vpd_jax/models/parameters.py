@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from vpd_jax.errors import UserError
 from vpd_jax.models import initializers
@@ -34,6 +36,7 @@ class Parts(NamedTuple):
     shapes: shape and dtype of every array by name.
     params, buffers, stats: the names by kind: trainable, never trained, running statistics.
     draws: how fresh values are drawn, by name, of the arrays that an Initializer with a HostKey made.
+    fold: makes the arrays of the modules of those that `shapes` names, where these are more, see lora.py.
   """
 
   model: Any
@@ -44,6 +47,7 @@ class Parts(NamedTuple):
   buffers: frozenset[str]
   stats: frozenset[str]
   draws: dict[str, initializers.Draw]
+  fold: Callable[[ParamDict], ParamDict] = lambda named: named
 
   def initialize(self, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Fresh values of the named arrays, on the host; the same ones whatever else is named or added to the model.
@@ -55,13 +59,21 @@ class Parts(NamedTuple):
       raise UserError(f"nothing says how {undrawn[:5]} are drawn; build the model with InitKeys and Initializers.")
     return {name: self.draws[name](name) for name in names}
 
+  def stored_in(self, dtype: DTypeLike, names: Iterable[str]) -> "Parts":
+    """The same model with the named arrays in another dtype, those of whole numbers as they are."""
+    held = {name: self.shapes[name] for name in names}
+    floats = {name: x for name, x in held.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    return self._replace(
+      shapes=self.shapes | {name: jax.ShapeDtypeStruct(x.shape, dtype) for name, x in floats.items()}
+    )
+
   def merge(self, *arrays: ParamDict) -> Any:
     """The model holding `arrays`, for one traced function; variables are copies, so statistics may change."""
     named = {name: value for part in arrays for name, value in part.items()}
-    missing, unknown = self.paths.keys() - named.keys(), named.keys() - self.paths.keys()
+    missing, unknown = self.shapes.keys() - named.keys(), named.keys() - self.shapes.keys()
     if missing or unknown:
       raise UserError(f"arrays do not fit the model: missing {sorted(missing)[:5]}, unknown {sorted(unknown)[:5]}.")
-    return self.partial(named)
+    return self.partial(self.fold(named))
 
   def partial(self, named: ParamDict) -> Any:
     """As `merge`, with mere shapes in place of the arrays that are not given: for what only uses some of them."""

@@ -15,6 +15,7 @@ from vpd_jax.config import loader
 from vpd_jax.convert import load, rules
 from vpd_jax.convert.formats import weight_files
 from vpd_jax.convert.tables import released
+from vpd_jax.models import lora
 
 SCRIPT = ROOT / "scripts" / "convert_checkpoint.py"
 # (release, config, fields that change it: the prompt, the version of the release) to the setup in tests/golden with the
@@ -78,15 +79,16 @@ def test_a_method_without_a_release_is_told():
 
 
 @pytest.mark.parametrize(
-  "string, prompt",
+  "string, prompt, rank",
   [
-    ("configs/refcoco_refer.py:refcoco", ""),
-    ("configs/nyu_depth.py:tiny", "predicted"),
-    ("configs/nyu_depth.py:tadp,tiny", ""),
+    ("configs/refcoco_refer.py:refcoco", "", 0),
+    ("configs/nyu_depth.py:tiny", "predicted", 0),
+    ("configs/nyu_depth.py:tadp,tiny", "", 2),
   ],
 )
-def test_a_run_is_exported_and_read_back(tmp_path, monkeypatch, string, prompt):
+def test_a_run_is_exported_and_read_back(tmp_path, monkeypatch, string, prompt, rank):
   config = tiny.shrunk(config_of(string, prompt)).unlock()
+  config.lora.rank = rank
   if prompt:
     config.backbone.image = {"width": 32, "layers": 1, "heads": 2, "mlp_width": 64, "image_size": 28, "projection": 16}
   config.lock()
@@ -98,6 +100,8 @@ def test_a_run_is_exported_and_read_back(tmp_path, monkeypatch, string, prompt):
     expected |= state.ema
   with initialize.checkpoints(config, product, str(tmp_path / "run")) as held:
     held.save(3, state, initialize.to_json(config), {}, force=True)
+  expected = lora.merged(expected, config.lora.alpha)
+  assert (expected.keys() < named.keys()) == bool(rank)
   monkeypatch.setattr(loader, "load", lambda _: config)
   spec = importlib.util.spec_from_file_location("convert_checkpoint", SCRIPT)
   script = importlib.util.module_from_spec(spec)
@@ -108,10 +112,10 @@ def test_a_run_is_exported_and_read_back(tmp_path, monkeypatch, string, prompt):
   script.main()
   release = released.of(config.method.name, config.task.name)
   assert len(weight_files.open_file(output).tensors) > 100
-  shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in product.parts.shapes.items()}
+  shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in experiment.model_shapes(config).items()}
   back, report = load.load_pretrained(output, shapes)
   assert report.table == f"released:{release}"
-  assert back.keys() == released.inside(named, released.TABLES[release]()).keys() and report.step == 3
-  assert (back.keys() == named.keys()) == release.startswith("tadp")
+  assert back.keys() == released.inside(expected, released.TABLES[release]()).keys() and report.step == 3
+  assert (back.keys() == expected.keys()) == release.startswith("tadp")
   for name, value in back.items():
     np.testing.assert_array_equal(value, expected[name], err_msg=name)

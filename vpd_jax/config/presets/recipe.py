@@ -12,6 +12,7 @@ def adamw(
   decay_groups: tuple,
   norm_group: int = 0,
   loss_group: int = 0,
+  moments: str = "float32",
 ) -> Section:
   """AdamW with the release's betas and no clipping.
 
@@ -21,6 +22,7 @@ def adamw(
     schedule: name and options of a schedule in `optim.py`; its `lr` is `optim.lr`.
     lr_groups, decay_groups: ordered (pattern, multiplier) pairs; None as an lr multiplier freezes.
     norm_group, loss_group: images per group of batch statistics and of the loss; 0 is the whole batch.
+    moments: how the two moments are kept, see moments.py: "float32", "bfloat16" or "int8".
   """
   return {
     "lr": lr,
@@ -36,6 +38,7 @@ def adamw(
     "loss_group": loss_group,
     "accumulation": 1,
     "ema_decay": 0.0,
+    "moments": moments,
   }
 
 
@@ -95,14 +98,17 @@ def run(*, num_steps: int, log_every: int, eval_every: int, save_every: int) -> 
   """What every config has beside its own sections.
 
   Returns:
-    seed; dtype of computation and param_dtype of parameters and optimizer state; the lengths, in steps; checkpoints
-    kept (newest, best); profile: number of steps to trace from the tenth on, 0 for none; writer: of event files, see
-    writers.create; init: weights to start from; mesh: devices along ("data", "fsdp"), -1 for the rest.
+    seed; dtype of computation, param_dtype of parameters and optimizer state, and frozen_dtype of what is not trained,
+    "float32" (as param_dtype) or "bfloat16"; the lengths, in steps; checkpoints kept (newest, best); profile: number of
+    steps to trace from the tenth on, 0 for none; writer: of event files, see writers.create; init: weights to start
+    from; lora: rank (0: off), alpha, multiplier of the rate, and patterns of the kernels of the UNet that get one, ()
+    for those of attention, see models/lora.py; mesh: devices along ("data", "fsdp"), -1 for the rest.
   """
   return {
     "seed": 0,
     "dtype": "float32",
     "param_dtype": "float32",
+    "frozen_dtype": "float32",
     "num_steps": num_steps,
     "log_every": log_every,
     "eval_every": eval_every,
@@ -112,5 +118,6 @@ def run(*, num_steps: int, log_every: int, eval_every: int, save_every: int) -> 
     "profile": 0,
     "writer": "auto",
     "init": {"pretrained": "", "run": "", "clip": ""},
+    "lora": {"rank": 0, "alpha": 16.0, "lr": 1.0, "targets": ()},
     "mesh": {"data": -1, "fsdp": 1, "rules": ()},
   }

@@ -1,0 +1,157 @@
+"""Adam's two moments in fewer bytes than the parameters take: bfloat16, or int8 in blocks that share a scale.
+
+What is kept of an array x, with u uniform in [0, 1) where rounding is random and u = 1/2 where it is not:
+
+  float32   x, in the dtype of the parameter
+  bfloat16  x, rounded to the nearest (first moment) or at random (second moment)
+  int8      blocks with the largest magnitude s as scale; the first moment is s sign(q) (q / 127)^2 with q from -127 to
+            127, the second one s (q / 255)^4 with q from 0 to 255, so that its root is spaced as the first moment is
+
+Random rounding takes the larger of the two neighbors a < |x| < b where u < (|x| - a) / (b - a): the mean is x. With
+rounding to the nearest, the second moment, which changes by a thousandth a step, would stay where it is. A second
+moment that is not 0 is kept as s (2 / 255)^4 at least: its root, by which an update is divided, never falls below the
+smallest step of the first moment's map.
+
+Sources: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization (blocks and their scales, a map that is
+finer near 0, small arrays left alone; its map is a table, ours are powers); Gupta et al. 2015, Deep Learning with
+Limited Numerical Precision (random rounding).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from vpd_jax.types import Array
+
+KINDS = ("float32", "bfloat16", "int8")
+BLOCK = 256  # numbers that share a scale, at most
+SMALLEST = 4096  # numbers of an array from which on it is kept in blocks
+SHORTEST = 32  # numbers of a block: of shorter ones the scales weigh too much
+
+
+class Blocks(NamedTuple):
+  """A moment in int8.
+
+  Attributes:
+    codes: of the array's shape; int8 of a first moment, uint8 of a second one.
+    scales: float32 [blocks, size of `axis`].
+  """
+
+  codes: Array
+  scales: Array
+
+
+Stored = Array | Blocks
+
+
+def axis(shape: Sequence[int]) -> int:
+  """The axis that no block extends along: the largest, of equal ones the last, which is the one that sharding splits.
+
+  A block holds numbers of one index on this axis, consecutive along the others flattened.
+  """
+  return max(range(len(shape)), key=lambda i: (shape[i], i))
+
+
+def layout(shape: Sequence[int]) -> tuple[int, int]:
+  """(blocks, numbers of a block) for each index on `axis`, of equal length; (0, 0) where there are no blocks.
+
+  n = ceil(rest / BLOCK) and ceil(rest / n), with rest = numbers / size of `axis`.
+  """
+  size = math.prod(shape)
+  rest = size // shape[axis(shape)] if size >= SMALLEST else 0
+  if rest < SHORTEST:
+    return 0, 0
+  blocks = math.ceil(rest / BLOCK)
+  return blocks, math.ceil(rest / blocks)
+
+
+def zeros(x: Array, kind: str, *, second: bool) -> Stored:
+  """The moment of an array before the first step.
+
+  Args:
+    x: the parameter.
+    kind: of KINDS.
+    second: whether it is the second moment.
+  """
+  blocks, _ = layout(x.shape)
+  if kind == "int8" and blocks:
+    codes = jnp.zeros(x.shape, jnp.uint8 if second else jnp.int8)
+    return Blocks(codes, jnp.zeros((blocks, x.shape[axis(x.shape)]), jnp.float32))
+  return jnp.zeros(x.shape, jnp.bfloat16 if kind == "bfloat16" else x.dtype)
+
+
+def restored(stored: Stored, dtype: DTypeLike) -> Array:
+  """The moment as it counts in the next step, in this dtype."""
+  if not isinstance(stored, Blocks):
+    return stored.astype(dtype)
+  codes = stored.codes.astype(jnp.float32)
+  share = (codes / 255) ** 4 if stored.codes.dtype == jnp.uint8 else jnp.sign(codes) * (codes / 127) ** 2
+  return (_spread(stored.scales, codes.shape) * share).astype(dtype)
+
+
+def stored(x: Array, like: Stored, *, second: bool, noise: Array | None = None) -> Stored:
+  """The moment as it is kept.
+
+  Args:
+    x: its value, any shape; a second moment is not negative.
+    like: what was kept of it before, which says the kind.
+    second: whether it is the second moment.
+    noise: uint32 of the same shape, below 2^16, for random rounding; without it rounding is to the nearest.
+  """
+  if isinstance(like, Blocks):
+    return _in_blocks(x.astype(jnp.float32), second, noise)
+  if like.dtype != jnp.bfloat16 or noise is None or not second:
+    return x.astype(like.dtype)
+  x = x.astype(jnp.float32)
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+  rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+  return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
+
+
+def converted(held: Stored, kind: str, dtype: DTypeLike, *, second: bool) -> Stored:
+  """A moment that was kept in any way in the way of `kind`, rounded to the nearest.
+
+  Args:
+    held: as it was kept.
+    kind: of KINDS.
+    dtype: of the parameter.
+    second: whether it is the second moment.
+  """
+  x = restored(held, dtype)
+  return stored(x, zeros(x, kind, second=second), second=second)
+
+
+def noise(key: Array, shape: Sequence[int]) -> tuple[Array, Array]:
+  """Two arrays uint32, below 2^16, for the random rounding of an array's two moments."""
+  bits = jax.random.bits(key, shape, jnp.uint32)
+  return bits >> 16, bits & 0xFFFF
+
+
+def _in_blocks(x: Array, second: bool, noise: Array | None) -> Blocks:
+  """Scales and codes. NaN has no code: the step that makes one makes the parameter NaN too, which is what is seen."""
+  split = jnp.moveaxis(x, axis(x.shape), -1).reshape(-1, x.shape[axis(x.shape)])  # [rest, L]
+  blocks, size = layout(x.shape)
+  split = jnp.pad(split, ((0, blocks * size - split.shape[0]), (0, 0)))
+  scales = jnp.abs(split).reshape(blocks, size, -1).max(1)  # [blocks, L]
+  spread = _spread(scales, x.shape)
+  share = jnp.where(spread > 0, jnp.abs(x) / jnp.where(spread > 0, spread, 1), 0)
+  most, power, least = (255, 4, 2) if second else (127, 2, 0)
+  root = jnp.sqrt(jnp.sqrt(share)) if second else jnp.sqrt(share)
+  low = jnp.clip(jnp.floor(most * root), 0, most)
+  part = (share * float(most**power) - low**power) / ((low + 1) ** power - low**power)
+  draw = 0.5 if noise is None else noise.astype(jnp.float32) / 2**16
+  codes = jnp.minimum(low + (draw < part), most)
+  codes = jnp.where(x != 0, jnp.maximum(codes, least), 0)
+  return Blocks(codes.astype(jnp.uint8) if second else (jnp.sign(x) * codes).astype(jnp.int8), scales)
+
+
+def _spread(scales: Array, shape: Sequence[int]) -> Array:
+  """The scale of each number, of an array of this shape."""
+  along, (blocks, size) = axis(shape), layout(shape)
+  rest = [n for i, n in enumerate(shape) if i != along]
+  whole = jnp.broadcast_to(scales[:, None], (blocks, size, shape[along])).reshape(blocks * size, -1)
+  return jnp.moveaxis(whole[: math.prod(rest)].reshape(*rest, shape[along]), -1, along)
