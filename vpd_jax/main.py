@@ -32,6 +32,10 @@ SENTENCE = flags.DEFINE_string("sentence", "", "--mode=predict: sentence about a
 SENTENCES = flags.DEFINE_string("sentences", "", "--mode=predict: JSON file with sentences about each image.")
 BOXES = flags.DEFINE_string("boxes", "", "--mode=predict: JSON file with the boxes of people in each image.")
 ATTENTION = flags.DEFINE_bool("attention", False, "--mode=predict: also write the attention maps of the classes.")
+PLY = flags.DEFINE_bool("ply", False, "--mode=predict of depth: also write a colored point cloud of each image.")
+FOCAL = flags.DEFINE_float(
+  "focal", None, "--ply: focal length of all images, in pixels; default: as in their EXIF data, else assumed."
+)
 ALLOW_DAMAGED = flags.DEFINE_bool(
   "allow_damaged", False, "--mode=predict: exit code 0 although some images cannot be read."
 )
@@ -85,6 +89,7 @@ def _run() -> None:
   of_prediction = {"source": INPUT, "output": OUTPUT, "class_name": CLASS, "sentence": SENTENCE}
   of_prediction |= {"sentences": SENTENCES, "boxes": BOXES}
   of_prediction |= cast(dict[str, Any], {"attention": ATTENTION, "allow_damaged": ALLOW_DAMAGED})
+  of_prediction |= cast(dict[str, Any], {"ply": PLY, "focal": FOCAL})
   of_mode = {"predict": of_prediction, "plan": {"topology": TOPOLOGY}, "train": {"accept_changes": ACCEPT}}
   for mode, mode_flags in of_mode.items():
     if unused := [f"--{flag.name}" for flag in mode_flags.values() if flag.value and MODE.value != mode]:

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import math
 import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +15,14 @@ from ml_collections import ConfigDict
 from vpd_jax.checkpoints.checkpointer import is_workdir
 from vpd_jax.errors import UserError
 from vpd_jax.files import reading
+from vpd_jax.inference import camera, top_down
 from vpd_jax.inference import images as images_lib
-from vpd_jax.inference import top_down
 from vpd_jax.monitoring import progress
 from vpd_jax.prediction.predictor import Predictor
-from vpd_jax.types import ClassAttentionTask, Fields
+from vpd_jax.types import ClassAttentionTask, Fields, PointCloudTask
 
 BATCH_SIZE = 4  # images
+FOCAL = "give the focal length in pixels of the images, a number above 0."
 
 
 class Request(NamedTuple):
@@ -49,6 +51,8 @@ def run(
   boxes: str = "",
   attention: bool = False,
   allow_damaged: bool = False,
+  ply: bool = False,
+  focal: float | None = None,
 ) -> int:
   """--mode=predict: writes the prediction of every image of a folder, and returns their number.
 
@@ -64,6 +68,8 @@ def run(
     boxes: a file with boxes of each image, see top_down.read_boxes.
     attention: also write attention maps of the classes, see Predictor.attention.
     allow_damaged: images that cannot be read are no error, unless all are.
+    ply: also write a colored point cloud of each image, of tasks whose prediction places pixels in space.
+    focal: focal length of all images, in pixels; None: as inference/camera.py of each image.
 
   Raises:
     ValueError: no such folder, or no image in it; an unknown class; files in another format, or that name a missing
@@ -95,9 +101,11 @@ def run(
   for flag, content in listed.items():
     if missing := sorted(set(content or ()) - {path.name for path in paths}):
       raise UserError(f"--{flag} names images that are not in {source}: {', '.join(missing[:10])}; correct it.")
+  if focal is not None and not (ply and math.isfinite(focal) and focal > 0):
+    raise UserError(f"--focal={focal}: {FOCAL if ply else 'only valid with --ply; leave it out.'}")
   predictor = Predictor.load(config, weights=weights)
   flags = {"class": class_name, "sentence": sentence, "sentences": sentences, "boxes": boxes}
-  _check_flags(config, predictor, flags, attention)
+  _check_flags(config, predictor, flags, attention, ply)
   class_id = predictor.class_id(class_name) if class_name else None
   progress.write("\n".join(predictor.origin))
   if class_id is None and predictor.takes_class:
@@ -116,7 +124,7 @@ def run(
   requests = _requests(paths, predictor, sentence, listed)
   skipped = len(paths) - len({request.path for request in requests})
   damaged: list[str] = []
-  readable = _read(requests, damaged)
+  readable, assumed = _read(requests, damaged), 0
   with progress.phase("predict", len(requests), "predictions") as predicted:
     while batch := list(itertools.islice(readable, BATCH_SIZE)):
       target.mkdir(parents=True, exist_ok=True)
@@ -128,8 +136,15 @@ def run(
           maps = predictor.attention([image])[0]
           cast(ClassAttentionTask, task).save_attention(target / request.stem, maps, result[task.result], image)
         metadata = _metadata(predictor, request, image, result, class_name)
+        if ply:
+          length = camera.Focal(focal, "--focal") if focal else camera.of_photo(request.path, image.shape[:2])
+          cast(PointCloudTask, task).save_point_cloud(target / request.stem, result[task.result], image, length)
+          metadata |= {"focal_length_pixels": length.pixels, "focal_length_from": length.source}
+          assumed += length.source == camera.ASSUMED
         task.save(target / request.stem, result[task.result], metadata, image)
         predicted.advance()
+  if assumed:
+    progress.write(f"{assumed} images state no focal length ({camera.ASSUMED}); give --focal=PIXELS if it is known")
   if skipped:
     progress.write(f"{skipped} images without an entry in --sentences are skipped")
   done = len(paths) - len(damaged) - skipped
@@ -160,7 +175,9 @@ def _check_output(output: str, folder: Path) -> Path:
   return target
 
 
-def _check_flags(config: ConfigDict, predictor: Predictor, flags: Mapping[str, str], attention: bool) -> None:
+def _check_flags(
+  config: ConfigDict, predictor: Predictor, flags: Mapping[str, str], attention: bool, ply: bool
+) -> None:
   """Raises for a flag without effect on this method and task, and for a missing sentence."""
   takes = {"class": predictor.takes_class, "boxes": predictor.takes_boxes}
   for flag, value in flags.items():
@@ -169,6 +186,8 @@ def _check_flags(config: ConfigDict, predictor: Predictor, flags: Mapping[str, s
       raise UserError(f"--{flag}={value!r} has no effect: {what} takes none; leave it out.")
   if attention and not predictor.product.method.attends_to_classes:
     raise UserError(f"--attention has no effect: {config.method.name!r} has no map for each class; leave it out.")
+  if ply and not predictor.product.task.has_point_clouds:
+    raise UserError(f"--ply has no effect: task {config.task.name!r} predicts no depth; leave it out.")
   if predictor.takes_sentence and not (flags["sentence"] or flags["sentences"]):
     how = 'give --sentence="the red car" about all, or --sentences=FILE.json'
     raise UserError(f"the method needs a sentence about each image: {how}.")
