@@ -1,4 +1,4 @@
-"""python -m vpd_jax.main --config=configs/nyu_depth.py [--workdir=...] [--mode=train|eval|predict|plan]
+"""python -m vpd_jax.main --config=configs/nyu_depth.py [--workdir=...] [--mode=train|eval|predict|export|plan]
 
 Every field of the config can be set on the command line: --config.optim.lr=3e-4. To train on several machines, run the
 same command on each of them. TPU pods and SLURM's srun are detected; elsewhere add --coordinator_address,
@@ -20,13 +20,13 @@ from vpd_jax.monitoring import progress
 CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
-  "Config file and variant: configs/nyu_depth.py:vpd,tiny; default of --mode=eval|predict: that of the run.",
+  "Config file and variant: configs/nyu_depth.py:vpd,tiny; default of --mode=eval|predict|export: that of the run.",
   lock_config=True,
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<config name>.")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "predict", "plan"], "What to run.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "predict", "export", "plan"], "What to run.")
 INPUT = flags.DEFINE_string("input", "", "--mode=predict: folder of images.")
-OUTPUT = flags.DEFINE_string("output", "", "--mode=predict: folder for the results.")
+OUTPUT = flags.DEFINE_string("output", "", "--mode=predict|export: folder for the results.")
 CLASS = flags.DEFINE_string("class", "", "--mode=predict: class of all images; default: the mean of all classes.")
 SENTENCE = flags.DEFINE_string("sentence", "", "--mode=predict: sentence about all images.")
 SENTENCES = flags.DEFINE_string("sentences", "", "--mode=predict: JSON file with sentences about each image.")
@@ -79,7 +79,7 @@ def _run() -> None:
     from vpd_jax.evaluation import evaluate
     from vpd_jax.monitoring import accelerators
     from vpd_jax.planning import plan
-    from vpd_jax.prediction import predict_folder
+    from vpd_jax.prediction import export, predict_folder
     from vpd_jax.training import train
 
   if jax.process_index():
@@ -92,7 +92,8 @@ def _run() -> None:
   of_prediction |= cast(dict[str, Any], {"ply": PLY, "focal": FOCAL})
   of_mode = {"predict": of_prediction, "plan": {"topology": TOPOLOGY}, "train": {"accept_changes": ACCEPT}}
   for mode, mode_flags in of_mode.items():
-    if unused := [f"--{flag.name}" for flag in mode_flags.values() if flag.value and MODE.value != mode]:
+    given = [flag for flag in mode_flags.values() if flag.value and not (flag is OUTPUT and MODE.value == "export")]
+    if unused := [f"--{flag.name}" for flag in given if MODE.value != mode]:
       raise UserError(f"{', '.join(unused)}: only valid with --mode={mode}, not with --mode={MODE.value}.")
   if EFFORT.value != "low" and not TOPOLOGY.value:
     raise UserError("--effort is only valid with --mode=plan and --topology; leave it out.")
@@ -108,6 +109,8 @@ def _run() -> None:
   elif jax.process_count() > 1:
     own = ", and give each its own --input" if MODE.value == "predict" else ""
     raise UserError(f"--mode={MODE.value} runs in one process; add --process_count=1{own}.")
+  elif MODE.value == "export":
+    export.run(config, workdir, output=OUTPUT.value)
   elif MODE.value == "plan":
     plan.run(config, TOPOLOGY.value, workdir=workdir, effort=EFFORT.value)
   else:
@@ -123,7 +126,9 @@ def config_string() -> str:
 def entry() -> None:
   """Parses the command line, and runs `main`; config paths may be relative to the package."""
   flags.register_validator(
-    "config", bool, "give one, like --config=configs/nyu_depth.py, or for --mode=eval|predict the --workdir of a run"
+    "config",
+    bool,
+    "give one, like --config=configs/nyu_depth.py, or for --mode=eval|predict|export the --workdir of a run",
   )
   app.run(main, argv=sys.argv, flags_parser=_parse)
 
@@ -144,7 +149,7 @@ def _with_config(arguments: list[str]) -> list[str]:
   """The command line, with the config of the run in --workdir where a mode that reads a run is given no --config."""
   own = arguments[: arguments.index("--")] if "--" in arguments else arguments
   given = {flag: loader.argument(own, flag) for flag in ("config", "mode", "workdir")}
-  if given["config"] is None and given["mode"] in ("eval", "predict") and given["workdir"]:
+  if given["config"] is None and given["mode"] in ("eval", "predict", "export") and given["workdir"]:
     return [arguments[0], f"--config={stored.config_string(given['workdir'])}", *arguments[1:]]
   return arguments
 

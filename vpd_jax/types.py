@@ -325,6 +325,7 @@ class Task(Protocol):
   test_time_protocol: str  # how pictures are cut and put together at test time, one of prediction/protocols.py
   class_names: tuple[str, ...] = ()  # of `per_class`
   has_point_clouds: bool = False  # whether it is a PointCloudTask
+  described: Mapping[str, str] = MappingProxyType({})  # the head's outputs by name, and what makes the "result" of them
   needs_truth: bool  # `summarize` and `baselines` also take `truth`, what the data set's method of that name gives
 
   def __init__(self, **options: Any): ...

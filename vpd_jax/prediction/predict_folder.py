@@ -12,13 +12,12 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpd_jax.checkpoints.checkpointer import is_workdir
 from vpd_jax.errors import UserError
 from vpd_jax.files import reading
 from vpd_jax.inference import camera, top_down
 from vpd_jax.inference import images as images_lib
 from vpd_jax.monitoring import progress
-from vpd_jax.prediction.predictor import Predictor
+from vpd_jax.prediction.predictor import Predictor, trained_weights
 from vpd_jax.types import ClassAttentionTask, Fields, PointCloudTask
 
 BATCH_SIZE = 4  # images
@@ -84,9 +83,7 @@ def run(
   if not folder.is_dir():
     raise UserError(f"--input={source!r} is not a folder; give one that contains images.")
   target = _check_output(output, folder)
-  weights = workdir if is_workdir(workdir) else config.init.run or config.init.pretrained
-  if not weights:
-    raise UserError(f"--workdir={workdir!r} holds no checkpoint and config.init.pretrained is empty; give one of them.")
+  weights = trained_weights(config, workdir)
   files = [p for name in reading.visible(os.listdir(folder)) if (p := folder / name).is_file()]
   paths = [path for path in files if images_lib.is_image(path)]
   if not paths:

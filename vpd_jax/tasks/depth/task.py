@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import cv2
 import jax.numpy as jnp
@@ -68,6 +69,7 @@ class Depth(Task):
   eval_needs = frozenset()
   needs_truth = False
   has_point_clouds = True
+  described = MappingProxyType({"depth": "metres along the optical axis", "result": "the depth as it is"})
 
   def __init__(
     self,
