@@ -1,4 +1,4 @@
-"""python -m vpd_jax.main --config=configs/nyu_depth.py [--workdir=...] [--mode=train|eval|predict|export|plan]
+"""python -m vpd_jax.main --config=configs/nyu_depth.py [--workdir=...] [--mode=train|eval|predict|export|plan|weights]
 
 Every field of the config can be set on the command line: --config.optim.lr=3e-4. To train on several machines, run the
 same command on each of them. TPU pods and SLURM's srun are detected; elsewhere add --coordinator_address,
@@ -24,7 +24,7 @@ CONFIG = config_flags.DEFINE_config_file(
   lock_config=True,
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<config name>.")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "predict", "export", "plan"], "What to run.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "predict", "export", "plan", "weights"], "What to run.")
 INPUT = flags.DEFINE_string("input", "", "--mode=predict: folder of images.")
 OUTPUT = flags.DEFINE_string("output", "", "--mode=predict|export: folder for the results.")
 CLASS = flags.DEFINE_string("class", "", "--mode=predict: class of all images; default: the mean of all classes.")
@@ -62,6 +62,12 @@ def main(arguments: list[str]) -> None:
 
 
 def _run() -> None:
+  if MODE.value == "weights":
+    from vpd_jax.convert import known_weights
+
+    _check_modes()
+    progress.write("\n".join(known_weights.listing()))
+    return
   if MODE.value == "plan" and TOPOLOGY.value:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # compiles only, and needs no device
   workdir = WORKDIR.value or loader.workdir(config_string())
@@ -86,17 +92,7 @@ def _run() -> None:
     progress.hide()
   if line := accelerators.unused():
     print(line, file=sys.stderr, flush=True)
-  of_prediction = {"source": INPUT, "output": OUTPUT, "class_name": CLASS, "sentence": SENTENCE}
-  of_prediction |= {"sentences": SENTENCES, "boxes": BOXES}
-  of_prediction |= cast(dict[str, Any], {"attention": ATTENTION, "allow_damaged": ALLOW_DAMAGED})
-  of_prediction |= cast(dict[str, Any], {"ply": PLY, "focal": FOCAL})
-  of_mode = {"predict": of_prediction, "plan": {"topology": TOPOLOGY}, "train": {"accept_changes": ACCEPT}}
-  for mode, mode_flags in of_mode.items():
-    given = [flag for flag in mode_flags.values() if flag.value and not (flag is OUTPUT and MODE.value == "export")]
-    if unused := [f"--{flag.name}" for flag in given if MODE.value != mode]:
-      raise UserError(f"{', '.join(unused)}: only valid with --mode={mode}, not with --mode={MODE.value}.")
-  if EFFORT.value != "low" and not TOPOLOGY.value:
-    raise UserError("--effort is only valid with --mode=plan and --topology; leave it out.")
+  _check_modes()
   overrides = vars(config_flags)["get_override_values"](flags.FLAGS["config"])  # which the stubs of pyright lack
   config = experiment.with_chosen_parts(CONFIG.value, overrides)
   if not cast(Any, jax.config).jax_compilation_cache_dir and MODE.value != "plan":
@@ -114,8 +110,28 @@ def _run() -> None:
   elif MODE.value == "plan":
     plan.run(config, TOPOLOGY.value, workdir=workdir, effort=EFFORT.value)
   else:
-    options: dict[str, Any] = {name: flag.value for name, flag in of_prediction.items()}
+    options: dict[str, Any] = {name: flag.value for name, flag in _of_prediction().items()}
     predict_folder.run(config, workdir, **options)
+
+
+def _of_prediction() -> dict[str, flags.FlagHolder]:
+  """The flags of --mode=predict, by the arguments of predict_folder.run."""
+  found = {"source": INPUT, "output": OUTPUT, "class_name": CLASS, "sentence": SENTENCE}
+  found |= {"sentences": SENTENCES, "boxes": BOXES}
+  return found | cast(
+    dict[str, Any], {"attention": ATTENTION, "allow_damaged": ALLOW_DAMAGED, "ply": PLY, "focal": FOCAL}
+  )
+
+
+def _check_modes() -> None:
+  """Raises for a flag of another mode than the one that runs."""
+  of_mode = {"predict": _of_prediction(), "plan": {"topology": TOPOLOGY}, "train": {"accept_changes": ACCEPT}}
+  for mode, mode_flags in of_mode.items():
+    given = [flag for flag in mode_flags.values() if flag.value and not (flag is OUTPUT and MODE.value == "export")]
+    if unused := [f"--{flag.name}" for flag in given if MODE.value != mode]:
+      raise UserError(f"{', '.join(unused)}: only valid with --mode={mode}, not with --mode={MODE.value}.")
+  if EFFORT.value != "low" and not TOPOLOGY.value:
+    raise UserError("--effort is only valid with --mode=plan and --topology; leave it out.")
 
 
 def config_string() -> str:
@@ -127,7 +143,7 @@ def entry() -> None:
   """Parses the command line, and runs `main`; config paths may be relative to the package."""
   flags.register_validator(
     "config",
-    bool,
+    lambda config: bool(config) or MODE.value == "weights",
     "give one, like --config=configs/nyu_depth.py, or for --mode=eval|predict|export the --workdir of a run",
   )
   app.run(main, argv=sys.argv, flags_parser=_parse)

@@ -183,6 +183,15 @@ CASES = {
   "a hub that does not answer": Case(
     "--config.init.pretrained=nobody/nothing", "'nobody/nothing'", "give a local folder", env=NO_HUB
   ),
+  "a misspelt name of known weights": Case(
+    "--config.init.pretrained=vpd/nyu_dept", "weights 'vpd/nyu_dept' are not known", "did you mean the known weights"
+  ),
+  "known weights that must be fetched by hand": Case(
+    "--config.init.pretrained=vpd/nyu_depth",
+    "vpd/nyu_depth is not there yet: fetch VPD",
+    "put it to {here}/weights/vpd_depth_480x480.pth",
+    env={"VPD_WEIGHTS": "weights"},
+  ),
   "no checkpoint": Case(
     "--config.init.pretrained={here}/a.ckpt", "is not a checkpoint", "give a .safetensors", text("a.ckpt", "weights")
   ),
