@@ -25,7 +25,7 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<config name>.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "predict", "export", "plan", "weights"], "What to run.")
-INPUT = flags.DEFINE_string("input", "", "--mode=predict: folder of images.")
+INPUT = flags.DEFINE_string("input", "", "--mode=predict: folder of images; of depth also a video.")
 OUTPUT = flags.DEFINE_string("output", "", "--mode=predict|export: folder for the results.")
 CLASS = flags.DEFINE_string("class", "", "--mode=predict: class of all images; default: the mean of all classes.")
 SENTENCE = flags.DEFINE_string("sentence", "", "--mode=predict: sentence about all images.")
@@ -85,7 +85,7 @@ def _run() -> None:
     from vpd_jax.evaluation import evaluate
     from vpd_jax.monitoring import accelerators
     from vpd_jax.planning import plan
-    from vpd_jax.prediction import export, predict_folder
+    from vpd_jax.prediction import export, predict_folder, predict_video
     from vpd_jax.training import train
 
   if jax.process_index():
@@ -111,7 +111,8 @@ def _run() -> None:
     plan.run(config, TOPOLOGY.value, workdir=workdir, effort=EFFORT.value)
   else:
     options: dict[str, Any] = {name: flag.value for name, flag in _of_prediction().items()}
-    predict_folder.run(config, workdir, **options)
+    run = predict_video.run if predict_video.is_video(INPUT.value) else predict_folder.run
+    run(config, workdir, **options)
 
 
 def _of_prediction() -> dict[str, flags.FlagHolder]:

@@ -324,7 +324,7 @@ class Task(Protocol):
   best: tuple[str, str]  # the score that chooses the best checkpoint, and "min" or "max"
   test_time_protocol: str  # how pictures are cut and put together at test time, one of prediction/protocols.py
   class_names: tuple[str, ...] = ()  # of `per_class`
-  has_point_clouds: bool = False  # whether it is a PointCloudTask
+  measures_depth: bool = False  # whether it is a DepthTask
   described: Mapping[str, str] = MappingProxyType({})  # the head's outputs by name, and what makes the "result" of them
   needs_truth: bool  # `summarize` and `baselines` also take `truth`, what the data set's method of that name gives
 
@@ -381,9 +381,10 @@ class ClassAttentionTask(Task, Protocol):
   def save_attention(self, stem: Path, attention: np.ndarray, prediction: np.ndarray, image: np.ndarray) -> Path: ...
 
 
-class PointCloudTask(Task, Protocol):
-  """One whose prediction places every pixel in space."""
+class DepthTask(Task, Protocol):
+  """One whose prediction is the depth of every pixel."""
 
+  def colored(self, depth: np.ndarray, nearest: float, farthest: float) -> np.ndarray: ...  # uint8 [H, W, 3]
   # The focal length in pixels, and where it is from.
   def save_point_cloud(self, stem: Path, depth: np.ndarray, image: np.ndarray, focal: tuple[float, str]) -> Path: ...
 

@@ -47,7 +47,7 @@ class Labels:
   """Stands for a network: the number of each picture's gray is its label."""
 
   origin, takes_class, takes_sentence, takes_boxes = (), False, True, False
-  has_point_clouds = False
+  measures_depth = False
 
   def __init__(self):
     self.product = types.SimpleNamespace(method=None, task=self)

@@ -18,7 +18,7 @@ from vpd_jax.inference import camera, top_down
 from vpd_jax.inference import images as images_lib
 from vpd_jax.monitoring import progress
 from vpd_jax.prediction.predictor import Predictor, trained_weights
-from vpd_jax.types import ClassAttentionTask, Fields, PointCloudTask
+from vpd_jax.types import ClassAttentionTask, DepthTask, Fields
 
 BATCH_SIZE = 4  # images
 FOCAL = "give the focal length in pixels of the images, a number above 0."
@@ -82,7 +82,7 @@ def run(
     raise UserError(f"--input={source!r} is a file; give the folder that contains it.")
   if not folder.is_dir():
     raise UserError(f"--input={source!r} is not a folder; give one that contains images.")
-  target = _check_output(output, folder)
+  target = check_output(output, folder)
   weights = trained_weights(config, workdir)
   files = [p for name in reading.visible(os.listdir(folder)) if (p := folder / name).is_file()]
   paths = [path for path in files if images_lib.is_image(path)]
@@ -102,7 +102,7 @@ def run(
     raise UserError(f"--focal={focal}: {FOCAL if ply else 'only valid with --ply; leave it out.'}")
   predictor = Predictor.load(config, weights=weights)
   flags = {"class": class_name, "sentence": sentence, "sentences": sentences, "boxes": boxes}
-  _check_flags(config, predictor, flags, attention, ply)
+  check_flags(config, predictor, flags, attention, ply)
   class_id = predictor.class_id(class_name) if class_name else None
   progress.write("\n".join(predictor.origin))
   if class_id is None and predictor.takes_class:
@@ -135,7 +135,7 @@ def run(
         metadata = _metadata(predictor, request, image, result, class_name)
         if ply:
           length = camera.Focal(focal, "--focal") if focal else camera.of_photo(request.path, image.shape[:2])
-          cast(PointCloudTask, task).save_point_cloud(target / request.stem, result[task.result], image, length)
+          cast(DepthTask, task).save_point_cloud(target / request.stem, result[task.result], image, length)
           metadata |= {"focal_length_pixels": length.pixels, "focal_length_from": length.source}
           assumed += length.source == camera.ASSUMED
         task.save(target / request.stem, result[task.result], metadata, image)
@@ -156,8 +156,8 @@ def run(
   return done
 
 
-def _check_output(output: str, folder: Path) -> Path:
-  """The folder for the results, which can be created, and is not the folder of the images."""
+def check_output(output: str, folder: Path | None = None) -> Path:
+  """The folder for the results, which can be created, and is not `folder`, that of the images."""
   target = Path(output).expanduser()
   if not output:
     raise UserError("--mode=predict needs a place for the results: give --output=FOLDER.")
@@ -167,14 +167,12 @@ def _check_output(output: str, folder: Path) -> Path:
       f"--output={output!r} must name a folder: {parent} is not a folder that can be written to; give another, it is "
       "created if it does not exist."
     )
-  if target.resolve() == folder.resolve():
+  if folder and target.resolve() == folder.resolve():
     raise UserError(f"--output={output!r} is the folder of the images; give another, or results become images.")
   return target
 
 
-def _check_flags(
-  config: ConfigDict, predictor: Predictor, flags: Mapping[str, str], attention: bool, ply: bool
-) -> None:
+def check_flags(config: ConfigDict, predictor: Predictor, flags: Mapping[str, str], attention: bool, ply: bool) -> None:
   """Raises for a flag without effect on this method and task, and for a missing sentence."""
   takes = {"class": predictor.takes_class, "boxes": predictor.takes_boxes}
   for flag, value in flags.items():
@@ -183,7 +181,7 @@ def _check_flags(
       raise UserError(f"--{flag}={value!r} has no effect: {what} takes none; leave it out.")
   if attention and not predictor.product.method.attends_to_classes:
     raise UserError(f"--attention has no effect: {config.method.name!r} has no map for each class; leave it out.")
-  if ply and not predictor.product.task.has_point_clouds:
+  if ply and not predictor.product.task.measures_depth:
     raise UserError(f"--ply has no effect: task {config.task.name!r} predicts no depth; leave it out.")
   if predictor.takes_sentence and not (flags["sentence"] or flags["sentences"]):
     how = 'give --sentence="the red car" about all, or --sentences=FILE.json'

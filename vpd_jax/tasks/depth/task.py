@@ -68,7 +68,7 @@ class Depth(Task):
   test_time_protocol = "windows"
   eval_needs = frozenset()
   needs_truth = False
-  has_point_clouds = True
+  measures_depth = True
   described = MappingProxyType({"depth": "metres along the optical axis", "result": "the depth as it is"})
 
   def __init__(
@@ -195,6 +195,10 @@ class Depth(Task):
   def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray:
     """Input, prediction, truth and error of one image side by side: uint8 [H, 4 W, 3]."""
     return colormaps.depth_panel(example["image"], prediction, example["depth"], self.max_depth)
+
+  def colored(self, depth: np.ndarray, nearest: float, farthest: float) -> np.ndarray:
+    """Depth in color, uint8 [H, W, 3]: red at `nearest` to blue at `farthest`, metres, gray where it is not known."""
+    return colormaps.color_depth(depth, farthest, min_depth=nearest)
 
   def save_point_cloud(self, stem: Path, depth: np.ndarray, image: np.ndarray, focal: tuple[float, str]) -> Path:
     """Writes stem.ply, the colored points of one picture, and returns its path.
