@@ -1,4 +1,4 @@
-"""python -m vpd_jax.main --config=configs/nyu_depth.py [--workdir=...] [--mode=train|eval|predict|plan]
+"""python -m vpd_jax.main --config=configs/nyu_depth.py [--workdir=...] [--mode=train|eval|predict|export|plan|weights]
 
 Every field of the config can be set on the command line: --config.optim.lr=3e-4. To train on several machines, run the
 same command on each of them. TPU pods and SLURM's srun are detected; elsewhere add --coordinator_address,
@@ -20,18 +20,22 @@ from vpd_jax.monitoring import progress
 CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
-  "Config file and variant: configs/nyu_depth.py:vpd,tiny; default of --mode=eval|predict: that of the run.",
+  "Config file and variant: configs/nyu_depth.py:vpd,tiny; default of --mode=eval|predict|export: that of the run.",
   lock_config=True,
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<config name>.")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "predict", "plan"], "What to run.")
-INPUT = flags.DEFINE_string("input", "", "--mode=predict: folder of images.")
-OUTPUT = flags.DEFINE_string("output", "", "--mode=predict: folder for the results.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "predict", "export", "plan", "weights"], "What to run.")
+INPUT = flags.DEFINE_string("input", "", "--mode=predict: folder of images; of depth also a video.")
+OUTPUT = flags.DEFINE_string("output", "", "--mode=predict|export: folder for the results.")
 CLASS = flags.DEFINE_string("class", "", "--mode=predict: class of all images; default: the mean of all classes.")
 SENTENCE = flags.DEFINE_string("sentence", "", "--mode=predict: sentence about all images.")
 SENTENCES = flags.DEFINE_string("sentences", "", "--mode=predict: JSON file with sentences about each image.")
 BOXES = flags.DEFINE_string("boxes", "", "--mode=predict: JSON file with the boxes of people in each image.")
 ATTENTION = flags.DEFINE_bool("attention", False, "--mode=predict: also write the attention maps of the classes.")
+PLY = flags.DEFINE_bool("ply", False, "--mode=predict of depth: also write a colored point cloud of each image.")
+FOCAL = flags.DEFINE_float(
+  "focal", None, "--ply: focal length of all images, in pixels; default: as in their EXIF data, else assumed."
+)
 ALLOW_DAMAGED = flags.DEFINE_bool(
   "allow_damaged", False, "--mode=predict: exit code 0 although some images cannot be read."
 )
@@ -58,6 +62,12 @@ def main(arguments: list[str]) -> None:
 
 
 def _run() -> None:
+  if MODE.value == "weights":
+    from vpd_jax.convert import known_weights
+
+    _check_modes()
+    progress.write("\n".join(known_weights.listing()))
+    return
   if MODE.value == "plan" and TOPOLOGY.value:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # compiles only, and needs no device
   workdir = WORKDIR.value or loader.workdir(config_string())
@@ -75,22 +85,14 @@ def _run() -> None:
     from vpd_jax.evaluation import evaluate
     from vpd_jax.monitoring import accelerators
     from vpd_jax.planning import plan
-    from vpd_jax.prediction import predict_folder
+    from vpd_jax.prediction import export, predict_folder, predict_video
     from vpd_jax.training import train
 
   if jax.process_index():
     progress.hide()
   if line := accelerators.unused():
     print(line, file=sys.stderr, flush=True)
-  of_prediction = {"source": INPUT, "output": OUTPUT, "class_name": CLASS, "sentence": SENTENCE}
-  of_prediction |= {"sentences": SENTENCES, "boxes": BOXES}
-  of_prediction |= cast(dict[str, Any], {"attention": ATTENTION, "allow_damaged": ALLOW_DAMAGED})
-  of_mode = {"predict": of_prediction, "plan": {"topology": TOPOLOGY}, "train": {"accept_changes": ACCEPT}}
-  for mode, mode_flags in of_mode.items():
-    if unused := [f"--{flag.name}" for flag in mode_flags.values() if flag.value and MODE.value != mode]:
-      raise UserError(f"{', '.join(unused)}: only valid with --mode={mode}, not with --mode={MODE.value}.")
-  if EFFORT.value != "low" and not TOPOLOGY.value:
-    raise UserError("--effort is only valid with --mode=plan and --topology; leave it out.")
+  _check_modes()
   overrides = vars(config_flags)["get_override_values"](flags.FLAGS["config"])  # which the stubs of pyright lack
   config = experiment.with_chosen_parts(CONFIG.value, overrides)
   if not cast(Any, jax.config).jax_compilation_cache_dir and MODE.value != "plan":
@@ -103,11 +105,34 @@ def _run() -> None:
   elif jax.process_count() > 1:
     own = ", and give each its own --input" if MODE.value == "predict" else ""
     raise UserError(f"--mode={MODE.value} runs in one process; add --process_count=1{own}.")
+  elif MODE.value == "export":
+    export.run(config, workdir, output=OUTPUT.value)
   elif MODE.value == "plan":
     plan.run(config, TOPOLOGY.value, workdir=workdir, effort=EFFORT.value)
   else:
-    options: dict[str, Any] = {name: flag.value for name, flag in of_prediction.items()}
-    predict_folder.run(config, workdir, **options)
+    options: dict[str, Any] = {name: flag.value for name, flag in _of_prediction().items()}
+    run = predict_video.run if predict_video.is_video(INPUT.value) else predict_folder.run
+    run(config, workdir, **options)
+
+
+def _of_prediction() -> dict[str, flags.FlagHolder]:
+  """The flags of --mode=predict, by the arguments of predict_folder.run."""
+  found = {"source": INPUT, "output": OUTPUT, "class_name": CLASS, "sentence": SENTENCE}
+  found |= {"sentences": SENTENCES, "boxes": BOXES}
+  return found | cast(
+    dict[str, Any], {"attention": ATTENTION, "allow_damaged": ALLOW_DAMAGED, "ply": PLY, "focal": FOCAL}
+  )
+
+
+def _check_modes() -> None:
+  """Raises for a flag of another mode than the one that runs."""
+  of_mode = {"predict": _of_prediction(), "plan": {"topology": TOPOLOGY}, "train": {"accept_changes": ACCEPT}}
+  for mode, mode_flags in of_mode.items():
+    given = [flag for flag in mode_flags.values() if flag.value and not (flag is OUTPUT and MODE.value == "export")]
+    if unused := [f"--{flag.name}" for flag in given if MODE.value != mode]:
+      raise UserError(f"{', '.join(unused)}: only valid with --mode={mode}, not with --mode={MODE.value}.")
+  if EFFORT.value != "low" and not TOPOLOGY.value:
+    raise UserError("--effort is only valid with --mode=plan and --topology; leave it out.")
 
 
 def config_string() -> str:
@@ -118,7 +143,9 @@ def config_string() -> str:
 def entry() -> None:
   """Parses the command line, and runs `main`; config paths may be relative to the package."""
   flags.register_validator(
-    "config", bool, "give one, like --config=configs/nyu_depth.py, or for --mode=eval|predict the --workdir of a run"
+    "config",
+    lambda config: bool(config) or MODE.value == "weights",
+    "give one, like --config=configs/nyu_depth.py, or for --mode=eval|predict|export the --workdir of a run",
   )
   app.run(main, argv=sys.argv, flags_parser=_parse)
 
@@ -139,7 +166,7 @@ def _with_config(arguments: list[str]) -> list[str]:
   """The command line, with the config of the run in --workdir where a mode that reads a run is given no --config."""
   own = arguments[: arguments.index("--")] if "--" in arguments else arguments
   given = {flag: loader.argument(own, flag) for flag in ("config", "mode", "workdir")}
-  if given["config"] is None and given["mode"] in ("eval", "predict") and given["workdir"]:
+  if given["config"] is None and given["mode"] in ("eval", "predict", "export") and given["workdir"]:
     return [arguments[0], f"--config={stored.config_string(given['workdir'])}", *arguments[1:]]
   return arguments
 

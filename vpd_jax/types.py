@@ -28,7 +28,6 @@ Rows = dict[str, np.ndarray]  # one measurement per example, [N, ...], on the ho
 ParamDict = dict[str, Any]
 Weights = tuple[ParamDict, ParamDict, ParamDict]  # trained, frozen, running statistics
 
-
 MAP_EXTENTS = ("padded", "resized")
 
 
@@ -200,15 +199,10 @@ class Published(NamedTuple):
 
 
 class Cache(NamedTuple):
-  """What is kept of the frozen networks' work on pictures and sentences, see evaluation/encoder_cache.py.
+  """What is kept of the frozen networks' work on pictures and sentences, see evaluation/encoder_cache.py."""
 
-  Attributes:
-    kind: "off", "memory" or "disk".
-    folder: for "disk".
-  """
-
-  kind: str
-  folder: str
+  kind: str  # "off", "memory" or "disk"
+  folder: str  # for "disk"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,6 +324,8 @@ class Task(Protocol):
   best: tuple[str, str]  # the score that chooses the best checkpoint, and "min" or "max"
   test_time_protocol: str  # how pictures are cut and put together at test time, one of prediction/protocols.py
   class_names: tuple[str, ...] = ()  # of `per_class`
+  measures_depth: bool = False  # whether it is a DepthTask
+  described: Mapping[str, str] = MappingProxyType({})  # the head's outputs by name, and what makes the "result" of them
   needs_truth: bool  # `summarize` and `baselines` also take `truth`, what the data set's method of that name gives
 
   def __init__(self, **options: Any): ...
@@ -383,6 +379,14 @@ class ClassAttentionTask(Task, Protocol):
   """One that draws where the network attends to each class."""
 
   def save_attention(self, stem: Path, attention: np.ndarray, prediction: np.ndarray, image: np.ndarray) -> Path: ...
+
+
+class DepthTask(Task, Protocol):
+  """One whose prediction is the depth of every pixel."""
+
+  def colored(self, depth: np.ndarray, nearest: float, farthest: float) -> np.ndarray: ...  # uint8 [H, W, 3]
+  # The focal length in pixels, and where it is from.
+  def save_point_cloud(self, stem: Path, depth: np.ndarray, image: np.ndarray, focal: tuple[float, str]) -> Path: ...
 
 
 class TopDownTask(Task, Protocol):

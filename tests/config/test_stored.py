@@ -62,7 +62,7 @@ def test_evaluation_takes_the_config_of_the_run_and_overrides(tmp_path):
   words = ["--mode=eval", "--workdir", str(tmp_path), "--config.eval.test_time=('flip',)"]
   assert parse(*words)[:2] == (0, ["['main']", f"7 ('flip',) {tmp_path} False"])
   code, _, errors = parse("--mode=train", f"--workdir={tmp_path}", program=("-m", "vpd_jax.main"))
-  assert code == 2 and errors.startswith("error: ") and "or for --mode=eval|predict the --workdir of a run" in errors
+  assert code == 2 and errors.startswith("error: ") and "eval|predict|export the --workdir of a run" in errors
   code, _, errors = parse("--mode=predict", f"--workdir={tmp_path}/none")
   assert code == 2 and errors.startswith("error: without --config the config of the run is taken, but config.json of ")
 

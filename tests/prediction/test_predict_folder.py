@@ -11,6 +11,7 @@ import vpd_jax
 from tests.helpers import one_convolution
 from vpd_jax.config import loader
 from vpd_jax.prediction import predict_folder
+from vpd_jax.tasks.depth import point_cloud
 
 FOLDERS = {
   "all different": ([("a.jpg", 1), ("b.PNG", 1)], [["a"], ["b"]]),
@@ -46,6 +47,7 @@ class Labels:
   """Stands for a network: the number of each picture's gray is its label."""
 
   origin, takes_class, takes_sentence, takes_boxes = (), False, True, False
+  measures_depth = False
 
   def __init__(self):
     self.product = types.SimpleNamespace(method=None, task=self)
@@ -147,3 +149,58 @@ def test_images_without_boxes_are_told(tmp_path, monkeypatch, capsys, boxes, sai
   options = {"source": str(tmp_path / "in"), "output": str(tmp_path / "out")}
   predict_folder.run(config, "", **options, boxes=str(tmp_path / "boxes.json") if boxes else "")
   assert said in capsys.readouterr().out
+
+
+def test_point_clouds_are_written_beside_the_other_files(tmp_path, monkeypatch, capsys):
+  source, target = tmp_path / "in", tmp_path / "out"
+  source.mkdir()
+  pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+  photo = Image.fromarray(pixels)
+  exif = photo.getexif()
+  exif[0x0112] = 1  # without any such tag Pillow writes no EXIF data
+  exif.get_ifd(0x8769)[0xA405] = 28
+  photo.save(source / "a.png", exif=exif)
+  photo.save(source / "b.png")
+  options = {"source": str(source), "output": str(target), "ply": True}
+  with one_convolution.known():
+    config = one_convolution.rooms(**{"init.pretrained": "weights.pth"})
+    predictor = vpd_jax.Predictor.load(one_convolution.rooms(), random_init=True)
+    monkeypatch.setattr(predict_folder.Predictor, "load", lambda *_, **__: predictor)
+    predict_folder.run(config, "", **options)
+    said = [line for line in capsys.readouterr().out.splitlines() if "focal" in line]
+    facts = {name: json.loads((target / f"{name}.json").read_text()) for name in "ab"}
+    predict_folder.run(config, "", **options, focal=50.0)
+    assert "focal" not in capsys.readouterr().out
+  assert said == [
+    "1 images state no focal length (assumed: 60 degrees across the longer side); give --focal=PIXELS if it is known"
+  ]
+  assert facts["a"]["focal_length_from"] == "EXIF FocalLengthIn35mmFilm"
+  assert facts["b"]["focal_length_from"].startswith("assumed: 60 degrees")
+  np.testing.assert_allclose(facts["b"]["focal_length_pixels"], 48 * 3**0.5)
+  header, _, body = (target / "a.ply").read_bytes().partition(b"end_header\n")
+  assert b"comment focal length 50 pixels, --focal\n" in header
+  vertices = np.frombuffer(body, point_cloud.VERTEX).reshape(64, 96)
+  depth = np.load(target / "a.npy")
+  np.testing.assert_array_equal(vertices["z"], depth)
+  np.testing.assert_allclose(vertices["x"][3, 7], (7.5 - 48) / 50 * depth[3, 7], rtol=1e-6)
+  np.testing.assert_allclose(vertices["y"][3, 7], (3.5 - 32) / 50 * depth[3, 7], rtol=1e-6)
+  assert [vertices[name][3, 7] for name in ("red", "green", "blue")] == pixels[3, 7].tolist()
+
+
+@pytest.mark.parametrize(
+  "given, message",
+  [
+    ({"ply": True}, "^--ply has no effect: task 'pose' predicts no depth; leave it out"),
+    ({"focal": 50.0}, r"^--focal=50\.0: only valid with --ply; leave it out"),
+    ({"ply": True, "focal": -1.0}, r"^--focal=-1\.0: give the focal length in pixels .*, a number above 0"),
+    ({"ply": True, "focal": float("nan")}, "^--focal=nan: give the focal length"),
+  ],
+)
+def test_point_clouds_that_cannot_be_are_one_line(tmp_path, monkeypatch, given, message):
+  (tmp_path / "in").mkdir()
+  Image.new("RGB", (8, 8)).save(tmp_path / "in" / "a.png")
+  monkeypatch.setattr(predict_folder.Predictor, "load", lambda *_, **__: People())
+  config = loader.changed(loader.load("configs/my_pose.py"), {"init.pretrained": "made-up"})
+  with pytest.raises(ValueError, match=message) as caught:
+    predict_folder.run(config, "", source=str(tmp_path / "in"), output=str(tmp_path / "out"), **given)
+  assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()

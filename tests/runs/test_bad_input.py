@@ -183,6 +183,15 @@ CASES = {
   "a hub that does not answer": Case(
     "--config.init.pretrained=nobody/nothing", "'nobody/nothing'", "give a local folder", env=NO_HUB
   ),
+  "a misspelt name of known weights": Case(
+    "--config.init.pretrained=vpd/nyu_dept", "weights 'vpd/nyu_dept' are not known", "did you mean the known weights"
+  ),
+  "known weights that must be fetched by hand": Case(
+    "--config.init.pretrained=vpd/nyu_depth",
+    "vpd/nyu_depth is not there yet: fetch VPD",
+    "put it to {here}/weights/vpd_depth_480x480.pth",
+    env={"VPD_WEIGHTS": "weights"},
+  ),
   "no checkpoint": Case(
     "--config.init.pretrained={here}/a.ckpt", "is not a checkpoint", "give a .safetensors", text("a.ckpt", "weights")
   ),
@@ -264,6 +273,12 @@ CASES = {
   "a damaged picture among good ones": Case(
     PREDICT + "/out", "1 of 3 images", "other 2 are done; fix or remove these", pictures, makes=RESULTS
   ),
+  # Export.
+  "an export of nothing": Case("--mode=export --output={here}/net", "work' holds no checkpoint", "give one of them"),
+  "an export into a folder that is there": Case(
+    "--mode=export --workdir={home}/run --output={here}", "exists already", "give a folder that does not"
+  ),
+  "an export without a place": Case("--mode=export --workdir={home}/run", "needs a place", "give --output=FOLDER"),
 }
 
 
@@ -317,3 +332,11 @@ def test_steps_logging_and_evaluation_are_no_other_config(server, home, here):
   code, out, errors = commands.command(server, home, here, argv, {})
   assert code == 0 and "nothing to do: step 2 of 2" in out, errors
   assert re.findall("changed: .*", out) == ["changed: optim.lr: 0.0005 -> 1.0"]
+
+
+def test_a_run_is_exported_by_its_own_config(server, home, here):
+  code, out, errors = commands.command(server, home, here, "--mode=export --workdir={home}/run --output={here}/net", {})
+  assert code == 0 and f"network written to {here}/net; python {here}/net/load.py runs it" in out, errors
+  assert sorted(path.name for path in (here / "net").iterdir()) == [
+    "load.py", "network.jax_export", "network.json", "weights.safetensors",
+  ]  # fmt: skip

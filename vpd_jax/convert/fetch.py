@@ -4,9 +4,10 @@ A source is the first of:
 
 1. `scheme://...`: a bucket, as etils.epath knows them (gs, s3, az, hf);
 2. a local file or folder that exists;
-3. a hub id: `org/name@revision`, or `org/name` unless it looks like a path, that is, it ends in a suffix such as .ckpt
+3. a name of known_weights.py, such as `vpd/nyu_depth`;
+4. a hub id: `org/name@revision`, or `org/name` unless it looks like a path, that is, it ends in a suffix such as .ckpt
    or there is a local folder `org`;
-4. a local path that does not exist; never looked for elsewhere.
+5. a local path that does not exist; never looked for elsewhere.
 
 Tensors are read one by one, at their places in the file, so the files have to be on a disk. Those of the hub go to the
 cache of huggingface_hub, those of a bucket to $XDG_CACHE_HOME/vpd_jax (~/.cache/vpd_jax): a network of gigabytes is
@@ -23,6 +24,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from vpd_jax.convert import known_weights
 from vpd_jax.convert.formats import weight_files
 from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
@@ -67,11 +69,16 @@ def local(source: epath.PathLike, parts: tuple[str, ...] = ()) -> pathlib.Path:
       first form in files.SUFFIXES that is there), and TOKENIZER.
 
   Raises:
-    ValueError: a hub id or a bucket that cannot be reached, or does not hold the weights; one line.
+    ValueError: a hub id or a bucket that cannot be reached, or does not hold the weights; known weights that are not
+      there, or are another file; one line.
   """
   if in_bucket(source):
     return _from_bucket(str(source), parts)
+  if known := known_weights.find(source):
+    return known_weights.local(str(source)) if known.file else _from_hub(known.hub, HubId(known.hub, None), parts)
   found = hub_id(source)
+  if found and not found.revision:
+    known_weights.check_name(found.repository)
   return pathlib.Path(source).expanduser() if found is None else _from_hub(str(source), found, parts)
 
 
@@ -173,7 +180,8 @@ def _from_hub(source: str, found: HubId, parts: tuple[str, ...]) -> pathlib.Path
       )
     except Exception as error:  # The hub's client and its transports have many.
       raise UserError(
-        f"{source!r} is no local path, and as a hub id it cannot be fetched ({_line(_root(error))}); check the name, "
+        f"{source!r} is no local path, and as a hub id it cannot be fetched ({_line(_root(error))}); "
+        f"{known_weights.near(source)}check the name, "
         "the network and HF_HUB_OFFLINE, or give a local folder."
       ) from error
     lacking = [part for part in lacking if not _held(folder / part)]

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import math
 import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,16 +12,16 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpd_jax.checkpoints.checkpointer import is_workdir
 from vpd_jax.errors import UserError
 from vpd_jax.files import reading
+from vpd_jax.inference import camera, top_down
 from vpd_jax.inference import images as images_lib
-from vpd_jax.inference import top_down
 from vpd_jax.monitoring import progress
-from vpd_jax.prediction.predictor import Predictor
-from vpd_jax.types import ClassAttentionTask, Fields
+from vpd_jax.prediction.predictor import Predictor, trained_weights
+from vpd_jax.types import ClassAttentionTask, DepthTask, Fields
 
 BATCH_SIZE = 4  # images
+FOCAL = "give the focal length in pixels of the images, a number above 0."
 
 
 class Request(NamedTuple):
@@ -49,6 +50,8 @@ def run(
   boxes: str = "",
   attention: bool = False,
   allow_damaged: bool = False,
+  ply: bool = False,
+  focal: float | None = None,
 ) -> int:
   """--mode=predict: writes the prediction of every image of a folder, and returns their number.
 
@@ -64,6 +67,8 @@ def run(
     boxes: a file with boxes of each image, see top_down.read_boxes.
     attention: also write attention maps of the classes, see Predictor.attention.
     allow_damaged: images that cannot be read are no error, unless all are.
+    ply: also write a colored point cloud of each image, of tasks whose prediction places pixels in space.
+    focal: focal length of all images, in pixels; None: as inference/camera.py of each image.
 
   Raises:
     ValueError: no such folder, or no image in it; an unknown class; files in another format, or that name a missing
@@ -77,10 +82,8 @@ def run(
     raise UserError(f"--input={source!r} is a file; give the folder that contains it.")
   if not folder.is_dir():
     raise UserError(f"--input={source!r} is not a folder; give one that contains images.")
-  target = _check_output(output, folder)
-  weights = workdir if is_workdir(workdir) else config.init.run or config.init.pretrained
-  if not weights:
-    raise UserError(f"--workdir={workdir!r} holds no checkpoint and config.init.pretrained is empty; give one of them.")
+  target = check_output(output, folder)
+  weights = trained_weights(config, workdir)
   files = [p for name in reading.visible(os.listdir(folder)) if (p := folder / name).is_file()]
   paths = [path for path in files if images_lib.is_image(path)]
   if not paths:
@@ -95,9 +98,11 @@ def run(
   for flag, content in listed.items():
     if missing := sorted(set(content or ()) - {path.name for path in paths}):
       raise UserError(f"--{flag} names images that are not in {source}: {', '.join(missing[:10])}; correct it.")
+  if focal is not None and not (ply and math.isfinite(focal) and focal > 0):
+    raise UserError(f"--focal={focal}: {FOCAL if ply else 'only valid with --ply; leave it out.'}")
   predictor = Predictor.load(config, weights=weights)
   flags = {"class": class_name, "sentence": sentence, "sentences": sentences, "boxes": boxes}
-  _check_flags(config, predictor, flags, attention)
+  check_flags(config, predictor, flags, attention, ply)
   class_id = predictor.class_id(class_name) if class_name else None
   progress.write("\n".join(predictor.origin))
   if class_id is None and predictor.takes_class:
@@ -116,7 +121,7 @@ def run(
   requests = _requests(paths, predictor, sentence, listed)
   skipped = len(paths) - len({request.path for request in requests})
   damaged: list[str] = []
-  readable = _read(requests, damaged)
+  readable, assumed = _read(requests, damaged), 0
   with progress.phase("predict", len(requests), "predictions") as predicted:
     while batch := list(itertools.islice(readable, BATCH_SIZE)):
       target.mkdir(parents=True, exist_ok=True)
@@ -128,8 +133,15 @@ def run(
           maps = predictor.attention([image])[0]
           cast(ClassAttentionTask, task).save_attention(target / request.stem, maps, result[task.result], image)
         metadata = _metadata(predictor, request, image, result, class_name)
+        if ply:
+          length = camera.Focal(focal, "--focal") if focal else camera.of_photo(request.path, image.shape[:2])
+          cast(DepthTask, task).save_point_cloud(target / request.stem, result[task.result], image, length)
+          metadata |= {"focal_length_pixels": length.pixels, "focal_length_from": length.source}
+          assumed += length.source == camera.ASSUMED
         task.save(target / request.stem, result[task.result], metadata, image)
         predicted.advance()
+  if assumed:
+    progress.write(f"{assumed} images state no focal length ({camera.ASSUMED}); give --focal=PIXELS if it is known")
   if skipped:
     progress.write(f"{skipped} images without an entry in --sentences are skipped")
   done = len(paths) - len(damaged) - skipped
@@ -144,8 +156,8 @@ def run(
   return done
 
 
-def _check_output(output: str, folder: Path) -> Path:
-  """The folder for the results, which can be created, and is not the folder of the images."""
+def check_output(output: str, folder: Path | None = None) -> Path:
+  """The folder for the results, which can be created, and is not `folder`, that of the images."""
   target = Path(output).expanduser()
   if not output:
     raise UserError("--mode=predict needs a place for the results: give --output=FOLDER.")
@@ -155,12 +167,12 @@ def _check_output(output: str, folder: Path) -> Path:
       f"--output={output!r} must name a folder: {parent} is not a folder that can be written to; give another, it is "
       "created if it does not exist."
     )
-  if target.resolve() == folder.resolve():
+  if folder and target.resolve() == folder.resolve():
     raise UserError(f"--output={output!r} is the folder of the images; give another, or results become images.")
   return target
 
 
-def _check_flags(config: ConfigDict, predictor: Predictor, flags: Mapping[str, str], attention: bool) -> None:
+def check_flags(config: ConfigDict, predictor: Predictor, flags: Mapping[str, str], attention: bool, ply: bool) -> None:
   """Raises for a flag without effect on this method and task, and for a missing sentence."""
   takes = {"class": predictor.takes_class, "boxes": predictor.takes_boxes}
   for flag, value in flags.items():
@@ -169,6 +181,8 @@ def _check_flags(config: ConfigDict, predictor: Predictor, flags: Mapping[str, s
       raise UserError(f"--{flag}={value!r} has no effect: {what} takes none; leave it out.")
   if attention and not predictor.product.method.attends_to_classes:
     raise UserError(f"--attention has no effect: {config.method.name!r} has no map for each class; leave it out.")
+  if ply and not predictor.product.task.measures_depth:
+    raise UserError(f"--ply has no effect: task {config.task.name!r} predicts no depth; leave it out.")
   if predictor.takes_sentence and not (flags["sentence"] or flags["sentences"]):
     how = 'give --sentence="the red car" about all, or --sentences=FILE.json'
     raise UserError(f"the method needs a sentence about each image: {how}.")

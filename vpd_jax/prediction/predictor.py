@@ -24,7 +24,7 @@ from vpd_jax.experiment import Product
 from vpd_jax.inference import images as images_lib
 from vpd_jax.monitoring import progress
 from vpd_jax.prediction import protocols
-from vpd_jax.types import Fields
+from vpd_jax.types import Batch, Fields, Outputs, ParamDict, Weights
 
 Images = object | Sequence[object]  # see images_lib.as_image
 
@@ -96,7 +96,7 @@ class Predictor:
   def __post_init__(self):
     product = self.product
     self._protocol = protocols.PROTOCOLS[product.task.test_time_protocol](self.config, product)
-    self._forward = jax.jit(lambda weights, batch: product.parts.merge(*weights)(batch, training=False))
+    self._forward = jax.jit(self.network)
     predictor = lambda weights, image: product.parts.merge(*weights).method.class_predictor(image)
     self._classify = jax.jit(predictor) if product.method.class_predictor else None
     attended = lambda weights, image: product.parts.merge(*weights).method.class_attention({"image": image})
@@ -132,6 +132,16 @@ class Predictor:
   def takes_boxes(self) -> bool:
     """Whether the task takes boxes of people."""
     return self.product.task.test_time_protocol == "crops"
+
+  @property
+  def input_size(self) -> tuple[int, int]:
+    """The (height, width) of what `predict` gives the network."""
+    return self._protocol.input_size
+
+  @property
+  def preprocessing(self) -> str:
+    """What `predict` does around the network, in words."""
+    return self._protocol.preprocessing
 
   def class_id(self, name: str) -> int:
     """The id of a class by its name, with spaces or underscores.
@@ -172,6 +182,27 @@ class Predictor:
       ValueError: images of another shape or dtype; a class id out of range; missing sentences; a class id or sentences
         for a method that does not take them.
     """
+    batch = self.batch(images, class_id=class_id, sentences=sentences, text_states=text_states)
+    return jax.device_get(self._forward(self.weights, jax.tree.map(jnp.asarray, batch)))
+
+  def network(self, weights: Weights | tuple[ParamDict], batch: Batch) -> Outputs:
+    """What `forward` compiles: a batch, as `batch` makes it, to what the head returns; pure, to be traced."""
+    return self.product.parts.merge(*weights)(batch, training=False)
+
+  def batch(
+    self,
+    images: Images,
+    *,
+    class_id: object = None,
+    sentences: str | Sequence[str] | None = None,
+    text_states: Any = None,
+  ) -> dict[str, np.ndarray]:
+    """What the network reads for the arguments of `forward`, whose errors it raises.
+
+    Returns:
+      "image" float [B, H, W, 3] in [0, 1]; where the method takes them, "class_id" int32 [B], -1 for the mean, and
+      "tokens" int32 [B, N] or "text_states" float [B, N, D].
+    """
     several, _ = _as_list(images)
     arrays = [images_lib.to_float(images_lib.as_image(image), self._dtype) for image in several]
     if len(sizes := sorted({array.shape[:2] for array in arrays})) != 1:
@@ -181,8 +212,7 @@ class Predictor:
       batch["text_states"] = self._text_states(text_states, len(images), sentences)
       sentences = None
     known = self._known(len(images), class_id, sentences, None, complete=text_states is None)
-    batch |= {name: np.stack([own[name] for own in known]) for name in (known[0] if known else ())}
-    return jax.device_get(self._forward(self.weights, jax.tree.map(jnp.asarray, batch)))
+    return batch | {name: np.stack([own[name] for own in known]) for name in (known[0] if known else ())}
 
   def predict(
     self,
@@ -315,6 +345,18 @@ class Predictor:
     if ids.size and (ids.min() < -1 or ids.max() >= len(self.product.classes)):
       raise UserError(f"class_id {ids.tolist()} must lie between -1 (the mean) and {len(self.product.classes) - 1}.")
     return ids
+
+
+def trained_weights(config: ConfigDict, workdir: str) -> str:
+  """Where a command finds trained weights: in the workdir, or else where the config says.
+
+  Raises:
+    ValueError: nowhere.
+  """
+  weights = workdir if is_workdir(workdir) else config.init.run or config.init.pretrained
+  if not weights:
+    raise UserError(f"--workdir={workdir!r} holds no checkpoint and config.init.pretrained is empty; give one of them.")
+  return weights
 
 
 def _as_list(images: Images) -> tuple[list[object], bool]:

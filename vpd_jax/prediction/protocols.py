@@ -2,7 +2,8 @@
 
 A protocol is called with the weights, the images, and a dict for each image of what else the network reads ("class_id",
 "tokens") and, for poses, the "boxes" of its people. It gives a dict of results for each image, in their order, maybe
-before the next one is begun.
+before the next one is begun. Its `input_size` is the (height, width) that it gives the network, and `preprocessing`
+says in words what it does, for networks that travel without this package.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,10 +35,18 @@ class ShiftedWindowProtocol:
   set crops off its own frames (the top of KITTI's) are NaN.
   """
 
+  preprocessing = (
+    "cut off the rows that the data set cuts off its own pictures; resize the rest so that its shorter side is that of "
+    "the input (mean of areas where it shrinks, else bilinear); windows of the input's size, shifted along the longer "
+    "side so that they cover it; predictions are averaged where windows overlap, and over mirror images where "
+    "eval.test_time says flip, then resized back bilinearly"
+  )
+
   def __init__(self, config: ConfigDict, product: Product):
     flip, self._windows, _ = tta.parse(config.eval.test_time)
     self._predict = jax.jit(evaluate.make_predict(product, ("flip",) if flip else (), "full"))
     self._side, self._result = int(config.data.crop[0]), product.task.result
+    self.input_size = (self._side, self._side)
     self._batch_size = max(self._windows, config.eval.batch_size)
     self._cut_top = experiment.DATASETS[config.data.name].info(config.data).cut_top
     self._dtype = _dtype(config)
@@ -65,8 +74,15 @@ class ShiftedWindowProtocol:
 class SlidingWindowProtocol:
   """Classifies every pixel with sliding windows and scales, see inference/sliding_window.py."""
 
+  preprocessing = (
+    "resize the picture as eval.test_time says; overlapping windows of the input's size; scores are averaged where "
+    "windows overlap and resized back bilinearly, and their softmax is averaged over scales and mirror images"
+  )
+
   def __init__(self, config: ConfigDict, product: Product):
     words = config.eval.test_time
+    window = sliding_window.parse(words).window
+    self.input_size = (window, window) if window else tuple(config.data.crop)
     options = {"batch_size": config.eval.batch_size, "small_images": config.eval.small_images}
     options["postprocess"] = cast(DecidingTask, product.task).decide
     self._inference = sliding_window.SlidingWindowInference(
@@ -84,9 +100,14 @@ class SlidingWindowProtocol:
 class ResizeProtocol:
   """Resizes to the training crop, ignoring the aspect ratio as in evaluation; scores are resized back, bilinear."""
 
+  preprocessing = (
+    "resize the picture to the input's size, ignoring the aspect ratio; scores are resized back bilinearly"
+  )
+
   def __init__(self, config: ConfigDict, product: Product):
     self._predict = jax.jit(evaluate.make_predict(product, (), "full"))
     self._size, self._batch_size = tuple(config.data.crop), config.eval.batch_size
+    self.input_size = self._size
     task = cast(DecidingTask, product.task)
     self._decide, self._result = task.decide, task.result
 
@@ -103,7 +124,13 @@ class ResizeProtocol:
 class TopDownProtocol:
   """Crops around each box, see inference/top_down.py; without "boxes" the whole image is one person."""
 
+  preprocessing = (
+    "one crop per person: the box, widened to the input's aspect ratio and by data.padding, is warped to the input's "
+    "size; heatmaps of the mirrored crop are averaged in where eval.test_time says flip"
+  )
+
   def __init__(self, config: ConfigDict, product: Product):
+    self.input_size = tuple(config.data.crop)
     task, padding = cast(TopDownTask, product.task), config.data.get("padding", top_down_transforms.PADDING)
     crop = top_down_transforms.Augmentation(
       tuple(config.data.crop), task.keypoints, udp=task.udp, padding=padding

@@ -15,7 +15,7 @@ from vpd_jax.types import Array, Fields
 
 Implementation = Literal["auto", "xla", "chunked", "cudnn", "splash"]
 IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn", "splash")
-OF_PLATFORM: dict[str, Implementation] = {"cpu": "chunked", "gpu": "cudnn", "tpu": "splash"}
+OF_PLATFORM: dict[str, Implementation] = {"cpu": "chunked", "gpu": "cudnn", "tpu": "splash", "any": "chunked"}
 CHUNK = 256  # queries per scan step: 8 heads x 256 x 4096 float32 scores are 32 MiB per image
 CUDNN_WIDTH = 128  # widest head the fused kernel takes on every GPU; SD's coarsest levels and its VAE are wider
 CUDNN_FROM = 8.0  # compute capability: Ampere
@@ -62,7 +62,7 @@ def _best(query: Array, key: Array) -> Implementation:
   if best == "cudnn" and not _cudnn_takes(query):
     best = "chunked"
   # On CPU few keys are no reason to keep the scores of many queries.
-  tokens = query.shape[1] if here == "cpu" else min(query.shape[1], key.shape[1])
+  tokens = query.shape[1] if here in ("cpu", "any") else min(query.shape[1], key.shape[1])
   return best if tokens >= LONG.get(best, 0) else "xla"
 
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import cv2
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
 from vpd_jax.tasks import colormaps, finite
+from vpd_jax.tasks.depth import point_cloud
 from vpd_jax.tasks.depth.baselines import depth_baselines
 from vpd_jax.types import Array, Batch, Example, Fields, Loss, Outputs, Rows, Task
 
@@ -66,6 +68,8 @@ class Depth(Task):
   test_time_protocol = "windows"
   eval_needs = frozenset()
   needs_truth = False
+  measures_depth = True
+  described = MappingProxyType({"depth": "metres along the optical axis", "result": "the depth as it is"})
 
   def __init__(
     self,
@@ -191,6 +195,22 @@ class Depth(Task):
   def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray:
     """Input, prediction, truth and error of one image side by side: uint8 [H, 4 W, 3]."""
     return colormaps.depth_panel(example["image"], prediction, example["depth"], self.max_depth)
+
+  def colored(self, depth: np.ndarray, nearest: float, farthest: float) -> np.ndarray:
+    """Depth in color, uint8 [H, W, 3]: red at `nearest` to blue at `farthest`, metres, gray where it is not known."""
+    return colormaps.color_depth(depth, farthest, min_depth=nearest)
+
+  def save_point_cloud(self, stem: Path, depth: np.ndarray, image: np.ndarray, focal: tuple[float, str]) -> Path:
+    """Writes stem.ply, the colored points of one picture, and returns its path.
+
+    Args:
+      stem: path without suffix.
+      depth: float [H, W], metres.
+      image: uint8 [H, W, 3], RGB.
+      focal: focal length in pixels, and where it is from, for the header, in ASCII.
+    """
+    path, comment = stem.with_name(stem.name + ".ply"), f"focal length {focal[0]:.6g} pixels, {focal[1]}"
+    return point_cloud.write_ply(path, depth, image, focal[0], [comment])
 
   def save(self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None) -> list[Path]:
     """Writes the depth of one picture; files appear only when complete, the JSON last.

@@ -6,6 +6,7 @@ models/heads/topdown_heatmap_base_head.py, datasets/datasets/top_down/topdown_co
 
 from collections.abc import Iterable
 from pathlib import Path
+from types import MappingProxyType
 
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +55,13 @@ class Pose(Task):
   test_time_protocol = "crops"
   eval_needs = frozenset()
   needs_truth = True
+  described = MappingProxyType(
+    {
+      "heatmaps": "a map per keypoint, about 1 where it is, unitless",
+      "result": "a keypoint lies at the largest value of its heatmap, which is its score; the package refines the "
+      "place to parts of a pixel by the shape of the peak (DARK) and maps it back into the picture",
+    }
+  )
 
   def __init__(
     self,

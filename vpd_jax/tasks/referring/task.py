@@ -7,6 +7,7 @@ Source: VPD refer/train.py criterion, refer/test.py evaluate.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,12 @@ class Referring(Task):
   best = ("oIoU", "max")
   test_time_protocol = "squeezed"
   needs_truth = False
+  described = MappingProxyType(
+    {
+      "logits": "scores of background (0) and object (1) before the softmax, unitless",
+      "result": "a pixel is on the object where its score 1 is above its score 0",
+    }
+  )
 
   def __init__(self, *, class_weights: tuple[float, float] = (0.9, 1.1), eval_at: str = "network"):
     """Options of loss and scores.

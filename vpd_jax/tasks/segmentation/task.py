@@ -5,6 +5,7 @@ Source: mmsegmentation 0.30 models/losses, models/decode_heads/decode_head.py lo
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import cast
 
 import jax
@@ -134,6 +135,13 @@ class Segmentation(Task):
   test_time_protocol = "sliding"
   eval_needs = frozenset()
   needs_truth = False
+  described = MappingProxyType(
+    {
+      "logits": "scores of the classes before the softmax, unitless",
+      "aux_logits": "those of the auxiliary head, which only training uses",
+      "result": "the class of a pixel is the number of its largest score, counted from 0",
+    }
+  )
 
   def __init__(
     self,

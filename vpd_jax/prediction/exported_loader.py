@@ -1,0 +1,42 @@
+"""Runs the network in this folder, which network.json describes: python load.py [INPUTS.npz], or load.run(image=..).
+
+Needs jax, flatbuffers (of jax.export), numpy and safetensors.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+from jax import export
+from safetensors.numpy import load_file
+
+folder = pathlib.Path(__file__).parent
+facts = json.loads((folder / "network.json").read_text())
+jax.config.update("jax_enable_x64", facts["x64"])
+try:
+  network = export.deserialize(bytearray((folder / "network.jax_export").read_bytes()))
+  version, newest = network.calling_convention_version, export.maximum_supported_calling_convention_version
+  if not export.minimum_supported_calling_convention_version <= version <= newest:
+    raise ValueError(f"its calling convention is {version}, the newest known is {newest}")
+  network.mlir_module()  # Raises where the program is in a newer form, which is only seen at the first call else.
+except Exception as error:
+  made, line = facts["versions"]["jax"], " ".join(str(error).split())
+  raise SystemExit(
+    f"network.jax_export was made by jax {made}, and jax {jax.__version__} cannot read it: {line}"
+  ) from None
+weights = jax.device_put(load_file(folder / "weights.safetensors"))
+call = jax.jit(network.call)
+
+
+def run(**inputs):
+  """The outputs of network.json, numpy arrays by name, of its inputs."""
+  kinds = {name: np.asarray(x, facts["inputs"][name]["dtype"]) for name, x in inputs.items()}
+  return {name: np.asarray(x) for name, x in call(weights, kinds).items()}
+
+
+if __name__ == "__main__":
+  zeros = {name: np.zeros([1, *of["shape"][1:]], of["dtype"]) for name, of in facts["inputs"].items()}
+  for name, x in run(**(np.load(sys.argv[1]) if sys.argv[1:] else zeros)).items():
+    print(name, x.dtype, x.shape, f"from {x.min():.6g} to {x.max():.6g}, mean {x.mean():.6g}")

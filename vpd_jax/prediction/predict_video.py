@@ -1,0 +1,132 @@
+"""--mode=predict of a video: its depth as a video of equal length and rate, in colors of one scale."""
+
+import itertools
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import cv2
+import numpy as np
+from ml_collections import ConfigDict
+
+from vpd_jax.errors import UserError
+from vpd_jax.files import atomic
+from vpd_jax.monitoring import progress
+from vpd_jax.prediction.predict_folder import BATCH_SIZE, check_flags, check_output
+from vpd_jax.prediction.predictor import Predictor, trained_weights
+from vpd_jax.types import DepthTask
+
+SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm")
+CODEC = "mp4v"  # MPEG-4 part 2, which OpenCV writes wherever it is installed
+
+
+def is_video(source: str) -> bool:
+  """Whether --input names a video, by its suffix."""
+  path = Path(source).expanduser()
+  return path.suffix.lower() in SUFFIXES and path.is_file()
+
+
+def run(
+  config: ConfigDict,
+  workdir: str,
+  *,
+  source: str,
+  output: str,
+  class_name: str = "",
+  sentence: str = "",
+  **others: object,
+) -> int:
+  """Writes NAME.depth.mp4 and NAME.depth.json of a video NAME, and returns the number of its frames.
+
+  Colors go from the smallest to the largest depth of the whole video, near red to far blue. Every frame is predicted by
+  itself. A last row or column of an odd number is left out, which the codec does not take.
+
+  Args:
+    config: of the run.
+    workdir: whose checkpoint is read.
+    source: the video, in one of SUFFIXES.
+    output: a folder.
+    class_name, sentence: of all frames, as for predict_folder.run.
+    others: its further options, none of which has an effect here.
+
+  Raises:
+    ValueError: a video that cannot be read, without frames or without a rate; a task that predicts no depth; options
+      without effect; a folder that cannot be written to.
+  """
+  path = Path(source).expanduser()
+  if without := [f"--{name}" for name, value in others.items() if value]:
+    raise UserError(f"{', '.join(without)}: no effect on a video, --input={source!r}; leave it out.")
+  target = check_output(output)
+  rate, count = _opened(path)
+  predictor = Predictor.load(config, weights=trained_weights(config, workdir))
+  check_flags(config, predictor, {"class": class_name, "sentence": sentence}, False, False)
+  if not predictor.product.task.measures_depth:
+    raise UserError(f"--input={source!r} is a video, and task {config.task.name!r} predicts no depth; give a folder.")
+  progress.write("\n".join(predictor.origin))
+  task, class_id = cast(DepthTask, predictor.product.task), predictor.class_id(class_name) if class_name else None
+  target.mkdir(parents=True, exist_ok=True)
+  frames, done, nearest, farthest, size = _frames(path), 0, math.inf, -math.inf, (0, 0)
+  with tempfile.TemporaryFile(dir=target) as kept:  # a minute of full HD would not fit into memory
+    with progress.phase("predict", count, "frames") as predicted:
+      while batch := list(itertools.islice(frames, BATCH_SIZE)):
+        words = {"sentences": [sentence] * len(batch)} if predictor.takes_sentence else {}
+        for result in predictor.predict_each(batch, class_id, **words):
+          depth = result[task.result]
+          known = depth[np.isfinite(depth) & (depth > 0)]
+          nearest, farthest = min(nearest, known.min(initial=nearest)), max(farthest, known.max(initial=farthest))
+          kept.write(depth.astype(np.float16).tobytes())
+          done, size = done + 1, depth.shape
+          predicted.advance()
+    kept.seek(0)
+    with atomic.beside(target / f"{path.stem}.depth.mp4") as unfinished:
+      writer = _writer(unfinished, rate, size)
+      for _ in range(done):
+        depth = np.frombuffer(kept.read(2 * math.prod(size)), np.float16).reshape(size).astype(np.float32)
+        colors = task.colored(depth, float(nearest), float(farthest))[: size[0] // 2 * 2, : size[1] // 2 * 2]
+        writer.write(np.ascontiguousarray(colors[..., ::-1]))
+      writer.release()
+  facts = {"source": path.name, "frames": done, "frames_per_second": rate, "size": list(size), "unit": "metre"}
+  facts |= {"first_color": float(nearest), "last_color": float(farthest), "class": class_name or None}
+  atomic.write_json(target / f"{path.stem}.depth.json", facts)
+  if done != count:
+    progress.write(f"{path.name} states {count} frames, and {done} could be read")
+  progress.write(f"{done} frames written to {target / path.stem}.depth.mp4")
+  return done
+
+
+def _opened(path: Path) -> tuple[float, int]:
+  """Frames per second of a video, and the number of frames that it states.
+
+  Raises:
+    ValueError: it cannot be read, holds no frame or states no rate.
+  """
+  if not os.access(path, os.R_OK):
+    raise UserError(f"--input={str(path)!r} cannot be read; see to its permissions.")
+  video = cv2.VideoCapture(str(path))
+  rate, count = video.get(cv2.CAP_PROP_FPS), int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+  if next(_frames(path), None) is None:
+    raise UserError(f"--input={str(path)!r} holds no frame that can be read; copy it again, or give another video.")
+  if not (math.isfinite(rate) and rate > 0):
+    raise UserError(f"--input={str(path)!r} states no frames per second; give a video that does.")
+  return rate, count
+
+
+def _frames(path: Path) -> Iterator[np.ndarray]:
+  """The frames of a video, uint8 [H, W, 3], RGB, turned as it says."""
+  video = cv2.VideoCapture(str(path))
+  while video.isOpened():
+    read, frame = video.read()
+    if not read:
+      return
+    yield np.ascontiguousarray(frame[..., ::-1])
+
+
+def _writer(path: Path, rate: float, size: tuple[int, int]) -> cv2.VideoWriter:
+  even = size[1] // 2 * 2, size[0] // 2 * 2
+  writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*CODEC), rate, even)
+  if not writer.isOpened():
+    raise UserError(f"a video of {even[0]}x{even[1]} at {rate:g} frames per second cannot be written to {path.parent}.")
+  return writer
