@@ -58,7 +58,7 @@ def synthetic(name: str, folder: Path, count: int) -> tuple[ConfigDict, dict[str
   return config.lock(), {form: str(place) for form, place in places.items()}
 
 
-def datasets(config: ConfigDict, product: experiment.Product, places: dict[str, str]) -> dict[str, Any]:
+def datasets(config: ConfigDict, exp: experiment.Experiment, places: dict[str, str]) -> dict[str, Any]:
   """The config's data set by form: "files", "tfds"."""
   made = {}
   for form, place in places.items():
@@ -68,7 +68,7 @@ def datasets(config: ConfigDict, product: experiment.Product, places: dict[str, 
       changed.data.format = form
     elif form != "files":
       raise ValueError(f"data set {changed.data.name!r} is read from its files only; leave --shards out.")
-    made[form] = experiment.dataset(changed.lock(), product)
+    made[form] = experiment.dataset(changed.lock(), exp)
   return made
 
 
@@ -81,12 +81,12 @@ def per_core(work: Callable[[int], Any], count: int) -> float:
 
 
 def batches_per_second(
-  config: ConfigDict, product: experiment.Product, dataset: Any, workers: int, batches: int
+  config: ConfigDict, exp: experiment.Experiment, dataset: Any, workers: int, batches: int
 ) -> float:
   """Images per second of training batches; those made while the workers start do not count."""
   size = min(config.data.batch_size, 32)
   iterator = pipeline.train_batches(
-    dataset, batch_size=size, seed=0, workers=workers, keys=product.keys, prepare=product.method.prepare
+    dataset, batch_size=size, seed=0, workers=workers, keys=exp.keys, prepare=exp.method.prepare
   )
   for _ in range(4 * max(workers, 1)):
     next(iterator)
@@ -102,11 +102,11 @@ def measure(
   config: ConfigDict, places: dict[str, str], *, count: int, workers: list[int], batches: int, rounds: int
 ) -> list[list[str]]:
   """A row of Markdown for each form; see the columns in `main`."""
-  product = experiment.assemble(config)
-  made = datasets(config, product, places)
+  exp = experiment.assemble(config)
+  made = datasets(config, exp, places)
   works: dict[str, Callable[[Any], float]] = {"decoding": _decoding(count), "all": _whole(count)}
   for n in workers:
-    works[str(n)] = lambda dataset, n=n: batches_per_second(config, product, dataset, n, batches)
+    works[str(n)] = lambda dataset, n=n: batches_per_second(config, exp, dataset, n, batches)
   best = {form: dict.fromkeys(works, 0.0) for form in made}
   for _ in range(rounds):
     for form, dataset in made.items():

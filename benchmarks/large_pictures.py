@@ -36,7 +36,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "windows in one call of the n
 
 
 def stub_network(classes: int, shapes: list[tuple[int, int]]) -> types.SimpleNamespace:
-  """A product whose network is a matrix on the colors, and that notes the shapes in which it is traced."""
+  """An experiment whose network is a matrix on the colors, and that notes the shapes in which it is traced."""
 
   def network(weights, batch, training):
     del training

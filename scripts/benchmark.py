@@ -34,7 +34,7 @@ from vpd_jax.data import pipeline
 from vpd_jax.distributed import sharding
 from vpd_jax.errors import UserError
 from vpd_jax.evaluation import encoder_cache, evaluate
-from vpd_jax.experiment import Product
+from vpd_jax.experiment import Experiment
 from vpd_jax.files import atomic
 from vpd_jax.monitoring import chips, profiler, xla_cost
 from vpd_jax.planning import plan
@@ -74,9 +74,9 @@ def timed(work: Callable[[Any], Any], batches: Iterator[Any], steps: int, warm_u
   return times[warm_up:]
 
 
-def random_state(config: ConfigDict, product: Product, mesh: Any) -> Any:
+def random_state(config: ConfigDict, exp: Experiment, mesh: Any) -> Any:
   """A random TrainState on the mesh that preserves the scale of activations."""
-  shapes, where = initialize.state_shapes(config, product), initialize.state_shardings(config, product, mesh)
+  shapes, where = initialize.state_shapes(config, exp), initialize.state_shardings(config, exp, mesh)
   block = np.random.default_rng(0).standard_normal(2**16).astype(np.float32)
 
   def value(name: str, x: Any) -> np.ndarray:
@@ -88,21 +88,21 @@ def random_state(config: ConfigDict, product: Product, mesh: Any) -> Any:
     return {name: jax.device_put(value(name, x), target[name]) for name, x in named.items()}
 
   params, frozen, stats = (place(getattr(shapes, part), getattr(where, part)) for part in ("params", "frozen", "stats"))
-  opt_state = jax.jit(product.optimizer.init, out_shardings=where.opt_state)(params)
+  opt_state = jax.jit(exp.optimizer.init, out_shardings=where.opt_state)(params)
   ema = place(shapes.ema, where.ema) if shapes.ema else None
   step = jax.device_put(np.zeros((), np.int32), where.step)
   return shapes.replace(step=step, params=params, frozen=frozen, stats=stats, opt_state=opt_state, ema=ema)
 
 
-def step_shapes(config: ConfigDict, product: Product) -> dict[str, Any]:
+def step_shapes(config: ConfigDict, exp: Experiment) -> dict[str, Any]:
   """The batch of a training step of this config, as ShapeDtypeStructs."""
-  return encoder_cache.planned(config, product, plan.batch_shapes(config, product.keys, "train"))[0]
+  return encoder_cache.planned(config, exp, plan.batch_shapes(config, exp.keys, "train"))[0]
 
 
-def synthetic_batch(config: ConfigDict, product: Product, mesh: Any) -> dict[str, Any]:
+def synthetic_batch(config: ConfigDict, exp: Experiment, mesh: Any) -> dict[str, Any]:
   """A batch on the mesh: noise, depth of 0.5 to 9.5 m, classes 0 and 1."""
   rng, batch = np.random.default_rng(0), {}
-  for key, x in step_shapes(config, product).items():
+  for key, x in step_shapes(config, exp).items():
     if np.issubdtype(x.dtype, np.integer):
       batch[key] = rng.integers(0, 256 if key == "image" else 2, x.shape, x.dtype)
     elif key in encoder_cache.ENCODERS:
@@ -114,11 +114,11 @@ def synthetic_batch(config: ConfigDict, product: Product, mesh: Any) -> dict[str
   return pipeline.to_mesh(batch, sharding.batch_sharding(mesh))
 
 
-def read(config: ConfigDict, product: Product, mesh: Any, state: Any) -> pipeline.Prefetch:
+def read(config: ConfigDict, exp: Experiment, mesh: Any, state: Any) -> pipeline.Prefetch:
   """The training batches of a run."""
-  dataset = experiment.dataset(config, product)
-  encodings = encoder_cache.EncoderCache(config, product, dataset, mesh)
-  return session.training_batches(config, product, dataset, mesh, 0, lambda local: encodings(local, state.frozen))
+  dataset = experiment.dataset(config, exp)
+  encodings = encoder_cache.EncoderCache(config, exp, dataset, mesh)
+  return session.training_batches(config, exp, dataset, mesh, 0, lambda local: encodings(local, state.frozen))
 
 
 def slowest(step: Callable[[Any], Any], batches: Iterator[Any], text: str, steps: int = 3) -> list[dict[str, Any]]:
@@ -133,23 +133,23 @@ def slowest(step: Callable[[Any], Any], batches: Iterator[Any], text: str, steps
 
 def ours(config: ConfigDict) -> Result:
   """Times and memory of the step that `train.run` compiles, on the devices at hand; see `report`."""
-  product = experiment.assemble(config)
+  exp = experiment.assemble(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  state = random_state(config, product, mesh)
-  input_ = None if SYNTHETIC.value else read(config, product, mesh, state)
-  batch = next(input_) if input_ else synthetic_batch(config, product, mesh)
+  state = random_state(config, exp, mesh)
+  input_ = None if SYNTHETIC.value else read(config, exp, mesh, state)
+  batch = next(input_) if input_ else synthetic_batch(config, exp, mesh)
   again = iter(lambda: batch, None)
   result: Result = {"side": f"vpd_jax, jax {jax.__version__}, attention {config.backbone.attention}"}
   result |= {"device": jax.devices()[0].device_kind, "devices": mesh.size, "mesh": dict(mesh.shape)}
   if FORWARD.value:
     weights = state.params, state.frozen, state.stats
-    forward = evaluate.on_mesh(evaluate.make_scores(product), config, product, mesh)
+    forward = evaluate.on_mesh(evaluate.make_scores(exp), config, exp, mesh)
     forward = jax.jit(forward).lower(weights, batch).compile()
     times = timed(lambda b: forward(weights, b), again, STEPS.value, WARM_UP.value)
     result["forward_ms"] = statistics.median(times)
     del forward, weights  # their memory is donated to the step
   begin = time.perf_counter()
-  compiled = compilation.compile_step(config, product, mesh, batch)
+  compiled = compilation.compile_step(config, exp, mesh, batch)
   result["compile_s"] = time.perf_counter() - begin
   losses = []
 

@@ -46,26 +46,26 @@ def measure(config: Any) -> dict[str, dict[str, float]]:
   config = config.copy_and_resolve_references().unlock()
   config.optim.lr_groups = ((r"/vae/", None), (r"", 1.0))
   config.optim.accumulation = 1
-  product = experiment.assemble(config.lock())
+  exp = experiment.assemble(config.lock())
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  state = benchmark.random_state(config, product, mesh)
+  state = benchmark.random_state(config, exp, mesh)
   weights, spread = (state.params, state.frozen, state.stats), sharding.batch_sharding(mesh)
-  dataset = experiment.dataset(config, product)
-  common = {"keys": {*product.keys, *product.task.eval_needs, "image_id"}, "prepare": product.method.prepare}
+  dataset = experiment.dataset(config, exp)
+  common = {"keys": {*exp.keys, *exp.task.eval_needs, "image_id"}, "prepare": exp.method.prepare}
   sources = {
     "evaluation": pipeline.eval_batches(dataset, batch_size=config.eval.batch_size, **common),
     "training": pipeline.train_batches(
-      dataset, batch_size=config.data.batch_size, seed=0, **common | {"keys": product.keys}
+      dataset, batch_size=config.data.batch_size, seed=0, **common | {"keys": exp.keys}
     ),
   }
-  step = jax.jit(evaluate.make_step(config, product))
+  step = jax.jit(evaluate.make_step(config, exp))
   compiled: dict[frozenset[str], Any] = {}
 
   def trained(batch: Any) -> Any:
     nonlocal state
     names = frozenset(batch)
     if names not in compiled:
-      compiled[names] = compilation.compile_step(config, product, mesh, batch)
+      compiled[names] = compilation.compile_step(config, exp, mesh, batch)
     state, logs = compiled[names](state, batch)
     return logs["train/loss"]
 
@@ -79,7 +79,7 @@ def measure(config: Any) -> dict[str, dict[str, float]]:
     found[split] = {}
     for mode in MODES:
       dataset.encoder_cache = Cache("memory" if mode == "cached in memory" else "off", "")
-      encodings = encoder_cache.EncoderCache(config, product, dataset, mesh)
+      encodings = encoder_cache.EncoderCache(config, exp, dataset, mesh)
       encode = (lambda local: local) if mode == "inside the network" else lambda local: encodings(local, frozen)  # noqa: B023
       passed = lambda: pipeline.prefetch(encode(pipeline.HostBatches(rows)), spread)  # noqa: B023
       found[split][mode] = seconds(runs[split], passed) / count

@@ -202,13 +202,13 @@ def measure(rows: Rows, method: str) -> Record:
   from vpd_jax.distributed import sharding
 
   config = loader.load(config_string(rows, method))
-  product = experiment.assemble(config, training=False)
-  weights, _ = initialize.weights_on_mesh(config, product, sharding.make_mesh(1, 1), complete=False)
+  exp = experiment.assemble(config, training=False)
+  weights, _ = initialize.weights_on_mesh(config, exp, sharding.make_mesh(1, 1), complete=False)
   image = np.random.default_rng(0).integers(0, 256, (1, *config.data.crop, 3), np.uint8)
   tokens = np.zeros((1, config.method.get("token_length", 1)), np.int32)
   batch = {"image": image, "class_id": np.zeros(1, np.int32), "tokens": tokens}
-  batch = {name: jax.device_put(batch[name]) for name in ("image", *sorted(product.method.needs))}
-  forward = jax.jit(lambda weights, batch: product.parts.merge(*weights)(batch, training=False))
+  batch = {name: jax.device_put(batch[name]) for name in ("image", *sorted(exp.method.needs))}
+  forward = jax.jit(lambda weights, batch: exp.spec.merge(*weights)(batch, training=False))
   compiled = forward.lower(weights, batch).compile()
   seconds = []
   for _ in range(CALLS):
@@ -218,7 +218,7 @@ def measure(rows: Rows, method: str) -> Record:
   return {
     "task": rows.task,
     "method": method,
-    "parameters": sum(shape.size for shape in product.parts.shapes.values()),
+    "parameters": sum(shape.size for shape in exp.spec.shapes.values()),
     "gflop": compiled.cost_analysis()["flops"] / 1e9,
     "seconds": min(seconds),
     "crop": list(config.data.crop),

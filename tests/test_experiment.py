@@ -15,9 +15,9 @@ def assembled(string, **changes):
 
 @pytest.mark.parametrize("string", ["configs/kitti_depth.py:vpd,tiny", "configs/my_depth.py:vpd,tiny"])
 def test_the_scene_is_the_one_class_of_the_product(string):
-  product = assembled(string, **{"data.scene": "country_road"})
-  assert product.classes == ("country_road",)
-  assert product.parts.shapes["method/class_vectors"].shape[0] == 1
+  exp = assembled(string, **{"data.scene": "country_road"})
+  assert exp.classes == ("country_road",)
+  assert exp.spec.shapes["method/class_vectors"].shape[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def test_a_method_that_is_told_a_class_is_refused_at_assembly_where_there_is_non
   ],
 )
 def test_without_a_scene_methods_that_are_told_no_class_go_on(words, changes):
-  product = assembled(f"configs/kitti_depth.py:{words},tiny", **{"data.scene": ""}, **changes)
-  assert product.classes == () and "class_id" not in product.keys
+  exp = assembled(f"configs/kitti_depth.py:{words},tiny", **{"data.scene": ""}, **changes)
+  assert exp.classes == () and "class_id" not in exp.keys
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,8 @@ def test_a_head_chosen_on_the_command_line_leaves_fields_of_the_one_before_out()
   chosen = loader.changed(config, {"head.name": "simple"})
   with pytest.raises(ValueError, match=r"config\.head of name 'simple' does not take"):
     experiment.assemble(chosen)
-  product = experiment.assemble(experiment.with_chosen_parts(chosen, {"head.name"}))
-  assert product.parts.model.head.__class__.__name__ == "ViTPoseSimpleHead"
+  exp = experiment.assemble(experiment.with_chosen_parts(chosen, {"head.name"}))
+  assert exp.spec.model.head.__class__.__name__ == "ViTPoseSimpleHead"
   foreign = {"head.name", *(f"head.{field}" for field in chosen.head)}
   with pytest.raises(ValueError, match=r"config\.head of name 'simple' does not take"):
     experiment.assemble(experiment.with_chosen_parts(chosen, foreign))

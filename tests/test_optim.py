@@ -104,12 +104,12 @@ def test_step_falls_at_its_drops_and_warms_up_linearly():
 
 @pytest.fixture(scope="module")
 def full():
-  """The product of the full config; nothing of it is allocated."""
+  """The experiment of the full config; nothing of it is allocated."""
   return experiment.assemble(loader.load("configs/nyu_depth.py"))
 
 
-def in_source_names(product, names):
-  phantoms = {n: np.broadcast_to(np.float32(0), product.parts.shapes[n].shape) for n in names}
+def in_source_names(exp, names):
+  phantoms = {n: np.broadcast_to(np.float32(0), exp.spec.shapes[n].shape) for n in names}
   pairs = {}
   for name, array in phantoms.items():
     (source,) = rules.to_source({name: array}, released.vpd_depth())
@@ -145,21 +145,21 @@ def test_what_is_not_trained_is_what_the_authors_do_not_train(full):
     trained = {name for group in json.load(f)["vpd_depth"]["groups"].values() for name in group["names"]}
   expected = {entry["name"] for entry in oracle.manifest("vpd_depth", "full")} - trained
   counters = {name for name in expected if name.endswith("num_batches_tracked")}
-  held = full.groups.frozen | full.parts.buffers | full.parts.stats
+  held = full.groups.frozen | full.spec.buffers | full.spec.stats
   assert set(in_source_names(full, held).values()) == expected - counters
   assert not held & full.groups.lr.keys()
-  assert "method/class_vectors" in full.parts.buffers
-  assert any(name.startswith("method/vae/post_quant_conv/") for name in full.parts.buffers | full.groups.frozen)
+  assert "method/class_vectors" in full.spec.buffers
+  assert any(name.startswith("method/vae/post_quant_conv/") for name in full.spec.buffers | full.groups.frozen)
 
 
 def test_the_table_of_groups_counts_every_parameter_once(full):
-  rows = optim.table(full.groups, full.parts.shapes)
+  rows = optim.table(full.groups, full.spec.shapes)
   assert {row[:4] for row in rows} == {
     ("rest", 1.0, 0.0, 22), ("rest", 1.0, 1.0, 12), ("unet", 0.01, 1.0, 281), ("unet", 0.01, 0.0, 401),
     ("frozen", None, None, len(full.groups.frozen)),
   }  # fmt: skip
-  assert sum(row[4] for row in rows) == sum(full.parts.shapes[name].size for name in full.parts.params)
-  assert all(row[5] in full.parts.params for row in rows)
+  assert sum(row[4] for row in rows) == sum(full.spec.shapes[name].size for name in full.spec.params)
+  assert all(row[5] in full.spec.params for row in rows)
 
 
 def test_groups_name_what_they_freeze_and_label_the_rest():

@@ -101,11 +101,11 @@ FROZEN_DTYPES = ("float32", "bfloat16")  # the first: as param_dtype
 NOT_OF_THE_DATASET = ("name", "batch_size", "workers", "on_bad_record", "captions")
 
 
-class Product(NamedTuple):
+class Experiment(NamedTuple):
   """What a config stands for, before any array is allocated.
 
   Attributes:
-    parts: names, shapes and kinds of its arrays.
+    spec: names, shapes and kinds of its arrays.
     task: loss and scores.
     groups: learning-rate and decay multiplier of every trainable array, and what is frozen.
     rate: learning rate by optimizer step.
@@ -114,7 +114,7 @@ class Product(NamedTuple):
     keys: what a Batch must hold, "image" first.
   """
 
-  parts: params_lib.Parts
+  spec: params_lib.ModelSpec
   task: Task
   groups: optim.Groups
   rate: optim.Schedule
@@ -125,7 +125,7 @@ class Product(NamedTuple):
   @property
   def method(self) -> Method:
     """The method, with shapes in place of arrays."""
-    return self.parts.model.method
+    return self.spec.model.method
 
 
 def _rest(section: ConfigDict, without: tuple[str, ...] = ("name",)) -> Fields:
@@ -203,7 +203,7 @@ def _builder(config: ConfigDict, task: Task, classes: tuple[str, ...], training:
   return build
 
 
-def assemble(config: ConfigDict, *, training: bool = True) -> Product:
+def assemble(config: ConfigDict, *, training: bool = True) -> Experiment:
   """Looks the names up, builds the model without arrays, resolves every per-name rule.
 
   Args:
@@ -221,34 +221,34 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Product:
   info = data.info(config.data)
   classes, task = info.classes, _task(config, info)
   _check_test_time(config, task)
-  parts = params_lib.describe(_builder(config, task, classes, training=True))
-  _check_groups(config, parts)
-  _check_idle(config, parts)
-  groups = optim.groups(parts.params, config.optim.lr_groups, config.optim.decay_groups)
-  kernels = lora.targets(groups.lr, parts.shapes, config.lora.rank, tuple(config.lora.targets))
+  spec = params_lib.describe(_builder(config, task, classes, training=True))
+  _check_groups(config, spec)
+  _check_idle(config, spec)
+  groups = optim.groups(spec.params, config.optim.lr_groups, config.optim.decay_groups)
+  kernels = lora.targets(groups.lr, spec.shapes, config.lora.rank, tuple(config.lora.targets))
   trained = {f"{lora.PREFIX}{kernel}/{part}": kernel for kernel in kernels for part in "ab"}
   groups = optim.with_lora(groups, lora.UNET, trained, config.lora.lr) if kernels else groups
   rate = optim.schedule(**loader.schedule(config), lr=config.optim.lr)
   options = {k: config.optim[k] for k in ("decay", "b1", "b2", "epsilon", "clip_norm", "moments")}
   optimizer = optim.optimizer(rate, groups, **options, seed=config.seed)
-  if not training and parts.model.method.training_only:
-    parts = params_lib.describe(_builder(config, task, classes, training=False))
+  if not training and spec.model.method.training_only:
+    spec = params_lib.describe(_builder(config, task, classes, training=False))
   elif training and config.lora.rank:
-    parts = _with_lora(config, parts, kernels)
-  parts = _with_frozen_dtype(config, parts, groups, kept=() if training else kernels)
-  keys = ("image", *sorted(task.needs | parts.model.method.needs))
-  return Product(parts, task, groups, rate, optimizer, classes, keys)
+    spec = _with_lora(config, spec, kernels)
+  spec = _with_frozen_dtype(config, spec, groups, kept=() if training else kernels)
+  keys = ("image", *sorted(task.needs | spec.model.method.needs))
+  return Experiment(spec, task, groups, rate, optimizer, classes, keys)
 
 
-def _with_lora(config: ConfigDict, parts: params_lib.Parts, kernels: list[str]) -> params_lib.Parts:
+def _with_lora(config: ConfigDict, spec: params_lib.ModelSpec, kernels: list[str]) -> params_lib.ModelSpec:
   """The model with the arrays that `config.lora` trains."""
   options = {"rank": config.lora.rank, "alpha": config.lora.alpha, "seed": config.seed}
-  return lora.adapted(parts, kernels, **options, dtype=dtype(config, "param_dtype"))
+  return lora.adapted(spec, kernels, **options, dtype=dtype(config, "param_dtype"))
 
 
 def _with_frozen_dtype(
-  config: ConfigDict, parts: params_lib.Parts, groups: optim.Groups, kept: Collection[str]
-) -> params_lib.Parts:
+  config: ConfigDict, spec: params_lib.ModelSpec, groups: optim.Groups, kept: Collection[str]
+) -> params_lib.ModelSpec:
   """The model with what is not trained in `config.frozen_dtype`; but for statistics and the arrays `kept` as they are.
 
   Kept are kernels into which LoRA is merged before they come: most of what it adds would be rounded away.
@@ -256,9 +256,9 @@ def _with_frozen_dtype(
   if config.frozen_dtype not in FROZEN_DTYPES:
     raise UserError(f"config.frozen_dtype={config.frozen_dtype!r} is unknown; choose one of {FROZEN_DTYPES}.")
   if config.frozen_dtype == FROZEN_DTYPES[0]:
-    return parts
-  frozen = parts.shapes.keys() - groups.lr.keys() - parts.stats - set(kept)
-  return parts.stored_in(DTYPES[config.frozen_dtype], frozen)
+    return spec
+  frozen = spec.shapes.keys() - groups.lr.keys() - spec.stats - set(kept)
+  return spec.stored_in(DTYPES[config.frozen_dtype], frozen)
 
 
 def _task(config: ConfigDict, info: DatasetInfo) -> Task:
@@ -302,14 +302,14 @@ def _check_test_time(config: ConfigDict, task: Task) -> None:
     raise UserError(f"config.eval does not take {idle} with task {config.task.name!r}; remove or correct them.")
 
 
-def _check_groups(config: ConfigDict, parts: params_lib.Parts) -> None:
+def _check_groups(config: ConfigDict, spec: params_lib.ModelSpec) -> None:
   """Groups of batch statistics and loss must cut every micro-batch into whole groups."""
   batch, accumulation = config.data.batch_size, config.optim.accumulation
   if accumulation < 1 or batch % accumulation:
     raise UserError(f"config.optim.accumulation={accumulation} must divide config.data.batch_size={batch}.")
   for field in ("norm_group", "loss_group"):
     group = config.optim[field]
-    if not group and accumulation > 1 and (field == "loss_group" or parts.stats):
+    if not group and accumulation > 1 and (field == "loss_group" or spec.stats):
       raise UserError(
         f"config.optim.{field}=0, the whole batch, cannot be accumulated over {accumulation} parts; "
         f"set it to a divisor of {batch // accumulation}, or config.optim.accumulation=1."
@@ -321,25 +321,25 @@ def _check_groups(config: ConfigDict, parts: params_lib.Parts) -> None:
       )
 
 
-def _check_idle(config: ConfigDict, parts: params_lib.Parts) -> None:
+def _check_idle(config: ConfigDict, spec: params_lib.ModelSpec) -> None:
   """Sources of weights and texts that no part of the model takes anything from are refused."""
-  has = lambda *prefixes: any(name.startswith(prefixes) for name in parts.shapes)
+  has = lambda *prefixes: any(name.startswith(prefixes) for name in spec.shapes)
   takes_class = config.method.get("prompt", "") == "scene_class"  # in prediction CLIP may tell it
   clip = has("method/text_encoder/", "method/image_encoder/", "method/class_predictor/") or takes_class
   read = {
-    "data.captions": parts.model.method.sentence_tokens,
-    "init.clip": clip or parts.model.method.sentence_tokens,
+    "data.captions": spec.model.method.sentence_tokens,
+    "init.clip": clip or spec.model.method.sentence_tokens,
     "init.vit": has("method/vit_model/"),
     "method.class_vectors": has("method/class_vectors"),
     "method.templates": has("method/class_vectors"),
-    "method.tokenizer": clip or has("method/class_vectors") or parts.model.method.sentence_tokens,
+    "method.tokenizer": clip or has("method/class_vectors") or spec.model.method.sentence_tokens,
   }
   given = {field: config[field.split(".")[0]].get(field.split(".")[1], "") for field in read}
   if idle := [f"config.{field}={value!r}" for field, value in given.items() if value and not read[field]]:
     raise UserError(f"{', '.join(idle)}: nothing of method {config.method.name!r} reads this; leave it out.")
 
 
-def dataset(config: ConfigDict, product: Product) -> Dataset:
+def dataset(config: ConfigDict, exp: Experiment) -> Dataset:
   """The data set, its files found.
 
   Raises:
@@ -349,9 +349,7 @@ def dataset(config: ConfigDict, product: Product) -> Dataset:
   if config.data.get("captions"):
     made = captions.Captioned(made, config.data.captions)
   missing = sorted(
-    (set(product.keys) | product.method.prepare_inputs | product.task.eval_needs)
-    - made.provides
-    - product.method.prepare_outputs
+    (set(exp.keys) | exp.method.prepare_inputs | exp.task.eval_needs) - made.provides - exp.method.prepare_outputs
   )
   if missing:
     remedy = "Set config.data.scene to one name for all pictures." if "scene" in config.data else "Choose another."
@@ -364,9 +362,9 @@ def dataset(config: ConfigDict, product: Product) -> Dataset:
   return made
 
 
-def batch_keys(product: Product, made: Dataset) -> tuple[str, ...]:
-  """What a Batch holds: what the product asks for, and where an image ends in its padding, if the data set says so."""
-  return (*product.keys, *sorted(made.provides & {"valid_size"}))
+def batch_keys(exp: Experiment, made: Dataset) -> tuple[str, ...]:
+  """What a Batch holds: what the experiment asks for, and where an image ends in its padding, if the data say so."""
+  return (*exp.keys, *sorted(made.provides & {"valid_size"}))
 
 
 def only_resizes(config: ConfigDict) -> bool:
@@ -374,9 +372,9 @@ def only_resizes(config: ConfigDict) -> bool:
   return DATASETS[config.data.name].info(config.data).only_resizes
 
 
-def sentence_lines(product: Product, made: Dataset, splits: tuple[str, ...] = ("train", "eval")) -> list[str]:
+def sentence_lines(exp: Experiment, made: Dataset, splits: tuple[str, ...] = ("train", "eval")) -> list[str]:
   """For the start of a run: how many sentences are cut, of data sets that can tell without drawing or reading all."""
-  census = product.method.sentence_census
+  census = exp.method.sentence_census
   if census is None:
     return []
   known = {split: made.source(split).sentences() for split in splits}
@@ -385,5 +383,5 @@ def sentence_lines(product: Product, made: Dataset, splits: tuple[str, ...] = ("
 
 def model_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
   """Shape and dtype of every array of the model itself, by name: without those of LoRA, in `param_dtype`."""
-  parts = assemble(loader.changed(config, {"frozen_dtype": FROZEN_DTYPES[0]})).parts
-  return {name: parts.shapes[name] for name in parts.paths}
+  spec = assemble(loader.changed(config, {"frozen_dtype": FROZEN_DTYPES[0]})).spec
+  return {name: spec.shapes[name] for name in spec.paths}

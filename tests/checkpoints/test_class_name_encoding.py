@@ -82,7 +82,7 @@ def test_encoding_is_the_mean_over_the_sentences(text, tokenizer, max_length):
   found = class_name_encoding.encode(
     NAMES, tokenizer=tokenizer, text=text, templates=first_templates(), max_length=max_length
   )
-  states = jax.jit(lambda tokens: text.parts.merge(text.weights)(tokens).last)
+  states = jax.jit(lambda tokens: text.spec.merge(text.weights)(tokens).last)
   lengths = [len(tokens_by_hand(t.format("dining room"), 32)) for t in first_templates()]
   assert min(lengths) < 20 < max(lengths), "20 must cut some sentences and not others"
   expected = [encode_by_hand(name, first_templates(), states, max_length) for name in NAMES]

@@ -38,11 +38,11 @@ def compvis(tmp_path_factory):
 
 def test_a_stable_diffusion_file_fills_unet_and_vae_and_leaves_the_rest_fresh(compvis):
   config = config_of(compvis)
-  product = experiment.assemble(config)
-  named, lines = initialize.weights(config, product)
+  exp = experiment.assemble(config)
+  named, lines = initialize.weights(config, exp)
   source = oracle.weights("sd_unet_hier")["model.diffusion_model.input_blocks.0.0.weight"]
   np.testing.assert_array_equal(named["method/unet/input_blocks/0/0/kernel"], source.transpose(2, 3, 1, 0))
-  assert named.keys() == product.parts.shapes.keys()
+  assert named.keys() == exp.spec.shapes.keys()
   assert any("class vectors: random (seed 0)" in line for line in lines)
   (fresh,) = (line for line in lines if line.startswith("randomly"))
   assert "head/last_layer_depth" in fresh and "unet" not in fresh and "vae" not in fresh
@@ -82,9 +82,9 @@ def test_a_diffusers_folder_brings_sizes_weights_and_class_vectors(tmp_path):
   text_folders.write_diffusers(tmp_path)
   config = config_of(tmp_path, **{"method.class_vectors": ""})
   assert config.backbone.unet.channel_mult == (1, 1, 2, 2) and config.backbone.unet.context_dim == 16
-  product = experiment.assemble(config)
-  named, lines = initialize.weights(config, product)
-  assert named.keys() == product.parts.shapes.keys()
+  exp = experiment.assemble(config)
+  named, lines = initialize.weights(config, exp)
+  assert named.keys() == exp.spec.shapes.keys()
   assert any("27 x 16 from the names" in line for line in lines)
   assert named["method/class_vectors"].shape == (27, 16) and np.ptp(named["method/class_vectors"], axis=0).min() > 0
 
@@ -103,8 +103,8 @@ def test_what_would_not_be_trained_as_it_is_told_is_refused():
       with pytest.raises(ValueError, match=message):
         begin(changed)
   for dtype in ("float32", "bfloat16"):  # what is evaluated may be kept in either
-    product = experiment.assemble(loader.changed(config, {"param_dtype": dtype}), training=False)
-    assert {x.dtype.name for x in product.parts.shapes.values()} == {dtype}
+    exp = experiment.assemble(loader.changed(config, {"param_dtype": dtype}), training=False)
+    assert {x.dtype.name for x in exp.spec.shapes.values()} == {dtype}
 
 
 WORDS = {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -136,8 +136,8 @@ def with_clip(source, folder, **changes):
 def test_a_class_is_predicted_by_the_clip_of_init(compvis, whole_clip):
   config = with_clip(compvis, whole_clip, **{"method.prompt": "predicted"})
   assert config.backbone.image.width == 64 and config.backbone.image.projection == 48
-  product = experiment.assemble(config)
-  named, lines = initialize.weights(config, product)
+  exp = experiment.assemble(config)
+  named, lines = initialize.weights(config, exp)
   assert f"classes predicted by CLIP: {whole_clip}" in lines
   names = named["method/class_predictor/names"]
   assert names.shape == (27, 48)
@@ -165,38 +165,38 @@ def iedp_of(**changes):
 
 def test_towers_come_from_a_whole_clip_and_training_gets_its_tokenizer(whole_clip):
   config = iedp_of(**{"init.clip": str(whole_clip), "method.tokenizer": "", "method.num_queries": 77})
-  product = experiment.assemble(config)
-  named, lines = initialize.weights(config, product)
+  exp = experiment.assemble(config)
+  named, lines = initialize.weights(config, exp)
   assert [f"CLIP {which} encoder: {whole_clip}" in lines for which in ("text", "image")] == [True, True]
   kernel = oracle.weights("clip_text")["text_model.encoder.layers.0.mlp.fc1.weight"].T
   np.testing.assert_array_equal(named["method/text_encoder/text_model/encoder/layers/0/mlp/fc1/kernel"], kernel)
   kernel = oracle.weights("clip_vision")["vision_model.encoder.layers.2.mlp.fc1.weight"].T
   np.testing.assert_array_equal(named["method/image_encoder/vision_model/encoder/layers/2/mlp/fc1/kernel"], kernel)
-  tokens = product.method.prepare({"class_id": np.int32(6)})["tokens"]
+  tokens = exp.method.prepare({"class_id": np.int32(6)})["tokens"]
   words = tokenizer.load(whole_clip)("a photo of a kitchen", padding="max_length", max_length=77)["input_ids"]
   assert tokens.tolist() == words
 
 
 def test_evaluation_never_opens_the_text_encoder(whole_clip, monkeypatch):
   config = iedp_of(**{"init.clip": str(whole_clip), "method.tokenizer": ""})
-  product = experiment.assemble(config, training=False)
+  exp = experiment.assemble(config, training=False)
 
   def opened(*args, **options):
     raise AssertionError("evaluation has opened it")
 
   for place, name in ((clip, "load_text"), (clip_towers, "text_encoder"), (tokenizer, "load")):
     monkeypatch.setattr(place, name, opened)
-  named, lines = initialize.weights(config, product)
-  assert named.keys() == product.parts.shapes.keys() and not any("text_encoder" in name for name in named)
+  named, lines = initialize.weights(config, exp)
+  assert named.keys() == exp.spec.shapes.keys() and not any("text_encoder" in name for name in named)
   assert not any("text encoder" in line for line in lines)
 
 
 def test_a_text_encoder_inside_stable_diffusion_goes_before_that_of_clip(tmp_path, whole_clip):
   text = {f"cond_stage_model.transformer.{n}": 2 * x for n, x in oracle.weights("clip_text").items()}
   write.write(tmp_path / "sd.safetensors", text)
-  product = experiment.assemble(iedp_of(**{"init.clip": str(whole_clip)}))
+  exp = experiment.assemble(iedp_of(**{"init.clip": str(whole_clip)}))
   shapes = {
-    n.removeprefix(initialize.TEXT_ENCODER): s for n, s in product.parts.shapes.items() if initialize.TEXT_ENCODER in n
+    n.removeprefix(initialize.TEXT_ENCODER): s for n, s in exp.spec.shapes.items() if initialize.TEXT_ENCODER in n
   }
   found, line = clip_towers.text_encoder(shapes, pretrained=str(tmp_path / "sd.safetensors"), source=str(whole_clip))
   name = "text_model/final_layer_norm/scale"
@@ -211,19 +211,19 @@ def iedp_run(tmp_path_factory):
   """A workdir with one checkpoint of IEDP, and the arrays in it."""
   workdir = str(tmp_path_factory.mktemp("run"))
   config = iedp_config()
-  product = experiment.assemble(config)
-  named = tiny.filled(product.parts.shapes)
-  with initialize.checkpoints(config, product, workdir) as held:
-    held.save(1, tiny.train_state(product, named), initialize.to_json(config), {}, force=True)
+  exp = experiment.assemble(config)
+  named = tiny.filled(exp.spec.shapes)
+  with initialize.checkpoints(config, exp, workdir) as held:
+    held.save(1, tiny.train_state(exp, named), initialize.to_json(config), {}, force=True)
   return workdir, config, named
 
 
 def test_a_run_is_evaluated_without_what_only_training_uses(iedp_run):
   workdir, config, saved = iedp_run
   config = initialize.with_backbone_sizes(config, workdir)
-  product = experiment.assemble(config, training=False)
-  named, lines = initialize.weights(config, product, workdir)
-  assert len(lines) == 1 and named.keys() == product.parts.shapes.keys() < saved.keys()
+  exp = experiment.assemble(config, training=False)
+  named, lines = initialize.weights(config, exp, workdir)
+  assert len(lines) == 1 and named.keys() == exp.spec.shapes.keys() < saved.keys()
   for name, value in named.items():
     np.testing.assert_array_equal(value, saved[name], err_msg=name)
   whole, _ = initialize.weights(config, experiment.assemble(config), workdir)
@@ -253,18 +253,18 @@ def test_options_that_change_predictions_but_no_array_are_told(iedp_run):
 
 def test_a_run_that_was_told_the_class_may_predict_it(tmp_path, whole_clip):
   config = tiny.shrunk(loader.load("configs/nyu_depth.py:tiny"))
-  product = experiment.assemble(config)
-  state = tiny.train_state(product, tiny.filled(product.parts.shapes))
-  with initialize.checkpoints(config, product, str(tmp_path)) as held:
+  exp = experiment.assemble(config)
+  state = tiny.train_state(exp, tiny.filled(exp.spec.shapes))
+  with initialize.checkpoints(config, exp, str(tmp_path)) as held:
     held.save(1, state, initialize.to_json(config), {}, force=True)
   assert initialize.with_predicted_class(config).method.prompt == "scene_class"
   config = config.copy_and_resolve_references().unlock()
   config.init.clip = str(whole_clip)
   config = initialize.with_predicted_class(initialize.with_backbone_sizes(config.lock(), str(tmp_path)))
   assert config.method.prompt == "predicted"
-  product = experiment.assemble(config, training=False)
-  named, lines = initialize.weights(config, product, str(tmp_path))
-  assert named.keys() == product.parts.shapes.keys()
+  exp = experiment.assemble(config, training=False)
+  named, lines = initialize.weights(config, exp, str(tmp_path))
+  assert named.keys() == exp.spec.shapes.keys()
   assert lines == [f"weights: {tmp_path}, checkpoint of step 1", f"classes predicted by CLIP: {whole_clip}"]
   assert jnp.asarray(named["method/class_predictor/names"]).dtype == jnp.float32
 
@@ -277,28 +277,28 @@ def test_nan_in_weights_is_refused_from_every_source(tmp_path, compvis, iedp_run
   with pytest.raises(ValueError, match=rf"sd\.safetensors.*: 1 arrays hold NaN.*{name}"):
     initialize.weights(config, experiment.assemble(config))
   _, config, named = iedp_run
-  product = experiment.assemble(config)
-  name = next(n for n in product.groups.lr if n.startswith("head/"))
-  damaged = tiny.train_state(product, named | {name: np.full_like(named[name], np.inf)})
-  with initialize.checkpoints(config, product, str(tmp_path / "run")) as held:
+  exp = experiment.assemble(config)
+  name = next(n for n in exp.groups.lr if n.startswith("head/"))
+  damaged = tiny.train_state(exp, named | {name: np.full_like(named[name], np.inf)})
+  with initialize.checkpoints(config, exp, str(tmp_path / "run")) as held:
     held.save(1, damaged, initialize.to_json(config), {}, force=True)
     with pytest.raises(ValueError, match=rf"checkpoint 1 of the workdir: 1 arrays hold NaN or infinity.*{name}"):
-      initialize.resume_or_start(config, product, sharding.make_mesh(), held)
+      initialize.resume_or_start(config, exp, sharding.make_mesh(), held)
   with pytest.raises(ValueError, match=rf"checkpoint 1 of .*run: 1 arrays hold NaN or infinity: {name}"):
-    initialize.weights(config, product, str(tmp_path / "run"))
+    initialize.weights(config, exp, str(tmp_path / "run"))
 
 
 def test_the_start_places_all_arrays_in_one_call(iedp_run, monkeypatch):
   """With several processes, one by one each of them is sent to all, and different ones would not be told."""
   workdir, config, named = iedp_run
-  product, mesh = experiment.assemble(config), sharding.make_mesh()
+  exp, mesh = experiment.assemble(config), sharding.make_mesh()
   calls, place = [], sharding.place
   monkeypatch.setattr(sharding, "place", lambda arrays, where: calls.append(arrays) or place(arrays, where))
   monkeypatch.setattr(initialize, "weights", lambda *_: (named, []))
-  state, _ = initialize.new_state(config, product, mesh)
+  state, _ = initialize.new_state(config, exp, mesh)
   (placed,) = calls
   assert {n for field in ("params", "frozen", "stats") for n in placed[field]} == named.keys() and placed["step"] == 0
-  where = initialize.state_shardings(config, product, mesh)
+  where = initialize.state_shardings(config, exp, mesh)
   assert all(jax.tree.leaves(jax.tree.map(lambda x, w: x.sharding == w, state, where)))
-  initialize.weights_on_mesh(config, product, mesh, workdir, complete=True)
+  initialize.weights_on_mesh(config, exp, mesh, workdir, complete=True)
   assert {n for field in calls[1].values() for n in field} == named.keys() and len(calls) == 2

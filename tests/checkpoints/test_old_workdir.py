@@ -34,9 +34,9 @@ def by_name(tree):
 
 def test_every_array_of_an_old_workdir_is_restored(workdir):
   config = one_convolution.rooms()
-  product, mesh = experiment.assemble(config), sharding.make_mesh(1, 1)
+  exp, mesh = experiment.assemble(config), sharding.make_mesh(1, 1)
   with Checkpoints(workdir, read_only=True) as checkpoints:
-    state, lines = initialize.resume_or_start(config, product, mesh, checkpoints)
+    state, lines = initialize.resume_or_start(config, exp, mesh, checkpoints)
   assert lines[0] == "resumed: checkpoint of step 1" and int(state.step) == 1
   folder, handler = workdir / "checkpoints" / "1" / "state", ocp.PyTreeCheckpointHandler()
   as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(folder).tree)

@@ -172,9 +172,9 @@ def test_the_script_refuses_before_it_reads(tmp_path, monkeypatch):
 
 def test_the_script_names_the_options_of_a_run_that_are_others(tmp_path, monkeypatch):
   config = loader.load("configs/nyu_depth.py:tiny,meta_prompts")
-  product = experiment.assemble(tiny.shrunk(config))
-  state = tiny.train_state(product, tiny.filled(product.parts.shapes))
-  with initialize.checkpoints(config, product, str(tmp_path / "run")) as held:
+  exp = experiment.assemble(tiny.shrunk(config))
+  state = tiny.train_state(exp, tiny.filled(exp.spec.shapes))
+  with initialize.checkpoints(config, exp, str(tmp_path / "run")) as held:
     held.save(1, state, initialize.to_json(config), force=True)
   with pytest.raises(SystemExit, match=r"not of this config: method\.name is 'meta_prompts' in the run and 'vpd' here"):
     run(monkeypatch, f"--source={tmp_path / 'run'}", f"--output={tmp_path / 'x.pth'}", "--reverse")

@@ -68,13 +68,13 @@ def test_batches_hold_the_tokens_of_the_captions_and_a_run_begins_with_how_many_
   config.data.update(root=str(root), captions=written(tmp_path, content), batch_size=3)
   config.optim.norm_group = config.optim.loss_group = 3
   config.method.tokenizer = "characters"
-  product = experiment.assemble(config.lock())
-  dataset = experiment.dataset(config, product)
-  train, evaluation = experiment.sentence_lines(product, dataset)
+  exp = experiment.assemble(config.lock())
+  dataset = experiment.dataset(config, exp)
+  train, evaluation = experiment.sentence_lines(exp, dataset)
   assert train.startswith("train: 3 sentences, 1 of them cut to 8 tokens (method.token_length), such as 'a bed beside")
   assert evaluation.startswith("eval: 2 sentences, 0 of them cut")
-  keys = experiment.batch_keys(product, dataset)
-  batches = pipeline.train_batches(dataset, batch_size=3, seed=0, keys=keys, prepare=product.method.prepare)
+  keys = experiment.batch_keys(exp, dataset)
+  batches = pipeline.train_batches(dataset, batch_size=3, seed=0, keys=keys, prepare=exp.method.prepare)
   batch = next(batches)
   batches.close()
   assert batch.keys() == {"image", "depth", "tokens"} and batch["tokens"].shape == (3, 8)

@@ -15,10 +15,10 @@ pytestmark = pytest.mark.multidevice
 
 
 def test_scores_count_each_image_once_whatever_the_devices():
-  config, product, state = depth_of_rooms()
+  config, exp, state = depth_of_rooms()
   found = []
   for mesh in (make_mesh("one"), make_mesh("data")):
-    evaluator = evaluate.Evaluator(config, product, experiment.dataset(config, product), mesh)
+    evaluator = evaluate.Evaluator(config, exp, experiment.dataset(config, exp), mesh)
     spread = sharding.replicated(mesh)
     weights = tuple(jax.device_put(part, spread) for part in (state.params, state.frozen, state.stats))
     found.append(evaluator.run(weights).scores)
@@ -45,8 +45,8 @@ def test_the_parts_of_an_accumulated_batch_are_spread_over_all_devices():
   for accumulation in (1, 2):
     changed = config.copy_and_resolve_references().unlock()
     changed.data.batch_size, changed.optim.accumulation = 48, accumulation
-    product = experiment.assemble(changed.lock())
+    exp = experiment.assemble(changed.lock())
     mesh = make_mesh("data")
-    batch = batch_for(product, changed)
-    flops[accumulation] = compilation.compile_step(changed, product, mesh, batch).cost_analysis()["flops"]
+    batch = batch_for(exp, changed)
+    flops[accumulation] = compilation.compile_step(changed, exp, mesh, batch).cost_analysis()["flops"]
   assert flops[2] < 0.7 * flops[1]

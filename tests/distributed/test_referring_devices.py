@@ -19,11 +19,11 @@ def test_intersections_and_unions_of_eight_devices_are_those_of_one_to_the_last_
     config = small().copy_and_resolve_references().unlock()
     # One image a device on both: with another batch a matrix product rounds otherwise, and a pixel may change sides.
     config.eval.batch_size, config.data.eval_count = devices, 3
-    product = experiment.assemble(config.lock())
-    state = tiny.train_state(product, tiny.filled(product.parts.shapes))
+    exp = experiment.assemble(config.lock())
+    state = tiny.train_state(exp, tiny.filled(exp.spec.shapes))
     mesh = sharding.make_mesh(devices, 1, devices=jax.devices()[:devices])
     weights = jax.device_put((state.params, state.frozen, state.stats), sharding.replicated(mesh))
-    evaluator = evaluate.Evaluator(config, product, experiment.dataset(config, product), mesh)
+    evaluator = evaluate.Evaluator(config, exp, experiment.dataset(config, exp), mesh)
     found.append(evaluator.run(weights).rows)
   assert len(found[0]["union"]) % 8, "the last batch is filled up"
   for name in ("intersection", "union"):

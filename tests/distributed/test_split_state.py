@@ -17,11 +17,11 @@ pytestmark = pytest.mark.multidevice
 @pytest.fixture(scope="module")
 def split():
   """The compiled step with arrays of 4 KiB and more split over four devices, its logs, and those of unsplit arrays."""
-  config, product, _ = multidevice.depth_of_rooms(3)
+  config, exp, _ = multidevice.depth_of_rooms(3)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sharding, "state_shardings", functools.partial(sharding.state_shardings, min_bytes=2**12))
     mesh, state, batch = multidevice.placed(3, "fsdp")
-    compiled = compilation.compile_step(config, product, mesh, batch)
+    compiled = compilation.compile_step(config, exp, mesh, batch)
     parts = [x.sharding for x in jax.tree.leaves(state) if not x.sharding.is_fully_replicated]
     return compiled, jax.device_get(compiled(state, batch)[1]), len(parts)
 

@@ -21,9 +21,9 @@ from vpd_jax.planning import plan
 @pytest.fixture(scope="module")
 def made():
   config = small()
-  product = experiment.assemble(config)
-  state = tiny.train_state(product, tiny.filled(product.parts.shapes))
-  return config, product, state
+  exp = experiment.assemble(config)
+  state = tiny.train_state(exp, tiny.filled(exp.spec.shapes))
+  return config, exp, state
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +32,17 @@ def mesh():
 
 
 def encodings(made, mesh, kind="off", folder=""):
-  config, product, _ = made
-  dataset = experiment.dataset(config, product)
+  config, exp, _ = made
+  dataset = experiment.dataset(config, exp)
   dataset.encoder_cache = referring.check_cache(kind, str(folder))
-  return encoder_cache.EncoderCache(config, product, dataset, mesh)
+  return encoder_cache.EncoderCache(config, exp, dataset, mesh)
 
 
 def evaluation(made, batch_size=2):
-  config, product, _ = made
-  dataset = experiment.dataset(config, product)
-  keys = (*product.keys, "image_id")
-  return pipeline.eval_batches(dataset, batch_size=batch_size, keys=keys, prepare=product.method.prepare)
+  config, exp, _ = made
+  dataset = experiment.dataset(config, exp)
+  keys = (*exp.keys, "image_id")
+  return pipeline.eval_batches(dataset, batch_size=batch_size, keys=keys, prepare=exp.method.prepare)
 
 
 def results(encodings, made, count=None):
@@ -70,8 +70,8 @@ def test_a_picture_is_encoded_once_in_a_pass_and_as_the_network_would(made, mesh
   batches, computed = plain
   rows = [(int(i), batch["real"][place]) for batch in batches for place, i in enumerate(batch["image_id"])]
   assert computed["latents"] == len({i for i, _ in rows}) < sum(real for _, real in rows) <= len(rows)
-  _, product, state = made
-  model = product.parts.merge(state.params, state.frozen, state.stats)
+  _, exp, state = made
+  model = exp.spec.merge(state.params, state.frozen, state.stats)
   raw = next(evaluation(made))
   assert set(batches[0]) == {*raw, "latents", "text_states"} - {"tokens"}
   for name in ("latents", "text_states"):
@@ -123,8 +123,8 @@ def test_other_weights_and_other_pictures_meet_no_old_result(made, mesh, tmp_pat
 def test_where_the_vae_is_trained_nothing_is_kept(made, mesh):
   config = made[0].copy_and_resolve_references().unlock()
   config.optim.lr_groups = ((r"", 1.0),)
-  product = experiment.assemble(config.lock())
-  trained = (config, product, None)
+  exp = experiment.assemble(config.lock())
+  trained = (config, exp, None)
   encoding, batches = encodings(trained, mesh), iter(())
   assert not encoding.active and encoding.lines() == [] and encoding(batches, {}) is batches
   with pytest.raises(ValueError, match=r"data.cache='memory' keeps .*lr_groups trains it; freeze"):
@@ -160,9 +160,9 @@ def test_a_folder_that_cannot_be_made(made, mesh, tmp_path):
 
 
 def test_what_a_step_is_given_is_known_without_the_data(made, plain):
-  config, product, state = made
-  raw = plan.batch_shapes(config, (*product.keys, "image"), "eval")
-  batch, held = encoder_cache.planned(config, product, raw)
+  config, exp, state = made
+  raw = plan.batch_shapes(config, (*exp.keys, "image"), "eval")
+  batch, held = encoder_cache.planned(config, exp, raw)
   seen = plain[0][0]
   names = {"latents", "text_states", "image"}
   assert "tokens" in raw and "tokens" not in batch and names <= batch.keys()
@@ -173,15 +173,15 @@ def test_what_a_step_is_given_is_known_without_the_data(made, plain):
 
 def test_a_network_that_encodes_its_pictures_itself_is_planned_so():
   config = tiny.shrunk(loader.load("configs/rooms.py:depth,tiny"))
-  product = experiment.assemble(config)
-  raw = plan.batch_shapes(config, product.keys, "train")
-  assert encoder_cache.planned(config, product, raw) == (raw, 0)
+  exp = experiment.assemble(config)
+  raw = plan.batch_shapes(config, exp.keys, "train")
+  assert encoder_cache.planned(config, exp, raw) == (raw, 0)
 
 
 def test_data_sets_say_alike_whether_pictures_are_encoded_ahead(made, mesh):
   depth = tiny.shrunk(loader.load("configs/rooms.py:depth,tiny"))
-  for config, product in ((made[0], made[1]), (depth, experiment.assemble(depth))):
-    dataset = experiment.dataset(config, product)
+  for config, exp in ((made[0], made[1]), (depth, experiment.assemble(depth))):
+    dataset = experiment.dataset(config, exp)
     assert dataset.info(config.data).only_resizes == (dataset.encoder_cache is not None)
   for name, kind in experiment.DATASETS.items():
     if name != "rooms":

@@ -25,7 +25,7 @@ def evaluator(rows, records=3, task=None):
   """An Evaluator around made-up rows of measurements."""
   made = object.__new__(evaluate.Evaluator)
   made.config = loader.load("configs/my_depth.py:tiny")
-  made.product = types.SimpleNamespace(task=task or Depth(max_depth=10.0))
+  made.experiment = types.SimpleNamespace(task=task or Depth(max_depth=10.0))
   made.source, made._truth = Numbers(range(records)), {}
   made.dataset = types.SimpleNamespace(source=lambda split: made.source)
   made._baselines = {}
@@ -81,7 +81,7 @@ def test_label_maps_are_not_right_where_scores_are_not_finite(monkeypatch):
     white = batch["image"][..., :1] > 0.5
     return {"logits": jnp.where(white, jnp.nan, jnp.array([9.0, 0.0, 0.0]))}
 
-  product = types.SimpleNamespace(
+  exp = types.SimpleNamespace(
     task=Segmentation(classes=3),
     parts=types.SimpleNamespace(merge=lambda *weights: model),
     method=types.SimpleNamespace(needs=frozenset(), prepare=None),
@@ -90,8 +90,8 @@ def test_label_maps_are_not_right_where_scores_are_not_finite(monkeypatch):
   config = loader.load("configs/my_segmentation.py:tiny")
   dataset = types.SimpleNamespace(source=lambda split: [picture], eval_transform=lambda example: example)
   mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-  ((row, _),) = evaluate._Pictures(config, product, dataset, mesh)(({}, {}, {}), 0)
-  scores = product.task.summarize({name: value for name, value in row.items() if name != "real"})
+  ((row, _),) = evaluate._Pictures(config, exp, dataset, mesh)(({}, {}, {}), 0)
+  scores = exp.task.summarize({name: value for name, value in row.items() if name != "real"})
   assert scores["not_finite"] == 64 * 128 and scores["aAcc"] == 0.5
 
 
@@ -127,7 +127,7 @@ def test_the_scores_of_every_class_are_printed_and_in_eval_json(tmp_path, monkey
   for place, name, value in (
     (evaluate.initialize, "with_backbone_sizes", lambda config, _: config),
     (evaluate.initialize, "weights_on_mesh", lambda *_, **__: (None, ["weights: made up"])),
-    (evaluate.experiment, "assemble", lambda *_, **__: made.product),
+    (evaluate.experiment, "assemble", lambda *_, **__: made.experiment),
     (evaluate.experiment, "dataset", lambda *_: made.dataset),
     (evaluate.experiment, "sentence_lines", lambda *_: []),
     (evaluate, "Evaluator", lambda *_: made),
@@ -151,9 +151,9 @@ def depth_step(size, **changes):
   parts = types.SimpleNamespace(
     merge=lambda *weights: model, model=types.SimpleNamespace(method=types.SimpleNamespace(needs=frozenset()))
   )
-  product = types.SimpleNamespace(task=task, parts=parts, method=parts.model.method, keys=("image",))
+  exp = types.SimpleNamespace(task=task, parts=parts, method=parts.model.method, keys=("image",))
   batch = {"image": jnp.zeros((1, *size, 3)), "depth": jnp.ones((1, *size))}
-  return evaluate.make_step(config, product)((), batch)[0]
+  return evaluate.make_step(config, exp)((), batch)[0]
 
 
 @pytest.mark.parametrize("size, holes", [((352, 1216), 352 * 512), ((480, 1280), 480 * 320), ((1216, 352), 352 * 512)])
@@ -177,10 +177,10 @@ def test_the_refusal_comes_before_the_first_step():
   config = loader.changed(loader.load("configs/my_depth.py:tiny"), {"eval.coverage": "released"})
   picture = {"image": np.zeros((352, 1216, 3), np.uint8)}
   dataset = types.SimpleNamespace(source=lambda split: [picture], eval_transform=lambda example: example)
-  product = types.SimpleNamespace(task=Depth(max_depth=10.0))
+  exp = types.SimpleNamespace(task=Depth(max_depth=10.0))
   mesh = types.SimpleNamespace(size=1)
   with pytest.raises(ValueError, match="leaves 180224 pixels of each image of 352 x 1216"):
-    evaluate.Evaluator(config, product, dataset, mesh)
+    evaluate.Evaluator(config, exp, dataset, mesh)
 
 
 def test_only_the_published_protocols_leave_the_end_of_an_image_out():

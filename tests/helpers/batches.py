@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def batch_for(product, config):
+def batch_for(exp, config):
   """A made-up batch of the shapes the config asks for."""
   size, (height, width) = config.data.batch_size, config.data.crop
   rng = np.random.default_rng(0)
@@ -21,4 +21,4 @@ def batch_for(product, config):
     "image_index": np.arange(size, dtype=np.int32),
     "tokens": rng.integers(0, 100, (size, config.backbone.text.positions), np.int32),
   }
-  return {name: jnp.asarray(known[name]) for name in product.keys}
+  return {name: jnp.asarray(known[name]) for name in exp.keys}

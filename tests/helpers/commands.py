@@ -68,10 +68,10 @@ def write_good(home: pathlib.Path) -> None:
     (home / "nyu" / f"{split}_list.txt").write_text("\n".join(lines) + "\n")
   (home / "frames.py").write_text(CONFIG.format(root=str(home / "nyu")))
   frames = loader.load(str(home / "frames.py"))
-  product = experiment.assemble(frames)
-  state = tiny.train_state(product, tiny.filled(product.parts.shapes)).replace(step=jnp.int32(2))
-  with initialize.checkpoints(frames, product, str(home / "run")) as checkpoints:
-    checkpoints.save(2, state, initialize.to_json(frames), {initialize.best_metric(frames, product): 1.0}, force=True)
+  exp = experiment.assemble(frames)
+  state = tiny.train_state(exp, tiny.filled(exp.spec.shapes)).replace(step=jnp.int32(2))
+  with initialize.checkpoints(frames, exp, str(home / "run")) as checkpoints:
+    checkpoints.save(2, state, initialize.to_json(frames), {initialize.best_metric(frames, exp): 1.0}, force=True)
 
 
 @contextlib.contextmanager

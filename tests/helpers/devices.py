@@ -18,12 +18,12 @@ from vpd_jax.training import step as training_step
 
 @functools.cache
 def depth_of_rooms(group=3):
-  """Config, product and state; statistics and loss over `group` images, 0 for all of the batch."""
+  """Config, experiment and state; statistics and loss over `group` images, 0 for all of the batch."""
   config = tiny.shrunk(loader.load("configs/rooms.py:depth,tiny")).unlock()
   config.data.batch_size, config.eval.batch_size = 24, 8
   config.optim.norm_group = config.optim.loss_group = group
-  product = experiment.assemble(config.lock())
-  return config, product, tiny.train_state(product, tiny.filled(product.parts.shapes))
+  exp = experiment.assemble(config.lock())
+  return config, exp, tiny.train_state(exp, tiny.filled(exp.spec.shapes))
 
 
 def make_mesh(name):
@@ -35,22 +35,22 @@ def make_mesh(name):
 
 def placed(group, name):
   """(mesh, state, batch) on it, of which each process gives its rows. No two images are alike in depth."""
-  config, product, state = depth_of_rooms(group)
+  config, exp, state = depth_of_rooms(group)
   mesh = make_mesh(name)
-  host = jax.device_get(batch_for(product, config))
+  host = jax.device_get(batch_for(exp, config))
   host["depth"] = host["depth"] * np.linspace(0.1, 1, config.data.batch_size, dtype=np.float32)[:, None, None]
   share = config.data.batch_size // jax.process_count()
   rows = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
   batch = pipeline.to_mesh({key: x[rows] for key, x in host.items()}, sharding.batch_sharding(mesh))
-  return mesh, sharding.place(jax.device_get(state), initialize.state_shardings(config, product, mesh)), batch
+  return mesh, sharding.place(jax.device_get(state), initialize.state_shardings(config, exp, mesh)), batch
 
 
-def forward(product, group):
+def forward(exp, group):
   """(state, batch) -> Loss: a third of a step to compile."""
 
   def run(state, batch):
-    outputs = product.parts.merge(state.params, state.frozen, state.stats)(batch, training=True)
-    return training_step.group_losses(product.task, outputs, batch, product.method.branches(True), group)
+    outputs = exp.spec.merge(state.params, state.frozen, state.stats)(batch, training=True)
+    return training_step.group_losses(exp.task, outputs, batch, exp.method.branches(True), group)
 
   return run
 
@@ -65,6 +65,6 @@ def loss(group, name):
 @functools.cache
 def step(name):
   """The logs of a whole step, in groups of three."""
-  config, product, _ = depth_of_rooms(3)
+  config, exp, _ = depth_of_rooms(3)
   mesh, state, batch = placed(3, name)
-  return jax.device_get(compilation.compile_step(config, product, mesh, batch)(state, batch)[1])
+  return jax.device_get(compilation.compile_step(config, exp, mesh, batch)(state, batch)[1])

@@ -32,18 +32,18 @@ def iedp_config(**changes):
 
 @functools.cache
 def network():
-  """The training product, and made-up values of all its arrays."""
-  product = experiment.assemble(iedp_config())
-  return product, tiny.filled(product.parts.shapes)
+  """The training experiment, and made-up values of all its arrays."""
+  exp = experiment.assemble(iedp_config())
+  return exp, tiny.filled(exp.spec.shapes)
 
 
 @functools.cache
 def batch():
   """Two images with depth, and the sentences of the classes 3 and 6."""
-  product, _ = network()
+  exp, _ = network()
   made = {
     "image": fill.integers("image", (BATCH, 64, 64, 3), 256, 0).astype(np.uint8),
     "depth": fill.uniform("depth", (BATCH, 64, 64), 0, 0.5, 9).astype(np.float32),
-    "tokens": np.stack([product.method.prepare({"class_id": np.int32(i)})["tokens"] for i in (3, 6)]),
+    "tokens": np.stack([exp.method.prepare({"class_id": np.int32(i)})["tokens"] for i in (3, 6)]),
   }
   return {name: jnp.asarray(value) for name, value in made.items()}

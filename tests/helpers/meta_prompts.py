@@ -26,10 +26,10 @@ def config(data, *, tiny_network=True, **changes):
   return made.lock()
 
 
-def state_of(product, dtype=np.float32):
+def state_of(exp, dtype=np.float32):
   """The authors' rebuilt weights under our names, before the first step."""
-  named, _ = rules.convert(oracle.weights("meta_depth"), released.meta_prompts_depth(), product.parts.shapes)
-  return tiny.train_state(product, {name: np.asarray(x, dtype) for name, x in named.items()})
+  named, _ = rules.convert(oracle.weights("meta_depth"), released.meta_prompts_depth(), exp.spec.shapes)
+  return tiny.train_state(exp, {name: np.asarray(x, dtype) for name, x in named.items()})
 
 
 def batch_of(data, dtype=np.float32):

@@ -21,9 +21,9 @@ def rooms(**changes):
 def arrays(workdir, step):
   """Every array of a checkpoint by its path in the state."""
   config = rooms()
-  product = experiment.assemble(config)
+  exp = experiment.assemble(config)
   mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-  shapes, where = initialize.state_shapes(config, product), initialize.state_shardings(config, product, mesh)
+  shapes, where = initialize.state_shapes(config, exp), initialize.state_shardings(config, exp, mesh)
   abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
   with Checkpoints(workdir, read_only=True) as checkpoints:
     return {

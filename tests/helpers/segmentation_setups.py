@@ -49,10 +49,10 @@ def named_as_by_the_authors(setup, named):
   return {name.replace(LAST_BLOCK["vpd_seg"], block): value for name, value in back.items()}
 
 
-def state_of(setup, product, dtype=np.float32, seed=0):
+def state_of(setup, exp, dtype=np.float32, seed=0):
   """The authors' rebuilt weights under our names, before the first step."""
-  named, _ = rules.convert(oracle.weights(setup, seed=seed), table(setup), product.parts.shapes)
-  return tiny.train_state(product, {name: np.asarray(x, dtype) for name, x in named.items()})
+  named, _ = rules.convert(oracle.weights(setup, seed=seed), table(setup), exp.spec.shapes)
+  return tiny.train_state(exp, {name: np.asarray(x, dtype) for name, x in named.items()})
 
 
 def picture(name, shape, seed=0):
@@ -87,7 +87,7 @@ def check_logs(logs, arrays, batch):
 
 
 @functools.cache
-def product(setup, **changes):
+def exp(setup, **changes):
   return experiment.assemble(config(setup, **changes))
 
 
@@ -164,7 +164,7 @@ class Forward:
   """
 
   def __init__(self, setup, features_of):
-    self.product, self.state = product(setup), state_of(setup, product(setup))
+    self.experiment, self.state = exp(setup), state_of(setup, exp(setup))
     self._features, self._head, self._shared = _features(features_of), _head(setup), everything(self.state)
     if features_of == setup:
       return
@@ -188,9 +188,9 @@ class Forward:
 
     @jax.jit
     def run(named, maps, context, batch):
-      model = self.product.parts.merge(*named)
+      model = self.experiment.spec.merge(*named)
       outputs = model.head(Features(maps, context, batch["image"].shape[1:3]), training=True)
-      loss = self.product.task.loss(outputs, batch)
+      loss = self.experiment.task.loss(outputs, batch)
       return loss.value, loss.logs, parameters.stats(model)
 
     return run(everything(self.state), features["maps"], features["context"], batch)
@@ -209,12 +209,12 @@ def forward(setup):
 
 @functools.cache
 def _features(setup):
-  made = product(setup)
+  made = exp(setup)
   neck_is_of_the_method = setup != "vpd_seg"  # as the authors divide them
 
   @jax.jit
   def run(named, image):
-    model = made.parts.merge(*named)
+    model = made.spec.merge(*named)
     with Tapped(model) as tapped:
       features = model.method({"image": image}, training=False)
       if not neck_is_of_the_method:
@@ -228,11 +228,11 @@ def _features(setup):
 
 @functools.cache
 def _head(setup):
-  made = product(setup)
+  made = exp(setup)
 
   @functools.partial(jax.jit, static_argnums=3)
   def run(named, maps, context, size):
-    model = made.parts.merge(*named)
+    model = made.spec.merge(*named)
     with Tapped(model) as tapped:
       outputs = model.head(Features(maps, context, size), training=False)
     return tapped.taps, maps, outputs

@@ -1,4 +1,4 @@
-"""Product and weights of the authors' tiny VPD depth network."""
+"""Experiment and weights of the authors' tiny VPD depth network."""
 
 import functools
 
@@ -36,14 +36,14 @@ def depth_shapes(size="tiny"):
   return experiment.model_shapes(loader.load("configs/nyu_depth.py" + (":tiny" if size == "tiny" else "")))
 
 
-def train_state(product, named):
+def train_state(exp, named):
   """A TrainState of the given arrays, before the first step."""
   named = {name: jnp.asarray(x) for name, x in named.items()}
-  trained = product.groups.lr
+  trained = exp.groups.lr
   params = {n: x for n, x in named.items() if n in trained}
-  stats = {n: x for n, x in named.items() if n in product.parts.stats}
+  stats = {n: x for n, x in named.items() if n in exp.spec.stats}
   frozen = {n: x for n, x in named.items() if n not in params and n not in stats}
-  return TrainState(jnp.zeros((), jnp.int32), params, frozen, stats, jax.jit(product.optimizer.init)(params))
+  return TrainState(jnp.zeros((), jnp.int32), params, frozen, stats, jax.jit(exp.optimizer.init)(params))
 
 
 def shrunk(config):

@@ -30,10 +30,10 @@ def scores_on_nyu(task, depth, truth):
   return [scores[name] for name in SCORES]
 
 
-def run_steps(product, state, batch, table=released.vpd_depth, count=5):
+def run_steps(exp, state, batch, table=released.vpd_depth, count=5):
   """Gradients, the states before and after each of `count` steps, their logs; network and optimizer compiled once."""
-  gradients = jax.jit(training_step.make_gradients(product, loss_group=0, accumulation=1))
-  update = jax.jit(training_step.make_update(product))
+  gradients = jax.jit(training_step.make_gradients(exp, loss_group=0, accumulation=1))
+  update = jax.jit(training_step.make_update(exp))
   states, logs, first = [state], [], None
   for _ in range(count):
     result = gradients(*everything(states[-1]), batch)

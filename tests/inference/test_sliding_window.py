@@ -231,10 +231,10 @@ def test_every_config_of_label_maps_is_evaluated_with_few_shapes_of_windows(name
 def test_evaluation_and_prediction_cut_windows_as_the_config_says(small, monkeypatch):
   config = loader.changed(loader.load("configs/my_segmentation.py:tiny"), {"eval.small_images": small})
   task = types.SimpleNamespace(measure=lambda *_: {}, decide=sliding_window.most_probable, result="label")
-  product = types.SimpleNamespace(task=task)
+  exp = types.SimpleNamespace(task=task)
   monkeypatch.setattr(initialize, "gather", lambda *_: None)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  made = (evaluate._Pictures(config, product, None, mesh), protocols.SlidingWindowProtocol(config, product))
+  made = (evaluate._Pictures(config, exp, None, mesh), protocols.SlidingWindowProtocol(config, exp))
   assert [made[0]._labeling.small_images, made[1]._inference.small_images] == [small, small]
 
 

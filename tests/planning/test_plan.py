@@ -26,9 +26,9 @@ STRINGS = ("nyu_depth.py:vpd,tiny", "nyu_depth.py:iedp,tiny", "coco_pose.py:vpd,
 @pytest.mark.parametrize("string", [f"configs/{name}" for name in STRINGS])
 def test_a_batch_has_the_shapes_of_the_pipelines(string):
   config = tiny.shrunk(loader.load(string))
-  product = experiment.assemble(config)
-  planned = plan.batch_shapes(config, product.keys, "train")
-  assert planned == jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch_for(product, config))
+  exp = experiment.assemble(config)
+  planned = plan.batch_shapes(config, exp.keys, "train")
+  assert planned == jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch_for(exp, config))
 
 
 def test_a_batch_of_rooms_is_as_it_is_drawn():
@@ -68,9 +68,9 @@ def test_crops_and_squeezed_pictures_have_the_size_of_the_crop_in_evaluation_too
 @pytest.mark.parametrize("path", sorted(loader.PROJECT.glob("configs/[!_]*.py")), ids=lambda path: path.stem)
 def test_every_config_can_be_planned(path):
   config = loader.load(f"configs/{path.name}")
-  product = experiment.assemble(config)
+  exp = experiment.assemble(config)
   for step in ("train", "eval"):
-    assert plan.batch_shapes(config, product.keys, step).keys() == {*product.keys}
+    assert plan.batch_shapes(config, exp.keys, step).keys() == {*exp.keys}
 
 
 # Options of each task that are words or choices, but for what its data set says.
@@ -121,7 +121,7 @@ def test_every_option_of_every_task_is_planned(task, field, value):
   data = experiment.DATASETS[config.data.name]
   info = data.info(config.data)
   made, classes = experiment._task(config.lock(), info), info.classes
-  product = types.SimpleNamespace(task=made, keys=("image", *sorted(made.needs)))
+  exp = types.SimpleNamespace(task=made, keys=("image", *sorted(made.needs)))
   rows, (height, width) = config.eval.batch_size, plan.picture_size(config)
   shape = {
     "windows": (height, width),
@@ -130,19 +130,19 @@ def test_every_option_of_every_task_is_planned(task, field, value):
     "crops": (height // 4, width // 4, 17),
   }[made.test_time_protocol]
   prediction = jax.ShapeDtypeStruct((rows, *shape), np.float32)
-  measured = jax.eval_shape(made.measure, prediction, plan.step_shapes(config, product, "eval"))
+  measured = jax.eval_shape(made.measure, prediction, plan.step_shapes(config, exp, "eval"))
   assert all(x.shape[0] == rows for x in measured.values())
-  assert plan.step_shapes(config, product, "train").keys() == {*product.keys}
+  assert plan.step_shapes(config, exp, "train").keys() == {*exp.keys}
 
 
 def test_the_evaluation_of_referring_at_the_size_of_the_pictures_is_planned():
   config = tiny.shrunk(loader.load("configs/rooms.py:referring,tiny")).unlock()
   config.task.eval_at = "original"
-  product = experiment.assemble(config.lock(), training=False)
+  exp = experiment.assemble(config.lock(), training=False)
   mesh = plan.mesh_for(config, jax.devices()[:1])
-  batch, _ = plan.encoder_cache.planned(config, product, plan.step_shapes(config, product, "eval"))
+  batch, _ = plan.encoder_cache.planned(config, exp, plan.step_shapes(config, exp, "eval"))
   assert batch["full_mask"].shape == (2, *config.data.size) and batch["full_size"].shape == (2, 2)
-  rows, _ = plan.evaluate.lower_step(config, product, mesh, batch).out_info
+  rows, _ = plan.evaluate.lower_step(config, exp, mesh, batch).out_info
   assert rows["intersection"].shape == (2,)
 
 
@@ -157,12 +157,12 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("path", sorted(loader.PROJECT.glob("configs/*.py")), ids=lambda path: path.stem)
 def test_what_training_refuses_of_the_data_is_refused_without_its_files(path, wrong, monkeypatch):
-  monkeypatch.setattr(experiment, "assemble", lambda config, training=True: product)
+  monkeypatch.setattr(experiment, "assemble", lambda config, training=True: exp)
   needs = types.SimpleNamespace(prepare_inputs=frozenset(), prepare_outputs=frozenset())
   task = types.SimpleNamespace(eval_needs=frozenset())
-  product = types.SimpleNamespace(keys=("image",), method=needs, task=task, groups=types.SimpleNamespace(lr={}))
+  exp = types.SimpleNamespace(keys=("image",), method=needs, task=task, groups=types.SimpleNamespace(lr={}))
   config = loader.load(str(path)).copy_and_resolve_references().unlock()
-  plan.check_data(config, product)
+  plan.check_data(config, exp)
   fields, message = WRONG[wrong]
   for field, value in fields.items():
     del config.data[field.split(".")[1]]
@@ -219,12 +219,12 @@ def reports(tmp_path_factory):
 def test_a_report_says_what_the_steps_cost(reports):
   found, _ = reports
   config = config_of()
-  product = experiment.assemble(config)
-  shapes = initialize.state_shapes(config, product)
+  exp = experiment.assemble(config)
+  shapes = initialize.state_shapes(config, exp)
   size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
   training = found["train"]
   assert training["state"]["params"] == size(shapes.params) and training["state"]["opt_state"] == size(shapes.opt_state)
-  state, batch = size(shapes), size(plan.batch_shapes(config, product.keys, "train"))
+  state, batch = size(shapes), size(plan.batch_shapes(config, exp.keys, "train"))
   assert training["arguments"] == pytest.approx(state + batch, rel=0.01)
   assert training["aliased"] == pytest.approx(state, rel=0.01)  # donated
   assert training["peak"] >= training["arguments"] + training["temporaries"] > state
@@ -298,11 +298,11 @@ def test_what_cannot_be_planned_is_told_in_one_line(monkeypatch):
 def test_a_spread_state_is_told_by_the_device():
   rules = ((r"head/conv_layers/0/kernel$", (None, None, None, "fsdp")),)  # all others are too small to be split
   config = config_of(**{"data.batch_size": 24, "mesh.fsdp": 4, "mesh.rules": rules})
-  product = experiment.assemble(config)
+  exp = experiment.assemble(config)
   one = config_of(**{"data.batch_size": 24})
-  whole = plan.state_bytes(one, product, plan.mesh_for(one, jax.devices()[:1]))
-  spread = plan.state_bytes(config, product, plan.mesh_for(config, jax.devices()))
-  saved = 3 * product.parts.shapes["head/conv_layers/0/kernel"].size * 4 // 4
+  whole = plan.state_bytes(one, exp, plan.mesh_for(one, jax.devices()[:1]))
+  spread = plan.state_bytes(config, exp, plan.mesh_for(config, jax.devices()))
+  saved = 3 * exp.spec.shapes["head/conv_layers/0/kernel"].size * 4 // 4
   assert whole["params"] - spread["params"] == saved and whole["opt_state"] - spread["opt_state"] == 2 * saved
   assert whole["frozen"] == spread["frozen"]
   with pytest.raises(ValueError, match="batch_size=6 must be a positive multiple of the 8 devices"):

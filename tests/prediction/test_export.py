@@ -117,7 +117,7 @@ def test_the_description_says_what_goes_in_and_comes_out(written, name):
     assert output["shape"][0] == "batch" and output["dtype"] == "float32" and output["meaning"]
   assert facts["preprocessing"] and facts["postprocessing"] and facts["batch"] == "any number of images"
   assert facts["platforms"] == ["cpu", "cuda", "tpu"] and facts["versions"]["jax"] == jax.__version__
-  assert facts["weights"] == predictor.origin and facts["classes"] == list(predictor.product.classes)
+  assert facts["weights"] == predictor.origin and facts["classes"] == list(predictor.experiment.classes)
   assert facts["config"]["method"]["name"] == predictor.config.method.name
 
 
@@ -126,7 +126,7 @@ def test_the_inputs_beside_the_image_are_described(written):
   assert facts["depth"]["class_id"]["range"] == [-1, 26] and facts["depth"]["class_id"]["dtype"] == "int32"
   tokens, (_, predictor) = facts["referring"]["tokens"], written["referring"]
   assert tokens["range"] == [0, 99] and tokens["shape"] == ["batch", 8]
-  prepared = predictor.product.method.prepare({"sentence": tokens["example"]["sentence"]})
+  prepared = predictor.experiment.method.prepare({"sentence": tokens["example"]["sentence"]})
   assert tokens["example"]["tokens"] == prepared["tokens"].tolist()
 
 

@@ -50,7 +50,7 @@ class Labels:
   measures_depth = False
 
   def __init__(self):
-    self.product = types.SimpleNamespace(method=None, task=self)
+    self.experiment = types.SimpleNamespace(method=None, task=self)
     self.result = "label"
 
   def predict_each(self, images, class_id, sentences):

@@ -90,7 +90,7 @@ def test_what_cannot_be_predicted_is_one_line(tmp_path, config, content, options
 
 def test_a_task_without_depth_takes_no_video(tmp_path, config, monkeypatch):
   predictor = predict_folder.Predictor.load()
-  monkeypatch.setattr(predictor.product.task, "measures_depth", False)
+  monkeypatch.setattr(predictor.experiment.task, "measures_depth", False)
   clip = write_video(tmp_path / "clip.mp4", [np.zeros((64, 96, 3), np.uint8)])
   changed = loader.changed(config, {"task.name": "pose"})
   with pytest.raises(ValueError, match=r"clip\.mp4' is a video, and task 'pose' predicts no depth; give a folder"):

@@ -25,7 +25,7 @@ def test_no_weights_are_no_network_without_a_word():
 def test_weights_must_fill_the_network_unless_the_rest_is_to_be_random(monkeypatch, random_init):
   asked = {}
 
-  def stop(config, product, mesh, source, *, complete):
+  def stop(config, exp, mesh, source, *, complete):
     asked.update(source=source, complete=complete)
     raise InterruptedError
 
@@ -42,7 +42,7 @@ def known(class_id, *, takes, count=2):
   """`_known` of a predictor with 27 classes and no network."""
   made = object.__new__(predictor.Predictor)
   method = types.SimpleNamespace(needs={"class_id"} if takes else set(), prepare_inputs=set())
-  made.product = types.SimpleNamespace(
+  made.experiment = types.SimpleNamespace(
     method=method,
     task=types.SimpleNamespace(test_time_protocol="windows"),
     classes=tuple(f"room_{i}" for i in range(27)),

@@ -24,9 +24,9 @@ def test_the_rows_above_the_benchmarks_are_nan_and_the_others_those_of_the_cut_f
   config = tiny.shrunk(loader.load("configs/kitti_depth.py:vpd,tiny")).unlock()
   config.data.update(kb_crop=(64, 96), resize=())
   config.eval.test_time, config.eval.batch_size = (), 1
-  product = experiment.assemble(config.lock(), training=False)
-  named = {name: jax.numpy.asarray(x) for name, x in tiny.filled(product.parts.shapes).items()}
-  predictor = Predictor(config, product, (named, {}, {}), [])
+  exp = experiment.assemble(config.lock(), training=False)
+  named = {name: jax.numpy.asarray(x) for name, x in tiny.filled(exp.spec.shapes).items()}
+  predictor = Predictor(config, exp, (named, {}, {}), [])
   frame = np.random.default_rng(0).random((68, 100, 3), np.float32)
   whole, cut = (predictor.predict([picture], class_id=0)[0]["depth"] for picture in (frame, frame[4:]))
   assert whole.shape == (68, 100) and whole.dtype == np.float32

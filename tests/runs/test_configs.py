@@ -54,10 +54,10 @@ def test_every_config_file_is_tested():
 @pytest.mark.parametrize("string", STRINGS)
 def test_assembles_at_its_real_size(string):
   config = loader.load(string)
-  product = experiment.assemble(config)
-  count = sum(shape.size for shape in product.parts.shapes.values())
+  exp = experiment.assemble(config)
+  count = sum(shape.size for shape in exp.spec.shapes.values())
   assert count > (8e8 if "tiny" not in string else 1e7)
-  assert product.groups.lr and product.keys[0] == "image"
+  assert exp.groups.lr and exp.keys[0] == "image"
 
 
 def test_every_config_takes_the_words_of_all_sizes():
@@ -127,10 +127,10 @@ def test_loss_and_statistics_are_grouped_as_on_the_gpus_of_the_release(config, m
 @pytest.mark.parametrize("string", STEPPED)
 def test_steps_and_evaluates_in_small(string):
   config = tiny.shrunk(loader.load(string))
-  product = experiment.assemble(config)
-  state = tiny.train_state(product, tiny.filled(product.parts.shapes))
-  batch = batch_for(product, config)
-  step = training_step.make_step(product, loss_group=config.optim.loss_group, accumulation=config.optim.accumulation)
+  exp = experiment.assemble(config)
+  state = tiny.train_state(exp, tiny.filled(exp.spec.shapes))
+  batch = batch_for(exp, config)
+  step = training_step.make_step(exp, loss_group=config.optim.loss_group, accumulation=config.optim.accumulation)
   new, logs = jax.jit(step).lower(state, batch).compile(QUICK)(state, batch)
   assert int(new.step) == 1 and np.isfinite(logs["train/loss"])
   moments = new.opt_state[1].mu
@@ -140,19 +140,19 @@ def test_steps_and_evaluates_in_small(string):
   reached = [name for name, value in moments.items() if np.any(value)]
   assert len(reached) > 0.8 * len(moments)
   predict = (
-    evaluate.make_scores(product)  # of one window
-    if product.task.test_time_protocol == "sliding"
-    else evaluate.make_predict(product, config.eval.test_time, config.eval.coverage)
+    evaluate.make_scores(exp)  # of one window
+    if exp.task.test_time_protocol == "sliding"
+    else evaluate.make_predict(exp, config.eval.test_time, config.eval.coverage)
   )
 
   def score(weights, batch):
-    return product.task.measure(predict(weights, {n: batch[n] for n in ("image", *product.method.needs)}), batch)
+    return exp.task.measure(predict(weights, {n: batch[n] for n in ("image", *exp.method.needs)}), batch)
 
   weights = (new.params, new.frozen, new.stats)
   rows = jax.jit(score).lower(weights, batch).compile(QUICK)(weights, batch)
-  truth = {"truth": people(config.data.batch_size)} if product.task.needs_truth else {}
-  scores = product.task.summarize({name: np.asarray(values) for name, values in rows.items()}, **truth)
-  assert np.isfinite(scores[product.task.best[0]])
+  truth = {"truth": people(config.data.batch_size)} if exp.task.needs_truth else {}
+  scores = exp.task.summarize({name: np.asarray(values) for name, values in rows.items()}, **truth)
+  assert np.isfinite(scores[exp.task.best[0]])
   assert config.data.batch_size in (scores.get("images"), scores.get("sentences"), scores.get("people"))
 
 

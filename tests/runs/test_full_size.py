@@ -191,7 +191,7 @@ def forward_segmentation(data: str, method: str, path: str) -> None:
   out = predictor.forward(image[None].astype(np.float32) / 255, **sentences(config))
   first, clock = time.monotonic() - clock, time.monotonic()
   predictor.forward(image[None].astype(np.float32) / 255, **sentences(config))
-  assert out["logits"].shape == (1, *config.data.crop, len(predictor.product.classes))
+  assert out["logits"].shape == (1, *config.data.crop, len(predictor.experiment.classes))
   assert all(np.isfinite(x).all() and np.ptp(x) > 0 for x in out.values()) and ("aux_logits" in out) == (
     method == "meta_prompts"
   )
@@ -250,7 +250,7 @@ def forward_referring(root: str) -> None:
   example = data.eval_transform(data.source("eval")[0])
   seconds, clock = [], time.monotonic()
   predictor = vpd_jax.Predictor.load(config.lock(), random_init=True)
-  image, parts = example["image"][None].astype(np.float32) / 255, predictor.product.parts
+  image, parts = example["image"][None].astype(np.float32) / 255, predictor.experiment.spec
   vae = jax.jit(lambda frozen, image: parts.partial(frozen).method.latents({"image": image}))
   calls = [lambda: predictor.forward(image, sentences=[example["sentence"]])["logits"]] * 2
   for call in (*calls, *[lambda: jax.device_get(vae(predictor.weights[1], image))] * 2):

@@ -53,60 +53,60 @@ def averaged(**changes):
   )
 
 
-def of(product, named):
+def of(exp, named):
   """Parameters, frozen arrays and statistics."""
-  return tuple(initialize.split(product, named).values())
+  return tuple(initialize.split(exp, named).values())
 
 
 def test_the_base_is_frozen_and_head_and_factors_are_trained(products):
-  product, plain = products
-  trained = set(product.groups.lr)
+  exp, plain = products
+  trained = set(exp.groups.lr)
   assert {n for n in trained if n.startswith(lora.PREFIX)} == {f"lora/{k}/{p}" for k in KERNELS for p in "ab"}
   assert {n for n in trained if not n.startswith(lora.PREFIX)} == {n for n in plain.groups.lr if "/unet/" not in n}
-  assert {n for n in product.groups.frozen if "/unet/" in n} == {n for n in plain.parts.shapes if "/unet/" in n}
-  shapes = {n: product.parts.shapes[n].shape for n in trained if n.startswith(lora.PREFIX)}
+  assert {n for n in exp.groups.frozen if "/unet/" in n} == {n for n in plain.spec.shapes if "/unet/" in n}
+  shapes = {n: exp.spec.shapes[n].shape for n in trained if n.startswith(lora.PREFIX)}
   assert shapes == {
     "lora/method/unet/conv/kernel/a": (192, 4),
     "lora/method/unet/conv/kernel/b": (4, 8),
     "lora/method/unet/mix/kernel/a": (8, 4),
     "lora/method/unet/mix/kernel/b": (4, 8),
   }
-  rows = {row[0]: row for row in optim.table(product.groups, product.parts.shapes)}
+  rows = {row[0]: row for row in optim.table(exp.groups, exp.spec.shapes)}
   assert rows["lora"][1:5] == (1.0, 1.0, 4, 192 * 4 + 4 * 8 + 8 * 4 + 4 * 8)
-  assert set(experiment.model_shapes(rooms())) == set(plain.parts.shapes)
+  assert set(experiment.model_shapes(rooms())) == set(plain.spec.shapes)
 
 
 def test_the_first_output_is_that_of_the_base_to_the_last_bit(products):
-  product, plain = products
+  exp, plain = products
   config = rooms()
-  named, lines = initialize.weights(config, product)
+  named, lines = initialize.weights(config, exp)
   base, _ = initialize.weights(rooms(0), plain)
   assert lines[-1] == "LoRA: 2 kernels of the UNet, which begins as it is"
   assert any(np.abs(x).min() > 0 for n, x in named.items() if n.endswith("/a"))
-  batch = batch_for(product, config)
+  batch = batch_for(exp, config)
   depth = [
-    jax.jit(lambda w, b, p=p: p.parts.merge(*w)(b, training=False)["depth"])(of(p, n), batch)
-    for p, n in ((product, named), (plain, base))
+    jax.jit(lambda w, b, p=p: p.spec.merge(*w)(b, training=False)["depth"])(of(p, n), batch)
+    for p, n in ((exp, named), (plain, base))
   ]
   np.testing.assert_array_equal(*depth)
 
 
 def test_merging_on_the_host_is_merging_in_the_model_and_the_formula(products):
-  product, plain = products
-  named, _ = initialize.weights(rooms(), product)
-  named |= {n: x / 10 for n, x in tiny.filled(product.parts.shapes).items() if n.startswith(lora.PREFIX)}
+  exp, plain = products
+  named, _ = initialize.weights(rooms(), exp)
+  named |= {n: x / 10 for n, x in tiny.filled(exp.spec.shapes).items() if n.startswith(lora.PREFIX)}
   host = lora.merged(named, 16.0)
-  assert host.keys() == plain.parts.shapes.keys()
-  inside = product.parts.fold({name: jnp.asarray(x) for name, x in named.items()})
+  assert host.keys() == plain.spec.shapes.keys()
+  inside = exp.spec.fold({name: jnp.asarray(x) for name, x in named.items()})
   for name in KERNELS:
     a, b = (named[f"lora/{name}/{part}"].astype(np.float64) for part in "ab")
     expected = named[name] + 16 / 4 * (a @ b).reshape(named[name].shape)
     np.testing.assert_allclose(host[name], expected, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(inside[name], expected, rtol=1e-6, atol=1e-6)
-  batch = batch_for(product, rooms())
+  batch = batch_for(exp, rooms())
   depth = [
-    jax.jit(lambda w, b, p=p: p.parts.merge(*w)(b, training=False)["depth"])(of(p, n), batch)
-    for p, n in ((product, named), (plain, host))
+    jax.jit(lambda w, b, p=p: p.spec.merge(*w)(b, training=False)["depth"])(of(p, n), batch)
+    for p, n in ((exp, named), (plain, host))
   ]
   np.testing.assert_allclose(*depth, rtol=1e-6, atol=1e-5)  # of 10 m
 
@@ -114,8 +114,8 @@ def test_merging_on_the_host_is_merging_in_the_model_and_the_formula(products):
 def test_a_run_moves_the_factors_and_leaves_the_base_and_evaluates_alike(run, capsys):
   workdir, scores = run
   config = averaged()
-  product = experiment.assemble(config)
-  first, _ = initialize.weights(config, product)
+  exp = experiment.assemble(config)
+  first, _ = initialize.weights(config, exp)
   with Checkpoints(workdir, read_only=True) as checkpoints:
     saved = checkpoints.restore_weights(4)
     named = checkpoints.evaluated(4, saved)
@@ -123,7 +123,7 @@ def test_a_run_moves_the_factors_and_leaves_the_base_and_evaluates_alike(run, ca
     np.testing.assert_array_equal(x, first[name], err_msg=name)
   factors = [n for n in saved["params"] if n.startswith(lora.PREFIX)]
   assert len(factors) == 4 and all(np.abs(saved["params"][n] - first[n]).max() > 0 for n in factors)
-  assert named.keys() == product.parts.paths.keys() and np.abs(named[KERNELS[0]] - first[KERNELS[0]]).max() > 0
+  assert named.keys() == exp.spec.paths.keys() and np.abs(named[KERNELS[0]] - first[KERNELS[0]]).max() > 0
   for again in (averaged(), rooms(0)):  # also where the config does not say that there was LoRA
     found = evaluate.run(again, str(workdir))
     assert found == pytest.approx(scores, rel=1e-5)
@@ -141,11 +141,11 @@ def test_a_new_run_begins_with_what_was_merged(run):
 
 
 def test_the_plan_counts_no_gradient_state_of_the_base(products):
-  product, _ = products
-  found = plan.state_bytes(rooms(), product, sharding.make_mesh(1, 1))
-  numbers = sum(product.parts.shapes[n].size for n in product.groups.lr)
+  exp, _ = products
+  found = plan.state_bytes(rooms(), exp, sharding.make_mesh(1, 1))
+  numbers = sum(exp.spec.shapes[n].size for n in exp.groups.lr)
   assert found["params"] == 4 * numbers and found["opt_state"] == 8 * numbers + 8
-  assert found["frozen"] == 4 * sum(product.parts.shapes[n].size for n in product.groups.frozen)
+  assert found["frozen"] == 4 * sum(exp.spec.shapes[n].size for n in exp.groups.frozen)
 
 
 @pytest.mark.parametrize(
@@ -177,27 +177,27 @@ def test_what_would_have_no_effect_is_refused_in_one_line(changes, message):
 def test_lora_goes_with_every_method(method):
   config = loader.load(f"configs/nyu_depth.py:{method},tiny")
   config = loader.changed(tiny.shrunk(config), {"lora.rank": 2, "backbone.unet.attention_levels": (2,)})
-  product = experiment.assemble(config)
-  factors = [n for n in product.groups.lr if n.startswith(lora.PREFIX)]
+  exp = experiment.assemble(config)
+  factors = [n for n in exp.groups.lr if n.startswith(lora.PREFIX)]
   assert factors and len(factors) % 16 == 0  # two matrices for four projections of two attentions
-  assert not any(n.startswith(lora.UNET) for n in product.groups.lr)
-  assert any(n.startswith("head/") for n in product.groups.lr)
-  evaluated = experiment.assemble(config, training=False).parts
+  assert not any(n.startswith(lora.UNET) for n in exp.groups.lr)
+  assert any(n.startswith("head/") for n in exp.groups.lr)
+  evaluated = experiment.assemble(config, training=False).spec
   assert not any(n.startswith(lora.PREFIX) for n in evaluated.shapes)
 
 
 def test_frozen_arrays_in_bfloat16_are_their_rounded_values_and_take_half(tmp_path):
   config, plain = rooms(frozen_dtype="bfloat16"), rooms()
-  product, wide = experiment.assemble(config), experiment.assemble(plain)
-  named, _ = initialize.weights(config, product)
+  exp, wide = experiment.assemble(config), experiment.assemble(plain)
+  named, _ = initialize.weights(config, exp)
   before, _ = initialize.weights(plain, wide)
-  frozen = product.groups.frozen
+  frozen = exp.groups.frozen
   assert {n for n, x in named.items() if x.dtype == jnp.bfloat16} == frozen and frozen >= set(KERNELS)
-  batch, rounded = batch_for(product, config), {n: named[n].astype(x.dtype) for n, x in before.items()}
-  run = lambda p: jax.jit(lambda w, b: p.parts.merge(*w)(b, training=True)["depth"])
-  np.testing.assert_array_equal(run(product)(of(product, named), batch), run(wide)(of(wide, rounded), batch))
+  batch, rounded = batch_for(exp, config), {n: named[n].astype(x.dtype) for n, x in before.items()}
+  run = lambda p: jax.jit(lambda w, b: p.spec.merge(*w)(b, training=True)["depth"])
+  np.testing.assert_array_equal(run(exp)(of(exp, named), batch), run(wide)(of(wide, rounded), batch))
   mesh = sharding.make_mesh(1, 1)
-  size = [plan.state_bytes(c, p, mesh) for c, p in ((config, product), (plain, wide))]
+  size = [plan.state_bytes(c, p, mesh) for c, p in ((config, exp), (plain, wide))]
   assert size[0] == size[1] | {"frozen": size[1]["frozen"] // 2}
   scores = train.run(config, str(tmp_path))
   assert evaluate.run(config, str(tmp_path)) == pytest.approx(scores, rel=1e-4)
@@ -213,16 +213,16 @@ def test_an_unknown_dtype_of_frozen_arrays_is_refused():
 @pytest.mark.multidevice
 def test_a_step_of_eight_devices_is_that_of_one():
   config = rooms(**{"data.batch_size": 8, "optim.loss_group": 0, "optim.norm_group": 0})
-  product = experiment.assemble(config)
-  batch, start = batch_for(product, config), tiny.train_state(product, tiny.filled(product.parts.shapes))
+  exp = experiment.assemble(config)
+  batch, start = batch_for(exp, config), tiny.train_state(exp, tiny.filled(exp.spec.shapes))
   ends = []
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sharding, "state_shardings", functools.partial(sharding.state_shardings, min_bytes=2**7))
     for mesh in (sharding.make_mesh(1, 1, devices=jax.devices()[:1]), sharding.make_mesh(2, 4)):
-      where = initialize.state_shardings(config, product, mesh)
+      where = initialize.state_shardings(config, exp, mesh)
       rows = jax.device_put(batch, sharding.batch_sharding(mesh))
       state = sharding.place(jax.device_get(start), where)
-      state, logs = compilation.compile_step(config, product, mesh, rows)(state, rows)
+      state, logs = compilation.compile_step(config, exp, mesh, rows)(state, rows)
       ends.append((jax.device_get(state.params), jax.device_get(logs)))
   assert "fsdp" in where.frozen[KERNELS[0]].spec and "fsdp" in where.params[f"lora/{KERNELS[0]}/a"].spec
   (one, logs), (eight, others) = ends

@@ -32,10 +32,10 @@ def _the_method_is_known():
 
 def restored(config, workdir, *, accept_changes=False, mesh=None):
   """(state of the newest checkpoint, lines), on one device where no mesh is given."""
-  product = experiment.assemble(config)
+  exp = experiment.assemble(config)
   with Checkpoints(workdir, read_only=True) as checkpoints:
     return initialize.resume_or_start(
-      config, product, mesh or sharding.make_mesh(1, 1), checkpoints, accept_changes=accept_changes
+      config, exp, mesh or sharding.make_mesh(1, 1), checkpoints, accept_changes=accept_changes
     )
 
 
@@ -100,12 +100,12 @@ def test_the_plan_counts_the_bytes_of_each_kind():
   size = {}
   for kind in moments.KINDS:
     config = rooms(kind)
-    product = experiment.assemble(config)
-    size[kind] = plan.state_bytes(config, product, sharding.make_mesh(1, 1))["opt_state"] - 8  # two counters
-  numbers = {n: product.parts.shapes[n].size for n in product.groups.lr}
+    exp = experiment.assemble(config)
+    size[kind] = plan.state_bytes(config, exp, sharding.make_mesh(1, 1))["opt_state"] - 8  # two counters
+  numbers = {n: exp.spec.shapes[n].size for n in exp.groups.lr}
   assert size["float32"] == 8 * sum(numbers.values()) and size["bfloat16"] == 4 * sum(numbers.values())
-  blocked = {n: moments.layout(product.parts.shapes[n].shape)[0] for n in numbers}
-  scale = lambda n: 4 * blocked[n] * max(product.parts.shapes[n].shape)
+  blocked = {n: moments.layout(exp.spec.shapes[n].shape)[0] for n in numbers}
+  scale = lambda n: 4 * blocked[n] * max(exp.spec.shapes[n].shape)
   assert size["int8"] == 2 * sum(numbers[n] + scale(n) if blocked[n] else 4 * numbers[n] for n in numbers)
   assert blocked[BLOCKED] and size["int8"] < 0.7 * size["float32"]
 
@@ -114,16 +114,16 @@ def test_the_plan_counts_the_bytes_of_each_kind():
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 def test_a_step_of_eight_devices_is_that_of_one_and_moments_are_split_as_parameters(kind):
   config = rooms(kind, **{"data.batch_size": 8, "optim.loss_group": 0, "optim.norm_group": 0})
-  product = experiment.assemble(config)
-  batch, start = batch_for(product, config), tiny.train_state(product, tiny.filled(product.parts.shapes))
+  exp = experiment.assemble(config)
+  batch, start = batch_for(exp, config), tiny.train_state(exp, tiny.filled(exp.spec.shapes))
   ends = []
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sharding, "state_shardings", functools.partial(sharding.state_shardings, min_bytes=2**10))
     for mesh in (sharding.make_mesh(1, 1, devices=jax.devices()[:1]), sharding.make_mesh(2, 4)):
-      where = initialize.state_shardings(config, product, mesh)
+      where = initialize.state_shardings(config, exp, mesh)
       state = sharding.place(jax.device_get(start), where)
       rows = jax.device_put(batch, sharding.batch_sharding(mesh))
-      state, _ = compilation.compile_step(config, product, mesh, rows)(state, rows)
+      state, _ = compilation.compile_step(config, exp, mesh, rows)(state, rows)
       ends.append(jax.device_get(state))
   assert where.params[BLOCKED].spec == P(None, None, None, "fsdp")
   nu = where.opt_state[1].nu[BLOCKED]
@@ -143,6 +143,6 @@ def test_a_step_of_eight_devices_is_that_of_one_and_moments_are_split_as_paramet
 @pytest.mark.multidevice
 def test_a_rule_that_cuts_blocks_is_refused_in_one_line():
   config = rooms("int8", **{"mesh.rules": ((f"/{BLOCKED}$", (None, None, "fsdp")),), "mesh.fsdp": 4})
-  product = experiment.assemble(config)
+  exp = experiment.assemble(config)
   with pytest.raises(ValueError, match=r"^config\.optim\.moments='int8' keeps blocks .*; add \(r'/head/.*rules, or ch"):
-    initialize.state_shardings(config, product, sharding.make_mesh(2, 4))
+    initialize.state_shardings(config, exp, sharding.make_mesh(2, 4))

@@ -23,10 +23,10 @@ def stepped():
     if key not in results:
       config = tiny.shrunk(loader.load("configs/nyu_depth.py:tiny")).unlock()
       config.update_from_flattened_dict(changes)
-      product = experiment.assemble(config.lock())
-      state = tiny.train_state(product, tiny.filled(product.parts.shapes))
-      step = jax.jit(training_step.make_step(product, loss_group=config.optim.loss_group))
-      results[key] = step(state, batch_for(product, config))
+      exp = experiment.assemble(config.lock())
+      state = tiny.train_state(exp, tiny.filled(exp.spec.shapes))
+      step = jax.jit(training_step.make_step(exp, loss_group=config.optim.loss_group))
+      results[key] = step(state, batch_for(exp, config))
     return results[key]
 
   return run
@@ -44,11 +44,11 @@ def test_bfloat16_computes_in_it_and_keeps_parameters_in_float32():
   for dtype in ("float32", "bfloat16"):
     config = tiny.shrunk(loader.load("configs/nyu_depth.py:tiny")).unlock()
     config.dtype = dtype
-    product = experiment.assemble(config.lock())
-    state, batch = tiny.train_state(product, tiny.filled(product.parts.shapes)), batch_for(product, config)
-    new, logs = jax.eval_shape(training_step.make_step(product, loss_group=config.optim.loss_group), state, batch)
+    exp = experiment.assemble(config.lock())
+    state, batch = tiny.train_state(exp, tiny.filled(exp.spec.shapes)), batch_for(exp, config)
+    new, logs = jax.eval_shape(training_step.make_step(exp, loss_group=config.optim.loss_group), state, batch)
     assert {x.dtype for x in (*new.params.values(), *new.stats.values(), logs["train/loss"])} == {jnp.float32.dtype}
-    losses[dtype] = float(jax.jit(forward(product, config.optim.loss_group))(state, batch).value)
+    losses[dtype] = float(jax.jit(forward(exp, config.optim.loss_group))(state, batch).value)
   np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.05)
   assert losses["bfloat16"] != losses["float32"]
 

@@ -72,7 +72,7 @@ def test_forward_gives_heatmaps_and_predict_people_with_scores(run, predictor):
   assert [result["keypoints"].shape for result in results] == [(n, 17, 3) for n in (1, 0, 2, 1)]
   for result, own in zip(results, boxes, strict=True):
     np.testing.assert_array_equal(result["boxes"], np.array([box[:4] for box in own], np.float32).reshape(-1, 4))
-    expected = predictor.product.task.rescored([*map(lambda b: [*b, 1.0][4], own)], result["keypoints"][..., 2])
+    expected = predictor.experiment.task.rescored([*map(lambda b: [*b, 1.0][4], own)], result["keypoints"][..., 2])
     np.testing.assert_allclose(result["scores"], expected, rtol=1e-5)
   (whole,) = predictor.predict(images[:1])
   (named,) = predictor.predict(images[:1], boxes=[[[0, 0, 120, 90]]])
@@ -190,10 +190,10 @@ def test_larger_crops_give_heatmaps_of_a_quarter(method, heads, crop):
   for head in heads:
     config.head = {"name": head, "init": "released", **HEADS[head]} if head != "direct" else {"name": head}
     config.method.update({"prompts": 17 if head == "direct" else 20} if method == "meta_prompts" else {})
-    product = experiment.assemble(config.copy_and_resolve_references().lock(), training=False)
-    shapes = product.parts.shapes
+    exp = experiment.assemble(config.copy_and_resolve_references().lock(), training=False)
+    shapes = exp.spec.shapes
     batch = {"image": jax.ShapeDtypeStruct((2, *crop, 3), np.uint8)}
-    batch |= {name: jax.ShapeDtypeStruct((2,), np.int32) for name in product.method.needs}
-    forward = lambda weights, batch, parts=product.parts: parts.merge(*weights)(batch, training=False)
+    batch |= {name: jax.ShapeDtypeStruct((2,), np.int32) for name in exp.method.needs}
+    forward = lambda weights, batch, parts=exp.spec: parts.merge(*weights)(batch, training=False)
     out = jax.eval_shape(forward, (shapes, {}, {}), batch)
     assert out["heatmaps"].shape == (2, crop[0] // 4, crop[1] // 4, 17) and out["heatmaps"].dtype == np.float32

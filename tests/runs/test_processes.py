@@ -153,12 +153,12 @@ def test_the_loop_in_two_processes_sees_the_batches_and_gives_the_scores_of_one(
   folder, (first, second), _, _ = pair
   logged = lines(folder / "undisturbed" / "metrics.jsonl")
   begin = config(1)
-  product, mesh = experiment.assemble(begin), devices.make_mesh("one")
-  state, _ = initialize.new_state(begin, product, mesh)
-  dataset = experiment.dataset(begin, product)
-  with contextlib.closing(session.training_batches(begin, product, dataset, mesh, 0)) as batches:
+  exp, mesh = experiment.assemble(begin), devices.make_mesh("one")
+  state, _ = initialize.new_state(begin, exp, mesh)
+  dataset = experiment.dataset(begin, exp)
+  with contextlib.closing(session.training_batches(begin, exp, dataset, mesh, 0)) as batches:
     batch = next(batches)
-  total = jax.jit(devices.forward(product, 0))(state, batch)
+  total = jax.jit(devices.forward(exp, 0))(state, batch)
   assert logged[1]["train/loss"] == pytest.approx(float(total.value / total.weight), rel=1e-5)
   # Saved by two processes, restored by one.
   scores = evaluate.run(begin, str(folder / "undisturbed"))

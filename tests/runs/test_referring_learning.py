@@ -50,10 +50,10 @@ def test_it_beats_every_mask_that_is_blind_to_the_text_and_other_sentences_destr
   config, begin = config_of(), time.monotonic()
   score = train.run(config, str(tmp_path))["eval/rooms/oIoU"]
   minutes = (time.monotonic() - begin) / 60
-  product, mesh = experiment.assemble(config, training=False), sharding.make_mesh(1, 1)
-  weights, _ = initialize.weights_on_mesh(config, product, mesh, str(tmp_path), complete=True)
+  exp, mesh = experiment.assemble(config, training=False), sharding.make_mesh(1, 1)
+  weights, _ = initialize.weights_on_mesh(config, exp, mesh, str(tmp_path), complete=True)
   options = {key: value for key, value in config.data.items() if key not in experiment.NOT_OF_THE_DATASET}
-  own, exchanged = (evaluate.Evaluator(config, product, made(**options), mesh) for made in (rooms.Rooms, Exchanged))
+  own, exchanged = (evaluate.Evaluator(config, exp, made(**options), mesh) for made in (rooms.Rooms, Exchanged))
   assert own.run(weights).scores["eval/rooms/oIoU"] == pytest.approx(score, abs=1e-6)
   shuffled = exchanged.run(weights).scores["eval/rooms/oIoU"]
   blind = own.baselines()

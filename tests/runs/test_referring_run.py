@@ -19,19 +19,19 @@ QUICK = {"xla_backend_optimization_level": 0}
 @pytest.fixture(scope="module")
 def run():
   config = small()
-  product = experiment.assemble(config)
-  dataset = experiment.dataset(config, product)
-  state = tiny.train_state(product, tiny.filled(product.parts.shapes))
-  batch = first_batch(config, product, state)
-  step = jax.jit(training_step.make_step(product, loss_group=0)).lower(state, batch).compile(QUICK)
-  return config, product, dataset, state, batch, *step(state, batch), step
+  exp = experiment.assemble(config)
+  dataset = experiment.dataset(config, exp)
+  state = tiny.train_state(exp, tiny.filled(exp.spec.shapes))
+  batch = first_batch(config, exp, state)
+  step = jax.jit(training_step.make_step(exp, loss_group=0)).lower(state, batch).compile(QUICK)
+  return config, exp, dataset, state, batch, *step(state, batch), step
 
 
 def test_a_run_begins_with_how_many_sentences_are_cut(run):
-  config, product, dataset, *_ = run
+  config, exp, dataset, *_ = run
   count = len(dataset.source("eval"))
   expected = [f"eval: {count} sentences, 0 of them cut to 8 tokens (method.token_length)"]
-  assert experiment.sentence_lines(product, dataset) == expected  # those of training are drawn when asked for
+  assert experiment.sentence_lines(exp, dataset) == expected  # those of training are drawn when asked for
   short = config.copy_and_resolve_references().unlock()
   short.method.token_length = 4
   cut = experiment.sentence_lines(experiment.assemble(short.lock()), dataset, ("eval",))
@@ -42,13 +42,13 @@ def one_device():
   return sharding.make_mesh(1, 1, devices=jax.devices()[:1])
 
 
-def first_batch(config, product, state, times=1):
+def first_batch(config, exp, state, times=1):
   """The first training batch, computed or found so many times."""
-  dataset = experiment.dataset(config, product)
-  encodings = encoder_cache.EncoderCache(config, product, dataset, one_device())
+  dataset = experiment.dataset(config, exp)
+  encodings = encoder_cache.EncoderCache(config, exp, dataset, one_device())
   for _ in range(times):
-    keys = experiment.batch_keys(product, dataset)
-    made = pipeline.train_batches(dataset, batch_size=4, seed=0, keys=keys, prepare=product.method.prepare)
+    keys = experiment.batch_keys(exp, dataset)
+    made = pipeline.train_batches(dataset, batch_size=4, seed=0, keys=keys, prepare=exp.method.prepare)
     encoded = encodings(made, state.frozen)
     batch = jax.tree.map(jnp.asarray, next(encoded))
   assert any(encoded.computed.values()) == (times == 1)
@@ -68,26 +68,26 @@ def test_a_step_trains_what_it_should(run):
 
 
 def test_a_step_from_kept_results_has_the_same_loss_and_gradients_to_the_last_bit(run, tmp_path):
-  config, product, _, state, _, new, logs, step = run
+  config, exp, _, state, _, new, logs, step = run
   for cache in ({"data.cache": "memory"}, {"data.cache": "disk", "data.cache_folder": str(tmp_path)}):
     changed = config.copy_and_resolve_references().unlock()
     changed.update_from_flattened_dict(cache)
-    again, again_logs = step(state, first_batch(changed, product, state, times=2))
+    again, again_logs = step(state, first_batch(changed, exp, state, times=2))
     for first, second in ((new.params, again.params), (new.stats, again.stats), (logs, again_logs)):
       for name in first:
         np.testing.assert_array_equal(first[name], second[name])
 
 
 def test_both_sizes_are_scored_and_kept_results_change_no_pixel(run, tmp_path):
-  config, product, dataset, state, *_ = run
+  config, exp, dataset, state, *_ = run
   weights = state.params, state.frozen, state.stats
   disk = {"data.cache": "disk", "data.cache_folder": str(tmp_path)}
   overlaps = []
   for at, cache in (("network", {}), ("original", disk), ("network", disk)):
     changed = config.copy_and_resolve_references().unlock()
     changed.update_from_flattened_dict({"task.eval_at": at, **cache})
-    product = experiment.assemble(changed)
-    evaluator = evaluate.Evaluator(changed, product, experiment.dataset(changed, product), one_device())
+    exp = experiment.assemble(changed)
+    evaluator = evaluate.Evaluator(changed, exp, experiment.dataset(changed, exp), one_device())
     result = evaluator.run(weights)
     overlaps.append(result.rows)
     assert result.scores["eval/rooms/sentences"] == len(dataset.source("eval")) and result.panels.shape[0] > 1
@@ -97,8 +97,8 @@ def test_both_sizes_are_scored_and_kept_results_change_no_pixel(run, tmp_path):
 
 
 def test_another_sentence_gives_another_answer(run):
-  _, product, _, state, batch, *_ = run
-  forward = jax.jit(lambda b: product.parts.merge(state.params, state.frozen, state.stats)(b, training=False)["logits"])
+  _, exp, _, state, batch, *_ = run
+  forward = jax.jit(lambda b: exp.spec.merge(state.params, state.frozen, state.stats)(b, training=False)["logits"])
   logits = forward({k: batch[k] for k in ("image", "text_states")})
   np.testing.assert_array_equal(logits, forward({k: batch[k] for k in ("image", "text_states")}))
   others = forward({"image": batch["image"], "text_states": batch["text_states"][::-1]})

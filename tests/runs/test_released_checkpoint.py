@@ -208,7 +208,7 @@ def test_prediction_without_a_picture_is_refused(checkpoint, nyu, tmp_path):
 
 
 def test_our_converted_directory_gives_the_same_arrays(checkpoint, tmp_path, predictor):
-  shapes = predictor.product.parts.shapes
+  shapes = predictor.experiment.spec.shapes
   named, report = load.load_pretrained(checkpoint, shapes)
   load.save(tmp_path / "converted", named, report, load.source_files(checkpoint))
   again = vpd_jax.Predictor.load("configs/nyu_depth.py:tiny", weights=tmp_path / "converted")

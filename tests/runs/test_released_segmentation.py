@@ -128,11 +128,11 @@ def test_prediction_of_a_folder_writes_the_labels(ade20k, checkpoint, tmp_path, 
 @pytest.mark.parametrize("setup", ["meta_seg_ade", "meta_seg_cityscapes"])
 def test_the_files_of_meta_prompts_leave_nothing_to_chance(setup, tmp_path):
   made = setups.config(setup)
-  product = experiment.assemble(made, training=False)
-  named, lines = initialize.weights(made, product, str(write_checkpoint(tmp_path, setup)))
-  assert named.keys() == product.parts.shapes.keys() and not any(line.startswith("randomly") for line in lines)
+  exp = experiment.assemble(made, training=False)
+  named, lines = initialize.weights(made, exp, str(write_checkpoint(tmp_path, setup)))
+  assert named.keys() == exp.spec.shapes.keys() and not any(line.startswith("randomly") for line in lines)
   back = setups.named_as_by_the_authors(setup, named)
   for name, value in oracle.weights(setup).items():
     if not name.endswith("num_batches_tracked") and name in back:
       np.testing.assert_array_equal(back[name], value, err_msg=name)
-  assert len(back) == len(product.parts.shapes)
+  assert len(back) == len(exp.spec.shapes)

@@ -192,14 +192,14 @@ def test_the_learning_rate_of_no_step_is_lost_by_a_resume(run, tmp_path):
   """Steps 3 and 4 of the logs follow the schedule of the optimizer's own count."""
   lines = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
   rates = [line["lr/rest"] for line in lines if "lr/rest" in line]
-  product = experiment.assemble(small())
-  np.testing.assert_allclose(rates, [float(product.rate(np.int32(i))) for i in range(4)], rtol=1e-5, atol=1e-12)
+  exp = experiment.assemble(small())
+  np.testing.assert_allclose(rates, [float(exp.rate(np.int32(i))) for i in range(4)], rtol=1e-5, atol=1e-12)
 
 
 def test_a_second_start_finds_its_step_compiled(run):
   config, messages = small(), []
-  product, mesh = experiment.assemble(config), sharding.make_mesh()
+  exp, mesh = experiment.assemble(config), sharding.make_mesh()
   jax.clear_caches()  # the last test of this file
   with listening(messages):
-    compilation.compile_step(config, product, mesh, plan.batch_shapes(config, product.keys, "train"))
+    compilation.compile_step(config, exp, mesh, plan.batch_shapes(config, exp.keys, "train"))
   assert any("compilation cache hit for 'jit_train_step'" in message for message in messages), messages

@@ -91,14 +91,14 @@ class TestTorchSide:
     """The PyTorch weights by our names."""
     from vpd_jax.convert.tables import released, stable_diffusion
 
-    _, _, model, product, rules = sides
+    _, _, model, exp, rules = sides
     source, ours = {}, {}
     for name, value in model.state_dict().items():
       part = name.removeprefix("encoder.")
       (ours if part.startswith(("unet.", "vae.")) else source)[part if part.startswith(("unet.", "vae.")) else name] = (
         value.numpy()
       )
-    shapes = product.parts.shapes
+    shapes = exp.spec.shapes
     backbone = {n: s for n, s in shapes.items() if n.startswith(("method/unet/", "method/vae/"))}
     first, _ = rules.convert(ours, stable_diffusion.diffusers(ours, backbone), backbone)
     rest = {n: s for n, s in shapes.items() if n not in backbone}
@@ -114,12 +114,12 @@ class TestTorchSide:
   def test_depth_and_loss_are_ours(self, sides):
     import torch
 
-    side, config, model, product, _ = sides
+    side, config, model, exp, _ = sides
     batch = side.synthetic_batch(3, tuple(config.data.crop), torch.device("cpu"))
     with torch.no_grad():
       theirs = model(batch["image"], batch["class_id"])
     inputs = {"image": batch["image"].permute(0, 2, 3, 1).numpy(), "class_id": batch["class_id"].numpy()}
-    ours = jax.jit(lambda named, batch: product.parts.merge(named)(batch, training=False)["depth"])
+    ours = jax.jit(lambda named, batch: exp.spec.merge(named)(batch, training=False)["depth"])
     ours = np.asarray(ours.lower(self.named(sides), inputs).compile(QUICK)(self.named(sides), inputs))
     assert theirs.std() > 1e-3
     np.testing.assert_allclose(theirs.numpy(), ours, atol=1e-4 * ours.max())
@@ -132,9 +132,9 @@ class TestTorchSide:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    side, config, model, product, _ = sides
+    side, config, model, exp, _ = sides
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained == sum(np.prod(product.parts.shapes[name].shape, dtype=int) for name in product.groups.lr)
+    assert trained == sum(np.prod(exp.spec.shapes[name].shape, dtype=int) for name in exp.groups.lr)
     batch = side.synthetic_batch(6, tuple(config.data.crop), torch.device("cpu"))
     model.train()
     with FlopCounterMode(display=False) as counter:
@@ -150,8 +150,8 @@ class TestTorchSide:
 
 def test_a_step_of_referring_is_given_latents_and_text_states(benchmark):
   config = tiny.shrunk(loader.load("configs/refcoco_refer.py:refcoco,tiny"))
-  product = experiment.assemble(config)
-  batch = benchmark.synthetic_batch(config, product, sharding.make_mesh(1, 1, devices=jax.devices()[:1]))
+  exp = experiment.assemble(config)
+  batch = benchmark.synthetic_batch(config, exp, sharding.make_mesh(1, 1, devices=jax.devices()[:1]))
   rows = config.data.batch_size
   assert batch["latents"].shape[0] == batch["text_states"].shape[0] == rows and "tokens" not in batch
   assert abs(np.asarray(batch["latents"]).std() - 1) < 0.1

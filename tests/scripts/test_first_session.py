@@ -17,9 +17,9 @@ script = loaded_scripts.load("scripts/first_session.py")
 
 def write_run(folder, config):
   """A workdir as training leaves it, of made-up weights."""
-  product = experiment.assemble(config)
-  state = tiny.train_state(product, tiny.filled(product.parts.shapes))
-  with initialize.checkpoints(config, product, str(folder)) as held:
+  exp = experiment.assemble(config)
+  state = tiny.train_state(exp, tiny.filled(exp.spec.shapes))
+  with initialize.checkpoints(config, exp, str(folder)) as held:
     held.save(1, state, initialize.to_json(config), force=True)
   (folder / "config.json").write_text(initialize.to_json(config))
 

@@ -89,18 +89,18 @@ def run(tmp_path, monkeypatch):
   """Runs the loop with the scores of its steps; gives the steps on disk at each evaluation."""
   config = loader.load("configs/rooms.py:depth,tiny").unlock()
   config.update(num_steps=6, eval_every=2, save_every=3, log_every=1, keep=2, keep_best=1)
-  product = types.SimpleNamespace(
+  exp = types.SimpleNamespace(
     task=Depth(max_depth=10.0), method=types.SimpleNamespace(notes=(), prepare=None), keys=("image",)
   )
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
 
-  def resume(config, product, mesh, checkpoints, **_):
+  def resume(config, exp, mesh, checkpoints, **_):
     last = checkpoints.latest_step()
     abstract = sharding.abstract(begun(), sharding.state_shardings(mesh, begun()))
     return (checkpoints.restore(last, abstract) if last else begun()), []
 
   for place, name, value in (
-    (session.experiment, "assemble", lambda config: product),
+    (session.experiment, "assemble", lambda config: exp),
     (session.experiment, "dataset", lambda *_: types.SimpleNamespace(source=lambda split: [0], describe=lambda: [])),
     (session.experiment, "sentence_lines", lambda *_: []),
     (session.sharding, "make_mesh", lambda *_: mesh),
@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_is_blamed_on_what_its_step_was_given(run, mon
       return {"image": jnp.full((6, 2, 2, 3), np.inf if blame == "data" and self.begin == 1 else 0.0)}
 
   monkeypatch.setattr(compilation, "lower_step", lambda *_: Lost())
-  monkeypatch.setattr(session, "training_batches", lambda config, product, dataset, mesh, begin, *_: From(begin))
+  monkeypatch.setattr(session, "training_batches", lambda config, exp, dataset, mesh, begin, *_: From(begin))
   words = {
     "weights": r"The weights are to blame: .*method/vae/a \(2 numbers\)",
     "data": r"The data are to blame: .*image \(72 numbers\)",

@@ -35,7 +35,7 @@ def config_of(**changes):
 
 
 def two_branches(**changes):
-  """The product of a method that a config knows by name here only."""
+  """The experiment of a method that a config knows by name here only."""
   config = config_of(**changes).unlock()
   config.method = {"name": "two_branches"}
   config.optim.lr_groups = ((r"/mix/", 0.5), (r"", 1.0))
@@ -53,10 +53,10 @@ def examples():
   return [{"image": i, "depth": d, "class_id": c} for i, d, c in zip(images, depth, classes, strict=True)]
 
 
-def batch_for(product):
-  """What the pipeline makes of the examples: prepared by the method, the product's keys, stacked."""
-  prepared = [product.method.prepare(example) for example in examples()]
-  return {key: jnp.asarray(np.stack([example[key] for example in prepared])) for key in product.keys}
+def batch_for(exp):
+  """What the pipeline makes of the examples: prepared by the method, the experiment's keys, stacked."""
+  prepared = [exp.method.prepare(example) for example in examples()]
+  return {key: jnp.asarray(np.stack([example[key] for example in prepared])) for key in exp.keys}
 
 
 def everything(state):
@@ -117,21 +117,21 @@ class TestGroupLosses:
 @pytest.fixture(scope="module")
 def network():
   """The smallest VPD, a state and a batch with ready latents, so that the VAE need not be compiled."""
-  product = experiment.assemble(config_of())
-  batch = batch_for(product) | {"latents": jnp.asarray(fill.normal("latents", (BATCH, 8, 8, 4), 0))}
-  return product, tiny.train_state(product, tiny.filled(product.parts.shapes)), batch
+  exp = experiment.assemble(config_of())
+  batch = batch_for(exp) | {"latents": jnp.asarray(fill.normal("latents", (BATCH, 8, 8, 4), 0))}
+  return exp, tiny.train_state(exp, tiny.filled(exp.spec.shapes)), batch
 
 
 @pytest.fixture(scope="module")
 def dummy():
-  product = two_branches()
-  return product, tiny.train_state(product, tiny.filled(product.parts.shapes)), batch_for(product)
+  exp = two_branches()
+  return exp, tiny.train_state(exp, tiny.filled(exp.spec.shapes)), batch_for(exp)
 
 
 def gradients_of(setup, accumulation=1):
-  """The compiled gradient function of a product, and its result on the batch."""
-  product, state, batch = setup
-  run = training_step.make_gradients(product, loss_group=3, accumulation=accumulation)
+  """The compiled gradient function of an experiment, and its result on the batch."""
+  exp, state, batch = setup
+  run = training_step.make_gradients(exp, loss_group=3, accumulation=accumulation)
   run = jax.jit(run, compiler_options=QUICK)
   return run, run(*everything(state), batch)
 
@@ -173,8 +173,8 @@ def test_accumulation_of_two_branches_is_the_whole_batch(of_dummy):
 
 @pytest.mark.x64
 def test_accumulation_in_float64_is_the_whole_batch_to_the_last_digits():
-  product = two_branches(dtype="float64", param_dtype="float64")
-  setup = product, tiny.train_state(product, tiny.filled(product.parts.shapes)), batch_for(product)
+  exp = two_branches(dtype="float64", param_dtype="float64")
+  setup = exp, tiny.train_state(exp, tiny.filled(exp.spec.shapes)), batch_for(exp)
   whole, accumulated = gradients_of(setup)[1], gradients_of(setup, 4)[1]
   close(accumulated[0], whole[0], 1e-14)
   close(accumulated[3], whole[3], 1e-14)
@@ -213,36 +213,36 @@ def test_groups_that_do_not_fit_are_refused_in_one_line(changes, message):
 
 
 def test_two_branches_of_ready_latents_go_through_a_step(dummy):
-  product, state, batch = dummy
-  assert product.keys == ("image", "depth", "latents")
-  forward = lambda arrays, batch: product.parts.merge(*arrays)(batch, training=True)["depth"]
+  exp, state, batch = dummy
+  assert exp.keys == ("image", "depth", "latents")
+  forward = lambda arrays, batch: exp.spec.merge(*arrays)(batch, training=True)["depth"]
   depth = jax.jit(forward, compiler_options=QUICK)(everything(state), batch)
   assert depth.shape == (2 * BATCH, SIDE, SIDE)
   values = [
     [float(silog(rows[i : i + 3], batch["depth"][i : i + 3])[0]) for i in (0, 3, 9)]
     for rows in (depth[:BATCH], depth[BATCH:])
   ]
-  after, logs = jax.jit(training_step.make_step(product, loss_group=3), compiler_options=QUICK)(state, batch)
+  after, logs = jax.jit(training_step.make_step(exp, loss_group=3), compiler_options=QUICK)(state, batch)
   plain, negative = np.mean(values[0]), np.mean(values[1])
   np.testing.assert_allclose(logs["train/loss"], plain + 0.5 * negative, rtol=1e-6)
   np.testing.assert_allclose([logs["train/plain/silog"], logs["train/negative/silog"]], [plain, negative], rtol=1e-6)
   assert after.step == 1 and logs["norm/gradients"] > 0
-  rate = product.rate(0)
+  rate = exp.rate(0)
   np.testing.assert_allclose([logs["lr/mix"], logs["lr/rest"]], [0.5 * rate, rate], rtol=1e-6)
 
 
 def test_only_the_first_branch_is_evaluated(dummy):
-  product, state, batch = dummy
-  outputs = jax.eval_shape(lambda a, b: product.parts.merge(*a)(b, training=False), everything(state), batch)
+  exp, state, batch = dummy
+  outputs = jax.eval_shape(lambda a, b: exp.spec.merge(*a)(b, training=False), everything(state), batch)
   assert outputs["depth"].shape == (BATCH, SIDE, SIDE)
 
 
 @pytest.fixture(scope="module")
 def three_steps(network):
   """The states before and after each of three donated steps of VPD, on the host; the function; what was donated."""
-  product, state, batch = network
+  exp, state, batch = network
   state = jax.tree.map(jnp.copy, state.replace(ema=state.params))
-  step = training_step.make_step(product, loss_group=3, ema_decay=0.9)
+  step = training_step.make_step(exp, loss_group=3, ema_decay=0.9)
   step = jax.jit(step, donate_argnums=0, compiler_options=QUICK)
   keep = lambda state: jax.device_get(jax.tree.map(jnp.copy, state))  # a view of a buffer would keep it from donation
   states, donated, logs = [keep(state)], [], []
@@ -303,13 +303,13 @@ def test_ema_follows_the_parameters(three_steps):
 
 
 def test_the_logs_hold_loss_norm_and_the_rate_of_every_group(three_steps, network, whole):
-  product, logs = network[0], three_steps[3]
+  exp, logs = network[0], three_steps[3]
   assert logs[0].keys() == {"train/loss", "train/silog", "norm/gradients", "lr/unet", "lr/rest"}
   np.testing.assert_allclose(logs[0]["train/loss"], whole[1], rtol=1e-6)
   norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in whole[0].values()))
   np.testing.assert_allclose(logs[0]["norm/gradients"], norm, rtol=1e-5)
   for i, log in enumerate(logs):
-    np.testing.assert_allclose([log["lr/unet"] * 100, log["lr/rest"]], [product.rate(i)] * 2, rtol=1e-6)
+    np.testing.assert_allclose([log["lr/unet"] * 100, log["lr/rest"]], [exp.rate(i)] * 2, rtol=1e-6)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_its_step():

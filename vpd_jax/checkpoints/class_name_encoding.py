@@ -43,7 +43,7 @@ CHOICES = (
 class TextEncoder(NamedTuple):
   """CLIP's text encoder as parts and arrays."""
 
-  parts: params_lib.Parts
+  spec: params_lib.ModelSpec
   weights: ParamDict
 
 
@@ -173,15 +173,15 @@ def encode(
   """
   if not names or not templates:
     raise UserError(f"there are {len(names)} names and {len(templates)} templates to encode; give at least one each.")
-  positions, _ = text.parts.shapes["text_model/embeddings/position_embedding/embedding"].shape
+  positions, _ = text.spec.shapes["text_model/embeddings/position_embedding/embedding"].shape
   if not 2 <= max_length <= positions:
     raise UserError(f"max_length={max_length} must be between 2 and the {positions} positions of the text encoder.")
 
-  vocabulary, _ = text.parts.shapes["text_model/embeddings/token_embedding/embedding"].shape
+  vocabulary, _ = text.spec.shapes["text_model/embeddings/token_embedding/embedding"].shape
 
   @jax.jit
   def mean_vector(weights: ParamDict, tokens: Array) -> Array:
-    pooled = text.parts.merge(weights)(tokens).pooled  # [templates, D]
+    pooled = text.spec.merge(weights)(tokens).pooled  # [templates, D]
     return pooled.astype(jnp.promote_types(pooled.dtype, jnp.float32)).mean(axis=0)
 
   vectors = []

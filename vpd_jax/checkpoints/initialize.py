@@ -20,7 +20,7 @@ from vpd_jax.convert.tables import clip, stable_diffusion, vit
 from vpd_jax.data.shards import reader
 from vpd_jax.distributed import sharding
 from vpd_jax.errors import UserError
-from vpd_jax.experiment import Product
+from vpd_jax.experiment import Experiment
 from vpd_jax.types import ParamDict, PyTree, TrainState
 
 Gather = Callable[[ParamDict], ParamDict]
@@ -34,12 +34,12 @@ RANDOM = "randomly initialized"
 CLASS_PREDICTOR = "method/class_predictor/"  # never in a checkpoint of the network that was trained without it
 
 
-def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[ParamDict, list[str]]:
+def weights(config: ConfigDict, exp: Experiment, source: str = "") -> tuple[ParamDict, list[str]]:
   """Every array of the model, and lines that say where each came from.
 
   Args:
     config: of the run; `init.run`, then `init.pretrained` are used where `source` is empty.
-    product: of `assemble`.
+    exp: of `assemble`.
     source: a workdir of ours, or anything `convert.load.load_pretrained` takes.
 
   Returns:
@@ -49,11 +49,11 @@ def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[Par
     ValueError: a source that cannot be read or does not fit; no source of class vectors, of CLIP's towers or of the
       classifier of ImageNet.
   """
-  shapes = {name: product.parts.shapes[name] for name in product.parts.paths}
+  shapes = {name: exp.spec.shapes[name] for name in exp.spec.paths}
   source = source or config.init.run or config.init.pretrained
   named, lines = {}, []
   if source and is_workdir(source):
-    named, lines = _load_run(config, product, source)
+    named, lines = _load_run(config, exp, source)
   elif source:
     held = {name: shape for name, shape in shapes.items() if not name.startswith(CLASS_PREDICTOR)}
     named, report = load.load_pretrained(source, held)
@@ -61,22 +61,22 @@ def weights(config: ConfigDict, product: Product, source: str = "") -> tuple[Par
     if any(name.startswith(LAST_BLOCK) for name in named) and stable_diffusion.predicts_v(source):
       lines.append(f"the UNet's last block was trained to predict v, not noise: {source} says so in scheduler/")
     lines += [f"class vectors: those of {source}"] if CLASS_VECTORS in named else []
-  for found, line in _prompts(config, product, named, source):
+  for found, line in _prompts(config, exp, named, source):
     named |= found
     lines.append(line)
   rest = shapes.keys() - named.keys()
   if rest:
     tops = sorted({"/".join(name.split("/")[:2]) for name in rest})
     lines.append(f"{RANDOM} (seed {config.seed}): {len(rest)} arrays in {', '.join(tops)}")
-  more = sorted(product.parts.shapes.keys() - shapes.keys())
+  more = sorted(exp.spec.shapes.keys() - shapes.keys())
   lines += [f"LoRA: {len(more) // 2} kernels of the UNet, which begins as it is"] if more else []
-  named |= product.parts.initialize([*sorted(rest), *more])
-  return {name: x.astype(product.parts.shapes[name].dtype, copy=False) for name, x in named.items()}, lines
+  named |= exp.spec.initialize([*sorted(rest), *more])
+  return {name: x.astype(exp.spec.shapes[name].dtype, copy=False) for name, x in named.items()}, lines
 
 
-def _prompts(config: ConfigDict, product: Product, named: ParamDict, source: str) -> Iterator[tuple[ParamDict, str]]:
+def _prompts(config: ConfigDict, exp: Experiment, named: ParamDict, source: str) -> Iterator[tuple[ParamDict, str]]:
   """What prompts are made of and the weights do not bring: arrays by name, and a line that says where from."""
-  shapes, classes, text = product.parts.shapes, product.classes, experiment.sizes(config)[2]
+  shapes, classes, text = exp.spec.shapes, exp.classes, experiment.sizes(config)[2]
   pretrained, chosen = "" if source and is_workdir(source) else source, config.init.get("clip", "")
   missing = shapes.keys() - named.keys()
   if CLASS_VECTORS in missing:
@@ -112,9 +112,9 @@ def _prompts(config: ConfigDict, product: Product, named: ParamDict, source: str
       yield {prefix + name: value for name, value in found.items()}, line
 
 
-def best_metric(config: ConfigDict, product: Product) -> str:
+def best_metric(config: ConfigDict, exp: Experiment) -> str:
   """Full name of the score that chooses the best checkpoint, e.g. "eval/nyu/rmse"."""
-  return f"eval/{config.data.name}/{product.task.best[0]}"
+  return f"eval/{config.data.name}/{exp.task.best[0]}"
 
 
 def with_backbone_sizes(config: ConfigDict, source: str) -> ConfigDict:
@@ -183,19 +183,19 @@ def with_predicted_class(config: ConfigDict) -> ConfigDict:
   return config.lock()
 
 
-def checkpoints(config: ConfigDict, product: Product, workdir: str, *, read_only: bool = False) -> Checkpoints:
+def checkpoints(config: ConfigDict, exp: Experiment, workdir: str, *, read_only: bool = False) -> Checkpoints:
   """The checkpoints of a workdir, with what the config says about keeping them."""
   return Checkpoints(
     workdir,
     keep=config.keep,
     keep_best=config.keep_best,
-    best_metric=best_metric(config, product),
-    best_mode=product.task.best[1],
+    best_metric=best_metric(config, exp),
+    best_mode=exp.task.best[1],
     read_only=read_only,
   )
 
 
-def _load_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[str, np.ndarray], list[str]]:
+def _load_run(config: ConfigDict, exp: Experiment, workdir: str) -> tuple[dict[str, np.ndarray], list[str]]:
   """Parameters and statistics of a run's newest or best checkpoint; its EMA in place of the parameters where kept.
 
   What the method has for training only is left out where the model does. What predicts the class may be missing.
@@ -206,12 +206,12 @@ def _load_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[
   Raises:
     ValueError: the names or shapes are not those of the model, with the options that differ; NaN or infinity.
   """
-  which, shapes = config.eval.checkpoint, {n: product.parts.shapes[n] for n in product.parts.paths}
+  which, shapes = config.eval.checkpoint, {n: exp.spec.shapes[n] for n in exp.spec.paths}
   if which not in ("newest", "best"):
     raise UserError(f"config.eval.checkpoint={which!r} is unknown; choose 'newest' or 'best'.")
-  parts = tuple(f"method/{part}" for part in product.method.training_only)
+  parts = tuple(f"method/{part}" for part in exp.method.training_only)
   absent = tuple(part for part in parts if not any(name.startswith(part) for name in shapes))
-  with checkpoints(config, product, workdir, read_only=True) as held:
+  with checkpoints(config, exp, workdir, read_only=True) as held:
     best = held.best_step() if which == "best" else None
     step = held.latest_step() if best is None else best
     saved = held.restore_weights(cast(int, step), skip=absent)
@@ -234,23 +234,23 @@ def _load_run(config: ConfigDict, product: Product, workdir: str) -> tuple[dict[
   return named, lines
 
 
-def new_state(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> tuple[TrainState, list[str]]:
+def new_state(config: ConfigDict, exp: Experiment, mesh: jax.sharding.Mesh) -> tuple[TrainState, list[str]]:
   """A state before the first step, on the mesh, and lines that say where its arrays came from."""
   check_training(config)
-  named, lines = weights(config, product)
-  where = state_shardings(config, product, mesh)
-  fields = split(product, named) | {"step": np.zeros((), np.int32)}
+  named, lines = weights(config, exp)
+  where = state_shardings(config, exp, mesh)
+  fields = split(exp, named) | {"step": np.zeros((), np.int32)}
   placed = sharding.place(fields, {field: vars(where)[field] for field in fields})
   # A moving average of its own memory: the step donates both.
   copied = lambda n, x: jax.device_put(jnp.copy(x), cast(ParamDict, where.ema)[n])
   ema = {n: copied(n, x) for n, x in placed["params"].items()} if config.optim.ema_decay else None
-  opt_state = jax.jit(product.optimizer.init, out_shardings=where.opt_state)(placed["params"])
+  opt_state = jax.jit(exp.optimizer.init, out_shardings=where.opt_state)(placed["params"])
   return TrainState(**placed, opt_state=opt_state, ema=ema), lines
 
 
-def split(product: Product, named: ParamDict) -> dict[str, ParamDict]:
+def split(exp: Experiment, named: ParamDict) -> dict[str, ParamDict]:
   """The arrays of a model as the fields of a TrainState: trained, frozen, statistics."""
-  trained, stats = product.groups.lr, product.parts.stats
+  trained, stats = exp.groups.lr, exp.spec.stats
   return {
     "params": {n: x for n, x in named.items() if n in trained},
     "frozen": {n: x for n, x in named.items() if n not in trained and n not in stats},
@@ -258,10 +258,10 @@ def split(product: Product, named: ParamDict) -> dict[str, ParamDict]:
   }
 
 
-def state_shapes(config: ConfigDict, product: Product) -> TrainState:
+def state_shapes(config: ConfigDict, exp: Experiment) -> TrainState:
   """The TrainState as ShapeDtypeStructs."""
-  fields = split(product, product.parts.shapes)
-  opt_state = _optimizer_state(product.optimizer.init, tuple(fields["params"].items()))
+  fields = split(exp, exp.spec.shapes)
+  opt_state = _optimizer_state(exp.optimizer.init, tuple(fields["params"].items()))
   ema = dict(fields["params"]) if config.optim.ema_decay else None
   return TrainState(cast(Any, jax.ShapeDtypeStruct((), jnp.int32)), **fields, opt_state=opt_state, ema=ema)
 
@@ -272,21 +272,21 @@ def _optimizer_state(init: Callable[[ParamDict], PyTree], params: tuple[tuple[st
   return jax.eval_shape(init, dict(params))
 
 
-def state_shardings(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> TrainState:
+def state_shardings(config: ConfigDict, exp: Experiment, mesh: jax.sharding.Mesh) -> TrainState:
   """Where each array of the state lies."""
-  return sharding.state_shardings(mesh, state_shapes(config, product), rules=config.mesh.rules)
+  return sharding.state_shardings(mesh, state_shapes(config, exp), rules=config.mesh.rules)
 
 
-def gather(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> Gather:
+def gather(config: ConfigDict, exp: Experiment, mesh: jax.sharding.Mesh) -> Gather:
   """Makes the model's arrays whole where a program for this mesh uses them, see sharding.gathered."""
-  where = state_shardings(config, product, mesh)
+  where = state_shardings(config, exp, mesh)
   lying = {**where.params, **where.frozen, **where.stats}
   return lambda named: sharding.gathered(named, lying, experiment.dtype(config, "dtype"))
 
 
 def resume_or_start(
   config: ConfigDict,
-  product: Product,
+  exp: Experiment,
   mesh: jax.sharding.Mesh,
   checkpoints: Checkpoints,
   *,
@@ -297,7 +297,7 @@ def resume_or_start(
   1. the newest checkpoint of the workdir; 2. `init.run`; 3. `init.pretrained`; 4. random parameters.
 
   Args:
-    config, product, mesh: of the run.
+    config, exp, mesh: of the run.
     checkpoints: of its workdir.
     accept_changes: go on although the config differs from the checkpoint's where it matters.
 
@@ -307,7 +307,7 @@ def resume_or_start(
   """
   step = checkpoints.latest_step()
   if step is None:
-    return new_state(config, product, mesh)
+    return new_state(config, exp, mesh)
   held = checkpoints.restore_config(step)
   changed = loader.differences(held, json.loads(to_json(config)))
   if changed and not accept_changes:
@@ -315,17 +315,17 @@ def resume_or_start(
       f"the workdir was made with another config: {'; '.join(changed)}. Choose another --workdir, or "
       "go on all the same with --accept_config_changes."
     )
-  state, more = _restored(config, product, mesh, checkpoints, step, held["optim"].get("moments", "float32"))
+  state, more = _restored(config, exp, mesh, checkpoints, step, held["optim"].get("moments", "float32"))
   named = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(state)}
   finite.check(named, f"checkpoint {step} of the workdir")
   return state, [f"resumed: checkpoint of step {step}", *(f"changed: {c}" for c in changed), *more]
 
 
 def _restored(
-  config: ConfigDict, product: Product, mesh: jax.sharding.Mesh, checkpoints: Checkpoints, step: int, moments: str
+  config: ConfigDict, exp: Experiment, mesh: jax.sharding.Mesh, checkpoints: Checkpoints, step: int, moments: str
 ) -> tuple[TrainState, list[str]]:
   """The state of a checkpoint whose moments are kept as this word says, and a line where they are converted."""
-  shapes, where = state_shapes(config, product), state_shardings(config, product, mesh)
+  shapes, where = state_shapes(config, exp), state_shardings(config, exp, mesh)
   if moments == config.optim.moments:
     return checkpoints.restore(step, sharding.abstract(shapes, where)), []
   recode = lambda kind: lambda opt_state, params: optim.with_moments(opt_state, kind, params)
@@ -346,25 +346,25 @@ def to_json(config: ConfigDict) -> str:
 
 
 def weights_on_mesh(
-  config: ConfigDict, product: Product, mesh: jax.sharding.Mesh, source: str = "", *, complete: bool
+  config: ConfigDict, exp: Experiment, mesh: jax.sharding.Mesh, source: str = "", *, complete: bool
 ) -> tuple[tuple[ParamDict, ParamDict, ParamDict], list[str]]:
   """(params, frozen, stats) on the mesh, for evaluation and prediction, and lines that say where they came from.
 
   Args:
-    config, product, mesh: what to fill.
+    config, exp, mesh: what to fill.
     source: as in `weights`.
     complete: refuse weights that leave arrays fresh.
 
   Raises:
     ValueError: as `weights`; something is left fresh.
   """
-  named, lines = weights(config, product, source)
+  named, lines = weights(config, exp, source)
   fresh = [line for line in lines if line.startswith(RANDOM)]
   if complete and fresh:
     raise UserError(
       f"no trained weights to evaluate: {fresh[0]}. Give a workdir with a checkpoint, or a released "
       "checkpoint as config.init.pretrained."
     )
-  where, fields = state_shardings(config, product, mesh), split(product, named)
+  where, fields = state_shardings(config, exp, mesh), split(exp, named)
   placed = sharding.place(fields, {field: vars(where)[field] for field in fields})
   return (placed["params"], placed["frozen"], placed["stats"]), lines

@@ -32,9 +32,9 @@ from vpd_jax import experiment
 from vpd_jax.data.pipeline import HostBatches
 from vpd_jax.distributed import sharding
 from vpd_jax.errors import UserError
-from vpd_jax.experiment import Product
+from vpd_jax.experiment import Experiment
 from vpd_jax.files import atomic
-from vpd_jax.models.parameters import Parts
+from vpd_jax.models.parameters import ModelSpec
 from vpd_jax.types import Array, Batch, Cache, Dataset, ParamDict
 
 Numpy = dict[str, np.ndarray]
@@ -110,22 +110,22 @@ class EncoderCache:
       where the VAE is trained, or latents are drawn.
   """
 
-  def __init__(self, config: ConfigDict, product: Product, dataset: Dataset, mesh: jax.sharding.Mesh):
+  def __init__(self, config: ConfigDict, exp: Experiment, dataset: Dataset, mesh: jax.sharding.Mesh):
     """Takes note of the options; nothing is computed.
 
     Args:
       config: of the run.
-      product: its method encodes.
+      exp: its method encodes.
       dataset: has an `encoder_cache` where it only resizes its pictures, see types.Cache.
       mesh: over which the weights are spread.
 
     Raises:
       ValueError: results are to be kept of a VAE that is trained.
     """
-    check(product, dataset)
+    check(exp, dataset)
     self._cache = dataset.encoder_cache or Cache("off", "")
-    self._product, self._mesh = product, mesh
-    self.active = dataset.encoder_cache is not None and not _latents_change(product)
+    self._experiment, self._mesh = exp, mesh
+    self.active = dataset.encoder_cache is not None and not _latents_change(exp)
     self._local = sharding.make_mesh(devices=[d for d in mesh.devices.flat if d.process_index == jax.process_index()])
     self._size = tuple(config.data.crop)
     self._weights: dict[str, str] = {}
@@ -148,7 +148,7 @@ class EncoderCache:
     """
     if not self.active:
       return batches
-    names = _results(self._product)
+    names = _results(self._experiment)
     for name in names:
       self._ready(name, {n: x for n, x in frozen.items() if n.startswith(ENCODERS[name])})
     return Encoded(batches, [self._encoders[name] for name in names])
@@ -165,13 +165,13 @@ class EncoderCache:
     if self._weights.get(name) == digest.hexdigest():
       return
     self._weights[name] = digest.hexdigest()
-    key, parts = READ[name], self._product.parts
+    key, spec = READ[name], self._experiment.spec
     shapes = {
       "image": ((*self._size, 3), np.uint8),
-      "tokens": ((self._product.method.sentence_tokens or (0,))[:1], np.int32),
+      "tokens": ((self._experiment.method.sentence_tokens or (0,))[:1], np.int32),
     }
     row = jax.ShapeDtypeStruct((1, *shapes[key][0]), shapes[key][1])
-    encoder = _Encoder(name, functools.partial(_encode, parts, name), arrays, row, self._local)
+    encoder = _Encoder(name, functools.partial(_encode, spec, name), arrays, row, self._local)
     if self._cache.kind == "memory":
       encoder.store = cast(Store, Memory())
     elif self._cache.kind == "disk":
@@ -268,59 +268,59 @@ class _Encoder:
     return [row for made in waiting for row in np.asarray(made)][: len(rows)]
 
 
-def _encode(parts: Parts, name: str, weights: ParamDict, rows: Array) -> Array:
+def _encode(spec: ModelSpec, name: str, weights: ParamDict, rows: Array) -> Array:
   """Rows to results of this name, by the method that has these weights."""
-  method = parts.partial(weights).method
+  method = spec.partial(weights).method
   return {"latents": method.latents, "text_states": method.text_states}[name]({READ[name]: rows})
 
 
-def _results(product: Product) -> list[str]:
+def _results(exp: Experiment) -> list[str]:
   """The names of what is made ahead."""
-  return [name for name in ENCODERS if name == "latents" or product.method.sentence_tokens]
+  return [name for name in ENCODERS if name == "latents" or exp.method.sentence_tokens]
 
 
-def _latents_change(product: Product) -> str:
+def _latents_change(exp: Experiment) -> str:
   """Why a picture has other latents in each step; empty where it has not."""
-  if product.method.samples_latents:
+  if exp.method.samples_latents:
     return "config.method draws it anew in every step; take the mode"
-  trained = any(name.startswith(ENCODERS["latents"]) for name in product.groups.lr)
+  trained = any(name.startswith(ENCODERS["latents"]) for name in exp.groups.lr)
   return 'config.optim.lr_groups trains it; freeze it with (r"/vae/", None)' if trained else ""
 
 
-def check(product: Product, dataset: Dataset) -> None:
+def check(exp: Experiment, dataset: Dataset) -> None:
   """Raises ValueError where results of a VAE are to be kept that change."""
   cache = dataset.encoder_cache
-  if cache is not None and cache.kind != "off" and (why := _latents_change(product)):
+  if cache is not None and cache.kind != "off" and (why := _latents_change(exp)):
     raise UserError(
       f"data.cache={cache.kind!r} keeps what the VAE makes of pictures, but {why}, or set data.cache='off'."
     )
 
 
-def planned(config: ConfigDict, product: Product, batch: Batch) -> tuple[Batch, int]:
+def planned(config: ConfigDict, exp: Experiment, batch: Batch) -> tuple[Batch, int]:
   """What `EncoderCache` would make of a batch, without the data set: for --mode=plan and benchmarks.
 
   Args:
     config: of the run; its data set says by `only_resizes` whether results are made ahead.
-    product: of it.
+    exp: of it.
     batch: ShapeDtypeStructs of what the pipeline gives.
 
   Returns:
     ShapeDtypeStructs of what the step is given, and the bytes of the encoders' weights, a copy of which lies on every
     device beside the state.
   """
-  if not experiment.only_resizes(config) or _latents_change(product):
+  if not experiment.only_resizes(config) or _latents_change(exp):
     return batch, 0
   encoded, held = {key: x for key, x in batch.items() if key != "tokens"}, 0
-  for name in _results(product):
-    arrays = {n: x for n, x in product.parts.shapes.items() if n.startswith(ENCODERS[name])}
-    encoded[name] = jax.eval_shape(functools.partial(_encode, product.parts, name), arrays, batch[READ[name]])
+  for name in _results(exp):
+    arrays = {n: x for n, x in exp.spec.shapes.items() if n.startswith(ENCODERS[name])}
+    encoded[name] = jax.eval_shape(functools.partial(_encode, exp.spec, name), arrays, batch[READ[name]])
     held += sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays.values())
   return encoded, held
 
 
-def inputs(batch: Batch, product: Product) -> Batch:
+def inputs(batch: Batch, exp: Experiment) -> Batch:
   """What the network reads of a batch, ready or not."""
-  names = {"image", *product.method.needs, *ENCODERS}
+  names = {"image", *exp.method.needs, *ENCODERS}
   return {name: x for name, x in batch.items() if name in names}
 
 

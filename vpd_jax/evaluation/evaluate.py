@@ -19,7 +19,7 @@ from vpd_jax.data import pipeline
 from vpd_jax.distributed import sharding
 from vpd_jax.errors import UserError
 from vpd_jax.evaluation import encoder_cache
-from vpd_jax.experiment import Product
+from vpd_jax.experiment import Experiment
 from vpd_jax.files import atomic
 from vpd_jax.inference import sliding_window, tiles, tta
 from vpd_jax.monitoring import progress, writers
@@ -37,48 +37,48 @@ class Evaluation(NamedTuple):
   rows: Rows
 
 
-def make_predict(product: Product, test_time: tuple[str, ...], coverage: str) -> Callable[[Weights, Batch], Array]:
+def make_predict(exp: Experiment, test_time: tuple[str, ...], coverage: str) -> Callable[[Weights, Batch], Array]:
   """(weights, batch) -> prediction by the test-time procedure; pure."""
 
   def predict(weights: Weights, batch: Batch) -> Array:
-    model = product.parts.merge(*weights)
-    plain = lambda part: product.task.predict(model(part, training=False))
-    return tta.with_test_time_augmentation(plain, test_time, coverage=coverage, mirrored=product.task.mirrored)(batch)
+    model = exp.spec.merge(*weights)
+    plain = lambda part: exp.task.predict(model(part, training=False))
+    return tta.with_test_time_augmentation(plain, test_time, coverage=coverage, mirrored=exp.task.mirrored)(batch)
 
   return predict
 
 
-def make_scores(product: Product) -> Callable[[Weights, Batch], Array]:
+def make_scores(exp: Experiment) -> Callable[[Weights, Batch], Array]:
   """(weights, batch of windows) -> scores of the classes [n, h, w, K]; pure."""
 
   def scores(weights: Weights, batch: Batch) -> Array:
-    return product.task.predict(product.parts.merge(*weights)(batch, training=False))
+    return exp.task.predict(exp.spec.merge(*weights)(batch, training=False))
 
   return scores
 
 
-def make_step(config: ConfigDict, product: Product) -> Callable[[Weights, Batch], tuple[dict[str, Array], Array]]:
+def make_step(config: ConfigDict, exp: Experiment) -> Callable[[Weights, Batch], tuple[dict[str, Array], Array]]:
   """(weights, batch) -> measurements and prediction of pictures of one size; pure."""
-  predict = make_predict(product, config.eval.test_time, config.eval.coverage)
+  predict = make_predict(exp, config.eval.test_time, config.eval.coverage)
 
   def step(weights: Weights, batch: Batch) -> tuple[dict[str, Array], Array]:
-    check_coverage(config, product, batch["image"].shape[1:3])
-    prediction = predict(weights, encoder_cache.inputs(batch, product))
-    return product.task.measure(prediction, batch), prediction
+    check_coverage(config, exp, batch["image"].shape[1:3])
+    prediction = predict(weights, encoder_cache.inputs(batch, exp))
+    return exp.task.measure(prediction, batch), prediction
 
   return step
 
 
-def check_coverage(config: ConfigDict, product: Product, size: Sequence[int]) -> None:
+def check_coverage(config: ConfigDict, exp: Experiment, size: Sequence[int]) -> None:
   """Raises ValueError where windows leave pixels of images of this size without a prediction that are scored."""
-  if product.task.test_time_protocol == "windows":
-    region = cast(WindowedTask, product.task).region((size[0], size[1]))
+  if exp.task.test_time_protocol == "windows":
+    region = cast(WindowedTask, exp.task).region((size[0], size[1]))
     tta.check_coverage(size, config.eval.test_time, config.eval.coverage, region)
 
 
-def on_mesh(step: Step, config: ConfigDict, product: Product, mesh: jax.sharding.Mesh) -> Step:
+def on_mesh(step: Step, config: ConfigDict, exp: Experiment, mesh: jax.sharding.Mesh) -> Step:
   """A step as a program for this mesh: weights that are split are gathered, kernels run on each device's rows."""
-  gather = initialize.gather(config, product, mesh)
+  gather = initialize.gather(config, exp, mesh)
 
   def run(weights: Weights, batch: Batch) -> object:
     with sharding.tracing(mesh):
@@ -88,16 +88,16 @@ def on_mesh(step: Step, config: ConfigDict, product: Product, mesh: jax.sharding
   return run
 
 
-def lower_step(config: ConfigDict, product: Product, mesh: jax.sharding.Mesh, batch: Batch) -> jax.stages.Lowered:
+def lower_step(config: ConfigDict, exp: Experiment, mesh: jax.sharding.Mesh, batch: Batch) -> jax.stages.Lowered:
   """The network's part of evaluation before it is compiled, of a batch of pictures, or of windows for any size.
 
   `batch` and the devices of `mesh` may be descriptions of what is not there.
   """
-  state = sharding.abstract(initialize.state_shapes(config, product), initialize.state_shardings(config, product, mesh))
+  state = sharding.abstract(initialize.state_shapes(config, exp), initialize.state_shardings(config, exp, mesh))
   spread = sharding.batch_sharding(mesh)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread), batch)
-  step = make_scores(product) if product.task.test_time_protocol == "sliding" else make_step(config, product)
-  return jax.jit(on_mesh(step, config, product, mesh)).lower((state.params, state.frozen, state.stats), shapes)
+  step = make_scores(exp) if exp.task.test_time_protocol == "sliding" else make_step(config, exp)
+  return jax.jit(on_mesh(step, config, exp, mesh)).lower((state.params, state.frozen, state.stats), shapes)
 
 
 class _Batches:
@@ -106,23 +106,23 @@ class _Batches:
   def __init__(
     self,
     config: ConfigDict,
-    product: Product,
+    exp: Experiment,
     dataset: Dataset,
     mesh: jax.sharding.Mesh,
     encodings: encoder_cache.EncoderCache,
   ):
-    self._batch_size, self._product, self._dataset = config.eval.batch_size, product, dataset
+    self._batch_size, self._experiment, self._dataset = config.eval.batch_size, exp, dataset
     self._encodings = encodings
     self._sharding = sharding.batch_sharding(mesh)
-    self._step = jax.jit(on_mesh(make_step(config, product), config, product, mesh))
+    self._step = jax.jit(on_mesh(make_step(config, exp), config, exp, mesh))
 
   def __call__(self, weights: Weights, panels: int) -> Generator[tuple[Rows, np.ndarray | tuple[()]], None, None]:
     """Rows of each batch, all processes together, with "real"; and the predictions, none once there are `panels`."""
     local = pipeline.eval_batches(
       self._dataset,
       batch_size=self._batch_size,
-      keys=(*self._product.keys, *sorted(self._product.task.eval_needs)),
-      prepare=self._product.method.prepare,
+      keys=(*self._experiment.keys, *sorted(self._experiment.task.eval_needs)),
+      prepare=self._experiment.method.prepare,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
@@ -138,12 +138,12 @@ class _Batches:
 class _Pictures:
   """Pictures of any size, one after the other, each process its own; see inference/sliding_window.py."""
 
-  def __init__(self, config: ConfigDict, product: Product, dataset: Dataset, mesh: jax.sharding.Mesh):
-    self._product, self._dataset, self._mesh = product, dataset, mesh
+  def __init__(self, config: ConfigDict, exp: Experiment, dataset: Dataset, mesh: jax.sharding.Mesh):
+    self._experiment, self._dataset, self._mesh = exp, dataset, mesh
     # The devices of one process work together, and wait for no other.
     self._local = mesh if jax.process_count() == 1 else sharding.make_mesh(devices=jax.local_devices())
     self._labeling = sliding_window.SlidingWindowInference(
-      on_mesh(make_scores(product), config, product, self._local),
+      on_mesh(make_scores(exp), config, exp, self._local),
       sliding_window.parse(config.eval.test_time),
       batch_size=config.eval.batch_size // jax.process_count(),
       small_images=config.eval.small_images,
@@ -151,13 +151,13 @@ class _Pictures:
       place=lambda x: jax.device_put(x, sharding.batch_sharding(self._local)),
       gathered=sharding.replicated(self._local),
     )
-    self._measure = jax.jit(product.task.measure)
+    self._measure = jax.jit(exp.task.measure)
 
   def __call__(self, weights: Weights, panels: int) -> Generator[tuple[Rows, np.ndarray | tuple[()]], None, None]:
     """As _Batches, picture by picture, which is a batch of one for each process."""
     examples = pipeline.eval_examples(
       self._dataset,
-      prepare=self._product.method.prepare,
+      prepare=self._experiment.method.prepare,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
@@ -168,20 +168,20 @@ class _Pictures:
     def views() -> Iterator[sliding_window.Views]:
       for example in examples:
         waiting.append(example)
-        inputs = {name: example[name] for name in ("image", *sorted(self._product.method.needs))}
+        inputs = {name: example[name] for name in ("image", *sorted(self._experiment.method.needs))}
         yield self._labeling.views(inputs)
 
     with contextlib.closing(examples):
       for shown, label in enumerate(self._labeling(weights, views())):
         example = waiting.popleft()
-        bad = label == len(self._product.classes)
+        bad = label == len(self._experiment.classes)
         measured = self._areas(label, example) | {"not_finite": bad.sum()[None]}
         measured |= {"real": np.asarray(example["real"])[None]}
         yield _gathered(measured), label[None] if shown < panels else np.asarray(())
 
   def _areas(self, label: np.ndarray, example: Example) -> Rows:
     """The task's measurements of one picture, which are sums over its pixels: square by square, in one program."""
-    truth = {name: tiles.squares(example[name], tiles.OUTSIDE_LABEL) for name in self._product.task.needs}
+    truth = {name: tiles.squares(example[name], tiles.OUTSIDE_LABEL) for name in self._experiment.task.needs}
     label, count = tiles.squares(label, 0), tiles.SQUARES
     rows = [
       self._measure(label[i : i + count], {name: value[i : i + count] for name, value in truth.items()})
@@ -199,23 +199,23 @@ class Evaluator:
     encodings: what is computed ahead of the network, also for training.
   """
 
-  def __init__(self, config: ConfigDict, product: Product, dataset: Dataset, mesh: jax.sharding.Mesh):
+  def __init__(self, config: ConfigDict, exp: Experiment, dataset: Dataset, mesh: jax.sharding.Mesh):
     """Finds the files.
 
     Raises:
       ValueError: the evaluation batch does not divide among the devices; files missing.
     """
     pipeline.check_batch_size(config.eval.batch_size, mesh.size, "devices")
-    self.config, self.product, self.dataset = config, product, dataset
+    self.config, self.experiment, self.dataset = config, exp, dataset
     self.source = dataset.source("eval")
-    if product.task.test_time_protocol == "windows" and config.eval.coverage != "full" and len(self.source):
-      check_coverage(config, product, dataset.eval_transform(self.source[0])["image"].shape[:2])  # told at the start
-    self._truth = {"truth": dataset.truth("eval")} if product.task.needs_truth else {}
-    self.encodings = encoder_cache.EncoderCache(config, product, dataset, mesh)
+    if exp.task.test_time_protocol == "windows" and config.eval.coverage != "full" and len(self.source):
+      check_coverage(config, exp, dataset.eval_transform(self.source[0])["image"].shape[:2])  # told at the start
+    self._truth = {"truth": dataset.truth("eval")} if exp.task.needs_truth else {}
+    self.encodings = encoder_cache.EncoderCache(config, exp, dataset, mesh)
     self._measured = (
-      _Pictures(config, product, dataset, mesh)
-      if product.task.test_time_protocol == "sliding"
-      else _Batches(config, product, dataset, mesh, self.encodings)
+      _Pictures(config, exp, dataset, mesh)
+      if exp.task.test_time_protocol == "sliding"
+      else _Batches(config, exp, dataset, mesh, self.encodings)
     )
     self._baselines: dict[str, float] | None = None
 
@@ -248,7 +248,7 @@ class Evaluator:
     joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     real = joined.pop("real")
     joined = {name: values[real] for name, values in joined.items()}
-    scores = self.product.task.summarize(joined, **self._truth)
+    scores = self.experiment.task.summarize(joined, **self._truth)
     prefix = f"eval/{self.config.data.name}"
     return Evaluation({f"{prefix}/{name}": value for name, value in scores.items()}, self._panels(shown), joined)
 
@@ -256,7 +256,7 @@ class Evaluator:
     """Scores of trivial predictors, by name; empty where `eval.baselines` is 0."""
     count = self.config.eval.baselines
     if self._baselines is None:
-      task = self.product.task
+      task = self.experiment.task
       with progress.phase("trivial predictors") if count else contextlib.nullcontext():
         scores = task.baselines(self._examples("train", count), self._examples("eval"), **self._truth) if count else {}
       self._baselines = scores
@@ -265,19 +265,19 @@ class Evaluator:
 
   def write_results(self, folder: epath.Path, rows: Rows) -> None:
     """Writes the file that the task's benchmark takes, where there is one."""
-    self.product.task.write_results(folder / "results.json", rows, **self._truth)
+    self.experiment.task.write_results(folder / "results.json", rows, **self._truth)
 
   def report(self, scores: dict[str, float], rows: Rows | None = None) -> str:
     """The scores in one line, the best of the trivial predictors beside; with `rows`, first those of every class."""
     prefix = f"eval/{self.config.data.name}/"
-    line = writers.class_table(class_scores(self.product.task, rows) if rows else [])
+    line = writers.class_table(class_scores(self.experiment.task, rows) if rows else [])
     line += "  ".join(f"{name.removeprefix(prefix)} {value:.4f}" for name, value in scores.items())
     if bad := scores.get(f"{prefix}not_finite"):
       line += f"\n  {bad:.0f} pixels were predicted as NaN or infinity: do not trust these scores"
     baselines = self.baselines()
     if not baselines:
       return line
-    chosen = self.product.task.best[0]
+    chosen = self.experiment.task.best[0]
     share = lambda value: f" (x{scores[prefix + chosen] / value:.2f})" if value else ""
     beside = ", ".join(f"{name} {value:.4f}{share(value)}" for name, value in baselines.items())
     return f"{line}\n  {chosen} of trivial predictors, and ours as a share of it: {beside}"
@@ -289,10 +289,10 @@ class Evaluator:
 
   def _panels(self, predictions: list[np.ndarray]) -> np.ndarray:
     # With several processes the pictures of the first one are every so many of the split.
-    step = jax.process_count() if self.product.task.test_time_protocol == "sliding" else 1
+    step = jax.process_count() if self.experiment.task.test_time_protocol == "sliding" else 1
     examples = itertools.islice(self._examples("eval"), 0, None, step)
     pairs = zip(predictions[: self.config.eval.panels], examples, strict=False)
-    return panels_lib.stacked([self.product.task.panel(example, prediction) for prediction, example in pairs])
+    return panels_lib.stacked([self.experiment.task.panel(example, prediction) for prediction, example in pairs])
 
 
 def class_scores(task: Task, rows: Rows) -> list[Fields]:
@@ -322,16 +322,16 @@ def run(config: ConfigDict, workdir: str) -> dict[str, float]:
     )
   with progress.phase("assemble"):
     config = initialize.with_backbone_sizes(config, source or config.init.run or config.init.pretrained)
-    product = experiment.assemble(config, training=False)
+    exp = experiment.assemble(config, training=False)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   with progress.phase("open data"):
-    dataset = experiment.dataset(config, product)
-    evaluator = Evaluator(config, product, dataset, mesh)
+    dataset = experiment.dataset(config, exp)
+    evaluator = Evaluator(config, exp, dataset, mesh)
   with progress.phase("load weights"):
-    weights, lines = initialize.weights_on_mesh(config, product, mesh, source, complete=True)
+    weights, lines = initialize.weights_on_mesh(config, exp, mesh, source, complete=True)
   first = jax.process_index() == 0
   if first:
-    lines_of_data = [*evaluator.source.notes, *experiment.sentence_lines(product, dataset, ("eval",))]
+    lines_of_data = [*evaluator.source.notes, *experiment.sentence_lines(exp, dataset, ("eval",))]
     progress.write("\n".join([*lines, *lines_of_data, *evaluator.encodings.lines()]))
   result = cast(Evaluation, evaluator.run(weights))  # nothing stops it
   if first:
@@ -339,7 +339,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, float]:
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"weights": lines, "scores": result.scores, "trivial predictors": evaluator.baselines()}
-    content |= {"classes": classes} if (classes := class_scores(product.task, result.rows)) else {}
+    content |= {"classes": classes} if (classes := class_scores(exp.task, result.rows)) else {}
     evaluator.write_results(folder, result.rows)
     atomic.write_json(folder / "eval.json", content)
   return result.scores

@@ -2,7 +2,7 @@
 
 A kernel [.., in, out] of a matrix or convolution is taken as a matrix [rest, out] with rest = the product of all axes
 but the last; A is [rest, rank], B is [rank, out] and begins at 0, so that the network begins as it was. The sum is made
-where arrays are merged into the model (parameters.Parts.merge): no module knows of it.
+where arrays are merged into the model (parameters.ModelSpec.merge): no module knows of it.
 
 Source: Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, section 4.1, where B A is our A B.
 """
@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from vpd_jax.errors import UserError
 from vpd_jax.models import initializers
-from vpd_jax.models.parameters import Parts
+from vpd_jax.models.parameters import ModelSpec
 from vpd_jax.types import Array, Fields, ParamDict
 
 PREFIX = "lora/"  # of the names of A and B, around that of their kernel: lora/KERNEL/a, lora/KERNEL/b
@@ -62,11 +62,11 @@ def targets(trained: Iterable[str], shapes: Fields, rank: int, patterns: tuple[s
   return sorted({name for names in found.values() for name in names})
 
 
-def adapted(parts: Parts, kernels: list[str], *, rank: int, alpha: float, seed: int, dtype: DTypeLike) -> Parts:
+def adapted(spec: ModelSpec, kernels: list[str], *, rank: int, alpha: float, seed: int, dtype: DTypeLike) -> ModelSpec:
   """The same model, which also takes A and B of these kernels; `merge` adds them up.
 
   Args:
-    parts: of the model.
+    spec: of the model.
     kernels: see `targets`.
     rank: at least 1.
     alpha: above 0.
@@ -80,15 +80,15 @@ def adapted(parts: Parts, kernels: list[str], *, rank: int, alpha: float, seed: 
     raise UserError(f"config.lora.alpha={alpha} must be above 0.")
   draws = {}
   for name in kernels:
-    *rest, out = parts.shapes[name].shape
+    *rest, out = spec.shapes[name].shape
     a, b = initializers.normal((3 * math.prod(rest)) ** -0.5).sample, initializers.zeros.sample
     draws[f"{PREFIX}{name}/a"] = initializers.Draw(a, seed, (math.prod(rest), rank), dtype)
     draws[f"{PREFIX}{name}/b"] = initializers.Draw(b, seed, (rank, out), dtype)
   shapes = {name: jax.ShapeDtypeStruct(draw.shape, draw.dtype) for name, draw in draws.items()}
-  return parts._replace(
-    shapes=parts.shapes | shapes,
-    params=parts.params | shapes.keys(),
-    draws=parts.draws | draws,
+  return spec._replace(
+    shapes=spec.shapes | shapes,
+    params=spec.params | shapes.keys(),
+    draws=spec.draws | draws,
     fold=lambda named: merged(named, alpha),
   )
 

@@ -26,7 +26,7 @@ class Inlined(nnx.Module):
   """
 
 
-class Parts(NamedTuple):
+class ModelSpec(NamedTuple):
   """What a model is made of, without any array.
 
   Attributes:
@@ -59,7 +59,7 @@ class Parts(NamedTuple):
       raise UserError(f"nothing says how {undrawn[:5]} are drawn; build the model with InitKeys and Initializers.")
     return {name: self.draws[name](name) for name in names}
 
-  def stored_in(self, dtype: DTypeLike, names: Iterable[str]) -> "Parts":
+  def stored_in(self, dtype: DTypeLike, names: Iterable[str]) -> "ModelSpec":
     """The same model with the named arrays in another dtype, those of whole numbers as they are."""
     held = {name: self.shapes[name] for name in names}
     floats = {name: x for name, x in held.items() if jnp.issubdtype(x.dtype, jnp.floating)}
@@ -88,7 +88,7 @@ def _leaves(model: nnx.Module) -> list[tuple[str, tuple[Any, ...], nnx.Variable]
   return [(name(path), path, leaf) for path, leaf in nnx.to_flat_state(nnx.state(model))]
 
 
-def describe(build: Callable[[], nnx.Module]) -> Parts:
+def describe(build: Callable[[], nnx.Module]) -> ModelSpec:
   """Names, shapes and kinds of the arrays of the model that `build` makes, without allocating any of them."""
   drawn: dict[str, initializers.Draw] = {}
 
@@ -111,7 +111,7 @@ def describe(build: Callable[[], nnx.Module]) -> Parts:
     raise TypeError(f"two arrays of the model have one name: {twice}; rename an attribute of an Inlined module.")
   params, buffers, stats = (frozenset(name for name, _, leaf in leaves if isinstance(leaf, kind)) for kind in known)
   shapes = {name: jax.ShapeDtypeStruct(leaf.get_value().shape, leaf.get_value().dtype) for name, _, leaf in leaves}
-  return Parts(model, graphdef, {name: path for name, path, _ in leaves}, shapes, params, buffers, stats, drawn)
+  return ModelSpec(model, graphdef, {name: path for name, path, _ in leaves}, shapes, params, buffers, stats, drawn)
 
 
 def stats(model: nnx.Module) -> ParamDict:

@@ -92,8 +92,8 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
     reports[step] = measure(config, step)
     writers.log(plan_report.describe(reports[step]))
   if reports["train"]["fits"] is False:
-    product = experiment.assemble(config)  # the settings that are tried leave its arrays as they are
-    state = lambda changed: state_bytes(changed, product, mesh_for(changed, devices))
+    exp = experiment.assemble(config)  # the settings that are tried leave its arrays as they are
+    state = lambda changed: state_bytes(changed, exp, mesh_for(changed, devices))
     found = plan_search.nearest(
       config, reports["train"], lambda changed: measure(changed, "train"), state, len(devices)
     )
@@ -108,14 +108,14 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
   return reports
 
 
-def check_data(config: ConfigDict, product: experiment.Product) -> None:
+def check_data(config: ConfigDict, exp: experiment.Experiment) -> None:
   """Raises ValueError for options of the data set that training would refuse; its files need not be there."""
   maker = experiment.DATASETS[config.data.name]
   needed = inspect.signature(maker.__init__).parameters["root"].default is inspect.Parameter.empty
   with tempfile.TemporaryDirectory() as empty:
     there = config.data.get("root", "") and epath.Path(config.data.root).expanduser().is_dir()
     lent = {"data.root": empty} if needed and not there else {}
-    encoder_cache.check(product, experiment.dataset(loader.changed(config, lent), product))
+    encoder_cache.check(exp, experiment.dataset(loader.changed(config, lent), exp))
 
 
 def memory_of(device: Device) -> int:
@@ -133,11 +133,11 @@ def mesh_for(config: ConfigDict, devices: list[Device]) -> jax.sharding.Mesh:
   return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices=devices)
 
 
-def step_shapes(config: ConfigDict, product: experiment.Product, step: str) -> Batch:
+def step_shapes(config: ConfigDict, exp: experiment.Experiment, step: str) -> Batch:
   """`batch_shapes` of all that a step reads, "train" or "eval"."""
   held = experiment.DATASETS[config.data.name].provides & {"valid_size"}  # as experiment.batch_keys, without the files
-  scored = product.task.eval_needs if step == "eval" else ()
-  return batch_shapes(config, (*product.keys, *sorted({*held, *scored})), step)
+  scored = exp.task.eval_needs if step == "eval" else ()
+  return batch_shapes(config, (*exp.keys, *sorted({*held, *scored})), step)
 
 
 def batch_shapes(config: ConfigDict, keys: tuple[str, ...], step: str) -> Batch:
@@ -145,7 +145,7 @@ def batch_shapes(config: ConfigDict, keys: tuple[str, ...], step: str) -> Batch:
 
   Args:
     config: of the run.
-    keys: of Product.keys.
+    keys: of Experiment.keys.
     step: "train": `data.batch_size` crops; "eval": `eval.batch_size` pictures, see `picture_size`.
 
   Raises:
@@ -188,9 +188,9 @@ def picture_size(config: ConfigDict) -> tuple[int, int]:
   return height, width
 
 
-def state_bytes(config: ConfigDict, product: experiment.Product, mesh: jax.sharding.Mesh) -> dict[str, int]:
+def state_bytes(config: ConfigDict, exp: experiment.Experiment, mesh: jax.sharding.Mesh) -> dict[str, int]:
   """Bytes on one device of each part of the state."""
-  shapes, where = initialize.state_shapes(config, product), initialize.state_shardings(config, product, mesh)
+  shapes, where = initialize.state_shapes(config, exp), initialize.state_shardings(config, exp, mesh)
 
   def total(part: str) -> int:
     pairs = zip(jax.tree.leaves(vars(shapes)[part]), jax.tree.leaves(vars(where)[part]), strict=True)
@@ -216,22 +216,22 @@ def compiled_report(
     "fits" is None where there is no limit. Where the compiler ran out of memory, what it would have told is missing
     and "peak" is what it asked for.
   """
-  product = experiment.assemble(config, training=step == "train")
+  exp = experiment.assemble(config, training=step == "train")
   mesh = mesh_for(config, devices)
   accumulation = config.optim.accumulation if step == "train" else 1
   rows = config.data.batch_size // accumulation if step == "train" else config.eval.batch_size
   pipeline.check_batch_size(rows, mesh.size, "devices")
-  batch, encoders = encoder_cache.planned(config, product, step_shapes(config, product, step))
+  batch, encoders = encoder_cache.planned(config, exp, step_shapes(config, exp, step))
   begin = time.perf_counter()
   lower = compilation.lower_step if step == "train" else evaluate.lower_step
-  lowered = lower(config, product, mesh, batch)
+  lowered = lower(config, exp, mesh, batch)
   traced = time.perf_counter()
   report = {
     **{"step": step, "devices": len(devices), "kind": devices[0].device_kind, "topology": topology, "effort": effort},
     "compiler": topologies.compiler(topology),
     **{"mesh": dict(mesh.shape), "batch": rows * accumulation, "accumulation": accumulation, "limit": limit or None},
     **{"attention": config.backbone.attention, "remat": config.backbone.remat, "dtype": config.dtype},
-    "state": state_bytes(config, product, mesh),
+    "state": state_bytes(config, exp, mesh),
     "encoders": encoders,
     "trace_seconds": round(traced - begin, 1),
   }

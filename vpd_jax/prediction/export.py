@@ -121,7 +121,7 @@ def _exported(predictor: Predictor) -> tuple[jax.export.Exported, str]:
 
 def _facts(predictor: Predictor, exported: jax.export.Exported, fixed: str) -> Fields:
   """What FACTS says."""
-  config, task, classes = predictor.config, predictor.product.task, predictor.product.classes
+  config, task, classes = predictor.config, predictor.experiment.task, predictor.experiment.classes
   (_, inputs), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
   outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
   array = lambda x: {"shape": [d if isinstance(d, int) else str(d) for d in x.shape], "dtype": str(x.dtype)}
@@ -151,7 +151,7 @@ def _input(predictor: Predictor, name: str) -> Fields:
   if name == "image":
     return {"range": [0, 1], "meaning": "RGB, 0 black and 1 white: a uint8 image divided by 255"}
   if name == "class_id":
-    most = len(predictor.product.classes) - 1
+    most = len(predictor.experiment.classes) - 1
     return {"range": [-1, most], "meaning": "number of the image's class in `classes`; -1 is the mean of all"}
   tokens = _batch(predictor)[name][0].tolist()
   return {

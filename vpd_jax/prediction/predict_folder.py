@@ -128,7 +128,7 @@ def run(
       inputs = {name: [request.inputs[name] for request, _ in batch] for name in batch[0][0].inputs}
       results = predictor.predict_each([image for _, image in batch], class_id, **inputs)
       for (request, image), result in zip(batch, results, strict=True):
-        task = predictor.product.task
+        task = predictor.experiment.task
         if attention:
           maps = predictor.attention([image])[0]
           cast(ClassAttentionTask, task).save_attention(target / request.stem, maps, result[task.result], image)
@@ -179,9 +179,9 @@ def check_flags(config: ConfigDict, predictor: Predictor, flags: Mapping[str, st
     if value and not takes.get(flag, predictor.takes_sentence):
       what = f"method {config.method.name!r} with task {config.task.name!r}"
       raise UserError(f"--{flag}={value!r} has no effect: {what} takes none; leave it out.")
-  if attention and not predictor.product.method.attends_to_classes:
+  if attention and not predictor.experiment.method.attends_to_classes:
     raise UserError(f"--attention has no effect: {config.method.name!r} has no map for each class; leave it out.")
-  if ply and not predictor.product.task.measures_depth:
+  if ply and not predictor.experiment.task.measures_depth:
     raise UserError(f"--ply has no effect: task {config.task.name!r} predicts no depth; leave it out.")
   if predictor.takes_sentence and not (flags["sentence"] or flags["sentences"]):
     how = 'give --sentence="the red car" about all, or --sentences=FILE.json'
@@ -231,7 +231,7 @@ def _metadata(
   metadata: Fields = {"source": request.path.name, "source_size": list(image.shape[:2])}
   if predictor.takes_class:
     number = int(result["class_id"])
-    metadata["class"] = "mean of all" if number < 0 else predictor.product.classes[number]
+    metadata["class"] = "mean of all" if number < 0 else predictor.experiment.classes[number]
     metadata["class_from"] = "--class" if class_name else "CLIP" if number >= 0 else "nowhere"
   if predictor.takes_sentence:
     metadata["sentence"] = request.inputs["sentences"]

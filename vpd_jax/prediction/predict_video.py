@@ -63,10 +63,10 @@ def run(
   rate, count = _opened(path)
   predictor = Predictor.load(config, weights=trained_weights(config, workdir))
   check_flags(config, predictor, {"class": class_name, "sentence": sentence}, False, False)
-  if not predictor.product.task.measures_depth:
+  if not predictor.experiment.task.measures_depth:
     raise UserError(f"--input={source!r} is a video, and task {config.task.name!r} predicts no depth; give a folder.")
   progress.write("\n".join(predictor.origin))
-  task, class_id = cast(DepthTask, predictor.product.task), predictor.class_id(class_name) if class_name else None
+  task, class_id = cast(DepthTask, predictor.experiment.task), predictor.class_id(class_name) if class_name else None
   target.mkdir(parents=True, exist_ok=True)
   frames, done, nearest, farthest, size = _frames(path), 0, math.inf, -math.inf, (0, 0)
   with tempfile.TemporaryFile(dir=target) as kept:  # a minute of full HD would not fit into memory

@@ -20,7 +20,7 @@ from vpd_jax.config import loader, stored
 from vpd_jax.distributed import sharding
 from vpd_jax.errors import UserError
 from vpd_jax.evaluation import evaluate
-from vpd_jax.experiment import Product
+from vpd_jax.experiment import Experiment
 from vpd_jax.inference import images as images_lib
 from vpd_jax.monitoring import progress
 from vpd_jax.prediction import protocols
@@ -37,13 +37,13 @@ class Predictor:
 
   Attributes:
     config: the config that was loaded.
-    product: the objects assembled from it.
+    experiment: the objects assembled from it.
     weights: parameters, frozen arrays and statistics, on the devices.
     origin: lines about the source of the weights.
   """
 
   config: ConfigDict
-  product: Product
+  experiment: Experiment
   weights: evaluate.Weights
   origin: list[str]
 
@@ -87,27 +87,27 @@ class Predictor:
     with progress.phase("assemble"):
       config = initialize.with_backbone_sizes(config, source)
       config = initialize.with_predicted_class(config)
-      product = experiment.assemble(config, training=False)
+      exp = experiment.assemble(config, training=False)
     mesh = sharding.make_mesh(1, 1, devices=jax.local_devices()[:1])
     with progress.phase("load weights"):
-      filled, lines = initialize.weights_on_mesh(config, product, mesh, str(weights), complete=not random_init)
-    return cls(config, product, filled, lines)
+      filled, lines = initialize.weights_on_mesh(config, exp, mesh, str(weights), complete=not random_init)
+    return cls(config, exp, filled, lines)
 
   def __post_init__(self):
-    product = self.product
-    self._protocol = protocols.PROTOCOLS[product.task.test_time_protocol](self.config, product)
+    exp = self.experiment
+    self._protocol = protocols.PROTOCOLS[exp.task.test_time_protocol](self.config, exp)
     self._forward = jax.jit(self.network)
-    predictor = lambda weights, image: product.parts.merge(*weights).method.class_predictor(image)
-    self._classify = jax.jit(predictor) if product.method.class_predictor else None
-    attended = lambda weights, image: product.parts.merge(*weights).method.class_attention({"image": image})
+    predictor = lambda weights, image: exp.spec.merge(*weights).method.class_predictor(image)
+    self._classify = jax.jit(predictor) if exp.method.class_predictor else None
+    attended = lambda weights, image: exp.spec.merge(*weights).method.class_attention({"image": image})
     self._attention = jax.jit(attended)
     self._side = int(self.config.data.crop[0])
     self._dtype = np.promote_types(experiment.dtype(self.config, "param_dtype"), np.float32)
 
   def __repr__(self) -> str:
     config, size = self.config, "x".join(map(str, self.config.data.crop))
-    parameters = sum(x.size for x in self.product.parts.shapes.values()) / 1e6
-    classes = f" ({len(self.product.classes)} classes)" if self.product.classes else ""
+    parameters = sum(x.size for x in self.experiment.spec.shapes.values()) / 1e6
+    classes = f" ({len(self.experiment.classes)} classes)" if self.experiment.classes else ""
     return (
       f"<vpd_jax.Predictor: method {config.method.name!r}, task {config.task.name!r}, data set {config.data.name!r}"
       f"{classes}, crops of {size}, {parameters:.1f} M parameters; {'; '.join(self.origin[:1])}>"
@@ -116,7 +116,7 @@ class Predictor:
   @property
   def takes_class(self) -> bool:
     """Whether the method takes the class of an image, or predicts it."""
-    return self.predicts_class or "class_id" in self.product.method.needs
+    return self.predicts_class or "class_id" in self.experiment.method.needs
 
   @property
   def predicts_class(self) -> bool:
@@ -126,12 +126,12 @@ class Predictor:
   @property
   def takes_sentence(self) -> bool:
     """Whether the method reads a sentence about each image."""
-    return "sentence" in self.product.method.prepare_inputs
+    return "sentence" in self.experiment.method.prepare_inputs
 
   @property
   def takes_boxes(self) -> bool:
     """Whether the task takes boxes of people."""
-    return self.product.task.test_time_protocol == "crops"
+    return self.experiment.task.test_time_protocol == "crops"
 
   @property
   def input_size(self) -> tuple[int, int]:
@@ -150,11 +150,11 @@ class Predictor:
       ValueError: unknown name; lists all names.
     """
     wanted = name.strip().lower().replace(" ", "_")
-    if wanted not in self.product.classes:
-      near = difflib.get_close_matches(wanted, self.product.classes, n=1, cutoff=0.75)
+    if wanted not in self.experiment.classes:
+      near = difflib.get_close_matches(wanted, self.experiment.classes, n=1, cutoff=0.75)
       hint = f"did you mean {near[0]}? Known are" if near else "choose one of"
-      raise UserError(f"class {name!r} is unknown; {hint} {', '.join(self.product.classes)}.")
-    return self.product.classes.index(wanted)
+      raise UserError(f"class {name!r} is unknown; {hint} {', '.join(self.experiment.classes)}.")
+    return self.experiment.classes.index(wanted)
 
   def forward(
     self,
@@ -187,7 +187,7 @@ class Predictor:
 
   def network(self, weights: Weights | tuple[ParamDict], batch: Batch) -> Outputs:
     """What `forward` compiles: a batch, as `batch` makes it, to what the head returns; pure, to be traced."""
-    return self.product.parts.merge(*weights)(batch, training=False)
+    return self.experiment.spec.merge(*weights)(batch, training=False)
 
   def batch(
     self,
@@ -283,7 +283,7 @@ class Predictor:
     Raises:
       ValueError: the method has no such maps; an image of another shape or dtype.
     """
-    if not self.product.method.attends_to_classes:
+    if not self.experiment.method.attends_to_classes:
       raise UserError(f"{self._what} has no attention maps of classes.")
     size = tuple(self.config.data.crop)
     several, single = _as_list(images)
@@ -310,7 +310,7 @@ class Predictor:
       for own, i in zip(known, ids, strict=True):
         own["class_id"] = np.int32(i)
     for own, text in zip(known, sentences or (), strict=False):
-      own["tokens"] = self.product.method.prepare({"sentence": text})["tokens"]
+      own["tokens"] = self.experiment.method.prepare({"sentence": text})["tokens"]
     for own, given in zip(known, () if boxes is None else boxes, strict=False):
       own["boxes"] = given
     return known
@@ -324,7 +324,7 @@ class Predictor:
       raise UserError(f"text_states have no effect on {self._what}; leave them out.")
     if sentences is not None:
       raise UserError("sentences and text_states are given; give one of them.")
-    states, expected = np.asarray(states), (count, *(self.product.method.sentence_tokens or ()))
+    states, expected = np.asarray(states), (count, *(self.experiment.method.sentence_tokens or ()))
     if states.shape != expected or not np.issubdtype(states.dtype, np.floating):
       raise UserError(f"text_states are {states.dtype} {states.shape}; give float {expected}.")
     return states.astype(self._dtype)
@@ -342,8 +342,8 @@ class Predictor:
     if ids.shape not in ((), (count,)) or (not np.issubdtype(ids.dtype, np.integer) and ids.size):
       raise UserError(f"class_id is {ids.dtype} {list(ids.shape)}; give one int, or one for each of {count} images.")
     ids = np.broadcast_to(ids.astype(np.int32), (count,))
-    if ids.size and (ids.min() < -1 or ids.max() >= len(self.product.classes)):
-      raise UserError(f"class_id {ids.tolist()} must lie between -1 (the mean) and {len(self.product.classes) - 1}.")
+    if ids.size and (ids.min() < -1 or ids.max() >= len(self.experiment.classes)):
+      raise UserError(f"class_id {ids.tolist()} must lie between -1 (the mean) and {len(self.experiment.classes) - 1}.")
     return ids
 
 

@@ -19,7 +19,7 @@ from vpd_jax import experiment
 from vpd_jax.data.readers import referring
 from vpd_jax.data.transforms import top_down as top_down_transforms
 from vpd_jax.evaluation import evaluate
-from vpd_jax.experiment import Product
+from vpd_jax.experiment import Experiment
 from vpd_jax.inference import images as images_lib
 from vpd_jax.inference import sliding_window, top_down, tta
 from vpd_jax.types import Array, DecidingTask, Fields, TopDownTask, Weights
@@ -42,10 +42,10 @@ class ShiftedWindowProtocol:
     "eval.test_time says flip, then resized back bilinearly"
   )
 
-  def __init__(self, config: ConfigDict, product: Product):
+  def __init__(self, config: ConfigDict, exp: Experiment):
     flip, self._windows, _ = tta.parse(config.eval.test_time)
-    self._predict = jax.jit(evaluate.make_predict(product, ("flip",) if flip else (), "full"))
-    self._side, self._result = int(config.data.crop[0]), product.task.result
+    self._predict = jax.jit(evaluate.make_predict(exp, ("flip",) if flip else (), "full"))
+    self._side, self._result = int(config.data.crop[0]), exp.task.result
     self.input_size = (self._side, self._side)
     self._batch_size = max(self._windows, config.eval.batch_size)
     self._cut_top = experiment.DATASETS[config.data.name].info(config.data).cut_top
@@ -79,16 +79,16 @@ class SlidingWindowProtocol:
     "windows overlap and resized back bilinearly, and their softmax is averaged over scales and mirror images"
   )
 
-  def __init__(self, config: ConfigDict, product: Product):
+  def __init__(self, config: ConfigDict, exp: Experiment):
     words = config.eval.test_time
     window = sliding_window.parse(words).window
     self.input_size = (window, window) if window else tuple(config.data.crop)
     options = {"batch_size": config.eval.batch_size, "small_images": config.eval.small_images}
-    options["postprocess"] = cast(DecidingTask, product.task).decide
+    options["postprocess"] = cast(DecidingTask, exp.task).decide
     self._inference = sliding_window.SlidingWindowInference(
-      evaluate.make_scores(product), sliding_window.parse(words), **options
+      evaluate.make_scores(exp), sliding_window.parse(words), **options
     )
-    self._result, self._dtype = product.task.result, _dtype(config)
+    self._result, self._dtype = exp.task.result, _dtype(config)
 
   def __call__(self, weights: Weights, images: Sequence[np.ndarray], known: Known) -> Iterator[dict[str, np.ndarray]]:
     # uint8 images are converted after resizing, as in the evaluation.
@@ -104,11 +104,11 @@ class ResizeProtocol:
     "resize the picture to the input's size, ignoring the aspect ratio; scores are resized back bilinearly"
   )
 
-  def __init__(self, config: ConfigDict, product: Product):
-    self._predict = jax.jit(evaluate.make_predict(product, (), "full"))
+  def __init__(self, config: ConfigDict, exp: Experiment):
+    self._predict = jax.jit(evaluate.make_predict(exp, (), "full"))
     self._size, self._batch_size = tuple(config.data.crop), config.eval.batch_size
     self.input_size = self._size
-    task = cast(DecidingTask, product.task)
+    task = cast(DecidingTask, exp.task)
     self._decide, self._result = task.decide, task.result
 
   def __call__(self, weights: Weights, images: Sequence[np.ndarray], known: Known) -> Results:
@@ -129,18 +129,18 @@ class TopDownProtocol:
     "size; heatmaps of the mirrored crop are averaged in where eval.test_time says flip"
   )
 
-  def __init__(self, config: ConfigDict, product: Product):
+  def __init__(self, config: ConfigDict, exp: Experiment):
     self.input_size = tuple(config.data.crop)
-    task, padding = cast(TopDownTask, product.task), config.data.get("padding", top_down_transforms.PADDING)
+    task, padding = cast(TopDownTask, exp.task), config.data.get("padding", top_down_transforms.PADDING)
     crop = top_down_transforms.Augmentation(
       tuple(config.data.crop), task.keypoints, udp=task.udp, padding=padding
     ).evaluation
-    predict = jax.jit(evaluate.make_predict(product, config.eval.test_time, ""))
+    predict = jax.jit(evaluate.make_predict(exp, config.eval.test_time, ""))
     self._estimator = top_down.TopDownPoseEstimator(
       predict,
       crop,
       jax.jit(task.locate),
-      keypoints=len(product.classes),
+      keypoints=len(exp.classes),
       rescore=task.rescored,
       batch_size=config.eval.batch_size,
     )

@@ -8,27 +8,27 @@ from vpd_jax import experiment
 from vpd_jax.checkpoints import initialize
 from vpd_jax.config import loader
 from vpd_jax.distributed import sharding
-from vpd_jax.experiment import Product
+from vpd_jax.experiment import Experiment
 from vpd_jax.monitoring import xla_cost
 from vpd_jax.training.step import make_step
 from vpd_jax.types import Batch
 
 
-def compile_step(config: ConfigDict, product: Product, mesh: Mesh, batch: Batch) -> jax.stages.Compiled:
+def compile_step(config: ConfigDict, exp: Experiment, mesh: Mesh, batch: Batch) -> jax.stages.Compiled:
   """Compiles the training step for the state of this config and a batch; the state is donated."""
-  return lower_step(config, product, mesh, batch).compile(xla_cost.compiler_options(mesh))
+  return lower_step(config, exp, mesh, batch).compile(xla_cost.compiler_options(mesh))
 
 
-def lower_step(config: ConfigDict, product: Product, mesh: Mesh, batch: Batch) -> jax.stages.Lowered:
+def lower_step(config: ConfigDict, exp: Experiment, mesh: Mesh, batch: Batch) -> jax.stages.Lowered:
   """Traces and lowers the training step; `batch` may be ShapeDtypeStructs, and `mesh` of devices that do not exist."""
-  where = initialize.state_shardings(config, product, mesh)
+  where = initialize.state_shardings(config, exp, mesh)
   options = {field: config.optim[field] for field in ("loss_group", "accumulation", "ema_decay")}
-  step = make_step(product, **options, seed=config.seed, mesh=mesh, gather=initialize.gather(config, product, mesh))
+  step = make_step(exp, **options, seed=config.seed, mesh=mesh, gather=initialize.gather(config, exp, mesh))
   spread = sharding.batch_sharding(mesh)
   jitted = jax.jit(
     step, donate_argnums=0, in_shardings=(where, spread), out_shardings=(where, sharding.replicated(mesh))
   )
-  abstract = sharding.abstract(initialize.state_shapes(config, product), where)
+  abstract = sharding.abstract(initialize.state_shapes(config, exp), where)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread), batch)
   with sharding.tracing(mesh):
     return jitted.lower(abstract, shapes)
@@ -45,7 +45,7 @@ def model_flops(config: ConfigDict, batch: Batch) -> float:
   """
   plain = {"backbone.attention": "xla", "backbone.remat": False, "optim.accumulation": 1}
   config = loader.changed(config, plain)
-  product = experiment.assemble(config)
-  step = make_step(product, loss_group=config.optim.loss_group)
+  exp = experiment.assemble(config)
+  step = make_step(exp, loss_group=config.optim.loss_group)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-  return xla_cost.model_flops(step, initialize.state_shapes(config, product), shapes)
+  return xla_cost.model_flops(step, initialize.state_shapes(config, exp), shapes)

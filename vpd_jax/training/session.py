@@ -18,7 +18,7 @@ from vpd_jax.data import pipeline
 from vpd_jax.distributed import sharding
 from vpd_jax.distributed.preemption import PreemptionGuard
 from vpd_jax.evaluation import evaluate
-from vpd_jax.experiment import Product
+from vpd_jax.experiment import Experiment
 from vpd_jax.monitoring import chips, progress, writers, xla_cost
 from vpd_jax.monitoring.profiler import Profiler
 from vpd_jax.monitoring.writers import log
@@ -50,14 +50,14 @@ class TrainingSession:
     with progress.phase("assemble"):
       config = initialize.with_backbone_sizes(config, config.init.run or config.init.pretrained)
       self._config, self._workdir, self._accept_changes = config, workdir, accept_changes
-      self._product = experiment.assemble(config)
+      self._experiment = experiment.assemble(config)
     initialize.check_training(config)
     self._mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     pipeline.check_batch_size(config.data.batch_size // config.optim.accumulation, self._mesh.size, "devices")
     with progress.phase("open data"):
-      self._dataset = experiment.dataset(config, self._product)
+      self._dataset = experiment.dataset(config, self._experiment)
       self._dataset.source("train")  # raises for a missing file before anything is written
-      self._evaluator = evaluate.Evaluator(config, self._product, self._dataset, self._mesh)
+      self._evaluator = evaluate.Evaluator(config, self._experiment, self._dataset, self._mesh)
     self._scored_step: int | None = None
     self._unchecked, self._logs = [], {}  # the former: (step, loss, norm of the gradients)
     self.scores: dict[str, float] = {}
@@ -78,24 +78,24 @@ class TrainingSession:
 
   def _resume(self, stack: contextlib.ExitStack) -> None:
     """Takes the workdir, fills the state and writes the start-up report."""
-    config, product, mesh = self._config, self._product, self._mesh
+    config, exp, mesh = self._config, self._experiment, self._mesh
     # Before the checkpoints, which remove what another run may be writing.
     alone = [] if jax.process_index() else stack.enter_context(workdir_lock.claimed(self._workdir))
-    self._checkpoints = stack.enter_context(initialize.checkpoints(config, product, self._workdir))
+    self._checkpoints = stack.enter_context(initialize.checkpoints(config, exp, self._workdir))
     self.guard = stack.enter_context(PreemptionGuard())
     with progress.phase("load weights"):
       self.state, lines = initialize.resume_or_start(
-        config, product, mesh, self._checkpoints, accept_changes=self._accept_changes
+        config, exp, mesh, self._checkpoints, accept_changes=self._accept_changes
       )
     self.step = self._begin = int(self.state.step)
     lines += alone
     lines += self._dataset.describe()
-    lines += [*experiment.sentence_lines(product, self._dataset), *self._evaluator.encodings.lines()]
+    lines += [*experiment.sentence_lines(exp, self._dataset), *self._evaluator.encodings.lines()]
     # Only now: a workdir that is refused stays as it was.
     self._writer = stack.enter_context(
       writers.create(self._workdir, just_logging=jax.process_index() > 0, backend=config.writer)
     )
-    startup_report.describe(config, product, mesh, self._writer, self._workdir, lines, self.step)
+    startup_report.describe(config, exp, mesh, self._writer, self._workdir, lines, self.step)
     self._progress = writers.Progress(config.num_steps, config.data.batch_size, start=self.step, devices=mesh.size)
 
   def prepare(self) -> None:
@@ -107,7 +107,7 @@ class TrainingSession:
       self._input: Iterator[Batch] = itertools.chain([first], batches)
       begin = time.monotonic()
       with progress.phase("trace"):
-        lowered = compilation.lower_step(self._config, self._product, self._mesh, first)
+        lowered = compilation.lower_step(self._config, self._experiment, self._mesh, first)
       traced = time.monotonic()
       with progress.phase("compile"):
         compiled = self._compiled = lowered.compile(xla_cost.compiler_options(self._mesh))
@@ -184,7 +184,7 @@ class TrainingSession:
 
   def _read(self, begin: int) -> pipeline.Prefetch:
     encode = lambda local: self._evaluator.encodings(local, self.state.frozen)
-    return training_batches(self._config, self._product, self._dataset, self._mesh, begin, encode)
+    return training_batches(self._config, self._experiment, self._dataset, self._mesh, begin, encode)
 
   def _check_finite(self) -> None:
     def batch_of(step: int) -> Batch:
@@ -196,7 +196,7 @@ class TrainingSession:
 
 def training_batches(
   config: ConfigDict,
-  product: Product,
+  exp: Experiment,
   dataset: Any,
   mesh: Mesh,
   begin: int,
@@ -209,8 +209,8 @@ def training_batches(
     seed=config.seed,
     start_step=begin,
     workers=config.data.workers,
-    keys=experiment.batch_keys(product, dataset),
-    prepare=product.method.prepare,
+    keys=experiment.batch_keys(exp, dataset),
+    prepare=exp.method.prepare,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     on_bad_record=config.data.on_bad_record,

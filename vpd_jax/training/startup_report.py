@@ -7,14 +7,14 @@ from ml_collections import ConfigDict
 
 from vpd_jax import optim
 from vpd_jax.checkpoints import initialize
-from vpd_jax.experiment import Product
+from vpd_jax.experiment import Experiment
 from vpd_jax.files import atomic
 from vpd_jax.monitoring import writers
 
 
 def describe(
   config: ConfigDict,
-  product: Product,
+  exp: Experiment,
   mesh: Mesh,
   writer: writers.Writer,
   workdir: str,
@@ -24,7 +24,7 @@ def describe(
   """Prints the report, and writes its files from process 0.
 
   Args:
-    config, product, mesh: of the run.
+    config, exp, mesh: of the run.
     writer: for config, groups and parameters, if the run is new.
     workdir: for config.json and, if the run is new, parameters.txt.
     lines: about weights and data.
@@ -36,15 +36,15 @@ def describe(
     f"jax {jax.__version__}, {len(devices)} {devices[0].device_kind} devices, mesh {dict(mesh.shape)}, "
     f"batch {config.data.batch_size} = {mesh.size} x {local}, workdir {workdir}"
   )
-  writers.log("\n".join([*lines, *product.method.notes]))
+  writers.log("\n".join([*lines, *exp.method.notes]))
   groups = writers.table(
-    [("group", "lr x", "decay x", "arrays", "numbers", "first"), *optim.table(product.groups, product.parts.shapes)]
+    [("group", "lr x", "decay x", "arrays", "numbers", "first"), *optim.table(exp.groups, exp.spec.shapes)]
   )
   writers.log(groups)
   if jax.process_index() == 0:
     atomic.write(epath.Path(workdir) / "config.json", initialize.to_json(config) + "\n")
   if jax.process_index() == 0 and begin == 0:
-    overview = writers.parameter_overview(product.parts.shapes)
+    overview = writers.parameter_overview(exp.spec.shapes)
     writer.write_hparams(config.to_dict())
     texts = {"config": initialize.to_json(config), "groups": groups, "parameters": overview}
     writer.write_texts(0, {name: f"```\n{text}\n```" for name, text in texts.items()})

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from vpd_jax import optim
 from vpd_jax.checkpoints import initialize
 from vpd_jax.distributed import sharding
-from vpd_jax.experiment import Product
+from vpd_jax.experiment import Experiment
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.types import Array, Batch, Branch, Loss, Outputs, ParamDict, Task, TrainState
 
@@ -50,7 +50,7 @@ def group_losses(task: Task, outputs: Outputs, batch: Batch, branches: tuple[Bra
 
 
 def make_gradients(
-  product: Product,
+  exp: Experiment,
   *,
   loss_group: int,
   accumulation: int,
@@ -60,15 +60,15 @@ def make_gradients(
   """Makes (params, frozen, stats, batch, key) -> (gradients, loss, logs, new stats); the key is for dropout.
 
   Args:
-    product: of the config.
+    exp: of the config.
     loss_group: images per group of the loss, see `group_losses`.
     accumulation: number of consecutive parts of the batch, each of whole groups, over which loss, weight and gradients
       are summed. The statistics of all parts start from the same values, so that the result is that of the batch.
     mesh: shards every part over all devices; without it, whole parts would be distributed among the devices.
     gather: all-gathers parameters that are split over devices.
   """
-  parts, task = product.parts, product.task
-  branches = product.method.branches(True)
+  parts, task = exp.spec, exp.task
+  branches = exp.method.branches(True)
 
   def loss_fn(params: ParamDict, frozen: ParamDict, stats: ParamDict, batch: Batch, key: Array | None):
     model = parts.merge(gather(params), gather(frozen), stats)
@@ -100,21 +100,21 @@ def make_gradients(
 
 
 def make_update(
-  product: Product, *, ema_decay: float = 0.0, devices: int = 1
+  exp: Experiment, *, ema_decay: float = 0.0, devices: int = 1
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
   """Makes (state, gradients, loss, logs, new stats) -> (next state, logs), the optimizer's part of a step.
 
   Args:
-    product: of the config.
+    exp: of the config.
     ema_decay: of the running mean of the parameters, where the state has one.
     devices: of the mesh.
   """
-  labels = {product.groups.label[name]: multiplier for name, multiplier in sorted(product.groups.lr.items())}
+  labels = {exp.groups.label[name]: multiplier for name, multiplier in sorted(exp.groups.lr.items())}
 
   def update(state: TrainState, grads: ParamDict, loss: Array, logs: dict[str, Array], stats: ParamDict):
-    updates, opt_state = product.optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = exp.optimizer.update(grads, state.opt_state, state.params)
     params = {name: p + cast(ParamDict, updates)[name].astype(p.dtype) for name, p in state.params.items()}
-    rate = product.rate(state.step)
+    rate = exp.rate(state.step)
     logs = {f"train/{name}": x for name, x in logs.items()} | {
       "train/loss": loss,
       "norm/gradients": _norm(grads, devices),
@@ -127,7 +127,7 @@ def make_update(
 
 
 def make_step(
-  product: Product,
+  exp: Experiment,
   *,
   loss_group: int,
   accumulation: int = 1,
@@ -141,8 +141,8 @@ def make_step(
   The random numbers of dropout depend on `seed` and the step only, so that a resumed run draws the same ones. All
   other arguments are those of `make_gradients` and `make_update`.
   """
-  gradients = make_gradients(product, loss_group=loss_group, accumulation=accumulation, mesh=mesh, gather=gather)
-  update = make_update(product, ema_decay=ema_decay, devices=1 if mesh is None else mesh.size)
+  gradients = make_gradients(exp, loss_group=loss_group, accumulation=accumulation, mesh=mesh, gather=gather)
+  update = make_update(exp, ema_decay=ema_decay, devices=1 if mesh is None else mesh.size)
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)

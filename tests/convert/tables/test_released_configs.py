@@ -92,13 +92,13 @@ def test_a_run_is_exported_and_read_back(tmp_path, monkeypatch, string, prompt, 
   if prompt:
     config.backbone.image = {"width": 32, "layers": 1, "heads": 2, "mlp_width": 64, "image_size": 28, "projection": 16}
   config.lock()
-  product = experiment.assemble(config)
-  named = tiny.filled(product.parts.shapes)
-  state, expected = tiny.train_state(product, named), dict(named)
+  exp = experiment.assemble(config)
+  named = tiny.filled(exp.spec.shapes)
+  state, expected = tiny.train_state(exp, named), dict(named)
   if prompt:  # with a moving average, which evaluation uses in place of the parameters
     state = state.replace(ema={name: x + 1 for name, x in state.params.items()})
     expected |= state.ema
-  with initialize.checkpoints(config, product, str(tmp_path / "run")) as held:
+  with initialize.checkpoints(config, exp, str(tmp_path / "run")) as held:
     held.save(3, state, initialize.to_json(config), {}, force=True)
   expected = lora.merged(expected, config.lora.alpha)
   assert (expected.keys() < named.keys()) == bool(rank)

@@ -103,19 +103,19 @@ def config_of(pipeline, source, method="tadp"):
 
 @pytest.fixture(scope="module")
 def runs(pipeline):
-  """source -> (product, arrays by name, lines of the start)."""
+  """source -> (experiment, arrays by name, lines of the start)."""
   result = {}
   for source in SOURCES:
     config = config_of(pipeline, source)
-    product = experiment.assemble(config)
-    result[source] = (product, *initialize.weights(config, product))
+    exp = experiment.assemble(config)
+    result[source] = (exp, *initialize.weights(config, exp))
   return result
 
 
 def test_both_sources_give_the_same_bits(pipeline, runs):
   nets, sources, _ = pipeline
-  (product, first, lines), (_, second, of_file) = (runs[source] for source in SOURCES)
-  assert product.method.latent_scale == 0.18215
+  (exp, first, lines), (_, second, of_file) = (runs[source] for source in SOURCES)
+  assert exp.method.latent_scale == 0.18215
   assert first.keys() == second.keys()
   for name in first:
     assert first[name].tobytes() == second[name].tobytes(), name
@@ -134,8 +134,8 @@ def test_both_sources_give_the_same_bits(pipeline, runs):
 
 
 def test_heads_are_64_channels_wide(runs):
-  for product, _, _ in runs.values():
-    attentions = [product.method.unet.input_blocks[i][1].transformer_blocks[0] for i in (1, 4, 7)]
+  for exp, _, _ in runs.values():
+    attentions = [exp.method.unet.input_blocks[i][1].transformer_blocks[0] for i in (1, 4, 7)]
     assert [block.attn1.heads for block in attentions] == [block.attn2.heads for block in attentions] == [1, 2, 2]
 
 
@@ -189,8 +189,8 @@ def test_the_unet_has_the_same_features(pipeline, runs):
     net(latents, 1, context)
   for hook in hooks:
     hook.remove()
-  product = runs["file"][0]
-  run = jax.jit(lambda n, x, c: product.parts.merge(n).method.unet(x, c, timesteps=1).features)
+  exp = runs["file"][0]
+  run = jax.jit(lambda n, x, c: exp.spec.merge(n).method.unet(x, c, timesteps=1).features)
   for source in SOURCES:
     features = run(runs[source][1], nhwc(latents), context.numpy())
     assert len(features) == LEVELS
@@ -206,8 +206,8 @@ def test_the_vae_gives_the_same_latents(pipeline, runs):
   image = torch.randn(2, 3, 32, 48)
   with torch.no_grad():
     expected = net.encode(image).latent_dist.mode() * net.config.scaling_factor
-  product = runs["file"][0]
-  run = jax.jit(lambda n, x: product.parts.merge(n).method.vae(x).mean * product.method.latent_scale)
+  exp = runs["file"][0]
+  run = jax.jit(lambda n, x: exp.spec.merge(n).method.vae(x).mean * exp.method.latent_scale)
   for source in SOURCES:
     assert gap(run(runs[source][1], nhwc(image)), nhwc(expected)) <= TOLERANCE, source
 
@@ -217,8 +217,8 @@ def test_the_text_encoder_gives_the_same_states(pipeline, runs, tokens):
 
   with torch.no_grad():
     expected = pipeline[0]["text_encoder"](torch.from_numpy(tokens)).last_hidden_state
-  product = runs["file"][0]
-  run = jax.jit(lambda n, x: product.parts.merge(n).method.text_states({"tokens": x}))
+  exp = runs["file"][0]
+  run = jax.jit(lambda n, x: exp.spec.merge(n).method.text_states({"tokens": x}))
   for source in SOURCES:
     assert gap(run(runs[source][1], jnp.asarray(tokens, jnp.int32)), expected) <= TOLERANCE, source
 

@@ -100,11 +100,11 @@ def test_a_model_takes_its_classifier_from_init_vit(folder, state):
   (folder / "config.json").write_text(json.dumps(CONFIG | {"num_attention_heads": 8}))
   config = config_of(folder)
   assert config.backbone.vit.heads == 8
-  product = experiment.assemble(config)
-  named, lines = initialize.weights(config, product)
+  exp = experiment.assemble(config)
+  named, lines = initialize.weights(config, exp)
   assert f"classifier of ImageNet: {folder}" in lines
   np.testing.assert_array_equal(named["method/vit_model/classifier/bias"], state["classifier.bias"])
-  assert named.keys() == product.parts.shapes.keys()
+  assert named.keys() == exp.spec.shapes.keys()
 
 
 def test_a_random_classifier_says_so():

@@ -177,10 +177,10 @@ def test_the_config_has_the_authors_schedule_and_groups():
 def test_a_method_that_is_told_a_class_gets_the_scene_or_is_refused(root):
   config = tiny.shrunk(loader.load("configs/kitti_depth.py:tiny")).unlock()
   config.data.update(root=str(root), kb_crop=(36, 122))
-  product = experiment.assemble(config)
-  assert experiment.dataset(config, product).classes == ("street",)
+  exp = experiment.assemble(config)
+  assert experiment.dataset(config, exp).classes == ("street",)
   config.data.scene = ""
-  check_message("need ['class_id'], but data set 'kitti' provides", lambda: experiment.dataset(config, product))
+  check_message("need ['class_id'], but data set 'kitti' provides", lambda: experiment.dataset(config, exp))
 
 
 def test_errors_of_options_are_one_line(tmp_path, root):

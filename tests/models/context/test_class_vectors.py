@@ -62,25 +62,25 @@ def vpd_config(prompt):
 
 @pytest.fixture(scope="module")
 def vpd():
-  product = experiment.assemble(vpd_config("predicted"))
-  return product, tiny.filled(product.parts.shapes)
+  exp = experiment.assemble(vpd_config("predicted"))
+  return exp, tiny.filled(exp.spec.shapes)
 
 
 def test_a_predicted_class_needs_no_label(vpd):
-  product, _ = vpd
-  assert product.keys == ("image", "depth") and not product.method.needs
+  exp, _ = vpd
+  assert exp.keys == ("image", "depth") and not exp.method.needs
   told = experiment.assemble(vpd_config("scene_class"))
   assert told.method.needs == {"class_id"}
-  more = product.parts.shapes.keys() - told.parts.shapes.keys()
-  assert more and all(name.startswith("method/class_predictor/") for name in more) and more <= product.parts.buffers
-  assert product.groups == told.groups  # nothing more is trained
+  more = exp.spec.shapes.keys() - told.spec.shapes.keys()
+  assert more and all(name.startswith("method/class_predictor/") for name in more) and more <= exp.spec.buffers
+  assert exp.groups == told.groups  # nothing more is trained
 
 
 def test_what_is_told_goes_before_what_is_predicted(vpd):
-  product, named = vpd
+  exp, named = vpd
 
   def run(named, images, told):
-    method = product.parts.merge(named).method
+    method = exp.spec.merge(named).method
     predicted = method.context.class_ids({"image": images})
     batch = {"image": images, "class_id": told}
     return predicted, method.context.class_ids(batch), method.class_predictor(images), method.context(batch)
@@ -93,11 +93,11 @@ def test_what_is_told_goes_before_what_is_predicted(vpd):
 
 
 def test_the_network_attends_to_the_predicted_class(vpd, monkeypatch):
-  product, named = vpd
+  exp, named = vpd
   seen = {}
   original = PredictedClass.class_ids
   monkeypatch.setattr(PredictedClass, "class_ids", lambda self, batch: seen.setdefault("ids", original(self, batch)))
-  jax.eval_shape(lambda n, b: product.parts.merge(n)(b, training=False), named, {"image": IMAGES})
+  jax.eval_shape(lambda n, b: exp.spec.merge(n)(b, training=False), named, {"image": IMAGES})
   assert seen["ids"].shape == (6,) and seen["ids"].dtype == jnp.int32
 
 

@@ -19,22 +19,22 @@ def config_of(method):
 
 @pytest.mark.parametrize("method", BEHIND)
 def test_the_network_attends_to_the_sentence_and_to_what_stands_behind_it(method):
-  product = experiment.assemble(config_of(method), training=False)
+  exp = experiment.assemble(config_of(method), training=False)
   count, name = BEHIND[method]
-  shapes, made = product.parts.shapes, product.method
+  shapes, made = exp.spec.shapes, exp.method
   width = shapes[name].shape[-1]
-  assert shapes[name].shape == (count, width) and name in product.groups.lr
+  assert shapes[name].shape == (count, width) and name in exp.groups.lr
   assert made.sentence_tokens == (8, width) and made.map_info.tokens == (8 + count, width)
-  assert made.prepare_inputs == {"sentence"} and product.keys == ("image", "mask", "tokens")
+  assert made.prepare_inputs == {"sentence"} and exp.keys == ("image", "mask", "tokens")
   assert [branch for branch in made.branches(True)] == list(made.branches(False)) and len(made.branches(True)) == 1
   encoder = [n for n in shapes if n.startswith("method/text_encoder/")]
-  assert encoder and not set(encoder) & set(product.groups.lr)
+  assert encoder and not set(encoder) & set(exp.groups.lr)
   named = tiny.filled(shapes)
   rng = np.random.default_rng(0)
   batch = {"image": rng.integers(0, 256, (2, 64, 64, 3), np.uint8), "tokens": rng.integers(0, 98, (2, 8), np.int32)}
 
   def forward(named, batch):
-    model = product.parts.merge(named)
+    model = exp.spec.merge(named)
     features = model.method(batch, training=False)
     return features.context, model(batch, training=False)["logits"], model.method.text_states(batch)
 

@@ -17,24 +17,24 @@ from vpd_jax.convert.tables import released
 
 @pytest.fixture(scope="module", params=["nyu", "kitti"])
 def full(request):
-  """Name, config and product at full size; nothing of it is allocated."""
+  """Name, config and experiment at full size; nothing of it is allocated."""
   config = loader.load(f"configs/{request.param}_depth.py:eco_depth")
   return request.param, config, experiment.assemble(config)
 
 
 def test_every_parameter_is_in_the_authors_group(full):
-  _, config, product = full
+  _, config, exp = full
   with gzip.open(oracle.GOLDEN / "optimizer_groups.eco_depth.json.gz", "rt") as f:
     authors = json.load(f)["eco_depth_nyu"]
   assert authors["base_lr"] == config.optim.lr and authors["trainable_but_in_no_group"] == []
   assert authors["optimizer"].startswith(f"AdamW betas ({config.optim.b1}, {config.optim.b2}) eps 1e-08, no gradient")
-  expected, groups = {}, product.groups
+  expected, groups = {}, exp.groups
   for key, group in authors["groups"].items():
     fields = dict(field.split("=") for field in key.split())
     expected |= dict.fromkeys(group["names"], (float(fields["lr_mult"]), float(fields["weight_decay"])))
   actual = {}
   for name in groups.lr:
-    phantom = np.broadcast_to(np.float32(0), product.parts.shapes[name].shape)
+    phantom = np.broadcast_to(np.float32(0), exp.spec.shapes[name].shape)
     (source,) = rules.to_source({name: phantom}, released.eco_depth_depth())
     actual[source] = groups.lr[name], config.optim.decay * groups.decay[name]
   assert actual == expected and len(actual) == 14 + 24 + 1 + 281 + 401
@@ -63,20 +63,20 @@ def small(string="configs/nyu_depth.py:eco_depth,tiny", **changes):
   """The smallest network of a config, its arrays, and a batch of pictures that are padded."""
   config = tiny.shrunk(loader.load(string)).unlock()
   config.update_from_flattened_dict(changes)
-  product = experiment.assemble(config.lock())
+  exp = experiment.assemble(config.lock())
   image = fill.integers("small", (2, 50, 70, 3), 256, 0).astype(np.uint8)
-  return product, tiny.filled(product.parts.shapes), {"image": jnp.asarray(image)}
+  return exp, tiny.filled(exp.spec.shapes), {"image": jnp.asarray(image)}
 
 
 @pytest.mark.parametrize(
   "changes, scale", [({}, 0.18215), ({"method.latent_scale": 1.0}, 1.0), ({"backbone.vae.latent_scale": 0.5}, 0.5)]
 )
 def test_latents_are_scaled(changes, scale):
-  product, named, batch = small(**changes)
+  exp, named, batch = small(**changes)
   seen = []
 
   def run(named, batch):
-    method = product.parts.merge(named).method
+    method = exp.spec.merge(named).method
     method.passes = lambda latents, batch, training: (seen.append(latents), ((), latents))[1]
     return method.latents(batch), method(batch, training=False).context
 
@@ -86,8 +86,8 @@ def test_latents_are_scaled(changes, scale):
 
 @pytest.mark.parametrize("value, byte", [(-1.0, 0), (0.0, 127)])
 def test_padding_has_its_color_for_vae_and_classifier(value, byte):
-  product, named, batch = small(**{"method.pad_value": value})
-  method = product.parts.partial({n: jnp.asarray(x) for n, x in named.items()}).method
+  exp, named, batch = small(**{"method.pad_value": value})
+  method = exp.spec.partial({n: jnp.asarray(x) for n, x in named.items()}).method
   padded = method.fit(jnp.zeros((1, 50, 70, 3)))
   assert padded.shape == (1, 64, 128, 3) and (padded[:, 50:] == value).all() and (padded[:, :, 70:] == value).all()
   square = method.context.square(batch["image"])
@@ -96,29 +96,29 @@ def test_padding_has_its_color_for_vae_and_classifier(value, byte):
 
 @pytest.mark.parametrize("seen, side", [(True, 128), (False, 70)])
 def test_the_classifier_sees_the_padding_or_not(seen, side):
-  product, named, batch = small(**{"method.vit_padding": seen})
-  context = product.parts.partial({n: jnp.asarray(x) for n, x in named.items()}).method.context
+  exp, named, batch = small(**{"method.vit_padding": seen})
+  context = exp.spec.partial({n: jnp.asarray(x) for n, x in named.items()}).method.context
   assert context.square(batch["image"]).shape == (2, side, side, 3)
 
 
 @pytest.mark.parametrize("count", [100, 200])
 def test_there_are_as_many_learned_vectors_as_asked_for(count):
-  product, _, _ = small(**{"method.embeddings": count})
-  assert product.parts.shapes["method/embeddings"].shape == (count, 16)
+  exp, _, _ = small(**{"method.embeddings": count})
+  assert exp.spec.shapes["method/embeddings"].shape == (count, 16)
 
 
 def test_the_class_token_of_a_trained_transformer_is_the_context():
   """The variant of a later version: no mixture, and everything up to the last layer is trained."""
   options = {"method.prompt": "class_token", "method.pad_value": 0.0, "head.cut_padding": "features"}
   options |= {"backbone.vit.width": 16, "method.embeddings": 100, "optim.lr_groups": ((r"/vae/", None), (r"", 1.0))}
-  product, named, batch = small(**options)
-  assert product.method.map_info.tokens == (1, 16)
+  exp, named, batch = small(**options)
+  assert exp.method.map_info.tokens == (1, 16)
   assert not [name for name in named if name.startswith(("method/fc", "method/embeddings", "method/gamma"))]
   layer = "method/vit_model/vit/encoder/layer/0/intermediate/dense/kernel"
-  assert product.groups.lr[layer] == 1.0 and "method/vit_model/classifier/kernel" in product.parts.buffers
+  assert exp.groups.lr[layer] == 1.0 and "method/vit_model/classifier/kernel" in exp.spec.buffers
 
   def loss(kernel, batch):
-    method = product.parts.merge(named | {layer: kernel}).method
+    method = exp.spec.merge(named | {layer: kernel}).method
     return (method.context(batch) ** 2).sum()
 
   assert jnp.abs(jax.grad(loss)(jnp.asarray(named[layer]), batch)).max() > 0
@@ -150,9 +150,9 @@ def test_what_cannot_be_is_one_line(changes, message):
   ],
 )
 def test_other_tasks_take_the_context(string, tokens):
-  product, _, _ = small(string)
-  assert product.method.map_info.tokens == (tokens, 16)
-  assert "method/vit_model/classifier/kernel" in product.parts.buffers and "method/embeddings" in product.groups.lr
+  exp, _, _ = small(string)
+  assert exp.method.map_info.tokens == (tokens, 16)
+  assert "method/vit_model/classifier/kernel" in exp.spec.buffers and "method/embeddings" in exp.groups.lr
   batch = {"image": jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.uint8), "tokens": jax.ShapeDtypeStruct((2, 8), jnp.int32)}
-  outputs = jax.eval_shape(lambda n, b: product.parts.merge(n)(b, training=False), product.parts.shapes, batch)
+  outputs = jax.eval_shape(lambda n, b: exp.spec.merge(n)(b, training=False), exp.spec.shapes, batch)
   assert all(x.shape[0] == 2 for x in outputs.values())

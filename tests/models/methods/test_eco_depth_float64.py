@@ -25,25 +25,25 @@ class Case:
   def __init__(self, data):
     self.arrays = oracle.golden(f"eco_depth_{data}.tiny_f64.npz")
     config = eco_depth.config(data, dtype="float64", param_dtype="float64")
-    product = experiment.assemble(config)
-    state = tiny.train_state(product, eco_depth.weights(config, np.float64))
+    exp = experiment.assemble(config)
+    state = tiny.train_state(exp, eco_depth.weights(config, np.float64))
     batch = eco_depth.batch_of(data, dtype=jnp.float64)
 
     @jax.jit
     def evaluate(named):
-      model = product.parts.merge(*named)
+      model = exp.spec.merge(*named)
       context = model.method.context
       states = context.vit_model(jnp.asarray(LEVELS)[context.picture(batch["image"])].astype(jnp.float64))
       taps = {f"vit.layer.{i}": x for i, x in enumerate(states.hidden[1:])} | {"vit.embeddings": states.hidden[0]}
       taps |= {"vit.layernorm": states.last, "vit.logits": states.logits, "cide.context": context(batch)}
-      return product.task.loss(model(batch, training=False), batch).value, taps
+      return exp.task.loss(model(batch, training=False), batch).value, taps
 
     # The sinusoid is the authors' float32 one, widened, as libraries differ in its last bit.
     sinusoid = oracle.golden("sd_unet_hier.tiny.npz")["output/timestep_embedding"][1:2]
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(layers, "timestep_embedding", lambda timesteps, width: jnp.asarray(sinusoid))
       count = 5 if data == "nyu" else 1
-      self.result = single.run_steps(product, state, batch, released.eco_depth_depth, count=count)
+      self.result = single.run_steps(exp, state, batch, released.eco_depth_depth, count=count)
       loss, self.taps = evaluate(single.everything(state))
       self.eval_losses = [float(loss)]
       if data == "nyu":

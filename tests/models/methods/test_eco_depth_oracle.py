@@ -17,21 +17,21 @@ FEATURES = tuple(f"unet.output_blocks.{i}" for i in (11, 7, 4, 1))
 
 @pytest.fixture(scope="module", params=["nyu", "kitti"])
 def case(request):
-  """Name, golden arrays, product, state."""
+  """Name, golden arrays, experiment, state."""
   config = eco_depth.config(request.param)
-  product = experiment.assemble(config)
-  state = tiny.train_state(product, eco_depth.weights(config))
-  return request.param, oracle.golden(f"eco_depth_{request.param}.tiny.npz"), product, state
+  exp = experiment.assemble(config)
+  state = tiny.train_state(exp, eco_depth.weights(config))
+  return request.param, oracle.golden(f"eco_depth_{request.param}.tiny.npz"), exp, state
 
 
 @pytest.fixture(scope="module")
 def forward(case):
   """Results of the parts under the authors' names, in eval mode, and the depth."""
-  name, _, product, state = case
+  name, _, exp, state = case
 
   @jax.jit
   def run(named, batch):
-    model = product.parts.merge(*named)
+    model = exp.spec.merge(*named)
     context = model.method.context
     seen = context.picture(batch["image"])
     states = context.vit_model(jnp.asarray(LEVELS)[seen])
@@ -67,35 +67,35 @@ def test_taps_are_the_authors(forward, case):
 
 
 def test_depth_and_loss_are_the_authors(forward, case):
-  name, arrays, product, _ = case
+  name, arrays, exp, _ = case
   oracle.compare(forward[1][:, None], arrays, "output/pred_d_padded", 2e-5)
   oracle.compare(forward[2][:, None], arrays, "output/pred_d", 2e-5)
-  loss = product.task.loss({"depth": forward[2]}, eco_depth.batch_of(name)).value
+  loss = exp.task.loss({"depth": forward[2]}, eco_depth.batch_of(name)).value
   np.testing.assert_allclose(loss, arrays["output/eval_loss"], atol=2e-5)
 
 
 @pytest.fixture(scope="module")
 def nyu():
   config = eco_depth.config()
-  product = experiment.assemble(config)
-  return product, tiny.train_state(product, eco_depth.weights(config)), oracle.golden("eco_depth_nyu.tiny.npz")
+  exp = experiment.assemble(config)
+  return exp, tiny.train_state(exp, eco_depth.weights(config)), oracle.golden("eco_depth_nyu.tiny.npz")
 
 
 @pytest.mark.slow  # their pictures for the classifier, with every run of the tests: test_class_mixture.py
 @pytest.mark.parametrize("name, size, seed", [("pred_d_odd", (70, 100), 1000), ("pred_d_tall", (130, 70), 2000)])
 def test_other_sizes_are_the_authors(nyu, name, size, seed):
-  product, state, arrays = nyu
+  exp, state, arrays = nyu
   batch = {"image": jnp.asarray(eco_depth.picture((1, *size), seed))}
-  depth = jax.jit(lambda named, batch: product.parts.merge(*named)(batch, training=False)["depth"])
+  depth = jax.jit(lambda named, batch: exp.spec.merge(*named)(batch, training=False)["depth"])
   oracle.compare(depth(everything(state), batch)[:, None], arrays, f"output/{name}", 2e-5)
 
 
 @pytest.mark.slow  # the procedure, with every run of the tests: tests/inference/test_tta.py
 def test_the_test_of_nyu_is_the_authors(nyu):
   """Whole pictures and their mirror images, clipped."""
-  product, state, arrays = nyu
+  exp, state, arrays = nyu
   batch = eco_depth.batch_of()
-  depth = jax.jit(evaluate.make_predict(product, ("flip",), "full"))(everything(state), {"image": batch["image"]})
+  depth = jax.jit(evaluate.make_predict(exp, ("flip",), "full"))(everything(state), {"image": batch["image"]})
   oracle.compare(depth, arrays, "output/test_pred", 2e-5)
-  scores = scores_on_nyu(product.task, depth, batch["depth"])
+  scores = scores_on_nyu(exp.task, depth, batch["depth"])
   np.testing.assert_allclose(scores, arrays["output/test_metrics"], rtol=2e-5)

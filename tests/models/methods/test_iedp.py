@@ -35,22 +35,22 @@ def encoded():
 @functools.cache
 def step():
   """Gradients of both branches' losses, [2, ...] each; the losses, [2], and depth, [2 B, H, W]; all of one program."""
-  product, named = network()
-  fields = [{n: named[n] for n in names} for names in split(product)]
+  exp, named = network()
+  fields = [{n: named[n] for n in names} for names in split(exp)]
 
   def losses(trained, frozen, stats, batch):
-    depth = product.parts.merge(trained, frozen, stats)(batch, training=True)["depth"]
-    of_branch = [product.task.loss({"depth": d}, batch).value for d in jnp.split(depth, 2)]
+    depth = exp.spec.merge(trained, frozen, stats)(batch, training=True)["depth"]
+    of_branch = [exp.task.loss({"depth": d}, batch).value for d in jnp.split(depth, 2)]
     return jnp.stack(of_branch), (jnp.stack(of_branch), depth)
 
   run = jax.jit(jax.jacrev(losses, has_aux=True)).lower(*fields, encoded()).compile(QUICK)
   return run(*fields, encoded())
 
 
-def split(product):
+def split(exp):
   """Names of parameters, frozen arrays and statistics."""
-  trained, stats = product.groups.lr, product.parts.stats
-  rest = product.parts.shapes.keys() - trained.keys() - stats
+  trained, stats = exp.groups.lr, exp.spec.stats
+  rest = exp.spec.shapes.keys() - trained.keys() - stats
   return list(trained), sorted(rest), sorted(stats)
 
 
@@ -60,14 +60,14 @@ def silog(depth, truth):
 
 
 def test_the_loss_is_implicit_plus_lambda_times_explicit():
-  product, _ = network()
+  exp, _ = network()
   _, (of_branch, depth) = step()
   assert depth.shape == (2 * BATCH, 64, 64)
   truth = np.asarray(batch()["depth"])
   by_hand = [silog(part, truth) for part in np.split(np.asarray(depth), 2)]
   np.testing.assert_allclose(of_branch, by_hand, rtol=1e-5)
   assert np.abs(depth[:BATCH] - depth[BATCH:]).max() > 1e-4
-  loss = training_step.group_losses(product.task, {"depth": depth}, batch(), product.method.branches(True), BATCH)
+  loss = training_step.group_losses(exp.task, {"depth": depth}, batch(), exp.method.branches(True), BATCH)
   np.testing.assert_allclose(loss.value / loss.weight, by_hand[0] + LAMBDA * by_hand[1], rtol=1e-5)
   assert {name.split("/")[0] for name in loss.logs} == {"implicit", "explicit"}
 
@@ -91,30 +91,30 @@ def test_both_branches_give_gradient_to_unet_neck_and_head_and_each_to_its_own()
 
 
 def test_towers_are_never_trained_whatever_the_config_says():
-  product, _ = network()
-  towers = {n for n in product.parts.shapes if n.startswith(("method/image_encoder/", "method/text_encoder/"))}
-  assert towers and towers <= product.parts.buffers
-  assert product.groups.lr.keys() == product.parts.params  # the rooms train everything else
-  kept = experiment.assemble(iedp_config(**{"method.tower_dtype": "bfloat16"})).parts.shapes
+  exp, _ = network()
+  towers = {n for n in exp.spec.shapes if n.startswith(("method/image_encoder/", "method/text_encoder/"))}
+  assert towers and towers <= exp.spec.buffers
+  assert exp.groups.lr.keys() == exp.spec.params  # the rooms train everything else
+  kept = experiment.assemble(iedp_config(**{"method.tower_dtype": "bfloat16"})).spec.shapes
   assert {kept[n].dtype for n in towers} == {jnp.dtype(jnp.bfloat16)}
   assert {s.dtype for n, s in kept.items() if n not in towers} == {jnp.dtype(jnp.float32)}
 
 
 def test_evaluation_has_neither_text_encoder_nor_labels_and_gives_the_same_depth():
   trained, named = network()
-  product = experiment.assemble(iedp_config(**{"method.tokenizer": ""}), training=False)
-  left_out = trained.parts.shapes.keys() - product.parts.shapes.keys()
+  exp = experiment.assemble(iedp_config(**{"method.tokenizer": ""}), training=False)
+  left_out = trained.spec.shapes.keys() - exp.spec.shapes.keys()
   assert {name.split("/")[1] for name in left_out} == {"text_encoder", "text_adapter", "gamma"}
-  assert not product.method.needs and not product.method.prepare_outputs and product.keys == ("image", "depth")
+  assert not exp.method.needs and not exp.method.prepare_outputs and exp.keys == ("image", "depth")
   example = {"image": np.zeros(1)}
-  assert product.method.prepare(example) is example
-  assert product.method.branches(True) == (Branch("implicit", 1.0),)
-  assert product.groups == trained.groups  # rules that name the text adapter only stay valid
-  held = {name: named[name] for name in product.parts.shapes}
+  assert exp.method.prepare(example) is example
+  assert exp.method.branches(True) == (Branch("implicit", 1.0),)
+  assert exp.groups == trained.groups  # rules that name the text adapter only stay valid
+  held = {name: named[name] for name in exp.spec.shapes}
   inputs = {name: encoded()[name] for name in ("image", "latents")}
   found, expected = (
-    jax.jit(lambda n, b, p=p: p.parts.merge(n)(b, training=False)["depth"]).lower(n, inputs).compile(QUICK)(n, inputs)
-    for p, n in ((product, held), (trained, named))
+    jax.jit(lambda n, b, p=p: p.spec.merge(n)(b, training=False)["depth"]).lower(n, inputs).compile(QUICK)(n, inputs)
+    for p, n in ((exp, held), (trained, named))
   )
   assert found.shape == (BATCH, 64, 64)
   np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -122,7 +122,7 @@ def test_evaluation_has_neither_text_encoder_nor_labels_and_gives_the_same_depth
 
 def recorded(monkeypatch, training, **changes):
   """Rows and tokens of every call of the UNet, and how often VAE and image encoder run; nothing is computed."""
-  product, _ = network() if not changes else (experiment.assemble(iedp_config(**changes)), None)
+  exp, _ = network() if not changes else (experiment.assemble(iedp_config(**changes)), None)
   calls, counts = [], {"vae": 0, "clip": 0}
 
   def unet(self, latents, context, **_):
@@ -141,8 +141,8 @@ def recorded(monkeypatch, training, **changes):
     patch.setattr(UNet, "__call__", unet)
     patch.setattr(VaeEncoder, "__call__", counted("vae", VaeEncoder.__call__))
     patch.setattr(ClipImage, "__call__", counted("clip", ClipImage.__call__))
-    run = lambda named, batch: product.parts.merge(named).method(batch, training=training)
-    features = jax.eval_shape(run, product.parts.shapes, batch())
+    run = lambda named, batch: exp.spec.merge(named).method(batch, training=training)
+    features = jax.eval_shape(run, exp.spec.shapes, batch())
   return [call[:2] for call in calls], counts, features
 
 
@@ -169,7 +169,7 @@ def test_branches_and_their_weights():
 
 
 def test_latents_are_scaled(monkeypatch):
-  product = experiment.assemble(iedp_config(**{"method.latent_scale": 0.18215}))
+  exp = experiment.assemble(iedp_config(**{"method.latent_scale": 0.18215}))
   seen = []
 
   class Called(Exception):
@@ -182,7 +182,7 @@ def test_latents_are_scaled(monkeypatch):
   monkeypatch.setattr(UNet, "__call__", unet)
   monkeypatch.setattr(ClipQueries, "__call__", lambda self, batch, step=0: jnp.zeros((BATCH, TOKENS, WIDTH)))
   with pytest.raises(Called):
-    product.parts.merge(tiny.filled(product.parts.shapes)).method(encoded(), training=False)
+    exp.spec.merge(tiny.filled(exp.spec.shapes)).method(encoded(), training=False)
   np.testing.assert_allclose(seen[0], 0.18215 * encoded()["latents"], rtol=1e-6)
 
 
@@ -212,9 +212,9 @@ def test_a_sentence_without_a_place_is_that_of_every_image():
 
 
 def test_training_without_tokenizer_says_what_to_give():
-  product = experiment.assemble(iedp_config(**{"method.tokenizer": "", "init.clip": ""}))
+  exp = experiment.assemble(iedp_config(**{"method.tokenizer": "", "init.clip": ""}))
   with pytest.raises(ValueError, match=r"there is no tokenizer .* set config.method.tokenizer to a folder") as caught:
-    _ = product.method.prepare
+    _ = exp.method.prepare
   assert "\n" not in str(caught.value)
 
 
@@ -244,7 +244,7 @@ def test_padding_is_the_vae_side_only(monkeypatch):
   monkeypatch.setattr(image_input, "padded", lambda x, *a, p=image_input.padded: shapes.setdefault("vae", p(x, *a)))
   original = ClipImage.__call__
   monkeypatch.setattr(ClipImage, "__call__", lambda self, x: shapes.setdefault("clip", x) is None or original(self, x))
-  product, named = network()
+  exp, named = network()
   picture = {"image": jnp.zeros((1, 40, 48, 3), jnp.uint8)}
-  jax.eval_shape(lambda n, b: product.parts.merge(n).method(b, training=False), named, picture)
+  jax.eval_shape(lambda n, b: exp.spec.merge(n).method(b, training=False), named, picture)
   assert shapes["vae"].shape == (1, 64, 64, 3) and shapes["clip"].shape == (1, 28, 28, 3)

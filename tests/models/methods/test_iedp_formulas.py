@@ -85,11 +85,11 @@ def test_queries_start_normal_with_the_given_deviation():
 
 def contexts(config):
   """(implicit, explicit) contexts of the batch, and the states of CLIP's towers behind them."""
-  product = experiment.assemble(config)
-  named = tiny.filled(product.parts.shapes)
+  exp = experiment.assemble(config)
+  named = tiny.filled(exp.spec.shapes)
 
   def run(named, batch):
-    method = product.parts.merge(named).method
+    method = exp.spec.merge(named).method
     seen = method.context.image_encoder(
       pixels(batch["image"], 28, dtype=jnp.float32, resize=method.context.clip_resize)
     )

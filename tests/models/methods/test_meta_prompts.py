@@ -30,8 +30,8 @@ SIZES = {
 @pytest.fixture(scope="module")
 def network():
   """The smallest network, and made-up values of all its arrays."""
-  product = experiment.assemble(smallest())
-  return product, tiny.filled(product.parts.shapes)
+  exp = experiment.assemble(smallest())
+  return exp, tiny.filled(exp.spec.shapes)
 
 
 def make(**options):
@@ -50,18 +50,18 @@ def names(**options):
 
 def by_hand(network, latents, steps):
   """The features of every pass: each a program of its own, with the skips resized by the restatement above."""
-  product, named = network
+  exp, named = network
 
   @jax.jit
   def once(named, latents, prompts, time):
-    method = product.parts.merge(named).method
+    method = exp.spec.merge(named).method
     prompts = jnp.broadcast_to(prompts, (latents.shape[0], *prompts.shape))
     out = method.unet(latents, prompts, time_embedding=time, predict_noise=True)
     return out.features, out.noise
 
   @jax.jit
   def adapted(named):
-    method = product.parts.merge(named).method
+    method = exp.spec.merge(named).method
     return [adapter(named[f"method/meta_prompts/{i}"]) for i, adapter in enumerate(method.context.text_adapter)]
 
   prompts, results = adapted(named), []
@@ -75,10 +75,10 @@ def by_hand(network, latents, steps):
 
 def run(steps, network, latents):
   """The method's features with so many steps, of weights that hold three."""
-  product = experiment.assemble(smallest(**{"method.refine_steps": steps, "method.trained_steps": 3}))
-  assert product.parts.shapes == network[0].parts.shapes
+  exp = experiment.assemble(smallest(**{"method.refine_steps": steps, "method.trained_steps": 3}))
+  assert exp.spec.shapes == network[0].spec.shapes
   batch = {"image": jnp.zeros((latents.shape[0], 64, 64, 3), jnp.uint8), "latents": latents}
-  call = lambda named, batch: product.parts.merge(named).method(batch, training=False)._replace(image_size=(0, 0))
+  call = lambda named, batch: exp.spec.merge(named).method(batch, training=False)._replace(image_size=(0, 0))
   return jax.jit(call, compiler_options=QUICK)(network[1], batch)
 
 
@@ -118,7 +118,7 @@ def shown(monkeypatch):
 
   def run(batch, *, training=False, **options):
     config = smallest(**{f"method.{name}": value for name, value in options.items()})
-    product = experiment.assemble(config)
+    exp = experiment.assemble(config)
     calls, images = [], []
 
     def pass_of(self, latents, context, **told):
@@ -134,8 +134,8 @@ def shown(monkeypatch):
 
     monkeypatch.setattr(UNet, "__call__", pass_of)
     monkeypatch.setattr(VaeEncoder, "__call__", lambda self, image: Encoded(image))
-    named = tiny.filled(product.parts.shapes)
-    features = product.parts.merge({n: jnp.asarray(x) for n, x in named.items()}).method(batch, training=training)
+    named = tiny.filled(exp.spec.shapes)
+    features = exp.spec.merge({n: jnp.asarray(x) for n, x in named.items()}).method(batch, training=training)
     return calls, images, features, named
 
   return run
@@ -179,11 +179,11 @@ def test_time_may_be_a_diffusion_timestep(shown):
 
 def test_fifty_images_are_treated_as_any_other_number():
   """The release gives each image a single prompt there."""
-  product = experiment.assemble(smallest())
-  call = lambda named, image: product.parts.merge(named).method({"image": image}, training=False).context
+  exp = experiment.assemble(smallest())
+  call = lambda named, image: exp.spec.merge(named).method({"image": image}, training=False).context
   for batch in (50, PROMPTS):
     shape = jax.ShapeDtypeStruct((batch, 64, 64, 3), jnp.uint8)
-    assert jax.eval_shape(call, product.parts.shapes, shape).shape == (batch, PROMPTS, 16)
+    assert jax.eval_shape(call, exp.spec.shapes, shape).shape == (batch, PROMPTS, 16)
 
 
 # Sizes.
@@ -203,17 +203,17 @@ def test_the_image_is_resized_to_multiples_of_64(size, scale, expected):
   ((352, 1216), 2, (448, 1344), (44, 152)), ((488, 643), 1, (512, 704), (61, 80)), ((30, 5), 1, (64, 64), (3, 1)),
 ])  # fmt: skip
 def test_depth_has_the_size_of_the_image(size, scale, resized, cells):
-  product = experiment.assemble(smallest(**{"method.resize_scale": scale, "task.max_depth": 80.0}))
+  exp = experiment.assemble(smallest(**{"method.resize_scale": scale, "task.max_depth": 80.0}))
 
   def call(named, image):
-    model = product.parts.merge(named)
+    model = exp.spec.merge(named)
     features = model.method({"image": image}, training=False)
     joined = model.neck(features, training=False)
     return features.maps, joined.maps, model.head(joined, training=False)["depth"]
 
   shape = jax.ShapeDtypeStruct((2, *size, 3), jnp.uint8)
-  maps, joined, depth = jax.eval_shape(call, product.parts.shapes, shape)
-  strides, widths = product.method.map_info.strides, product.method.map_info.widths
+  maps, joined, depth = jax.eval_shape(call, exp.spec.shapes, shape)
+  strides, widths = exp.method.map_info.strides, exp.method.map_info.widths
   expected = [(2, resized[0] // s, resized[1] // s, w) for s, w in zip(strides, widths, strict=True)]
   assert [x.shape for x in maps] == expected
   assert [x.shape for x in joined] == [(2, *cells, PROMPTS)] and depth.shape == (2, *size)
@@ -250,9 +250,9 @@ def test_the_block_between_passes_is_the_unets_own_and_absent_for_one_pass():
 
 
 def test_fresh_prompts_and_times_are_standard_normal():
-  product = experiment.assemble(smallest())
-  wanted = [n for n in product.parts.shapes if n.startswith(("method/t/", "method/meta_prompts/"))]
-  fresh = product.parts.initialize(wanted)
+  exp = experiment.assemble(smallest())
+  wanted = [n for n in exp.spec.shapes if n.startswith(("method/t/", "method/meta_prompts/"))]
+  fresh = exp.spec.initialize(wanted)
   values = np.concatenate([np.ravel(fresh[name]) for name in wanted])
   assert values.size == 3 * (128 + PROMPTS * 16)
   np.testing.assert_allclose([values.mean(), values.std()], [0, 1], atol=0.15)
@@ -284,7 +284,7 @@ def test_an_image_that_would_vanish_is_one_line():
 
 
 def test_stable_diffusion_fills_unet_and_vae_and_leaves_its_time_layers():
-  targets = experiment.assemble(single.config("nyu")).parts.shapes
+  targets = experiment.assemble(single.config("nyu")).spec.shapes
   source = oracle.weights("sd_unet_hier") | oracle.weights("sd_vae_encoder")
   named, report = rules.convert(
     source, stable_diffusion.compvis(targets), targets, fresh=(r"^/(?!method/(unet|vae)/)",)

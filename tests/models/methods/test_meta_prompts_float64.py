@@ -26,17 +26,17 @@ class Run:
 
   def __init__(self, data):
     self.data = data
-    self.product = experiment.assemble(single.config(data, dtype="float64", param_dtype="float64"))
+    self.experiment = experiment.assemble(single.config(data, dtype="float64", param_dtype="float64"))
     self.batch = single.batch_of(data, jnp.float64)
-    self.states = [single.state_of(self.product, np.float64)]
-    self.gradients = training_step.make_gradients(self.product, loss_group=0, accumulation=1)
+    self.states = [single.state_of(self.experiment, np.float64)]
+    self.gradients = training_step.make_gradients(self.experiment, loss_group=0, accumulation=1)
     self.first = self.gradients(*single.everything(self.states[0]), self.batch)
     self.single = oracle.golden(f"meta_depth_{data}.tiny.npz")
     self.double = oracle.golden(f"meta_depth_{data}.tiny_f64.npz")
 
   def steps(self):
     """Logs of five steps, whose states are kept."""
-    update, logs, result = jax.jit(training_step.make_update(self.product)), [], self.first
+    update, logs, result = jax.jit(training_step.make_update(self.experiment)), [], self.first
     for _ in range(5):
       state, log = update(self.states[-1], *result)
       self.states.append(state)
@@ -96,7 +96,7 @@ def test_losses_and_rates_of_five_steps_agree(nyu, logs):
 
 
 def test_depth_before_and_after_five_steps_agrees(nyu, logs):
-  evaluate = lambda named, batch: nyu.product.parts.merge(*named)(batch, training=False)["depth"]
+  evaluate = lambda named, batch: nyu.experiment.spec.merge(*named)(batch, training=False)["depth"]
   losses = [
     float(silog(evaluate(single.everything(state), nyu.batch), nyu.batch["depth"])[0])
     for state in (nyu.states[0], nyu.states[-1])

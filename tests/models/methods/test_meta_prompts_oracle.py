@@ -24,7 +24,7 @@ from vpd_jax.tasks.depth.task import silog
 LIMIT = 5e-5
 
 
-def tapped(product, named, batch):
+def tapped(exp, named, batch):
   """(results of the parts by the authors' names, depth); "#1" and "#2" mark the second and third pass.
 
   Their adapters see the prompts once per image.
@@ -36,7 +36,7 @@ def tapped(product, named, batch):
       original = getattr(owner, name)
       patch.setattr(owner, name, lambda *args, **options: record(args, original(*args, **options)))
 
-    model = product.parts.merge(*named)
+    model = exp.spec.merge(*named)
     down, count = len(model.method.unet.input_blocks), 1 + 2 * len(model.method.unet.input_blocks)
 
     def block(args, result):
@@ -80,9 +80,9 @@ def tapped(product, named, batch):
 @pytest.fixture(scope="module", params=["nyu", pytest.param("kitti", marks=pytest.mark.slow)])
 def case(request):
   """(data, the authors' arrays, our taps, our depth)."""
-  product = experiment.assemble(config(request.param))
-  run = jax.jit(lambda named, batch: tapped(product, named, batch))
-  taps, depth = run(everything(state_of(product)), batch_of(request.param))
+  exp = experiment.assemble(config(request.param))
+  run = jax.jit(lambda named, batch: tapped(exp, named, batch))
+  taps, depth = run(everything(state_of(exp)), batch_of(request.param))
   return request.param, oracle.golden(f"meta_depth_{request.param}.tiny.npz"), taps, depth
 
 
@@ -107,19 +107,19 @@ def test_every_parameter_of_the_full_network_is_in_the_authors_group(data):
   with gzip.open(oracle.GOLDEN / "optimizer_groups.meta_depth.json.gz", "rt") as f:
     authors = json.load(f)[f"meta_depth_{data}"]
   made = config(data, tiny_network=False)
-  product = experiment.assemble(made)
+  exp = experiment.assemble(made)
   assert authors["base_lr"] == made.optim.lr and authors["trainable_but_in_no_group"] == []
   expected = {}
   for key, group in authors["groups"].items():
     fields = dict(field.split("=") for field in key.split())
     assert fields["trainable"] == "True" and group["count"] == len(group["names"])
     expected |= {name: (float(fields["lr_mult"]), float(fields["weight_decay"])) for name in group["names"]}
-  groups, table = product.groups, released.meta_prompts_depth()
-  phantom = lambda name: np.broadcast_to(np.float32(0), product.parts.shapes[name].shape)
+  groups, table = exp.groups, released.meta_prompts_depth()
+  phantom = lambda name: np.broadcast_to(np.float32(0), exp.spec.shapes[name].shape)
   source = lambda name: next(iter(rules.to_source({name: phantom(name)}, table)))
   assert {source(n): (x, made.optim.decay * groups.decay[n]) for n, x in groups.lr.items()} == expected
   assert len(expected) == 29 + 44 + 402 + 280
   # The rest is the VAE and the statistics.
-  others = {source(name) for name in product.parts.shapes.keys() - groups.lr.keys()}
+  others = {source(name) for name in exp.spec.shapes.keys() - groups.lr.keys()}
   kinds = {e["name"]: e["kind"] for e in oracle.manifest("meta_depth", "full") if not e.get("alias_of")}
   assert others == {n for n, kind in kinds.items() if kind != "param" and not n.endswith("num_batches_tracked")}

@@ -16,10 +16,10 @@ def stored(tmp_path_factory):
   """A workdir with one checkpoint of three refinement steps, and the arrays in it."""
   workdir, config = str(tmp_path_factory.mktemp("run")), smallest()
   assert (config.method.refine_steps, config.method.trained_steps) == (3, 0)
-  product = experiment.assemble(config)
-  named = tiny.filled(product.parts.shapes)
-  with initialize.checkpoints(config, product, workdir) as held:
-    held.save(1, tiny.train_state(product, named), initialize.to_json(config), {}, force=True)
+  exp = experiment.assemble(config)
+  named = tiny.filled(exp.spec.shapes)
+  with initialize.checkpoints(config, exp, workdir) as held:
+    held.save(1, tiny.train_state(exp, named), initialize.to_json(config), {}, force=True)
   return workdir, named
 
 
@@ -28,9 +28,9 @@ def test_a_stored_run_is_evaluated_with_fewer_steps(stored, steps):
   workdir, saved = stored
   config = initialize.with_backbone_sizes(smallest(**{"method.refine_steps": steps}), workdir)
   assert config.method.trained_steps == 3
-  product = experiment.assemble(config, training=False)
-  assert product.method.steps == steps
-  named, lines = initialize.weights(config, product, workdir)
+  exp = experiment.assemble(config, training=False)
+  assert exp.method.steps == steps
+  named, lines = initialize.weights(config, exp, workdir)
   assert named.keys() == saved.keys() and len(lines) == 1
   np.testing.assert_array_equal(named["method/t/2"], saved["method/t/2"])
 
@@ -48,15 +48,13 @@ def test_as_many_steps_and_steps_that_are_told_stay_as_they_are(stored):
 
 
 def test_without_weights_only_fan_in_lets_later_steps_see_the_image():
-  product, last = experiment.assemble(smallest()), ["method/unet/out/2/kernel"]
+  exp, last = experiment.assemble(smallest()), ["method/unet/out/2/kernel"]
   latents = jnp.asarray(fill.normal("latents", (2, 8, 8, 4), 0))
   batch = {"image": jnp.zeros((2, 64, 64, 3), jnp.uint8), "latents": latents}
-  features = jax.jit(
-    lambda named: product.parts.merge(named).method(batch, training=False).maps, compiler_options=QUICK
-  )
+  features = jax.jit(lambda named: exp.spec.merge(named).method(batch, training=False).maps, compiler_options=QUICK)
   for refine_init, seen in (("released", False), ("fan_in", True)):
-    start_of = experiment.assemble(smallest(**{"method.refine_init": refine_init})).parts
-    for x in features(tiny.filled(product.parts.shapes) | start_of.initialize(last)):
+    start_of = experiment.assemble(smallest(**{"method.refine_init": refine_init})).spec
+    for x in features(tiny.filled(exp.spec.shapes) | start_of.initialize(last)):
       assert (np.abs(x[0] - x[1]).max() > 1e-4 * np.abs(x).max()) == seen, refine_init
 
 

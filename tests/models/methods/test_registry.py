@@ -26,9 +26,9 @@ def registered(monkeypatch):
 
 @pytest.mark.parametrize("string", CONFIGS)
 def test_configs_of_all_tasks_take_a_registered_method(registered, string):
-  product = experiment.assemble(tiny.shrunk(loader.load(string)))
+  exp = experiment.assemble(tiny.shrunk(loader.load(string)))
   batch = {"image": jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.uint8)}
-  outputs = jax.eval_shape(lambda n, b: product.parts.merge(n)(b, training=False), product.parts.shapes, batch)
+  outputs = jax.eval_shape(lambda n, b: exp.spec.merge(n)(b, training=False), exp.spec.shapes, batch)
   assert all(x.shape[0] == 2 for x in outputs.values())
 
 

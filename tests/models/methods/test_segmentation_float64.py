@@ -24,10 +24,10 @@ class Run:
 
   def __init__(self, setup):
     self.setup = setup
-    self.product = experiment.assemble(setups.config(setup, dtype="float64", param_dtype="float64"))
+    self.experiment = experiment.assemble(setups.config(setup, dtype="float64", param_dtype="float64"))
     self.batch = setups.batch_of(setup, jnp.float64)
-    self.states = [setups.state_of(setup, self.product, np.float64)]
-    self.gradients = jax.jit(training_step.make_gradients(self.product, loss_group=0, accumulation=1))
+    self.states = [setups.state_of(setup, self.experiment, np.float64)]
+    self.gradients = jax.jit(training_step.make_gradients(self.experiment, loss_group=0, accumulation=1))
     self.single, self.double = (oracle.golden(f"{setup}.{size}.npz") for size in ("tiny", "tiny_f64"))
     self.logs = []
     # The sinusoid is the authors' float32 one, widened, as libraries differ in its last bit.
@@ -43,7 +43,7 @@ class Run:
 
   def steps(self):
     """Takes five steps; their states and logs are kept."""
-    update, result = jax.jit(training_step.make_update(self.product)), self.first
+    update, result = jax.jit(training_step.make_update(self.experiment)), self.first
     for i in range(5):
       state, log = update(self.states[-1], *result)
       self.states.append(state)
@@ -59,8 +59,8 @@ class Run:
   @property
   def _eval_loss(self):
     if "evaluate" not in self.__dict__:
-      run = lambda named: self.product.parts.merge(*named)(self.batch, training=False)
-      self.evaluate = jax.jit(lambda named: self.product.task.loss(run(named), self.batch).value)
+      run = lambda named: self.experiment.spec.merge(*named)(self.batch, training=False)
+      self.evaluate = jax.jit(lambda named: self.experiment.task.loss(run(named), self.batch).value)
     return self.evaluate
 
 
@@ -136,8 +136,8 @@ def test_losses_of_five_steps_agree_to_1e_10(traced):
 
 
 def test_rate_and_decay_of_every_parameter_agree(traced):
-  groups, rates = traced.product.groups, traced.product.rate(jnp.arange(5))
-  double, shapes = traced.double, traced.product.parts.shapes
+  groups, rates = traced.experiment.groups, traced.experiment.rate(jnp.arange(5))
+  double, shapes = traced.double, traced.experiment.spec.shapes
   ours = {}
   for name in groups.lr:
     (source,) = setups.named_as_by_the_authors(traced.setup, {name: np.broadcast_to(0.0, shapes[name].shape)})

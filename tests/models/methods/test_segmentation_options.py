@@ -85,10 +85,10 @@ def test_maps_of_a_wide_image_are_attention_by_hand(plain):
 
 
 def test_the_whole_network_takes_an_image_that_is_not_square():
-  product = experiment.assemble(loader.load("configs/ade20k_seg.py:tiny"))
+  exp = experiment.assemble(loader.load("configs/ade20k_seg.py:tiny"))
   image = jax.ShapeDtypeStruct((1, 64, 128, 3), jnp.float32)
-  forward = lambda named, image: product.parts.merge(named)({"image": image}, training=False)["logits"]
-  assert jax.eval_shape(forward, product.parts.shapes, image).shape == (1, 64, 128, 150)
+  forward = lambda named, image: exp.spec.merge(named)({"image": image}, training=False)["logits"]
+  assert jax.eval_shape(forward, exp.spec.shapes, image).shape == (1, 64, 128, 150)
 
 
 @pytest.mark.parametrize("gradient", [False, True])

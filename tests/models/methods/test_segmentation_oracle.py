@@ -64,7 +64,7 @@ def test_features_and_scores_are_the_authors(case, setup, arrays, forward):
   for name, value in outputs.items():
     oracle.compare(oracle.nchw(value), arrays, f"output/{name}", LIMIT[setup])
   assert outputs.keys() == ({"logits"} if setup == "vpd_seg" else {"logits", "aux_logits"})
-  value = jax.jit(lambda *given: forward.product.task.loss(*given).value)(outputs, setups.batch_of(setup))
+  value = jax.jit(lambda *given: forward.experiment.task.loss(*given).value)(outputs, setups.batch_of(setup))
   np.testing.assert_allclose(value, arrays["output/eval_loss"], atol=2e-5)
 
 
@@ -133,7 +133,7 @@ def test_every_parameter_of_the_full_network_is_in_the_authors_group(setup):
   with gzip.open(oracle.GOLDEN / "optimizer_groups.segmentation.json.gz", "rt") as f:
     authors = json.load(f)[setup]
   made = loader.load(setups.CONFIGS[setup])
-  product = experiment.assemble(made)
+  exp = experiment.assemble(made)
   assert authors["base_lr"] == made.optim.lr and authors["trainable_but_in_no_group"] == []
   words = f"AdamW betas ({made.optim.b1}, {made.optim.b2}) eps {made.optim.epsilon}, no gradient clipping"
   assert authors["optimizer"] == words and made.optim.clip_norm == 0
@@ -148,13 +148,13 @@ def test_every_parameter_of_the_full_network_is_in_the_authors_group(setup):
   without = {str(name) for name in oracle.golden(f"{setup}.tiny.npz")["train/no_grad_names"]}
   assert len(without) == 4 and without <= expected.keys()
   source = {}
-  for name, shape in product.parts.shapes.items():
+  for name, shape in exp.spec.shapes.items():
     (source[name],) = setups.named_as_by_the_authors(setup, {name: np.broadcast_to(np.float32(0), shape.shape)})
-  groups = product.groups
+  groups = exp.groups
   # What gets no gradient PyTorch's optimizer leaves alone, whatever its group.
   actual = {source[n]: (x, made.optim.decay * groups.decay[n]) for n, x in groups.lr.items()}
   assert actual == {name: group for name, group in expected.items() if name not in without}
-  buffers = {source[name] for name in product.parts.shapes.keys() - groups.lr.keys() - product.parts.stats}
+  buffers = {source[name] for name in exp.spec.shapes.keys() - groups.lr.keys() - exp.spec.stats}
   assert buffers == frozen | without | ({"class_embeddings"} if setup == "vpd_seg" else set())
 
 

@@ -22,12 +22,12 @@ class Run:
   """One setup with its batch, whose latents are those of the stored noise in all steps."""
 
   def __init__(self, setup):
-    self.setup, self.product = setup, tadp.product(setup, "float64")
+    self.setup, self.experiment = setup, tadp.experiment(setup, "float64")
     self.state, self.arrays = tadp.state(setup, np.float64), oracle.golden(f"{setup}.tiny_f64.npz")
     # The sinusoid is the authors' float32 one, widened, as libraries differ in its last bit.
     sinusoid = oracle.golden("sd_unet_hier.tiny.npz")["output/timestep_embedding"][1:2]
     self._patch = lambda patch: patch.setattr(layers, "timestep_embedding", lambda *args: jnp.asarray(sinusoid))
-    noise, merge = tadp.noise(2, 16, jnp.float64), self.product.parts.merge
+    noise, merge = tadp.noise(2, 16, jnp.float64), self.experiment.spec.merge
     with_latents = jax.jit(lambda named, batch: tadp.with_latents(merge(*named), batch, noise))
     self.batch = with_latents(vpd_depth.everything(self.state), BATCHES[setup]())
     with pytest.MonkeyPatch.context() as patch:
@@ -35,15 +35,17 @@ class Run:
       self.result = self.first() if setup == "tadp_seg_ade" else self.steps()
 
   def first(self):
-    gradients = jax.jit(training_step.make_gradients(self.product, loss_group=0, accumulation=1))
+    gradients = jax.jit(training_step.make_gradients(self.experiment, loss_group=0, accumulation=1))
     grads, loss, _, _ = gradients(*vpd_depth.everything(self.state), self.batch)
     return {"grads": rules.to_source(grads, tadp.table(self.setup)), "loss": loss, "states": [self.state]}
 
   def steps(self):
-    return vpd_depth.run_steps(self.product, self.state, self.batch, lambda: tadp.table(self.setup))
+    return vpd_depth.run_steps(self.experiment, self.state, self.batch, lambda: tadp.table(self.setup))
 
   def eval_losses(self):
-    run = lambda named, batch: self.product.task.loss(self.product.parts.merge(*named)(batch, training=False), batch)
+    run = lambda named, batch: self.experiment.task.loss(
+      self.experiment.spec.merge(*named)(batch, training=False), batch
+    )
     with pytest.MonkeyPatch.context() as patch:
       self._patch(patch)
       evaluate, states = jax.jit(run), self.result["states"]

@@ -28,12 +28,16 @@ class Network:
   """A tiny network in evaluation mode with its results, taps and, of its head, what training gives."""
 
   def __init__(self, setup):
-    self.arrays, self.product, self.state = oracle.golden(f"{setup}.tiny.npz"), tadp.product(setup), tadp.state(setup)
+    self.arrays, self.experiment, self.state = (
+      oracle.golden(f"{setup}.tiny.npz"),
+      tadp.experiment(setup),
+      tadp.state(setup),
+    )
     self.weights = setups.everything(self.state)
 
     @jax.jit
     def run(named, batch, noise):
-      model = self.product.parts.merge(*named)
+      model = self.experiment.spec.merge(*named)
       with setups.Tapped(model) as tapped:
         batch = tadp.with_latents(model, batch, noise)
         features = model.method(batch, training=False)
@@ -72,7 +76,7 @@ def test_depth_and_its_taps_are_the_authors(depth):
   taps, _, _, outputs = depth(batch, tadp.noise(2, 16))
   depth.check_taps(taps)
   oracle.compare(outputs["depth"][:, None], depth.arrays, "output/pred_d", LIMIT)
-  loss = depth.product.task.loss(outputs, batch).value
+  loss = depth.experiment.task.loss(outputs, batch).value
   np.testing.assert_allclose(loss, depth.arrays["output/eval_loss"], atol=2e-5)
 
 
@@ -89,7 +93,7 @@ def test_mirrored_windows_of_depth_are_the_authors(depth):
   predict = tta.with_test_time_augmentation(lambda part: depth(part, noise)[3]["depth"], ("flip", "shift:2"))
   predicted = predict(batch)
   oracle.compare(predicted[0], depth.arrays, "output/test_pred", LIMIT)
-  scores = scores_on_nyu(depth.product.task, predicted, batch["depth"])
+  scores = scores_on_nyu(depth.experiment.task, predicted, batch["depth"])
   np.testing.assert_allclose(scores, depth.arrays["output/test_metrics"], rtol=1e-5)
 
 
@@ -102,7 +106,7 @@ def test_segmentation_and_its_taps_are_the_authors(segmentation):
   assert [x.shape[-1] for x in maps] == [32, 64 + 77, 128 + 77, 128]
   oracle.compare(oracle.nchw(taps["decode_head.conv_seg"]), segmentation.arrays, "output/head_logits", LIMIT)
   oracle.compare(oracle.nchw(outputs["logits"]), segmentation.arrays, "output/logits", LIMIT)
-  loss = segmentation.product.task.loss(outputs, batch).value
+  loss = segmentation.experiment.task.loss(outputs, batch).value
   np.testing.assert_allclose(loss, segmentation.arrays["output/eval_loss"], atol=2e-5)
   check_training_of_the_head(segmentation, given, batch)
 
@@ -110,9 +114,9 @@ def test_segmentation_and_its_taps_are_the_authors(segmentation):
 def check_training_of_the_head(network, given, batch):
   @jax.jit
   def run(named, maps, context):
-    model = network.product.parts.merge(*named)
+    model = network.experiment.spec.merge(*named)
     outputs = model.head(given._replace(maps=maps, context=context), training=True)
-    loss = network.product.task.loss(outputs, batch)
+    loss = network.experiment.task.loss(outputs, batch)
     return loss.value, loss.logs, parameters.stats(model)
 
   loss, logs, after = run(network.weights, given.maps, given.context)
@@ -185,9 +189,7 @@ def test_every_parameter_of_the_full_network_is_in_the_authors_group(setup):
       expected |= dict.fromkeys(set(group["names"]) - without, rates)
   actual = {}
   for name, rate in full.groups.lr.items():
-    (source,) = rules.to_source(
-      {name: np.broadcast_to(np.float32(0), full.parts.shapes[name].shape)}, tadp.table(setup)
-    )
+    (source,) = rules.to_source({name: np.broadcast_to(np.float32(0), full.spec.shapes[name].shape)}, tadp.table(setup))
     actual[source] = (rate, made.optim.decay * full.groups.decay[name])
   assert actual == expected
 

@@ -26,15 +26,15 @@ QUICK = {"xla_backend_optimization_level": 0}
 @pytest.fixture(scope="module")
 def network():
   """The smallest network of the NYU config, and made-up values of all its arrays."""
-  product = experiment.assemble(tiny.shrunk(loader.load("configs/nyu_depth.py:tiny")))
-  return product, tiny.filled(product.parts.shapes)
+  exp = experiment.assemble(tiny.shrunk(loader.load("configs/nyu_depth.py:tiny")))
+  return exp, tiny.filled(exp.spec.shapes)
 
 
 @pytest.fixture(scope="module")
 def depth_of(network):
   """Batch to depth, in evaluation."""
-  product, named = network
-  run = jax.jit(lambda n, b: product.parts.merge(n)(b, training=False)["depth"], compiler_options=QUICK)
+  exp, named = network
+  run = jax.jit(lambda n, b: exp.spec.merge(n)(b, training=False)["depth"], compiler_options=QUICK)
   return lambda **batch: np.asarray(run(named, {name: jnp.asarray(x) for name, x in batch.items()}))
 
 
@@ -82,11 +82,11 @@ def test_the_class_matters(depth_of, small):
 
 
 def test_ready_latents_stand_for_the_encoded_image(network, depth_of, small):
-  product, named = network
+  exp, named = network
 
   @jax.jit
   def encode(named, image):
-    method = product.parts.merge(named).method
+    method = exp.spec.merge(named).method
     return method.vae(image_input.padded(image_input.signed(image, jnp.float32), 64, 0.0)).mean
 
   latents = encode(named, jnp.asarray(image(64, 128, 2)))
@@ -102,13 +102,13 @@ def batch_of(height=64, width=64, **more):
 @pytest.fixture
 def shown(network, monkeypatch):
   """What a part of the method, "vae" or "unet", is called with; the pass ends there."""
-  product, named = network
+  exp, named = network
 
   class Called(Exception):
     pass
 
   def run(part, batch, **attributes):
-    method = product.parts.merge(named).method
+    method = exp.spec.merge(named).method
     for name, value in attributes.items():
       setattr(method, name, value)
     calls = []
@@ -155,10 +155,10 @@ def test_pad_multiple_sets_the_size_the_vae_sees(shown):
 
 
 def test_maps_have_the_stated_strides_and_widths(network):
-  product, named = network
-  run = lambda named, batch: product.parts.merge(named).method(batch, training=False).maps
+  exp, named = network
+  run = lambda named, batch: exp.spec.merge(named).method(batch, training=False).maps
   maps = jax.eval_shape(run, named, batch_of(100, 130))  # 128 x 192 after padding
-  strides, widths = product.method.map_info.strides, product.method.map_info.widths
+  strides, widths = exp.method.map_info.strides, exp.method.map_info.widths
   assert [m.shape for m in maps] == [(1, 128 // s, 192 // s, w) for s, w in zip(strides, widths, strict=True)]
   assert strides == (8, 16, 32, 64)
 
@@ -166,11 +166,11 @@ def test_maps_have_the_stated_strides_and_widths(network):
 @pytest.fixture(scope="module")
 def context_of(network):
   """Class ids to context, with arrays replaced."""
-  product, named = network
+  exp, named = network
 
   def run(ids, **arrays):
     changed = named | {f"method/{name}": jnp.asarray(x) for name, x in arrays.items()}
-    return np.asarray(product.parts.merge(changed).method.context({"class_id": jnp.asarray(ids)}))
+    return np.asarray(exp.spec.merge(changed).method.context({"class_id": jnp.asarray(ids)}))
 
   return run
 
@@ -224,7 +224,7 @@ def test_the_defaults_are_the_release_and_there_is_one_branch():
 def test_gamma_starts_at_the_residual_scale():
   config = tiny.shrunk(loader.load("configs/nyu_depth.py:tiny")).unlock()
   config.method.residual_scale = 0.25
-  gamma = experiment.assemble(config).parts.initialize(["method/gamma"])["method/gamma"]
+  gamma = experiment.assemble(config).spec.initialize(["method/gamma"])["method/gamma"]
   np.testing.assert_array_equal(gamma, np.full(16, 0.25, np.float32))
 
 

@@ -25,15 +25,15 @@ def arrays():
 @pytest.fixture(scope="module")
 def run():
   """Five steps in float64; the sinusoid is the authors' float32 one, widened, as libraries differ in its last bit."""
-  product = experiment.assemble(tiny.depth_config(dtype="float64", param_dtype="float64"))
-  state = tiny.train_state(product, tiny.depth_weights(dtype=np.float64))
+  exp = experiment.assemble(tiny.depth_config(dtype="float64", param_dtype="float64"))
+  state = tiny.train_state(exp, tiny.depth_weights(dtype=np.float64))
   sinusoid = oracle.golden("sd_unet_hier.tiny.npz")["output/timestep_embedding"][1:2]
   inputs = oracle.golden("vpd_depth.tiny.npz")
   batch = single.batch_of(inputs, jnp.float64)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(layers, "timestep_embedding", lambda timesteps, width: jnp.asarray(sinusoid))
-    result = single.run_steps(product, state, batch)
-    evaluate = jax.jit(lambda named, batch: product.parts.merge(*named)(batch, training=False)["depth"])
+    result = single.run_steps(exp, state, batch)
+    evaluate = jax.jit(lambda named, batch: exp.spec.merge(*named)(batch, training=False)["depth"])
     result["eval_loss"] = [
       float(silog(evaluate(single.everything(s), batch), batch["depth"])[0]) for s in (state, result["states"][-1])
     ]

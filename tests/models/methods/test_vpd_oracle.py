@@ -33,14 +33,14 @@ def arrays():
 
 @pytest.fixture(scope="module")
 def setup():
-  product = experiment.assemble(tiny.depth_config())
-  return product, tiny.train_state(product, tiny.depth_weights())
+  exp = experiment.assemble(tiny.depth_config())
+  return exp, tiny.train_state(exp, tiny.depth_weights())
 
 
 @pytest.fixture(scope="module")
 def forward(setup, arrays):
   """Outputs in eval mode, and the results of the parts under the authors' names."""
-  product, state = setup
+  exp, state = setup
   original = unet.UNet._run
 
   @jax.jit
@@ -48,7 +48,7 @@ def forward(setup, arrays):
     taps, blocks = {}, []
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(unet.UNet, "_run", lambda self, *args: (blocks.append(original(self, *args)), blocks[-1])[1])
-      model = product.parts.merge(*named)
+      model = exp.spec.merge(*named)
       features = model.method(batch, training=False)
     down = len(model.method.unet.input_blocks)
     for i, (x, _) in enumerate(blocks):
@@ -82,13 +82,13 @@ def test_depth_is_the_authors(forward, arrays):
 
 @pytest.mark.parametrize("name, side, seed", [("pred_d_nopad", 128, 1000), ("pred_d_352branch", 160, 2000)])
 def test_other_published_sizes_are_the_authors(setup, arrays, name, side, seed):
-  product, state = setup
+  exp, state = setup
   image = fill.uniform("input/image", (1, 3, side, side), seed).transpose(0, 2, 3, 1)
   batch = {
     "image": jnp.asarray(image),
     "class_id": jnp.asarray(fill.integers("input/class_ids", (1,), 27, seed), jnp.int32),
   }
-  depth = jax.jit(lambda named, batch: product.parts.merge(*named)(batch, training=False))(everything(state), batch)
+  depth = jax.jit(lambda named, batch: exp.spec.merge(*named)(batch, training=False))(everything(state), batch)
   oracle.compare(depth["depth"][:, None], arrays, f"output/{name}", 1e-5)
 
 
@@ -146,23 +146,23 @@ def test_full_size_network_is_the_authors(full_oracle):
   arrays = full_oracle("vpd_depth")
   config = loader.load("configs/nyu_depth.py").unlock()
   config.data.batch_size, config.optim.norm_group, config.optim.loss_group = 1, 0, 0
-  product = experiment.assemble(config.lock())
+  exp = experiment.assemble(config.lock())
   named = tiny.depth_weights("full")
-  groups = product.groups.lr
+  groups = exp.groups.lr
   params = {n: x for n, x in named.items() if n in groups}
-  stats = {n: x for n, x in named.items() if n in product.parts.stats}
+  stats = {n: x for n, x in named.items() if n in exp.spec.stats}
   frozen = {n: x for n, x in named.items() if n not in params and n not in stats}
   side = int(arrays["input/image_shape"][-1])
   depth = fill.uniform("input/depth", (1, side, side), 0, 0.001, 10)
   depth *= fill.uniform("input/depth_valid", (1, side, side), 0) > 0.2
   image = fill.uniform("input/image", (1, 3, side, side), 0).transpose(0, 2, 3, 1)
   batch = {"image": image, "depth": depth, "class_id": np.asarray(arrays["input/class_ids"], np.int32)}
-  forward = jax.jit(lambda named, batch: product.parts.merge(*named)(batch, training=False)["depth"])
+  forward = jax.jit(lambda named, batch: exp.spec.merge(*named)(batch, training=False)["depth"])
   output = forward((params, frozen, stats), batch)
   worst = oracle.compare(output[:, None], arrays, "output/pred_d", 1e-5)
   eval_loss = float(silog(output, depth)[0]) - float(arrays["output/eval_loss"])
   del output
-  gradients = jax.jit(training_step.make_gradients(product, loss_group=0, accumulation=1))
+  gradients = jax.jit(training_step.make_gradients(exp, loss_group=0, accumulation=1))
   grads, loss, _, after = gradients(params, frozen, stats, batch)
   np.testing.assert_allclose([eval_loss, loss - arrays["train/loss"]], 0, atol=2e-5)
   gradient = check_gradients(rules.to_source(grads, released.vpd_depth()), arrays, 1e-3)
