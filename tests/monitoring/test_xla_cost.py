@@ -64,10 +64,10 @@ def arrays(*shapes):
 
 
 def test_operations_of_products_with_their_gradients():
-  exp = lambda a, b: jnp.einsum("bij,bjk->bik", a, b).sum()
+  product = lambda a, b: jnp.einsum("bij,bjk->bik", a, b).sum()
   a, b = arrays((3, 4, 5), (3, 5, 7))
-  assert xla_cost.model_flops(exp, a, b) == 2 * 3 * 4 * 5 * 7
-  assert xla_cost.model_flops(jax.grad(exp, argnums=(0, 1)), a, b) == pytest.approx(3 * 2 * 3 * 4 * 5 * 7)
+  assert xla_cost.model_flops(product, a, b) == 2 * 3 * 4 * 5 * 7
+  assert xla_cost.model_flops(jax.grad(product, argnums=(0, 1)), a, b) == pytest.approx(3 * 2 * 3 * 4 * 5 * 7)
 
 
 @pytest.mark.parametrize("stride, side", [(1, 8), (2, 4)])

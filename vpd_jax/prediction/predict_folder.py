@@ -104,11 +104,7 @@ def run(
   flags = {"class": class_name, "sentence": sentence, "sentences": sentences, "boxes": boxes}
   check_flags(config, predictor, flags, attention, ply)
   class_id = predictor.class_id(class_name) if class_name else None
-  progress.write("\n".join(predictor.origin))
-  if class_id is None and predictor.takes_class:
-    predicted = "CLIP predicts the class of each image, see the .json files"
-    mean = "using the mean of all class vectors (set config.init.clip to predict the class)"
-    progress.write(f"no --class given: {predicted if predictor.predicts_class else mean}")
+  say_origin(predictor, class_name)
   if predictor.takes_boxes:
     boxed = listed["boxes"]
     without = len(paths) - len(set(boxed or ()) & {path.name for path in paths})
@@ -170,6 +166,15 @@ def check_output(output: str, folder: Path | None = None) -> Path:
   if folder and target.resolve() == folder.resolve():
     raise UserError(f"--output={output!r} is the folder of the images; give another, or results become images.")
   return target
+
+
+def say_origin(predictor: Predictor, class_name: str) -> None:
+  """Prints where the weights came from, and what stands for a class that is not given."""
+  progress.write("\n".join(predictor.origin))
+  if predictor.takes_class and not class_name:
+    predicted = "CLIP predicts the class of each image, see the .json files"
+    mean = "using the mean of all class vectors (set config.init.clip to predict the class)"
+    progress.write(f"no --class given: {predicted if predictor.predicts_class else mean}")
 
 
 def check_flags(config: ConfigDict, predictor: Predictor, flags: Mapping[str, str], attention: bool, ply: bool) -> None:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
 from vpd_jax.monitoring import progress
-from vpd_jax.prediction.predict_folder import BATCH_SIZE, check_flags, check_output
+from vpd_jax.prediction.predict_folder import BATCH_SIZE, check_flags, check_output, say_origin
 from vpd_jax.prediction.predictor import Predictor, trained_weights
 from vpd_jax.types import DepthTask
 
@@ -65,7 +65,7 @@ def run(
   check_flags(config, predictor, {"class": class_name, "sentence": sentence}, False, False)
   if not predictor.experiment.task.measures_depth:
     raise UserError(f"--input={source!r} is a video, and task {config.task.name!r} predicts no depth; give a folder.")
-  progress.write("\n".join(predictor.origin))
+  say_origin(predictor, class_name)
   task, class_id = cast(DepthTask, predictor.experiment.task), predictor.class_id(class_name) if class_name else None
   target.mkdir(parents=True, exist_ok=True)
   frames, done, nearest, farthest, size = _frames(path), 0, math.inf, -math.inf, (0, 0)

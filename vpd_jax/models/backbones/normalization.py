@@ -113,11 +113,11 @@ def _layer_backward(epsilon: float, kept: tuple, g: Array) -> tuple[Array, Array
   del epsilon
   x, mean, inverse, scale = kept
   normal = (x.astype(scale.dtype) - mean) * inverse
-  exp, others = g * normal, tuple(range(x.ndim - 1))
+  product, others = g * normal, tuple(range(x.ndim - 1))
   row = scale.reshape((1,) * (x.ndim - 1) + (-1,)) / x.shape[-1]
-  first, second = (g * row).sum(axis=-1, keepdims=True), (exp * row).sum(axis=-1, keepdims=True)
+  first, second = (g * row).sum(axis=-1, keepdims=True), (product * row).sum(axis=-1, keepdims=True)
   dx = (g * (row * x.shape[-1]) - first - normal * second) * inverse
-  return dx.astype(x.dtype), exp.sum(axis=others), g.sum(axis=others)
+  return dx.astype(x.dtype), product.sum(axis=others), g.sum(axis=others)
 
 
 _layer_normalized.defvjp(_layer_forward, _layer_backward)
