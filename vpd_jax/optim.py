@@ -220,7 +220,7 @@ def optimizer(
     optax.scale_by_schedule(lambda count: -rate(count)),
   )
 
-  def init(params: PyTree) -> Any:
+  def init(params: PyTree) -> PyTree:
     state = chain.init(params)
     return state if moments == "float32" else with_moments(state, moments, params)
 
@@ -237,7 +237,7 @@ def optimizer(
     mu, nu = (moments_lib.stored(x, kept[i], second=i == 1, noise=noise[i]) for i, x in enumerate((mu, nu)))
     return (u if lr == 1 else u * lr) * scales[2], mu, nu
 
-  def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[Any, Any]:
+  def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
     adam, schedule = state[1], state[4]
     clipped, clip_state = clip.update(updates, state[0], params)
     count = optax.safe_increment(adam.count)
@@ -257,7 +257,7 @@ def optimizer(
   return optax.GradientTransformation(init, update)
 
 
-def with_moments(state: Any, kind: str, params: PyTree) -> Any:
+def with_moments(state: PyTree, kind: str, params: PyTree) -> PyTree:
   """The state of an `optimizer` with its moments kept in another way, rounded to the nearest; traceable.
 
   Args:

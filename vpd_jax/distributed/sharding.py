@@ -110,7 +110,7 @@ def state_shardings(mesh: Mesh, state: PyTree, *, rules: Rules = (), min_bytes: 
       return P(*spec)
     return array_spec(shape, widest[name, shape], mesh.shape["fsdp"], min_bytes=min_bytes)
 
-  def place(path: Any, leaf: Any) -> Any:
+  def place(path: Any, leaf: PyTree) -> PyTree:
     if not isinstance(leaf, moments.Blocks):
       return NamedSharding(mesh, spec_of(array_name(path), leaf.shape))
     name, shape = array_name(path), leaf.codes.shape
