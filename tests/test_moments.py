@@ -36,6 +36,21 @@ def kept(x, second, noise=None):
   return made, np.asarray(moments.restored(made, jnp.float32))
 
 
+def noise(seed, shape, number=1):
+  return moments.noise(jax.random.bits(jax.random.key(seed), (2,), jnp.uint32), np.uint32(number), shape)
+
+
+def test_noise_is_uniform_and_differs_by_moment_place_array_and_step():
+  draws = [
+    np.float64(x).ravel() / 2**16 for seed, number in ((0, 1), (0, 2), (1, 1)) for x in noise(seed, SHAPE, number)
+  ]
+  for x in draws:
+    shares = np.histogram(x, 16, (0, 1))[0] / x.size
+    np.testing.assert_allclose(shares, 1 / 16, atol=5 * np.sqrt(1 / 16 / x.size))
+    assert abs(np.corrcoef(x[1:], x[:-1])[0, 1]) < 5 / np.sqrt(x.size)
+  assert np.abs(np.corrcoef(draws) - np.eye(6)).max() < 5 / np.sqrt(draws[0].size)
+
+
 @pytest.mark.parametrize("second", [False, True])
 def test_int8_rounds_to_the_nearest_number_of_the_map(second):
   x = values(second)
@@ -70,9 +85,9 @@ def test_random_rounding_takes_a_neighbor_and_keeps_the_mean(second):
   x = np.broadcast_to(x[..., 1:2], SHAPE).copy()  # the same numbers under each of 64 scales
   total = np.zeros(SHAPE[:3])
   for draw in range(16):
-    noise = moments.noise(jax.random.key(draw), SHAPE)[second]
-    assert int(noise.max()) < 2**16
-    _, back = kept(x, second, noise)
+    drawn = noise(draw, SHAPE)[second]
+    assert int(drawn.max()) < 2**16
+    _, back = kept(x, second, drawn)
     total += back.mean(-1, dtype=np.float64) / 16
   grid, top = GRIDS[second], scales(x)[..., 0].astype(np.float64)
   share = x[..., 0] / top
@@ -85,11 +100,11 @@ def test_random_rounding_takes_a_neighbor_and_keeps_the_mean(second):
 def test_bfloat16_rounds_a_second_moment_at_random_and_a_first_one_to_the_nearest():
   x = np.full((64, 64), 1 + 2**-9, np.float32)  # a quarter of the way from 1 to 1 + 2^-7
   like = moments.zeros(jnp.asarray(x), "bfloat16", second=True)
-  noise = moments.noise(jax.random.key(0), x.shape)
-  second = moments.stored(jnp.asarray(x), like, second=True, noise=noise[1])
+  drawn = noise(0, x.shape)
+  second = moments.stored(jnp.asarray(x), like, second=True, noise=drawn[1])
   assert second.dtype == jnp.bfloat16 and set(np.unique(np.float32(second))) == {1, 1 + 2**-7}
   assert np.float32(second).mean() == pytest.approx(1 + 2**-9, abs=2**-7 / 64 * 2)
-  first = moments.stored(jnp.asarray(x), like, second=False, noise=noise[0])
+  first = moments.stored(jnp.asarray(x), like, second=False, noise=drawn[0])
   np.testing.assert_array_equal(np.float32(first), 1)
   strange = jnp.asarray([jnp.inf, jnp.nan])
   last = moments.stored(strange, like, second=True, noise=jnp.full(2, 2**16 - 1, jnp.uint32))
@@ -155,11 +170,11 @@ def test_a_second_moment_that_changes_by_less_than_a_code_keeps_moving():
   for kind in ("bfloat16", "int8"):
     held = moments.stored(x.at[0].set(4.0), moments.zeros(x, kind, second=True), second=True)
 
-    def step(held, key):
+    def step(held, words):
       now = 0.999 * moments.restored(held, jnp.float32) + 1e-7
-      return moments.stored(now, held, second=True, noise=moments.noise(key, x.shape)[1]), None
+      return moments.stored(now, held, second=True, noise=moments.noise(words, np.uint32(7), x.shape)[1]), None
 
-    last = jax.lax.scan(step, held, jax.random.split(jax.random.key(0), 693))[0]
+    last = jax.lax.scan(step, held, jax.random.bits(jax.random.key(0), (693, 2), jnp.uint32))[0]
     assert float(moments.restored(last, jnp.float32)[1:].mean()) == pytest.approx(0.5, rel=0.02)
 
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from vpd_jax.types import Array
@@ -125,10 +126,32 @@ def converted(held: Stored, kind: str, dtype: DTypeLike, *, second: bool) -> Sto
   return stored(x, zeros(x, kind, second=second), second=second)
 
 
-def noise(key: Array, shape: Sequence[int]) -> tuple[Array, Array]:
-  """Two arrays uint32, below 2^16, for the random rounding of an array's two moments."""
-  bits = jax.random.bits(key, shape, jnp.uint32)
+def noise(words: Array, number: Array, shape: Sequence[int]) -> tuple[Array, Array]:
+  """Two arrays uint32, below 2^16, for the random rounding of an array's two moments.
+
+  Each number is a hash of its place in the array, however that is split over devices. jax.random is better than
+  rounding needs, and would be a larger program for each of hundreds of arrays.
+
+  Args:
+    words: uint32 [2], random numbers of the step.
+    number: uint32 [], of the array.
+    shape: of the array.
+
+  Source of the hash: C. Wellons, hash-prospector, lowbias32.
+  """
+  place = jnp.zeros(shape, jnp.uint32)
+  for i in range(len(shape)):
+    stride = np.uint32(math.prod(shape[i + 1 :]) % 2**32)
+    place = place + jax.lax.broadcasted_iota(jnp.uint32, shape, i) * stride
+  bits = _hash(_hash(place ^ _hash(words[0] ^ number)) + _hash(words[1] + number))
   return bits >> 16, bits & 0xFFFF
+
+
+def _hash(x: Array) -> Array:
+  """Mixes the bits of uint32 numbers."""
+  x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+  x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+  return x ^ (x >> 16)
 
 
 def _in_blocks(x: Array, second: bool, noise: Array | None) -> Blocks:

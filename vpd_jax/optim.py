@@ -225,10 +225,10 @@ def optimizer(
     return state if moments == "float32" else with_moments(state, moments, params)
 
   @functools.partial(jax.jit, static_argnames=("lr", "decay"))
-  def update_one(g, mu, nu, p, scales, key, number, *, lr: float, decay: float):
+  def update_one(g, mu, nu, p, scales, words, number, *, lr: float, decay: float):
     kept, noise = (mu, nu), (None, None)
-    if key is not None:
-      noise = moments_lib.noise(jax.random.fold_in(key, number), g.shape)
+    if words is not None:
+      noise = moments_lib.noise(words, number, g.shape)
     mu, nu = (moments_lib.restored(x, g.dtype) for x in kept)
     mu, nu = (1 - b1) * g + b1 * mu, (1 - b2) * jnp.square(g) + b2 * nu
     scales = [scale.astype(g.dtype) for scale in scales]
@@ -242,11 +242,12 @@ def optimizer(
     clipped, clip_state = clip.update(updates, state[0], params)
     count = optax.safe_increment(adam.count)
     scales = (1 - b1**count, 1 - b2**count, -rate(schedule.count))
-    key = None if moments == "float32" else jax.random.fold_in(jax.random.key(seed), count)
-    number = lambda name: None if key is None else np.uint32(zlib.crc32(name.encode()))
+    random = moments != "float32"
+    words = jax.random.bits(jax.random.fold_in(jax.random.key(seed), count), (2,), jnp.uint32) if random else None
+    number = lambda name: np.uint32(zlib.crc32(name.encode())) if random else None
     options = lambda name: {"lr": float(groups.lr[name]), "decay": decay * groups.decay[name]}
     done = {
-      n: update_one(g, adam.mu[n], adam.nu[n], params[n], scales, key, number(n), **options(n))
+      n: update_one(g, adam.mu[n], adam.nu[n], params[n], scales, words, number(n), **options(n))
       for n, g in cast(dict[str, Array], clipped).items()
     }
     updates, mu, nu = ({n: results[i] for n, results in done.items()} for i in range(3))
