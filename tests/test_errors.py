@@ -43,6 +43,8 @@ def test_our_checks_raise_errors_for_users():
   """A plain ValueError in our own code would be shown to the user as a fault of the program."""
   found = []
   for path in [*ROOT.glob("vpd_jax/**/*.py"), *ROOT.glob("scripts/*.py")]:
+    if path.name == "exported_loader.py":  # runs without this package
+      continue
     for node in ast.walk(ast.parse(path.read_text())):
       made = node.exc if isinstance(node, ast.Raise) else node.value if isinstance(node, ast.Return) else None
       name = made.func if isinstance(made, ast.Call) else made

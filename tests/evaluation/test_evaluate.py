@@ -83,7 +83,7 @@ def test_label_maps_are_not_right_where_scores_are_not_finite(monkeypatch):
 
   exp = types.SimpleNamespace(
     task=Segmentation(classes=3),
-    parts=types.SimpleNamespace(merge=lambda *weights: model),
+    spec=types.SimpleNamespace(merge=lambda *weights: model),
     method=types.SimpleNamespace(needs=frozenset(), prepare=None),
     classes=("wall", "sky", "cat"),
   )
@@ -148,10 +148,10 @@ def depth_step(size, **changes):
   config = loader.changed(loader.load("configs/my_depth.py:tiny"), fields)
   task = Depth(max_depth=10.0, eval_crop=config.task.eval_crop)
   model = lambda batch, training: {"depth": jnp.ones(batch["image"].shape[:3])}
-  parts = types.SimpleNamespace(
+  spec = types.SimpleNamespace(
     merge=lambda *weights: model, model=types.SimpleNamespace(method=types.SimpleNamespace(needs=frozenset()))
   )
-  exp = types.SimpleNamespace(task=task, parts=parts, method=parts.model.method, keys=("image",))
+  exp = types.SimpleNamespace(task=task, spec=spec, method=spec.model.method, keys=("image",))
   batch = {"image": jnp.zeros((1, *size, 3)), "depth": jnp.ones((1, *size))}
   return evaluate.make_step(config, exp)((), batch)[0]
 

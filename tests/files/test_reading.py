@@ -100,6 +100,7 @@ OWN = {
   "checkpointer.py",
   "reading.py",
 }
+OWN |= {"export.py", "exported_loader.py"}  # what --mode=export writes itself; the latter runs without this package
 OWN |= {"weight_files.py"}  # the header of safetensors, which is bytes
 
 

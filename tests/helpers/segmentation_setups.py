@@ -87,7 +87,7 @@ def check_logs(logs, arrays, batch):
 
 
 @functools.cache
-def exp(setup, **changes):
+def assembled(setup, **changes):
   return experiment.assemble(config(setup, **changes))
 
 
@@ -164,7 +164,7 @@ class Forward:
   """
 
   def __init__(self, setup, features_of):
-    self.experiment, self.state = exp(setup), state_of(setup, exp(setup))
+    self.experiment, self.state = assembled(setup), state_of(setup, assembled(setup))
     self._features, self._head, self._shared = _features(features_of), _head(setup), everything(self.state)
     if features_of == setup:
       return
@@ -209,7 +209,7 @@ def forward(setup):
 
 @functools.cache
 def _features(setup):
-  made = exp(setup)
+  made = assembled(setup)
   neck_is_of_the_method = setup != "vpd_seg"  # as the authors divide them
 
   @jax.jit
@@ -228,7 +228,7 @@ def _features(setup):
 
 @functools.cache
 def _head(setup):
-  made = exp(setup)
+  made = assembled(setup)
 
   @functools.partial(jax.jit, static_argnums=3)
   def run(named, maps, context, size):

@@ -17,7 +17,7 @@ RELEASES = {"tadp_depth_nyu": "tadp_depth", "tadp_seg_ade": "tadp_segmentation"}
 
 
 @functools.cache
-def exp(setup, dtype="float32"):
+def assembled(setup, dtype="float32"):
   """As the oracle ran it: batch 2, statistics and loss over both images, no dropout, 2 epochs of 3 steps on depth."""
   config = loader.load(CONFIGS[setup]).unlock()
   config.dtype = config.param_dtype = dtype
@@ -32,7 +32,7 @@ def exp(setup, dtype="float32"):
 
 def state(setup, dtype=np.float32):
   """The authors' rebuilt weights under our names, before the first step."""
-  made = exp(setup, np.dtype(dtype).name)
+  made = assembled(setup, np.dtype(dtype).name)
   named, _ = rules.convert(oracle.weights(setup), table(setup), made.spec.shapes)
   return tiny.train_state(made, {name: np.asarray(x, dtype) for name, x in named.items()})
 

@@ -87,7 +87,7 @@ CASES = {
   "two misspelt fields": Case(
     "--config.optim.decai=1 --config.lr=1",
     "config.optim.decai is unknown: did you mean --config.optim.decay?",
-    "config.lr is unknown: did you mean --config.optim.lr?",
+    "config.lr is unknown: did you mean --config.lora.lr or --config.optim.lr?",
   ),
   "a wrong kind of value": Case("--config.optim.lr=fast", "optim.lr=fast", "convert string to float"),
   "an unknown flag": Case("--modus=eval", "Unknown command line flag 'modus'", "Did you mean: mode"),

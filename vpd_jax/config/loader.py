@@ -322,10 +322,10 @@ def _unknown(config: ml_collections.ConfigDict, flag: str, field: str) -> str:
     section, _, name = section.rpartition(".")
   held = list(config[section] if section else config)
   elsewhere = [other for other in _flat(config) if other.rpartition(".")[2] == name]
-  near = [f"{section}.{other}".lstrip(".") for other in difflib.get_close_matches(name, held, n=1)] or elsewhere
+  near = elsewhere or [f"{section}.{other}".lstrip(".") for other in difflib.get_close_matches(name, held, n=1)]
   if plain in fields.RENAMED:
     return f"{flag}.{plain} is now {flag}.{fields.RENAMED[plain]}; write --{flag}.{fields.RENAMED[plain]}"
-  hint = f"did you mean --{flag}.{near[0]}? " if near else ""
+  hint = f"did you mean {' or '.join(f'--{flag}.{other}' for other in near[:3])}? " if near else ""
   where = ".".join(filter(None, (flag, section)))
   return f"{flag}.{plain} is unknown: {hint}{where} has the fields {', '.join(sorted(held))}"
 

@@ -29,14 +29,14 @@ def config(**changes):
 
 
 @functools.cache
-def exp(**changes):
+def assembled(**changes):
   return experiment.assemble(config(**{f"method.{name}": value for name, value in changes.items()}))
 
 
 @functools.cache
 def posterior():
   """Of the images, and the latents of a method with these options."""
-  parts = exp().spec
+  parts = assembled().spec
   named = {name: x for name, x in tiny.filled(parts.shapes).items() if name.startswith("method/vae/")}
 
   def run(image):
@@ -48,7 +48,7 @@ def posterior():
 
 def latents(key=None, image=IMAGE, **options):
   named, _ = posterior()
-  return jax.jit(lambda key: exp(**options).spec.partial(named).method.latents({"image": image}, key))(key)
+  return jax.jit(lambda key: assembled(**options).spec.partial(named).method.latents({"image": image}, key))(key)
 
 
 def test_the_latents_are_a_sample_or_the_mode():
@@ -56,7 +56,7 @@ def test_the_latents_are_a_sample_or_the_mode():
   np.testing.assert_allclose(mode, expected.mean, rtol=1e-5, atol=1e-5)
   drawn = (sample - expected.mean) / jnp.exp(expected.log_variance / 2)
   assert abs(float(drawn.mean())) < 0.1 and 0.9 < float(drawn.std()) < 1.1
-  assert exp().method.samples_latents and not exp(latents="mode").method.samples_latents
+  assert assembled().method.samples_latents and not assembled(latents="mode").method.samples_latents
   np.testing.assert_array_equal(mode, latents(None, latents="mode"))
 
 
@@ -90,9 +90,11 @@ def test_options_are_those_of_the_release():
 def test_the_last_block_is_kept_where_asked(keep):
   made = experiment.assemble(tiny.shrunk(loader.load("configs/ade20k_seg.py:tadp,tiny").unlock()))
   assert any(name.startswith("method/unet/out/") for name in made.spec.shapes)
-  shapes = exp(keep_unused=keep).spec.shapes
+  shapes = assembled(keep_unused=keep).spec.shapes
   assert any(name.startswith("method/unet/out/") for name in shapes) == keep
-  assert not any("out/2" in name for name in exp(keep_unused=keep).groups.lr if name.startswith("method/unet/out/"))
+  assert not any(
+    "out/2" in name for name in assembled(keep_unused=keep).groups.lr if name.startswith("method/unet/out/")
+  )
 
 
 @pytest.mark.parametrize("field, value, message", [

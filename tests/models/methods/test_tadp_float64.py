@@ -22,7 +22,7 @@ class Run:
   """One setup with its batch, whose latents are those of the stored noise in all steps."""
 
   def __init__(self, setup):
-    self.setup, self.experiment = setup, tadp.experiment(setup, "float64")
+    self.setup, self.experiment = setup, tadp.assembled(setup, "float64")
     self.state, self.arrays = tadp.state(setup, np.float64), oracle.golden(f"{setup}.tiny_f64.npz")
     # The sinusoid is the authors' float32 one, widened, as libraries differ in its last bit.
     sinusoid = oracle.golden("sd_unet_hier.tiny.npz")["output/timestep_embedding"][1:2]

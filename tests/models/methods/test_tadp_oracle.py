@@ -30,7 +30,7 @@ class Network:
   def __init__(self, setup):
     self.arrays, self.experiment, self.state = (
       oracle.golden(f"{setup}.tiny.npz"),
-      tadp.experiment(setup),
+      tadp.assembled(setup),
       tadp.state(setup),
     )
     self.weights = setups.everything(self.state)
