@@ -17,9 +17,8 @@ def photo(path, orientation=1, **tags):
   image = Image.new("RGB", (40, 30))
   exif = image.getexif()
   exif[0x0112] = orientation
-  of_camera = exif.get_ifd(camera.EXIF)
-  for name, value in tags.items():
-    of_camera[TAGS[name]] = TiffImagePlugin.IFDRational(*value) if isinstance(value, tuple) else value
+  rational = lambda value: TiffImagePlugin.IFDRational(*value) if isinstance(value, tuple) else value
+  exif[camera.EXIF] = {TAGS[name]: rational(value) for name, value in tags.items()}
   image.save(path, exif=exif)
   return path
 
