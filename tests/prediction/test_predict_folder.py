@@ -158,7 +158,7 @@ def test_point_clouds_are_written_beside_the_other_files(tmp_path, monkeypatch, 
   photo = Image.fromarray(pixels)
   exif = photo.getexif()
   exif[0x0112] = 1  # without any such tag Pillow writes no EXIF data
-  exif.get_ifd(0x8769)[0xA405] = 28
+  exif[0x8769] = {0xA405: 28}
   photo.save(source / "a.png", exif=exif)
   photo.save(source / "b.png")
   options = {"source": str(source), "output": str(target), "ply": True}
