@@ -19,7 +19,11 @@ from vpd_jax.models.methods import image_input
 from vpd_jax.models.methods.diffusion import ConstantTime, DiffusionMethod, MethodSetup
 
 PROMPTS = ("image", "class_token", "sentence+image")
-MIXTURE = {"embeddings": 100, "class_scores": "logits", "residual_scale": 1e-4}  # what "class_token" does without
+MIXTURE = {
+  "embeddings": 100,
+  "class_scores": "logits",
+  "residual_scale": 1e-4,
+}  # defaults of what "class_token" does not use
 
 
 class EcoDepth(DiffusionMethod):
