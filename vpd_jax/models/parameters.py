@@ -5,7 +5,7 @@ The one file that touches nnx's graph functions; also the one home of per-name r
 
 import collections
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from vpd_jax.errors import UserError
 from vpd_jax.models import initializers
-from vpd_jax.types import Buffer, Fields, ParamDict
+from vpd_jax.types import Array, Buffer, Fields, ParamDict
 
 
 class Inlined(nnx.Module):
@@ -81,42 +81,64 @@ class ModelSpec(NamedTuple):
     return nnx.merge(self.graphdef, state, copy=True)
 
 
-def _leaves(model: nnx.Module) -> list[tuple[str, tuple[Any, ...], nnx.Variable]]:
-  """(name, path, variable) of all arrays; the names leave the attributes out under which Inlined modules stand."""
-  inlined = {path for path, module in nnx.iter_modules(model) if isinstance(module, Inlined)}
-  name = lambda path: "/".join(str(part) for i, part in enumerate(path) if path[: i + 1] not in inlined)
-  return [(name(path), path, leaf) for path, leaf in nnx.to_flat_state(nnx.state(model))]
+def _inlined(module: nnx.Module, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+  """Paths of the Inlined modules at and below `module`. nnx.iter_modules would look at every array too."""
+  if isinstance(module, Inlined):
+    yield path
+  for name, value in vars(module).items():
+    if isinstance(value, nnx.Module):
+      yield from _inlined(value, (*path, name))
+
+
+def _names(model: nnx.Module, paths: Iterable[tuple[Any, ...]]) -> list[str]:
+  """Names of arrays; they leave the attributes out under which Inlined modules stand."""
+  inlined = set(_inlined(model))
+  parts = [tuple(str(part) for part in path) for path in paths]
+  return ["/".join(part for i, part in enumerate(path) if path[: i + 1] not in inlined) for path in parts]
+
+
+class _Leaf(NamedTuple):
+  """One array of a model that is built under tracing."""
+
+  path: tuple[Any, ...]
+  kind: type[nnx.Variable]
+  draw: initializers.Draw | None
 
 
 def describe(build: Callable[[], nnx.Module]) -> ModelSpec:
   """Names, shapes and kinds of the arrays of the model that `build` makes, without allocating any of them."""
-  drawn: dict[str, initializers.Draw] = {}
+  built: list[tuple[nnx.GraphDef, list[_Leaf]]] = []
 
-  def recorded() -> nnx.Module:
+  def traced() -> list[Array]:
     with initializers.recording() as record:
-      model = build()
+      graphdef, state = nnx.split(build())
     draws = {id(placeholder): draw for placeholder, draw in record}
-    for name, _, leaf in _leaves(model):
-      if draw := draws.get(id(leaf.get_value())):
-        drawn[name] = draw
-    return model
+    flat = [(path, leaf, leaf.get_value()) for path, leaf in nnx.to_flat_state(state)]
+    built.append((graphdef, [_Leaf(path, type(leaf), draws.get(id(value))) for path, leaf, value in flat]))
+    return [value for _, _, value in flat]
 
-  model = nnx.eval_shape(recorded)
-  graphdef, leaves = nnx.graphdef(model), _leaves(model)
+  # nnx.eval_shape would do, but goes over the graph four times more, which takes as long as all the rest.
+  arrays = jax.eval_shape(traced)
+  ((graphdef, leaves),) = built
+  model = nnx.merge(graphdef, nnx.from_flat_state([(x.path, array) for x, array in zip(leaves, arrays, strict=True)]))
+  names = _names(model, [x.path for x in leaves])
   known = (nnx.Param, Buffer, nnx.BatchStat)
-  strange = [name for name, _, leaf in leaves if not isinstance(leaf, known)]
-  if strange:
+  if strange := [name for name, x in zip(names, leaves, strict=True) if not issubclass(x.kind, known)]:
     raise TypeError(f"the model holds state that no checkpoint keeps: {strange}; use Param, Buffer or BatchStat.")
-  if twice := [name for name, count in collections.Counter(name for name, _, _ in leaves).items() if count > 1]:
+  if twice := [name for name, count in collections.Counter(names).items() if count > 1]:
     raise TypeError(f"two arrays of the model have one name: {twice}; rename an attribute of an Inlined module.")
-  params, buffers, stats = (frozenset(name for name, _, leaf in leaves if isinstance(leaf, kind)) for kind in known)
-  shapes = {name: jax.ShapeDtypeStruct(leaf.get_value().shape, leaf.get_value().dtype) for name, _, leaf in leaves}
-  return ModelSpec(model, graphdef, {name: path for name, path, _ in leaves}, shapes, params, buffers, stats, drawn)
+  named = dict(zip(names, leaves, strict=True))
+  params, buffers, stats = (frozenset(name for name, x in named.items() if issubclass(x.kind, kind)) for kind in known)
+  paths = {name: x.path for name, x in named.items()}
+  draws = {name: x.draw for name, x in named.items() if x.draw}
+  return ModelSpec(model, graphdef, paths, dict(zip(names, arrays, strict=True)), params, buffers, stats, draws)
 
 
 def stats(model: nnx.Module) -> ParamDict:
   """The running statistics that a forward pass in training has left in `model`."""
-  return {name: leaf.get_value() for name, _, leaf in _leaves(model) if isinstance(leaf, nnx.BatchStat)}
+  leaves = nnx.to_flat_state(nnx.state(model, nnx.BatchStat))
+  names = _names(model, [path for path, _ in leaves])
+  return {name: leaf.get_value() for name, (_, leaf) in zip(names, leaves, strict=True)}
 
 
 def first_rules(names: Iterable[str], rules: Sequence[tuple[str, Any]], *, field: str) -> tuple[dict[str, int], str]:
