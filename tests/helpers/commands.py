@@ -77,11 +77,7 @@ def write_good(home: pathlib.Path) -> None:
 @contextlib.contextmanager
 def started() -> Iterator[subprocess.Popen]:
   """The process that `command` talks to."""
-  environment = os.environ | {
-    "PYTHONPATH": str(ROOT),
-    "PYTHONWARNINGS": "ignore:os.fork",
-    "PYTHONDONTWRITEBYTECODE": "1",
-  }
+  environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore:os.fork"}
   command = [sys.executable, "-c", SERVER]
   with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
     yield process
@@ -101,8 +97,9 @@ def command(
 
 
 def files(*folders: pathlib.Path) -> dict[str, int]:
-  """Time of the last change of every file below, by its path from there."""
-  return {str(p.relative_to(f)): p.stat().st_mtime_ns for f in folders for p in f.rglob("*") if p.is_file()}
+  """Time of the last change of every file below, by its path from there; but for what Python keeps of the config."""
+  below = [(p, f) for f in folders for p in f.rglob("*") if p.is_file() and p.parent.name != "__pycache__"]
+  return {str(p.relative_to(f)): p.stat().st_mtime_ns for p, f in below}
 
 
 def cut_all(folder: pathlib.Path) -> None:

@@ -46,9 +46,15 @@ def posterior():
   return named, jax.jit(run)(IMAGE.astype(jnp.float32))
 
 
-def latents(key=None, image=IMAGE, **options):
+@functools.cache
+def latents_of(**options):
+  """(image, key) to latents, compiled once for each shape."""
   named, _ = posterior()
-  return jax.jit(lambda key: assembled(**options).spec.partial(named).method.latents({"image": image}, key))(key)
+  return jax.jit(lambda image, key: assembled(**options).spec.partial(named).method.latents({"image": image}, key))
+
+
+def latents(key=None, image=IMAGE, **options):
+  return latents_of(**options)(image, key)
 
 
 def test_the_latents_are_a_sample_or_the_mode():
