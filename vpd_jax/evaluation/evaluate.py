@@ -295,8 +295,9 @@ class Evaluator:
     # With several processes the pictures of the first one are every so many of the split.
     step = jax.process_count() if self.experiment.task.test_time_protocol == "sliding" else 1
     examples = itertools.islice(self._examples("eval"), 0, None, step)
-    shown = predictions[: self.config.eval.panels]
-    return panels_lib.stacked(self.experiment.task.panels(list(itertools.islice(examples, len(shown))), shown))
+    # The last batch is filled up with predictions of no example.
+    pairs = list(zip(examples, predictions[: self.config.eval.panels], strict=False))
+    return panels_lib.stacked(self.experiment.task.panels([pair[0] for pair in pairs], [pair[1] for pair in pairs]))
 
 
 def class_scores(task: Task, rows: Rows) -> list[Fields]:

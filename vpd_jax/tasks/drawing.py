@@ -1,5 +1,6 @@
 """Letters, titles, color bars and contours in pictures."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -30,9 +31,13 @@ def text(picture: np.ndarray, words: str, place: tuple[int, int], scale: float, 
     outlined: white with an outline, for colored ground.
   """
   readable, thick = words.encode("ascii", "replace").decode(), max(1, round(1.5 * scale))  # OpenCV's letters
+  write = lambda color, x, y: cv2.putText(picture, readable, (x, y), FONT, scale, color, thick, cv2.LINE_AA)
   if outlined:
-    cv2.putText(picture, readable, place, FONT, scale, (0, 0, 0), thick + 2 * max(1, round(2 * scale)), cv2.LINE_AA)
-  cv2.putText(picture, readable, place, FONT, scale, (255,) * 3 if outlined else (0,) * 3, thick, cv2.LINE_AA)
+    # Shifted, not thicker: OpenCV sets thicker letters wider apart.
+    step = max(1, round(1.5 * scale))
+    for right, down in itertools.product((-step, 0, step), repeat=2):
+      write((0, 0, 0), place[0] + right, place[1] + down)
+  write((255,) * 3 if outlined else (0,) * 3, *place)
 
 
 def row(parts: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
