@@ -79,15 +79,16 @@ def test_links_lead_to_a_file_and_a_heading(page):
   assert lost == []
 
 
-def test_every_page_is_found_from_the_readme():
-  found, left = set(), [ROOT / "README.md"]
+def test_every_page_is_three_clicks_from_the_readme():
+  clicks, left = {ROOT / "README.md": 0}, [ROOT / "README.md"]
   while left:
-    page = left.pop()
-    if page not in found and page.suffix == ".md":
-      found.add(page)
-      targets = (target for target, _ in LINK.findall(page.read_text()) if target and "://" not in target)
-      left += [(page.parent / target).resolve() for target in targets]
-  assert set(PAGES) - found == set()
+    page = left.pop(0)
+    for target in {target for target, _ in LINK.findall(page.read_text()) if target and "://" not in target}:
+      path = (page.parent / target).resolve()
+      if path.suffix == ".md" and path not in clicks:
+        clicks[path] = clicks[page] + 1
+        left.append(path)
+  assert {page.name: clicks.get(page) for page in PAGES if not clicks.get(page, 9) <= 3} == {}
 
 
 def test_every_page_is_in_the_navigation_of_the_site():
