@@ -38,6 +38,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   config.update(presets.sections(task, method, tiny=tiny, **OPTIONS[task]))
   if task == "depth":
     config.task = {"name": "depth", "max_depth": 10.0, "min_depth": 1e-3, "eval_crop": "none", "variance_focus": 0.5}
+    config.task.contours = 0.0  # metres between lines in colored pictures
   elif task == "referring":
     if "tokenizer" in config.method:
       # CLIP's tokens and states would come with weights; here words get random vectors, told apart well enough.

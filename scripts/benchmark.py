@@ -1,14 +1,15 @@
 """Speed and memory of a config's training step, and of what one would take in its place.
 
 python scripts/benchmark.py --config=configs/nyu_depth.py:vpd --synthetic --batch=24 --config.dtype=bfloat16 \
-    [--steps=30] [--forward] [--versus=torch] [--top=10] [--json=FILE] [--config.mesh.fsdp=8 ...]
+    [--steps=30] [--forward] [--versus=torch] [--top=10] [--json=FILE] [--report=WORK] [--config.mesh.fsdp=8 ...]
 
 Prints compile seconds, step time (median, p95), images and model TFLOP per second and chip, share of the chip's peak,
 peak memory, and the time a step waits for its input. Batches are read from the config's data set, or generated with
 --synthetic, which needs no files. The step is the same as that of a run: precomputed latents and text states are inputs
 where the run caches them. Weights are random, since they do not affect the time. --top traces three more steps and
 prints the slowest operations. --versus=torch first runs the same work with benchmarks/torch_depth.py on the same
-device, in a separate process, and prints the ratio.
+device, in a separate process, and prints the ratio. --report=nyu_vpd writes all of it, with the command, commit and
+versions, to benchmarks/results/nyu_vpd_<device>_<date>.md.
 """
 
 import json
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import benchmark_page
 import jax
 import numpy as np
 from absl import flags
@@ -54,6 +56,7 @@ COMPILE = flags.DEFINE_enum(
   "torch_compile", "auto", ["auto", "on", "off"], "torch.compile; auto: on a GPU", flag_values=FLAGS
 )
 TOP = flags.DEFINE_integer("top", 0, "number of slowest operations to print", lower_bound=0, flag_values=FLAGS)
+REPORT = flags.DEFINE_string("report", "", "name of a page in benchmarks/results", flag_values=FLAGS)
 JSON = flags.DEFINE_string("json", "", "file for the numbers", flag_values=FLAGS)
 
 Result = dict[str, Any]
@@ -242,21 +245,27 @@ def main() -> None:
       f"error: a batch of {config.data.batch_size} is not cut by {', '.join(wrong)}; 0 is one group", file=sys.stderr
     )
     sys.exit(2)
+  around = benchmark_page.surroundings() if REPORT.value else {}
   # PyTorch first: on a GPU, JAX preallocates most of the memory at its first use.
   sides = {"torch": torch_side(config)} if VERSUS.value else {}
   sides["ours"] = ours(config)
   flops = compilation.model_flops(config, step_shapes(config, experiment.assemble(config)))
   results: Result = {name: with_rates(side, config.data.batch_size, flops) for name, side in sides.items()}
-  print("\n".join(report(result) for result in results.values()), flush=True)
+  lines = "\n".join(report(result) for result in results.values())
+  print(lines, flush=True)
   if VERSUS.value:
     words = {"step_ms": "training step", "forward_ms": "forward pass"}
     ratios = {
       name: sides_of[0] / sides_of[1] for name in words if all(sides_of := [r.get(name) for r in results.values()])
     }
-    print("\n".join(f"{words[name]}: ours is {ratio:.2f} times as fast" for name, ratio in ratios.items()), flush=True)
+    compared = "\n".join(f"{words[name]}: ours is {ratio:.2f} times as fast" for name, ratio in ratios.items())
+    print(compared, flush=True)
+    lines += f"\n{compared}"
     results["ratio"] = ratios
   if JSON.value:
     atomic.write_json(Path(JSON.value), results)
+  if REPORT.value:
+    print(benchmark_page.write(REPORT.value, results, sys.argv, around, lines))
 
 
 def parse(arguments: list[str]) -> None:
@@ -265,6 +274,8 @@ def parse(arguments: list[str]) -> None:
     words = FLAGS(loader.resolve_argv(arguments))[1:]
     if words or CONFIG.value is None:
       raise UserError(f"unexpected positional arguments: {words}" if words else "give a --config=FILE")
+    if REPORT.value:
+      benchmark_page.check_work(REPORT.value)
   except (flags.Error, ValueError, AttributeError, KeyError, TypeError) as error:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)

@@ -35,7 +35,7 @@ from vpd_jax.data.datasets import (
   rooms,
 )
 from vpd_jax.errors import UserError
-from vpd_jax.inference import sliding_window, tta
+from vpd_jax.inference import sliding_window, tiles, tta
 from vpd_jax.models import lora
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones.attention import IMPLEMENTATIONS
@@ -298,6 +298,10 @@ def _check_test_time(config: ConfigDict, task: Task) -> None:
     option, choices = "coverage", tta.COVERAGES
   if config.eval.get(option) not in choices:
     raise UserError(f"eval.{option}={config.eval.get(option)!r} is unknown; choose one of {choices}.")
+  if config.eval.get("blend") not in tiles.BLENDS:
+    raise UserError(f"eval.blend={config.eval.get('blend')!r} is unknown; choose one of {tiles.BLENDS}.")
+  if config.eval.blend != "auto" and task.test_time_protocol not in ("windows", "sliding"):
+    raise UserError(f"eval.blend={config.eval.blend!r} has no effect with task {config.task.name!r}; leave it out.")
   if idle := [other for other in ("coverage", "small_images") if other != option and other in config.eval]:
     raise UserError(f"config.eval does not take {idle} with task {config.task.name!r}; remove or correct them.")
 

@@ -344,10 +344,14 @@ class Task(Protocol):
   def baselines(
     self, train: Iterable[Example], evaluation: Iterable[Example], *args: Any, **kwargs: Any
   ) -> dict[str, float]: ...  # of `best`
-  def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray: ...  # uint8 [H, W', 3]
+  def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray: ...  # uint8 [H', W', 3]
   def save(
     self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None
   ) -> list[Path]: ...  # files of one picture
+
+  def panels(self, examples: Sequence[Example], predictions: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """`panel` of each example; a task whose colors stand for numbers gives all of them one scale."""
+    return [self.panel(example, prediction) for example, prediction in zip(examples, predictions, strict=True)]
 
   def mirrored(self, prediction: Array) -> Array:
     """The prediction of a mirrored image as that of the image; by default of maps [B, H, W, ...]."""

@@ -52,7 +52,7 @@ def resized(scores, size):
   return scores
 
 
-def restated(weights, views, procedure, *, softmax=True):
+def restated(weights, views, procedure, *, softmax=True, smooth=False):
   """mmseg's loops, in numpy: each window by itself, sums and counts, then the mean over views."""
   total = 0
   for image in views.images:
@@ -65,8 +65,11 @@ def restated(weights, views, procedure, *, softmax=True):
         for j in range(max(width - crop + stride - 1, 0) // stride + 1):
           y2, x2 = min(i * stride + crop, height), min(j * stride + crop, width)
           y1, x1 = max(y2 - crop, 0), max(x2 - crop, 0)
-          sums[y1:y2, x1:x2] += stand_in(weights, {"image": jnp.asarray(image_here[None, y1:y2, x1:x2])})[0]
-          count[y1:y2, x1:x2] += 1
+          fade = lambda n: np.sin(np.pi * (np.arange(n) + 0.5) / n) ** 2 if smooth else np.ones(n)
+          weight = fade(y2 - y1)[:, None, None] * fade(x2 - x1)[None, :, None]
+          scores = stand_in(weights, {"image": jnp.asarray(image_here[None, y1:y2, x1:x2])})[0]
+          sums[y1:y2, x1:x2] += weight * scores
+          count[y1:y2, x1:x2] += weight
       scores = resized(sums / count, views.size)
       if softmax:
         scores = np.exp(scores - scores.max(-1, keepdims=True))
@@ -97,6 +100,31 @@ def test_probabilities_are_those_of_the_plain_loops(case, weights):
   for views, result in zip(many, cropped(results, many), strict=True):
     np.testing.assert_allclose(result, restated(weights, views, procedure), rtol=0, atol=2e-6)
     np.testing.assert_allclose(result.sum(-1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["slide", "scales and mirror"])
+def test_smooth_windows_are_those_of_the_plain_loops(case, weights):
+  procedure, many = CASES[case]
+  results = list(SlidingWindowInference(stand_in, procedure, batch_size=3, smooth=True)(weights, many))
+  for views, result in zip(many, cropped(results, many), strict=True):
+    np.testing.assert_allclose(result, restated(weights, views, procedure, smooth=True), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+  "length, stride, side", [(32, 20, 91), (512, 341, 1300), (300, 300, 600), (7, 1, 11), (1, 1, 3)]
+)
+def test_smooth_weights_are_positive_everywhere_and_keep_a_constant(length, stride, side):
+  starts, _, (length, _) = tiles.corners((side, side), length, stride)
+  total, over = np.zeros(side), tiles.overlap_weights(starts, length, side, smooth=True)
+  for start in starts:
+    weight = tiles.smooth_profile(jnp.arange(length), length, jnp)
+    np.testing.assert_allclose(weight, np.sin(np.pi * (np.arange(length) + 0.5) / length) ** 2, rtol=1e-6)
+    assert (weight > 0).all()
+    total[start : start + length] += weight
+  assert (total > 0).all()
+  np.testing.assert_allclose(total * over[:side], 1, rtol=1e-6)
+  plain = tiles.overlap_weights(starts, length, side)
+  np.testing.assert_array_equal(1 / plain[:side], [sum(s <= x < s + length for s in starts) for x in range(side)])
 
 
 def test_scores_without_softmax_are_averaged_as_they_are(weights):

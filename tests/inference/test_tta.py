@@ -162,6 +162,27 @@ def test_overlaps_are_averaged_and_the_rest_is_nan():
   np.testing.assert_array_equal(merged, [[[1, 2.5, 4, np.nan]] * 2])
 
 
+@pytest.mark.parametrize("size", [(5, 12), (30, 7), (480, 640), (352, 1216), (6, 6)])
+def test_smooth_windows_keep_a_constant_and_have_no_seam(size):
+  corners = tta.offsets(size, 2, coverage="full")
+  side, along = min(size), 0 if size[0] > size[1] else 1
+  constant = np.full((len(corners), side, side), 3.7, np.float32)
+  np.testing.assert_allclose(tta.merge(constant, corners, size, smooth=True), 3.7, rtol=1e-6)
+  different = np.arange(len(corners), dtype=np.float32)[:, None, None] + np.zeros((side, side), np.float32)
+  step = {
+    smooth: np.abs(np.diff(tta.merge(different, corners, size, smooth=smooth)[0], axis=along)).max(initial=0)
+    for smooth in (False, True)
+  }
+  if side > 100:  # the mean of two windows jumps by half of their difference
+    assert step[False] >= 0.5 > 0.05 > step[True]
+
+
+def test_smooth_windows_weigh_the_nearer_one_more_and_leave_the_rest_nan():
+  windows = np.stack([np.full((3, 3), 1.0), np.full((3, 3), 4.0)])
+  merged = tta.merge(windows, [(0, 0), (0, 1)], (3, 5), smooth=True)[0]
+  np.testing.assert_allclose(merged, [[1, 1 + 3 * 0.25 / 1.25, 1 + 3 * 1 / 1.25, 4, np.nan]] * 3)
+
+
 @pytest.mark.parametrize("words, expected", [
   ((), (False, 1, 0)), (("flip",), (True, 1, 0)), (("shift:2",), (False, 2, 0)), (("shift:16", "flip"), (True, 16, 0)),
   (("flip", "halves:64"), (True, 1, 64)),

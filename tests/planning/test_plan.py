@@ -84,6 +84,7 @@ CHOICES = {
     "loss_scale": (1.0, 10.0),
     "clip_prediction": (False, True),
     "benchmark_silog": (False, True),
+    "contours": (0.0, 1.0),
   },
   "segmentation": {
     "lovasz": (0.0, 1.0),

@@ -37,6 +37,13 @@ def predictor(checkpoint):
   return vpd_jax.Predictor.load("configs/nyu_depth.py:tiny", weights=checkpoint)
 
 
+def blending(predictor, blend):
+  """The same network with another `eval.blend`."""
+  config = predictor.config.copy_and_resolve_references().unlock()
+  config.eval.blend = blend
+  return vpd_jax.Predictor(config.lock(), predictor.experiment, predictor.weights, [])
+
+
 @pytest.fixture(scope="module")
 def nyu(tmp_path_factory):
   """Three test frames and three training frames in NYU's layout."""
@@ -85,17 +92,19 @@ def test_forward_works_at_other_sizes_and_without_a_class(predictor):
   assert predictor.forward(image)["depth"].shape == (1, 72, 136)
 
 
-def test_predict_is_flip_and_two_windows_averaged(predictor):
+@pytest.mark.parametrize("blend", ["mean", "auto"])
+def test_predict_is_flip_and_two_windows(predictor, blend):
   image = np.random.default_rng(1).random((96, 128, 3), np.float32)
   windows = np.stack([image[:, :96], image[:, 32:]])
   plain = predictor.forward(windows, class_id=7)["depth"]
   mirrored = predictor.forward(windows[:, :, ::-1], class_id=7)["depth"][:, :, ::-1]
   both = (plain + mirrored) / 2
   total, count = np.zeros((96, 128)), np.zeros((1, 128))
+  weight = {"auto": np.sin(np.pi * (np.arange(96) + 0.5) / 96) ** 2, "mean": np.ones(96)}[blend]
   for part, left in zip(both, (0, 32), strict=True):
-    total[:, left : left + 96] += part
-    count[:, left : left + 96] += 1
-  (result,) = predictor.predict([image], class_id=7)
+    total[:, left : left + 96] += weight * part
+    count[:, left : left + 96] += weight
+  (result,) = blending(predictor, blend).predict([image], class_id=7)
   assert result["depth"].dtype == np.float32
   np.testing.assert_allclose(result["depth"], total / count, rtol=1e-5)
 
@@ -150,7 +159,9 @@ def test_evaluation_scores_the_checkpoint_in_an_empty_workdir(nyu, checkpoint, t
 
   data = Nyu(root=str(nyu), crop=made.data.crop, resize=made.data.resize)
   examples = [data.eval_transform(data.source("eval")[i]) for i in range(3)]
-  predicted = predictor.predict([e["image"] for e in examples], [int(e["class_id"]) for e in examples])
+  predicted = blending(predictor, "mean").predict(
+    [e["image"] for e in examples], [int(e["class_id"]) for e in examples]
+  )
   rmse = []
   for example, result in zip(examples, predicted, strict=True):
     truth, depth = (x[9:94, 8:120] for x in (example["depth"], result["depth"]))

@@ -20,7 +20,7 @@ FIELDS = {
   "optim": ("lr", "decay", "b1", "b2", "epsilon", "clip_norm", "schedule", "lr_groups", "decay_groups", "norm_group",
             "loss_group", "accumulation", "ema_decay", "moments"),
   "backbone": ("unet", "vae", "text", "image", "vit", "attention", "remat"),
-  "eval": ("batch_size", "test_time", "coverage", "small_images", "checkpoint", "baselines", "panels"),
+  "eval": ("batch_size", "test_time", "coverage", "small_images", "blend", "checkpoint", "baselines", "panels"),
   "init": ("pretrained", "run", "clip", "vit"),
   "mesh": ("data", "fsdp", "rules"),
   "lora": ("rank", "alpha", "lr", "targets"),
@@ -46,6 +46,7 @@ ADDED = {
   "lora.lr": 1.0,
   "lora.targets": (),
   "frozen_dtype": "float32",
+  "eval.blend": "auto",
 }
 
 

@@ -45,6 +45,7 @@ RESUME_IGNORED = (
   "backbone.remat",
   "method.class_vectors",
   "method.tokenizer",
+  "task.contours",
 )
 REQUIRED = (*RESUME_CHECKED, "eval", "init", "mesh", "param_dtype")  # in every config
 # Field: the smallest value it may have.

@@ -52,6 +52,8 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     section, name = old.split(".")
     if name in values.get(section, {}):
       values[section][new.removeprefix(f"{section}.")] = values[section].pop(name)
+  if isinstance(values.get("eval"), dict):
+    values["eval"].setdefault("blend", fields.ADDED["eval.blend"])
   return ml_collections.ConfigDict({key: loader.as_tuples(value) for key, value in values.items()})
 
 

@@ -37,13 +37,16 @@ class Evaluation(NamedTuple):
   rows: Rows
 
 
-def make_predict(exp: Experiment, test_time: tuple[str, ...], coverage: str) -> Callable[[Weights, Batch], Array]:
+def make_predict(
+  exp: Experiment, test_time: tuple[str, ...], coverage: str, *, smooth: bool = False
+) -> Callable[[Weights, Batch], Array]:
   """(weights, batch) -> prediction by the test-time procedure; pure."""
 
   def predict(weights: Weights, batch: Batch) -> Array:
     model = exp.spec.merge(*weights)
     plain = lambda part: exp.task.predict(model(part, training=False))
-    return tta.with_test_time_augmentation(plain, test_time, coverage=coverage, mirrored=exp.task.mirrored)(batch)
+    options: Fields = {"coverage": coverage, "smooth": smooth, "mirrored": exp.task.mirrored}
+    return tta.with_test_time_augmentation(plain, test_time, **options)(batch)
 
   return predict
 
@@ -59,7 +62,7 @@ def make_scores(exp: Experiment) -> Callable[[Weights, Batch], Array]:
 
 def make_step(config: ConfigDict, exp: Experiment) -> Callable[[Weights, Batch], tuple[dict[str, Array], Array]]:
   """(weights, batch) -> measurements and prediction of pictures of one size; pure."""
-  predict = make_predict(exp, config.eval.test_time, config.eval.coverage)
+  predict = make_predict(exp, config.eval.test_time, config.eval.coverage, smooth=config.eval.blend == "smooth")
 
   def step(weights: Weights, batch: Batch) -> tuple[dict[str, Array], Array]:
     check_coverage(config, exp, batch["image"].shape[1:3])
@@ -147,6 +150,7 @@ class _Pictures:
       sliding_window.parse(config.eval.test_time),
       batch_size=config.eval.batch_size // jax.process_count(),
       small_images=config.eval.small_images,
+      smooth=config.eval.blend == "smooth",
       postprocess=sliding_window.finite_label,
       place=lambda x: jax.device_put(x, sharding.batch_sharding(self._local)),
       gathered=sharding.replicated(self._local),
@@ -291,8 +295,9 @@ class Evaluator:
     # With several processes the pictures of the first one are every so many of the split.
     step = jax.process_count() if self.experiment.task.test_time_protocol == "sliding" else 1
     examples = itertools.islice(self._examples("eval"), 0, None, step)
-    pairs = zip(predictions[: self.config.eval.panels], examples, strict=False)
-    return panels_lib.stacked([self.experiment.task.panel(example, prediction) for prediction, example in pairs])
+    # The last batch is filled up with predictions of no example.
+    pairs = list(zip(examples, predictions[: self.config.eval.panels], strict=False))
+    return panels_lib.stacked(self.experiment.task.panels([pair[0] for pair in pairs], [pair[1] for pair in pairs]))
 
 
 def class_scores(task: Task, rows: Rows) -> list[Fields]:

@@ -3,8 +3,8 @@
 The result of an image is a sum over its views (one scale, plain or flipped). A view is cut into windows, and windows of
 several images are collected until `batch_size` of them fill one call of the network, so that every call has the same
 shape and runs the same program. Scores are added to the view at the positions of their windows, divided by the number
-of overlapping windows, resized to the image, converted to probabilities, flipped back and summed over the views. Last,
-`postprocess` computes the result from the sum.
+of overlapping windows (or by the sum of their weights, see `smooth`), resized to the image, converted to probabilities,
+flipped back and summed over the views. Last, `postprocess` computes the result from the sum.
 
 Sums are stored on the device in tiles of TILE x TILE pixels, of the views or of the result, whichever is smaller, so
 that the probabilities of a large image never exist all at once. Images of all sizes share the same programs, because
@@ -15,6 +15,7 @@ image/geometric.py imrescale.
 """
 
 import collections
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, cast
@@ -93,8 +94,10 @@ def parse(words: tuple[str, ...]) -> SlidingWindowOptions:
 class _View:
   """One scale of one image, plain or flipped, while its windows are being computed."""
 
-  def __init__(self, parent: "_Image", image: np.ndarray, mirrored: bool, options: SlidingWindowOptions, small: str):
-    self.parent, self.mirrored, self.size = parent, mirrored, image.shape[:2]
+  def __init__(
+    self, parent: "_Image", image: np.ndarray, mirrored: bool, options: SlidingWindowOptions, small: str, smooth: bool
+  ):
+    self.parent, self.mirrored, self.size, self.smooth = parent, mirrored, image.shape[:2], smooth
     self.image: np.ndarray | None = image[:, ::-1] if mirrored else image
     self.window = window_of(self.size, options.window, small)
     self._grown = tuple(max(pair) for pair in zip(self.size, self.window, strict=True))
@@ -121,7 +124,9 @@ class _View:
     sides = zip(self.size, self.parent.size, (False, self.mirrored), strict=True)
     reads = [bilinear_indices(old, new, mirrored=mirrored) for old, new, mirrored in sides]
     starts = zip((self.rows, self.columns), self.window, self._grown, strict=True)
-    return [(*read, tiles.overlap_weights(*start)) for read, start in zip(reads, starts, strict=True)]
+    return [
+      (*read, tiles.overlap_weights(*start, smooth=self.smooth)) for read, start in zip(reads, starts, strict=True)
+    ]
 
 
 class _Image:
@@ -134,11 +139,11 @@ class _Image:
     result: of `postprocess`; None before its first tile.
   """
 
-  def __init__(self, views: Views, options: SlidingWindowOptions, small: str):
+  def __init__(self, views: Views, options: SlidingWindowOptions, small: str, smooth: bool):
     height, width = views.size
     self.size, self.extras = (height, width), views.extras
     mirrors = (False, True) if options.flip else (False,)
-    self.views = [_View(self, image, m, options, small) for image in views.images for m in mirrors]
+    self.views = [_View(self, image, m, options, small, smooth) for image in views.images for m in mirrors]
     self.count = self.left = len(self.views)
     needed = lambda size: -(-size[0] // TILE) * -(-size[1] // TILE)
     self.joint = self.count == 1 or sum(needed(view.size) for view in self.views) < needed(self.size)
@@ -193,6 +198,7 @@ class SlidingWindowInference:
     *,
     batch_size: int = 8,
     small_images: str = "whole",
+    smooth: bool = False,
     softmax: bool = True,
     postprocess: Callable[[Array], Array] = lambda scores: scores,
     place: Callable[[np.ndarray], Array] = jax.device_put,
@@ -207,6 +213,8 @@ class SlidingWindowInference:
         the window, which compiles another program; "few_shapes" chooses among at most nine shapes the largest that fits
         into the view, and covers it; "padded" pads with mid gray at right and bottom, so that all windows have one
         size. The last two give other scores than "whole" there.
+      smooth: overlapping windows are weighed by `tiles.smooth_profile`, so that no seam shows; False averages them, as
+        published.
       softmax: sums probabilities; False sums scores.
       postprocess: sum of scores [.., K] to the result of each pixel, such as `most_probable`; traced.
       place: transfers an array [n, ...] to the devices.
@@ -220,6 +228,7 @@ class SlidingWindowInference:
     if batch_size < 1:
       raise UserError(f"batch_size={batch_size} must be at least 1.")
     self.options, self.batch_size, self.small_images, self.place = options, batch_size, small_images, place
+    self.smooth = smooth
     self.shapes, self._unused = set(), []  # the latter: tiles to reuse
 
     def full(weights: Weights, batch: dict[str, Array]) -> Array:
@@ -230,7 +239,7 @@ class SlidingWindowInference:
 
     where: Fields = {} if gathered is None else {"out_shardings": gathered}
     self._predict = jax.jit(full, **where)
-    self._add = jax.jit(tiles.add, donate_argnums=0)
+    self._add = jax.jit(functools.partial(tiles.add, smooth=smooth), donate_argnums=0)
     fold = lambda total, four, steps, flags, weight: tiles.fold(total, four, steps, flags, weight, softmax, postprocess)
     self._fold = jax.jit(fold, donate_argnums=0)
 
@@ -257,7 +266,7 @@ class SlidingWindowInference:
     waiting = collections.defaultdict(collections.deque)  # (view, pixels, y, x) by size of the window
     opened: collections.deque[_Image] = collections.deque()
     for views in images:
-      image = _Image(views, self.options, self.small_images)
+      image = _Image(views, self.options, self.small_images, self.smooth)
       opened.append(image)
       for view in image.views:
         queue = waiting[view.window]

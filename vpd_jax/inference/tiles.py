@@ -1,6 +1,7 @@
 """Positions of windows and tiles in an image, and sums of scores over tiles; see inference/sliding_window.py."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,9 @@ from vpd_jax.types import Array
 TILE = 256  # side in pixels of the tiles of scores on the device
 CANVAS = 128
 SQUARES = 16
+# How overlapping windows are joined: their plain mean, as published; weights that fade toward a window's borders, which
+# show no seam; "auto" is the mean for scores and label maps, and "smooth" for depth of a prediction.
+BLENDS = ("auto", "mean", "smooth")
 OUTSIDE_LABEL = 255  # label of a canvas outside the image, which is not scored
 # Windows of "few_shapes": quarters of the window's side along rows and columns.
 QUARTERS = ((4, 4), (3, 4), (4, 3), (2, 4), (4, 2), (1, 4), (4, 1), (3, 3), (2, 2))
@@ -105,12 +109,32 @@ def bilinear_indices(old: int, new: int, *, mirrored: bool = False) -> tuple[np.
   return (low[::-1], high[::-1], share[::-1]) if mirrored else (low, high, share)
 
 
-def overlap_weights(starts: list[int], length: int, side: int) -> np.ndarray:
-  """1 / number of windows at each position of an axis: float32, padded to whole tiles and one more."""
-  count = np.zeros((-(-side // TILE) + 1) * TILE)
+def smooth_profile(places: Any, length: Any, xp: Any = np) -> Any:
+  """Weights along one axis of a window whose prediction fades out toward both ends: sin^2, never 0 inside.
+
+  Args:
+    places: 0 .. length - 1, an array; what lies outside gets a number without meaning.
+    length: of the window.
+    xp: numpy or jax.numpy.
+  """
+  # From the nearer end: near pi the sine of a float32 has no digits left.
+  nearer = xp.minimum(places, length - 1 - places)
+  return xp.sin(np.pi / 2 * (2 * nearer + 1) / length) ** 2
+
+
+def overlap_weights(starts: list[int], length: int, side: int, *, smooth: bool = False) -> np.ndarray:
+  """1 / sum of the windows' weights at each position of an axis: float32, padded to whole tiles and one more.
+
+  Args:
+    starts: first positions of the windows.
+    length: of a window.
+    side: of the axis.
+    smooth: the weights are those of `smooth_profile`, else 1, and the sum is the number of windows.
+  """
+  total = np.zeros((-(-side // TILE) + 1) * TILE)
   for start in starts:
-    count[start : start + length] += 1
-  return (1 / np.maximum(count, 1)).astype(np.float32)
+    total[start : start + length] += smooth_profile(np.arange(length), length) if smooth else 1
+  return (1 / np.where(total > 0, total, 1)).astype(np.float32)
 
 
 def tile_indices(
@@ -130,7 +154,7 @@ def tile_indices(
   return tile, (*places, over[tile * TILE : (tile + 2) * TILE])
 
 
-def add(tile: Array, scores: Array, where: Array) -> Array:
+def add(tile: Array, scores: Array, where: Array, *, smooth: bool = False) -> Array:
   """A tile of a view plus the part of window i that lies in it.
 
   Args:
@@ -138,12 +162,16 @@ def add(tile: Array, scores: Array, where: Array) -> Array:
     scores: float [n, h, w, K].
     where: int32: i; of the tile in the window, the first row and column; rows and columns of the window; 1 for the
       first window of this tile, which overwrites it.
+    smooth: see `overlap_weights`.
   """
   i, top, left, height, width, first = where
   rows, columns = (begin + jnp.arange(TILE) for begin in (top, left))
   window = jax.lax.dynamic_index_in_dim(scores, i, keepdims=False).astype(tile.dtype)
   here = window.take(jnp.clip(rows, 0, height - 1), 0).take(jnp.clip(columns, 0, width - 1), 1)
   inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))[None, :]
+  if smooth:
+    fade = smooth_profile(rows, height, jnp)[:, None] * smooth_profile(columns, width, jnp)[None, :]
+    here = here * fade[..., None].astype(here.dtype)
   return jnp.where(first > 0, 0, tile) + jnp.where(inside[..., None], here, 0)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpd_jax.errors import UserError
+from vpd_jax.inference import tiles
 from vpd_jax.types import Array, Batch
 
 Images = TypeVar("Images", np.ndarray, Array)
@@ -89,16 +90,21 @@ def cut(images: Images, corners: list[tuple[int, int]]) -> Images:
   return xp.concatenate([images[:, y : y + side, x : x + side] for y, x in corners])
 
 
-def merge(windows: Images, corners: list[tuple[int, int]], size: Sequence[int]) -> Images:
-  """Inverse of `cut`: overlaps are averaged; pixels without a window are NaN."""
+def merge(windows: Images, corners: list[tuple[int, int]], size: Sequence[int], *, smooth: bool = False) -> Images:
+  """Inverse of `cut`: overlaps are averaged, with `smooth` by `tiles.smooth_profile`; without a window it is NaN."""
   xp = cast(Any, np if isinstance(windows, np.ndarray) else jnp)
   side = windows.shape[1]
   parts = windows.reshape(len(corners), -1, *windows.shape[1:])  # [n, B, S, S, ...]
   more = ((0, 0),) * (windows.ndim - 3)
   total, count = 0, np.zeros((1, *size, *(1,) * len(more)), windows.dtype)
+  weight = np.ones((side, side), windows.dtype)
+  if smooth:  # along the longer side only; along the other one all windows weigh the same
+    fade = tiles.smooth_profile(np.arange(side), side).astype(windows.dtype)
+    weight = weight * (fade[:, None] if size[0] > size[1] else fade)
+    parts = parts * weight.reshape(1, 1, side, side, *(1,) * len(more))
   for part, (y, x) in zip(parts, corners, strict=True):
     total = total + xp.pad(part, ((0, 0), (y, size[0] - side - y), (x, size[1] - side - x), *more))
-    count[:, y : y + side, x : x + side] += 1
+    count[:, y : y + side, x : x + side] += weight.reshape(1, side, side, *(1,) * len(more))
   with np.errstate(invalid="ignore"):
     return cast(Any, total) / xp.asarray(count)
 
@@ -124,14 +130,14 @@ def flipped(predict: Predict, mirrored: Callable[[Array], Array] = mirror_back) 
   return run
 
 
-def shifted_windows(predict: Predict, count: int, *, coverage: str = "released") -> Predict:
-  """Predicts `count` square windows along the longer side and averages them where they overlap."""
+def shifted_windows(predict: Predict, count: int, *, coverage: str = "released", smooth: bool = False) -> Predict:
+  """Predicts `count` square windows along the longer side and averages them where they overlap, see `merge`."""
 
   def run(batch: Batch) -> Array:
     image = batch["image"]
     corners = offsets(image.shape[1:3], count, coverage=coverage)
     windows = tiled(batch, len(corners)) | {"image": cut(image, corners)}
-    return merge(predict(windows), corners, image.shape[1:3])
+    return merge(predict(windows), corners, image.shape[1:3], smooth=smooth)
 
   return run
 
@@ -193,12 +199,13 @@ def with_test_time_augmentation(
   words: tuple[str, ...],
   *,
   coverage: str = "released",
+  smooth: bool = False,
   mirrored: Callable[[Array], Array] = mirror_back,
 ) -> Predict:
   """`predict` with `eval.test_time`: flips are averaged first, then windows or halves."""
   flip, windows, overlap = parse(words)
   combined = flipped(predict, mirrored) if flip else predict
-  combined = shifted_windows(combined, windows, coverage=coverage) if windows > 1 else combined
+  combined = shifted_windows(combined, windows, coverage=coverage, smooth=smooth) if windows > 1 else combined
   combined = halves(combined, overlap) if overlap else combined
 
   def run(batch: Batch) -> Array:

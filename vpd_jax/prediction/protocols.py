@@ -29,8 +29,9 @@ Results = list[dict[str, np.ndarray]]
 
 
 class ShiftedWindowProtocol:
-  """Resizes the shorter side to the training crop, averages square windows along the longer one, and resizes back.
+  """Resizes the shorter side to the training crop, joins square windows along the longer one, and resizes back.
 
+  Where windows overlap they fade into each other, unless `eval.blend` is "mean".
   The number of windows is that of `eval.test_time`, and more where they would not cover the image. Rows that the data
   set crops off its own frames (the top of KITTI's) are NaN.
   """
@@ -38,14 +39,16 @@ class ShiftedWindowProtocol:
   preprocessing = (
     "cut off the rows that the data set cuts off its own pictures; resize the rest so that its shorter side is that of "
     "the input (mean of areas where it shrinks, else bilinear); windows of the input's size, shifted along the longer "
-    "side so that they cover it; predictions are averaged where windows overlap, and over mirror images where "
-    "eval.test_time says flip, then resized back bilinearly"
+    "side so that they cover it; where windows overlap, the mean of their predictions, weighed by sin^2 of the place "
+    "in the window unless eval.blend is mean; mirror images are averaged where eval.test_time says flip; resized back "
+    "bilinearly"
   )
 
   def __init__(self, config: ConfigDict, exp: Experiment):
     flip, self._windows, _ = tta.parse(config.eval.test_time)
     self._predict = jax.jit(evaluate.make_predict(exp, ("flip",) if flip else (), "full"))
     self._side, self._result = int(config.data.crop[0]), exp.task.result
+    self._smooth = config.eval.blend != "mean"
     self.input_size = (self._side, self._side)
     self._batch_size = max(self._windows, config.eval.batch_size)
     self._cut_top = experiment.DATASETS[config.data.name].info(config.data).cut_top
@@ -64,7 +67,7 @@ class ShiftedWindowProtocol:
     predicted = iter(_in_batches(self._predict, weights, rows, self._batch_size))
     results = []
     for image, top, f, c in zip(images, tops, fitted, corners, strict=True):
-      merged = tta.merge(np.stack([next(predicted) for _ in c]), c, f.shape[:2])[0]
+      merged = tta.merge(np.stack([next(predicted) for _ in c]), c, f.shape[:2], smooth=self._smooth)[0]
       full = np.full((*image.shape[:2], *merged.shape[2:]), np.nan, np.float32)
       full[top:] = images_lib.resize(merged, image[top:].shape[:2])
       results.append({self._result: full})
@@ -84,6 +87,7 @@ class SlidingWindowProtocol:
     window = sliding_window.parse(words).window
     self.input_size = (window, window) if window else tuple(config.data.crop)
     options = {"batch_size": config.eval.batch_size, "small_images": config.eval.small_images}
+    options["smooth"] = config.eval.blend == "smooth"
     options["postprocess"] = cast(DecidingTask, exp.task).decide
     self._inference = sliding_window.SlidingWindowInference(
       evaluate.make_scores(exp), sliding_window.parse(words), **options

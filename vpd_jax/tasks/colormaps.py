@@ -1,40 +1,12 @@
-"""Pictures of results: color maps for depth, and one row of input, prediction, truth and error."""
+"""Color maps for pictures of depth."""
 
 import functools
+from collections.abc import Iterable
 
 import numpy as np
 
 INVALID = (128, 128, 128)  # gray: neither end of a color map in use
-
-
-def depth_panel(image: np.ndarray, prediction: np.ndarray, truth: np.ndarray, max_depth: float) -> np.ndarray:
-  """Input, prediction, truth and error of one image, side by side.
-
-  Prediction and truth share one color scale, near red to far blue, which spans the valid truth; where no pixel is
-  valid it spans 0 to `max_depth`. The error |prediction - truth| runs from black (0) to light yellow at a tenth of
-  `max_depth` and beyond. Pixels without a value are gray.
-
-  Args:
-    image: uint8 [H, W, 3].
-    prediction: float [H, W], metres.
-    truth: float [H, W], metres; 0 or NaN marks a pixel without ground truth.
-    max_depth: metres.
-
-  Returns:
-    uint8 [H, 4 * W, 3].
-  """
-  truth = np.where(_valid(truth), truth, 0.0)
-  low, high = (truth[truth > 0].min(), truth.max()) if truth.any() else (0.0, max_depth)
-  error = np.where(_valid(truth), np.abs(prediction - truth), np.nan)
-  return np.concatenate(
-    [
-      image,
-      color_depth(prediction, high, min_depth=low),
-      color_depth(truth, high, min_depth=low),
-      paint(error, 0.0, max_depth / 10, "magma"),
-    ],
-    axis=1,
-  )
+DEPTH, ERROR = "Spectral", "magma"  # near red to far blue; none black to large light yellow
 
 
 def stacked(pictures: list[np.ndarray]) -> np.ndarray:
@@ -57,11 +29,18 @@ def color_depth(depth: np.ndarray, max_depth: float | None = None, *, min_depth:
   Returns:
     uint8 [H, W, 3].
   """
+  nearest, farthest = depth_span([depth]) or (0.0, 1.0)
+  low = nearest if min_depth is None else min_depth
+  high = farthest if max_depth is None else max_depth
   depth = np.where(_valid(depth), depth, np.nan)
-  known = depth[~np.isnan(depth)]
-  low = (known.min() if known.size else 0.0) if min_depth is None else min_depth
-  high = (known.max() if known.size else 1.0) if max_depth is None else max_depth
-  return paint(depth, low, high, "Spectral")
+  return paint(depth, low, high, DEPTH)
+
+
+def depth_span(maps: Iterable[np.ndarray]) -> tuple[float, float] | None:
+  """The smallest and the largest depth of several maps that is positive and finite; None where there is none."""
+  known = [depth[_valid(depth)] for depth in maps]
+  known = [values for values in known if values.size]
+  return (float(min(map(np.min, known))), float(max(map(np.max, known)))) if known else None
 
 
 def paint(values: np.ndarray, low: float, high: float, colors: str) -> np.ndarray:

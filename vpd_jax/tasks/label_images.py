@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vpd_jax.files import atomic
-from vpd_jax.tasks import colormaps
+from vpd_jax.tasks import colormaps, drawing
 
 UNLABELED = (128, 128, 128)  # gray, in no published palette of the data sets here
 OPACITY = 0.5
@@ -48,7 +48,7 @@ def as_bytes(image: np.ndarray) -> np.ndarray:
 def overlay(
   label: np.ndarray, palette: np.ndarray, names: Sequence[str], image: np.ndarray | None = None
 ) -> np.ndarray:
-  """Colors half over the image, and below it a legend of the classes that occur, largest first.
+  """Colors half over the image, names in the regions, and below a legend of the classes that occur, largest first.
 
   Args:
     label: uint8 [H, W].
@@ -62,6 +62,7 @@ def overlay(
   painted = paint(label, palette)
   if image is not None:
     painted = cv2.addWeighted(as_bytes(image), 1 - OPACITY, painted, OPACITY, 0)
+  painted = drawing.names(painted, label, names)
   counts = np.bincount(label.ravel(), minlength=256)[: len(palette)]
   entries = legend(
     [

@@ -265,6 +265,9 @@ def test_wrong_options_are_one_line():
       ValueError, match=rf"task\.png_scale={scale} must be above 0 and at most 819\.2, so that 16 bits"
     ):
       Depth(max_depth=80.0, png_scale=scale)
+  for spacing in (-1.0, float("inf"), float("nan")):
+    with pytest.raises(ValueError, match=r"task\.contours=.* must be a number of metres, or 0"):
+      Depth(max_depth=10.0, contours=spacing)
 
 
 def test_columns_without_a_window_count_as_the_least_depth_and_only_outside_of_gargs_crop():

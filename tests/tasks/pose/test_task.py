@@ -272,7 +272,8 @@ def test_pictures_show_skeletons_and_files_name_keypoints(data, examples, tmp_pa
   batch = batch_of(examples[:1])
   maps, _ = heatmaps.targets(batch["keypoints"], CROP, SIZE)
   panel = task.panel(examples[0], np.asarray(maps[0]))
-  assert panel.shape == (256, 3 * 192, 3) and panel.dtype == np.uint8
+  assert panel.shape == (256 + 18, 3 * 192, 3) and panel.dtype == np.uint8
+  panel = panel[18:]  # below the titles
   # Prediction and annotation are drawn alike but for the size of a pixel.
   assert np.mean(np.abs(panel[:, :192].astype(int) - panel[:, 192:384]).max(-1) > 60) < 0.02
   assert np.mean(panel[:, :192] != examples[0]["image"]) > 0.02

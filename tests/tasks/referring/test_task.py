@@ -135,6 +135,7 @@ def test_panels_show_picture_mask_and_prediction_with_the_sentence():
   example = {"image": np.full((20, 30, 3), 100, np.uint8), "mask": mask, "sentence": "the red box"}
   panel = Referring().panel(example, np.asarray(one_hot(mask[None])[0]))
   assert panel.dtype == np.uint8 and panel.shape[1:] == (90, 3) and panel.shape[0] > 20
+  panel = panel[18:]  # below the titles
   np.testing.assert_array_equal(panel[:20, :30], 100)
   np.testing.assert_array_equal(panel[:20, 30:60], panel[:20, 60:])
   assert (panel[7, 37] != 100).any() and (panel[20:] < 255).any()

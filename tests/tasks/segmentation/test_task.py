@@ -268,9 +268,10 @@ def test_baselines_need_a_labeled_pixel():
 
 
 def test_the_panel_shows_image_label_and_prediction():
-  task, example = Segmentation(classes=4), picture(0)
+  task, example = Segmentation(classes=4, class_names=("",) * 4), picture(0)
   panel = task.panel(example, np.pad(np.zeros((40, 56), np.int32), ((0, 8), (0, 8))))
-  assert panel.shape == (40, 3 * 56, 3) and panel.dtype == np.uint8
+  assert panel.shape == (40 + 18, 3 * 56, 3) and panel.dtype == np.uint8
+  panel = panel[18:]  # below the titles
   np.testing.assert_array_equal(panel[:, :56], example["image"])
   y, x = np.argwhere(example["label"] == 2)[0]
   np.testing.assert_array_equal(panel[y, 56 + x], task.palette[2])

@@ -62,12 +62,15 @@ def evaluation(*, batch_size: int, test_time: tuple[str, ...], baselines: int = 
       protocols of NYU and KITTI, which score nothing there.
 
   Returns:
-    also the checkpoint of a workdir that is read ("newest" or "best"), and the number of samples shown as panels.
+    also the checkpoint of a workdir that is read ("newest" or "best"), the number of samples shown as panels, and
+    "blend", how overlapping windows are joined: "mean", as published; "smooth", with weights that fade toward the
+    borders of a window; "auto", "smooth" for depth that is predicted and "mean" for everything else.
   """
   return {
     "batch_size": batch_size,
     "test_time": test_time,
     "coverage": coverage,
+    "blend": "auto",
     "checkpoint": "newest",
     "baselines": baselines,
     "panels": 4,

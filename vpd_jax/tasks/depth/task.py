@@ -11,8 +11,8 @@ import numpy as np
 
 from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
-from vpd_jax.tasks import colormaps, finite
-from vpd_jax.tasks.depth import point_cloud
+from vpd_jax.tasks import colormaps, drawing, finite
+from vpd_jax.tasks.depth import point_cloud, visualize
 from vpd_jax.tasks.depth.baselines import depth_baselines
 from vpd_jax.types import Array, Batch, Example, Fields, Loss, Outputs, Rows, Task
 
@@ -82,6 +82,7 @@ class Depth(Task):
     clip_prediction: bool = False,
     benchmark_silog: bool = False,
     png_scale: int = 0,
+    contours: float = 0.0,
   ):
     """Options of loss, scores and files.
 
@@ -97,14 +98,18 @@ class Depth(Task):
         VPD: False, sqrt(mean(e^2) - 0.5 mean(e)^2), of EcoDepth: True.
       png_scale: units per metre of the 16-bit depth pictures of `save`: 1000 as in NYU's files, 256 as the KITTI server
         takes them; 0 is the first of PNG_SCALES at which 16 bits hold max_depth: 1000 up to 65 m, then 256.
+      contours: metres between the lines of equal depth in the colored pictures, such as 1; 0: no lines.
 
     Raises:
-      ValueError: unknown crop, an empty range of depth, or a scale at which 16 bits do not hold max_depth.
+      ValueError: unknown crop, an empty range of depth, a negative distance of contours, or a scale at which 16 bits do
+        not hold max_depth.
     """
     if eval_crop not in EVAL_CROPS:
       raise UserError(f"task.eval_crop={eval_crop!r} is unknown; choose one of {sorted(EVAL_CROPS)}.")
     if not 0 <= min_depth < max_depth:
       raise UserError(f"task.min_depth={min_depth} must be at least 0 and below task.max_depth={max_depth}.")
+    if not 0 <= contours < float("inf"):
+      raise UserError(f"task.contours={contours} must be a number of metres, or 0 for none.")
     self.png_scale = png_scale or next((scale for scale in PNG_SCALES if scale * max_depth <= 65535), 1)
     if not 0 < self.png_scale * max_depth <= 65535:
       raise UserError(
@@ -113,7 +118,7 @@ class Depth(Task):
       )
     self.max_depth, self.min_depth = max_depth, min_depth
     self.eval_crop, self.variance_focus, self.loss_scale = eval_crop, variance_focus, loss_scale
-    self.clip_prediction, self.benchmark_silog = clip_prediction, benchmark_silog
+    self.clip_prediction, self.benchmark_silog, self.contours = clip_prediction, benchmark_silog, contours
     self.output = {"max_depth": max_depth}
 
   def loss(self, outputs: Outputs, batch: Batch) -> Loss:
@@ -193,12 +198,25 @@ class Depth(Task):
     return depth_baselines(train, evaluation, min_depth=self.min_depth, max_depth=self.max_depth, region=region)
 
   def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray:
-    """Input, prediction, truth and error of one image side by side: uint8 [H, 4 W, 3]."""
-    return colormaps.depth_panel(example["image"], prediction, example["depth"], self.max_depth)
+    """See `panels`."""
+    return self.panels([example], [prediction])[0]
+
+  def panels(self, examples: Sequence[Example], predictions: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Input, prediction, truth and error of each image: uint8 [H', W', 3], see `visualize.panel`.
+
+    The colors of all images span the valid truth of all of them, 0 to `max_depth` where there is none; those of the
+    error end at a tenth of `max_depth`.
+    """
+    span = colormaps.depth_span([example["depth"] for example in examples]) or (0.0, self.max_depth)
+    return [
+      visualize.panel(example["image"], prediction, example["depth"], span, self.max_depth / 10)
+      for example, prediction in zip(examples, predictions, strict=True)
+    ]
 
   def colored(self, depth: np.ndarray, nearest: float, farthest: float) -> np.ndarray:
     """Depth in color, uint8 [H, W, 3]: red at `nearest` to blue at `farthest`, metres, gray where it is not known."""
-    return colormaps.color_depth(depth, farthest, min_depth=nearest)
+    picture = colormaps.color_depth(depth, farthest, min_depth=nearest)
+    return drawing.contours(picture, depth, self.contours) if self.contours else picture
 
   def save_point_cloud(self, stem: Path, depth: np.ndarray, image: np.ndarray, focal: tuple[float, str]) -> Path:
     """Writes stem.ply, the colored points of one picture, and returns its path.
@@ -219,7 +237,8 @@ class Depth(Task):
     a number is at least 1 there, and only NaN is 0.
 
     Args:
-      stem: path without suffix: stem.color.png, stem.depth.png (16 bit), stem.npy (float32 metres), stem.json.
+      stem: path without suffix: stem.color.png (with a bar in metres at its right), stem.depth.png (16 bit), stem.npy
+        (float32 metres), stem.json.
       prediction: float [H, W], metres.
       facts: more entries for the JSON, which states unit and scale.
       image: the picture; no use of it here.
@@ -237,7 +256,7 @@ class Depth(Task):
       "size": list(depth.shape),
       **facts,
     }
-    color = colormaps.color_depth(depth)
+    color = visualize.colored(depth, self.contours)
     return [
       _write(stem, ".color.png", lambda path: _png(path, color[..., ::-1])),
       _write(stem, ".depth.png", lambda path: _png(path, stored)),

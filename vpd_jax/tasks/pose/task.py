@@ -14,7 +14,7 @@ from etils import epath
 
 from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
-from vpd_jax.tasks import finite
+from vpd_jax.tasks import drawing, finite
 from vpd_jax.tasks.label_images import write, write_colors
 from vpd_jax.tasks.pose import baselines, heatmaps, oks, visualize
 from vpd_jax.types import Array, Batch, DatasetInfo, Example, Fields, Keypoints, Loss, Outputs, Rows, Task
@@ -226,14 +226,15 @@ class Pose(Task):
     return {name: self.summarize(own, truth)["AP"] for name, own in stacked.items()}
 
   def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray:
-    """Crop with the predicted skeleton, with the annotated one, and the highest heatmap: uint8 [H, 3 W, 3]."""
+    """Crop with the predicted skeleton, with the annotated one, and the highest heatmap: uint8 [H + h, 3 W, 3]."""
     height, width = example["image"].shape[:2]
     less = 1 if self.udp else 0
     places, scores = heatmaps.decode(jnp.asarray(prediction)[None], udp=self.udp, kernel=self.blur)
     stride = (np.array([width, height]) - less) / (np.array(prediction.shape[1::-1]) - less)
     found = np.concatenate([np.asarray(places[0]) * stride, np.asarray(scores[0])[:, None]], axis=-1)
     shown = [self._drawn(example["image"], [points]) for points in (found, example["keypoints"])]
-    return np.concatenate([*shown, visualize.heat(example["image"], prediction.max(-1))], axis=1)
+    shown.append(visualize.heat(example["image"], prediction.max(-1)))
+    return drawing.row(list(zip(("prediction", "truth", "heatmaps"), shown, strict=True)))
 
   def save(self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None) -> list[Path]:
     """Writes the people of one picture; files appear only when complete, the JSON last.

@@ -15,7 +15,7 @@ import numpy as np
 
 from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
-from vpd_jax.tasks import finite, label_images
+from vpd_jax.tasks import drawing, finite, label_images
 from vpd_jax.tasks.referring import baselines, visualize
 from vpd_jax.types import Array, Batch, Example, Fields, Loss, Outputs, Rows, Task
 
@@ -190,10 +190,11 @@ class Referring(Task):
     return {name: float(inside / max(union, 1)) for name, (inside, union) in total.items()}
 
   def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray:
-    """The picture, the mask and the prediction over it, side by side above the sentence: uint8 [H + h, 3 W, 3]."""
+    """The picture, the mask and the prediction over it, side by side above the sentence: uint8 [H + 2 h, 3 W, 3]."""
     image, mask = example["image"], example["mask"].astype(bool)
     shown = (visualize.overlay(x, image) for x in (np.zeros_like(mask), mask, _object(prediction)))
-    return visualize.titled(np.concatenate(list(shown), axis=1), str(example.get("sentence", "")))
+    parts = list(zip(("input", "truth", "prediction"), shown, strict=True))
+    return visualize.titled(drawing.row(parts), str(example.get("sentence", "")))
 
   def save(self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None) -> list[Path]:
     """Writes the mask of one sentence; files appear only when complete, the JSON last.

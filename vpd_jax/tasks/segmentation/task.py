@@ -14,7 +14,7 @@ import numpy as np
 
 from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
-from vpd_jax.tasks import finite, label_images
+from vpd_jax.tasks import drawing, finite, label_images
 from vpd_jax.tasks.segmentation import baselines
 from vpd_jax.tasks.segmentation.lovasz import lovasz_softmax
 from vpd_jax.types import Array, Batch, DatasetInfo, Example, Fields, Loss, Outputs, Rows, Task
@@ -300,11 +300,14 @@ class Segmentation(Task):
     return {n: self.summarize({k: v[None] for k, v in row.items()})["mIoU"] for n, row in rows.items()}
 
   def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray:
-    """Image, label and prediction in the colors of the palette, side by side: uint8 [H, 3 W, 3]."""
+    """Image, label and prediction in the colors of the palette, with names: uint8 [H + h, 3 W, 3], see drawing.row."""
     height, width = example["label"].shape
     prediction = prediction.argmax(-1) if prediction.ndim == 3 else prediction
-    painted = (label_images.paint(x[:height, :width], self.palette) for x in (example["label"], prediction))
-    return np.concatenate([label_images.as_bytes(example["image"]), *painted], axis=1)
+    parts = [("input", label_images.as_bytes(example["image"]))]
+    for title, label in (("truth", example["label"]), ("prediction", prediction[:height, :width])):
+      painted = label_images.paint(label, self.palette)
+      parts.append((title, drawing.names(painted, label.astype(np.int64), self.class_names)))
+    return drawing.row(parts)
 
   def save_attention(self, stem: Path, attention: np.ndarray, prediction: np.ndarray, image: np.ndarray) -> Path:
     """Writes stem.attention.png: float [h, w, K] for each class of int [H, W] of `decide`, over uint8 [H, W, 3]."""

@@ -1,0 +1,56 @@
+"""Depth in color, with a bar in metres; panels of the evaluation."""
+
+import numpy as np
+
+from vpd_jax.tasks import colormaps, drawing
+
+
+def colored(depth: np.ndarray, contours: float = 0.0) -> np.ndarray:
+  """A depth map in color, scaled to its own range, and at its right a bar in metres.
+
+  Args:
+    depth: float [H, W], metres; what is not positive and finite is gray, and without any other there is no bar.
+    contours: metres between lines of equal depth; 0: none.
+
+  Returns:
+    uint8 [H, W', 3].
+  """
+  picture, span = colormaps.color_depth(depth), colormaps.depth_span([depth])
+  if not span:
+    return picture
+  picture = drawing.contours(picture, depth, contours) if contours else picture
+  return np.concatenate([picture, drawing.color_bar(*span, colormaps.DEPTH, depth.shape)], axis=1)
+
+
+def panel(
+  image: np.ndarray, prediction: np.ndarray, truth: np.ndarray, span: tuple[float, float], largest_error: float
+) -> np.ndarray:
+  """Input, prediction, truth and error of one image, side by side below their titles, with bars in metres.
+
+  Prediction and truth share one scale, near red to far blue. The error |prediction - truth| runs from black (0) to
+  light yellow at `largest_error` and beyond. Pixels without a value are gray.
+
+  Args:
+    image: uint8 [H, W, 3].
+    prediction: float [H, W], metres.
+    truth: float [H, W], metres; 0 or NaN marks a pixel without ground truth.
+    span: depth of the first and of the last color, metres.
+    largest_error: metres.
+
+  Returns:
+    uint8 [H + h, W', 3], W' above 4 W.
+  """
+  size = truth.shape
+  truth = np.where(np.isfinite(truth) & (truth > 0), truth, np.nan)
+  paint = lambda depth: colormaps.color_depth(depth, span[1], min_depth=span[0])
+  error = colormaps.paint(np.abs(prediction - truth), 0.0, largest_error, colormaps.ERROR)
+  return drawing.row(
+    [
+      ("input", image),
+      ("prediction", paint(prediction)),
+      ("truth", paint(truth)),
+      ("", drawing.color_bar(*span, colormaps.DEPTH, size)),
+      ("error", error),
+      ("", drawing.color_bar(0.0, largest_error, colormaps.ERROR, size)),
+    ]
+  )
