@@ -37,7 +37,7 @@ def kept(x, second, noise=None):
 
 
 def noise(seed, shape, number=1):
-  return moments.noise(jax.random.bits(jax.random.key(seed), (2,), jnp.uint32), np.uint32(number), shape)
+  return moments.noise(jax.random.bits(jax.random.key(seed), (2,), jnp.uint32), np.uint32([number, number + 1]), shape)
 
 
 def test_noise_is_uniform_and_differs_by_moment_place_array_and_step():
@@ -172,7 +172,7 @@ def test_a_second_moment_that_changes_by_less_than_a_code_keeps_moving():
 
     def step(held, words):
       now = 0.999 * moments.restored(held, jnp.float32) + 1e-7
-      return moments.stored(now, held, second=True, noise=moments.noise(words, np.uint32(7), x.shape)[1]), None
+      return moments.stored(now, held, second=True, noise=moments.noise(words, np.uint32([7, 8]), x.shape)[1]), None
 
     last = jax.lax.scan(step, held, jax.random.bits(jax.random.key(0), (693, 2), jnp.uint32))[0]
     assert float(moments.restored(last, jnp.float32)[1:].mean()) == pytest.approx(0.5, rel=0.02)

@@ -126,7 +126,7 @@ def converted(held: Stored, kind: str, dtype: DTypeLike, *, second: bool) -> Sto
   return stored(x, zeros(x, kind, second=second), second=second)
 
 
-def noise(words: Array, number: Array, shape: Sequence[int]) -> tuple[Array, Array]:
+def noise(words: Array, numbers: Array, shape: Sequence[int]) -> tuple[Array, Array]:
   """Two arrays uint32, below 2^16, for the random rounding of an array's two moments.
 
   Each number is a hash of its place in the array, however that is split over devices. jax.random is better than
@@ -134,7 +134,8 @@ def noise(words: Array, number: Array, shape: Sequence[int]) -> tuple[Array, Arr
 
   Args:
     words: uint32 [2], random numbers of the step.
-    number: uint32 [], of the array.
+    numbers: uint32 [2], of the array. XLA would write a scalar into the code of kernels, and then compile one for each
+      array, in place of one for each shape.
     shape: of the array.
 
   Source of the hash: C. Wellons, hash-prospector, lowbias32.
@@ -143,7 +144,8 @@ def noise(words: Array, number: Array, shape: Sequence[int]) -> tuple[Array, Arr
   for i in range(len(shape)):
     stride = np.uint32(math.prod(shape[i + 1 :]) % 2**32)
     place = place + jax.lax.broadcasted_iota(jnp.uint32, shape, i) * stride
-  bits = _hash(_hash(place ^ _hash(words[0] ^ number)) + _hash(words[1] + number))
+  own = _hash(words ^ numbers)
+  bits = _hash(_hash(place ^ own[0]) + own[1])
   return bits >> 16, bits & 0xFFFF
 
 

@@ -221,14 +221,15 @@ def optimizer(
   )
 
   def init(params: PyTree) -> PyTree:
-    state = chain.init(params)
-    return state if moments == "float32" else with_moments(state, moments, params)
+    clip_state, adam, *rest = cast(tuple, chain.init(params))
+    zeros = lambda second: {n: moments_lib.zeros(p, moments, second=second) for n, p in params.items()}
+    return (clip_state, optax.ScaleByAdamState(adam.count, zeros(False), zeros(True)), *rest)
 
   @functools.partial(jax.jit, static_argnames=("lr", "decay"))
-  def update_one(g, mu, nu, p, scales, words, number, *, lr: float, decay: float):
+  def update_one(g, mu, nu, p, scales, words, numbers, *, lr: float, decay: float):
     kept, noise = (mu, nu), (None, None)
     if words is not None:
-      noise = moments_lib.noise(words, number, g.shape)
+      noise = moments_lib.noise(words, numbers, g.shape)
     mu, nu = (moments_lib.restored(x, g.dtype) for x in kept)
     mu, nu = (1 - b1) * g + b1 * mu, (1 - b2) * jnp.square(g) + b2 * nu
     scales = [scale.astype(g.dtype) for scale in scales]
@@ -244,10 +245,10 @@ def optimizer(
     scales = (1 - b1**count, 1 - b2**count, -rate(schedule.count))
     random = moments != "float32"
     words = jax.random.bits(jax.random.fold_in(jax.random.key(seed), count), (2,), jnp.uint32) if random else None
-    number = lambda name: np.uint32(zlib.crc32(name.encode())) if random else None
+    sums = lambda name: np.array([zlib.crc32(x.encode()) for x in (name, f"{name}/")], np.uint32) if random else None
     options = lambda name: {"lr": float(groups.lr[name]), "decay": decay * groups.decay[name]}
     done = {
-      n: update_one(g, adam.mu[n], adam.nu[n], params[n], scales, words, number(n), **options(n))
+      n: update_one(g, adam.mu[n], adam.nu[n], params[n], scales, words, sums(n), **options(n))
       for n, g in cast(dict[str, Array], clipped).items()
     }
     updates, mu, nu = ({n: results[i] for n, results in done.items()} for i in range(3))

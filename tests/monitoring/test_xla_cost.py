@@ -119,6 +119,8 @@ def test_memory_counts_what_goes_in_and_what_is_between():
     ("NVIDIA A100-SXM4-40GB", "A100 40 GB"),
     ("NVIDIA A100-SXM4-80GB", "A100 80 GB"),
     ("NVIDIA L4", "L4"),
+    ("Tesla T4", "T4"),
+    ("NVIDIA GeForce RTX 4090", "RTX 4090"),
     ("Tesla V100-SXM2-16GB", "V100"),
   ],
 )

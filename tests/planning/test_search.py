@@ -17,7 +17,10 @@ def config_of(**changes):
 
 def state(config):
   """Parameters and moments of 4 and 8 GB, spread over `mesh.fsdp`; frozen arrays are not."""
-  return {"params": 4 * GB // config.mesh.fsdp, "opt_state": 8 * GB // config.mesh.fsdp, "frozen": GB}
+  if config.lora.rank:
+    return {"params": 0, "opt_state": 0, "frozen": 3 * GB}
+  numbers = {"float32": 8, "bfloat16": 4, "int8": 2}[config.optim.moments]
+  return {"params": 4 * GB // config.mesh.fsdp, "opt_state": numbers * GB // config.mesh.fsdp, "frozen": GB}
 
 
 class Compiler:
@@ -47,18 +50,36 @@ def search(compiler, **changes):
 
 
 def test_candidates_come_in_the_documented_order():
-  found = [tuple(fields.values())[1:] for fields in plan_search.candidates(config_of(), DEVICES)]
+  made = list(plan_search.candidates(config_of(), DEVICES))
+  names = ("mesh.fsdp", "backbone.remat", "optim.accumulation", "data.batch_size")
+  found = [tuple(fields[name] for name in names) for fields in made]
   assert found[:5] == [(1, False, 1, 48), (2, False, 1, 48), (4, False, 1, 48), (8, False, 1, 48), (1, True, 1, 48)]
   assert found[8] == (1, False, 2, 48) and found[16] == (1, False, 3, 48)
   halved = [fields for fields in found if fields[3] != 48]
   assert found.index(halved[0]) == len(found) - len(halved) and {fields[3] for fields in halved} == {24}  # 12 < 8 x 2
   assert all(batch % (accumulation * DEVICES) == 0 for _, _, accumulation, batch in found)
+  assert {fields["backbone.attention"] for fields in made} == {"auto"}
+  levels = [(f["optim.moments"], f["frozen_dtype"], f["lora.rank"]) for f in made if f["data.batch_size"] == 48]
+  assert list(dict.fromkeys(levels)) == [
+    *((kind, "float32", 0) for kind in ("float32", "bfloat16", "int8")),
+    *(("int8", "bfloat16", 0), ("float32", "bfloat16", 16)),
+  ]
+  assert levels == sorted(levels, key=list(dict.fromkeys(levels)).index)  # each with all of the above
+
+
+def test_stored_scores_are_given_up_after_recomputation():
+  found = list(plan_search.candidates(config_of(**{"backbone.attention": "xla"}), 1))
+  assert [(f["backbone.attention"], f["backbone.remat"]) for f in found[:4]] == [
+    *(("xla", False), ("xla", True), ("auto", False), ("auto", True))
+  ]
 
 
 def test_what_is_on_stays_on():
   found = list(plan_search.candidates(config_of(**{"backbone.remat": True, "mesh.fsdp": 2}), DEVICES))
   assert {fields["mesh.fsdp"] for fields in found} == {2, 4, 8}
   assert {fields["backbone.remat"] for fields in found} == {True}
+  small = config_of(**{"optim.moments": "int8", "frozen_dtype": "bfloat16", "lora.rank": 4})
+  assert plan_search.less_memory(small) == [{"optim.moments": "int8", "frozen_dtype": "bfloat16", "lora.rank": 4}]
 
 
 @pytest.mark.parametrize(
@@ -79,6 +100,19 @@ def test_the_first_candidate_that_fits_is_found_at_once(limit, expected):
 def test_the_settings_are_given_as_flags():
   found = search(Compiler(6 * GB))
   assert found.words == "--config.mesh.fsdp=8 --config.backbone.remat=True"
+
+
+@pytest.mark.parametrize(
+  "limit, expected", [(17, "optim.moments=bfloat16"), (15, "optim.moments=int8"), (4, "lora.rank=16")]
+)
+def test_one_device_gives_up_results_last_and_is_told_what_changes(limit, expected):
+  config = config_of(**{"data.batch_size": 24, "backbone.remat": True, "optim.accumulation": 24})
+  compiler = lambda config: Compiler(limit * GB + GB // 2)(loader.changed(config, {"data.batch_size": 24 * DEVICES}))
+  found = plan_search.nearest(config, compiler(config), compiler, state, 1)
+  assert found.report["fits"] and f"--config.{expected}" in found.words and len(found.tried) == 1
+  told = dict(plan_search.costs(config, found.fields))
+  assert told[expected] == plan_search.COSTS[expected.split("=")[0]]
+  assert told.keys() == {word.removeprefix("--config.") for word in found.words.split()}
 
 
 def test_a_compilation_corrects_the_estimate():

@@ -60,7 +60,9 @@ def test_an_unknown_name_is_answered_before_anything_is_asked_for(monkeypatch, n
     topologies.of(name)
 
 
-@pytest.mark.parametrize("name", ["v5e:1x1", "v6e:16x16", "v5p:2x2x1", "v4:2x2x2", "a100-80gb:1", "h100:8"])
+@pytest.mark.parametrize(
+  "name", ["v5e:1x1", "v6e:16x16", "v5p:2x2x1", "v4:2x2x2", "a100-80gb:1", "h100:8", "t4:1", "a10g:2", "rtx4090:1"]
+)
 def test_a_known_name_is_refused_only_where_nothing_compiles_for_it(monkeypatch, name):
   monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
   with pytest.raises(ValueError, match=rf"^--topology='{name}' needs .*: pip install"):

@@ -37,7 +37,11 @@ CHIPS = (
   Chip("V100", r"v100", 125e12, 900e9, None),  # float16: it has no bfloat16
   Chip("A100 40 GB", r"a100.*40gb", 312e12, 1555e9, 31.8e9),
   Chip("A100 80 GB", r"a100.*80gb", 312e12, 2039e9, 63.7e9),
-  Chip("L4", r"\bl4\b", 121e12, 300e9, None),
+  Chip("T4", r"\bt4\b", 65e12, 320e9, 11.85e9),  # float16: it has no bfloat16
+  Chip("L4", r"\bl4\b", 121e12, 300e9, 17.7e9),
+  Chip("A10G", r"a10g", 70e12, 600e9, 17.8e9),
+  Chip("RTX 3090", r"rtx 3090$", 71e12, 936e9, 19.05e9),
+  Chip("RTX 4090", r"rtx 4090$", 165e12, 1008e9, 19.05e9),
   Chip("H100 PCIe", r"h100 pcie", 756e12, 2000e9, 63.7e9),
   Chip("H100", r"h100", 989e12, 3350e9, 63.7e9),
   Chip("H200", r"h200", 989e12, 4800e9, 112.6e9),

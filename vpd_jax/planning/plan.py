@@ -11,6 +11,7 @@ import json
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -92,8 +93,8 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
     reports[step] = measure(config, step)
     writers.log(plan_report.describe(reports[step]))
   if reports["train"]["fits"] is False:
-    exp = experiment.assemble(config)  # the settings that are tried leave its arrays as they are
-    state = lambda changed: state_bytes(changed, exp, mesh_for(changed, devices))
+    state = _states(config, devices)
+    writers.log(plan_report.describe_states(config, plan_search.less_memory(config), state))
     found = plan_search.nearest(
       config, reports["train"], lambda changed: measure(changed, "train"), state, len(devices)
     )
@@ -104,6 +105,7 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
     )
     if found.report:
       reports["fitting"] = found.report
+      writers.log(writers.table(plan_search.costs(config, found.fields)))
       writers.log(plan_report.describe(found.report))
   return reports
 
@@ -197,6 +199,23 @@ def state_bytes(config: ConfigDict, exp: experiment.Experiment, mesh: jax.shardi
     return sum(int(np.prod(spread.shard_shape(x.shape))) * x.dtype.itemsize for x, spread in pairs)
 
   return {part: total(part) for part in ("params", "frozen", "stats", "opt_state", "ema")}
+
+
+def _states(config: ConfigDict, devices: list[Device]) -> Callable[[ConfigDict], dict[str, int]]:
+  """`state_bytes` of the config with settings of plan_search.candidates, each made once."""
+  made: dict[tuple, experiment.Experiment] = {}
+  held: dict[tuple, dict[str, int]] = {}
+
+  def state(changed: ConfigDict) -> dict[str, int]:
+    arrays = {name: plan_search.value(changed, name) for name in plan_search.less_memory(config)[0]}
+    key, spread = tuple(arrays.values()), (changed.mesh.data, changed.mesh.fsdp)
+    if key not in made:
+      made[key] = experiment.assemble(loader.changed(config, arrays))
+    if (key, spread) not in held:
+      held[key, spread] = state_bytes(changed, made[key], mesh_for(changed, devices))
+    return held[key, spread]
+
+  return state
 
 
 def compiled_report(

@@ -1,6 +1,13 @@
 """What --mode=plan says of a compiled step, for the reader at the terminal."""
 
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from vpd_jax.config import loader
+from vpd_jax.errors import UserError
 from vpd_jax.monitoring import writers
+from vpd_jax.planning import search
 from vpd_jax.types import Fields
 
 Report = Fields  # of plan.compiled_report
@@ -16,7 +23,21 @@ def in_short(report: Report) -> str:
   """Peak and verdict in a few words."""
   peak = "more than there is" if report.get("peak") is None else amount(report["peak"])
   verdict = {True: "fits", False: "does not fit", None: "no limit known"}[report["fits"]]
-  return f"{peak} of {amount(report['limit'])}, {verdict}" if report["limit"] else f"{peak}, {verdict}"
+  told = f"{peak} of {amount(report['limit'])}, {verdict}" if report["limit"] else f"{peak}, {verdict}"
+  return f"{told}, {1e3 * report['optimal_seconds']:.0f} ms a step" if report.get("optimal_seconds", 0) > 0 else told
+
+
+def describe_states(config: ConfigDict, levels: list[Fields], state: Callable[[ConfigDict], dict[str, int]]) -> str:
+  """What state and gradients take on a device with each of these settings, as a table."""
+  rows = [("before the first activation", "")]
+  for fields in levels:
+    try:
+      parts = state(loader.changed(config, fields))
+    except UserError:
+      continue  # the method has nothing to adapt
+    words = ", ".join(f"{name}={x}" for name, x in search.changed_fields(config, fields).items()) or "as it is"
+    rows.append((f"  {words}", amount(sum(parts.values()) + parts["params"])))
+  return writers.table(rows)
 
 
 def describe(report: Report) -> str:

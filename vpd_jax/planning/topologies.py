@@ -31,21 +31,41 @@ QUIET = {
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 SLICES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # of v5e and v6e
 _TPU = re.compile(rf"v(?:5e|6e):(?:{'|'.join(SLICES)})|v(?:4|5p):\d+x\d+x\d+")
-_GPU = re.compile(r"([a-z]+\d+(?:-\d+gb)?):(\d+)")
-_HOPPER = {
-  **{"cores": 132, "fpus": 128, "shared": 233472, "most_shared": 232448, "l2": 52428800, "clock": 1.98},
-  "capability": (9, 0),
-}
-_AMPERE = {
-  **{"cores": 108, "fpus": 64, "shared": 167936, "most_shared": 166912, "l2": 41943040, "clock": 1.41},
-  "capability": (8, 0),
-}
-# What XLA asks of a GPU; bandwidth in bytes a second, memory in bytes.
+_GPU = re.compile(r"([a-z]+\d+g?(?:-\d+gb)?):(\d+)")
+# Of the compute capability: CUDA C++ Programming Guide, technical specifications.
+_HOPPER = {"capability": (9, 0), "threads": 2048, "fpus": 128, "shared": 233472, "most_shared": 232448}
+_ADA = {"capability": (8, 9), "threads": 1536, "fpus": 128, "shared": 102400, "most_shared": 101376}
+_GA102 = {**_ADA, "capability": (8, 6)}
+_GA100 = {"capability": (8, 0), "threads": 2048, "fpus": 64, "shared": 167936, "most_shared": 166912}
+_TURING = {"capability": (7, 5), "threads": 1024, "fpus": 64, "shared": 65536, "most_shared": 65536}
+_H100 = {**_HOPPER, "cores": 132, "l2": 52428800, "clock": 1.98}
+_A100 = {**_GA100, "cores": 108, "l2": 41943040, "clock": 1.41}
+# What XLA asks of a GPU; bandwidth in bytes a second, memory in bytes, clock (boost) in GHz.
 GPUS: dict[str, Options] = {
-  "a100-40gb": {"name": "NVIDIA A100-SXM4-40GB", "bandwidth": 1555e9, "memory": 42.4e9, **_AMPERE},
-  "a100-80gb": {"name": "NVIDIA A100-SXM4-80GB", "bandwidth": 2039e9, "memory": 84.9e9, **_AMPERE},
-  "h100": {"name": "NVIDIA H100 80GB HBM3", "bandwidth": 3352e9, "memory": 84.9e9, **_HOPPER},
-  "h200": {"name": "NVIDIA H200", "bandwidth": 4800e9, "memory": 150.1e9, **_HOPPER},
+  "a100-40gb": {"name": "NVIDIA A100-SXM4-40GB", "bandwidth": 1555e9, "memory": 42.4e9, **_A100},
+  "a100-80gb": {"name": "NVIDIA A100-SXM4-80GB", "bandwidth": 2039e9, "memory": 84.9e9, **_A100},
+  "h100": {"name": "NVIDIA H100 80GB HBM3", "bandwidth": 3352e9, "memory": 84.9e9, **_H100},
+  "h200": {"name": "NVIDIA H200", "bandwidth": 4800e9, "memory": 150.1e9, **_H100},
+  "t4": {
+    **{"name": "Tesla T4", "bandwidth": 320e9, "memory": 15.8e9, "cores": 40, "l2": 4194304, "clock": 1.59},
+    **_TURING,
+  },
+  "l4": {
+    **{"name": "NVIDIA L4", "bandwidth": 300e9, "memory": 23.6e9, "cores": 58, "l2": 50331648, "clock": 2.04},
+    **_ADA,
+  },
+  "a10g": {
+    **{"name": "NVIDIA A10G", "bandwidth": 600e9, "memory": 23.7e9, "cores": 80, "l2": 6291456, "clock": 1.71},
+    **_GA102,
+  },
+  "rtx3090": {
+    **{"name": "NVIDIA GeForce RTX 3090", "bandwidth": 936e9, "memory": 25.4e9, "cores": 82, "l2": 6291456},
+    **{"clock": 1.695, **_GA102},
+  },
+  "rtx4090": {
+    **{"name": "NVIDIA GeForce RTX 4090", "bandwidth": 1008e9, "memory": 25.4e9, "cores": 128, "l2": 75497472},
+    **{"clock": 2.52, **_ADA},
+  },
 }
 KNOWN = (
   f"known are v5e and v6e with {', '.join(SLICES)}, as v5e:2x4; v4 and v5p as v5p:2x2x1; and any number of "
@@ -53,7 +73,7 @@ KNOWN = (
 )
 _DESCRIPTION = """
 gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {threads}
   shared_memory_per_block: 49152 shared_memory_per_core: {shared} shared_memory_per_block_optin: {most_shared}
   core_count: {cores} fpus_per_core: {fpus} clock_rate_ghz: {clock}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
