@@ -1,10 +1,14 @@
 """The other side of scripts/benchmark.py: VPD depth on diffusers' PyTorch UNet and VAE, as a user would build it today.
 
 python benchmarks/torch_depth.py --settings=FILE --output=FILE      (scripts/benchmark.py --versus=torch calls it)
+python benchmarks/torch_depth.py --settings=FILE --predict          (benchmarks/first_picture.py calls it)
 
-The same work as ours: frozen VAE encoder without gradient, text adapter, UNet, fusion, the depth head, SiLog in groups
-of images, gradients of everything else, AdamW with one rate for the UNet and one for the rest. On a GPU: bfloat16
-autocast around float32 weights, channels_last, scaled-dot-product attention, fused AdamW, torch.compile where it works.
+The second form goes from the authors' file to colored pictures, see `predict`.
+
+The first one trains, the same work as ours: frozen VAE encoder without gradient, text adapter, UNet, fusion, the depth
+head, SiLog in groups of images, gradients of everything else, AdamW with one rate for the UNet and one for the rest. On
+a GPU: bfloat16 autocast around float32 weights, channels_last, scaled-dot-product attention, fused AdamW, torch.compile
+where it works.
 Batch normalization takes the whole batch, as plain PyTorch does. Needs torch and diffusers (extra `reference`).
 """
 
@@ -18,7 +22,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import diffusers
+import matplotlib
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -264,13 +271,65 @@ def measure(settings: Settings) -> dict[str, Any]:
   }
 
 
+def load(settings: Settings) -> VpdDepth:
+  """The network with the weights of the authors' file, which stay in the file until they are read."""
+  with torch.device("meta"):
+    model = VpdDepth(settings["config"])
+  stored = torch.load(settings["weights"], mmap=True, weights_only=True)["model"]
+  shapes = {name: x.shape for name, x in model.state_dict().items()}
+  state = {name: stored[of_file].reshape(shapes[name]) for name, of_file in settings["names"].items()}
+  model.load_state_dict(state, assign=True)
+  return model.eval()
+
+
+def views(image: np.ndarray, side: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
+  """uint8 [H, W, 3], resized so that its shorter side is `side`, and the corners (y, x) of windows that cover it."""
+  scale = side / min(image.shape[:2])
+  height, width = (max(side, round(s * scale)) for s in image.shape[:2])
+  image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+  longer, count = max(height, width), max(2, -(-max(height, width) // side))
+  starts = [0] if height == width else [round(i * (longer - side) / (count - 1)) for i in range(count)]
+  return image, [(start, 0) if height > width else (0, start) for start in starts]
+
+
+def predict(settings: Settings) -> None:
+  """Writes the colored depth of pictures: all windows of one and their mirror images are one batch.
+
+  Args:
+    settings: the config; `weights`, the file; `names`, our names to those of the file; `class_id`; `pictures`, paths
+      to read and to write; `side` of a window.
+  """
+  model, side = load(settings), settings["side"]
+  for source, target in settings["pictures"]:
+    image = cv2.imread(source)[..., ::-1]
+    resized, corners = views(image, side)
+    cut = np.stack([resized[y : y + side, x : x + side] for y, x in corners]).transpose(0, 3, 1, 2)
+    batch = torch.from_numpy(np.concatenate([cut, cut[..., ::-1]]))
+    with torch.inference_mode():
+      found = model(batch, torch.full((len(batch),), settings["class_id"])).numpy()
+    straight, mirrored = found[: len(corners)], found[len(corners) :, :, ::-1]
+    depth, seen = np.zeros(resized.shape[:2], np.float32), np.zeros(resized.shape[:2], np.float32)
+    for (y, x), one in zip(corners, (straight + mirrored) / 2, strict=True):
+      depth[y : y + side, x : x + side] += one
+      seen[y : y + side, x : x + side] += 1
+    depth = cv2.resize(depth / seen, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    share = (depth - depth.min()) / max(float(depth.max() - depth.min()), 1e-6)
+    cv2.imwrite(target, (matplotlib.colormaps["Spectral"](share)[..., 2::-1] * 255).astype(np.uint8))
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--settings", type=Path, required=True, help="JSON, written by scripts/benchmark.py")
-  parser.add_argument("--output", type=Path, required=True, help="JSON to write")
+  where = parser.add_mutually_exclusive_group(required=True)
+  where.add_argument("--output", type=Path, help="JSON to write")
+  where.add_argument("--predict", action="store_true", help="colored pictures, where the settings say")
   options = parser.parse_args()
   diffusers.utils.logging.set_verbosity_error()
-  options.output.write_text(json.dumps(measure(json.loads(options.settings.read_text()))))
+  settings = json.loads(options.settings.read_text())
+  if options.predict:
+    predict(settings)
+  else:
+    options.output.write_text(json.dumps(measure(settings)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "vpd_jax"
 
 # From top to bottom. A part imports parts of lower rows only, not its neighbors in a row; a folder is one part.
 LAYERS = (
-  ("main",),
+  ("main", "demo"),
   ("planning",),
   ("training", "prediction"),
   ("evaluation",),
@@ -42,7 +42,7 @@ MODELS = (
   ("backbones", "parameters"),
   ("initializers", "layer_options"),
 )
-CONFIGURED = {"main", "training", "prediction", "planning", "evaluation", "checkpoints", "experiment", "config"}
+CONFIGURED = {"main", "demo", "training", "prediction", "planning", "evaluation", "checkpoints", "experiment", "config"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 LONGEST = 400  # a file of one concern is rarely over 330
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from vpd_jax.config import loader, stored
+from vpd_jax.config import command_line, loader, stored
 from vpd_jax.distributed import multiprocess
 from vpd_jax.errors import UserError
 from vpd_jax.monitoring import progress
@@ -111,8 +111,13 @@ def _run() -> None:
     plan.run(config, TOPOLOGY.value, workdir=workdir, effort=EFFORT.value)
   else:
     options: dict[str, Any] = {name: flag.value for name, flag in _of_prediction().items()}
-    run = predict_video.run if predict_video.is_video(INPUT.value) else predict_folder.run
-    run(config, workdir, **options)
+    if not predict_video.is_video(INPUT.value):
+      predict_folder.run(config, workdir, **options)
+      return
+    of_video = {name: options.pop(name) for name in ("source", "output", "class_name", "sentence")}
+    if unused := [f"--{name}" for name, value in options.items() if value]:
+      raise UserError(f"{', '.join(unused)}: no effect on a video, --input={INPUT.value!r}; leave it out.")
+    predict_video.run(config, workdir, **of_video)
 
 
 def _of_prediction() -> dict[str, flags.FlagHolder]:
@@ -126,6 +131,9 @@ def _of_prediction() -> dict[str, flags.FlagHolder]:
 
 def _check_modes() -> None:
   """Raises for a flag of another mode than the one that runs."""
+  others = [CONFIG, WORKDIR, *_of_prediction().values(), TOPOLOGY, EFFORT, ACCEPT, COORDINATOR, COUNT, INDEX, TIMEOUT]
+  if MODE.value == "weights" and (unused := [f"--{flag.name}" for flag in others if flag.present]):
+    raise UserError(f"{', '.join(unused)}: no effect with --mode=weights, which lists what is known; leave it out.")
   of_mode = {"predict": _of_prediction(), "plan": {"topology": TOPOLOGY}, "train": {"accept_changes": ACCEPT}}
   for mode, mode_flags in of_mode.items():
     given = [flag for flag in mode_flags.values() if flag.value and not (flag is OUTPUT and MODE.value == "export")]
@@ -151,15 +159,7 @@ def entry() -> None:
 
 
 def _parse(arguments: list[str]) -> list[str]:
-  """The positional arguments; a wrong flag or field is printed as one line, with exit code 2."""
-  try:
-    return flags.FLAGS(loader.resolve_argv(_with_config(arguments)))
-  except (flags.Error, ValueError, AttributeError, KeyError, TypeError) as error:
-    # config_flags raises AttributeError for a misspelled field, and TypeError for a value of another type.
-    if "--debug" in arguments:
-      raise
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
+  return command_line.parse(flags.FLAGS, arguments, _with_config)
 
 
 def _with_config(arguments: list[str]) -> list[str]:

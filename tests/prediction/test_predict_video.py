@@ -71,7 +71,6 @@ def test_an_odd_row_and_column_are_left_out(tmp_path, config):
   "content, options, message",
   [
     (b"", {}, "clip.mp4' holds no frame that can be read; copy it again"),
-    (None, {"ply": True, "boxes": "a.json"}, "^--boxes, --ply: no effect on a video, .*; leave it out"),
     (None, {"output": ""}, "needs a place for the results: give --output=FOLDER"),
     (None, {"sentence": "a car"}, "^--sentence='a car' has no effect: method 'one_convolution'"),
   ],
@@ -82,7 +81,7 @@ def test_what_cannot_be_predicted_is_one_line(tmp_path, config, content, options
     write_video(clip, [np.zeros((64, 96, 3), np.uint8)])
   else:
     clip.write_bytes(content)
-  given = {"source": str(clip), "output": str(tmp_path / "out"), "boxes": "", "ply": False} | options
+  given = {"source": str(clip), "output": str(tmp_path / "out")} | options
   with pytest.raises(ValueError, match=message) as caught:
     predict_video.run(config, "", **given)
   assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()

@@ -57,6 +57,7 @@ MINE = "--config=mine.py"
 REFER = "--config=configs/my_refer.py:tiny --config.data.root={here}"
 EVAL, OTHER = "--mode=eval --workdir={home}/run", "--workdir={home}/run"
 PREDICT = "--mode=predict --workdir={home}/run --input={here}/pictures --output={here}"
+VIDEO = "--mode=predict --workdir={home}/run --input={here}/clip.mp4 --output={here}/out"
 FOUR = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
 NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # a port where nobody answers
 BEGUN = ("work/config.json", "work/parameters.txt", "work/events.*")  # a run that is set up, without a checkpoint
@@ -272,6 +273,13 @@ CASES = {
   ),
   "a damaged picture among good ones": Case(
     PREDICT + "/out", "1 of 3 images", "other 2 are done; fix or remove these", pictures, makes=RESULTS
+  ),
+  "results where nothing can be written": Case(
+    PREDICT + " --output=/proc/out", "/proc is not a folder", "another", pictures
+  ),
+  "a video without frames": Case(VIDEO, "clip.mp4' holds no frame", "give another video", text("clip.mp4", "")),
+  "flags without effect on a video": Case(
+    VIDEO + " --ply --boxes=a.json", "--boxes, --ply: no effect on a video", "leave it out", text("clip.mp4", "")
   ),
   # Export.
   "an export of nothing": Case("--mode=export --output={here}/net", "work' holds no checkpoint", "give one of them"),

@@ -46,7 +46,7 @@ def run(config: ConfigDict, workdir: str, *, output: str) -> Path:
     ValueError: flatbuffers is not installed; a folder that exists or cannot be made; no trained weights; a kind of
       attention that not all platforms have.
   """
-  target = _check_output(output)
+  target = check_output(output)
   if importlib.util.find_spec("flatbuffers") is None:
     raise UserError("--mode=export needs flatbuffers, which is not installed; run pip install 'vpd_jax[export]'.")
   if config.backbone.attention not in ANYWHERE:
@@ -77,7 +77,7 @@ def write(predictor: Predictor, target: Path) -> None:
     (unfinished / LOADER).write_text(Path(__file__).with_name("exported_loader.py").read_text())
 
 
-def _check_output(output: str) -> Path:
+def check_output(output: str) -> Path:
   """The folder, which does not exist and can be made."""
   target = Path(output).expanduser()
   if not output:

@@ -103,7 +103,8 @@ def run(
   predictor = Predictor.load(config, weights=weights)
   flags = {"class": class_name, "sentence": sentence, "sentences": sentences, "boxes": boxes}
   check_flags(config, predictor, flags, attention, ply)
-  class_id = predictor.class_id(class_name) if class_name else None
+  if class_name:
+    predictor.class_id(class_name)
   say_origin(predictor, class_name)
   if predictor.takes_boxes:
     boxed = listed["boxes"]
@@ -118,23 +119,11 @@ def run(
   skipped = len(paths) - len({request.path for request in requests})
   damaged: list[str] = []
   readable, assumed = _read(requests, damaged), 0
+  extras = {"class_name": class_name, "attention": attention, "ply": ply, "focal": focal}
   with progress.phase("predict", len(requests), "predictions") as predicted:
     while batch := list(itertools.islice(readable, BATCH_SIZE)):
-      target.mkdir(parents=True, exist_ok=True)
-      inputs = {name: [request.inputs[name] for request, _ in batch] for name in batch[0][0].inputs}
-      results = predictor.predict_each([image for _, image in batch], class_id, **inputs)
-      for (request, image), result in zip(batch, results, strict=True):
-        task = predictor.experiment.task
-        if attention:
-          maps = predictor.attention([image])[0]
-          cast(ClassAttentionTask, task).save_attention(target / request.stem, maps, result[task.result], image)
-        metadata = _metadata(predictor, request, image, result, class_name)
-        if ply:
-          length = camera.Focal(focal, "--focal") if focal else camera.of_photo(request.path, image.shape[:2])
-          cast(DepthTask, task).save_point_cloud(target / request.stem, result[task.result], image, length)
-          metadata |= {"focal_length_pixels": length.pixels, "focal_length_from": length.source}
-          assumed += length.source == camera.ASSUMED
-        task.save(target / request.stem, result[task.result], metadata, image)
+      for _, metadata in write_results(predictor, batch, target, **extras):
+        assumed += metadata.get("focal_length_from") == camera.ASSUMED
         predicted.advance()
   if assumed:
     progress.write(f"{assumed} images state no focal length ({camera.ASSUMED}); give --focal=PIXELS if it is known")
@@ -150,6 +139,41 @@ def run(
       f"The other {done} are done; fix or remove these, or give --allow_damaged."
     )
   return done
+
+
+def write_results(
+  predictor: Predictor,
+  batch: Sequence[tuple[Request, np.ndarray]],
+  target: Path,
+  *,
+  class_name: str = "",
+  attention: bool = False,
+  ply: bool = False,
+  focal: float | None = None,
+) -> Iterator[tuple[list[Path], Fields]]:
+  """Writes the predictions of a few images, and gives the files of each and what its .json says of the image.
+
+  Args:
+    predictor: of whose method and task the options are, see `check_flags`.
+    batch: what to predict, with the images, uint8 [H, W, 3].
+    target: folder of the files, made where it does not exist.
+    class_name, attention, ply, focal: as in `run`.
+  """
+  target.mkdir(parents=True, exist_ok=True)
+  task, class_id = predictor.experiment.task, predictor.class_id(class_name) if class_name else None
+  inputs = {name: [request.inputs[name] for request, _ in batch] for name in batch[0][0].inputs}
+  results = predictor.predict_each([image for _, image in batch], class_id, **inputs)
+  for (request, image), result in zip(batch, results, strict=True):
+    stem, found, files = target / request.stem, result[task.result], []
+    metadata = _metadata(predictor, request, image, result, class_name)
+    if attention:
+      maps = predictor.attention([image])[0]
+      files.append(cast(ClassAttentionTask, task).save_attention(stem, maps, found, image))
+    if ply:
+      length = camera.Focal(focal, "--focal") if focal else camera.of_photo(request.path, image.shape[:2])
+      files.append(cast(DepthTask, task).save_point_cloud(stem, found, image, length))
+      metadata |= {"focal_length_pixels": length.pixels, "focal_length_from": length.source}
+    yield [*files, *task.save(stem, found, metadata, image)], metadata
 
 
 def check_output(output: str, folder: Path | None = None) -> Path:

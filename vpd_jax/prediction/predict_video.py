@@ -29,16 +29,7 @@ def is_video(source: str) -> bool:
   return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
-def run(
-  config: ConfigDict,
-  workdir: str,
-  *,
-  source: str,
-  output: str,
-  class_name: str = "",
-  sentence: str = "",
-  **others: object,
-) -> int:
+def run(config: ConfigDict, workdir: str, *, source: str, output: str, class_name: str = "", sentence: str = "") -> int:
   """Writes NAME.depth.mp4 and NAME.depth.json of a video NAME, and returns the number of its frames.
 
   Colors go from the smallest to the largest depth of the whole video, near red to far blue. Every frame is predicted by
@@ -50,15 +41,12 @@ def run(
     source: the video, in one of SUFFIXES.
     output: a folder.
     class_name, sentence: of all frames, as for predict_folder.run.
-    others: its further options, none of which has an effect here.
 
   Raises:
-    ValueError: a video that cannot be read, without frames or without a rate; a task that predicts no depth; options
-      without effect; a folder that cannot be written to.
+    ValueError: a video that cannot be read, without frames or without a rate; a task that predicts no depth; a
+      class or sentence without effect; a folder that cannot be written to.
   """
   path = Path(source).expanduser()
-  if without := [f"--{name}" for name, value in others.items() if value]:
-    raise UserError(f"{', '.join(without)}: no effect on a video, --input={source!r}; leave it out.")
   target = check_output(output)
   rate, count = _opened(path)
   predictor = Predictor.load(config, weights=trained_weights(config, workdir))

@@ -7,7 +7,11 @@ import numpy as np
 
 from vpd_jax.files import atomic
 
-CONVENTION = "x right, y down, z forward from the camera, metres; principal point in the middle of the picture"
+# By whether y is up.
+CONVENTION = {
+  False: "x right, y down, z forward from the camera, metres; principal point in the middle of the picture",
+  True: "x right, y up, z against the camera's direction, metres; principal point in the middle of the picture",
+}
 VERTEX = np.dtype([(axis, "<f4") for axis in "xyz"] + [(color, "u1") for color in ("red", "green", "blue")])
 
 
@@ -32,7 +36,15 @@ def points(depth: np.ndarray, focal: float) -> np.ndarray:
   return np.stack([x[None] * z, y[:, None] * z, z], axis=-1)
 
 
-def write_ply(path: Path, depth: np.ndarray, image: np.ndarray, focal: float, comments: Sequence[str] = ()) -> Path:
+def write_ply(
+  path: Path,
+  depth: np.ndarray,
+  image: np.ndarray,
+  focal: float,
+  comments: Sequence[str] = (),
+  *,
+  y_up: bool = False,
+) -> Path:
   """Writes a PLY file, binary little endian: x, y, z as float32 and red, green, blue as uint8 of every pixel.
 
   Pixels are in order, row by row; those whose depth is not finite or not above 0 are left out.
@@ -43,13 +55,15 @@ def write_ply(path: Path, depth: np.ndarray, image: np.ndarray, focal: float, co
     image: uint8 [H, W, 3], RGB.
     focal: focal length, in pixels.
     comments: lines of ASCII for the header, after that of the convention.
+    y_up: turn the points about the x axis, to axes as in OpenGL and glTF, which viewers take for granted.
   """
   known = np.isfinite(depth) & (depth > 0)
-  columns = *points(np.where(known, depth, 0), focal)[known].T, *image[known].T
+  axes = np.array([1, -1, -1] if y_up else [1, 1, 1])
+  columns = *(points(np.where(known, depth, 0), focal)[known] * axes).T, *image[known].T
   vertices = np.empty(int(known.sum()), VERTEX)
   for name, column in zip(VERTEX.names or (), columns, strict=True):
     vertices[name] = column
-  header = ["ply", "format binary_little_endian 1.0", *(f"comment {line}" for line in (CONVENTION, *comments))]
+  header = ["ply", "format binary_little_endian 1.0", *(f"comment {line}" for line in (CONVENTION[y_up], *comments))]
   header += [f"element vertex {len(vertices)}", *(f"property float {axis}" for axis in "xyz")]
   header += [*(f"property uchar {color}" for color in ("red", "green", "blue")), "end_header"]
   return atomic.write(path, "\n".join(header).encode("ascii") + b"\n" + vertices.tobytes())

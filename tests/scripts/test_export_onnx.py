@@ -1,0 +1,55 @@
+"""scripts/export_onnx.py: every task and method as ONNX, where jax2onnx is installed.
+
+It needs an environment of its own, which the script makes in VPD_ONNX_VENV. There, with pytest installed,
+`python -m pytest -m slow -s tests/scripts/test_export_onnx.py` prints the table of docs/export.md.
+"""
+
+import importlib.util
+import json
+
+import jax
+import pytest
+
+import vpd_jax
+from tests.helpers import tiny
+from tests.helpers.loaded_scripts import load
+from vpd_jax.config import loader
+
+FILES = {"depth": "nyu_depth", "segmentation": "ade20k_seg", "referring": "refcoco_refer", "pose": "coco_pose"}
+NETWORKS = [(task, method) for task in FILES for method in ("vpd", "meta_prompts", "iedp", "eco_depth", "tadp")]
+NETWORKS = [(task, method) for task, method in NETWORKS if method != "tadp" or task in ("depth", "segmentation")]
+
+
+@pytest.fixture(scope="module")
+def script():
+  return load("scripts/export_onnx.py")
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_loaded(script, tmp_path, monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+  with pytest.raises(ValueError, match="exists already; give a folder that does not"):
+    script.main(["--config=configs/nyu_depth.py:tiny", "--weights=no", f"--output={tmp_path}"])
+  with pytest.raises(SystemExit, match="2"):
+    script.main([])
+
+
+def test_an_environment_that_cannot_be_made_is_one_line(script, tmp_path, monkeypatch):
+  (tmp_path / "file").write_text("")
+  monkeypatch.setenv("VPD_ONNX_VENV", str(tmp_path / "file" / "env"))
+  with pytest.raises(ValueError, match="file/env could not be made, see above; remove it and try again"):
+    script.environment()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("jax2onnx") is None, reason="needs jax2onnx, see scripts/export_onnx.py")
+@pytest.mark.parametrize("task, method", NETWORKS)
+def test_the_numbers_are_those_of_the_package(script, tmp_path, task, method):
+  config = tiny.shrunk(loader.load(f"configs/{FILES[task]}.py:{method},tiny"))
+  predictor = vpd_jax.Predictor.load(config, random_init=True)
+  with jax.numpy_rank_promotion("allow"):  # jax2onnx has biases added to maps
+    found = script.export(predictor, tmp_path / "net")
+  assert json.loads((tmp_path / "net" / "network.json").read_text())["onnx"] == found
+  for name, difference in found["largest_difference"].items():
+    share = difference / found["largest_value"][name]
+    print(f"\n| {task} | {method} | `{name}` | {difference:.1e} | {share:.1e} |")
+    assert share < 1e-4

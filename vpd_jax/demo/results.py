@@ -1,0 +1,240 @@
+"""What the page does, without the page: networks by task, and the files of one prediction."""
+
+import functools
+import json
+import math
+import re
+import tempfile
+import threading
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from vpd_jax.checkpoints.checkpointer import is_workdir
+from vpd_jax.config import loader
+from vpd_jax.data.datasets import rooms
+from vpd_jax.errors import UserError
+from vpd_jax.files import image_decoding
+from vpd_jax.inference import images as images_lib
+from vpd_jax.inference import top_down
+from vpd_jax.prediction import predict_folder
+from vpd_jax.prediction.predictor import Predictor, trained_weights
+from vpd_jax.tasks.depth import point_cloud
+from vpd_jax.types import DepthTask, Fields
+
+TASKS = ("depth", "segmentation", "referring", "pose")
+ROOMS = {task: f"configs/rooms.py:{task},tiny" for task in TASKS}
+UNTRAINED = (
+  "These weights are random, so the results mean nothing. `python -m vpd_jax.main --config={string}` trains this "
+  "network in some minutes, and the page finds it when it is started again in the same folder."
+)
+SHOWN = (".color.png", ".overlay.png", ".skeleton.png")  # what one looks at, among the files of a prediction
+MAX_PIXELS = 50_000_000  # of a picture
+MAX_POINTS = 200_000  # of the cloud that a browser turns
+PREVIEW = 1024  # pixels, longer side
+DRAWN_SEED = 2_000_000_000  # of rooms that no config trains on
+NUMBER = r"-?\d+(?:\.\d+)?"
+
+
+class Network:
+  """The network of one task, loaded when it is first asked for.
+
+  Attributes:
+    task: its name.
+    notice: what is to be known of the weights; empty: nothing.
+  """
+
+  def __init__(self, config: ConfigDict, workdir: str = ""):
+    """Of a config, with the weights of a run, else those of `config.init`; for the rooms, where neither is, random.
+
+    Raises:
+      ValueError: there are no weights, and the data are not the rooms.
+    """
+    self.task, self._config, self._lock = config.task.name, config, threading.Lock()
+    self._room = config.data.name in ("rooms", "room_figures")
+    random = self._room and not (is_workdir(workdir) or config.init.run or config.init.pretrained)
+    self._weights = "" if random else trained_weights(config, workdir)
+    self.notice = UNTRAINED.format(string=ROOMS[self.task]) if random else ""
+
+  @property
+  def predictor(self) -> Predictor:
+    with self._lock:
+      return self._loaded
+
+  @functools.cached_property
+  def _loaded(self) -> Predictor:
+    return Predictor.load(self._config, weights=self._weights, random_init=bool(self.notice))
+
+  @property
+  def draws(self) -> bool:
+    """Whether it is of the rooms, of which one can be drawn for it."""
+    return self._room
+
+
+def networks(config: ConfigDict | None, workdir: str = "") -> dict[str, Network]:
+  """The networks that the page offers, by task: that of a config, else the tiny ones of the rooms, of all tasks.
+
+  Without a config, the rooms' own weights are those of their default workdirs, as `--mode=train` names them.
+  """
+  if config is not None:
+    network = Network(config, workdir)
+    return {network.task: network}
+  return {task: Network(loader.load(string), loader.workdir(string)) for task, string in ROOMS.items()}
+
+
+class Inputs(NamedTuple):
+  """What a prediction needs beside the picture.
+
+  Attributes:
+    sentence, class_name: as of predict_folder.run; empty where there is none.
+    boxes: text, see `read_boxes`.
+    attention, ply, focal: as of predict_folder.run; a focal length of 0 is not given.
+  """
+
+  sentence: str = ""
+  class_name: str = ""
+  boxes: str = ""
+  attention: bool = False
+  ply: bool = False
+  focal: float = 0.0
+
+
+class Result(NamedTuple):
+  """One prediction.
+
+  Attributes:
+    shown: the file that one looks at.
+    files: all that predict writes.
+    facts: content of the .json file.
+    depth: the .npy file, of depth.
+    cloud: a smaller point cloud for the browser, where one was asked for.
+  """
+
+  shown: Path
+  files: list[Path]
+  facts: Fields
+  depth: Path | None
+  cloud: Path | None
+
+
+def read_picture(path: str | None) -> np.ndarray:
+  """The picture of an upload, uint8 [H, W, 3].
+
+  Raises:
+    ValueError: there is none; a file that is no picture, damaged or too large.
+  """
+  if not path:
+    raise UserError("there is no picture yet; drop one on the page.")
+  name = Path(path).name
+  if not images_lib.is_image(Path(path)):
+    raise UserError(f"{name} is not a picture in a supported format; give a JPEG, PNG, WebP, TIFF or the like.")
+  with image_decoding.faults(name, remedy=""), Image.open(path) as header:
+    width, height = header.size
+  if width * height > MAX_PIXELS:
+    raise UserError(f"{name} has {width} x {height} pixels; the page takes up to {MAX_PIXELS / 1e6:g} million.")
+  return images_lib.read_image(Path(path))
+
+
+def preview(image: np.ndarray) -> np.ndarray:
+  """The picture, its longer side at most PREVIEW."""
+  scale = min(1.0, PREVIEW / max(image.shape[:2]))
+  height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+  return images_lib.resize(image, (height, width))
+
+
+def read_boxes(text: str) -> list[list[float]]:
+  """Boxes of people: a line each of x, y, width and height in pixels.
+
+  Raises:
+    ValueError: a line that is something else.
+  """
+  found = []
+  for line in filter(str.strip, text.splitlines()):
+    numbers = re.fullmatch(rf"\s*{NUMBER}(?:[\s,;]+{NUMBER}){{3}}\s*", line) and re.findall(NUMBER, line)
+    if not numbers:
+      raise UserError(f"the box {line.strip()!r} is not x, y, width and height in pixels, like 20, 10, 80, 200.")
+    found.append([float(number) for number in numbers])
+  return found
+
+
+def predict(predictor: Predictor, path: str | None, folder: Path, inputs: Inputs) -> Result:
+  """Writes the files of one picture to a new folder inside `folder`.
+
+  Raises:
+    ValueError: as `read_picture`; a sentence that is missing, an unknown class, boxes that are none.
+  """
+  image = read_picture(path)
+  given: Fields = {}
+  if predictor.takes_sentence:
+    if not (sentence := " ".join(inputs.sentence.split())):
+      raise UserError("the network needs a sentence about the picture, like: the red box.")
+    given["sentences"] = sentence
+  if predictor.takes_boxes and (boxes := read_boxes(inputs.boxes)):
+    top_down.check_boxes(boxes, image.shape[:2], "the page")
+    given["boxes"] = boxes
+  if inputs.focal and not (math.isfinite(inputs.focal) and inputs.focal > 0):
+    raise UserError(f"the focal length is {inputs.focal}; {predict_folder.FOCAL}")
+  folder.mkdir(parents=True, exist_ok=True)
+  target, source = Path(tempfile.mkdtemp(dir=folder)), Path(cast(str, path))
+  request = predict_folder.Request(source, source.stem, given)
+  options = {"class_name": inputs.class_name, "attention": inputs.attention, "ply": inputs.ply}
+  ((files, _),) = predict_folder.write_results(
+    predictor, [(request, image)], target, focal=inputs.focal or None, **options
+  )
+  facts = json.loads(files[-1].read_text())
+  with_end = lambda *ends: next((file for file in files if file.name.endswith(ends)), None)
+  depth, cloud = with_end(".npy"), None
+  if depth and inputs.ply:
+    cloud = _small_cloud(target / "cloud" / "turned.ply", np.load(depth), image, facts["focal_length_pixels"])
+  return Result(with_end(*SHOWN) or files[0], files, facts, depth, cloud)
+
+
+def _small_cloud(path: Path, depth: np.ndarray, image: np.ndarray, focal: float) -> Path:
+  """A point cloud of every n-th pixel, as viewers show it: y up, the camera looking against z."""
+  step = math.ceil(math.sqrt(depth.size / MAX_POINTS))
+  return point_cloud.write_ply(path, depth[::step, ::step], image[::step, ::step], focal / step, y_up=True)
+
+
+def depth_at(depth: Path, column: int, row: int) -> str:
+  """What is said of one pixel."""
+  metres = float(np.load(depth, mmap_mode="r")[row, column])
+  return f"**{metres:.2f} m** at column {column}, row {row}" if math.isfinite(metres) else "no depth here"
+
+
+def recolored(predictor: Predictor, depth: Path, nearest: float, farthest: float) -> np.ndarray:
+  """The colored depth with other ends, uint8 [H, W, 3].
+
+  Raises:
+    ValueError: the ends are no range.
+  """
+  if not nearest < farthest:
+    raise UserError(f"colors from {nearest:g} m to {farthest:g} m are no range; move the first below the second.")
+  return cast(DepthTask, predictor.experiment.task).colored(np.load(depth), nearest, farthest)
+
+
+def drawn_room(predictor: Predictor, folder: Path, index: int) -> tuple[Path, str, str]:
+  """A drawn room as PNG, with a sentence and boxes that fit it.
+
+  It is larger than those of the training where the network sees all of it, resized.
+
+  Args:
+    predictor: of the rooms.
+    folder: for the file.
+    index: of the room; where the task is pose, the first one from there in which somebody stands.
+  """
+  people, task, size = predictor.takes_boxes, predictor.experiment.task, tuple(predictor.config.data.size)
+  if task.test_time_protocol != "sliding":
+    height, width = size
+    size = max(height, 480), max(height, 480) * width // height
+  room, box = None, np.zeros(4)
+  while room is None or (people and not box[2:].all()):
+    room = rooms.draw(DRAWN_SEED, "eval", index, size)
+    box, index = rooms.person_box(room), index + 1
+  folder.mkdir(parents=True, exist_ok=True)
+  path = folder / f"room_{index}.png"
+  Image.fromarray(room.image).save(path)
+  sentences = [text for text, _ in rooms.sentences(room)] or ["the floor"]
+  return path, sentences[0], ", ".join(f"{side:g}" for side in box) if box[2:].all() else ""
