@@ -345,9 +345,7 @@ class Task(Protocol):
     self, train: Iterable[Example], evaluation: Iterable[Example], *args: Any, **kwargs: Any
   ) -> dict[str, float]: ...  # of `best`
   def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray: ...  # uint8 [H', W', 3]
-  def save(
-    self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None
-  ) -> list[Path]: ...  # files of one picture
+  def save(self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None) -> list[Path]: ...
 
   def panels(self, examples: Sequence[Example], predictions: Sequence[np.ndarray]) -> list[np.ndarray]:
     """`panel` of each example; a task whose colors stand for numbers gives all of them one scale."""
@@ -386,10 +384,9 @@ class ClassAttentionTask(Task, Protocol):
 
 
 class DepthTask(Task, Protocol):
-  """One whose prediction is the depth of every pixel."""
+  """One whose prediction is the depth of every pixel; a focal length is in pixels, with where it is from."""
 
   def colored(self, depth: np.ndarray, nearest: float, farthest: float) -> np.ndarray: ...  # uint8 [H, W, 3]
-  # The focal length in pixels, and where it is from.
   def save_point_cloud(self, stem: Path, depth: np.ndarray, image: np.ndarray, focal: tuple[float, str]) -> Path: ...
 
 
