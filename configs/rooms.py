@@ -4,12 +4,12 @@ python -m vpd_jax.main --config=configs/rooms.py:depth,tiny
 
 The argument is a list of words: a task (depth, segmentation, referring, pose), a method (vpd, meta_prompts, iedp,
 eco_depth; for depth and segmentation also tadp, with --config.data.captions=FILE), a size (tiny, full, sd21: Stable
-Diffusion 2.1). Nothing pretrained is at hand, so the network starts from random weights and everything is trained at
-the same rate, the VAE included; what the releases freeze or slow down makes no sense here. The scores say that training
-works, not how good a method is.
+Diffusion 2.1; small_scratch: that of scripts/pretrain_rooms.py). All start from random weights, and everything is
+trained at the same rate, the VAE included; what the releases freeze or slow down makes no sense here. The scores say
+that training works, not how good a method is.
 
-Expected: RMSE under 0.65 of the best constant depth, which the evaluation prints beside it; the others likewise better
-than the predictors printed beside them.
+Expected: with tiny an RMSE under 0.65 of the best constant depth, which the evaluation prints beside it; the others
+likewise better than the predictors printed beside them.
 """
 
 import ml_collections
@@ -27,16 +27,22 @@ OPTIONS = {  # of presets.sections, by task
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  words = loader.parse_variant(argument, task=tuple(OPTIONS), method=presets.methods(), size=presets.sizes("tiny"))
-  task, method, tiny = words["task"], words["method"], words["size"] == "tiny"
-  steps = 320
+  sizes = (*presets.sizes("tiny"), "small_scratch")
+  words = loader.parse_variant(argument, task=tuple(OPTIONS), method=presets.methods(), size=sizes)
+  task, method, small = words["task"], words["method"], words["size"] == "small_scratch"
+  tiny = small or words["size"] == "tiny"
+  steps = 100 if small else 320
   config = ml_collections.ConfigDict(presets.run(num_steps=steps, log_every=20, eval_every=steps, save_every=100))
-  config.backbone = presets.backbone(words["size"])
-  if tiny:
+  config.backbone = presets.rooms_small() if small else presets.backbone(words["size"])
+  if tiny and not small:
     # The VAE, trained here, is most of the work: with less of it the same time teaches more.
     config.backbone.vae.update({"channel_mult": (1, 1, 2, 4), "num_res_blocks": 1})
   config.update(presets.sections(task, method, tiny=tiny, **OPTIONS[task]))
   if task == "depth":
+    if small:
+      config.head.update({"filters": (24,), "width": 16})
+      if config.neck.name == "fusion":
+        config.neck = {"name": "none"}  # fusion's map would have 8 x 8 cells, the UNet's finest has 32 x 32
     config.task = {"name": "depth", "max_depth": 10.0, "min_depth": 1e-3, "eval_crop": "none", "variance_focus": 0.5}
     config.task.contours = 0.0  # metres between lines in colored pictures
   elif task == "referring":
@@ -51,6 +57,8 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   if "refine_steps" in config.method:
     config.method.refine_init = "fan_in"  # zeros, which weights would replace, hide the image from the second step
   config.data = figures(tiny=tiny) if task == "pose" else rooms(task, tiny=tiny)
+  if small and task != "pose":
+    config.data.size, config.data.crop = (128, 128), (128, 128)
   if task == "referring":
     config.data.update({"cache": "off", "cache_folder": ""})  # others need a VAE that is not trained
   config.optim = presets.adamw(
@@ -63,11 +71,10 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     loss_group=0,
   )
   config.optim.b2 = 0.99  # some hundred steps are too few for a memory of 1000
-  test_time = {"depth": ("flip", "shift:2"), "referring": (), "pose": ("flip",)}
+  test_time = {"depth": ("flip",) if small else ("flip", "shift:2"), "referring": (), "pose": ("flip",)}
+  window = "slide:128:128" if small else "slide:96:32" if tiny else "slide:480:160"
   config.eval = (
-    presets.sliding_window_evaluation(
-      batch_size=8, test_time=("slide:96:32" if tiny else "slide:480:160",), baselines=256
-    )
+    presets.sliding_window_evaluation(batch_size=8, test_time=(window,), baselines=256)
     if task == "segmentation"
     else presets.evaluation(batch_size=8, test_time=test_time[task], baselines=256)
   )

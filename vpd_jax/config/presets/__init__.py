@@ -1,6 +1,6 @@
 """Small functions that return parts of a config, so that config files say only what is their own."""
 
-from vpd_jax.config.presets.backbones import backbone, clip_image, sd21, sd_tiny, sd_v1, sizes, vit
+from vpd_jax.config.presets.backbones import backbone, clip_image, rooms_small, sd21, sd_tiny, sd_v1, sizes, vit
 from vpd_jax.config.presets.depth import (
   eco_depth,
   eco_depth_recipe,
@@ -45,6 +45,7 @@ __all__ = [
   "methods",
   "no_decay_for_vectors",
   "referring_optimizer",
+  "rooms_small",
   "run",
   "sd21",
   "sd_tiny",

@@ -64,6 +64,18 @@ def sd_tiny() -> Section:
   return config
 
 
+def rooms_small() -> Section:
+  """The network of the weights "rooms/small": 4 pixels to a latent of 16 channels, for pictures of some hundred pixels.
+
+  No attention at the finest level, which would be most of the work.
+  """
+  config = sd_tiny()
+  config["unet"] |= {"in_channels": 16, "out_channels": 16, "channel_mult": (1, 2, 3, 3), "num_res_blocks": 1}
+  config["unet"] |= {"attention_levels": (1, 2)}
+  config["vae"] |= {"channel_mult": (1, 1, 1), "num_res_blocks": 0, "z_channels": 16, "latent_scale": 1.0}
+  return config
+
+
 SIZES = {"full": sd_v1, "sd21": sd21, "tiny": sd_tiny}  # by the word of a config
 
 

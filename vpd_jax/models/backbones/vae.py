@@ -36,6 +36,11 @@ class VaeSizes:
   z_channels: int = 4
   latent_scale: float = 0.18215
 
+  @property
+  def stride(self) -> int:
+    """Pixels of the image along a side of one latent: 8 in SD."""
+    return 2 ** (len(self.channel_mult) - 1)
+
 
 class Posterior(NamedTuple):
   """Gaussian over latents: `mean` (its mode) and `log_variance`, each float [B, H/8, W/8, z_channels], not scaled."""

@@ -127,7 +127,7 @@ class DiffusionMethod(nnx.Module):
     self.fit, self.context, self.time = fit, context, time
     self.join = join or image_input.joined_maps(unet, context.tokens[0], use=False)
     self.map_info = MapInfo(
-      self.join.widths, tuple(8 * 2**i for i in range(len(unet.widths))), context.tokens, fit.map_extent
+      self.join.widths, tuple(setup.vae.stride * 2**i for i in range(len(unet.widths))), context.tokens, fit.map_extent
     )
     self.needs, self.prepare_inputs = context.needs, context.prepare_inputs
     self.prepare_outputs, self.sentence_tokens = context.prepare_outputs, context.sentence_tokens

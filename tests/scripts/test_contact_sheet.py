@@ -1,0 +1,43 @@
+"""The contact sheet: where its pictures lie, what it refuses."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+from tests.helpers.paths import ROOT
+
+
+@pytest.fixture(scope="module")
+def script():
+  spec = importlib.util.spec_from_file_location("contact_sheet", ROOT / "scripts" / "contact_sheet.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_every_picture_has_its_place_below_its_title(script):
+  pictures = [[np.full((8, 10, 3), 10 * row + column, np.uint8) for column in range(4)] for row in range(2)]
+  found = np.asarray(script.sheet([(["a", "b", "c", "d"], pictures), (["e", "f", "g", "h"], pictures)], scale=2))
+  margin, title, height, width = script.MARGIN, script.TITLE, 2 * 8 + script.MARGIN, 2 * 10 + script.MARGIN
+  for part in range(2):
+    top = part * (title + 2 * height) + title
+    assert (found[top - title : top] < 128).any()
+    for row, column in np.ndindex(2, 4):
+      y, x = top + row * height, margin + column * width
+      assert (found[y : y + 16, x : x + 20] == 10 * row + column).all()
+
+
+def test_unknown_depth_has_no_error_and_wrong_classes_are_red(script):
+  truth, depth = np.float32([[0, 2], [3, 4]]), np.float32([[9, 2], [2, 4]])
+  _, _, _, error = script._depth(np.zeros((2, 2, 3), np.uint8), truth, depth)
+  assert error[0, 0].tolist() == [128] * 3 and (error[0, 1] == error[1, 1]).all() and (error[1, 0] > error[0, 1]).any()
+  wrong = script._wrong(np.int32([[1, 2]]), np.int32([[1, 3]]))
+  assert wrong.tolist() == [[[*script.RIGHT], [*script.WRONG]]]
+
+
+def test_a_folder_that_is_no_run_is_refused(script, monkeypatch, tmp_path):
+  monkeypatch.setattr("sys.argv", ["contact_sheet", "--workdirs", str(tmp_path), f"--output={tmp_path}/sheet.png"])
+  with pytest.raises(SystemExit, match="holds no checkpoint; give the workdir of a run"):
+    script.main()
+  assert not (tmp_path / "sheet.png").exists()
