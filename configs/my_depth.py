@@ -40,5 +40,5 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     norm_group=0,  # the whole batch; the releases take 3
     loss_group=0,
   )
-  config.eval = presets.evaluation(batch_size=8, test_time=("flip", "shift:2"), baselines=256)
+  config.eval = presets.evaluation(batch_size=8, test_time=("flip", "shift:2"), baselines=256, blend="smooth")
   return config

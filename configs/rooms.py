@@ -76,7 +76,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   config.eval = (
     presets.sliding_window_evaluation(batch_size=8, test_time=(window,), baselines=256)
     if task == "segmentation"
-    else presets.evaluation(batch_size=8, test_time=test_time[task], baselines=256)
+    else presets.evaluation(
+      batch_size=8, test_time=test_time[task], baselines=256, blend="smooth" if task == "depth" else "mean"
+    )
   )
   return config
 

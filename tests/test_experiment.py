@@ -92,9 +92,9 @@ def test_a_head_chosen_on_the_command_line_leaves_fields_of_the_one_before_out()
 
 
 @pytest.mark.parametrize("config, blend, message", [
-  ("rooms.py:depth,tiny", "linear", r"^eval\.blend='linear' is unknown; choose one of \('auto', 'mean', 'smooth'\)"),
+  ("rooms.py:depth,tiny", "linear", r"^eval\.blend='linear' is unknown; choose one of \('mean', 'smooth'\)"),
   ("rooms.py:pose,tiny", "smooth", r"^eval\.blend='smooth' has no effect with task 'pose'; leave it out"),
-  ("rooms.py:referring,tiny", "mean", r"^eval\.blend='mean' has no effect with task 'referring'"),
+  ("rooms.py:referring,tiny", "smooth", r"^eval\.blend='smooth' has no effect with task 'referring'"),
 ])  # fmt: skip
 def test_a_blend_that_does_not_fit_is_refused(config, blend, message):
   changed = loader.changed(loader.load(f"configs/{config}"), {"eval.blend": blend})

@@ -300,7 +300,7 @@ def _check_test_time(config: ConfigDict, task: Task) -> None:
     raise UserError(f"eval.{option}={config.eval.get(option)!r} is unknown; choose one of {choices}.")
   if config.eval.get("blend") not in tiles.BLENDS:
     raise UserError(f"eval.blend={config.eval.get('blend')!r} is unknown; choose one of {tiles.BLENDS}.")
-  if config.eval.blend != "auto" and task.test_time_protocol not in ("windows", "sliding"):
+  if config.eval.blend != "mean" and task.test_time_protocol not in ("windows", "sliding"):
     raise UserError(f"eval.blend={config.eval.blend!r} has no effect with task {config.task.name!r}; leave it out.")
   if idle := [other for other in ("coverage", "small_images") if other != option and other in config.eval]:
     raise UserError(f"config.eval does not take {idle} with task {config.task.name!r}; remove or correct them.")

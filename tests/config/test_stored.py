@@ -109,4 +109,4 @@ def test_a_run_from_before_windows_were_blended_is_used_as_it_was(tmp_path):
   config = loader.load("configs/nyu_depth.py").to_dict()
   del config["eval"]["blend"]
   (tmp_path / "config.json").write_text(json.dumps(config))
-  assert loader.load(stored.config_string(str(tmp_path))).eval.blend == "auto"
+  assert loader.load(stored.config_string(str(tmp_path))).eval.blend == "mean"

@@ -46,7 +46,7 @@ ADDED = {
   "lora.lr": 1.0,
   "lora.targets": (),
   "frozen_dtype": "float32",
-  "eval.blend": "auto",
+  "eval.blend": "mean",
 }
 
 

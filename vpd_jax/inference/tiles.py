@@ -12,9 +12,9 @@ from vpd_jax.types import Array
 TILE = 256  # side in pixels of the tiles of scores on the device
 CANVAS = 128
 SQUARES = 16
-# How overlapping windows are joined: their plain mean, as published; weights that fade toward a window's borders, which
-# show no seam; "auto" is the mean for scores and label maps, and "smooth" for depth of a prediction.
-BLENDS = ("auto", "mean", "smooth")
+# How overlapping windows are joined: their plain mean, as published, or with weights that fade toward a window's
+# borders, which shows no seam.
+BLENDS = ("mean", "smooth")
 OUTSIDE_LABEL = 255  # label of a canvas outside the image, which is not scored
 # Windows of "few_shapes": quarters of the window's side along rows and columns.
 QUARTERS = ((4, 4), (3, 4), (4, 3), (2, 4), (4, 2), (1, 4), (4, 1), (3, 3), (2, 2))

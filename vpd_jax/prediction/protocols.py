@@ -31,7 +31,7 @@ Results = list[dict[str, np.ndarray]]
 class ShiftedWindowProtocol:
   """Resizes the shorter side to the training crop, joins square windows along the longer one, and resizes back.
 
-  Where windows overlap they fade into each other, unless `eval.blend` is "mean".
+  Where windows overlap they are averaged, or fade into each other where `eval.blend` is "smooth".
   The number of windows is that of `eval.test_time`, and more where they would not cover the image. Rows that the data
   set crops off its own frames (the top of KITTI's) are NaN.
   """
@@ -40,7 +40,7 @@ class ShiftedWindowProtocol:
     "cut off the rows that the data set cuts off its own pictures; resize the rest so that its shorter side is that of "
     "the input (mean of areas where it shrinks, else bilinear); windows of the input's size, shifted along the longer "
     "side so that they cover it; where windows overlap, the mean of their predictions, weighed by sin^2 of the place "
-    "in the window unless eval.blend is mean; mirror images are averaged where eval.test_time says flip; resized back "
+    "in the window where eval.blend is smooth; mirror images are averaged where eval.test_time says flip; resized back "
     "bilinearly"
   )
 
@@ -48,7 +48,7 @@ class ShiftedWindowProtocol:
     flip, self._windows, _ = tta.parse(config.eval.test_time)
     self._predict = jax.jit(evaluate.make_predict(exp, ("flip",) if flip else (), "full"))
     self._side, self._result = int(config.data.crop[0]), exp.task.result
-    self._smooth = config.eval.blend != "mean"
+    self._smooth = config.eval.blend == "smooth"
     self.input_size = (self._side, self._side)
     self._batch_size = max(self._windows, config.eval.batch_size)
     self._cut_top = experiment.DATASETS[config.data.name].info(config.data).cut_top

@@ -50,7 +50,14 @@ def no_decay_for_vectors() -> tuple:
   return ((r"/(bias|scale|gamma)$", 0.0), (r"", 1.0))
 
 
-def evaluation(*, batch_size: int, test_time: tuple[str, ...], baselines: int = 0, coverage: str = "full") -> Section:
+def evaluation(
+  *,
+  batch_size: int,
+  test_time: tuple[str, ...],
+  baselines: int = 0,
+  coverage: str = "full",
+  blend: str = "mean",
+) -> Section:
   """How scores and predictions are made.
 
   Args:
@@ -60,17 +67,17 @@ def evaluation(*, batch_size: int, test_time: tuple[str, ...], baselines: int = 
     baselines: training images to fit the trivial predictors on whose scores are printed beside; 0 for none.
     coverage: "full" spreads shifted windows over the whole image; "released" may leave its end out, for the published
       protocols of NYU and KITTI, which score nothing there.
+    blend: how overlapping windows are joined: "mean", as published, or "smooth", with weights that fade toward the
+      borders of a window, so that no seam shows.
 
   Returns:
-    also the checkpoint of a workdir that is read ("newest" or "best"), the number of samples shown as panels, and
-    "blend", how overlapping windows are joined: "mean", as published; "smooth", with weights that fade toward the
-    borders of a window; "auto", "smooth" for depth that is predicted and "mean" for everything else.
+    also the checkpoint of a workdir that is read ("newest" or "best"), and the number of samples shown as panels.
   """
   return {
     "batch_size": batch_size,
     "test_time": test_time,
     "coverage": coverage,
-    "blend": "auto",
+    "blend": blend,
     "checkpoint": "newest",
     "baselines": baselines,
     "panels": 4,
