@@ -1,9 +1,11 @@
 """What mkdocs.yml needs beside plugins: pages of the repository's root, and links that fit GitHub and the site alike.
 
-In the pages links are those of the repository. In the site CHANGELOG.md and CONTRIBUTING.md lie beside the other pages,
-and a link to a file that is no page, such as a script, becomes its name.
+In the pages links are those of the repository, by the names of files. In the site they have the titles of the pages,
+CHANGELOG.md and CONTRIBUTING.md lie beside the others, and a link to what is no page, such as a script, becomes its
+name.
 """
 
+import functools
 import pathlib
 import posixpath
 import re
@@ -15,6 +17,12 @@ from mkdocs.structure.pages import Page
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FROM_ROOT = ("CHANGELOG.md", "CONTRIBUTING.md")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]*)(#[^)]*)?\)")
+
+
+@functools.cache
+def title(path: str) -> str:
+  """The first heading of a page."""
+  return (ROOT / path).read_text().partition("\n")[0].lstrip("# ")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -36,7 +44,8 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     if path == "README.md":
       path = "docs/index.md"
     if path.startswith("docs/") or path in FROM_ROOT:
-      return f"{image}[{text}]({path.removeprefix('docs/')}{place})"
+      shown = title(path) if text == posixpath.basename(path) else text
+      return f"{image}[{shown}]({path.removeprefix('docs/')}{place})"
     return text if text.startswith("`") else f"`{path}`" if not text else f"{text} (`{path}`)"
 
   return LINK.sub(link, markdown)
