@@ -3,12 +3,15 @@
 python scripts/convert_checkpoint.py --config=configs/nyu_depth.py --source=v1-5-pruned-emaonly.safetensors --output=DIR
 python scripts/convert_checkpoint.py --config=configs/nyu_depth.py --source=DIR_OR_WORKDIR --output=vpd.pth --reverse
 
-Forward: writes DIR with the arrays (orbax) and manifest.json, to be given as --config.init.pretrained.
+Forward: writes DIR with the arrays (orbax) and manifest.json, to be given as --config.init.pretrained; with --lora, a
+file of diffusers or kohya is merged into the UNet.
 Reverse: writes a .pth or .safetensors that the authors' code loads strictly. The source is a converted directory, a
-workdir of a run (its newest checkpoint, or --step, LoRA merged), or any checkpoint that fills the whole model.
+workdir of a run (its newest checkpoint, or --step, LoRA merged), or any checkpoint that fills the whole model. With
+--only_lora, the LoRA of a workdir alone, under the names of diffusers' pytorch_lora_weights.safetensors.
 """
 
 import argparse
+import pathlib
 
 from vpd_jax.monitoring import progress
 
@@ -20,8 +23,8 @@ from ml_collections import ConfigDict
 from vpd_jax import experiment
 from vpd_jax.checkpoints import checkpointer, initialize
 from vpd_jax.config import loader, stored
-from vpd_jax.convert import finite, load
-from vpd_jax.convert.formats import write
+from vpd_jax.convert import finite, load, lora_files
+from vpd_jax.convert.formats import weight_files, write
 from vpd_jax.convert.tables import released
 from vpd_jax.errors import Parser, UserError, one_line
 from vpd_jax.files import reading
@@ -34,6 +37,8 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--output", required=True, help="directory to write; with --reverse a .pth or .safetensors file")
   parser.add_argument("--reverse", action="store_true", help="back to the authors' names")
   parser.add_argument("--manifest", help="JSON list of {name, shape, dtype} to export by; default: that of the release")
+  parser.add_argument("--lora", default="", help="file of LoRA to merge into the UNet, not with --reverse")
+  parser.add_argument("--only_lora", action="store_true", help="with --reverse: the LoRA of a workdir, not merged")
   parser.add_argument("--version", default="", help="of the release to write for, such as v2 of EcoDepth")
   parser.add_argument("--step", type=int, help="checkpoint of a workdir to export; default: the newest")
   return parser.parse_args()
@@ -50,9 +55,14 @@ def forward(args: argparse.Namespace) -> None:
     shapes = experiment.model_shapes(config)
   with progress.phase("convert"):
     named, report = load.load_pretrained(args.source, shapes)
+    named, line = lora_files.merged(named, args.lora, config.backbone.unet) if args.lora else (named, "")
   progress.write(report.summary())
+  if line:
+    progress.write(line)
   with progress.phase("write"):
-    load.save(args.output, named, report, load.source_files(args.source))
+    files = load.source_files(args.source)
+    files |= {f"LoRA {pathlib.Path(args.lora).name}": weight_files.sha256(args.lora)} if args.lora else {}
+    load.save(args.output, named, report, files)
 
 
 def reverse(args: argparse.Namespace) -> None:
@@ -72,6 +82,22 @@ def reverse(args: argparse.Namespace) -> None:
   exported = released.state_dict(named, table, entries, step)
   with progress.phase("write"):
     write.write(args.output, exported, wrapper=released.WRAPPERS.get(release, "model"))
+
+
+def only_lora(args: argparse.Namespace) -> None:
+  """Writes A and B of a workdir."""
+  write.check_name(args.output)
+  if not checkpointer.is_workdir(args.source):
+    raise UserError(f"--source={args.source!r} is no workdir of a run, of which --only_lora writes the LoRA.")
+  config = initialize.with_backbone_sizes(loader.load(args.config), args.source)
+  with progress.phase("read"), checkpointer.Checkpoints(args.source, read_only=True) as checkpoints:
+    step = checkpoints.latest_step() if args.step is None else args.step
+    parts = checkpoints.restore_weights(step)
+    alpha = checkpoints.restore_config(step).get("lora", {}).get("alpha", 0)
+  named = parts["params"] | parts["frozen"] | parts.get("ema", {})
+  finite.check(named, f"checkpoint {step} of {args.source}")
+  with progress.phase("write"):
+    write.write(args.output, lora_files.state_dict(named, alpha, config.backbone.unet))
 
 
 def read(args: argparse.Namespace, shapes: dict, config: ConfigDict) -> tuple[dict, int]:
@@ -104,7 +130,9 @@ def read_manifest(path: str) -> list[dict]:
 def main() -> None:
   args = parse()
   try:
-    (reverse if args.reverse else forward)(args)
+    if (args.lora and args.reverse) or (args.only_lora and not args.reverse):
+      raise UserError("--lora merges a file when converting to ours, --only_lora writes one with --reverse.")
+    (only_lora if args.only_lora else reverse if args.reverse else forward)(args)
   except UserError as error:
     raise SystemExit(f"convert_checkpoint: {one_line(error)}") from error
   progress.write(f"wrote {args.output}")

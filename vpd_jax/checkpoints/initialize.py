@@ -15,7 +15,7 @@ from vpd_jax import experiment, optim
 from vpd_jax.checkpoints import class_name_encoding, clip_towers, vit_tower
 from vpd_jax.checkpoints.checkpointer import Checkpoints, is_workdir
 from vpd_jax.config import loader, stored
-from vpd_jax.convert import finite, load
+from vpd_jax.convert import finite, load, lora_files
 from vpd_jax.convert.tables import clip, stable_diffusion, vit
 from vpd_jax.data.shards import reader
 from vpd_jax.distributed import sharding
@@ -38,7 +38,7 @@ def weights(config: ConfigDict, exp: Experiment, source: str = "") -> tuple[Para
   """Every array of the model, and lines that say where each came from.
 
   Args:
-    config: of the run; `init.run`, then `init.pretrained` are used where `source` is empty.
+    config: of the run; where `source` is empty, `init.run`, then `init.pretrained` is used, `init.lora` merged into it.
     exp: of `assemble`.
     source: a workdir of ours, or anything `convert.load.load_pretrained` takes.
 
@@ -50,6 +50,7 @@ def weights(config: ConfigDict, exp: Experiment, source: str = "") -> tuple[Para
       classifier of ImageNet.
   """
   shapes = {name: exp.spec.shapes[name] for name in exp.spec.paths}
+  extra = "" if source else config.init.get("lora", "")
   source = source or config.init.run or config.init.pretrained
   named, lines = {}, []
   if source and is_workdir(source):
@@ -61,6 +62,9 @@ def weights(config: ConfigDict, exp: Experiment, source: str = "") -> tuple[Para
     if any(name.startswith(LAST_BLOCK) for name in named) and stable_diffusion.predicts_v(source):
       lines.append(f"the UNet's last block was trained to predict v, not noise: {source} says so in scheduler/")
     lines += [f"class vectors: those of {source}"] if CLASS_VECTORS in named else []
+  if extra:
+    named, line = lora_files.merged(named, extra, config.backbone.unet)
+    lines.append(line)
   for found, line in _prompts(config, exp, named, source):
     named |= found
     lines.append(line)

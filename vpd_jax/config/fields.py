@@ -21,7 +21,7 @@ FIELDS = {
             "loss_group", "accumulation", "ema_decay", "moments"),
   "backbone": ("unet", "vae", "text", "image", "vit", "attention", "remat"),
   "eval": ("batch_size", "test_time", "coverage", "small_images", "blend", "checkpoint", "baselines", "panels"),
-  "init": ("pretrained", "run", "clip", "vit"),
+  "init": ("pretrained", "run", "clip", "lora", "vit"),
   "mesh": ("data", "fsdp", "rules"),
   "lora": ("rank", "alpha", "lr", "targets"),
 }  # fmt: skip

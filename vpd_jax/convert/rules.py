@@ -204,7 +204,7 @@ def convert(
   """
   plan, dropped, problems = _plan(source, rules)
   for name, (target, leaf) in plan.items():
-    shape = leaf.forward(_phantom(source[name].shape)).shape
+    shape = leaf.forward(phantom(source[name].shape)).shape
     if target not in targets:
       problems["have no place in the model"].append(f"{name} -> {target}")
     elif shape != tuple(targets[target].shape):
@@ -350,7 +350,7 @@ def _equal(source: Mapping[str, np.ndarray | LazyTensor], name: str, other: str)
   return other in source and np.array_equal(np.asarray(source[name]), np.asarray(source[other]), equal_nan=True)
 
 
-def _phantom(shape: Sequence[int]) -> np.ndarray:
+def phantom(shape: Sequence[int]) -> np.ndarray:
   """An array of that shape that takes no memory, to see what a transposition makes of it."""
   return np.broadcast_to(np.zeros((), np.int8), tuple(shape))
 

@@ -127,7 +127,7 @@ def run(*, num_steps: int, log_every: int, eval_every: int, save_every: int) -> 
     "keep_best": 1,
     "profile": 0,
     "writer": "auto",
-    "init": {"pretrained": "", "run": "", "clip": ""},
+    "init": {"pretrained": "", "run": "", "clip": "", "lora": ""},
     "lora": {"rank": 0, "alpha": 16.0, "lr": 1.0, "targets": ()},
     "mesh": {"data": -1, "fsdp": 1, "rules": ()},
   }

@@ -18,6 +18,10 @@ from vpd_jax.types import Fields, Options
 
 DECODER = "the VAE's decoder is not used"
 NOT_IN_ALL = {"time_embed": "the model learns its time vectors", "out": "the model ends at the features"}
+ENDS = {  # of a diffusers UNet: words by ours
+  "time_embed": {"time_embedding.linear_1": "0", "time_embedding.linear_2": "2"},
+  "out": {"conv_norm_out": "0", "conv_out": "2"},
+}
 # Models by the channels of their UNet and of their VAE.
 OTHER_INPUTS = {
   (9, 4): "Stable Diffusion for inpainting",
@@ -65,10 +69,6 @@ def compvis(targets: Iterable[str]) -> list[Rule | Drop]:
 def diffusers(source: Iterable[str], targets: Iterable[str]) -> list[Rule | Drop]:
   """Table of a folder's unet/ and vae/, whose numbers of levels and blocks are read off the names."""
   names = list(source)
-  words = {
-    "time_embed": {"time_embedding.linear_1": "0", "time_embedding.linear_2": "2"},
-    "out": {"conv_norm_out": "0", "conv_out": "2"},
-  }
   return [
     *_diffusers_unet(names),
     *_diffusers_vae(names),
@@ -76,11 +76,22 @@ def diffusers(source: Iterable[str], targets: Iterable[str]) -> list[Rule | Drop
       Rule(f"unet.{old}", f"method/unet/{part}/{new}")
       if _has(part, targets)
       else drop(rf"unet\.{re.escape(old)}\..*", NOT_IN_ALL[part], optional=True)
-      for part, pairs in words.items()
+      for part, pairs in ENDS.items()
       for old, new in pairs.items()
     ),
     drop(r"vae\.decoder\..*", DECODER, optional=True),
   ]
+
+
+def unet_of(sizes: Options) -> list[Rule]:
+  """Table of a diffusers UNet by its sizes alone, config.backbone.unet."""
+  levels, blocks, attended = len(sizes["channel_mult"]), sizes["num_res_blocks"], sizes["attention_levels"]
+  names = [f"unet.down_blocks.{i}.resnets.{j}." for i in range(levels) for j in range(blocks)]
+  for i in attended:
+    names += [f"unet.down_blocks.{i}.attentions.{j}.transformer_blocks." for j in range(blocks)]
+    names += [f"unet.up_blocks.{levels - 1 - i}.attentions.{j}.transformer_blocks." for j in range(blocks + 1)]
+  ends = [(old, f"{part}/{new}") for part, pairs in ENDS.items() for old, new in pairs.items()]
+  return [*_diffusers_unet(names), *(Rule(f"unet.{old}", f"method/unet/{new}") for old, new in ends)]
 
 
 def _has(part: str, targets: Iterable[str]) -> bool:
