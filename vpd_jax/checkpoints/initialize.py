@@ -227,7 +227,7 @@ def _load_run(config: ConfigDict, exp: Experiment, workdir: str) -> tuple[dict[s
       f"and {len(wrong)} arrays are missing, unknown or of another shape, like {wrong[0]}; give the config it was "
       "trained with, or no config, which takes that of the run."
     )
-  named = {n: x.astype(shapes[n].dtype) for n, x in named.items()}
+  named = {n: x.astype(shapes[n].dtype, copy=False) for n, x in named.items()}
   finite.check(named, f"checkpoint {step} of {workdir}")
   lines = [f"weights: {workdir}, checkpoint of step {step}" + (", moving average" if saved.get("ema") else "")]
   lines += [f"not as in the run: {differing}"] if differing else []
@@ -239,13 +239,19 @@ def new_state(config: ConfigDict, exp: Experiment, mesh: jax.sharding.Mesh) -> t
   check_training(config)
   named, lines = weights(config, exp)
   where = state_shardings(config, exp, mesh)
-  fields = split(exp, named) | {"step": np.zeros((), np.int32)}
-  placed = sharding.place(fields, {field: vars(where)[field] for field in fields})
+  placed = _moved(split(exp, named), where, named)
   # A moving average of its own memory: the step donates both.
   copied = lambda n, x: jax.device_put(jnp.copy(x), cast(ParamDict, where.ema)[n])
   ema = {n: copied(n, x) for n, x in placed["params"].items()} if config.optim.ema_decay else None
   opt_state = jax.jit(exp.optimizer.init, out_shardings=where.opt_state)(placed["params"])
-  return TrainState(**placed, opt_state=opt_state, ema=ema), lines
+  step = sharding.place(np.zeros((), np.int32), where.step)
+  return TrainState(step=step, **placed, opt_state=opt_state, ema=ema), lines
+
+
+def _moved(fields: dict[str, ParamDict], where: TrainState, named: ParamDict) -> dict[str, ParamDict]:
+  """The fields of a TrainState on the mesh; `named`, which holds the same arrays, is emptied too."""
+  named.clear()
+  return {field: sharding.move(part, vars(where)[field]) for field, part in fields.items()}
 
 
 def split(exp: Experiment, named: ParamDict) -> dict[str, ParamDict]:
@@ -365,6 +371,5 @@ def weights_on_mesh(
       f"no trained weights to evaluate: {fresh[0]}. Give a workdir with a checkpoint, or a released "
       "checkpoint as config.init.pretrained."
     )
-  where, fields = state_shardings(config, exp, mesh), split(exp, named)
-  placed = sharding.place(fields, {field: vars(where)[field] for field in fields})
+  placed = _moved(split(exp, named), state_shardings(config, exp, mesh), named)
   return (placed["params"], placed["frozen"], placed["stats"]), lines

@@ -158,6 +158,15 @@ def place(arrays: PyTree, shardings: PyTree) -> PyTree:
   )
 
 
+def move(named: dict[str, Any], shardings: Mapping[str, NamedSharding]) -> dict[str, jax.Array]:
+  """`place` of a dict, which it empties: within one process, no two arrays lie in memory twice at once."""
+  if all(where.is_fully_addressable for where in shardings.values()):
+    return {name: jax.device_put(named.pop(name), shardings[name]) for name in list(named)}
+  placed = place(named, dict(shardings))
+  named.clear()
+  return placed
+
+
 def _checksum(x: object) -> int:
   """A checksum of an array on the host or on a device of this process."""
   return zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
