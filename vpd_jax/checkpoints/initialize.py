@@ -239,19 +239,14 @@ def new_state(config: ConfigDict, exp: Experiment, mesh: jax.sharding.Mesh) -> t
   check_training(config)
   named, lines = weights(config, exp)
   where = state_shardings(config, exp, mesh)
-  placed = _moved(split(exp, named), where, named)
+  fields = split(exp, named) | {"step": np.zeros((), np.int32)}
+  del named  # so that nothing holds what has been placed
+  placed = sharding.place(fields, {field: vars(where)[field] for field in fields}, emptied=True)
   # A moving average of its own memory: the step donates both.
   copied = lambda n, x: jax.device_put(jnp.copy(x), cast(ParamDict, where.ema)[n])
   ema = {n: copied(n, x) for n, x in placed["params"].items()} if config.optim.ema_decay else None
   opt_state = jax.jit(exp.optimizer.init, out_shardings=where.opt_state)(placed["params"])
-  step = sharding.place(np.zeros((), np.int32), where.step)
-  return TrainState(step=step, **placed, opt_state=opt_state, ema=ema), lines
-
-
-def _moved(fields: dict[str, ParamDict], where: TrainState, named: ParamDict) -> dict[str, ParamDict]:
-  """The fields of a TrainState on the mesh; `named`, which holds the same arrays, is emptied too."""
-  named.clear()
-  return {field: sharding.move(part, vars(where)[field]) for field, part in fields.items()}
+  return TrainState(**placed, opt_state=opt_state, ema=ema), lines
 
 
 def split(exp: Experiment, named: ParamDict) -> dict[str, ParamDict]:
@@ -371,5 +366,7 @@ def weights_on_mesh(
       f"no trained weights to evaluate: {fresh[0]}. Give a workdir with a checkpoint, or a released "
       "checkpoint as config.init.pretrained."
     )
-  placed = _moved(split(exp, named), state_shardings(config, exp, mesh), named)
+  where, fields = state_shardings(config, exp, mesh), split(exp, named)
+  del named  # so that nothing holds what has been placed
+  placed = sharding.place(fields, {field: vars(where)[field] for field in fields}, emptied=True)
   return (placed["params"], placed["frozen"], placed["stats"]), lines
