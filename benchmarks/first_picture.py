@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import cv2
+from ml_collections import ConfigDict
 
 from vpd_jax import experiment
 from vpd_jax.config import loader
@@ -37,7 +38,7 @@ from vpd_jax.convert.tables import released, stable_diffusion
 from vpd_jax.data.datasets import nyu, rooms
 
 HERE = pathlib.Path(__file__).resolve().parent
-CONFIG, CLASS = "configs/nyu_depth.py:vpd", "kitchen"
+CLASS = "kitchen"
 SIZES = ((480, 640), (640, 480), (600, 800), (768, 1024))  # height, width
 SIDES = ("torch", "ours", "baseline")
 
@@ -64,9 +65,8 @@ def measured(command: list[str], folder: pathlib.Path, log: pathlib.Path) -> Cos
   return Cost(usage.ru_utime + usage.ru_stime, time.monotonic() - begin, usage.ru_maxrss / 2**20)
 
 
-def torch_names(weights_prefix: str) -> dict[str, str]:
+def torch_names(config: ConfigDict, weights_prefix: str) -> dict[str, str]:
   """The names of torch_depth.VpdDepth, by way of ours, to those of the authors' file."""
-  config = loader.load(CONFIG)
   shapes = experiment.model_shapes(config)
   table = [rule for rule in released.vpd_depth() if isinstance(rule, Rule)]
   authors = {}
@@ -89,7 +89,7 @@ def torch_names(weights_prefix: str) -> dict[str, str]:
 
 def draw(folder: pathlib.Path, count: int) -> list[pathlib.Path]:
   """Pictures of rooms, of SIZES by turns."""
-  folder.mkdir()
+  folder.mkdir(parents=True)
   made = []
   for i in range(count):
     made.append(folder / f"{i}.png")
@@ -125,28 +125,29 @@ def main() -> None:
   parser.add_argument(
     "--weights", type=pathlib.Path, required=True, help="in the authors' layout, with 'model' at the top"
   )
+  parser.add_argument("--config", default="configs/nyu_depth.py:vpd", help="VPD depth, of any size")
   parser.add_argument("--prefix", default="module.", help="of the names in the file; the release has one")
   parser.add_argument("--rounds", type=int, default=5, help="runs of each side, by turns")
   parser.add_argument("--pictures", type=int, default=1, help="number of pictures")
   parser.add_argument("--baseline", default="", help="commit to compare with")
   parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="default: all")
+  parser.add_argument("--keep", type=pathlib.Path, help="folder for all pictures, which stays")
   parser.add_argument("--json", type=pathlib.Path, help="file for every run")
   options = parser.parse_args()
   sides = [side for side in options.sides if side != "baseline" or options.baseline]
   weights, costs = options.weights.absolute(), {}
-  with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
-    folder = pathlib.Path(scratch)
+  with contextlib.ExitStack() as stack:
+    folder = (options.keep and options.keep.absolute()) or pathlib.Path(
+      stack.enter_context(tempfile.TemporaryDirectory())
+    )
     pictures = draw(folder / "pictures", options.pictures)
     roots = {"ours": HERE.parent}
     if "baseline" in sides:
       roots["baseline"] = stack.enter_context(checkout(options.baseline, folder / "checkout"))
     if "torch" in sides:
-      settings = {
-        "config": loader.load(CONFIG).to_dict(),
-        "weights": str(weights),
-        "class_id": nyu.CLASSES.index(CLASS),
-      }
-      settings |= {"names": torch_names(options.prefix), "side": 480}
+      config = loader.load(options.config)
+      settings = {"config": config.to_dict(), "weights": str(weights), "class_id": nyu.CLASSES.index(CLASS)}
+      settings |= {"names": torch_names(config, options.prefix), "side": config.data.crop[0]}
       settings["pictures"] = [(str(path), str(folder / f"torch_{path.name}")) for path in pictures]
       (folder / "settings.json").write_text(json.dumps(settings))
     for turn in range(options.rounds):
@@ -155,7 +156,7 @@ def main() -> None:
           runs = {"torch": [str(HERE / "torch_depth.py"), f"--settings={folder / 'settings.json'}", "--predict"]}
         else:
           work = folder / f"{side}{turn}"
-          command = ["-m", "vpd_jax.main", "--mode=predict", f"--config={CONFIG}", f"--class={CLASS}"]
+          command = ["-m", "vpd_jax.main", "--mode=predict", f"--config={options.config}", f"--class={CLASS}"]
           command += [f"--config.init.pretrained={weights}", f"--workdir={work}", f"--input={folder / 'pictures'}"]
           runs = {f"{side}, {state}": [*command, f"--output={work}/{state}"] for state in ("cold", "warm")}
         for name, words in runs.items():

@@ -293,7 +293,12 @@ def test_the_start_places_all_arrays_in_one_call(iedp_run, monkeypatch):
   workdir, config, named = iedp_run
   exp, mesh = experiment.assemble(config), sharding.make_mesh()
   calls, place = [], sharding.place
-  monkeypatch.setattr(sharding, "place", lambda arrays, where: calls.append(arrays) or place(arrays, where))
+
+  def noted(arrays, where, **options):
+    calls.append(jax.tree.map(lambda x: x, arrays))  # a copy of the dicts, which are emptied
+    return place(arrays, where, **options)
+
+  monkeypatch.setattr(sharding, "place", noted)
   monkeypatch.setattr(initialize, "weights", lambda *_: (named, []))
   state, _ = initialize.new_state(config, exp, mesh)
   (placed,) = calls

@@ -115,3 +115,11 @@ def test_checksums_tell_arrays_of_any_type_and_shape_apart():
     assert sharding._checksum(zero) == sharding._checksum(jnp.asarray(zero)) != sharding._checksum(one)
     matrix = np.arange(6).reshape(2, 3).astype(kind)
     assert sharding._checksum(matrix.T) == sharding._checksum(np.ascontiguousarray(matrix.T))
+
+
+def test_dicts_are_emptied_while_their_arrays_are_placed():
+  arrays = {"params": {"a": np.ones(3, np.float32), "b": np.zeros((2, 2), np.int32)}, "step": np.zeros((), np.int32)}
+  where = sharding.replicated(sharding.make_mesh(1, 1, devices=jax.devices()[:1]))
+  placed = sharding.place(arrays, {"params": {"a": where, "b": where}, "step": where}, emptied=True)
+  assert arrays == {} and placed["params"]["b"].shape == (2, 2) and placed["step"].sharding == where
+  np.testing.assert_array_equal(placed["params"]["a"], 1)

@@ -1,5 +1,6 @@
 """Experiment and weights of the authors' tiny VPD depth network."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ from vpd_jax import experiment
 from vpd_jax.config import loader
 from vpd_jax.convert import rules
 from vpd_jax.convert.tables import released
+from vpd_jax.prediction.predictor import Predictor
 from vpd_jax.types import TrainState
 
 
@@ -85,6 +87,14 @@ def shrunk(config):
   config.data.update({name: n for name, n in (("train_count", 12), ("eval_count", 5)) if name in config.data})
   config.eval.batch_size = 2
   return config.lock()
+
+
+def predictor(config):
+  """A Predictor whose weights are `filled`: fresh ones make some outputs constant, as their last layer is zero."""
+  made = Predictor.load(config, random_init=True)
+  values = filled(made.experiment.spec.shapes)
+  weights = tuple({name: jnp.asarray(values[name]) for name in part} for part in made.weights)
+  return dataclasses.replace(made, weights=weights)
 
 
 def filled(shapes, seed=0):

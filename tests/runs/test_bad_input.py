@@ -193,6 +193,12 @@ CASES = {
     "put it to {here}/weights/vpd_depth_480x480.pth",
     env={"VPD_WEIGHTS": "weights"},
   ),
+  "known weights in a folder that cannot be made": Case(
+    "--config.init.pretrained=sd/1.5",
+    "sd/1.5 cannot be fetched",
+    "and the room in /proc/weights",
+    env={"VPD_WEIGHTS": "/proc/weights"} | NO_HUB,
+  ),
   "no checkpoint": Case(
     "--config.init.pretrained={here}/a.ckpt", "is not a checkpoint", "give a .safetensors", text("a.ckpt", "weights")
   ),

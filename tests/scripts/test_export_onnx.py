@@ -10,7 +10,6 @@ import json
 import jax
 import pytest
 
-import vpd_jax
 from tests.helpers import tiny
 from tests.helpers.loaded_scripts import load
 from vpd_jax.config import loader
@@ -45,11 +44,13 @@ def test_an_environment_that_cannot_be_made_is_one_line(script, tmp_path, monkey
 @pytest.mark.parametrize("task, method", NETWORKS)
 def test_the_numbers_are_those_of_the_package(script, tmp_path, task, method):
   config = tiny.shrunk(loader.load(f"configs/{FILES[task]}.py:{method},tiny"))
-  predictor = vpd_jax.Predictor.load(config, random_init=True)
+  predictor = tiny.predictor(config)
+  whole = (task, method) == NETWORKS[0]  # the other files are tested in tests/prediction/test_export.py
   with jax.numpy_rank_promotion("allow"):  # jax2onnx has biases added to maps
-    found = script.export(predictor, tmp_path / "net")
-  assert json.loads((tmp_path / "net" / "network.json").read_text())["onnx"] == found
+    found = script.export(predictor, tmp_path / "net") if whole else script.add_onnx(predictor, tmp_path)
+  if whole:
+    assert json.loads((tmp_path / "net" / "network.json").read_text())["onnx"] == found
   for name, difference in found["largest_difference"].items():
     share = difference / found["largest_value"][name]
     print(f"\n| {task} | {method} | `{name}` | {difference:.1e} | {share:.1e} |")
-    assert share < 1e-4
+    assert 0 < share < 1e-4  # 0 would be constants

@@ -231,7 +231,7 @@ def _load_run(config: ConfigDict, exp: Experiment, workdir: str) -> tuple[dict[s
       f"and {len(wrong)} arrays are missing, unknown or of another shape, like {wrong[0]}; give the config it was "
       "trained with, or no config, which takes that of the run."
     )
-  named = {n: x.astype(shapes[n].dtype) for n, x in named.items()}
+  named = {n: x.astype(shapes[n].dtype, copy=False) for n, x in named.items()}
   finite.check(named, f"checkpoint {step} of {workdir}")
   lines = [f"weights: {workdir}, checkpoint of step {step}" + (", moving average" if saved.get("ema") else "")]
   lines += [f"not as in the run: {differing}"] if differing else []
@@ -244,7 +244,8 @@ def new_state(config: ConfigDict, exp: Experiment, mesh: jax.sharding.Mesh) -> t
   named, lines = weights(config, exp)
   where = state_shardings(config, exp, mesh)
   fields = split(exp, named) | {"step": np.zeros((), np.int32)}
-  placed = sharding.place(fields, {field: vars(where)[field] for field in fields})
+  del named  # so that nothing holds what has been placed
+  placed = sharding.place(fields, {field: vars(where)[field] for field in fields}, emptied=True)
   # A moving average of its own memory: the step donates both.
   copied = lambda n, x: jax.device_put(jnp.copy(x), cast(ParamDict, where.ema)[n])
   ema = {n: copied(n, x) for n, x in placed["params"].items()} if config.optim.ema_decay else None
@@ -370,5 +371,6 @@ def weights_on_mesh(
       "checkpoint as config.init.pretrained."
     )
   where, fields = state_shardings(config, exp, mesh), split(exp, named)
-  placed = sharding.place(fields, {field: vars(where)[field] for field in fields})
+  del named  # so that nothing holds what has been placed
+  placed = sharding.place(fields, {field: vars(where)[field] for field in fields}, emptied=True)
   return (placed["params"], placed["frozen"], placed["stats"]), lines

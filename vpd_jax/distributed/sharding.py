@@ -132,18 +132,19 @@ def abstract(state: PyTree, shardings: PyTree) -> PyTree:
   return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, shardings)
 
 
-def place(arrays: PyTree, shardings: PyTree) -> PyTree:
+def place(arrays: PyTree, shardings: PyTree, *, emptied: bool = False) -> PyTree:
   """Transfers arrays from the host, or from one device, to the mesh.
 
   Args:
     arrays: a tree; with several processes, each of them has full copies of all arrays.
     shardings: a tree of NamedShardings; all processes whose devices they include must call this function.
+    emptied: whether `arrays`, nested dicts, may be emptied on the way, so that one process has no two of them twice.
 
   Raises:
     ValueError: the arrays differ between the processes, e.g. because of different files.
   """
   if all(where.is_fully_addressable for where in jax.tree.leaves(shardings)):
-    return jax.tree.map(jax.device_put, arrays, shardings)
+    return _moved(arrays, shardings) if emptied else jax.tree.map(jax.device_put, arrays, shardings)
   named = [(jax.tree_util.keystr(path), x) for path, x in jax.tree.leaves_with_path(arrays)]
   # jax.device_put would send every array to every process for a comparison.
   sums = np.array([_checksum(x) for _, x in named], np.uint32)
@@ -156,6 +157,12 @@ def place(arrays: PyTree, shardings: PyTree) -> PyTree:
   return jax.tree.map(
     lambda x, where: jax.make_array_from_callback(np.shape(x), where, np.asarray(x).__getitem__), arrays, shardings
   )
+
+
+def _moved(arrays: dict[str, PyTree], shardings: Mapping[str, PyTree]) -> dict[str, PyTree]:
+  """The arrays of nested dicts on their devices, each taken out of its dict before the next one is begun."""
+  move = lambda x, where: _moved(x, where) if isinstance(x, dict) else jax.device_put(x, where)
+  return {name: move(arrays.pop(name), shardings[name]) for name in list(arrays)}
 
 
 def _checksum(x: object) -> int:

@@ -7,7 +7,6 @@ what goes in and comes out, and load.py runs it.
 import importlib.metadata
 import importlib.util
 import json
-import os
 import platform as python_platform
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from safetensors.numpy import save_file
 from vpd_jax.checkpoints import initialize
 from vpd_jax.errors import UserError, one_line
 from vpd_jax.files import atomic
+from vpd_jax.files.paths import is_writable
 from vpd_jax.models.backbones.platform import any_platform
 from vpd_jax.monitoring import progress
 from vpd_jax.prediction.predictor import Predictor, trained_weights
@@ -84,8 +84,8 @@ def check_output(output: str) -> Path:
     raise UserError("--mode=export needs a place for the network: give --output=FOLDER.")
   if target.exists():
     raise UserError(f"--output={output!r} exists already; give a folder that does not, it is created.")
-  parent = next(p for p in target.absolute().parents if p.exists())
-  if not parent.is_dir() or not os.access(parent, os.W_OK):
+  if not is_writable(target):
+    parent = next(p for p in target.absolute().parents if p.exists())
     raise UserError(
       f"--output={output!r} cannot be made: {parent} is not a folder that can be written to; give another."
     )

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from vpd_jax.errors import UserError
 from vpd_jax.files import reading
+from vpd_jax.files.paths import is_writable
 from vpd_jax.inference import camera, top_down
 from vpd_jax.inference import images as images_lib
 from vpd_jax.monitoring import progress
@@ -181,8 +182,8 @@ def check_output(output: str, folder: Path | None = None) -> Path:
   target = Path(output).expanduser()
   if not output:
     raise UserError("--mode=predict needs a place for the results: give --output=FOLDER.")
-  parent = next(p for p in (target, *target.absolute().parents) if p.exists())
-  if not parent.is_dir() or not os.access(parent, os.W_OK):
+  if not is_writable(target):
+    parent = next(p for p in (target, *target.absolute().parents) if p.exists())
     raise UserError(
       f"--output={output!r} must name a folder: {parent} is not a folder that can be written to; give another, it is "
       "created if it does not exist."

@@ -93,6 +93,7 @@ def _opened(path: Path) -> tuple[float, int]:
   """
   if not os.access(path, os.R_OK):
     raise UserError(f"--input={str(path)!r} cannot be read; see to its permissions.")
+  os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # else FFmpeg prints lines of its own, of which ours says more
   video = cv2.VideoCapture(str(path))
   rate, count = video.get(cv2.CAP_PROP_FPS), int(video.get(cv2.CAP_PROP_FRAME_COUNT))
   if next(_frames(path), None) is None:
