@@ -193,7 +193,8 @@ def _builder(config: ConfigDict, task: Task, classes: tuple[str, ...], training:
   setup = _method_setup(config, classes, training)
   known = METHODS.get(config.method.get("name"))
   method = fields.look_up(METHODS, config.method, "method", more=known.text_options if known else ())
-  neck, head = fields.look_up(NECKS, config.neck, "neck"), fields.look_up(HEADS, config.head, "head", told=task.output)
+  neck = fields.look_up(NECKS, config.neck, "neck")
+  head = fields.look_up(HEADS, config.head, "head", required=task.output)
 
   def build() -> nnx.Module:
     m = method(setup, **_rest(config.method, ("name", *method.text_options)))

@@ -277,10 +277,10 @@ class Checkpoints:
       return ocp.StandardCheckpointHandler().metadata(self._directory / str(step) / "state").tree
 
   def _read(self, step: int) -> contextlib.AbstractContextManager:
-    """Errors of reading a step as damage.told tells them."""
+    """Errors of reading a step, as damage.explained states them."""
     older = max((other for other in self.steps() if other < step), default=None)
     then = "start in another workdir" if older is None else f"step {older} is then used"
-    return damage.told(f"checkpoint {step} of {self._directory}", self._directory / str(step), then)
+    return damage.explained(f"checkpoint {step} of {self._directory}", self._directory / str(step), then)
 
   def _check_same(self, step: int, state: PyTree) -> None:
     """Raises where the arrays on disk are not those of `state`: orbax would cast, cut or pad in silence."""

@@ -111,7 +111,7 @@ def look_up(
   *,
   given: Iterable[str] = (),
   more: Iterable[str] = (),
-  told: Iterable[str] = (),
+  required: Iterable[str] = (),
 ) -> Any:
   """The entry of a table that a section names; the section's other fields are arguments of the entry.
 
@@ -120,7 +120,7 @@ def look_up(
     section: "name" and arguments.
     field: its name in the config.
     given, more: see `misfit`.
-    told: arguments that the task gives, which the entry must take.
+    required: arguments that the task gives, which the entry must take.
 
   Raises:
     ValueError: an unknown name, unknown fields, fields that are needed and not there.
@@ -129,9 +129,9 @@ def look_up(
   if name not in table:
     raise UserError(f"config.{field}.name={name!r} is unknown; choose one of {sorted(table)}.")
   where = f"config.{field} of name {name!r}"
-  if foreign := [key for key in told if key not in arguments(table[name])]:
+  if foreign := [key for key in required if key not in arguments(table[name])]:
     raise UserError(f"{where} is not made for what config.task gives, {foreign}; choose one that takes it.")
-  if problem := misfit(table[name], section, where, given=(*given, *told), more=("name", *more)):
+  if problem := misfit(table[name], section, where, given=(*given, *required), more=("name", *more)):
     raise UserError(problem + ".")
   return table[name]
 

@@ -200,8 +200,8 @@ def _restore(path: str | epath.PathLike) -> dict[str, np.ndarray]:
   named = {}
   folder = _absolute(path)
   paths.check_name(folder, "weights")
-  told = damage.told(f"weights {path}", folder, "and convert them again")
-  with told, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+  errors = damage.explained(f"weights {path}", folder, "and convert them again")
+  with errors, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     arrays = folder / "arrays"
     for part in (arrays / name for name in reading.visible(part.name for part in arrays.iterdir())):
       names = ocp.PyTreeCheckpointHandler().metadata(part).tree  # a Checkpointer hides why it cannot

@@ -75,7 +75,7 @@ def merged(named: ParamDict, path: str | pathlib.Path, sizes: Options) -> tuple[
   Raises:
     ValueError: in one line: not a file of LoRA; modules that the UNet lacks, or of other shapes.
   """
-  tensors, told = weight_files.open_file(path).tensors, _told_alphas(path)
+  tensors, stated = weight_files.open_file(path).tensors, _stated_alphas(path)
   modules = {}
   if not any(name.startswith(lora.UNET) for name in named):
     raise UserError(
@@ -107,7 +107,7 @@ def merged(named: ParamDict, path: str | pathlib.Path, sizes: Options) -> tuple[
   for key, pair in pairs.items():
     a, b, kernel = pair["a"], pair["b"], modules[key]
     rank = a.shape[0]
-    alpha = float(pair["alpha"] if "alpha" in pair else told(key, rank))
+    alpha = float(pair["alpha"] if "alpha" in pair else stated(key, rank))
     change = (b.reshape(-1, rank) @ a.reshape(rank, -1)).reshape(-1, *a.shape[1:])  # [out, in, ..]
     change = np.moveaxis(change, (0, 1), (-1, -2))  # [.., in, out]
     if math.prod(change.shape) != named[kernel].size or change.shape[-2:] != named[kernel].shape[-2:]:
@@ -128,15 +128,15 @@ def _modules(shapes: Mapping[str, tuple[int, ...]], sizes: Options) -> dict[str,
   return {kernel: name(kernel).removesuffix(".weight") for kernel in shapes}
 
 
-def _told_alphas(path: str | pathlib.Path) -> Callable[[str, int], float]:
+def _stated_alphas(path: str | pathlib.Path) -> Callable[[str, int], float]:
   """(module, rank) -> alpha, as the metadata of peft's files say it; without them the rank."""
   try:
     with safetensors.safe_open(path, framework="numpy") as file:
-      told = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+      stated = json.loads((file.metadata() or {}).get(METADATA, "{}"))
   except (safetensors.SafetensorError, ValueError):  # .pt files of older versions
-    told = {}
-  own = {name.replace(".", "_"): alpha for name, alpha in told.get("unet.alpha_pattern", {}).items()}
-  common = told.get("unet.lora_alpha")
+    stated = {}
+  own = {name.replace(".", "_"): alpha for name, alpha in stated.get("unet.alpha_pattern", {}).items()}
+  common = stated.get("unet.lora_alpha")
   return lambda module, rank: next(
     (alpha for name, alpha in own.items() if module.endswith(name)), rank if common is None else common
   )

@@ -61,15 +61,15 @@ def _reason(error: Exception) -> str | None:
 
 def _left() -> str:
   """The shared and the other memory that are left, as far as the system tells."""
-  told = []
+  parts = []
   try:
     shared = shutil.disk_usage(_SHARED)
-    told.append(f"{_SHARED} has {shared.free / 2**20:.0f} of {shared.total / 2**20:.0f} MiB left")
+    parts.append(f"{_SHARED} has {shared.free / 2**20:.0f} of {shared.total / 2**20:.0f} MiB left")
   except OSError:
-    told.append(f"there is no {_SHARED}")
+    parts.append(f"there is no {_SHARED}")
   try:
     available = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
-    told += [f"the machine {int(available[1]) / 2**10:.0f} MiB of memory"] if available else []
+    parts += [f"the machine {int(available[1]) / 2**10:.0f} MiB of memory"] if available else []
   except OSError:
     pass
-  return ", ".join(told)
+  return ", ".join(parts)

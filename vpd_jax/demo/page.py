@@ -31,7 +31,7 @@ MONO_FONTS = [themes.Font(name) for name in ("ui-monospace", "monospace")]
 CSS = "#preview img { width: 100%; height: 100%; object-fit: contain; }"
 
 
-def _told(function: Callable[..., Any]) -> Callable[..., Any]:
+def _shows_errors(function: Callable[..., Any]) -> Callable[..., Any]:
   """A function whose user errors become messages on the page."""
 
   @functools.wraps(function)
@@ -137,7 +137,7 @@ class Page:
       ends = [self.shown, self.depth, self.nearest, self.farthest]
       slider.release(self._recolor, ends, [self.result], show_progress="hidden", **hidden)
 
-  @_told
+  @_shows_errors
   def _choose(self, task: str) -> list[Any]:
     """The inputs that the network of a task takes, in the order of `chosen`."""
     network = self._networks[task]
@@ -155,17 +155,17 @@ class Page:
       gr.Number(visible=depth),
     ]
 
-  @_told
+  @_shows_errors
   def _preview(self, path: str | None) -> Any:
     return gr.Image(results.preview(results.read_picture(path)), visible=True)
 
-  @_told
+  @_shows_errors
   def _draw(self, task: str, request: gr.Request) -> list[Any]:
     predictor = self._networks[task].predictor
     path, sentence, boxes = results.drawn_room(predictor, self._of(request), secrets.randbelow(10**6))
     return [str(path), self._preview(str(path)), sentence, boxes]
 
-  @_told
+  @_shows_errors
   def _predict(
     self,
     task: str,
@@ -198,11 +198,11 @@ class Page:
       found.facts,
     ]
 
-  @_told
+  @_shows_errors
   def _point(self, depth: str | None, event: gr.SelectData) -> str:
     return results.depth_at(Path(depth), *event.index) if depth else ""
 
-  @_told
+  @_shows_errors
   def _recolor(self, task: str | None, depth: str | None, nearest: float, farthest: float) -> Any:
     if not (task and depth):
       return gr.skip()

@@ -195,8 +195,8 @@ def may_be_first(index: int | None, environment: Mapping[str, str]) -> bool:
     index: of this process, from 0, as the command line gives it.
     environment: os.environ.
   """
-  told = (index, environment.get("JAX_PROCESS_ID"), environment.get("SLURM_PROCID"))
-  known = next((str(number) for number in told if number not in (None, "")), "0")
+  ranks = (index, environment.get("JAX_PROCESS_ID"), environment.get("SLURM_PROCID"))
+  known = next((str(number) for number in ranks if number not in (None, "")), "0")
   return known == "0"
 
 

@@ -1,4 +1,4 @@
-"""Which errors of reading mean that a file is damaged: only then may anyone be told to remove it."""
+"""Which errors of reading mean that a file is damaged: only then is anyone asked to remove it."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ _ABSENT = "was not found in the checkpoint"  # orbax's KeyError for a part whose
 
 
 @contextlib.contextmanager
-def told(what: str, folder: epath.Path, then: str) -> Iterator[None]:
+def explained(what: str, folder: epath.Path, then: str) -> Iterator[None]:
   """An error of reading as one line that calls a thing damaged only where it is; an error of the program as it is.
 
   Args:

@@ -123,11 +123,11 @@ def check_data(config: ConfigDict, exp: experiment.Experiment) -> None:
 def memory_of(device: Device) -> int:
   """Bytes that a program can use on a device, as it says or else as the table does; 0 where neither says."""
   try:
-    told = int((device.memory_stats() or {}).get("bytes_limit", 0))
+    reported = int((device.memory_stats() or {}).get("bytes_limit", 0))
   except (jax.errors.JaxRuntimeError, NotImplementedError):  # it is not there
-    told = 0
+    reported = 0
   chip = chips.chip_for(device.device_kind)
-  return told or int((chip and chip.memory) or 0)
+  return reported or int((chip and chip.memory) or 0)
 
 
 def mesh_for(config: ConfigDict, devices: list[Device]) -> jax.sharding.Mesh:

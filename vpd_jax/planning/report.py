@@ -23,8 +23,10 @@ def in_short(report: Report) -> str:
   """Peak and verdict in a few words."""
   peak = "more than there is" if report.get("peak") is None else amount(report["peak"])
   verdict = {True: "fits", False: "does not fit", None: "no limit known"}[report["fits"]]
-  told = f"{peak} of {amount(report['limit'])}, {verdict}" if report["limit"] else f"{peak}, {verdict}"
-  return f"{told}, {1e3 * report['optimal_seconds']:.0f} ms a step" if report.get("optimal_seconds", 0) > 0 else told
+  parts = [f"{peak} of {amount(report['limit'])}" if report["limit"] else peak, verdict]
+  if report.get("optimal_seconds", 0) > 0:
+    parts.append(f"{1e3 * report['optimal_seconds']:.0f} ms a step")
+  return ", ".join(parts)
 
 
 def describe_states(config: ConfigDict, levels: list[Fields], state: Callable[[ConfigDict], dict[str, int]]) -> str:

@@ -40,10 +40,12 @@ def vpd_referring(*, tiny: bool, token_length: int = 40) -> Section:
 def meta_prompts_referring(*, tiny: bool, token_length: int = 40) -> Section:
   """As `vpd_referring`, for MetaPrompts: 50 learned prompts behind the sentence, else as in segmentation."""
   vpd, segmentation = vpd_referring(tiny=tiny, token_length=token_length), meta_prompts_segmentation(tiny=tiny)
-  told = {name: vpd["method"][name] for name in ("token_length", "tokenizer")}
+  text_options = {name: vpd["method"][name] for name in ("token_length", "tokenizer")}
   return {
     **vpd,
-    "method": segmentation["method"] | told | {"prompt": "sentence+learned", "prompts": 50, "keep_unused": False},
+    "method": segmentation["method"]
+    | text_options
+    | {"prompt": "sentence+learned", "prompts": 50, "keep_unused": False},
     "neck": segmentation["neck"],
   }
 
@@ -52,23 +54,23 @@ def iedp_referring(*, tiny: bool, token_length: int = 40) -> Section:
   """As `vpd_referring`, for IEDP: one branch, with the implicit tokens of the image behind the sentence."""
   vpd, depth = vpd_referring(tiny=tiny, token_length=token_length), iedp_depth(tiny=tiny, head_init="released")
   names = ("token_length", "tokenizer", "attention_maps", "attention_max_size", "attention_gradient")
-  told = {name: vpd["method"][name] for name in names}
+  text_options = {name: vpd["method"][name] for name in names}
   return {
     **vpd,
     "init": depth["init"],
-    "method": depth["method"] | told | {"prompt": "sentence+image", "branch_mode": "implicit"},
+    "method": depth["method"] | text_options | {"prompt": "sentence+image", "branch_mode": "implicit"},
   }
 
 
 def eco_depth_referring(*, tiny: bool, token_length: int = 40) -> Section:
   """As `vpd_referring`, for EcoDepth: its token behind the sentence's, without attention maps."""
   vpd, depth = vpd_referring(tiny=tiny, token_length=token_length), eco_depth(tiny=tiny, head_init="released")
-  told = {name: vpd["method"][name] for name in ("token_length", "tokenizer")}
+  text_options = {name: vpd["method"][name] for name in ("token_length", "tokenizer")}
   return {
     **vpd,
     "backbone": depth["backbone"],
     "init": vpd["init"] | depth["init"],
-    "method": depth["method"] | told | {"prompt": "sentence+image"},
+    "method": depth["method"] | text_options | {"prompt": "sentence+image"},
   }
 
 

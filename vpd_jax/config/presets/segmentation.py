@@ -81,8 +81,8 @@ def tadp_segmentation(*, tiny: bool, dropout: float = 0.1) -> Section:
   """
   depth, vpd = tadp_depth(tiny=tiny, head_init="released"), vpd_segmentation(tiny=tiny, dropout=dropout)
   names = ("attention_maps", "attention_max_size", "attention_gradient", "keep_unused")
-  told = {name: vpd["method"][name] for name in names}
-  return {**vpd, "init": depth["init"], "method": depth["method"] | told}
+  text_options = {name: vpd["method"][name] for name in names}
+  return {**vpd, "init": depth["init"], "method": depth["method"] | text_options}
 
 
 def eco_depth_segmentation(*, tiny: bool, dropout: float = 0.1) -> Section:

@@ -213,8 +213,8 @@ def detected(
       f"{_first(sorted(set(unknown), key=str))}; take the detections of this split, or set data.complete=False to "
       "leave them out."
     )
-  told = f"people are category {category}, see data.person_category"
-  notes = [f"{len(foreign)} detections of categories {_counted(foreign)} are left out, {told}"] if foreign else []
+  choice = f"people are category {category}, see data.person_category"
+  notes = [f"{len(foreign)} detections of categories {_counted(foreign)} are left out, {choice}"] if foreign else []
   notes += [f"{len(unknown)} detections of images outside the split are left out"] if unknown else []
   notes += [f"{low} detections with a score of {threshold:g} or below are left out"] if low else []
   notes += [f"{empty} detected boxes without an area inside their image are left out"] if empty else []

@@ -62,8 +62,8 @@ def decode(outline: Outline, size: tuple[int, int], *, overlap: str = "released"
   height, width = size
   for other in (part["size"] for part in parts if isinstance(part, dict)):
     if other != [height, width]:
-      told = "x".join(map(str, other))
-      raise UserError(f"the outline of an object is {told}, its picture {height}x{width}.")
+      sides = "x".join(map(str, other))
+      raise UserError(f"the outline of an object is {sides}, its picture {height}x{width}.")
   try:
     if isinstance(parts[0], list):
       polygons: Outline = [[float(x) for x in part] for part in parts]
