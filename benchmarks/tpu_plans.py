@@ -86,7 +86,7 @@ SCALING = (
 # One chip, the published batch in parts of one image.
 LORA = ("--config.lora.rank=16", "--config.frozen_dtype=bfloat16")
 WAYS = {"LoRA, frozen in bfloat16": LORA, "every array, moments in int8": ("--config.optim.moments=int8",)}
-PARTS = {"ade20k": 8, **dict.fromkeys(("vpd", "meta_prompts", "iedp"), 24)}
+PARTS = {**dict.fromkeys(("vpd", "meta_prompts", "iedp"), 24), "ade20k": 8}
 ONE_IMAGE = ("--config.backbone.remat=True", "--config.optim.norm_group=1", "--config.optim.loss_group=1")
 BEFORE = 26.52  # GiB for VPD in parts of one image before there were these settings, commit 880ccdc, otherwise the same
 SMALL = tuple(
