@@ -1,8 +1,8 @@
-"""The tables of docs/tpu.md: ahead-of-time compilation of whole networks for TPU topologies.
+"""The tables of docs/tpu.md and docs/small_devices.md: ahead-of-time compilation of whole networks for TPUs.
 
 python benchmarks/tpu_plans.py              # all cells missing in benchmarks/tpu_plans.json
 python benchmarks/tpu_plans.py --only vpd/v5e:2x4 vpd/v6e:8x8
-python benchmarks/tpu_plans.py --write      # docs/tpu.md from that file, without compilation
+python benchmarks/tpu_plans.py --write      # both pages from that file, without compilation
 
 Each cell is the command `--mode=plan` in a separate process. After an interruption the same command continues.
 """
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any, NamedTuple
@@ -20,9 +21,12 @@ import results_store
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "tpu_plans.json"
 PAGE = ROOT / "docs" / "tpu.md"
+SMALL_PAGE = ROOT / "docs" / "small_devices.md"
 SCRIPT = "tpu_plans.py"
 CONFIGS = {
   "vpd": ("VPD depth NYU", "configs/nyu_depth.py:vpd"),
+  "meta_prompts": ("MetaPrompts depth NYU", "configs/nyu_depth.py:meta_prompts"),
+  "iedp": ("IEDP depth NYU", "configs/nyu_depth.py:iedp"),
   "ade20k": ("MetaPrompts ADE20K", "configs/ade20k_seg.py:meta_prompts"),
   "cityscapes": ("MetaPrompts Cityscapes", "configs/cityscapes_seg.py:meta_prompts"),
 }
@@ -38,6 +42,7 @@ class Cell(NamedTuple):
     flags: besides bfloat16.
     effort: of the compiler.
     copies: of the weights, if part of the name.
+    trains: what, if part of the name.
   """
 
   config: str
@@ -45,11 +50,12 @@ class Cell(NamedTuple):
   flags: tuple[str, ...] = ()
   effort: str = "low"
   copies: int = 0
+  trains: str = ""
 
   @property
   def name(self) -> str:
     parts = [self.effort] * (self.effort != "low") + [f"{self.copies} copies"] * bool(self.copies)
-    return "/".join([self.config, self.slice, *parts])
+    return "/".join([self.config, self.slice, *parts, *([self.trains] if self.trains else [])])
 
   @property
   def command(self) -> list[str]:
@@ -77,12 +83,23 @@ SCALING = (
   Cell("vpd", "v6e:8x8", (split(8), "--config.data.batch_size=192", "--config.eval.batch_size=64")),
   Cell("vpd", "v6e:16x16", (split(8), "--config.data.batch_size=768", "--config.eval.batch_size=256")),
 )
-CELLS = {cell.name: cell for cell in (*PLANS, *SCALING)}
+# One chip, the published batch in parts of one image.
+LORA = ("--config.lora.rank=16", "--config.frozen_dtype=bfloat16")
+WAYS = {"LoRA, frozen in bfloat16": LORA, "every array, moments in int8": ("--config.optim.moments=int8",)}
+PARTS = {**dict.fromkeys(("vpd", "meta_prompts", "iedp"), 24), "ade20k": 8}
+ONE_IMAGE = ("--config.backbone.remat=True", "--config.optim.norm_group=1", "--config.optim.loss_group=1")
+BEFORE = 26.52  # GiB for VPD in parts of one image before there were these settings, commit 880ccdc, otherwise the same
+SMALL = tuple(
+  Cell(config, "v5e:1x1", (*ONE_IMAGE, f"--config.optim.accumulation={parts}", *flags), trains=words)
+  for words, flags in WAYS.items()
+  for config, parts in PARTS.items()
+)
+CELLS = {cell.name: cell for cell in (*PLANS, *SCALING, *SMALL)}
 
 
 def measure(cell: Cell, minutes: float) -> None:
   """Runs the command, and stores its reports; after a timeout, those that are finished."""
-  folder = ROOT / "runs" / "tpu_plans" / cell.name.replace("/", "_").replace(":", "_")
+  folder = ROOT / "runs" / "tpu_plans" / re.sub(r"\W+", "_", cell.name)
   command = [sys.executable, *cell.command, f"--workdir={folder}"]
   try:
     ended = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, timeout=60 * minutes or None)
@@ -120,6 +137,30 @@ def tables(results: dict[str, list[Report]]) -> str:
     words = f"{step['devices']} | {step['batch']} | {mesh} | {step['flops'] / 1e12:.3f} TFLOP | {share}"
     lines.append(f"| {words} | {_collectives(step)} |")
   return "\n".join(lines)
+
+
+def small_table(results: dict[str, list[Report]]) -> str:
+  """What fits one chip, in Markdown."""
+  lines = [
+    "| config, images in parts of one | trains | training | of before | evaluation | compiled in |",
+    "|---" * 6 + "|",
+  ]
+  for cell in SMALL:
+    reports = results.get(cell.name, [])
+    train, told = _train(reports), next((r for r in reports if r.get("step") == "eval"), {})
+    share = f"{train['peak'] / 2**30 / BEFORE:.2f}" if cell.config == "vpd" and train.get("peak") else ""
+    seconds = " and ".join(f"{report['compile_seconds']:.0f}" for report in (train, told) if report)
+    cells = [f"{CONFIGS[cell.config][0]}, {PARTS[cell.config]}", cell.trains, _fit(train), share, _fit(told)]
+    lines.append(f"| {' | '.join([*cells, f'{seconds} s' if seconds else ''])} |")
+  return "\n".join(lines)
+
+
+def _fit(report: Report) -> str:
+  """Peak and verdict."""
+  if not report:
+    return "not yet compiled"
+  peak = "more than there is" if report.get("peak") is None else f"{report['peak'] / 2**30:.2f} GiB"
+  return f"{peak}, {'fits' if report['fits'] else '**does not fit**'}"
 
 
 def _train(reports: list[Report]) -> Report:
@@ -169,10 +210,11 @@ def main() -> None:
   parser = argparse.ArgumentParser(description="Ahead-of-time compilation of training for TPU topologies.")
   parser.add_argument("--only", nargs="+", choices=CELLS, help="default: all missing ones")
   parser.add_argument("--minutes", type=float, default=0, help="timeout of a cell; 0: none")
-  parser.add_argument("--write", action="store_true", help="only write docs/tpu.md")
+  parser.add_argument("--write", action="store_true", help="only write the pages")
   options = parser.parse_args()
   if options.write:
-    PAGE.write_text(results_store.insert(PAGE.read_text(), SCRIPT, tables(results_store.load(RESULTS))))
+    for page, made in ((PAGE, tables), (SMALL_PAGE, small_table)):
+      page.write_text(results_store.insert(page.read_text(), SCRIPT, made(results_store.load(RESULTS))))
     return
   for name in options.only or [name for name in CELLS if name not in results_store.load(RESULTS)]:
     measure(CELLS[name], options.minutes)

@@ -21,6 +21,7 @@ from vpd_jax.config import loader
 from vpd_jax.convert import load, rules
 from vpd_jax.convert.formats import weight_files, write
 from vpd_jax.convert.tables import released
+from vpd_jax.models import lora
 
 SCRIPT = ROOT / "scripts" / "convert_checkpoint.py"
 
@@ -133,7 +134,8 @@ def test_loading_takes_less_than_twice_the_file(release):
 
 def run(monkeypatch, *arguments):
   """The script in this process, sparing it the tracing of the model."""
-  monkeypatch.setattr(experiment, "model_shapes", lambda config: tiny.depth_shapes())
+  shapes = tiny.depth_shapes()
+  monkeypatch.setattr(experiment, "model_shapes", lambda config: shapes)
   monkeypatch.setattr(
     sys, "argv", ["convert_checkpoint.py", "--config=configs/nyu_depth.py:tiny", *map(str, arguments)]
   )
@@ -178,6 +180,42 @@ def test_the_script_names_the_options_of_a_run_that_are_others(tmp_path, monkeyp
     held.save(1, state, initialize.to_json(config), force=True)
   with pytest.raises(SystemExit, match=r"not of this config: method\.name is 'meta_prompts' in the run and 'vpd' here"):
     run(monkeypatch, f"--source={tmp_path / 'run'}", f"--output={tmp_path / 'x.pth'}", "--reverse")
+
+
+def test_the_script_writes_the_lora_of_a_run_and_merges_it(tmp_path, monkeypatch, capsys):
+  config = tiny.shrunk(loader.load("configs/nyu_depth.py:tiny"))
+  config = loader.changed(config, {"lora.rank": 2, "lora.targets": (r"/in_layers/2/kernel$",)})
+  exp = experiment.assemble(config)
+  with initialize.checkpoints(config, exp, str(tmp_path / "run")) as held:
+    held.save(1, tiny.train_state(exp, tiny.filled(exp.spec.shapes)), initialize.to_json(config), force=True)
+    saved = held.restore_weights(1)
+    merged = held.evaluated(1, saved)
+  run(monkeypatch, f"--source={tmp_path / 'run'}", f"--output={tmp_path / 'l.safetensors'}", "--reverse", "--only_lora")
+  base = {name: saved["frozen"].get(name, x) for name, x in merged.items()}
+  report = load.Report("made up", {}, {}, ())
+  monkeypatch.setattr(load, "load_pretrained", lambda source, shapes: (base, report))
+  monkeypatch.setattr(load, "source_files", lambda source: {})
+  monkeypatch.setattr(initialize, "with_backbone_sizes", lambda *_: config)
+  run(monkeypatch, "--source=base", f"--output={tmp_path / 'ours'}", f"--lora={tmp_path / 'l.safetensors'}")
+  adapted = sum(name.startswith(lora.PREFIX) and name.endswith("/a") for name in exp.groups.lr)
+  assert adapted > 10 and f"l.safetensors: merged into {adapted} kernels of the UNet" in capsys.readouterr().out
+  assert list(load.manifest(tmp_path / "ours")["files"]) == ["LoRA l.safetensors"]
+  found = load._restore(tmp_path / "ours")
+  for name, x in merged.items():
+    np.testing.assert_allclose(found[name], x, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+  "words, message",
+  [
+    (("--lora=x", "--reverse"), "--lora merges a file when converting to ours, --only_lora writes one with --reverse"),
+    (("--only_lora",), "--lora merges a file when converting to ours, --only_lora writes one with --reverse"),
+    (("--reverse", "--only_lora"), "is no workdir of a run, of which --only_lora writes the LoRA"),
+  ],
+)
+def test_the_script_refuses_lora_where_it_has_no_effect(tmp_path, monkeypatch, words, message):
+  with pytest.raises(SystemExit, match=message):
+    run(monkeypatch, f"--source={tmp_path}", "--output=x.safetensors", *words)
 
 
 def test_every_release_has_a_signature():

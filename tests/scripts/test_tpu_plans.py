@@ -27,8 +27,10 @@ def report(step="train", **changes):
 
 
 def test_the_page_holds_what_was_compiled(tpu_plans):
-  page, store = tpu_plans.PAGE.read_text(), tpu_plans.results_store
-  assert store.insert(page, tpu_plans.SCRIPT, tpu_plans.tables(store.load(tpu_plans.RESULTS))) == page
+  store = tpu_plans.results_store
+  for path, made in ((tpu_plans.PAGE, tpu_plans.tables), (tpu_plans.SMALL_PAGE, tpu_plans.small_table)):
+    page = path.read_text()
+    assert store.insert(page, tpu_plans.SCRIPT, made(store.load(tpu_plans.RESULTS))) == page
 
 
 def test_each_compilation_is_a_line(tpu_plans):
@@ -47,6 +49,14 @@ def test_each_compilation_is_a_line(tpu_plans):
   )
   assert "not finished after 60 minutes" in lines[4]
   assert "not yet run" in lines[5]
+
+
+def test_what_fits_one_chip_is_compared_with_before(tpu_plans):
+  name = next(cell.name for cell in tpu_plans.SMALL if cell.config == "vpd")
+  peaks = [report(peak=int(tpu_plans.BEFORE * GIB / 4)), report("eval", peak=17 * GIB, fits=False)]
+  lines = tpu_plans.small_table({name: peaks}).split("\n")
+  assert "| 6.63 GiB, fits | 0.25 | 17.00 GiB, **does not fit** | 100 and 100 s |" in "".join(lines)
+  assert sum("not yet compiled" in line for line in lines) == len(tpu_plans.SMALL) - 1
 
 
 def test_operations_are_compared_with_those_of_one_chip(tpu_plans):
