@@ -149,7 +149,7 @@ def main() -> None:
       settings = {"config": config.to_dict(), "weights": str(weights), "class_id": nyu.CLASSES.index(CLASS)}
       settings |= {"names": torch_names(config, options.prefix), "side": config.data.crop[0]}
       settings["pictures"] = [(str(path), str(folder / f"torch_{path.name}")) for path in pictures]
-      (folder / "settings.json").write_text(json.dumps(settings))
+      atomic.write_json(folder / "settings.json", settings)
     for turn in range(options.rounds):
       for side in sides:
         if side == "torch":
@@ -164,7 +164,7 @@ def main() -> None:
           costs.setdefault(name, []).append(cost)
           print(f"{name}: {cost.cpu:.1f} s CPU, {cost.wall:.1f} s wall, {cost.peak:.2f} GiB", flush=True)
           if options.json:
-            options.json.write_text(json.dumps(costs, indent=1))
+            atomic.write_json(options.json, costs)
   print(table(costs, options.pictures))
 
 

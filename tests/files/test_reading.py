@@ -101,7 +101,8 @@ OWN = {
   "reading.py",
 }
 OWN |= {"export.py", "exported_loader.py"}  # what --mode=export writes itself; the latter runs without this package
-OWN |= {"weight_files.py"}  # the header of safetensors, which is bytes
+OWN |= {"weight_files.py", "lora_files.py"}  # the header and the metadata of safetensors
+OWN |= {"results.py", "export_onnx.py", "compare_runs.py"}  # the files of predict, export and a run
 
 
 def test_json_of_users_is_read_in_one_place():

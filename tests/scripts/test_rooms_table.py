@@ -21,7 +21,7 @@ def script():
 
 
 def results(rows, seeds=(0, 1), **changes):
-  """Made-up results of every method; the score of a run is the method's number plus a tenth of the seed."""
+  """Made-up results of every method; a score is the method's number plus a tenth of the seed, from chance 5 more."""
   common = {"task": rows.task, "device": "some CPU, 2 cores"}
   trivial = {name: 1.5 for name in rows.baselines}
   networks = [
@@ -29,9 +29,10 @@ def results(rows, seeds=(0, 1), **changes):
     for m in rows.methods
   ]
   runs = [
-    {"method": m, "seed": s, "steps": 40, "score": i + s / 10, "trivial": trivial, "config": "", "minutes": 4.6}
-    | {"peak_gib": 1.25 + s, "step_gib": 0.5}
+    {"method": m, "seed": s, "steps": 40, "score": i + s / 10 + more, "trivial": trivial, "config": "", "minutes": 4.6}
+    | {"start": start, "peak_gib": 1.25 + s, "step_gib": 0.5}
     for i, m in enumerate(rows.methods)
+    for start, more in (("small", 0), ("small_scratch", 5))
     for s in seeds
   ]
   return {"networks": [common | n for n in networks], "runs": [common | r | changes for r in runs]}
@@ -40,20 +41,24 @@ def results(rows, seeds=(0, 1), **changes):
 def test_the_table_has_a_row_per_method_and_per_trivial_predictor(script):
   rows = script.TASKS[0]
   lines = script.table(results(rows), rows).splitlines()
-  assert lines[0] == "| depth | RMSE, m | parameters | GFLOP | ms | peak memory |"
-  assert lines[3] == "| MetaPrompts | 1.050 (1.000 to 1.100, 2 seeds) | 12.3 M | 7.2 | 42 | 2.2 GiB, step 0.5 |"
-  assert [line.split(" | ")[1] for line in lines[5:8]] == ["1.500"] * 3
-  assert len({line.count("|") for line in lines[:8]}) == 1
-  assert lines[8] == "" and "40 steps of 6 images" in lines[9] and "some CPU, 2 cores" in lines[9]
-  assert "--seeds 0 1`" in lines[9]
+  assert lines[0] == (
+    "| depth | RMSE, m, from the weights | RMSE, m, from chance | parameters | GFLOP | ms | peak memory |"
+  )
+  scores = "1.050 (1.000 to 1.100, 2 seeds) | 6.050 (6.000 to 6.100, 2 seeds)"
+  assert lines[3] == f"| MetaPrompts | {scores} | 12.3 M | 7.2 | 42 | 2.2 GiB, step 0.5 |"
+  assert [line.split(" | ")[1] for line in lines[6:9]] == ["1.500"] * 3
+  assert len({line.count("|") for line in lines[:9]}) == 1
+  assert lines[9] == "" and "40 steps of 6 images" in lines[10] and "some CPU, 2 cores" in lines[10]
+  assert "--seeds 0 1`" in lines[10]
 
 
 def test_a_row_that_is_not_there_yet_is_not_yet_run(script):
   rows, made = script.TASKS[0], results(script.TASKS[0], seeds=(0,))
-  made["runs"] = [run for run in made["runs"] if run["method"] != "iedp"]
+  made["runs"] = [r for r in made["runs"] if r["method"] != "iedp" and (r["method"], r["start"]) != ("vpd", "small")]
   lines = script.table(made, rows).splitlines()
-  assert lines[2].startswith("| VPD | 0.000 (1 seed) | 12.3 M |") and lines[4] == "| IEDP | not yet run | | | | |"
-  assert len(script.table({"networks": [], "runs": []}, rows).splitlines()) == 5
+  assert lines[2].startswith("| VPD | not yet run | 5.000 (1 seed) | 12.3 M |")
+  assert lines[4] == "| IEDP | not yet run | not yet run | | | | |"
+  assert len(script.table({"networks": [], "runs": []}, rows).splitlines()) == 6
 
 
 def test_rows_that_cannot_be_compared_are_refused(script):
@@ -118,7 +123,7 @@ def test_a_row_of_another_config_is_named(script):
   rows = script.TASKS[0]
   made = results(rows)["runs"]
   for run in made:
-    run["config"] = script.digest(rows, run["method"], run["seed"])
+    run["config"] = script.digest(rows, run["method"], run["start"], run["seed"])
   assert script.stale({"runs": made}) == []
   made[1]["config"] = "other"
-  assert script.stale({"runs": made}) == ["depth vpd 1"]
+  assert script.stale({"runs": made}) == ["depth vpd small 1"]

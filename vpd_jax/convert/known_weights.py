@@ -17,6 +17,7 @@ from vpd_jax.monitoring import progress
 NOT_KNOWN = "not known"
 FOLDER = "VPD_WEIGHTS"  # the environment variable
 DEFAULT_FOLDER = "~/.cache/vpd_jax/weights"
+ASSETS = pathlib.Path(__file__).parent.parent / "data" / "assets"
 
 
 class Known(NamedTuple):
@@ -31,6 +32,7 @@ class Known(NamedTuple):
     page: where it is fetched by hand.
     size: bytes, 0 where they are not known.
     sha256: empty where it is not known.
+    packaged: whether `file` is a part of this package, and so neither fetched nor checked.
   """
 
   what: str
@@ -41,6 +43,7 @@ class Known(NamedTuple):
   page: str = NOT_KNOWN
   size: int = 0
   sha256: str = ""
+  packaged: bool = False
 
 
 OPENRAIL, OPENRAIL_PP = "CreativeML OpenRAIL-M", "CreativeML Open RAIL++-M"
@@ -51,6 +54,13 @@ OF_META, OF_ECO, OF_TADP = (f"{NOT_KNOWN}; the code is under {name}" for name in
 ECO_V2 = "--config.method.pad_value=0.0 --config.head.cut_padding=features"
 
 KNOWN = {
+  "rooms/small": Known(
+    what="a small backbone, depth and segmentation of procedural rooms, by scripts/pretrain_rooms.py",
+    flags="--config=configs/rooms.py:small",
+    license="Apache-2.0, as the code",
+    file="rooms_small.safetensors",
+    packaged=True,
+  ),
   "sd/1.5": Known(
     what="Stable Diffusion 1.5",
     flags="every config",
@@ -194,6 +204,8 @@ def local(name: str) -> pathlib.Path:
     ValueError: it must be fetched by hand; it cannot be fetched, or was cut off; it is another file than is known.
   """
   known = KNOWN[name]
+  if known.packaged:
+    return ASSETS / known.file
   path = folder() / known.file
   if not path.is_file():
     if not known.hub:
@@ -249,6 +261,7 @@ def listing() -> list[str]:
   for name, known in KNOWN.items():
     lines.append(f"{name}: {'present' if _present(known) else 'absent'}; {known.what}; {known.flags}")
     where = f"fetched from {known.hub} at first use" if known.hub else f"by hand, page: {known.page}"
+    where = "in this package" if known.packaged else where
     what = f"{known.file}, {_size(known)}, sha256 {known.sha256 or NOT_KNOWN}" if known.file else "diffusers repository"
     lines.append(f"    {what}; {where}; license: {known.license}")
   return lines
@@ -257,7 +270,7 @@ def listing() -> list[str]:
 def _present(known: Known) -> bool:
   """Whether weights are on this machine, checked or not."""
   if known.file:
-    return (folder() / known.file).is_file()
+    return ((ASSETS if known.packaged else folder()) / known.file).is_file()
   from huggingface_hub import try_to_load_from_cache
 
   return isinstance(try_to_load_from_cache(known.hub, "unet/config.json"), str)
