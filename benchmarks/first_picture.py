@@ -36,6 +36,7 @@ from vpd_jax.config import loader
 from vpd_jax.convert.rules import Rule
 from vpd_jax.convert.tables import released, stable_diffusion
 from vpd_jax.data.datasets import nyu, rooms
+from vpd_jax.files import atomic
 
 HERE = pathlib.Path(__file__).resolve().parent
 CLASS = "kitchen"

@@ -30,6 +30,8 @@ import jax
 import numpy as np
 import pytest
 
+from vpd_jax.monitoring import progress
+
 pytest.register_assert_rewrite("tests.helpers")  # before anything imports them
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -113,10 +115,11 @@ def golden() -> pathlib.Path:
 
 
 @pytest.fixture(autouse=True)
-def _config_is_restored():
-  """A test that changes jax's configuration leaves it to nobody else."""
+def _settings_are_restored():
+  """A test that changes jax's configuration, or shows progress as commands do, leaves it to nobody else."""
   before = {name: getattr(jax.config, name) for name in ("jax_enable_x64", "jax_numpy_rank_promotion")}
   yield
+  progress.hide()
   for name, value in before.items():
     if getattr(jax.config, name) != value:
       jax.config.update(name, value)
