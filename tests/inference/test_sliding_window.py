@@ -117,7 +117,7 @@ def test_smooth_weights_are_positive_everywhere_and_keep_a_constant(length, stri
   starts, _, (length, _) = tiles.corners((side, side), length, stride)
   total, over = np.zeros(side), tiles.overlap_weights(starts, length, side, smooth=True)
   for start in starts:
-    weight = tiles.smooth_profile(jnp.arange(length), length, jnp)
+    weight = tiles.smooth_profile(jnp.arange(length), length)
     np.testing.assert_allclose(weight, np.sin(np.pi * (np.arange(length) + 0.5) / length) ** 2, rtol=1e-6)
     assert (weight > 0).all()
     total[start : start + length] += weight

@@ -7,7 +7,6 @@ import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gradio as gr  # pyright: ignore[reportMissingImports]
 from gradio import themes  # pyright: ignore[reportMissingImports]
@@ -15,6 +14,7 @@ from gradio import themes  # pyright: ignore[reportMissingImports]
 from vpd_jax.demo import results
 from vpd_jax.demo.results import Inputs, Network
 from vpd_jax.errors import UserError
+from vpd_jax.types import Fields
 
 TITLE = "vpd_jax"
 ABOUT = (
@@ -31,11 +31,11 @@ MONO_FONTS = [themes.Font(name) for name in ("ui-monospace", "monospace")]
 CSS = "#preview img { width: 100%; height: 100%; object-fit: contain; }"
 
 
-def _shows_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+def _shows_errors(function: Callable[..., object]) -> Callable[..., object]:
   """A function whose user errors become messages on the page."""
 
   @functools.wraps(function)
-  def wrapped(*arguments: Any, **options: Any) -> Any:
+  def wrapped(*arguments: object, **options: object) -> object:
     try:
       return function(*arguments, **options)
     except UserError as error:
@@ -120,8 +120,8 @@ class Page:
           self.facts = gr.JSON(show_label=False)
 
   def _connect(self) -> None:
-    hidden: dict[str, Any] = {"api_visibility": "private"}
-    network: dict[str, Any] = hidden | {"concurrency_limit": 1, "concurrency_id": "network"}
+    hidden: Fields = {"api_visibility": "private"}
+    network: Fields = hidden | {"concurrency_limit": 1, "concurrency_id": "network"}
     inputs = [self.sentence, self.class_name, self.boxes, self.attention, self.ply, self.focal]
     chosen = [self.notice, self.room, *inputs]
     gr.on([self.blocks.load, self.task.change], self._choose, [self.task], chosen, **network)
@@ -138,7 +138,7 @@ class Page:
       slider.release(self._recolor, ends, [self.result], show_progress="hidden", **hidden)
 
   @_shows_errors
-  def _choose(self, task: str) -> list[Any]:
+  def _choose(self, task: str) -> list[object]:
     """The inputs that the network of a task takes, in the order of `chosen`."""
     network = self._networks[task]
     predictor = network.predictor
@@ -156,11 +156,11 @@ class Page:
     ]
 
   @_shows_errors
-  def _preview(self, path: str | None) -> Any:
+  def _preview(self, path: str | None) -> object:
     return gr.Image(results.preview(results.read_picture(path)), visible=True)
 
   @_shows_errors
-  def _draw(self, task: str, request: gr.Request) -> list[Any]:
+  def _draw(self, task: str, request: gr.Request) -> list[object]:
     predictor = self._networks[task].predictor
     path, sentence, boxes = results.drawn_room(predictor, self._of(request), secrets.randbelow(10**6))
     return [str(path), self._preview(str(path)), sentence, boxes]
@@ -177,7 +177,7 @@ class Page:
     ply: bool,
     focal: float | None,
     request: gr.Request,
-  ) -> list[Any]:
+  ) -> list[object]:
     """What the page shows of a prediction, in the order of `found`."""
     predictor = self._networks[task].predictor
     depth = predictor.experiment.task.measures_depth
@@ -203,7 +203,7 @@ class Page:
     return results.depth_at(Path(depth), *event.index) if depth else ""
 
   @_shows_errors
-  def _recolor(self, task: str | None, depth: str | None, nearest: float, farthest: float) -> Any:
+  def _recolor(self, task: str | None, depth: str | None, nearest: float, farthest: float) -> object:
     if not (task and depth):
       return gr.skip()
     return results.recolored(self._networks[task].predictor, Path(depth), nearest, farthest)

@@ -1,13 +1,15 @@
 """Positions of windows and tiles in an image, and sums of scores over tiles; see inference/sliding_window.py."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vpd_jax.types import Array
+
+Places = TypeVar("Places", np.ndarray, Array)
 
 TILE = 256  # side in pixels of the tiles of scores on the device
 CANVAS = 128
@@ -109,14 +111,14 @@ def bilinear_indices(old: int, new: int, *, mirrored: bool = False) -> tuple[np.
   return (low[::-1], high[::-1], share[::-1]) if mirrored else (low, high, share)
 
 
-def smooth_profile(places: Any, length: Any, xp: Any = np) -> Any:
+def smooth_profile(places: Places, length: int | Array) -> Places:
   """Weights along one axis of a window whose prediction fades out toward both ends: sin^2, never 0 inside.
 
   Args:
     places: 0 .. length - 1, an array; what lies outside gets a number without meaning.
     length: of the window.
-    xp: numpy or jax.numpy.
   """
+  xp = cast(Any, np if isinstance(places, np.ndarray) else jnp)
   # From the nearer end: near pi the sine of a float32 has no digits left.
   nearer = xp.minimum(places, length - 1 - places)
   return xp.sin(np.pi / 2 * (2 * nearer + 1) / length) ** 2
@@ -170,7 +172,7 @@ def add(tile: Array, scores: Array, where: Array, *, smooth: bool = False) -> Ar
   here = window.take(jnp.clip(rows, 0, height - 1), 0).take(jnp.clip(columns, 0, width - 1), 1)
   inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))[None, :]
   if smooth:
-    fade = smooth_profile(rows, height, jnp)[:, None] * smooth_profile(columns, width, jnp)[None, :]
+    fade = smooth_profile(rows, height)[:, None] * smooth_profile(columns, width)[None, :]
     here = here * fade[..., None].astype(here.dtype)
   return jnp.where(first > 0, 0, tile) + jnp.where(inside[..., None], here, 0)
 

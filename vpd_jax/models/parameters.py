@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.typing import PathParts
 from jax.typing import DTypeLike
 
 from vpd_jax.errors import UserError
@@ -41,7 +42,7 @@ class ModelSpec(NamedTuple):
 
   model: Any
   graphdef: nnx.GraphDef
-  paths: dict[str, tuple[Any, ...]]
+  paths: dict[str, PathParts]
   shapes: dict[str, jax.ShapeDtypeStruct]
   params: frozenset[str]
   buffers: frozenset[str]
@@ -90,7 +91,7 @@ def _inlined(module: nnx.Module, path: tuple[str, ...] = ()) -> Iterator[tuple[s
       yield from _inlined(value, (*path, name))
 
 
-def _names(model: nnx.Module, paths: Iterable[tuple[Any, ...]]) -> list[str]:
+def _names(model: nnx.Module, paths: Iterable[PathParts]) -> list[str]:
   """Names of arrays; they leave the attributes out under which Inlined modules stand."""
   inlined = set(_inlined(model))
   parts = [tuple(str(part) for part in path) for path in paths]
@@ -100,7 +101,7 @@ def _names(model: nnx.Module, paths: Iterable[tuple[Any, ...]]) -> list[str]:
 class _Leaf(NamedTuple):
   """One array of a model that is built under tracing."""
 
-  path: tuple[Any, ...]
+  path: PathParts
   kind: type[nnx.Variable]
   draw: initializers.Draw | None
 

@@ -4,7 +4,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -86,7 +86,7 @@ def less_memory(config: ConfigDict) -> list[Fields]:
   return [level for i, level in enumerate(levels) if level not in levels[:i]]
 
 
-def value(config: ConfigDict, field: str) -> Any:
+def value(config: ConfigDict, field: str) -> object:
   """Of a dotted field."""
   return functools.reduce(operator.getitem, field.split("."), config)
 
