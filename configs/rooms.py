@@ -5,7 +5,7 @@ python -m vpd_jax.main --config=configs/rooms.py:depth,tiny
 The argument is a list of words: a task (depth, segmentation, referring, pose), a method (vpd, meta_prompts, iedp,
 eco_depth; for depth and segmentation also tadp, with --config.data.captions=FILE), a size (tiny, full, sd21: Stable
 Diffusion 2.1; small, which starts from the weights "rooms/small" of this package, made by scripts/pretrain_rooms.py;
-small_scratch, the same network). All but small start from random weights. Everything is trained at the same rate, the
+small_scratch, the same network). All but small start from random weights and train everything at the same rate, the
 VAE included; what the releases freeze or slow down makes no sense here. The scores say that training works, not how
 good a method is.
 
@@ -31,12 +31,12 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   sizes = (*presets.sizes("tiny"), "small", "small_scratch")
   words = loader.parse_variant(argument, task=tuple(OPTIONS), method=presets.methods(), size=sizes)
   task, method, small = words["task"], words["method"], words["size"].startswith("small")
-  tiny = small or words["size"] == "tiny"
+  tiny, trained = small or words["size"] == "tiny", words["size"] == "small"
   steps = 80 if small else 320
   config = ml_collections.ConfigDict(presets.run(num_steps=steps, log_every=20, eval_every=steps, save_every=100))
   config.backbone = presets.rooms_small() if small else presets.backbone(words["size"])
   if small:
-    config.init.pretrained = "rooms/small" if words["size"] == "small" else ""
+    config.init.pretrained = "rooms/small" if trained else ""
   elif tiny:
     # The VAE, trained here, is most of the work: with less of it the same time teaches more.
     config.backbone.vae.update({"channel_mult": (1, 1, 2, 4), "num_res_blocks": 1})
@@ -65,10 +65,11 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   if task == "referring":
     config.data.update({"cache": "off", "cache_folder": ""})  # others need a VAE that is not trained
   config.optim = presets.adamw(
-    lr=1e-3,
+    lr=3e-3 if trained else 1e-3,
     decay=0.01,
     schedule={"name": "cosine", "min_lr": 1e-5, "num_steps": 0, "warmup": 20},  # 0: as long as the run
-    lr_groups=((r"", 1.0),),
+    # New parts may learn fast where the backbone is trained already, as in the papers.
+    lr_groups=((r"/(unet|vae)/", 0.1), (r"", 1.0)) if trained else ((r"", 1.0),),
     decay_groups=presets.no_decay_for_vectors(),
     norm_group=0,
     loss_group=0,
