@@ -32,7 +32,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   words = loader.parse_variant(argument, task=tuple(OPTIONS), method=presets.methods(), size=sizes)
   task, method, small = words["task"], words["method"], words["size"].startswith("small")
   tiny, trained = small or words["size"] == "tiny", words["size"] == "small"
-  steps = 80 if small else 320
+  steps = (120 if task == "segmentation" else 80) if small else 320
   config = ml_collections.ConfigDict(presets.run(num_steps=steps, log_every=20, eval_every=steps, save_every=100))
   config.backbone = presets.rooms_small() if small else presets.backbone(words["size"])
   if small:
@@ -48,6 +48,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         config.neck = {"name": "none"}  # fusion's map would have 8 x 8 cells, the UNet's finest has 32 x 32
     config.task = {"name": "depth", "max_depth": 10.0, "min_depth": 1e-3, "eval_crop": "none", "variance_focus": 0.5}
     config.task.contours = 0.0  # metres between lines in colored pictures
+  elif task == "segmentation":
+    if small and config.neck.name == "fpn":
+      config.neck.width = config.head.width = 64
   elif task == "referring":
     if "tokenizer" in config.method:
       # CLIP's tokens and states would come with weights; here words get random vectors, told apart well enough.
@@ -64,12 +67,14 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.data.size, config.data.crop = (128, 128), (128, 128)
   if task == "referring":
     config.data.update({"cache": "off", "cache_folder": ""})  # others need a VAE that is not trained
+  # New parts may learn fast where the backbone is trained already, as in the papers; most of all scores of classes, of
+  # which some are rare.
+  rate, backbone_rate = (3e-2, 1e-3) if task == "segmentation" else (3e-3, 3e-4)
   config.optim = presets.adamw(
-    lr=3e-3 if trained else 1e-3,
+    lr=rate if trained else 1e-3,
     decay=0.01,
     schedule={"name": "cosine", "min_lr": 1e-5, "num_steps": 0, "warmup": 20},  # 0: as long as the run
-    # New parts may learn fast where the backbone is trained already, as in the papers.
-    lr_groups=((r"/(unet|vae)/", 0.1), (r"", 1.0)) if trained else ((r"", 1.0),),
+    lr_groups=((r"/(unet|vae)/", backbone_rate / rate), (r"", 1.0)) if trained else ((r"", 1.0),),
     decay_groups=presets.no_decay_for_vectors(),
     norm_group=0,
     loss_group=0,

@@ -119,6 +119,8 @@ class BothTasks(Depth):
 def assemble(lr: float) -> experiment.Experiment:
   """The experiment of both tasks, made of the parts of the two configs."""
   config = {task: loader.load(f"configs/rooms.py:{task},small_scratch") for task in ("depth", "segmentation")}
+  # Half of the config's, as when the weights of the package were made.
+  config["segmentation"] = loader.changed(config["segmentation"], {"neck.width": 32, "head.width": 32})
   exps = {task: experiment.assemble(config[task]) for task in config}
   name = initialize.CLASS_VECTORS
   vectors = {task: initialize.weights(config[task], exps[task])[0][name] for task in exps}
