@@ -89,8 +89,10 @@ def test_a_picture_becomes_files_that_go_with_the_page(opened, served, tmp_path)
   names = opened.locator("#files").inner_text()
   assert all(f"kitchen{end}" in "".join(names.split()) for end in (".ply", ".color.png", ".depth.png", ".npy", ".json"))
 
-  shown = opened.locator("#result img").bounding_box()  # in the middle of it, at its own size
-  place = {"x": (shown["width"] - 96) / 2 + 10, "y": (shown["height"] - 64) / 2 + 20}
+  shown = opened.locator("#result img").bounding_box()  # in the middle of it, at its own size, with the bar
+  wide = opened.locator("#result img").evaluate("image => image.naturalWidth")
+  assert wide > 96
+  place = {"x": (shown["width"] - wide) / 2 + 10, "y": (shown["height"] - 64) / 2 + 20}
   opened.locator("#result img").click(position=place)
   pointed = opened.get_by_text("at column")
   pointed.wait_for()

@@ -49,13 +49,15 @@ def test_the_pointer_reads_the_depth_of_its_pixel(tmp_path):
   depth[1, 5] = 2.345
   np.save(tmp_path / "a.npy", depth)
   assert results.depth_at(tmp_path / "a.npy", 5, 1) == "**2.35 m** at column 5, row 1"
-  assert results.depth_at(tmp_path / "a.npy", 0, 0) == "no depth here"
+  for column, row in ((0, 0), (6, 1), (5, 4)):  # not known, and beyond: on the bar
+    assert results.depth_at(tmp_path / "a.npy", column, row) == "no depth here"
 
 
 def test_the_ends_of_the_colors_move(tmp_path, predictor):
-  np.save(tmp_path / "a.npy", np.array([[1.0, 2.0, 3.0]], np.float32))
+  np.save(tmp_path / "a.npy", np.tile(np.float32([1.0, 2.0, 3.0]), (60, 1)))
   whole, part = (results.recolored(predictor, tmp_path / "a.npy", 1, end) for end in (3, 2))
   assert (whole[0, 2] == part[0, 1]).all() and not (whole[0, 1] == part[0, 1]).all()
+  assert whole.shape[0] == 60 and whole.shape[1] > 3  # with the bar
   with pytest.raises(ValueError, match="colors from 3 m to 3 m are no range; move the first below the second"):
     results.recolored(predictor, tmp_path / "a.npy", 3, 3)
 

@@ -60,6 +60,7 @@ class Labels:
     path = stem.with_name(f"{stem.name}.json")
     assert not path.exists(), "written over"
     path.write_text(f"{facts['source']}: {label[1]}")
+    return [path]
 
 
 def test_as_many_results_are_written_as_are_told(tmp_path, monkeypatch, capsys):

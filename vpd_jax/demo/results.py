@@ -22,6 +22,7 @@ from vpd_jax.inference import images as images_lib
 from vpd_jax.inference import top_down
 from vpd_jax.prediction import predict_folder
 from vpd_jax.prediction.predictor import Predictor, trained_weights
+from vpd_jax.tasks import colormaps, drawing
 from vpd_jax.tasks.depth import point_cloud
 from vpd_jax.types import DepthTask, Fields
 
@@ -199,20 +200,23 @@ def _small_cloud(path: Path, depth: np.ndarray, image: np.ndarray, focal: float)
 
 
 def depth_at(depth: Path, column: int, row: int) -> str:
-  """What is said of one pixel."""
-  metres = float(np.load(depth, mmap_mode="r")[row, column])
+  """What is said of one pixel of the colored picture, at whose right there is a bar."""
+  metres = np.load(depth, mmap_mode="r")
+  metres = float(metres[row, column]) if row < metres.shape[0] and column < metres.shape[1] else math.nan
   return f"**{metres:.2f} m** at column {column}, row {row}" if math.isfinite(metres) else "no depth here"
 
 
 def recolored(predictor: Predictor, depth: Path, nearest: float, farthest: float) -> np.ndarray:
-  """The colored depth with other ends, uint8 [H, W, 3].
+  """The colored depth with other ends and its bar, uint8 [H, W', 3].
 
   Raises:
     ValueError: the ends are no range.
   """
   if not nearest < farthest:
     raise UserError(f"colors from {nearest:g} m to {farthest:g} m are no range; move the first below the second.")
-  return cast(DepthTask, predictor.experiment.task).colored(np.load(depth), nearest, farthest)
+  picture = cast(DepthTask, predictor.experiment.task).colored(np.load(depth), nearest, farthest)
+  bar = drawing.color_bar(nearest, farthest, colormaps.DEPTH, picture.shape[:2])
+  return np.concatenate([picture, bar], axis=1)
 
 
 def drawn_room(predictor: Predictor, folder: Path, index: int) -> tuple[Path, str, str]:

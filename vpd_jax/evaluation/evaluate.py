@@ -294,9 +294,9 @@ class Evaluator:
   def _panels(self, predictions: list[np.ndarray]) -> np.ndarray:
     # With several processes the pictures of the first one are every so many of the split.
     step = jax.process_count() if self.experiment.task.test_time_protocol == "sliding" else 1
-    examples = itertools.islice(self._examples("eval"), 0, None, step)
-    # The last batch is filled up with predictions of no example.
-    pairs = list(zip(examples, predictions[: self.config.eval.panels], strict=False))
+    shown = predictions[: self.config.eval.panels]
+    examples = itertools.islice(self._examples("eval"), 0, step * len(shown), step)
+    pairs = list(zip(examples, shown, strict=False))  # the last batch is filled up with predictions of no example
     return panels_lib.stacked(self.experiment.task.panels([pair[0] for pair in pairs], [pair[1] for pair in pairs]))
 
 
