@@ -45,7 +45,7 @@ def rows(workdir: str, count: int) -> tuple[list[str], list[list[np.ndarray]]]:
 def _depth(image: np.ndarray, truth: np.ndarray, depth: np.ndarray) -> list[np.ndarray]:
   known = truth > 0
   low, high = float(truth[known].min()), float(truth.max())
-  error = colormaps.paint(np.where(known, np.abs(depth - truth), np.nan), 0, LARGEST_ERROR, "magma")
+  error = colormaps.paint(np.where(known, np.abs(depth - truth), np.nan), 0, LARGEST_ERROR, colormaps.ERROR)
   return [image, *(colormaps.color_depth(x, high, min_depth=low) for x in (truth, depth)), error]
 
 

@@ -1,19 +1,14 @@
 """The contact sheet: where its pictures lie, what it refuses."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 
-from tests.helpers.paths import ROOT
+from tests.helpers import loaded_scripts
 
 
 @pytest.fixture(scope="module")
 def script():
-  spec = importlib.util.spec_from_file_location("contact_sheet", ROOT / "scripts" / "contact_sheet.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  return loaded_scripts.load("scripts/contact_sheet.py")
 
 
 def test_every_picture_has_its_place_below_its_title(script):

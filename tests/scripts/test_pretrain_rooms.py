@@ -1,12 +1,10 @@
 """The script that makes the weights "rooms/small": its prompts, its rooms, its file; no training."""
 
-import importlib.util
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.paths import ROOT
+from tests.helpers import loaded_scripts
 from vpd_jax import experiment
 from vpd_jax.config import loader
 from vpd_jax.convert import load
@@ -14,10 +12,7 @@ from vpd_jax.convert import load
 
 @pytest.fixture(scope="module")
 def script():
-  spec = importlib.util.spec_from_file_location("pretrain_rooms", ROOT / "scripts" / "pretrain_rooms.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  return loaded_scripts.load("scripts/pretrain_rooms.py")
 
 
 def test_half_of_the_rows_attend_to_their_scene_and_half_to_all_classes(script):

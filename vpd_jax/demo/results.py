@@ -22,8 +22,7 @@ from vpd_jax.inference import images as images_lib
 from vpd_jax.inference import top_down
 from vpd_jax.prediction import predict_folder
 from vpd_jax.prediction.predictor import Predictor, trained_weights
-from vpd_jax.tasks import colormaps, drawing
-from vpd_jax.tasks.depth import point_cloud
+from vpd_jax.tasks.depth import point_cloud, visualize
 from vpd_jax.types import DepthTask, Fields
 
 TASKS = ("depth", "segmentation", "referring", "pose")
@@ -215,8 +214,7 @@ def recolored(predictor: Predictor, depth: Path, nearest: float, farthest: float
   if not nearest < farthest:
     raise UserError(f"colors from {nearest:g} m to {farthest:g} m are no range; move the first below the second.")
   picture = cast(DepthTask, predictor.experiment.task).colored(np.load(depth), nearest, farthest)
-  bar = drawing.color_bar(nearest, farthest, colormaps.DEPTH, picture.shape[:2])
-  return np.concatenate([picture, bar], axis=1)
+  return visualize.with_bar(picture, nearest, farthest)
 
 
 def drawn_room(predictor: Predictor, folder: Path, index: int) -> tuple[Path, str, str]:

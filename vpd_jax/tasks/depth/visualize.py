@@ -19,7 +19,12 @@ def colored(depth: np.ndarray, contours: float = 0.0) -> np.ndarray:
   if not span:
     return picture
   picture = drawing.contours(picture, depth, contours) if contours else picture
-  return np.concatenate([picture, drawing.color_bar(*span, colormaps.DEPTH, depth.shape)], axis=1)
+  return with_bar(picture, *span)
+
+
+def with_bar(picture: np.ndarray, nearest: float, farthest: float) -> np.ndarray:
+  """A picture of depth, uint8 [H, W, 3], with the bar of its colors, in metres, at its right: uint8 [H, W', 3]."""
+  return np.concatenate([picture, drawing.color_bar(nearest, farthest, colormaps.DEPTH, picture.shape[:2])], axis=1)
 
 
 def panel(
