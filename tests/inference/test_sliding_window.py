@@ -23,12 +23,13 @@ SLIDE = SlidingWindowOptions(window=32, stride=20)
 
 
 def stand_in(weights, batch):
-  """Scores that depend on color, on the place in the window and on its size."""
+  """Scores that depend on color, on the place in the window and on its size; NumPy's of a NumPy array."""
   image = batch["image"]
+  xp = np if isinstance(image, np.ndarray) else jnp  # the restatement compiles nothing for its many sizes
   height, width = image.shape[1:3]
-  y = jnp.arange(height, dtype=jnp.float32)[None, :, None, None] / height
-  x = jnp.arange(width, dtype=jnp.float32)[None, None, :, None] / width
-  inputs = jnp.concatenate([3 * image, jnp.broadcast_to(y, (*image.shape[:3], 1)), x + 0 * image[..., :1]], axis=-1)
+  y = xp.arange(height, dtype=xp.float32)[None, :, None, None] / xp.float32(height)
+  x = xp.arange(width, dtype=xp.float32)[None, None, :, None] / xp.float32(width)
+  inputs = xp.concatenate([3 * image, xp.broadcast_to(y, (*image.shape[:3], 1)), x + 0 * image[..., :1]], axis=-1)
   extra = batch["shift"][:, None, None, None] if "shift" in batch else 0
   return inputs @ weights + extra * inputs[..., :1]
 
@@ -54,7 +55,7 @@ def resized(scores, size):
 
 def restated(weights, views, procedure, *, softmax=True, smooth=False):
   """mmseg's loops, in numpy: each window by itself, sums and counts, then the mean over views."""
-  total = 0
+  total, weights = 0, np.asarray(weights)
   for image in views.images:
     for mirrored in (False, True) if procedure.flip else (False,):
       image_here = image[:, ::-1] if mirrored else image
@@ -67,7 +68,7 @@ def restated(weights, views, procedure, *, softmax=True, smooth=False):
           y1, x1 = max(y2 - crop, 0), max(x2 - crop, 0)
           fade = lambda n: np.sin(np.pi * (np.arange(n) + 0.5) / n) ** 2 if smooth else np.ones(n)
           weight = fade(y2 - y1)[:, None, None] * fade(x2 - x1)[None, :, None]
-          scores = stand_in(weights, {"image": jnp.asarray(image_here[None, y1:y2, x1:x2])})[0]
+          scores = stand_in(weights, {"image": np.asarray(image_here[None, y1:y2, x1:x2])})[0]
           sums[y1:y2, x1:x2] += weight * scores
           count[y1:y2, x1:x2] += weight
       scores = resized(sums / count, views.size)
