@@ -43,7 +43,7 @@ SETTINGS: dict[str, dict[str, dict[str, object]]] = {
 
 
 def run(name: str, fields: dict[str, object]) -> float:
-  """Trains in a process of its own; returns the RMSE of the evaluation at its end, metres."""
+  """Trains in a process of its own; returns the RMSE of the evaluation at its end, meters."""
   folder = RUNS / name.replace(" ", "_").replace("/", "-").replace(",", "")
   lengths = {"num_steps": STEPS, "eval_every": STEPS, "save_every": STEPS, "log_every": 20, "keep": 1, "keep_best": 0}
   command = [sys.executable, "-m", "vpd_jax.main", "--config=configs/rooms.py:depth,tiny", f"--workdir={folder}"]

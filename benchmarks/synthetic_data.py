@@ -35,7 +35,7 @@ def save(path: Path, content: np.ndarray) -> None:
 
 
 def nyu(root: Path, count: int) -> None:
-  """480 x 640 JPEG with dense 16-bit depth in millimetres, and the list of training."""
+  """480 x 640 JPEG with dense 16-bit depth in millimeters, and the list of training."""
   rng, lines = np.random.default_rng(0), []
   for index in range(count):
     names = f"kitchen_0001/rgb_{index:05}.jpg", f"kitchen_0001/sync_depth_{index:05}.png"

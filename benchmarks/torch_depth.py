@@ -160,7 +160,7 @@ class VpdDepth(nn.Module):
     )
 
   def forward(self, image: torch.Tensor, class_id: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, 3, H, W] and int [B] to float32 [B, H, W], metres."""
+    """uint8 [B, 3, H, W] and int [B] to float32 [B, H, W], meters."""
     x = self.last_layer_depth(self.decoder(self.encoder(image, class_id)))
     if x.shape[2:] != image.shape[2:]:
       x = F.interpolate(x, size=image.shape[2:], mode="bilinear", align_corners=False)

@@ -42,7 +42,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     "eval_crop": "garg",  # "eigen_kitti"
     "variance_focus": 0.5,
     "png_scale": 256,  # as the benchmark's server takes them
-    "contours": 0.0,  # metres between lines in colored pictures
+    "contours": 0.0,  # meters between lines in colored pictures
   }
   config.data = {
     "name": "kitti",

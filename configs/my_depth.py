@@ -11,7 +11,7 @@ import ml_collections
 
 from vpd_jax.config import loader, presets
 
-MAX_DEPTH = 10.0  # metres
+MAX_DEPTH = 10.0  # meters
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
@@ -22,7 +22,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   config.backbone = presets.backbone(words["size"])
   config.update(presets.sections("depth", words["method"], tiny=tiny, head_init="released"))
   config.task = {"name": "depth", "max_depth": MAX_DEPTH, "min_depth": 1e-3, "eval_crop": "none"}
-  config.task.contours = 0.0  # metres between lines in colored pictures
+  config.task.contours = 0.0  # meters between lines in colored pictures
   config.data = {"name": "depth_list", "root": "", "factor": 1000.0, "max_depth": MAX_DEPTH, "scene": "room"}
   config.data.update(
     {"train_list": "train_list.txt", "eval_list": "", "holdout": 0.1, "exif": "stored", "captions": ""}

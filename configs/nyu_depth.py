@@ -31,7 +31,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   config.backbone = presets.backbone(words["size"])
   config.update(presets.sections("depth", words["method"], tiny=tiny, head_init="released"))
   config.task = {"name": "depth", "max_depth": 10.0, "min_depth": 1e-3, "eval_crop": "eigen_nyu", "variance_focus": 0.5}
-  config.task.contours = 0.0  # metres between lines in colored pictures
+  config.task.contours = 0.0  # meters between lines in colored pictures
   config.data = {
     "name": "nyu",
     "root": "",

@@ -47,7 +47,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
       if config.neck.name == "fusion":
         config.neck = {"name": "none"}  # fusion's map would have 8 x 8 cells, the UNet's finest has 32 x 32
     config.task = {"name": "depth", "max_depth": 10.0, "min_depth": 1e-3, "eval_crop": "none", "variance_focus": 0.5}
-    config.task.contours = 0.0  # metres between lines in colored pictures
+    config.task.contours = 0.0  # meters between lines in colored pictures
   elif task == "segmentation":
     if small and config.neck.name == "fpn":
       config.neck.width = config.head.width = 64

@@ -17,7 +17,7 @@ from vpd_jax.tasks import colormaps, label_images
 
 TASKS = ("depth", "segmentation")
 WRONG, RIGHT = (200, 30, 30), (235, 235, 235)
-LARGEST_ERROR = 1.0  # metres, the last color
+LARGEST_ERROR = 1.0  # meters, the last color
 MARGIN, TITLE = 6, 22  # pixels
 
 

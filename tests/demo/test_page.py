@@ -96,9 +96,9 @@ def test_a_picture_becomes_files_that_go_with_the_page(opened, served, tmp_path)
   opened.locator("#result img").click(position=place)
   pointed = opened.get_by_text("at column")
   pointed.wait_for()
-  metres, column, row = re.fullmatch(r"(.+) m at column (\d+), row (\d+)", pointed.inner_text()).groups()
+  meters, column, row = re.fullmatch(r"(.+) m at column (\d+), row (\d+)", pointed.inner_text()).groups()
   assert abs(int(column) - 10) <= 1 and abs(int(row) - 20) <= 1  # browsers cut fractions of pixels
-  assert metres == f"{depth[int(row), int(column)]:.2f}"
+  assert meters == f"{depth[int(row), int(column)]:.2f}"
 
   before = opened.locator("#result img").get_attribute("src")
   opened.get_by_role("slider").first.click(position={"x": 20, "y": 5})

@@ -4,6 +4,6 @@ from tests.helpers import fill
 
 
 def truth_of(case, i, size, largest):
-  """Metres, 0 where a hole is."""
+  """Meters, 0 where a hole is."""
   measured = fill.uniform(f"metrics/{case}/gt/{i}", size, 0, 0.0005, 1.1 * largest)
   return measured * (fill.uniform(f"metrics/{case}/valid/{i}", size, 0) > 0.3)

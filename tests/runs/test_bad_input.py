@@ -85,7 +85,7 @@ CASES = {
     MINE + ":tiny", "takes no words", "leave ':tiny' away", text("mine.py", "def get_config():\n  return {}\n")
   ),
   "an unknown word": Case("--config={home}/frames.py:vdp", "'vdp' is unknown", "method: vpd; size: tiny"),
-  "two misspelt fields": Case(
+  "two misspelled fields": Case(
     "--config.optim.decai=1 --config.lr=1",
     "config.optim.decai is unknown: did you mean --config.optim.decay?",
     "config.lr is unknown: did you mean --config.lora.lr or --config.optim.lr?",
@@ -184,7 +184,7 @@ CASES = {
   "a hub that does not answer": Case(
     "--config.init.pretrained=nobody/nothing", "'nobody/nothing'", "give a local folder", env=NO_HUB
   ),
-  "a misspelt name of known weights": Case(
+  "a misspelled name of known weights": Case(
     "--config.init.pretrained=vpd/nyu_dept", "weights 'vpd/nyu_dept' are not known", "did you mean the known weights"
   ),
   "known weights that must be fetched by hand": Case(

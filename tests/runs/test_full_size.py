@@ -91,11 +91,11 @@ def command(real, checkpoint):
   return run
 
 
-def rmse(metres: np.ndarray, truth: pathlib.Path) -> float:
+def rmse(meters: np.ndarray, truth: pathlib.Path) -> float:
   """RMSE of one picture over the pixels that are scored."""
   depth = cv2.imread(str(truth), cv2.IMREAD_UNCHANGED).astype(np.float64)[45:471, 41:601] / 1000
   valid = (depth > 1e-3) & (depth < 10)
-  return float(np.sqrt(np.mean((metres[45:471, 41:601] - depth)[valid] ** 2)))
+  return float(np.sqrt(np.mean((meters[45:471, 41:601] - depth)[valid] ** 2)))
 
 
 def test_scores_are_those_of_the_predicted_pictures(command, real, tmp_path):

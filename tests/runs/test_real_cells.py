@@ -30,7 +30,7 @@ STEPS, ROOM_STEPS = 8, 100  # on few frames, which come again and again, and on 
 ROOMS, SIZE = 4, (96, 128)  # embedded rooms and pixels of each
 ROOTS = {"nyu": "nyu_depth_v2", "kitti": "kitti"}
 PICTURES = {"nyu": "official_splits/test/*/rgb_*.jpg", "kitti": "raw_data/*/*/image_02/data/*.png"}
-PNG_SCALE = {"nyu": 1000, "kitti": 256}  # units per metre of the files that are written
+PNG_SCALE = {"nyu": 1000, "kitti": 256}  # units per meter of the files that are written
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +127,12 @@ def test_trains_scores_and_predicts(data, method, real, tmp_path):
   count = predict_folder.run(config, str(workdir), source=str(source), output=str(output), **caption(config))
   assert count == len(list(source.iterdir())) > 0
   for path in source.iterdir():
-    metres = np.load(output / f"{path.stem}.npy")
-    assert metres.shape == cv2.imread(str(path)).shape[:2]
-    seen = ~np.isnan(metres)  # all but rows that the data set takes off its own frames
-    assert seen.mean() > 0.9 and 0 < metres[seen].min() <= metres[seen].max() <= config.task.max_depth
+    meters = np.load(output / f"{path.stem}.npy")
+    assert meters.shape == cv2.imread(str(path)).shape[:2]
+    seen = ~np.isnan(meters)  # all but rows that the data set takes off its own frames
+    assert seen.mean() > 0.9 and 0 < meters[seen].min() <= meters[seen].max() <= config.task.max_depth
     stored = cv2.imread(str(output / f"{path.stem}.depth.png"), cv2.IMREAD_UNCHANGED)
-    np.testing.assert_allclose(stored / PNG_SCALE[data], np.where(seen, metres, 0), atol=1 / PNG_SCALE[data])
+    np.testing.assert_allclose(stored / PNG_SCALE[data], np.where(seen, meters, 0), atol=1 / PNG_SCALE[data])
   print(
     f"\n{data} {method}: {time.monotonic() - begin:.0f} s, loss {losses[0]:.3f} to {losses[-1]:.3f}, "
     f"rmse {again[f'eval/{data}/rmse']:.3f} m"
@@ -157,8 +157,8 @@ def test_trains_scores_and_predicts_on_the_rooms(data, method, tmp_path):
   write_rooms(source, "depth")
   assert predict_folder.run(config, str(workdir), source=str(source), output=str(output), **caption(config)) == ROOMS
   for path in source.iterdir():
-    metres = np.load(output / f"{path.stem}.npy")
-    assert metres.shape == SIZE and 0 < metres.min() < metres.max() <= 10
+    meters = np.load(output / f"{path.stem}.npy")
+    assert meters.shape == SIZE and 0 < meters.min() < meters.max() <= 10
   print(f"\n{data} {method} on rooms: loss {losses[0]:.3f} to {losses[-1]:.3f}, rmse {scores['eval/rooms/rmse']:.3f} m")
 
 

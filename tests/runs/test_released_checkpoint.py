@@ -170,7 +170,7 @@ def test_evaluation_scores_the_checkpoint_in_an_empty_workdir(nyu, checkpoint, t
   np.testing.assert_allclose(scores["eval/nyu/rmse"], np.mean(rmse), rtol=1e-4)
 
 
-def test_prediction_of_a_folder_writes_pictures_metres_and_facts(checkpoint, nyu, tmp_path, capsys, predictor):
+def test_prediction_of_a_folder_writes_pictures_meters_and_facts(checkpoint, nyu, tmp_path, capsys, predictor):
   from PIL import Image
 
   folder, out = tmp_path / "in", tmp_path / "out"
@@ -201,12 +201,12 @@ def test_prediction_of_a_folder_writes_pictures_metres_and_facts(checkpoint, nyu
     for suffix in (".color.png", ".depth.png", ".npy", ".json")
   }
   facts = json.loads((out / "color.json").read_text())
-  metres = np.load(out / "color.npy")
+  meters = np.load(out / "color.npy")
   stored = cv2.imread(str(out / "color.depth.png"), cv2.IMREAD_UNCHANGED)
-  assert facts["unit"] == "metre" and facts["png_units_per_metre"] == 1000 and facts["class"] == "kitchen"
+  assert facts["unit"] == "meter" and facts["png_units_per_meter"] == 1000 and facts["class"] == "kitchen"
   assert stored.dtype == np.uint16
-  np.testing.assert_allclose(stored / 1000, metres, atol=0.5001e-3)
-  np.testing.assert_allclose(metres, predictor.predict([color], class_id=6)[0]["depth"], rtol=1e-6)
+  np.testing.assert_allclose(stored / 1000, meters, atol=0.5001e-3)
+  np.testing.assert_allclose(meters, predictor.predict([color], class_id=6)[0]["depth"], rtol=1e-6)
   assert np.load(out / "turned.npy").shape == (128, 96)
 
 

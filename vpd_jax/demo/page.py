@@ -107,8 +107,8 @@ class Page:
         )
         with gr.Group(visible=False) as self.colors:
           self.pointed = gr.Markdown("Click on the result to read the depth there.", padding=True)
-          self.nearest = gr.Slider(0, 1, label="Red from, metres")
-          self.farthest = gr.Slider(0, 1, label="Blue from, metres")
+          self.nearest = gr.Slider(0, 1, label="Red from, meters")
+          self.farthest = gr.Slider(0, 1, label="Blue from, meters")
         self.cloud = gr.Model3D(
           label="Point cloud: drag to turn it",
           display_mode="point_cloud",

@@ -200,9 +200,9 @@ def _small_cloud(path: Path, depth: np.ndarray, image: np.ndarray, focal: float)
 
 def depth_at(depth: Path, column: int, row: int) -> str:
   """What is said of one pixel of the colored picture, at whose right there is a bar."""
-  metres = np.load(depth, mmap_mode="r")
-  metres = float(metres[row, column]) if row < metres.shape[0] and column < metres.shape[1] else math.nan
-  return f"**{metres:.2f} m** at column {column}, row {row}" if math.isfinite(metres) else "no depth here"
+  meters = np.load(depth, mmap_mode="r")
+  meters = float(meters[row, column]) if row < meters.shape[0] and column < meters.shape[1] else math.nan
+  return f"**{meters:.2f} m** at column {column}, row {row}" if math.isfinite(meters) else "no depth here"
 
 
 def recolored(predictor: Predictor, depth: Path, nearest: float, farthest: float) -> np.ndarray:

@@ -8,7 +8,7 @@ from PIL import Image
 
 FILM_DIAGONAL = math.hypot(36.0, 24.0)  # mm, of a frame of 35 mm film
 FIELD_OF_VIEW = 60.0  # degrees across the longer side, where nothing is known
-MILLIMETRES = {2: 25.4, 3: 10.0}  # of FocalPlaneResolutionUnit: inches, centimetres
+MILLIMETERS = {2: 25.4, 3: 10.0}  # of FocalPlaneResolutionUnit: inches, centimeters
 EXIF = 0x8769  # the part of the EXIF data that speaks of the camera
 FOCAL_LENGTH, IN_35MM = 0x920A, 0xA405
 PLANE_X_RESOLUTION, PLANE_UNIT = 0xA20E, 0xA210
@@ -53,7 +53,7 @@ def of_photo(path: Path, size: tuple[int, int]) -> Focal:
   if in_35mm:
     return Focal(in_35mm * math.hypot(*size) / FILM_DIAGONAL, "EXIF FocalLengthIn35mmFilm")
   resolution = _number(tags, PLANE_X_RESOLUTION)
-  unit = MILLIMETRES.get(int(_number(tags, PLANE_UNIT) or 2))
+  unit = MILLIMETERS.get(int(_number(tags, PLANE_UNIT) or 2))
   if length and resolution and unit:
     taken = max(_number(tags, tag) for tag in TAKEN_SIZE)  # the longer side, whether the photo was turned or not
     scale = max(size) / taken if taken else 1.0

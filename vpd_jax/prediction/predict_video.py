@@ -76,7 +76,7 @@ def run(config: ConfigDict, workdir: str, *, source: str, output: str, class_nam
         colors = task.colored(depth, float(nearest), float(farthest))[: size[0] // 2 * 2, : size[1] // 2 * 2]
         writer.write(np.ascontiguousarray(colors[..., ::-1]))
       writer.release()
-  facts = {"source": path.name, "frames": done, "frames_per_second": rate, "size": list(size), "unit": "metre"}
+  facts = {"source": path.name, "frames": done, "frames_per_second": rate, "size": list(size), "unit": "meter"}
   facts |= {"first_color": float(nearest), "last_color": float(farthest), "class": class_name or None}
   atomic.write_json(target / f"{path.stem}.depth.json", facts)
   if done != count:

@@ -175,7 +175,7 @@ class Predictor:
       text_states: float [B, N, D], the text encoder's output after its final norm, in place of sentences.
 
     Returns:
-      What the head returns: {"depth": float32 [B, H, W] metres}, {"logits": float32 [B, H, W, K], "aux_logits": ..} or
+      What the head returns: {"depth": float32 [B, H, W] meters}, {"logits": float32 [B, H, W, K], "aux_logits": ..} or
       {"heatmaps": float32 [B, h, w, K]}.
 
     Raises:
@@ -224,7 +224,7 @@ class Predictor:
   ) -> Any:
     """The test-time protocol of the config for images of any size; see prediction/protocols.py.
 
-        predictor.predict("photo.jpg", "kitchen")["depth"]                      # float32 [H, W], metres
+        predictor.predict("photo.jpg", "kitchen")["depth"]                      # float32 [H, W], meters
         [found["label"] for found in predictor.predict(["a.jpg", image_b])]     # int32 [H, W] each
 
     Args:
@@ -236,7 +236,7 @@ class Predictor:
         per image, with the whole image as box.
 
     Returns:
-      A list with one dict per image, of a single image its dict: {"depth": float32 [H, W] metres}, {"label": int32 [H,
+      A list with one dict per image, of a single image its dict: {"depth": float32 [H, W] meters}, {"label": int32 [H,
       W]}, {"mask": bool [H, W]}, or
       {"keypoints": float32 [N, K, 3] of x, y, score; "boxes" [N, 4]; "scores" [N]}; with "class_id" where the method
       takes one.

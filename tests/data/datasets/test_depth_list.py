@@ -18,19 +18,19 @@ FACTOR, MAX_DEPTH = 1000.0, 10.0
 SIZES = [(72, 100), (90, 96), (150, 240), (64, 96), (100, 100), (80, 130), (66, 99), (72, 100)]
 
 
-def write_pfm(path, metres):
+def write_pfm(path, meters):
   """Portable float map: rows from the lowest to the highest, little endian."""
-  header = f"Pf\n{metres.shape[1]} {metres.shape[0]}\n-1.0\n"
-  path.write_bytes(header.encode() + metres[::-1].astype("<f4").tobytes())
+  header = f"Pf\n{meters.shape[1]} {meters.shape[0]}\n-1.0\n"
+  path.write_bytes(header.encode() + meters[::-1].astype("<f4").tobytes())
 
 
 WRITERS = {
-  "depth.png": lambda path, metres: cv2.imwrite(str(path), np.rint(metres * FACTOR).astype(np.uint16)),
-  "units.tif": lambda path, metres: cv2.imwrite(str(path), np.rint(metres * FACTOR).astype(np.uint16)),
-  "floats.tiff": lambda path, metres: cv2.imwrite(str(path), (metres * FACTOR).astype(np.float32)),
-  "floats.pfm": lambda path, metres: write_pfm(path, metres * FACTOR),
-  "floats.npy": lambda path, metres: np.save(path, metres * FACTOR),
-  "units.npy": lambda path, metres: np.save(path, np.rint(metres * FACTOR).astype(np.int32)),
+  "depth.png": lambda path, meters: cv2.imwrite(str(path), np.rint(meters * FACTOR).astype(np.uint16)),
+  "units.tif": lambda path, meters: cv2.imwrite(str(path), np.rint(meters * FACTOR).astype(np.uint16)),
+  "floats.tiff": lambda path, meters: cv2.imwrite(str(path), (meters * FACTOR).astype(np.float32)),
+  "floats.pfm": lambda path, meters: write_pfm(path, meters * FACTOR),
+  "floats.npy": lambda path, meters: np.save(path, meters * FACTOR),
+  "units.npy": lambda path, meters: np.save(path, np.rint(meters * FACTOR).astype(np.int32)),
 }
 
 
@@ -40,9 +40,9 @@ def write_pictures(root, sizes=SIZES):
   for number, size in enumerate(sizes):
     image = cv2.resize(rng.integers(0, 256, (4, 6, 3), np.uint8), size[::-1])
     cv2.imwrite(str(root / f"{number} a.png"), image)
-    metres = 0.5 + image.mean(-1) / 30
-    metres[:3] = 0
-    cv2.imwrite(str(root / f"{number}.depth.png"), np.rint(metres * FACTOR).astype(np.uint16))
+    meters = 0.5 + image.mean(-1) / 30
+    meters[:3] = 0
+    cv2.imwrite(str(root / f"{number}.depth.png"), np.rint(meters * FACTOR).astype(np.uint16))
     lines.append(f"{number} a.png\t{number}.depth.png")
   return lines
 
@@ -60,12 +60,12 @@ def data(root, **changes):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_format_gives_metres_and_0_where_nothing_valid_is(tmp_path, name):
-  metres = np.random.default_rng(0).uniform(0.5, 9.5, (5, 7)).round(3)
-  metres[1, 2:5] = 0, 10.001, 12
+def test_every_format_gives_meters_and_0_where_nothing_valid_is(tmp_path, name):
+  meters = np.random.default_rng(0).uniform(0.5, 9.5, (5, 7)).round(3)
+  meters[1, 2:5] = 0, 10.001, 12
   path, floats = tmp_path / name, name.startswith("floats")
-  WRITERS[name](path, np.where(metres == 12, np.nan, metres) if floats else metres)
-  expected = np.where((metres > 0) & (metres <= 10), metres, 0)
+  WRITERS[name](path, np.where(meters == 12, np.nan, meters) if floats else meters)
+  expected = np.where((meters > 0) & (meters <= 10), meters, 0)
   read = depth_list.read_depth(path, factor=FACTOR, max_depth=MAX_DEPTH)
   assert read.dtype == np.float32
   np.testing.assert_allclose(read, expected, rtol=1e-6)
@@ -82,13 +82,13 @@ def test_every_format_gives_metres_and_0_where_nothing_valid_is(tmp_path, name):
   ],
 )
 def test_a_pfm_is_read_as_stored_whatever_its_header_says(tmp_path, header):
-  metres = np.random.default_rng(0).uniform(1, 9, (5, 7)).astype(np.float32)
-  metres[-1, 0] = np.frombuffer(b"\n\r\n@", "<f4")[0]  # bytes that look like the end of a header
-  (tmp_path / "a.pfm").write_bytes(header.encode() + metres[::-1].astype("<f4").tobytes())
-  np.testing.assert_array_equal(depth_list.read_depth(tmp_path / "a.pfm", factor=1.0, max_depth=10.0), metres)
-  big = header.replace("-", "").encode() + metres[::-1].astype(">f4").tobytes()
+  meters = np.random.default_rng(0).uniform(1, 9, (5, 7)).astype(np.float32)
+  meters[-1, 0] = np.frombuffer(b"\n\r\n@", "<f4")[0]  # bytes that look like the end of a header
+  (tmp_path / "a.pfm").write_bytes(header.encode() + meters[::-1].astype("<f4").tobytes())
+  np.testing.assert_array_equal(depth_list.read_depth(tmp_path / "a.pfm", factor=1.0, max_depth=10.0), meters)
+  big = header.replace("-", "").encode() + meters[::-1].astype(">f4").tobytes()
   (tmp_path / "b.pfm").write_bytes(big)
-  np.testing.assert_array_equal(depth_list.read_depth(tmp_path / "b.pfm", factor=1.0, max_depth=10.0), metres)
+  np.testing.assert_array_equal(depth_list.read_depth(tmp_path / "b.pfm", factor=1.0, max_depth=10.0), meters)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,9 @@ def test_a_pfm_that_cannot_be_is_named(tmp_path, content, message):
 
 @pytest.mark.parametrize("ending", [".PNG", ".TIF", ".Tiff", ".PFM", ".NPY"])
 def test_endings_of_depth_in_capitals_are_known(root, ending):
-  metres = np.ones((72, 100), np.float32)
+  meters = np.ones((72, 100), np.float32)
   name = next(name for name in WRITERS if name.endswith(ending.lower()))
-  WRITERS[name](root / name, metres)
+  WRITERS[name](root / name, meters)
   (root / name).rename(root / f"1{ending}")
   (root / "train_list.txt").write_text(f"0 a.png\t1{ending}\n" * 2)
   np.testing.assert_allclose(data(root).source("train")[0]["depth"], 1, rtol=1e-6)
@@ -133,7 +133,7 @@ def test_the_last_pictures_are_held_out_where_there_is_no_list_for_evaluation(ro
   assert (len(listed.source("train")), len(listed.source("eval"))) == (8, 1)
 
 
-def test_examples_hold_rgb_metres_the_scene_and_index(root):
+def test_examples_hold_rgb_meters_the_scene_and_index(root):
   made = pickle.loads(pickle.dumps(data(root, scene="hall_way")))
   source = pickle.loads(pickle.dumps(made.source("train")))
   example = source[2]
@@ -208,7 +208,7 @@ def test_a_missing_list_is_named(root):
   ("a.npy", np.ones((4, 5, 1), np.float32), "holds float32 [4, 5, 1]"),
   ("a.npy", np.ones((4, 5), bool), "holds bool [4, 5]"),
   ("a.png", np.zeros((4, 5), np.uint16), "its values are from 0 to 0 m"),
-  ("a.npy", np.full((4, 5), 50_000.0), "no value in (0, 10] metres: at 1000 units per metre its values are from 50"),
+  ("a.npy", np.full((4, 5), 50_000.0), "no value in (0, 10] meters: at 1000 units per meter its values are from 50"),
   ("a.npy", np.full((4, 5), np.nan), "its values are not finite; check data.factor and data.max_depth"),
 ])  # fmt: skip
 def test_a_depth_file_of_the_wrong_kind_or_unit_is_named(tmp_path, name, content, message):

@@ -30,7 +30,7 @@ def names(frame):
 
 
 def write_frames(root, frames, raw="raw_data/", annotated="data_depth_annotated/train/"):
-  """PNG frames in KITTI's layout, with depth in 1/256 metre at one pixel of twenty; returns the lines of their list."""
+  """PNG frames in KITTI's layout, with depth in 1/256 meter at one pixel of twenty; returns the lines of their list."""
   rng, lines = np.random.default_rng(0), []
   for frame, size in zip(frames, SIZES, strict=False):
     image, depth = (folder + name for folder, name in zip((raw, annotated), names(frame), strict=True))
@@ -62,7 +62,7 @@ def stored(root, frame):
   )
 
 
-def test_examples_hold_rgb_metres_the_one_class_and_index(root):
+def test_examples_hold_rgb_meters_the_one_class_and_index(root):
   data = kitti.Kitti(root=str(root), **SMALL)
   example = data.source("train")[1]
   image, depth = stored(root, TRAIN[1])
@@ -129,7 +129,7 @@ def test_a_stored_record_gives_the_same_example(root):
 
 
 @pytest.mark.parametrize("cut_depth", ["released", "scaled", "off"])
-def test_cut_depth_wraps_at_every_metre_or_scales_to_80_metres(root, cut_depth):
+def test_cut_depth_wraps_at_every_meter_or_scales_to_80_meters(root, cut_depth):
   data = kitti.Kitti(root=str(root), kb_crop=(36, 122), crop=(36, 122), cut_depth=cut_depth, color_jitter=False)
   numbers = () if cut_depth == "off" else (0.25, 0.5)
   example = data.train_transform(data.source("train")[0], Fixed(*numbers, 0.9, 0, 0), 0)
@@ -230,7 +230,7 @@ def test_a_bad_frame_is_named(root, fault):
     cv2.imwrite(str(image), np.zeros((*size, 3), np.uint8))
     cv2.imwrite(str(depth), np.full(size, 256, np.uint16))
   elif fault == "8 bits":
-    message = "has 1 channel(s) of 8 bits; one of 16 bits is needed, 256 per metre"
+    message = "has 1 channel(s) of 8 bits; one of 16 bits is needed, 256 per meter"
     cv2.imwrite(str(depth), np.ones((40, 130), np.uint8))
   elif fault == "empty":
     message = "is empty, all of it 0"

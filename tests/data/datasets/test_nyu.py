@@ -19,7 +19,7 @@ def root(tmp_path):
   return root
 
 
-def test_examples_hold_rgb_metres_class_and_index(root):
+def test_examples_hold_rgb_meters_class_and_index(root):
   source = nyu.Nyu(root=str(root)).source("train")
   assert len(source) == 3
   example = source[1]

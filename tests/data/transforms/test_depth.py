@@ -17,10 +17,10 @@ def example(height=48, width=64, seed=0):
 
 
 @pytest.mark.parametrize(
-  ("millimetres", "level"), [(1000, 232), (3517, 189), (9999, 15), (300, 44), (5000, 136), (0, 0)]
+  ("millimeters", "level"), [(1000, 232), (3517, 189), (9999, 15), (300, 44), (5000, 136), (0, 0)]
 )
-def test_released_cut_depth_wraps_millimetres_modulo_256(millimetres, level):
-  depth = np.full((2, 2), millimetres, np.float32) / np.float32(1000)
+def test_released_cut_depth_wraps_millimeters_modulo_256(millimeters, level):
+  depth = np.full((2, 2), millimeters, np.float32) / np.float32(1000)
   assert (depth_transforms.depth_as_color(depth, "released", 1000.0, 10.0) == level).all()
 
 

@@ -29,7 +29,7 @@ def test_a_file_holds_the_points_and_colors_of_known_pixels(tmp_path):
   assert lines == [
     "ply",
     "format binary_little_endian 1.0",
-    "comment x right, y down, z forward from the camera, metres; principal point in the middle of the picture",
+    "comment x right, y down, z forward from the camera, meters; principal point in the middle of the picture",
     "comment focal length 2 pixels",
     "element vertex 3",
     *(f"property float {axis}" for axis in "xyz"),

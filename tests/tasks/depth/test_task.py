@@ -238,7 +238,7 @@ def test_no_scored_pixel_at_all_is_an_error():
   task = Depth(max_depth=10.0)
   rows = scores(task, np.ones((2, 2, 2)), np.full((2, 2, 2), 5000.0))
   with pytest.raises(
-    ValueError, match=r"none of 2 images has ground truth in \(0.001, 10.0\) metres; check the depth unit"
+    ValueError, match=r"none of 2 images has ground truth in \(0.001, 10.0\) meters; check the depth unit"
   ):
     task.summarize(rows)
 
@@ -266,7 +266,7 @@ def test_wrong_options_are_one_line():
     ):
       Depth(max_depth=80.0, png_scale=scale)
   for spacing in (-1.0, float("inf"), float("nan")):
-    with pytest.raises(ValueError, match=r"task\.contours=.* must be a number of metres, or 0"):
+    with pytest.raises(ValueError, match=r"task\.contours=.* must be a number of meters, or 0"):
       Depth(max_depth=10.0, contours=spacing)
 
 
@@ -283,14 +283,14 @@ def test_columns_without_a_window_count_as_the_least_depth_and_only_outside_of_g
 @pytest.mark.parametrize(
   "largest, chosen, scale", [(80.0, 256, 256), (10.0, 1000, 1000), (80.0, 0, 256), (65.0, 0, 1000), (300.0, 0, 100)]
 )
-def test_the_png_holds_metres_times_its_scale_and_0_for_no_value(tmp_path, largest, chosen, scale):
-  """The rule of KITTI's development kit: uint16, value / 256 is metres, 0 is not valid."""
+def test_the_png_holds_meters_times_its_scale_and_0_for_no_value(tmp_path, largest, chosen, scale):
+  """The rule of KITTI's development kit: uint16, value / 256 is meters, 0 is not valid."""
   task = Depth(max_depth=largest, png_scale=chosen)
   prediction = np.random.default_rng(0).uniform(0.5, largest, (6, 8))
   prediction[0, :4] = np.nan, 1e-6, np.inf, largest
   paths = task.save(tmp_path / "0000000008", prediction, {"class": "street"})
   facts = json.loads(paths[-1].read_text())
-  assert facts["png_units_per_metre"] == scale and facts["png_no_value"] == 0 and facts["class"] == "street"
+  assert facts["png_units_per_meter"] == scale and facts["png_no_value"] == 0 and facts["class"] == "street"
   stored = cv2.imread(str(tmp_path / "0000000008.depth.png"), cv2.IMREAD_UNCHANGED)
   assert stored.dtype == np.uint16 and stored.shape == (6, 8)
   assert stored[0, :3].tolist() == [0, 1, 65535]  # what is a number never becomes "no value"

@@ -38,7 +38,7 @@ KINDS = {  # by the end of a file's name
   "_labelTrainIds.png": label_maps.values(
     {index: index for index in range(len(LIST.names))}, (label_maps.IGNORE,), _REMEDY
   ),
-  # 0 to 33 are defined; the licence plate is -1, which eight bits hold as 255.
+  # 0 to 33 are defined; the license plate is -1, which eight bits hold as 255.
   "_labelIds.png": label_maps.values(LABEL_IDS, {*range(34), 255} - LABEL_IDS.keys(), _REMEDY),
 }
 

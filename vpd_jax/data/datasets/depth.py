@@ -24,10 +24,10 @@ class DepthDataset(Dataset):
     color_jitter: False trains without the changes of color.
 
   Attributes:
-    provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "depth" float32 [H, W] metres (0 is no measurement),
+    provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "depth" float32 [H, W] meters (0 is no measurement),
       "index" int32 [], position in the list file, and where there are classes "class_id" int32 [] into `classes`.
-    depth_scale: units per metre in the files.
-    max_depth: metres, the range of the data set.
+    depth_scale: units per meter in the files.
+    max_depth: meters, the range of the data set.
   """
 
   crop: tuple[int, int]

@@ -8,7 +8,7 @@ Images are of any kind OpenCV reads and of any size; a depth file has the size o
   .tif, .tiff      16 bits, or 32-bit floats
   .pfm             floats as stored: of the number in the header only the sign counts, which is the byte order
   .npy             floats, or whole numbers
-Depth in metres is the file's value / `factor`. What is not finite, not above 0 or beyond `max_depth` is no measurement.
+Depth in meters is the file's value / `factor`. What is not finite, not above 0 or beyond `max_depth` is no measurement.
 """
 
 import dataclasses
@@ -42,8 +42,8 @@ class DepthList(DepthDataset):
 
   Args:
     root: folder the lists' names start from.
-    factor: units of the depth files per metre: 1000 for millimetres, 256 for KITTI's, 1 for metres.
-    max_depth: metres; a larger value counts as no measurement, for the head cannot reach it.
+    factor: units of the depth files per meter: 1000 for millimeters, 256 for KITTI's, 1 for meters.
+    max_depth: meters; a larger value counts as no measurement, for the head cannot reach it.
     train_list: list of the training pictures, from here or below `root`.
     eval_list: the same for evaluation; empty holds out the last `holdout` of the training list, which are then not
       trained on. They are the last ones, and not every tenth, because neighbors in a list are often frames of one
@@ -139,7 +139,7 @@ class Frames(Source):
     """
     Args:
       records: (image, depth) files.
-      read: depth file to float32 [H, W] metres; it travels to the data workers.
+      read: depth file to float32 [H, W] meters; it travels to the data workers.
       provides: keys of an Example, among "image", "depth", "class_id" and "index".
       exif: see files.EXIF.
     """
@@ -217,28 +217,28 @@ def read_columns(path: str | Path, *, columns: tuple[int, ...]) -> list[list[str
 
 
 def read_depth(path: Path, *, factor: float, max_depth: float) -> np.ndarray:
-  """Reads a depth file of any of SUFFIXES as float32 [H, W] metres; 0 where nothing valid was measured.
+  """Reads a depth file of any of SUFFIXES as float32 [H, W] meters; 0 where nothing valid was measured.
 
   Raises:
-    ValueError: missing, damaged, of 8 bits, of more than one channel, or without a value in (0, max_depth] metres; the
+    ValueError: missing, damaged, of 8 bits, of more than one channel, or without a value in (0, max_depth] meters; the
       message names the file.
   """
   suffix = path.suffix.lower()
   if suffix == ".png":
-    metres = image_files.read_depth(path, scale=factor)
+    meters = image_files.read_depth(path, scale=factor)
   else:
     values = {".npy": _read_npy, ".pfm": _read_pfm}.get(suffix, _read_tiff)(path)
     if values.ndim != 2 or values.dtype.kind not in "uif" or values.dtype.itemsize < 2:
       raise UserError(
         f"depth file {path} holds {values.dtype} {list(values.shape)}; [height, width] of at least 16 bits is needed."
       )
-    metres = values.astype(np.float32) / np.float32(factor)
-  depth = np.where(np.isfinite(metres) & (metres > 0) & (metres <= max_depth), metres, np.float32(0))
+    meters = values.astype(np.float32) / np.float32(factor)
+  depth = np.where(np.isfinite(meters) & (meters > 0) & (meters <= max_depth), meters, np.float32(0))
   if not depth.any():
-    found = metres[np.isfinite(metres)]
+    found = meters[np.isfinite(meters)]
     seen = f"from {found.min():g} to {found.max():g} m" if found.size else "not finite"
     raise UserError(
-      f"depth file {path} has no value in (0, {max_depth:g}] metres: at {factor:g} units per metre its values are "
+      f"depth file {path} has no value in (0, {max_depth:g}] meters: at {factor:g} units per meter its values are "
       f"{seen}; check data.factor and data.max_depth, or leave the picture out."
     )
   return depth

@@ -6,7 +6,7 @@ Files, below `root`, as the lists of VPD and MetaPrompts name them:
   train_list.txt and test_list.txt (or eigen_benchmark_train_list.txt, eigen_train_files_with_gt.txt, ..., or .gz)
 The dates may also lie in `root` itself, the drives with depth in `root`, in `train` and `val`, or below a `depth_root`
 of their own: what counts is the end of a name, from the date or the drive on. So lists of BTS and of VPD both serve.
-Depth is a 16-bit PNG in 1/256 metre, 0 where no LiDAR point fell.
+Depth is a 16-bit PNG in 1/256 meter, 0 where no LiDAR point fell.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ from vpd_jax.data.transforms import depth as depth_transforms
 from vpd_jax.errors import UserError
 from vpd_jax.types import DatasetInfo, Example, Options, Published, Source
 
-DEPTH_SCALE = 256.0  # units per metre in the files
-MAX_DEPTH = 80.0  # metres
+DEPTH_SCALE = 256.0  # units per meter in the files
+MAX_DEPTH = 80.0  # meters
 LISTS = {
   "train": ("train_list.txt", "eigen_benchmark_train_list.txt", "eigen_train_files_with_gt.txt"),
   "eval": ("test_list.txt", "eigen_benchmark_test_list.txt", "eigen_test_files_with_gt.txt"),
@@ -62,7 +62,7 @@ class Kitti(DepthDataset):
       keeps whole frames, which differ in size by a few pixels.
     scene: KITTI states no scene classes. The one class given to all frames, for methods that are told a class; empty:
       no class is provided.
-    cut_depth: "released" wraps 1/256 metres.
+    cut_depth: "released" wraps 1/256 meters.
     format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same whole frames in the same order.
 
   Attributes:

@@ -4,7 +4,7 @@ Files, below `root`:
   sync/<scene>_<nnnn>/rgb_<nnnnn>.jpg and sync_depth_<nnnnn>.png
   official_splits/test/<scene>/rgb_<nnnnn>.jpg and sync_depth_<nnnnn>.png
   train_list.txt and test_list.txt (or nyudepthv2_train_list.txt ..., or .gz; in `root` or beside it)
-Depth is a 16-bit PNG in millimetres, 0 where nothing was measured.
+Depth is a 16-bit PNG in millimeters, 0 where nothing was measured.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ CLASSES = (
   *("home_storage", "cafe", "furniture_store", "office_kitchen", "student_lounge", "dining_room", "reception_room"),
   *("computer_lab", "classroom", "office", "bookstore"),
 )
-DEPTH_SCALE = 1000.0  # millimetres in the files
-MAX_DEPTH = 10.0  # metres, the range of the data set's sensor as all papers take it
+DEPTH_SCALE = 1000.0  # millimeters in the files
+MAX_DEPTH = 10.0  # meters, the range of the data set's sensor as all papers take it
 FOLDERS = {"train": "sync", "eval": "official_splits/test"}
 LISTS = {
   "train": ("train_list.txt", "nyudepthv2_train_list.txt"),

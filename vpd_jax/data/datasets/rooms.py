@@ -30,11 +30,11 @@ KEYS = {  # of an Example, by task; those of a record are without segmentation_t
   "referring": referring.PROVIDES,
 }
 TASKS = tuple(KEYS)
-MAX_DEPTH = 10.0  # metres
-DEPTH_SCALE = 1000.0  # units per metre that `cut_depth="released"` wraps, as in NYU's files
+MAX_DEPTH = 10.0  # meters
+DEPTH_SCALE = 1000.0  # units per meter that `cut_depth="released"` wraps, as in NYU's files
 GAMMA = 1 / 2.2
 MENTIONED = 0.004  # share of the picture from which on an object gets a sentence
-LIMB = 0.2  # metres a keypoint may lie behind the surface that shows it
+LIMB = 0.2  # meters a keypoint may lie behind the surface that shows it
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -57,7 +57,7 @@ class Rooms(Dataset):
 
   Attributes:
     provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "index" int32 []; for depth "depth" float32 [H, W]
-      metres (0 is no measurement) and "class_id" int32 [] into `classes`; for segmentation "label" uint8 [H, W] into
+      meters (0 is no measurement) and "class_id" int32 [] into `classes`; for segmentation "label" uint8 [H, W] into
       `classes`, "valid_size" int32 [2], see segmentation_transforms.Augmentation; for referring what
       referring.PROVIDES names, see ReferringDataset.
     classes: for depth NYU's 27 scene classes in VPD's order; the five of room_scene.SCENES occur, each with furniture
@@ -200,12 +200,12 @@ class Room(NamedTuple):
   Attributes:
     scene: one of room_scene.SCENES.
     image: uint8 [H, W, 3], RGB.
-    depth: float32 [H, W], metres along the optical axis as a sensor gives it; 0 is no measurement.
+    depth: float32 [H, W], meters along the optical axis as a sensor gives it; 0 is no measurement.
     labels: uint8 [H, W] into CLASSES.
     instances: int32 [H, W], number of the object, 0 for walls, floor and ceiling.
     names: (color, class) of each object, number 1 first, whether or not it is seen.
-    joints: float32 [17, 3], (x, y) in pixels and planar depth in metres of the COCO keypoints, or None.
-    surface: float32 [H, W], depth without gaps, metres.
+    joints: float32 [17, 3], (x, y) in pixels and planar depth in meters of the COCO keypoints, or None.
+    surface: float32 [H, W], depth without gaps, meters.
   """
 
   scene: str

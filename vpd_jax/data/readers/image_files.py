@@ -163,12 +163,12 @@ def turned_hint(image: np.ndarray, other: np.ndarray, exif: str | None) -> str:
 
 
 def decode_depth(raw: bytes, path: str | Path, *, scale: float) -> np.ndarray:
-  """A 16-bit depth map's bytes as float32 [H, W], metres; 0 where nothing was measured.
+  """A 16-bit depth map's bytes as float32 [H, W], meters; 0 where nothing was measured.
 
   Args:
     raw: PNG with one channel.
     path: for messages.
-    scale: file units per metre, 1000 for millimetres.
+    scale: file units per meter, 1000 for millimeters.
 
   Raises:
     ValueError: truncated, not a picture, or not of one channel and 16 bits; the message names the file.
@@ -178,7 +178,7 @@ def decode_depth(raw: bytes, path: str | Path, *, scale: float) -> np.ndarray:
     channels = 1 if values.ndim == 2 else values.shape[2]
     raise UserError(
       f"depth file {path} has {channels} channel(s) of {values.dtype.itemsize * 8} bits; "
-      f"one of 16 bits is needed, {scale:g} per metre."
+      f"one of 16 bits is needed, {scale:g} per meter."
     )
   return values.astype(np.float32) / np.float32(scale)
 
@@ -194,12 +194,12 @@ def read_frame(folder: Path, image: str, depth: str) -> Record:
 
 
 def decode_frame(record: Record, folder: Path | None = None, *, scale: float) -> dict[str, np.ndarray]:
-  """ "image" uint8 [H, W, 3] RGB and "depth" float32 [H, W] metres of a record that holds FRAME.
+  """ "image" uint8 [H, W, 3] RGB and "depth" float32 [H, W] meters of a record that holds FRAME.
 
   Args:
     record: see read_frame.
     folder: where the files lie, for messages.
-    scale: units of the depth file per metre.
+    scale: units of the depth file per meter.
 
   Raises:
     ValueError: as for the two files, or they are of different size; names them.

@@ -12,7 +12,7 @@ SKIN, SHIRT, TROUSERS, HAIR = range(4)
 
 
 def pose(rng: np.random.Generator) -> np.ndarray:
-  """Joints float32 [17, 3] of a standing or walking figure, metres, feet at z = 0, facing +y, its left at -x.
+  """Joints float32 [17, 3] of a standing or walking figure, meters, feet at z = 0, facing +y, its left at -x.
 
   Limb lengths are those of an adult 1.7 m tall, times a factor between 0.88 and 1.1.
   """
@@ -48,7 +48,7 @@ def direction(forward: float, aside: float) -> np.ndarray:
 
 
 def bodies(joints: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, float, int]]:
-  """Limbs of a figure: (one end, other end, radius, kind of surface) each, ends [3] in metres."""
+  """Limbs of a figure: (one end, other end, radius, kind of surface) each, ends [3] in meters."""
   at = dict(zip(KEYPOINTS, joints, strict=True))
   shoulders, hips = (at["left_shoulder"] + at["right_shoulder"]) / 2, (at["left_hip"] + at["right_hip"]) / 2
   head = (at["left_ear"] + at["right_ear"]) / 2

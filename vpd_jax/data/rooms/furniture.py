@@ -13,7 +13,7 @@ FIRST, SECOND, PALE, DARK = range(4)  # whose color a solid has: the object's tw
 
 
 class Solid(NamedTuple):
-  """One solid: kind of shape, center and half extent in metres, color, texture and size of its cells."""
+  """One solid: kind of shape, center and half extent in meters, color, texture and size of its cells."""
 
   shape: int
   center: tuple[float, float, float]
@@ -24,7 +24,7 @@ class Solid(NamedTuple):
 
 
 class Object(NamedTuple):
-  """One piece of furniture: class name, half width and half depth in metres, solids, height of a free top or 0."""
+  """One piece of furniture: class name, half width and half depth in meters, solids, height of a free top or 0."""
 
   name: str
   half_width: float

@@ -2,7 +2,7 @@
 
 A part is a unit solid under an affine map, so one ray in its coordinates is all that an intersection needs. Parts are
 drawn one after another into a depth buffer, each only within the rectangle of pixels that it can cover; colors are
-computed afterwards, once per pixel. World coordinates are metres, z upwards. Camera axes are right, down, forward.
+computed afterwards, once per pixel. World coordinates are meters, z upwards. Camera axes are right, down, forward.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ BOX, CYLINDER, ELLIPSOID = range(3)
 PLAIN, CHECKER, STRIPES, PLANKS, TILES, NOISE, PANELS, SKY, PAINTING, BOOKS = range(10)
 FOCAL = 0.81  # focal length over image width: that of NYU's camera (519 of 640), 63 degrees
 HAZE_COLOR = np.array([0.1, 0.15, 0.25], np.float32)
-NEAR = 0.05  # metres; nothing nearer is drawn
+NEAR = 0.05  # meters; nothing nearer is drawn
 CORNERS = np.stack(np.meshgrid([-1, 1], [-1, 1], [-1, 1]), -1).reshape(8, 3).astype(np.float32)
 
 
@@ -22,12 +22,12 @@ class Parts(NamedTuple):
 
   Attributes:
     shapes: [N], BOX, CYLINDER (axis z) or ELLIPSOID.
-    centers: float32 [N, 3], metres.
-    halves: float32 [N, 3], half of the extent along each axis of the frame, metres.
+    centers: float32 [N, 3], meters.
+    halves: float32 [N, 3], half of the extent along each axis of the frame, meters.
     frames: float32 [N, 3, 3], rows are the solid's axes.
     colors: float32 [N, 2, 3], in [0, 1], light reflected; the texture mixes the two.
     textures: [N], PLAIN, CHECKER, ...
-    pitches: float32 [N], metres, size of the texture's cells.
+    pitches: float32 [N], meters, size of the texture's cells.
     labels: uint8 [N], class.
     instances: [N], number of the object, 0 for the room itself.
   """
@@ -54,10 +54,10 @@ class Light(NamedTuple):
   """One lamp and what dims it.
 
   Attributes:
-    position: float32 [3], metres.
+    position: float32 [3], meters.
     ambient: share of the light that comes from everywhere, in [0, 1].
     tint: float32 [3], color and strength.
-    haze: 1/metre, part of the light lost per metre on the way to the camera.
+    haze: 1/meter, part of the light lost per meter on the way to the camera.
     room: float32 [3], size of the room, whose corners are darker.
     footprints: float32 [F, 4], (x, y, half width, half depth) of what stands on the floor and shades it.
   """
@@ -80,7 +80,7 @@ def look(origin: np.ndarray, yaw: float, pitch: float, roll: float) -> Camera:
 
 
 def project(points: np.ndarray, camera: Camera, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-  """Pixel coordinates (x, y) [..., 2] of world points [..., 3], and their planar depth [...] in metres."""
+  """Pixel coordinates (x, y) [..., 2] of world points [..., 3], and their planar depth [...] in meters."""
   local = (points - camera.origin) @ camera.axes.T
   depth = local[..., 2]
   scale = FOCAL * size[1] / np.maximum(depth, NEAR)
@@ -178,7 +178,7 @@ def shade(parts: Parts, camera: Camera, light: Light, rays: np.ndarray, depth: n
 
 
 def surface(shapes: np.ndarray, unit: np.ndarray, local: np.ndarray, halves: np.ndarray):
-  """Normals [P, 3] in the frame of the part, and texture coordinates [P, 4]: two in metres, two over the face."""
+  """Normals [P, 3] in the frame of the part, and texture coordinates [P, 4]: two in meters, two over the face."""
   size = np.abs(unit)
   face = size.argmax(1)
   pick = np.arange(len(face))
@@ -218,7 +218,7 @@ def contact_shadow(points: np.ndarray, footprints: np.ndarray) -> np.ndarray:
 
 
 def reflectance(parts: Parts, part: np.ndarray, cells: np.ndarray, footprint: np.ndarray) -> np.ndarray:
-  """Texture of every pixel, [P, 3]; a pattern finer than the pixel's footprint in metres fades to its mean."""
+  """Texture of every pixel, [P, 3]; a pattern finer than the pixel's footprint in meters fades to its mean."""
   first, second = parts.colors[part, 0], parts.colors[part, 1]
   textures, pitches = parts.textures[part], parts.pitches[part]
   mix, tone = np.zeros(len(part), np.float32), np.ones(len(part), np.float32)

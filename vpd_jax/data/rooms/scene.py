@@ -27,10 +27,10 @@ COLORS = {
 }
 WOODS = ((0.55, 0.36, 0.2), (0.42, 0.26, 0.14), (0.7, 0.52, 0.33), (0.3, 0.2, 0.13), (0.75, 0.7, 0.62))
 SKINS = ((0.9, 0.7, 0.58), (0.76, 0.54, 0.4), (0.5, 0.33, 0.22), (0.33, 0.21, 0.15))
-MAX_DIAGONAL = 9.8  # metres; so no depth reaches 10
+MAX_DIAGONAL = 9.8  # meters; so no depth reaches 10
 FIGURE_CHANCE = 0.5
-HAZE = 0.16  # 1/metre
-CAMERA_CLEARANCE = 1.0  # metres around the camera that stay free
+HAZE = 0.16  # 1/meter
+CAMERA_CLEARANCE = 1.0  # meters around the camera that stay free
 
 
 class Scene(NamedTuple):
@@ -140,7 +140,7 @@ class Builder:
       self.add(solid, np.eye(3), np.array(center), np.stack([first, second]), name, 0)
 
   def wall_place(self, wall: int, along: float, gap: float) -> tuple[float, float]:
-    """Floor position `along` metres from the middle of a wall, `gap` metres off; wall k faces (k + 1) * 90 degrees."""
+    """Floor position `along` meters from the middle of a wall, `gap` meters off; wall k faces (k + 1) * 90 degrees."""
     reach = self.size[1 - wall % 2] / 2
     x_axis = np.array([(1, 0), (0, 1), (-1, 0), (0, -1)][wall])
     inward = np.array([-x_axis[1], x_axis[0]])

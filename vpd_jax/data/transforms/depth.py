@@ -34,14 +34,14 @@ def depth_training(
   hue, saturation and value.
 
   Args:
-    example: "image" uint8 [H, W, 3] RGB, "depth" float32 [H, W] metres, and further maps.
+    example: "image" uint8 [H, W, 3] RGB, "depth" float32 [H, W] meters, and further maps.
     rng: random numbers of this record alone.
     position: place of the record in the shuffled epoch. The release counts the samples of a loader worker, which is no
       property of the data; every fourth of the epoch is as many.
     crop: (height, width) of the result.
     cut_depth: see `vertical_cut_depth`.
-    depth_scale: file units per metre.
-    max_depth: metres that become 255 where `cut_depth="scaled"`.
+    depth_scale: file units per meter.
+    max_depth: meters that become 255 where `cut_depth="scaled"`.
     color_jitter: False leaves the colors alone.
 
   Returns:
@@ -71,13 +71,13 @@ def vertical_cut_depth(
   w = int(max((W - alpha W) 0.75 beta, 1)).
 
   Args:
-    example: "image" uint8 [H, W, 3], "depth" float32 [H, W] metres.
+    example: "image" uint8 [H, W, 3], "depth" float32 [H, W] meters.
     rng: random numbers of this record.
-    mode: "released" writes the numbers of the depth file (millimetres for NYU) into eight bits, where they wrap modulo
+    mode: "released" writes the numbers of the depth file (millimeters for NYU) into eight bits, where they wrap modulo
       256, so that the band shows contour lines and not depth; "scaled" writes depth / max_depth * 255, clipped, which
       is what the paper of CutDepth means; "off" changes nothing.
-    depth_scale: file units per metre.
-    max_depth: metres, for "scaled".
+    depth_scale: file units per meter.
+    max_depth: meters, for "scaled".
 
   Returns:
     the Example with a new image.
@@ -97,7 +97,7 @@ def vertical_cut_depth(
 
 
 def depth_as_color(depth: np.ndarray, mode: str, depth_scale: float, max_depth: float) -> np.ndarray:
-  """Depth in metres as uint8: file units modulo 256 ("released"), or max_depth as 255 ("scaled")."""
+  """Depth in meters as uint8: file units modulo 256 ("released"), or max_depth as 255 ("scaled")."""
   if mode == "released":
     return (np.rint(depth.astype(np.float64) * depth_scale).astype(np.int64) % 256).astype(np.uint8)
   return np.clip(depth / max_depth * 255.0, 0, 255).astype(np.uint8)

@@ -38,7 +38,7 @@ class Deconv(nnx.Module):
     Args:
       maps: that come in; the first is read.
       common: dtypes, random keys, groups of batch normalization.
-      max_depth: metres, the upper end of the sigmoid.
+      max_depth: meters, the upper end of the sigmoid.
       filters: widths of the transposed convolutions, kernel 2 and stride 2 each.
       width: of the convolutions after them.
       init: of all kernels: "released", normal of deviation 0.001, which leaves the network before the head almost
@@ -74,7 +74,7 @@ class Deconv(nnx.Module):
     )
 
   def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
-    """Returns {"depth": float32 or wider [B, H, W], metres, in (0, max_depth)}; no dropout asks for the key."""
+    """Returns {"depth": float32 or wider [B, H, W], meters, in (0, max_depth)}; no dropout asks for the key."""
     x = layers.chain(self.deconv_layers, features.maps[0], training=training)
     x = layers.chain(self.conv_layers, x, training=training)
     for _ in range(self.doublings):

@@ -7,7 +7,7 @@ import numpy as np
 from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
-STEP = 0.005  # metres, resolution of the best constant
+STEP = 0.005  # meters, resolution of the best constant
 
 
 def depth_baselines(
@@ -23,13 +23,13 @@ def depth_baselines(
   Each sequence is read once. All images of both must have the same size. Predictions are clipped to the valid range.
 
   Args:
-    train_examples: "image" uint8 [H, W, 3], "depth" float32 [H, W] metres, 0 for no measurement; not augmented.
+    train_examples: "image" uint8 [H, W, 3], "depth" float32 [H, W] meters, 0 for no measurement; not augmented.
     eval_examples: the same.
-    min_depth, max_depth: metres; pixels with min_depth < depth < max_depth count, as in NYU's protocol.
+    min_depth, max_depth: meters; pixels with min_depth < depth < max_depth count, as in NYU's protocol.
     region: (top, bottom, left, right) rows and columns that are scored; None is the whole image.
 
   Returns:
-    metres, per image over its valid pixels, then the mean over images that have any:
+    meters, per image over its valid pixels, then the mean over images that have any:
     "constant": the one depth that is best on the training images,
     "position_mean": the mean depth of each pixel position,
     "linear_rgb_position": least squares on red, green, blue, x, y and 1.

@@ -9,8 +9,8 @@ from vpd_jax.files import atomic
 
 # By whether y is up.
 CONVENTION = {
-  False: "x right, y down, z forward from the camera, metres; principal point in the middle of the picture",
-  True: "x right, y up, z against the camera's direction, metres; principal point in the middle of the picture",
+  False: "x right, y down, z forward from the camera, meters; principal point in the middle of the picture",
+  True: "x right, y up, z against the camera's direction, meters; principal point in the middle of the picture",
 }
 VERTEX = np.dtype([(axis, "<f4") for axis in "xyz"] + [(color, "u1") for color in ("red", "green", "blue")])
 
@@ -21,11 +21,11 @@ def points(depth: np.ndarray, focal: float) -> np.ndarray:
   x = (column + 1/2 - W/2) depth / focal, y = (row + 1/2 - H/2) depth / focal, z = depth.
 
   Args:
-    depth: float [H, W], metres along the optical axis, not along the ray.
+    depth: float [H, W], meters along the optical axis, not along the ray.
     focal: focal length, in pixels.
 
   Returns:
-    float64 [H, W, 3]: x to the right, y down, z away from the camera, metres. The camera is at 0.
+    float64 [H, W, 3]: x to the right, y down, z away from the camera, meters. The camera is at 0.
 
   Source: Hartley and Zisserman, Multiple View Geometry, 6.1.
   """
@@ -51,7 +51,7 @@ def write_ply(
 
   Args:
     path: of the file, which appears only when it is complete.
-    depth: float [H, W], metres.
+    depth: float [H, W], meters.
     image: uint8 [H, W, 3], RGB.
     focal: focal length, in pixels.
     comments: lines of ASCII for the header, after that of the convention.

@@ -17,8 +17,8 @@ from vpd_jax.tasks.depth.baselines import depth_baselines
 from vpd_jax.types import Array, Batch, Example, Fields, Loss, Outputs, Rows, Task
 
 SCORES = ("d1", "d2", "d3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
-PNG_SCALES = (1000, 256, 100, 10, 1)  # units per metre of 16-bit depth pictures
-RANGE = (1e-9, 1e9)  # metres, within which no score overflows: beyond, a prediction counts as the end
+PNG_SCALES = (1000, 256, 100, 10, 1)  # units per meter of 16-bit depth pictures
+RANGE = (1e-9, 1e9)  # meters, within which no score overflows: beyond, a prediction counts as the end
 # Rows and columns of the image that are scored, as (top, bottom, left, right).
 EVAL_CROPS = {
   "none": lambda h, w: (0, h, 0, w),
@@ -35,8 +35,8 @@ def silog(prediction: Array, target: Array, *, variance_focus: float = 0.5) -> t
   sqrt(mean(e^2) - variance_focus * mean(e)^2) with e = log target - log prediction.
 
   Args:
-    prediction: float32 or wider [B, H, W], metres, positive.
-    target: float32 [B, H, W], metres; 0 marks a pixel without ground truth.
+    prediction: float32 or wider [B, H, W], meters, positive.
+    target: float32 [B, H, W], meters; 0 marks a pixel without ground truth.
     variance_focus: 0 is the plain log RMSE, 1 ignores global scale.
 
   Returns:
@@ -55,7 +55,7 @@ def silog(prediction: Array, target: Array, *, variance_focus: float = 0.5) -> t
 
 
 class Depth(Task):
-  """Learns depth in metres, scores it per image.
+  """Learns depth in meters, scores it per image.
 
   Attributes:
     output: what the head must know.
@@ -69,7 +69,7 @@ class Depth(Task):
   eval_needs = frozenset()
   needs_truth = False
   measures_depth = True
-  described = MappingProxyType({"depth": "metres along the optical axis", "result": "the depth as it is"})
+  described = MappingProxyType({"depth": "meters along the optical axis", "result": "the depth as it is"})
 
   def __init__(
     self,
@@ -87,8 +87,8 @@ class Depth(Task):
     """Options of loss, scores and files.
 
     Args:
-      max_depth: metres; the head's largest value, and the scored ground truth is below it.
-      min_depth: metres; the scored ground truth is above it.
+      max_depth: meters; the head's largest value, and the scored ground truth is below it.
+      min_depth: meters; the scored ground truth is above it.
       eval_crop: the part of the image that is scored: "eigen_nyu", "garg", "eigen_kitti" or "none".
       variance_focus: of the loss. Release of VPD: 0.5, of EcoDepth: 0.85.
       loss_scale: factor on the loss, which AdamW hardly sees. Release of VPD: 1.0, of EcoDepth: 10.0.
@@ -96,9 +96,9 @@ class Depth(Task):
         EcoDepth: True.
       benchmark_silog: the score "silog" as KITTI's benchmark states it, 100 sqrt(mean(e^2) - mean(e)^2). Release of
         VPD: False, sqrt(mean(e^2) - 0.5 mean(e)^2), of EcoDepth: True.
-      png_scale: units per metre of the 16-bit depth pictures of `save`: 1000 as in NYU's files, 256 as the KITTI server
+      png_scale: units per meter of the 16-bit depth pictures of `save`: 1000 as in NYU's files, 256 as the KITTI server
         takes them; 0 is the first of PNG_SCALES at which 16 bits hold max_depth: 1000 up to 65 m, then 256.
-      contours: metres between the lines of equal depth in the colored pictures, such as 1; 0: no lines.
+      contours: meters between the lines of equal depth in the colored pictures, such as 1; 0: no lines.
 
     Raises:
       ValueError: unknown crop, an empty range of depth, a negative distance of contours, or a scale at which 16 bits do
@@ -109,7 +109,7 @@ class Depth(Task):
     if not 0 <= min_depth < max_depth:
       raise UserError(f"task.min_depth={min_depth} must be at least 0 and below task.max_depth={max_depth}.")
     if not 0 <= contours < float("inf"):
-      raise UserError(f"task.contours={contours} must be a number of metres, or 0 for none.")
+      raise UserError(f"task.contours={contours} must be a number of meters, or 0 for none.")
     self.png_scale = png_scale or next((scale for scale in PNG_SCALES if scale * max_depth <= 65535), 1)
     if not 0 < self.png_scale * max_depth <= 65535:
       raise UserError(
@@ -127,7 +127,7 @@ class Depth(Task):
     return Loss(self.loss_scale * value, any_valid.astype(value.dtype), {"silog": value})
 
   def predict(self, outputs: Outputs) -> Array:
-    """Depth, float [B, H, W], metres."""
+    """Depth, float [B, H, W], meters."""
     return outputs["depth"]
 
   def region(self, size: Sequence[int]) -> tuple[int, int, int, int]:
@@ -180,7 +180,7 @@ class Depth(Task):
     scored = rows["pixels"] > 0
     if not scored.any():
       raise UserError(
-        f"none of {len(scored)} images has ground truth in ({self.min_depth}, {self.max_depth}) metres; "
+        f"none of {len(scored)} images has ground truth in ({self.min_depth}, {self.max_depth}) meters; "
         "check the depth unit and task.max_depth."
       )
     return (
@@ -214,7 +214,7 @@ class Depth(Task):
     ]
 
   def colored(self, depth: np.ndarray, nearest: float, farthest: float) -> np.ndarray:
-    """Depth in color, uint8 [H, W, 3]: red at `nearest` to blue at `farthest`, metres, gray where it is not known."""
+    """Depth in color, uint8 [H, W, 3]: red at `nearest` to blue at `farthest`, meters, gray where it is not known."""
     picture = colormaps.color_depth(depth, farthest, min_depth=nearest)
     return drawing.contours(picture, depth, self.contours) if self.contours else picture
 
@@ -223,7 +223,7 @@ class Depth(Task):
 
     Args:
       stem: path without suffix.
-      depth: float [H, W], metres.
+      depth: float [H, W], meters.
       image: uint8 [H, W, 3], RGB.
       focal: focal length in pixels, and where it is from, for the header, in ASCII.
     """
@@ -233,13 +233,13 @@ class Depth(Task):
   def save(self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None) -> list[Path]:
     """Writes the depth of one picture; files appear only when complete, the JSON last.
 
-    The PNG follows the rule of KITTI's development kit: value / png_scale is metres, 0 is no value. So a depth that is
+    The PNG follows the rule of KITTI's development kit: value / png_scale is meters, 0 is no value. So a depth that is
     a number is at least 1 there, and only NaN is 0.
 
     Args:
-      stem: path without suffix: stem.color.png (with a bar in metres at its right), stem.depth.png (16 bit), stem.npy
-        (float32 metres), stem.json.
-      prediction: float [H, W], metres.
+      stem: path without suffix: stem.color.png (with a bar in meters at its right), stem.depth.png (16 bit), stem.npy
+        (float32 meters), stem.json.
+      prediction: float [H, W], meters.
       facts: more entries for the JSON, which states unit and scale.
       image: the picture; no use of it here.
     """
@@ -248,8 +248,8 @@ class Depth(Task):
     whole = np.clip(np.nan_to_num(depth, posinf=65535, neginf=0) * self.png_scale + 0.5, 1, 65535)
     stored = np.where(np.isnan(depth), 0, whole).astype(np.uint16)
     described = {
-      "unit": "metre",
-      "png_units_per_metre": self.png_scale,
+      "unit": "meter",
+      "png_units_per_meter": self.png_scale,
       "png_no_value": 0,
       "max_depth": self.max_depth,
       **finite.ends(depth),

@@ -1,4 +1,4 @@
-"""Depth in color, with a bar in metres; panels of the evaluation."""
+"""Depth in color, with a bar in meters; panels of the evaluation."""
 
 import numpy as np
 
@@ -6,11 +6,11 @@ from vpd_jax.tasks import colormaps, drawing
 
 
 def colored(depth: np.ndarray, contours: float = 0.0) -> np.ndarray:
-  """A depth map in color, scaled to its own range, and at its right a bar in metres.
+  """A depth map in color, scaled to its own range, and at its right a bar in meters.
 
   Args:
-    depth: float [H, W], metres; what is not positive and finite is gray, and without any other there is no bar.
-    contours: metres between lines of equal depth; 0: none.
+    depth: float [H, W], meters; what is not positive and finite is gray, and without any other there is no bar.
+    contours: meters between lines of equal depth; 0: none.
 
   Returns:
     uint8 [H, W', 3].
@@ -23,24 +23,24 @@ def colored(depth: np.ndarray, contours: float = 0.0) -> np.ndarray:
 
 
 def with_bar(picture: np.ndarray, nearest: float, farthest: float) -> np.ndarray:
-  """A picture of depth, uint8 [H, W, 3], with the bar of its colors, in metres, at its right: uint8 [H, W', 3]."""
+  """A picture of depth, uint8 [H, W, 3], with the bar of its colors, in meters, at its right: uint8 [H, W', 3]."""
   return np.concatenate([picture, drawing.color_bar(nearest, farthest, colormaps.DEPTH, picture.shape[:2])], axis=1)
 
 
 def panel(
   image: np.ndarray, prediction: np.ndarray, truth: np.ndarray, span: tuple[float, float], largest_error: float
 ) -> np.ndarray:
-  """Input, prediction, truth and error of one image, side by side below their titles, with bars in metres.
+  """Input, prediction, truth and error of one image, side by side below their titles, with bars in meters.
 
   Prediction and truth share one scale, near red to far blue. The error |prediction - truth| runs from black (0) to
   light yellow at `largest_error` and beyond. Pixels without a value are gray.
 
   Args:
     image: uint8 [H, W, 3].
-    prediction: float [H, W], metres.
-    truth: float [H, W], metres; 0 or NaN marks a pixel without ground truth.
-    span: depth of the first and of the last color, metres.
-    largest_error: metres.
+    prediction: float [H, W], meters.
+    truth: float [H, W], meters; 0 or NaN marks a pixel without ground truth.
+    span: depth of the first and of the last color, meters.
+    largest_error: meters.
 
   Returns:
     uint8 [H + h, W', 3], W' above 4 W.
