@@ -74,6 +74,7 @@ REST_OF_SD21 = (
 )
 
 
+@pytest.mark.slow  # each method and each task takes sd21 in STRINGS
 @pytest.mark.parametrize("words", REST_OF_SD21)
 def test_stable_diffusion_21_assembles_at_its_real_size(words):
   name, _, argument = words.partition(":")

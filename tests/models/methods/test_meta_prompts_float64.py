@@ -88,6 +88,7 @@ def test_batch_statistics_of_neck_and_head_move_as_the_authors(run):
     np.testing.assert_allclose(value, run.single[f"train/bn_after/{name}"], atol=4e-5)  # stored in float32
 
 
+@pytest.mark.slow  # the optimizer is that of VPD, whose five steps every run of the tests compares
 def test_losses_and_rates_of_five_steps_agree(nyu, logs):
   np.testing.assert_allclose([log["train/loss"] for log in logs], nyu.double["trace/loss"], rtol=0, atol=1e-10)
   groups = {str(n): i for i, n in enumerate(nyu.double["trace/group_names"])}
@@ -95,6 +96,7 @@ def test_losses_and_rates_of_five_steps_agree(nyu, logs):
   np.testing.assert_allclose(rates, nyu.double["trace/lr"], rtol=1e-9)
 
 
+@pytest.mark.slow  # the optimizer is that of VPD, whose five steps every run of the tests compares
 def test_depth_before_and_after_five_steps_agrees(nyu, logs):
   evaluate = lambda named, batch: nyu.experiment.spec.merge(*named)(batch, training=False)["depth"]
   losses = [
@@ -105,6 +107,7 @@ def test_depth_before_and_after_five_steps_agrees(nyu, logs):
   np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow  # the optimizer is that of VPD, whose five steps every run of the tests compares
 def test_five_steps_move_every_parameter_as_the_authors(nyu, logs):
   first, last = (rules.to_source({**s.params, **s.frozen}, TABLE) for s in (nyu.states[0], nyu.states[-1]))
   check_steps(first, last, nyu.double, "meta_depth")

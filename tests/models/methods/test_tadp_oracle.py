@@ -80,7 +80,13 @@ def test_depth_and_its_taps_are_the_authors(depth):
   np.testing.assert_allclose(loss, depth.arrays["output/eval_loss"], atol=2e-5)
 
 
-@pytest.mark.parametrize("name, side, latent, seed", [("nopad", 128, 16, 1000), ("352branch", 160, 24, 2000)])
+@pytest.mark.parametrize(
+  "name, side, latent, seed",
+  [
+    ("nopad", 128, 16, 1000),
+    pytest.param("352branch", 160, 24, 2000, marks=pytest.mark.slow),
+  ],  # VPD's is compared, too
+)
 def test_other_published_sizes_are_the_authors(depth, name, side, latent, seed):
   batch = tadp.depth_batch((1, side, side), seed=seed)
   outputs = depth(batch, tadp.noise(1, latent, seed=seed))[3]
