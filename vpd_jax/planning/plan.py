@@ -66,8 +66,8 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
     config: of the run.
     topology: of devices that are not there, see topologies.of, or empty for the devices at hand.
     workdir: where plan.json keeps every finished compilation, so that the same command goes on; empty: nowhere.
-    effort: of the compiler for a slice of TPUs: "low", or "default" as in a run, which takes ten times as long. At low
-      effort memory is more than a run would need: an upper bound.
+    effort: of the compiler for a slice of TPUs: "low", or "default" as in a run, which takes ten times as long and
+      mostly ends with a little less memory.
     limit: bytes of memory of a device; 0: those of the device.
 
   Returns:

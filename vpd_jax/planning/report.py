@@ -46,7 +46,7 @@ def describe(report: Report) -> str:
   """A report as a table."""
   where = report["topology"] or "devices at hand"
   mesh = report["mesh"]
-  bound = {"low": ", an upper bound: low compiler effort", "untimed": ", kernels chosen without timing them"}
+  bound = {"low": ", at low compiler effort", "untimed": ", kernels chosen without timing them"}
   rows = [
     (
       f"{report['step']} step",
