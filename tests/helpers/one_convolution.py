@@ -42,11 +42,17 @@ class OneConvolution(nnx.Module):
     return Features((x,), x.reshape(x.shape[0], -1, 8)[:, :1], tuple(batch["image"].shape[1:3]))
 
 
-def rooms(**changes):
-  """The depth of rooms with this method, four steps, two of them saved."""
-  config = tiny.shrunk(loader.load("configs/rooms.py:depth,tiny")).unlock()
+def depth(string):
+  """A config of depth with this method in place of its own."""
+  config = tiny.shrunk(loader.load(string)).unlock()
   config.method, config.neck = {"name": NAME}, {"name": "none"}
   config.optim.lr_groups = ((r"", 1.0),)
+  return config.lock()
+
+
+def rooms(**changes):
+  """The depth of rooms with this method, four steps, two of them saved."""
+  config = depth("configs/rooms.py:depth,tiny").unlock()
   config.update(num_steps=4, log_every=1, eval_every=4, save_every=2, keep=5)
   config.optim.schedule.num_steps = 400  # the same rates, however far a run goes
   config.update_from_flattened_dict(changes)

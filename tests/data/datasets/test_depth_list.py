@@ -7,9 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
-from tests.helpers import tiny
+from tests.helpers import one_convolution
 from tests.helpers.messages import check_message
-from vpd_jax.config import loader
 from vpd_jax.data.datasets import depth_list
 from vpd_jax.data.transforms import depth as depth_transforms
 from vpd_jax.training import train
@@ -235,12 +234,13 @@ def test_an_image_of_another_size_than_its_depth_is_named(root):
 
 def test_the_example_config_trains_and_evaluates_on_files_of_many_sizes(root, tmp_path):
   """Two steps and a score, beside those of the trivial predictors; in small."""
-  config = tiny.shrunk(loader.load("configs/my_depth.py:tiny")).unlock()
+  config = one_convolution.depth("configs/my_depth.py:tiny").unlock()
   config.update(num_steps=2, log_every=1, eval_every=2, save_every=2)
   config.data.root = str(root)
   config.data.holdout = 0.25
   config.eval.test_time = ("flip",)
-  scores = train.run(config.lock(), str(tmp_path / "run"))
+  with one_convolution.known():
+    scores = train.run(config.lock(), str(tmp_path / "run"))
   assert scores["eval/depth_list/images"] == 2 and np.isfinite(scores["eval/depth_list/rmse"])
   lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   assert {line["step"] for line in lines if "train/loss" in line} == {1, 2}
