@@ -103,7 +103,7 @@ def _run() -> None:
   elif MODE.value == "eval":
     evaluate.run(config, workdir)
   elif jax.process_count() > 1:
-    hint = ", and give each its hint --input" if MODE.value == "predict" else ""
+    hint = ", and give each its own --input" if MODE.value == "predict" else ""
     raise UserError(f"--mode={MODE.value} runs in one process; add --process_count=1{hint}.")
   elif MODE.value == "export":
     export.run(config, workdir, output=OUTPUT.value)
