@@ -131,7 +131,18 @@ def _prediction_flags() -> dict[str, flags.FlagHolder]:
 
 def _check_modes() -> None:
   """Raises for flags that do not apply to the selected mode."""
-  others = [CONFIG, WORKDIR, *_prediction_flags().values(), TOPOLOGY, EFFORT, ACCEPT, COORDINATOR, COUNT, INDEX, TIMEOUT]
+  others = [
+    CONFIG,
+    WORKDIR,
+    *_prediction_flags().values(),
+    TOPOLOGY,
+    EFFORT,
+    ACCEPT,
+    COORDINATOR,
+    COUNT,
+    INDEX,
+    TIMEOUT,
+  ]
   if MODE.value == "weights" and (unused := [f"--{flag.name}" for flag in others if flag.present]):
     raise UserError(f"{', '.join(unused)}: no effect with --mode=weights, which lists what is known; leave it out.")
   flags_by_mode = {"predict": _prediction_flags(), "plan": {"topology": TOPOLOGY}, "train": {"accept_changes": ACCEPT}}

@@ -245,7 +245,9 @@ def optimizer(
     scales = (1 - b1**count, 1 - b2**count, -rate(schedule.count))
     random = moments != "float32"
     step_bits = jax.random.bits(jax.random.fold_in(jax.random.key(seed), count), (2,), jnp.uint32) if random else None
-    name_bits = lambda name: np.array([zlib.crc32(x.encode()) for x in (name, f"{name}/")], np.uint32) if random else None
+    name_bits = lambda name: (
+      np.array([zlib.crc32(x.encode()) for x in (name, f"{name}/")], np.uint32) if random else None
+    )
     options = lambda name: {"lr": float(groups.lr[name]), "decay": decay * groups.decay[name]}
     results = {
       n: update_one(g, adam.mu[n], adam.nu[n], params[n], scales, step_bits, name_bits(n), **options(n))

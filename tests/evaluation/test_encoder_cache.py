@@ -162,7 +162,7 @@ def test_a_folder_that_cannot_be_made(made, mesh, tmp_path):
 def test_what_a_step_is_given_is_known_without_the_data(made, plain):
   config, exp, state = made
   raw = plan.batch_shapes(config, (*exp.keys, "image"), "eval")
-  batch, held = encoder_cache.planned(config, exp, raw)
+  batch, held = encoder_cache.encoded_batch_shapes(config, exp, raw)
   seen = plain[0][0]
   names = {"latents", "text_states", "image"}
   assert "tokens" in raw and "tokens" not in batch and names <= batch.keys()
@@ -175,7 +175,7 @@ def test_a_network_that_encodes_its_pictures_itself_is_planned_so():
   config = tiny.shrunk(loader.load("configs/rooms.py:depth,tiny"))
   exp = experiment.assemble(config)
   raw = plan.batch_shapes(config, exp.keys, "train")
-  assert encoder_cache.planned(config, exp, raw) == (raw, 0)
+  assert encoder_cache.encoded_batch_shapes(config, exp, raw) == (raw, 0)
 
 
 def test_data_sets_say_alike_whether_pictures_are_encoded_ahead(made, mesh):
