@@ -13,8 +13,8 @@ second moment is stored as at least s (2 / 255)^4: its root, by which an update 
 smallest step of the first moment's map.
 
 Sources: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization (blocks and their scales, a map that is
-finer near 0, small arrays unchanged; its map is a table, the ones here are powers); Gupta et al. 2015, Deep Learning with
-Limited Numerical Precision (random rounding).
+finer near 0, small arrays unchanged; its map is a table, the ones here are powers); Gupta et al. 2015, Deep Learning
+with Limited Numerical Precision (random rounding).
 """
 
 import math

@@ -303,7 +303,7 @@ class Checkpoints:
 
 
 class _Manager(ocp.CheckpointManager):
-  """Orbax's manager without preemption handling, which preemption.PreemptionGuard does: both would count calls of one service."""
+  """Orbax's manager without preemption handling, which conflicts with preemption.PreemptionGuard."""
 
   def reached_preemption(self, step: int) -> bool:
     del step

@@ -272,7 +272,7 @@ class Evaluator:
     self.experiment.task.write_results(folder / "results.json", rows, **self._truth)
 
   def report(self, scores: dict[str, float], rows: Rows | None = None) -> str:
-    """Formats the scores in one line and compares them with trivial predictors; with `rows`, also those of each class."""
+    """Formats the scores in one line, compared with trivial predictors; with `rows`, also those of each class."""
     prefix = f"eval/{self.config.data.name}/"
     line = writers.class_table(class_scores(self.experiment.task, rows) if rows else [])
     line += "  ".join(f"{name.removeprefix(prefix)} {value:.4f}" for name, value in scores.items())

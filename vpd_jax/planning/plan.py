@@ -64,7 +64,7 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
   Args:
     config: of the run.
     topology: of the devices to compile for, see topologies.topology_devices; empty for the local devices.
-    workdir: where plan.json stores every finished compilation, so that the same command can continue; empty: not stored.
+    workdir: where plan.json stores finished compilations, so that the same command can continue; empty: not stored.
     effort: of the compiler for a TPU slice: "low", or "default" as in a run, which takes ten times as long and usually
       results in slightly less memory.
     limit: bytes of memory of a device; 0: the memory of the device.

@@ -14,13 +14,13 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
   Args:
     config: of the run.
     workdir: a local folder or a bucket.
-    accept_changes: continue although the config differs from the checkpoint's where it matters.
+    accept_changes: resume even if the config differs from that of the checkpoint.
 
   Returns:
-    The last scores; empty where nothing was left to do.
+    The last scores; empty if no step was left.
 
   Raises:
-    ValueError: in one line, for anything that cannot be assembled, found or resumed; another run has the workdir.
+    ValueError: in one line, for anything that cannot be assembled, found or resumed; another run uses the workdir.
     FloatingPointError: the loss is not finite; names the step.
   """
   with TrainingSession(config, workdir, accept_changes=accept_changes) as session:
