@@ -230,8 +230,8 @@ def _load_run(config: ConfigDict, exp: Experiment, workdir: str) -> tuple[dict[s
   if mismatched:
     raise UserError(
       f"checkpoint {step} of {workdir} is not of this config: {differing or 'the options are the same, but the code'}, "
-      f"and {len(mismatched)} arrays are missing, unknown or of another shape, like {mismatched[0]}; give the config it "
-      "was trained with, or no config, which takes that of the run."
+      f"and {len(mismatched)} arrays are missing, unknown or of another shape, like {mismatched[0]}; give the config "
+      "it was trained with, or no config, which takes that of the run."
     )
   named = {n: x.astype(shapes[n].dtype, copy=False) for n, x in named.items()}
   finite.check(named, f"checkpoint {step} of {workdir}")
