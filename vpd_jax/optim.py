@@ -150,11 +150,13 @@ def _labels(patterns: Iterable[str]) -> list[str]:
 def groups(names: Iterable[str], lr_groups: tuple, decay_groups: tuple) -> Groups:
   """Resolves `optim.lr_groups` (None freezes) and `optim.decay_groups` for the given parameter names."""
   names = sorted(names)
-  lr = params_lib.assign(names, lr_groups, field="config.optim.lr_groups")
+  lr = params_lib.match_rules(names, lr_groups, field="config.optim.lr_groups")
   patterns = [pattern for pattern, _ in lr_groups]
-  label = params_lib.assign(names, list(zip(patterns, _labels(patterns), strict=True)), field="config.optim.lr_groups")
+  label = params_lib.match_rules(
+    names, list(zip(patterns, _labels(patterns), strict=True)), field="config.optim.lr_groups"
+  )
   trained = [n for n in names if lr[n] is not None]
-  decay = params_lib.assign(trained, decay_groups, field="config.optim.decay_groups")
+  decay = params_lib.match_rules(trained, decay_groups, field="config.optim.decay_groups")
   return Groups({n: lr[n] for n in trained}, decay, {n: label[n] for n in trained}, frozenset(names) - set(trained))
 
 
