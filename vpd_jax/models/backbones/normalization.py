@@ -76,13 +76,11 @@ def _group_forward(x: Array, scale: Array, bias: Array, groups: int, epsilon: fl
 def _group_backward(groups: int, epsilon: float, residuals: tuple, g: Array) -> tuple[Array, Array, Array]:
   del epsilon
   x, mean, inverse, scale = residuals
-  normalized = (x.astype(scale.dtype) - mean[:, None, None]) * inverse[:, None, None]
-  sums, products = g.sum(axis=(1, 2)), (g * normalized).sum(axis=(1, 2))  # [B, C]
+  z = (x.astype(scale.dtype) - mean[:, None, None]) * inverse[:, None, None]
+  sums, products = g.sum(axis=(1, 2)), (g * z).sum(axis=(1, 2))  # [B, C]
   factor = scale[None] / math.prod(x.shape[1:3])
   first, second = _group_mean(sums * factor, groups), _group_mean(products * factor, groups)
-  dx = (g * scale[None, None, None] - first[:, None, None] - normalized * second[:, None, None]) * inverse[
-    :, None, None
-  ]
+  dx = (g * scale[None, None, None] - first[:, None, None] - z * second[:, None, None]) * inverse[:, None, None]
   return dx.astype(x.dtype), products.sum(axis=0), sums.sum(axis=0)
 
 
@@ -114,11 +112,11 @@ def _layer_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple
 def _layer_backward(epsilon: float, residuals: tuple, g: Array) -> tuple[Array, Array, Array]:
   del epsilon
   x, mean, inverse, scale = residuals
-  normalized = (x.astype(scale.dtype) - mean) * inverse
-  product, others = g * normalized, tuple(range(x.ndim - 1))
+  z = (x.astype(scale.dtype) - mean) * inverse
+  product, others = g * z, tuple(range(x.ndim - 1))
   row = scale.reshape((1,) * (x.ndim - 1) + (-1,)) / x.shape[-1]
   first, second = (g * row).sum(axis=-1, keepdims=True), (product * row).sum(axis=-1, keepdims=True)
-  dx = (g * (row * x.shape[-1]) - first - normalized * second) * inverse
+  dx = (g * (row * x.shape[-1]) - first - z * second) * inverse
   return dx.astype(x.dtype), product.sum(axis=others), g.sum(axis=others)
 
 
