@@ -267,7 +267,7 @@ def _task(config: ConfigDict, info: DatasetInfo) -> Task:
   known = TASKS.get(config.task.get("name"))
   facts = known.facts(info, config.data.name) if known else {}
   if overridden := [name for name in facts if name in config.task]:
-    raise UserError(f"config.task.{overridden[0]} is a fact of the data set {config.data.name!r}; leave it out.")
+    raise UserError(f"config.task.{overridden[0]} is determined by data set {config.data.name!r}; leave it out.")
   return fields.look_up(TASKS, config.task, "task", given=facts)(**_rest(config.task), **facts)
 
 
@@ -357,7 +357,7 @@ def dataset(config: ConfigDict, exp: Experiment) -> Dataset:
     (set(exp.keys) | exp.method.prepare_inputs | exp.task.eval_needs) - data.provides - exp.method.prepare_outputs
   )
   if missing:
-    remedy = "Set config.data.scene to one name for all pictures." if "scene" in config.data else "Choose another."
+    remedy = "Set config.data.scene to one name for all images." if "scene" in config.data else "Choose another."
     if missing == ["sentence"] and "captions" in config.data:
       remedy = "Set config.data.captions to a file of them."
     raise UserError(

@@ -257,7 +257,7 @@ class Source(Protocol):
   def picture(self, index: int) -> str:
     """The file name of a record's image, relative to the data set, used to look up captions."""
     raise UserError(
-      "the pictures of this data set have no names, by which captions are found; choose another data set, or leave "
+      "the images of this data set have no file names to look up captions; choose another data set, or leave "
       "data.captions out."
     )
 

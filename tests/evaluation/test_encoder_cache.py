@@ -127,7 +127,7 @@ def test_where_the_vae_is_trained_nothing_is_kept(made, mesh):
   trained = (config, exp, None)
   encoding, batches = encodings(trained, mesh), iter(())
   assert not encoding.active and encoding.lines() == [] and encoding(batches, {}) is batches
-  with pytest.raises(ValueError, match=r"data.cache='memory' keeps .*lr_groups trains it; freeze"):
+  with pytest.raises(ValueError, match=r"data.cache='memory' caches .*lr_groups trains the VAE; freeze"):
     encodings(trained, mesh, "memory")
 
 
@@ -139,7 +139,9 @@ def test_where_latents_are_drawn_nothing_is_kept(mesh):
     drawn = (config, experiment.assemble(config.copy_and_resolve_references().lock()), None)
     assert encodings(drawn, mesh).active == active
     if not active:
-      with pytest.raises(ValueError, match=r"data.cache='memory' keeps .*draws it anew in every step; take the mode"):
+      with pytest.raises(
+        ValueError, match=r"data.cache='memory' caches .*samples new latents in every step; use the mode"
+      ):
         encodings(drawn, mesh, "memory")
 
 
@@ -155,7 +157,7 @@ def test_options_that_cannot_be():
 
 def test_a_folder_that_cannot_be_made(made, mesh, tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(ValueError, match="cannot be made or written to"):
+  with pytest.raises(ValueError, match="cannot be created or written to"):
     encodings(made, mesh, "disk", tmp_path / "file")(iter(()), made[2].frozen)
 
 

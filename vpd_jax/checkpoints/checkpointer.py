@@ -256,13 +256,13 @@ class Checkpoints:
       text = " ".join(str(error).split())
       full = [os.strerror(number) for number in _FULL if number == code or os.strerror(number) in text]
       cause, remedy = (
-        (full[0], f"Make room for it, up to {self._bytes / 2**20:,.0f} MiB") if full else (text, "Fix that")
+        (full[0], f"Free up to {self._bytes / 2**20:,.0f} MiB of disk space") if full else (text, "Fix that")
       )
       newest = max(ocp.utils.checkpoint_steps(self._directory), default=None)
       raise OSError(
         f"the checkpoint of step {self._writing} could not be written to {self._directory}: {cause}; "
-        + ("no step is there. " if newest is None else f"step {newest} is still there. ")
-        + f"{remedy}, and give the same command again: it goes on from step {newest or 0}."
+        + ("no checkpoint is available. " if newest is None else f"step {newest} is still available. ")
+        + f"{remedy}, and run the same command again: it continues from step {newest or 0}."
       ) from error
 
   def _score(self, metrics: Mapping[str, float]) -> float:
@@ -317,7 +317,7 @@ def is_workdir(path: str | epath.PathLike) -> bool:
     is_folder = folder.is_dir() if "://" in str(folder) else stat.S_ISDIR(os.stat(folder).st_mode)
     return is_folder and bool(ocp.utils.checkpoint_steps(folder))
   except (PermissionError, ConnectionError, TimeoutError) as error:
-    raise UserError(f"{path} cannot be searched for checkpoints ({error}); see to that and try again.") from error
+    raise UserError(f"{path} cannot be searched for checkpoints ({error}); fix that and try again.") from error
   except Exception:  # other errors of the file system are reported when the source is read
     return False
 

@@ -69,7 +69,7 @@ def read(path: str | epath.PathLike) -> np.ndarray:
     raise UserError(f"{path} holds {array.dtype} {list(array.shape)}; class vectors are floats [classes, width].")
   vectors = array.astype(np.float32)
   if not np.isfinite(vectors).all():
-    raise UserError(f"{path} holds {np.sum(~np.isfinite(vectors))} numbers that are not finite; make it again.")
+    raise UserError(f"{path} holds {np.sum(~np.isfinite(vectors))} values that are not finite; create it again.")
   return vectors
 
 
@@ -83,9 +83,9 @@ def _read_numpy(path: pathlib.Path) -> np.ndarray:
       name = IN_NPZ if IN_NPZ in names else names[0] if len(names) == 1 else None
       array = None if name is None else content[name]
   except (OSError, MemoryError) as error:
-    raise UserError(f"{path} cannot be read ({error or type(error).__name__}); see to that, and try again.") from error
+    raise UserError(f"{path} cannot be read ({error or type(error).__name__}); fix that and try again.") from error
   except Exception as error:  # Damaged archives raise errors of any type.
-    raise UserError(f"{path} is damaged or not a numpy file ({error}); make it again.") from error
+    raise UserError(f"{path} is damaged or not a numpy file ({error}); create it again.") from error
   if array is None:
     raise UserError(f"{path} holds the arrays {names[:10]}; it must hold one, or one named {IN_NPZ!r}.")
   return array

@@ -321,7 +321,7 @@ def resume_or_start(
   if changed and not accept_changes:
     raise UserError(
       f"the workdir was made with another config: {'; '.join(changed)}. Choose another --workdir, or "
-      "go on all the same with --accept_config_changes."
+      "continue with --accept_config_changes."
     )
   state, conversions = _restored(config, exp, mesh, checkpoints, step, saved_config["optim"].get("moments", "float32"))
   named = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(state)}

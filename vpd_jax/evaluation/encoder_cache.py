@@ -72,7 +72,7 @@ class Disk:
     except OSError:
       writable = False
     if not writable:
-      raise UserError(f"data.cache_folder: {folder} cannot be made or written to; name another folder.")
+      raise UserError(f"data.cache_folder: {folder} cannot be created or written to; choose another folder.")
 
   def get(self, key: str) -> np.ndarray | None:
     """The result; None if it is missing or damaged."""
@@ -135,10 +135,10 @@ class EncoderCache:
 
   def lines(self) -> list[str]:
     """Lines for the start-up report."""
-    where = {"off": "computed anew for every batch", "memory": "kept in memory"}
+    where = {"off": "computed for every batch", "memory": "cached in memory"}
     if not self.active:
       return []
-    return [f"latents and text states: {where.get(self._cache.kind, f'kept in {self._cache.folder}')}"]
+    return [f"latents and text states: {where.get(self._cache.kind, f'cached in {self._cache.folder}')}"]
 
   def __call__(self, batches: HostBatches, frozen: ParamDict) -> HostBatches:
     """Adds the results for the rows of this process to the batches, and removes "tokens".
@@ -285,18 +285,16 @@ def _results(exp: Experiment) -> list[str]:
 def _latents_change(exp: Experiment) -> str:
   """Why the latents of an image differ between steps; empty if they are constant."""
   if exp.method.samples_latents:
-    return "config.method draws it anew in every step; take the mode"
+    return "config.method samples new latents in every step; use the mode"
   trained = any(name.startswith(ENCODERS["latents"]) for name in exp.groups.lr)
-  return 'config.optim.lr_groups trains it; freeze it with (r"/vae/", None)' if trained else ""
+  return 'config.optim.lr_groups trains the VAE; freeze it with (r"/vae/", None)' if trained else ""
 
 
 def check(exp: Experiment, dataset: Dataset) -> None:
   """Raises ValueError if caching is requested for latents that change."""
   cache = dataset.encoder_cache
   if cache is not None and cache.kind != "off" and (why := _latents_change(exp)):
-    raise UserError(
-      f"data.cache={cache.kind!r} keeps what the VAE makes of pictures, but {why}, or set data.cache='off'."
-    )
+    raise UserError(f"data.cache={cache.kind!r} caches the latents of images, but {why}, or set data.cache='off'.")
 
 
 def encoded_batch_shapes(config: ConfigDict, exp: Experiment, batch: Batch) -> tuple[Batch, int]:

@@ -46,7 +46,7 @@ def targets(trained: Iterable[str], shapes: Fields, rank: int, patterns: tuple[s
   kernels = sorted(n for n in trained if n.startswith(UNET) and len(shapes[n].shape) > 1)
   if not kernels:
     raise UserError(
-      "config.lora trains the UNet by A and B, but config.optim.lr_groups trains nothing of it; give it a rate there, "
+      "config.lora adapts the UNet, but config.optim.lr_groups freezes all of it; give it a learning rate there, "
       "or set config.lora.rank=0."
     )
   try:

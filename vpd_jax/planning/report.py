@@ -21,7 +21,7 @@ def amount(count: float) -> str:
 
 def in_short(report: Report) -> str:
   """Peak memory and whether it fits, in one phrase."""
-  peak = "more than there is" if report.get("peak") is None else amount(report["peak"])
+  peak = "more than available" if report.get("peak") is None else amount(report["peak"])
   verdict = {True: "fits", False: "does not fit", None: "no limit known"}[report["fits"]]
   parts = [f"{peak} of {amount(report['limit'])}" if report["limit"] else peak, verdict]
   if report.get("optimal_seconds", 0) > 0:
@@ -37,14 +37,14 @@ def describe_states(config: ConfigDict, levels: list[Fields], state: Callable[[C
       parts = state(loader.changed(config, fields))
     except UserError:
       continue  # the method has no layers for LoRA
-    settings = ", ".join(f"{name}={x}" for name, x in search.changed_fields(config, fields).items()) or "as it is"
+    settings = ", ".join(f"{name}={x}" for name, x in search.changed_fields(config, fields).items()) or "unchanged"
     rows.append((f"  {settings}", amount(sum(parts.values()) + parts["params"])))
   return writers.table(rows)
 
 
 def describe(report: Report) -> str:
   """A report as a table."""
-  where = report["topology"] or "devices at hand"
+  where = report["topology"] or "local devices"
   mesh = report["mesh"]
   bound = {"low": ", at low compiler effort", "untimed": ", kernels chosen without timing them"}
   rows = [

@@ -72,7 +72,7 @@ class TrainingSession:
     if isinstance(error[1], KeyboardInterrupt):
       saved = self._checkpoints.latest_step()
       error[1].add_note(
-        "nothing is saved" if saved is None else f"step {saved} is saved, the same command goes on there"
+        "nothing is saved" if saved is None else f"step {saved} is saved, the same command continues from there"
       )
     return self._stack.__exit__(*error)
 
@@ -180,7 +180,9 @@ class TrainingSession:
     """Logs that the run was stopped early, after the checkpoint is on disk."""
     if self.guard.requested and (self.step < self._config.num_steps or self._scored_step != self.step):
       self._checkpoints.wait()
-      log(f"stopped by {self.guard.cause} after step {self.step}, which is saved; the same command goes on from there")
+      log(
+        f"stopped by {self.guard.cause} after step {self.step}, which is saved; the same command continues from there"
+      )
 
   def _read(self, begin: int) -> pipeline.Prefetch:
     encode = lambda local: self._evaluator.encodings(local, self.state.frozen)

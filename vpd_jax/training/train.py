@@ -26,7 +26,7 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
   with TrainingSession(config, workdir, accept_changes=accept_changes) as session:
     events = TrainingEvents(config, session.guard)
     if events.evaluates(session.step) and not session.has_scores():
-      log(f"step {session.step} was saved without its scores: it is evaluated now")
+      log(f"step {session.step} was saved without scores: evaluating it")
       session.evaluate()
     if session.step >= config.num_steps:
       log(f"nothing to do: step {session.step} of {config.num_steps} is reached")
