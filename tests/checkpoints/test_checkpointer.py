@@ -209,7 +209,7 @@ def test_without_room_the_older_checkpoint_survives_and_the_line_says_so(tmp_pat
       saved.save(2, state, CONFIG, force=force)
       saved.close()
     assert re.search(
-      r"checkpoints: File too large; step 1 is still available\. Free up to 1 MiB of disk space, .* continues from step 1\.$",
+      r"checkpoints: File too large; step 1 is still available\. Free up to 1 MiB of .* continues from step 1\.$",
       str(error.value),
     )
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]

@@ -180,7 +180,7 @@ def test_options_that_do_not_go_together_are_refused_as_in_training():
     plan.run(config.lock())
   config = tiny.shrunk(loader.load("configs/rooms.py:referring,tiny")).unlock()
   config.data.cache = "memory"
-  with pytest.raises(ValueError, match=r"data\.cache='memory' keeps .*lr_groups trains it"):
+  with pytest.raises(ValueError, match=r"data\.cache='memory' caches .*lr_groups trains the VAE"):
     plan.run(config.lock())
 
 
