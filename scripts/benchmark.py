@@ -99,7 +99,7 @@ def random_state(config: ConfigDict, exp: Experiment, mesh: Any) -> Any:
 
 def step_shapes(config: ConfigDict, exp: Experiment) -> dict[str, Any]:
   """The batch of a training step of this config, as ShapeDtypeStructs."""
-  return encoder_cache.planned(config, exp, plan.batch_shapes(config, exp.keys, "train"))[0]
+  return encoder_cache.encoded_batch_shapes(config, exp, plan.batch_shapes(config, exp.keys, "train"))[0]
 
 
 def synthetic_batch(config: ConfigDict, exp: Experiment, mesh: Any) -> dict[str, Any]:

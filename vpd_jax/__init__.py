@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Predictor"]
 
-# What config files outside of this project may still import by its old name.
+# Old module names that external config files may still import.
 MOVED = {
   "assemble": "experiment",
   "checkpoint": "checkpoints.checkpointer",
@@ -23,7 +23,7 @@ MOVED = {
 
 
 def __getattr__(name: str) -> Any:
-  """Imports Predictor at first use: data workers import this package too, and need no network."""
+  """Imports Predictor lazily: data workers import this package too, but do not need the network."""
   if name == "Predictor":
     from vpd_jax.prediction.predictor import Predictor
 

@@ -1,6 +1,6 @@
-"""Config to objects: the only place where method, neck, head, task and data set meet.
+"""Builds the objects of a run from its config: method, neck, head, task, data set and optimizer.
 
-ConfigDict ends here: sections become keyword arguments.
+ConfigDicts are not passed any further: sections become keyword arguments.
 """
 
 import pkgutil
@@ -97,21 +97,21 @@ DATASETS: dict[str, type[Dataset]] = {
 }
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
-FROZEN_DTYPES = ("float32", "bfloat16")  # the first: as param_dtype
+FROZEN_DTYPES = ("float32", "bfloat16")  # the first one means param_dtype
 NOT_OF_THE_DATASET = ("name", "batch_size", "workers", "on_bad_record", "captions")
 
 
 class Experiment(NamedTuple):
-  """What a config stands for, before any array is allocated.
+  """The objects described by a config, before any array is allocated.
 
   Attributes:
-    spec: names, shapes and kinds of its arrays.
-    task: loss and scores.
-    groups: learning-rate and decay multiplier of every trainable array, and what is frozen.
+    spec: names, shapes and variable types of the model's arrays.
+    task: loss and metrics.
+    groups: learning-rate and decay multipliers of every trainable array, and the frozen arrays.
     rate: learning rate by optimizer step.
     optimizer: the optax chain.
-    classes: names of the classes the prompt knows, by class id.
-    keys: what a Batch must hold, "image" first.
+    classes: class names of the prompt, by class id.
+    keys: required keys of a Batch, "image" first.
   """
 
   spec: params_lib.ModelSpec
@@ -124,7 +124,7 @@ class Experiment(NamedTuple):
 
   @property
   def method(self) -> Method:
-    """The method, with shapes in place of arrays."""
+    """The method, with shapes instead of arrays."""
     return self.spec.model.method
 
 
@@ -136,11 +136,11 @@ def dtype(config: ConfigDict, field: str) -> DTypeLike:
   """The dtype named by `config.dtype` or `config.param_dtype`.
 
   Raises:
-    ValueError: unknown word; float64 without JAX_ENABLE_X64, or for one of the two only.
+    ValueError: unknown dtype; float64 without JAX_ENABLE_X64, or for only one of the two.
   """
-  word = config[field]
-  if word not in DTYPES:
-    raise UserError(f"config.{field}={word!r} is unknown; choose one of {sorted(DTYPES)}.")
+  name = config[field]
+  if name not in DTYPES:
+    raise UserError(f"config.{field}={name!r} is unknown; choose one of {sorted(DTYPES)}.")
   if "float64" in (config.dtype, config.param_dtype):
     if config.dtype != config.param_dtype:
       raise UserError(
@@ -148,30 +148,30 @@ def dtype(config: ConfigDict, field: str) -> DTypeLike:
       )
     if not cast(Any, jax.config).jax_enable_x64:
       raise UserError(f"config.{field}='float64' needs JAX_ENABLE_X64=1 in the environment.")
-  return DTYPES[word]
+  return DTYPES[name]
 
 
 def sizes(config: ConfigDict) -> tuple[UNetSizes, VaeSizes, TextSizes, ImageSizes, VitSizes]:
-  """Sizes of the five backbones; 0 heads, or a head width of 0, means "not this one"."""
-  kinds = {"unet": UNetSizes, "vae": VaeSizes, "text": TextSizes, "image": ImageSizes, "vit": VitSizes}
-  held = {part: config.backbone.get(part, {}) for part in kinds}
-  problems = [fields.misfit(kind, held[part], f"config.backbone.{part}") for part, kind in kinds.items()]
+  """Sizes of the five backbones; the number of heads and the head width are None where the config has 0."""
+  classes = {"unet": UNetSizes, "vae": VaeSizes, "text": TextSizes, "image": ImageSizes, "vit": VitSizes}
+  sections = {part: config.backbone.get(part, {}) for part in classes}
+  problems = [fields.misfit(cls, sections[part], f"config.backbone.{part}") for part, cls in classes.items()]
   if problems := list(filter(None, problems)):
     raise UserError("; ".join(problems) + ".")
-  made = {part: dict(section) for part, section in held.items()}
-  made["unet"] |= {key: made["unet"].get(key) or None for key in ("num_heads", "head_width")}
-  return tuple(kind(**made[part]) for part, kind in kinds.items())
+  arguments = {part: dict(section) for part, section in sections.items()}
+  arguments["unet"] |= {key: arguments["unet"].get(key) or None for key in ("num_heads", "head_width")}
+  return tuple(cls(**arguments[part]) for part, cls in classes.items())
 
 
 def _method_setup(config: ConfigDict, classes: tuple[str, ...], training: bool) -> MethodSetup:
-  """What the method is given besides its own options."""
+  """The constructor argument shared by all methods."""
   unet, vae, text, image, vit = sizes(config)
   if config.backbone.attention not in IMPLEMENTATIONS:
     raise UserError(
       f"config.backbone.attention={config.backbone.attention!r} is unknown; choose one of {IMPLEMENTATIONS}."
     )
   sources = (config.method.get("tokenizer", ""), config.init.pretrained, config.init.get("clip", ""))
-  # One token more than a sentence may have says whether it is cut.
+  # One additional token shows whether a sentence is truncated.
   length = config.method.get("token_length", text.positions - 1) + 1
   return MethodSetup(
     unet=unet,
@@ -189,7 +189,7 @@ def _method_setup(config: ConfigDict, classes: tuple[str, ...], training: bool) 
 
 
 def _builder(config: ConfigDict, task: Task, classes: tuple[str, ...], training: bool) -> Callable[[], nnx.Module]:
-  """A function that makes the model with random parameters of `config.seed`."""
+  """A function that builds the model with random parameters from `config.seed`."""
   setup = _method_setup(config, classes, training)
   known = METHODS.get(config.method.get("name"))
   method = fields.look_up(METHODS, config.method, "method", more=known.text_options if known else ())
@@ -205,15 +205,15 @@ def _builder(config: ConfigDict, task: Task, classes: tuple[str, ...], training:
 
 
 def assemble(config: ConfigDict, *, training: bool = True) -> Experiment:
-  """Looks the names up, builds the model without arrays, resolves every per-name rule.
+  """Looks up all names, builds the model without arrays, and resolves all rules for parameter names.
 
   Args:
     config: of the run.
-    training: False leaves the parts out that a method has for training only; rules are resolved with them all the same.
+    training: False omits the training-only parts of a method; rules are still resolved with them.
 
   Raises:
-    ValueError: in one line, for an unknown name, an option of the wrong kind, a rule without effect, parts that do not
-      fit each other, groups that do not fit the batch.
+    ValueError: in one line, for an unknown name, an option of the wrong type, a rule without effect, incompatible
+      parts, or groups that do not divide the batch.
   """
   loader.check(config)
   fields.check(config)
@@ -224,7 +224,7 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Experiment:
   _check_test_time(config, task)
   spec = params_lib.describe(_builder(config, task, classes, training=True))
   _check_groups(config, spec)
-  _check_idle(config, spec)
+  _check_unused(config, spec)
   groups = optim.groups(spec.params, config.optim.lr_groups, config.optim.decay_groups)
   kernels = lora.targets(groups.lr, spec.shapes, config.lora.rank, tuple(config.lora.targets))
   trained = {f"{lora.PREFIX}{kernel}/{part}": kernel for kernel in kernels for part in "ab"}
@@ -236,61 +236,61 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Experiment:
     spec = params_lib.describe(_builder(config, task, classes, training=False))
   elif training and config.lora.rank:
     spec = _with_lora(config, spec, kernels)
-  spec = _with_frozen_dtype(config, spec, groups, kept=() if training else kernels)
+  spec = _with_frozen_dtype(config, spec, groups, excluded=() if training else kernels)
   keys = ("image", *sorted(task.needs | spec.model.method.needs))
   return Experiment(spec, task, groups, rate, optimizer, classes, keys)
 
 
 def _with_lora(config: ConfigDict, spec: params_lib.ModelSpec, kernels: list[str]) -> params_lib.ModelSpec:
-  """The model with the arrays that `config.lora` trains."""
+  """The model with the LoRA factors of `config.lora`."""
   options = {"rank": config.lora.rank, "alpha": config.lora.alpha, "seed": config.seed}
   return lora.adapted(spec, kernels, **options, dtype=dtype(config, "param_dtype"))
 
 
 def _with_frozen_dtype(
-  config: ConfigDict, spec: params_lib.ModelSpec, groups: optim.Groups, kept: Collection[str]
+  config: ConfigDict, spec: params_lib.ModelSpec, groups: optim.Groups, excluded: Collection[str]
 ) -> params_lib.ModelSpec:
-  """The model with what is not trained in `config.frozen_dtype`; but for statistics and the arrays `kept` as they are.
+  """The model with frozen arrays in `config.frozen_dtype`, except for statistics and the `excluded` arrays.
 
-  Kept are kernels into which LoRA is merged before they come: most of what it adds would be rounded away.
+  Kernels into which LoRA is merged are excluded: most of the LoRA update would be lost by rounding.
   """
   if config.frozen_dtype not in FROZEN_DTYPES:
     raise UserError(f"config.frozen_dtype={config.frozen_dtype!r} is unknown; choose one of {FROZEN_DTYPES}.")
   if config.frozen_dtype == FROZEN_DTYPES[0]:
     return spec
-  frozen = spec.shapes.keys() - groups.lr.keys() - spec.stats - set(kept)
+  frozen = spec.shapes.keys() - groups.lr.keys() - spec.stats - set(excluded)
   return spec.stored_in(DTYPES[config.frozen_dtype], frozen)
 
 
 def _task(config: ConfigDict, info: DatasetInfo) -> Task:
-  """The task, with what it takes from the data set."""
+  """The task, with the arguments that the data set determines."""
   known = TASKS.get(config.task.get("name"))
   facts = known.facts(info, config.data.name) if known else {}
-  if given := [name for name in facts if name in config.task]:
-    raise UserError(f"config.task.{given[0]} is a fact of the data set {config.data.name!r}; leave it out.")
+  if overridden := [name for name in facts if name in config.task]:
+    raise UserError(f"config.task.{overridden[0]} is determined by data set {config.data.name!r}; leave it out.")
   return fields.look_up(TASKS, config.task, "task", given=facts)(**_rest(config.task), **facts)
 
 
 def with_chosen_parts(config: ConfigDict, overrides: Collection[str]) -> ConfigDict:
-  """The config without what another neck or head, chosen on the command line, does not take of the one before.
+  """Removes options that a neck or head selected on the command line does not accept.
 
   Args:
-    config: with the overrides in it.
-    overrides: dotted fields that the command line sets; they stay, and are refused where they do not fit.
+    config: with the overrides applied.
+    overrides: dotted fields set on the command line; these are kept, and raise later if they are not accepted.
   """
   config = config.copy_and_resolve_references()
   with config.unlocked():
-    for part, table in (("neck", NECKS), ("head", HEADS)):
-      if f"{part}.name" in overrides and config[part].name in table:
-        taken = fields.arguments(table[config[part].name])
+    for part, classes in (("neck", NECKS), ("head", HEADS)):
+      if f"{part}.name" in overrides and config[part].name in classes:
+        accepted = fields.arguments(classes[config[part].name])
         for field in [*config[part]]:
-          if field not in ("name", *taken) and f"{part}.{field}" not in overrides:
+          if field not in ("name", *accepted) and f"{part}.{field}" not in overrides:
             del config[part][field]
   return config.lock()
 
 
 def _check_test_time(config: ConfigDict, task: Task) -> None:
-  """The words of the test-time procedure, and the choice that goes with them."""
+  """Validates `eval.test_time` and the options that belong to the test-time protocol."""
   if task.test_time_protocol == "sliding":
     sliding_window.parse(config.eval.test_time)
     option, choices = "small_images", sliding_window.SMALL_IMAGE_MODES
@@ -303,12 +303,12 @@ def _check_test_time(config: ConfigDict, task: Task) -> None:
     raise UserError(f"eval.blend={config.eval.get('blend')!r} is unknown; choose one of {tiles.BLENDS}.")
   if config.eval.blend != "mean" and task.test_time_protocol not in ("windows", "sliding"):
     raise UserError(f"eval.blend={config.eval.blend!r} has no effect with task {config.task.name!r}; leave it out.")
-  if idle := [other for other in ("coverage", "small_images") if other != option and other in config.eval]:
-    raise UserError(f"config.eval does not take {idle} with task {config.task.name!r}; remove or correct them.")
+  if unused := [other for other in ("coverage", "small_images") if other != option and other in config.eval]:
+    raise UserError(f"config.eval does not take {unused} with task {config.task.name!r}; remove or correct them.")
 
 
 def _check_groups(config: ConfigDict, spec: params_lib.ModelSpec) -> None:
-  """Groups of batch statistics and loss must cut every micro-batch into whole groups."""
+  """Checks that groups of batch statistics and loss divide every micro-batch."""
   batch, accumulation = config.data.batch_size, config.optim.accumulation
   if accumulation < 1 or batch % accumulation:
     raise UserError(f"config.optim.accumulation={accumulation} must divide config.data.batch_size={batch}.")
@@ -326,12 +326,12 @@ def _check_groups(config: ConfigDict, spec: params_lib.ModelSpec) -> None:
       )
 
 
-def _check_idle(config: ConfigDict, spec: params_lib.ModelSpec) -> None:
-  """Sources of weights and texts that no part of the model takes anything from are refused."""
+def _check_unused(config: ConfigDict, spec: params_lib.ModelSpec) -> None:
+  """Rejects sources of weights and texts that no part of the model uses."""
   has = lambda *prefixes: any(name.startswith(prefixes) for name in spec.shapes)
-  takes_class = config.method.get("prompt", "") == "scene_class"  # in prediction CLIP may tell it
-  clip = has("method/text_encoder/", "method/image_encoder/", "method/class_predictor/") or takes_class
-  read = {
+  has_class_prompt = config.method.get("prompt", "") == "scene_class"  # in prediction CLIP may predict it
+  clip = has("method/text_encoder/", "method/image_encoder/", "method/class_predictor/") or has_class_prompt
+  used = {
     "data.captions": spec.model.method.sentence_tokens,
     "init.clip": clip or spec.model.method.sentence_tokens,
     "init.vit": has("method/vit_model/"),
@@ -339,54 +339,54 @@ def _check_idle(config: ConfigDict, spec: params_lib.ModelSpec) -> None:
     "method.templates": has("method/class_vectors"),
     "method.tokenizer": clip or has("method/class_vectors") or spec.model.method.sentence_tokens,
   }
-  given = {field: config[field.split(".")[0]].get(field.split(".")[1], "") for field in read}
-  if idle := [f"config.{field}={value!r}" for field, value in given.items() if value and not read[field]]:
-    raise UserError(f"{', '.join(idle)}: nothing of method {config.method.name!r} reads this; leave it out.")
+  options = {field: config[field.split(".")[0]].get(field.split(".")[1], "") for field in used}
+  if unused := [f"config.{field}={value!r}" for field, value in options.items() if value and not used[field]]:
+    raise UserError(f"{', '.join(unused)}: nothing of method {config.method.name!r} reads this; leave it out.")
 
 
 def dataset(config: ConfigDict, exp: Experiment) -> Dataset:
-  """The data set, its files found.
+  """Opens the data set.
 
   Raises:
-    ValueError: files missing, or what method and task need is not what it provides.
+    ValueError: missing files, or it does not provide what method and task need.
   """
-  made = DATASETS[config.data.name](**_rest(config.data, NOT_OF_THE_DATASET))
+  data = DATASETS[config.data.name](**_rest(config.data, NOT_OF_THE_DATASET))
   if config.data.get("captions"):
-    made = captions.Captioned(made, config.data.captions)
+    data = captions.Captioned(data, config.data.captions)
   missing = sorted(
-    (set(exp.keys) | exp.method.prepare_inputs | exp.task.eval_needs) - made.provides - exp.method.prepare_outputs
+    (set(exp.keys) | exp.method.prepare_inputs | exp.task.eval_needs) - data.provides - exp.method.prepare_outputs
   )
   if missing:
-    remedy = "Set config.data.scene to one name for all pictures." if "scene" in config.data else "Choose another."
+    remedy = "Set config.data.scene to one name for all images." if "scene" in config.data else "Choose another."
     if missing == ["sentence"] and "captions" in config.data:
       remedy = "Set config.data.captions to a file of them."
     raise UserError(
       f"method {config.method.name!r} and task {config.task.name!r} need {missing}, but data set "
-      f"{config.data.name!r} provides {sorted(made.provides)}. {remedy}"
+      f"{config.data.name!r} provides {sorted(data.provides)}. {remedy}"
     )
-  return made
+  return data
 
 
-def batch_keys(exp: Experiment, made: Dataset) -> tuple[str, ...]:
-  """What a Batch holds: what the experiment asks for, and where an image ends in its padding, if the data say so."""
-  return (*exp.keys, *sorted(made.provides & {"valid_size"}))
+def batch_keys(exp: Experiment, data: Dataset) -> tuple[str, ...]:
+  """Keys of a Batch: those that the experiment needs, and "valid_size" if the data set pads its images."""
+  return (*exp.keys, *sorted(data.provides & {"valid_size"}))
 
 
 def only_resizes(config: ConfigDict) -> bool:
-  """Whether the data set does nothing to a picture but resize it to `data.crop`, in training and in evaluation."""
+  """Whether the data set only resizes images to `data.crop`, in training and in evaluation."""
   return DATASETS[config.data.name].info(config.data).only_resizes
 
 
-def sentence_lines(exp: Experiment, made: Dataset, splits: tuple[str, ...] = ("train", "eval")) -> list[str]:
-  """For the start of a run: how many sentences are cut, of data sets that can tell without drawing or reading all."""
+def sentence_lines(exp: Experiment, data: Dataset, splits: tuple[str, ...] = ("train", "eval")) -> list[str]:
+  """Lines for the start-up report: the number of truncated sentences, for data sets that know all their sentences."""
   census = exp.method.sentence_census
   if census is None:
     return []
-  known = {split: made.source(split).sentences() for split in splits}
-  return [f"{split}: {census(texts)}" for split, texts in known.items() if texts]
+  sentences = {split: data.source(split).sentences() for split in splits}
+  return [f"{split}: {census(texts)}" for split, texts in sentences.items() if texts]
 
 
 def model_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shape and dtype of every array of the model itself, by name: without those of LoRA, in `param_dtype`."""
+  """Shape and dtype of every array of the model by name, without LoRA factors, in `param_dtype`."""
   spec = assemble(loader.changed(config, {"frozen_dtype": FROZEN_DTYPES[0]})).spec
   return {name: spec.shapes[name] for name in spec.paths}

@@ -52,7 +52,7 @@ DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
 
 def main(arguments: list[str]) -> None:
-  """Runs the mode; a user error is printed as one line, with exit code 2."""
+  """Runs the selected mode; user errors are printed as one line, with exit code 2."""
   # Orbax logs every step, and the traceback of every error it raises.
   logging.set_verbosity(logging.DEBUG if DEBUG.value else logging.FATAL)
   with multiprocess.report_errors(DEBUG.value):
@@ -73,11 +73,11 @@ def _run() -> None:
   workdir = WORKDIR.value or loader.workdir(config_string())
   if multiprocess.may_be_first(INDEX.value, os.environ):
     progress.show()
-  of_run = config_string() == stored.config_string(workdir)
-  which = "of the run" if of_run else os.path.basename(config_string())
-  progress.say(f"--mode={MODE.value}, config {which}, workdir {workdir}")
+  is_run_config = config_string() == stored.config_string(workdir)
+  config_name = "of the run" if is_run_config else os.path.basename(config_string())
+  progress.say(f"--mode={MODE.value}, config {config_name}, workdir {workdir}")
   multiprocess.connect(COORDINATOR.value, COUNT.value, INDEX.value, TIMEOUT.value)
-  # Imported late, so that a wrong flag is reported immediately.
+  # Imported late so that invalid flags are reported immediately.
   with progress.phase("import"):
     import jax
 
@@ -90,54 +90,65 @@ def _run() -> None:
 
   if jax.process_index():
     progress.hide()
-  if line := accelerators.unused():
-    print(line, file=sys.stderr, flush=True)
+  if warning := accelerators.unused():
+    print(warning, file=sys.stderr, flush=True)
   _check_modes()
-  overrides = vars(config_flags)["get_override_values"](flags.FLAGS["config"])  # which the stubs of pyright lack
+  overrides = vars(config_flags)["get_override_values"](flags.FLAGS["config"])  # missing from the type stubs
   config = experiment.with_chosen_parts(CONFIG.value, overrides)
   if not cast(Any, jax.config).jax_compilation_cache_dir and MODE.value != "plan":
-    # Compiled programs are reused by the next command in this workdir.
+    # The next command in this workdir reuses the compiled programs.
     jax.config.update("jax_compilation_cache_dir", f"{workdir}/compiled")
   if MODE.value == "train":
     train.run(config, workdir, accept_changes=ACCEPT.value)
   elif MODE.value == "eval":
     evaluate.run(config, workdir)
   elif jax.process_count() > 1:
-    own = ", and give each its own --input" if MODE.value == "predict" else ""
-    raise UserError(f"--mode={MODE.value} runs in one process; add --process_count=1{own}.")
+    hint = ", and give each its own --input" if MODE.value == "predict" else ""
+    raise UserError(f"--mode={MODE.value} runs in one process; add --process_count=1{hint}.")
   elif MODE.value == "export":
     export.run(config, workdir, output=OUTPUT.value)
   elif MODE.value == "plan":
     plan.run(config, TOPOLOGY.value, workdir=workdir, effort=EFFORT.value)
   else:
-    options: dict[str, Any] = {name: flag.value for name, flag in _of_prediction().items()}
+    options: dict[str, Any] = {name: flag.value for name, flag in _prediction_flags().items()}
     if not predict_video.is_video(INPUT.value):
       predict_folder.run(config, workdir, **options)
       return
-    of_video = {name: options.pop(name) for name in ("source", "output", "class_name", "sentence")}
+    video_options = {name: options.pop(name) for name in ("source", "output", "class_name", "sentence")}
     if unused := [f"--{name}" for name, value in options.items() if value]:
       raise UserError(f"{', '.join(unused)}: no effect on a video, --input={INPUT.value!r}; leave it out.")
-    predict_video.run(config, workdir, **of_video)
+    predict_video.run(config, workdir, **video_options)
 
 
-def _of_prediction() -> dict[str, flags.FlagHolder]:
-  """The flags of --mode=predict, by the arguments of predict_folder.run."""
-  found = {"source": INPUT, "output": OUTPUT, "class_name": CLASS, "sentence": SENTENCE}
-  found |= {"sentences": SENTENCES, "boxes": BOXES}
-  return found | cast(
+def _prediction_flags() -> dict[str, flags.FlagHolder]:
+  """The flags of --mode=predict, keyed by the arguments of predict_folder.run."""
+  text_flags = {"source": INPUT, "output": OUTPUT, "class_name": CLASS, "sentence": SENTENCE}
+  text_flags |= {"sentences": SENTENCES, "boxes": BOXES}
+  return text_flags | cast(
     dict[str, Any], {"attention": ATTENTION, "allow_damaged": ALLOW_DAMAGED, "ply": PLY, "focal": FOCAL}
   )
 
 
 def _check_modes() -> None:
-  """Raises for a flag of another mode than the one that runs."""
-  others = [CONFIG, WORKDIR, *_of_prediction().values(), TOPOLOGY, EFFORT, ACCEPT, COORDINATOR, COUNT, INDEX, TIMEOUT]
+  """Raises for flags that do not apply to the selected mode."""
+  others = [
+    CONFIG,
+    WORKDIR,
+    *_prediction_flags().values(),
+    TOPOLOGY,
+    EFFORT,
+    ACCEPT,
+    COORDINATOR,
+    COUNT,
+    INDEX,
+    TIMEOUT,
+  ]
   if MODE.value == "weights" and (unused := [f"--{flag.name}" for flag in others if flag.present]):
     raise UserError(f"{', '.join(unused)}: no effect with --mode=weights, which lists what is known; leave it out.")
-  of_mode = {"predict": _of_prediction(), "plan": {"topology": TOPOLOGY}, "train": {"accept_changes": ACCEPT}}
-  for mode, mode_flags in of_mode.items():
-    given = [flag for flag in mode_flags.values() if flag.value and not (flag is OUTPUT and MODE.value == "export")]
-    if unused := [f"--{flag.name}" for flag in given if MODE.value != mode]:
+  flags_by_mode = {"predict": _prediction_flags(), "plan": {"topology": TOPOLOGY}, "train": {"accept_changes": ACCEPT}}
+  for mode, mode_flags in flags_by_mode.items():
+    set_flags = [flag for flag in mode_flags.values() if flag.value and not (flag is OUTPUT and MODE.value == "export")]
+    if unused := [f"--{flag.name}" for flag in set_flags if MODE.value != mode]:
       raise UserError(f"{', '.join(unused)}: only valid with --mode={mode}, not with --mode={MODE.value}.")
   if EFFORT.value != "low" and not TOPOLOGY.value:
     raise UserError("--effort is only valid with --mode=plan and --topology; leave it out.")
@@ -149,7 +160,7 @@ def config_string() -> str:
 
 
 def entry() -> None:
-  """Parses the command line, and runs `main`; config paths may be relative to the package."""
+  """Parses the command line and runs `main`; config paths may be relative to the package."""
   flags.register_validator(
     "config",
     lambda config: bool(config) or MODE.value == "weights",
@@ -163,11 +174,11 @@ def _parse(arguments: list[str]) -> list[str]:
 
 
 def _with_config(arguments: list[str]) -> list[str]:
-  """The command line, with the config of the run in --workdir where a mode that reads a run is given no --config."""
-  own = arguments[: arguments.index("--")] if "--" in arguments else arguments
-  given = {flag: loader.argument(own, flag) for flag in ("config", "mode", "workdir")}
-  if given["config"] is None and given["mode"] in ("eval", "predict", "export") and given["workdir"]:
-    return [arguments[0], f"--config={stored.config_string(given['workdir'])}", *arguments[1:]]
+  """The command line; modes that read a run default to the config stored in --workdir if --config is missing."""
+  options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+  values = {flag: loader.argument(options, flag) for flag in ("config", "mode", "workdir")}
+  if values["config"] is None and values["mode"] in ("eval", "predict", "export") and values["workdir"]:
+    return [arguments[0], f"--config={stored.config_string(values['workdir'])}", *arguments[1:]]
   return arguments
 
 

@@ -1,20 +1,20 @@
-"""Adam's two moments in fewer bytes than the parameters take: bfloat16, or int8 in blocks that share a scale.
+"""Adam's two moments in reduced precision: bfloat16, or int8 in blocks that share a scale.
 
-What is kept of an array x, with u uniform in [0, 1) where rounding is random and u = 1/2 where it is not:
+The stored form of an array x, with u uniform in [0, 1) for random rounding and u = 1/2 otherwise:
 
   float32   x, in the dtype of the parameter
   bfloat16  x, rounded to the nearest (first moment) or at random (second moment)
   int8      blocks with the largest magnitude s as scale; the first moment is s sign(q) (q / 127)^2 with q from -127 to
             127, the second one s (q / 255)^4 with q from 0 to 255, so that its root is spaced as the first moment is
 
-Random rounding takes the larger of the two neighbors a < |x| < b where u < (|x| - a) / (b - a): the mean is x. With
-rounding to the nearest, the second moment, which changes by a thousandth a step, would stay where it is. A second
-moment that is not 0 is kept as s (2 / 255)^4 at least: its root, by which an update is divided, never falls below the
+Random rounding takes the larger of the two neighbors a < |x| < b if u < (|x| - a) / (b - a), so that the mean is x.
+With rounding to the nearest, the second moment, which changes by a thousandth per step, would never change. A nonzero
+second moment is stored as at least s (2 / 255)^4: its root, by which an update is divided, never falls below the
 smallest step of the first moment's map.
 
 Sources: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization (blocks and their scales, a map that is
-finer near 0, small arrays left alone; its map is a table, ours are powers); Gupta et al. 2015, Deep Learning with
-Limited Numerical Precision (random rounding).
+finer near 0, small arrays unchanged; its map is a table, the ones here are powers); Gupta et al. 2015, Deep Learning
+with Limited Numerical Precision (random rounding).
 """
 
 import math
@@ -29,16 +29,16 @@ from jax.typing import DTypeLike
 from vpd_jax.types import Array
 
 KINDS = ("float32", "bfloat16", "int8")
-BLOCK = 256  # numbers that share a scale, at most
-SMALLEST = 4096  # numbers of an array from which on it is kept in blocks
-SHORTEST = 32  # numbers of a block: of shorter ones the scales weigh too much
+BLOCK = 256  # largest number of elements that share a scale
+SMALLEST = 4096  # elements of the smallest array that is stored in blocks
+SHORTEST = 32  # elements of the shortest block; below it, the scales would take too much memory
 
 
 class Blocks(NamedTuple):
   """A moment in int8.
 
   Attributes:
-    codes: of the array's shape; int8 of a first moment, uint8 of a second one.
+    codes: of the array's shape; int8 for a first moment, uint8 for a second one.
     scales: float32 [blocks, size of `axis`].
   """
 
@@ -50,17 +50,17 @@ Stored = Array | Blocks
 
 
 def axis(shape: Sequence[int]) -> int:
-  """The axis that no block extends along: the largest, of equal ones the last, which is the one that sharding splits.
+  """The axis that no block extends along: the largest one (the last of equals), which is the one that sharding splits.
 
-  A block holds numbers of one index on this axis, consecutive along the others flattened.
+  A block contains elements at one index of this axis, consecutive along the other axes flattened.
   """
   return max(range(len(shape)), key=lambda i: (shape[i], i))
 
 
 def layout(shape: Sequence[int]) -> tuple[int, int]:
-  """(blocks, numbers of a block) for each index on `axis`, of equal length; (0, 0) where there are no blocks.
+  """(number of blocks, elements per block) for each index of `axis`; (0, 0) for arrays that are not split into blocks.
 
-  n = ceil(rest / BLOCK) and ceil(rest / n), with rest = numbers / size of `axis`.
+  n = ceil(rest / BLOCK) and ceil(rest / n), with rest = elements / size of `axis`.
   """
   size = math.prod(shape)
   rest = size // shape[axis(shape)] if size >= SMALLEST else 0
@@ -71,11 +71,11 @@ def layout(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def zeros(x: Array, kind: str, *, second: bool) -> Stored:
-  """The moment of an array before the first step.
+  """The initial moment of an array.
 
   Args:
     x: the parameter.
-    kind: of KINDS.
+    kind: one of KINDS.
     second: whether it is the second moment.
   """
   blocks, _ = layout(x.shape)
@@ -86,7 +86,7 @@ def zeros(x: Array, kind: str, *, second: bool) -> Stored:
 
 
 def restored(stored: Stored, dtype: DTypeLike) -> Array:
-  """The moment as it counts in the next step, in this dtype."""
+  """Dequantizes a moment to the given dtype."""
   if not isinstance(stored, Blocks):
     return stored.astype(dtype)
   codes = stored.codes.astype(jnp.float32)
@@ -95,13 +95,13 @@ def restored(stored: Stored, dtype: DTypeLike) -> Array:
 
 
 def stored(x: Array, like: Stored, *, second: bool, noise: Array | None = None) -> Stored:
-  """The moment as it is kept.
+  """Quantizes a moment.
 
   Args:
-    x: its value, any shape; a second moment is not negative.
-    like: what was kept of it before, which says the kind.
+    x: its value, any shape; nonnegative if it is a second moment.
+    like: the previously stored moment, which determines the format.
     second: whether it is the second moment.
-    noise: uint32 of the same shape, below 2^16, for random rounding; without it rounding is to the nearest.
+    noise: uint32 of the same shape, below 2^16, for random rounding; None rounds to the nearest.
   """
   if isinstance(like, Blocks):
     return _in_blocks(x.astype(jnp.float32), second, noise)
@@ -113,39 +113,39 @@ def stored(x: Array, like: Stored, *, second: bool, noise: Array | None = None) 
   return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
 
 
-def converted(held: Stored, kind: str, dtype: DTypeLike, *, second: bool) -> Stored:
-  """A moment that was kept in any way in the way of `kind`, rounded to the nearest.
+def converted(moment: Stored, kind: str, dtype: DTypeLike, *, second: bool) -> Stored:
+  """Converts a stored moment of any format to the format `kind`, rounded to the nearest.
 
   Args:
-    held: as it was kept.
-    kind: of KINDS.
+    moment: as stored.
+    kind: one of KINDS.
     dtype: of the parameter.
     second: whether it is the second moment.
   """
-  x = restored(held, dtype)
+  x = restored(moment, dtype)
   return stored(x, zeros(x, kind, second=second), second=second)
 
 
-def noise(words: Array, numbers: Array, shape: Sequence[int]) -> tuple[Array, Array]:
-  """Two arrays uint32, below 2^16, for the random rounding of an array's two moments.
+def noise(step_bits: Array, array_bits: Array, shape: Sequence[int]) -> tuple[Array, Array]:
+  """Two uint32 arrays, below 2^16, for the random rounding of an array's two moments.
 
-  Each number is a hash of its place in the array, however that is split over devices. jax.random is better than
-  rounding needs, and would be a larger program for each of hundreds of arrays.
+  Each value is a hash of its position in the array, independent of the sharding. The quality of jax.random is not
+  needed for rounding, and its program would be larger for each of hundreds of arrays.
 
   Args:
-    words: uint32 [2], random numbers of the step.
-    numbers: uint32 [2], of the array. XLA would write a scalar into the code of kernels, and then compile one for each
-      array, in place of one for each shape.
+    step_bits: uint32 [2], random bits of the step.
+    array_bits: uint32 [2], identifies the array. XLA would embed a scalar in the code of kernels, and compile one
+      kernel per array instead of one per shape.
     shape: of the array.
 
   Source of the hash: C. Wellons, hash-prospector, lowbias32.
   """
-  place = jnp.zeros(shape, jnp.uint32)
+  position = jnp.zeros(shape, jnp.uint32)
   for i in range(len(shape)):
     stride = np.uint32(math.prod(shape[i + 1 :]) % 2**32)
-    place = place + jax.lax.broadcasted_iota(jnp.uint32, shape, i) * stride
-  own = _hash(words ^ numbers)
-  bits = _hash(_hash(place ^ own[0]) + own[1])
+    position = position + jax.lax.broadcasted_iota(jnp.uint32, shape, i) * stride
+  seeds = _hash(step_bits ^ array_bits)
+  bits = _hash(_hash(position ^ seeds[0]) + seeds[1])
   return bits >> 16, bits & 0xFFFF
 
 
@@ -157,7 +157,7 @@ def _hash(x: Array) -> Array:
 
 
 def _in_blocks(x: Array, second: bool, noise: Array | None) -> Blocks:
-  """Scales and codes. NaN has no code: the step that makes one makes the parameter NaN too, which is what is seen."""
+  """Scales and codes. NaN has no code: the step that produces one makes the parameter NaN too, where it is detected."""
   split = jnp.moveaxis(x, axis(x.shape), -1).reshape(-1, x.shape[axis(x.shape)])  # [rest, L]
   blocks, size = layout(x.shape)
   split = jnp.pad(split, ((0, blocks * size - split.shape[0]), (0, 0)))
@@ -175,8 +175,8 @@ def _in_blocks(x: Array, second: bool, noise: Array | None) -> Blocks:
 
 
 def _spread(scales: Array, shape: Sequence[int]) -> Array:
-  """The scale of each number, of an array of this shape."""
+  """The scale of each element of an array of the given shape."""
   along, (blocks, size) = axis(shape), layout(shape)
   rest = [n for i, n in enumerate(shape) if i != along]
-  whole = jnp.broadcast_to(scales[:, None], (blocks, size, shape[along])).reshape(blocks * size, -1)
-  return jnp.moveaxis(whole[: math.prod(rest)].reshape(*rest, shape[along]), -1, along)
+  repeated = jnp.broadcast_to(scales[:, None], (blocks, size, shape[along])).reshape(blocks * size, -1)
+  return jnp.moveaxis(repeated[: math.prod(rest)].reshape(*rest, shape[along]), -1, along)

@@ -1,4 +1,4 @@
-"""Schedules, and the one optax chain with a learning-rate and a decay multiplier per parameter."""
+"""Learning-rate schedules, and an optax chain with learning-rate and weight-decay multipliers per parameter."""
 
 import functools
 import itertools
@@ -52,7 +52,7 @@ def cosine(*, lr: float, min_lr: float, num_steps: int, warmup: int) -> Schedule
 def poly(*, lr: float, num_steps: int, power: float = 1.0, warmup: int = 0, warmup_ratio: float = 1e-6) -> Schedule:
   """Falls from `lr` to 0 as (1 - step / num_steps)^power, step counted from 0.
 
-  Over the first `warmup` steps that is multiplied by 1 - (1 - step / warmup) (1 - warmup_ratio).
+  Over the first `warmup` steps the rate is multiplied by 1 - (1 - step / warmup) (1 - warmup_ratio).
 
   Source: mmcv 1.7 runner/hooks/lr_updater.py PolyLrUpdaterHook (segmentation, warmup "linear"); VPD refer/train.py
   (power 0.9, no warm-up).
@@ -60,9 +60,9 @@ def poly(*, lr: float, num_steps: int, power: float = 1.0, warmup: int = 0, warm
 
   def rate(count: Array) -> Array:
     step = jnp.asarray(count, jnp.promote_types(jnp.result_type(float), jnp.float32))
-    fallen = lr * jnp.maximum(1 - step / num_steps, 0) ** power
-    short = jnp.maximum(1 - step / warmup, 0) if warmup else 0
-    return fallen * (1 - short * (1 - warmup_ratio))
+    decayed = lr * jnp.maximum(1 - step / num_steps, 0) ** power
+    remaining = jnp.maximum(1 - step / warmup, 0) if warmup else 0
+    return decayed * (1 - remaining * (1 - warmup_ratio))
 
   return rate
 
@@ -72,16 +72,16 @@ def step(
 ) -> Schedule:
   """`lr`, multiplied by `factor` from each step of `drops` on, step counted from 0.
 
-  Over the first `warmup` steps that is multiplied by 1 - (1 - step / warmup) (1 - warmup_ratio).
+  Over the first `warmup` steps the rate is multiplied by 1 - (1 - step / warmup) (1 - warmup_ratio).
 
   Source: mmcv 1.7 runner/hooks/lr_updater.py StepLrUpdaterHook, warmup "linear".
   """
 
   def rate(count: Array) -> Array:
     step = jnp.asarray(count, jnp.promote_types(jnp.result_type(float), jnp.float32))
-    fallen = cast(Array, lr * factor ** sum((step >= drop).astype(step.dtype) for drop in drops))
-    short = jnp.maximum(1 - step / warmup, 0) if warmup else 0
-    return fallen * (1 - short * (1 - warmup_ratio))
+    decayed = cast(Array, lr * factor ** sum((step >= drop).astype(step.dtype) for drop in drops))
+    remaining = jnp.maximum(1 - step / warmup, 0) if warmup else 0
+    return decayed * (1 - remaining * (1 - warmup_ratio))
 
   return rate
 
@@ -101,12 +101,12 @@ def schedule(name: str, **options: Any) -> Schedule:
 
 
 def check_length(run_steps: int, name: str, **options: Any) -> None:
-  """Raises ValueError where a schedule ends before the run does: the rest would train at the lowest rate.
+  """Raises ValueError if a schedule ends before the run: the remaining steps would train at the lowest rate.
 
   Args:
     run_steps: config.num_steps.
-    name, **options: as for `schedule`. triangular_poly ends at 2 * half, and a run may be an eighth longer: in the
-      release the last of 25 epochs is. step has no end.
+    name, **options: as for `schedule`. triangular_poly ends at 2 * half, but a run may be an eighth longer, like the
+      last of 25 epochs of the release. step has no end.
   """
   if name == "triangular_poly":
     end, longest, remedy = 2 * options["half"], 9 * options["half"] // 4, f"half={run_steps // 2}"
@@ -122,13 +122,13 @@ def check_length(run_steps: int, name: str, **options: Any) -> None:
 
 
 class Groups(NamedTuple):
-  """What the rules say of every trainable array.
+  """Parameter groups: the multipliers of every trainable array.
 
   Attributes:
-    lr: multiplier by name; arrays that are frozen are absent.
-    decay: weight decay multiplier by name, for the same names.
-    label: the group's name for logs and tables, from the pattern that matched.
-    frozen: names the rules freeze.
+    lr: learning-rate multiplier by name; frozen arrays are absent.
+    decay: weight-decay multiplier by name, for the same names.
+    label: the group's name for logs and tables, from the matched pattern.
+    frozen: names of the frozen arrays.
   """
 
   lr: dict[str, float]
@@ -138,11 +138,11 @@ class Groups(NamedTuple):
 
 
 def _labels(patterns: Iterable[str]) -> list[str]:
-  """A word for each pattern, no two alike: "/unet/" is "unet", and a later "unet" is "unet_2"."""
+  """A unique label for each pattern: "/unet/" becomes "unet", a later "unet" becomes "unet_2"."""
   labels: list[str] = []
   for pattern in patterns:
-    word = re.sub(r"\W+", "_", pattern).strip("_") or "rest"
-    choices = itertools.chain((word,), (f"{word}_{i}" for i in itertools.count(2)))
+    base = re.sub(r"\W+", "_", pattern).strip("_") or "rest"
+    choices = itertools.chain((base,), (f"{base}_{i}" for i in itertools.count(2)))
     labels.append(next(choice for choice in choices if choice not in labels))
   return labels
 
@@ -150,22 +150,24 @@ def _labels(patterns: Iterable[str]) -> list[str]:
 def groups(names: Iterable[str], lr_groups: tuple, decay_groups: tuple) -> Groups:
   """Resolves `optim.lr_groups` (None freezes) and `optim.decay_groups` for the given parameter names."""
   names = sorted(names)
-  lr = params_lib.assign(names, lr_groups, field="config.optim.lr_groups")
+  lr = params_lib.match_rules(names, lr_groups, field="config.optim.lr_groups")
   patterns = [pattern for pattern, _ in lr_groups]
-  label = params_lib.assign(names, list(zip(patterns, _labels(patterns), strict=True)), field="config.optim.lr_groups")
+  label = params_lib.match_rules(
+    names, list(zip(patterns, _labels(patterns), strict=True)), field="config.optim.lr_groups"
+  )
   trained = [n for n in names if lr[n] is not None]
-  decay = params_lib.assign(trained, decay_groups, field="config.optim.decay_groups")
+  decay = params_lib.match_rules(trained, decay_groups, field="config.optim.decay_groups")
   return Groups({n: lr[n] for n in trained}, decay, {n: label[n] for n in trained}, frozenset(names) - set(trained))
 
 
 def with_lora(groups: Groups, frozen: str, kernels: dict[str, str], lr: float) -> Groups:
-  """The groups where kernels are trained by other arrays in their place.
+  """The groups with kernels replaced by their LoRA factors.
 
   Args:
-    groups: of the model alone.
-    frozen: the beginning of the names of all that is no longer trained.
-    kernels: the arrays that are trained, and the kernel of each, whose decay they take.
-    lr: multiplier of their rate.
+    groups: of the model without LoRA.
+    frozen: prefix of the names of the arrays that are no longer trained.
+    kernels: kernel by name of the factor; factors use the weight decay of their kernel.
+    lr: learning-rate multiplier of the factors.
   """
   others = {n: x for n, x in groups.lr.items() if not n.startswith(frozen)}
   return Groups(
@@ -192,22 +194,22 @@ def optimizer(
 
   clip -> Adam -> add decay * decay[name] * p -> multiply by lr[name] -> multiply by -rate(step).
 
-  The state is that of the optax chain of these parts, the moments as `moments` says. The update has their formulas, but
-  is traced once for all arrays of one shape and group: hundreds of arrays take optax as many seconds as the network
-  itself.
+  The state is that of the equivalent optax chain, with moments stored according to `moments`. The update computes the
+  same formulas, but is traced only once for all arrays of one shape and group: with hundreds of arrays, tracing optax
+  takes as long as tracing the network.
 
   Args:
     rate: from step to learning rate.
     groups: multipliers by name.
-    decay: weight decay, decoupled, multiplied by the group's rate as in torch.optim.AdamW.
+    decay: decoupled weight decay, multiplied by the group's rate as in torch.optim.AdamW.
     b1, b2, epsilon: of Adam.
-    clip_norm: largest norm of all gradients together; 0 does not clip. No release clips.
-    moments: how the two moments are kept between steps, see moments.py; an update is made of what they were before they
-      were rounded.
-    seed: of random rounding, which depends on it, the step and the array's name only.
+    clip_norm: maximum global norm of the gradients; 0 disables clipping. No release clips.
+    moments: storage format of the two moments between steps, see moments.py; an update uses their values before
+      rounding.
+    seed: of random rounding, which depends only on the seed, the step and the array's name.
 
   Raises:
-    ValueError: an unknown word for `moments`.
+    ValueError: unknown `moments`.
   """
   if moments not in moments_lib.KINDS:
     raise UserError(f"config.optim.moments={moments!r} is unknown; choose one of {moments_lib.KINDS}.")
@@ -226,16 +228,16 @@ def optimizer(
     return (clip_state, optax.ScaleByAdamState(adam.count, zeros(False), zeros(True)), *rest)
 
   @functools.partial(jax.jit, static_argnames=("lr", "decay"))
-  def update_one(g, mu, nu, p, scales, words, numbers, *, lr: float, decay: float):
-    kept, noise = (mu, nu), (None, None)
-    if words is not None:
-      noise = moments_lib.noise(words, numbers, g.shape)
-    mu, nu = (moments_lib.restored(x, g.dtype) for x in kept)
+  def update_one(g, mu, nu, p, scales, step_bits, array_bits, *, lr: float, decay: float):
+    stored, noise = (mu, nu), (None, None)
+    if step_bits is not None:
+      noise = moments_lib.noise(step_bits, array_bits, g.shape)
+    mu, nu = (moments_lib.restored(x, g.dtype) for x in stored)
     mu, nu = (1 - b1) * g + b1 * mu, (1 - b2) * jnp.square(g) + b2 * nu
     scales = [scale.astype(g.dtype) for scale in scales]
     u = (mu / scales[0]) / (jnp.sqrt(nu / scales[1]) + epsilon)
     u = u + decay * p if decay else u
-    mu, nu = (moments_lib.stored(x, kept[i], second=i == 1, noise=noise[i]) for i, x in enumerate((mu, nu)))
+    mu, nu = (moments_lib.stored(x, stored[i], second=i == 1, noise=noise[i]) for i, x in enumerate((mu, nu)))
     return (u if lr == 1 else u * lr) * scales[2], mu, nu
 
   def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
@@ -244,33 +246,35 @@ def optimizer(
     count = optax.safe_increment(adam.count)
     scales = (1 - b1**count, 1 - b2**count, -rate(schedule.count))
     random = moments != "float32"
-    words = jax.random.bits(jax.random.fold_in(jax.random.key(seed), count), (2,), jnp.uint32) if random else None
-    sums = lambda name: np.array([zlib.crc32(x.encode()) for x in (name, f"{name}/")], np.uint32) if random else None
+    step_bits = jax.random.bits(jax.random.fold_in(jax.random.key(seed), count), (2,), jnp.uint32) if random else None
+    name_bits = lambda name: (
+      np.array([zlib.crc32(x.encode()) for x in (name, f"{name}/")], np.uint32) if random else None
+    )
     options = lambda name: {"lr": float(groups.lr[name]), "decay": decay * groups.decay[name]}
-    done = {
-      n: update_one(g, adam.mu[n], adam.nu[n], params[n], scales, words, sums(n), **options(n))
+    results = {
+      n: update_one(g, adam.mu[n], adam.nu[n], params[n], scales, step_bits, name_bits(n), **options(n))
       for n, g in cast(dict[str, Array], clipped).items()
     }
-    updates, mu, nu = ({n: results[i] for n, results in done.items()} for i in range(3))
+    updates, mu, nu = ({n: result[i] for n, result in results.items()} for i in range(3))
     adam = optax.ScaleByAdamState(count, mu, nu)
-    after = optax.ScaleByScheduleState(optax.safe_increment(schedule.count))
-    return updates, (clip_state, adam, *state[2:4], after)
+    schedule_state = optax.ScaleByScheduleState(optax.safe_increment(schedule.count))
+    return updates, (clip_state, adam, *state[2:4], schedule_state)
 
   return optax.GradientTransformation(init, update)
 
 
 def with_moments(state: PyTree, kind: str, params: PyTree) -> PyTree:
-  """The state of an `optimizer` with its moments kept in another way, rounded to the nearest; traceable.
+  """Converts the moments of an `optimizer` state to another storage format, rounded to the nearest; traceable.
 
   Args:
     state: of an optimizer with any `moments`.
-    kind: of moments.KINDS.
+    kind: one of moments.KINDS.
     params: arrays, or their shapes, by name.
   """
   clip, adam, *rest = state
   mu, nu = (
-    {n: moments_lib.converted(x, kind, params[n].dtype, second=second) for n, x in held.items()}
-    for held, second in ((adam.mu, False), (adam.nu, True))
+    {n: moments_lib.converted(x, kind, params[n].dtype, second=second) for n, x in moment.items()}
+    for moment, second in ((adam.mu, False), (adam.nu, True))
   )
   return (clip, optax.ScaleByAdamState(adam.count, mu, nu), *rest)
 
@@ -281,13 +285,13 @@ def ema(old: dict[str, Array], new: dict[str, Array], decay: float) -> dict[str,
 
 
 def table(groups: Groups, shapes: Fields) -> list[tuple]:
-  """Rows of the start-up table: group, lr multiplier, decay multiplier, arrays, numbers, first name."""
-  rows: dict[tuple, list[str]] = {}
+  """Rows of the start-up table: group, lr multiplier, decay multiplier, number of arrays, elements, first name."""
+  names_by_group: dict[tuple, list[str]] = {}
   for name, multiplier in groups.lr.items():
-    rows.setdefault((groups.label[name], multiplier, groups.decay[name]), []).append(name)
+    names_by_group.setdefault((groups.label[name], multiplier, groups.decay[name]), []).append(name)
   size = lambda names: sum(shapes[n].size for n in names)
-  listed = [(*key, len(names), size(names), names[0]) for key, names in rows.items()]
+  table_rows = [(*key, len(names), size(names), names[0]) for key, names in names_by_group.items()]
   if groups.frozen:
     frozen = sorted(groups.frozen)
-    listed.append(("frozen", None, None, len(frozen), size(frozen), frozen[0]))
-  return listed
+    table_rows.append(("frozen", None, None, len(frozen), size(frozen), frozen[0]))
+  return table_rows

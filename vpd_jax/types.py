@@ -1,4 +1,4 @@
-"""The data types that flow: Example -> Batch -> Features -> Outputs -> Rows, and the state of a run."""
+"""Data types of the pipeline, Example -> Batch -> Features -> Outputs -> Rows, and the training state."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,16 +15,16 @@ from flax import nnx
 from vpd_jax.errors import UserError
 
 Array = jax.Array
-Device = Any  # jax.Device, which is a variable to type checkers and no type
-PyTree = Any  # nested containers of arrays, or of what stands for them: shapes, shardings
+Device = Any  # jax.Device, which type checkers do not accept as a type
+PyTree = Any  # nested containers of arrays, or of their shapes or shardings
 Fields = dict[str, Any]  # options by name, or an object of a JSON file
-Options = Mapping[str, Any]  # the same, to be read only
-Example = dict[str, Any]  # one image: "image" uint8 [H, W, 3], "depth" float32 [H, W] meters, ..., also texts
-Batch = dict[str, Array]  # stacked, plus "real" bool [B]: False for rows that only fill the last batch
+Options = Mapping[str, Any]  # the same, read-only
+Example = dict[str, Any]  # one image: "image" uint8 [H, W, 3], "depth" float32 [H, W] meters, ..., also strings
+Batch = dict[str, Array]  # stacked, plus "real" bool [B]: False for rows that pad the last batch
 Outputs = dict[str, Array]  # what a head returns: "depth" | "logits", "aux_logits" | "heatmaps"
 Rows = dict[str, np.ndarray]  # one measurement per example, [N, ...], on the host
-# By full name, such as "method/unet/input_blocks/1/0/in_layers/2/kernel": arrays of devices or of the host, or what
-# stands for them: shapes, shardings.
+# By full name, such as "method/unet/input_blocks/1/0/in_layers/2/kernel": arrays on devices or on the host, or their
+# shapes or shardings.
 ParamDict = dict[str, Any]
 Weights = tuple[ParamDict, ParamDict, ParamDict]  # trained, frozen, running statistics
 
@@ -32,11 +32,11 @@ MAP_EXTENTS = ("padded", "resized")
 
 
 class Features(NamedTuple):
-  """What a method hands to its neck, and a neck to its head.
+  """Features from a method to its neck, and from a neck to its head.
 
   Attributes:
-    maps: float [B, h, w, C] each, finest first; strides and widths are stated by method and neck.
-    context: float [B, N, D], the tokens the UNet attended to in its last pass.
+    maps: float [B, h, w, C] each, finest first; MapInfo describes their strides and widths.
+    context: float [B, N, D], the tokens that the UNet attended to in its last pass.
     image_size: static (H, W) of the image before any padding or resizing by the method.
   """
 
@@ -47,15 +47,15 @@ class Features(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MapInfo:
-  """What a neck or head must know of the maps that come in.
+  """Describes the feature maps that a neck or head receives.
 
   Attributes:
     widths, strides: of the maps, finest first.
     tokens: number and width of the tokens of Features.context.
-    map_extent: what the maps show: "padded", the image and padding at its right and bottom; "resized", the image alone.
+    map_extent: what the maps cover: "padded", the image and padding at its right and bottom; "resized", the image only.
 
   Raises:
-    ValueError: another word than these.
+    ValueError: unknown `map_extent`.
   """
 
   widths: tuple[int, ...]
@@ -79,9 +79,9 @@ class Loss(NamedTuple):
   """Loss of one group of images.
 
   Attributes:
-    value: float [], finite also where nothing is valid.
-    weight: float [], 1, or 0 for a group that has nothing to learn from; the mean over groups is weighted by it.
-    logs: further scalars for the log.
+    value: float [], finite even if nothing is valid.
+    weight: float [], 1, or 0 for a group without valid targets; the mean over groups is weighted by it.
+    logs: additional scalars to log.
   """
 
   value: Array
@@ -90,23 +90,23 @@ class Loss(NamedTuple):
 
 
 class Buffer(nnx.Variable):
-  """An array that belongs to the model and its checkpoints but is never trained, whatever the config says.
+  """An array of the model and its checkpoints that is never trained, regardless of the config.
 
-  Class vectors, and tensors of a release that no computation uses and that an export must write back.
+  Used for class vectors, and for unused tensors of a release that an export must write back.
   """
 
 
 @flax.struct.dataclass
 class TrainState:
-  """Everything a step reads and writes, and everything a checkpoint holds.
+  """The training state: everything that a step reads and writes, and that a checkpoint stores.
 
   Attributes:
     step: int32 [], number of finished steps.
     params: trained arrays by name.
-    frozen: arrays that get no gradient and no decay: VAE, class vectors, tensors the release never trains.
+    frozen: arrays without gradients and weight decay: VAE, class vectors, tensors that the release never trains.
     stats: running batch statistics.
     opt_state: of the optax chain, moments keyed like `params`.
-    ema: running mean of `params`, or None.
+    ema: exponential moving average of `params`, or None.
   """
 
   step: Array
@@ -118,24 +118,24 @@ class TrainState:
 
 
 class Method(Protocol):
-  """Image and prompt to features; one per paper.
+  """Maps image and prompt to features; one per paper.
 
-  A method is made by its class from one `MethodSetup` and its own options.
+  A method class is constructed from a `MethodSetup` and the method's own options.
 
   Attributes:
-    needs: keys of a Batch it reads besides "image"; it takes ready "latents" in place of encoding the image.
+    needs: keys of a Batch that it reads besides "image"; it also accepts precomputed "latents" instead of the image.
     prepare_inputs: keys of an Example that `prepare` reads and the network does not.
-    prepare_outputs: those among `needs` that `prepare` adds, so that no data set need provide them.
+    prepare_outputs: those among `needs` that `prepare` adds, which data sets do not have to provide.
     map_info: of its maps.
-    sentence_tokens: (N, D) of the states of each image's sentence, None where it reads no sentence.
-    class_predictor: images to the ids of their classes, int [B]; None where it predicts none.
-    sentence_census: sentences to a line for the start of a run; None where it reads none.
-    attends_to_classes: whether it has attention maps, one for each class; these are given by `class_attention(batch)`.
-    samples_latents: whether the latents of an image are drawn, anew for each key, instead of computed.
-    notes: lines for the log at the start of a run.
+    sentence_tokens: (N, D) of the encoded sentence of each image, None if it reads no sentence.
+    class_predictor: images to the ids of their classes, int [B]; None if it predicts none.
+    sentence_census: sentences to a line for the start-up report; None if it reads none.
+    attends_to_classes: whether it has an attention map for each class, see `class_attention(batch)`.
+    samples_latents: whether the latents of an image are sampled with a new key each time.
+    notes: lines for the start-up report.
     text_options: options of the config's section that are read where texts are prepared, not by the constructor.
-    training_only: top-level parts that evaluation does without; `build` leaves them out there.
-    prepare: host transform that runs after the data set's own; picklable, since it travels to the data workers.
+    training_only: top-level parts that are not needed, and not built, for evaluation.
+    prepare: host transform that runs after that of the data set; picklable, since it is sent to the data workers.
   """
 
   needs: frozenset[str]
@@ -162,7 +162,7 @@ class Method(Protocol):
   def branches(self, training: bool) -> tuple[Branch, ...]: ...
   def latents(self, batch: Batch, key: Array | None = None) -> Array: ...  # of the images, [B, h, w, 4], unscaled
   def text_states(self, batch: Batch) -> Array: ...  # of sentences, float [B, N, D]; see `sentence_tokens`
-  # len(branches) * B rows, branch by branch; the key is for what is drawn.
+  # len(branches) * B rows, branch by branch; the key is used for sampling.
   def __call__(self, batch: Batch, *, training: bool, key: Array | None = None) -> Features: ...
 
 
@@ -170,11 +170,11 @@ class Keypoints(NamedTuple):
   """The K keypoints of a data set.
 
   Attributes:
-    names: by number.
-    pairs: numbers that a mirror image swaps.
-    skeleton: numbers between which a bone is drawn.
-    sigmas: deviation of an annotator for a person of area 1, in COCO's object keypoint similarity.
-    upper: numbers of the upper body, for the half-body augmentation; empty: there is none.
+    names: by index.
+    pairs: indices that a horizontal flip swaps.
+    skeleton: pairs of indices that are connected by a bone.
+    sigmas: standard deviation of annotators for a person of area 1, in COCO's object keypoint similarity.
+    upper: indices of the upper body, for the half-body augmentation; empty disables it.
   """
 
   names: tuple[str, ...]
@@ -185,12 +185,12 @@ class Keypoints(NamedTuple):
 
 
 class Published(NamedTuple):
-  """What a complete copy of a data set holds.
+  """Properties of a complete copy of a data set.
 
   Attributes:
     counts: records by split.
-    size: (height, width) of every picture, or None where sizes vary.
-    ranges: smallest and largest possible value by key of an Example; where 0 marks a missing value it does not count.
+    size: (height, width) of every image, or None if sizes vary.
+    ranges: smallest and largest possible value by key of an Example, ignoring 0 where it marks missing values.
   """
 
   counts: dict[str, int]
@@ -199,7 +199,7 @@ class Published(NamedTuple):
 
 
 class Cache(NamedTuple):
-  """What is kept of the frozen networks' work on pictures and sentences, see evaluation/encoder_cache.py."""
+  """Options of the cache of frozen encoders, see evaluation/encoder_cache.py."""
 
   kind: str  # "off", "memory" or "disk"
   folder: str  # for "disk"
@@ -207,16 +207,17 @@ class Cache(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-  """What is known of a data set by its options alone, before any of its files is there.
+  """Properties of a data set that follow from its options alone, without reading any file.
 
   Attributes:
-    classes: their names, by class id; for keypoints the names of these.
-    palette: their colors, RGB; empty: the data set has none.
-    label_ids: their numbers as a test server takes them; empty: there is none.
-    keypoints: of a data set for pose, else None.
-    udp: how crops lie on their pictures, see tasks/pose/heatmaps.py.
-    only_resizes: whether a picture is always seen alike, so that it can be encoded ahead, see encoder_cache.planned.
-    window: (height, width) of the part of a picture, at its lower end, that is trained on; None: all of it.
+    classes: names by class id; for pose data sets, names of the keypoints.
+    palette: colors of the classes, RGB; empty if the data set defines none.
+    label_ids: ids of the classes on the benchmark's server; empty if there is none.
+    keypoints: of a pose data set, else None.
+    udp: coordinate convention of the crops, see tasks/pose/heatmaps.py.
+    only_resizes: whether images are only resized, without augmentation, so that their latents can be cached, see
+      encoder_cache.EncoderCache.
+    window: (height, width) of the part of an image, at its lower end, that is used for training; None: all of it.
   """
 
   classes: tuple[str, ...] = ()
@@ -228,20 +229,20 @@ class DatasetInfo:
   window: tuple[int, int] | None = None
 
   def cut_top(self, size: tuple[int, int]) -> int:
-    """Rows to take off a picture of (height, width) so that the network sees it at the scale it was trained on.
+    """Rows to crop from the top of an image of (height, width) so that its scale matches that of training.
 
-    A picture at most a tenth larger than `window` loses the rows above it, and would otherwise be shrunk: a frame of
-    KITTI by 6 %. Every column stays. 0 for any other picture.
+    An image at most a tenth larger than `window` loses the rows above it; otherwise it would be shrunk, e.g. a frame of
+    KITTI by 6 %. All columns are kept. 0 for any other image.
     """
     height, width = self.window or (0, 0)
     return size[0] - height if height <= size[0] <= 1.1 * height and width <= size[1] <= 1.1 * width else 0
 
 
 class Source(Protocol):
-  """The records of one split, picklable for worker processes; one that cannot be read is a UserError with its file.
+  """The records of one split, picklable for worker processes; unreadable records raise a UserError with the file name.
 
   Attributes:
-    notes: lines for the start of a run, such as what was left out.
+    notes: lines for the start-up report, e.g. about excluded records.
   """
 
   notes: Sequence[str] = ()
@@ -250,39 +251,39 @@ class Source(Protocol):
   def __getitem__(self, index: int) -> Example: ...
 
   def record(self, index: int) -> Fields:
-    """What shards store of a record, see Dataset.stored; by default the whole Example."""
+    """The fields of a record that shards store, see Dataset.stored; by default the complete Example."""
     return self[index]
 
   def picture(self, index: int) -> str:
-    """The name of a record's picture, with its folders as the data set has them, by which captions are found."""
+    """The file name of a record's image, relative to the data set, used to look up captions."""
     raise UserError(
-      "the pictures of this data set have no names, by which captions are found; choose another data set, or leave "
+      "the images of this data set have no file names to look up captions; choose another data set, or leave "
       "data.captions out."
     )
 
   def label(self, index: int) -> np.ndarray:
-    """The label map alone, uint8 [H, W]; a source of files need not read the picture for it."""
+    """The label map only, uint8 [H, W]; sources of files can avoid reading the image."""
     return self[index]["label"]
 
   def sentences(self) -> list[str]:
-    """All sentences, where they are known without drawing or reading all; else none."""
+    """All sentences if they are known without generating or reading all records; else an empty list."""
     return []
 
   def summary(self) -> str:
-    """How much there is, for the start of a run; empty where nothing is said."""
+    """The size of the split, for the start-up report; may be empty."""
     return ""
 
 
 class Dataset(Protocol):
-  """Pictures with their ground truth: the base of every class in data/datasets/.
+  """Images with their ground truth: the base class of data/datasets/.
 
   Attributes:
-    provides: keys of an Example after the transforms, of which a batch may be made.
-    classes: their names, by class id, see DatasetInfo.
-    stored: what a record of `source` holds, by key, see shards/writer.py KINDS; None: whole Examples.
-    made_with: the options on which the records depend; shards must have been made with the same.
-    published: what a complete copy holds, as far as it is known.
-    encoder_cache: what is kept of the work of frozen networks; None where pictures are not encoded ahead.
+    provides: keys of an Example after the transforms that a batch may contain.
+    classes: names by class id, see DatasetInfo.
+    stored: fields of a record of `source`, by key, see shards/writer.py KINDS; None: complete Examples.
+    made_with: the options on which the records depend; shards must have been written with the same.
+    published: properties of a complete copy, as far as known.
+    encoder_cache: cache of the frozen encoders; None if images are not encoded in advance.
   """
 
   provides: frozenset[str]
@@ -296,7 +297,7 @@ class Dataset(Protocol):
 
   @classmethod
   def info(cls, options: Options) -> DatasetInfo:
-    """What follows from the options of a config's section `data`, those left out having their defaults."""
+    """The properties implied by the options of a config's section `data`; missing options have their defaults."""
     ...
 
   def source(self, split: str) -> Source: ...  # "train" or "eval"
@@ -304,42 +305,42 @@ class Dataset(Protocol):
   def eval_transform(self, example: Example) -> Example: ...
 
   def describe(self) -> list[str]:
-    """A line per split for the start of a run: how much there is, and its notes; shards have none."""
+    """A line per split for the start-up report: its size and notes; shards have none."""
     sources = {split: self.source(split) for split in ("train", "eval")}
     parts = {split: [*filter(None, (source.summary(), *source.notes))] for split, source in sources.items()}
     return [f"{split}: {'; '.join(lines)}" for split, lines in parts.items() if lines]
 
   def truth(self, split: str) -> Fields:
-    """What is scored against beside the batches, for tasks that need it; a data set for another task has none."""
+    """Ground truth of the split as a whole, for tasks that need more than the batches; other data sets raise."""
     raise NotImplementedError(f"{type(self).__name__} has no ground truth of the {split!r} split as a whole.")
 
 
 class Task(Protocol):
-  """What is learned and how it is scored. All methods are pure; nothing here knows the network."""
+  """The loss, predictions and metrics of a task. All methods are pure and independent of the network."""
 
   needs: frozenset[str]  # keys of a Batch
-  eval_needs: frozenset[str]  # further ones that only `measure` reads
-  output: Fields  # what every head of this task must be told: maximum depth, number of classes
-  result: str  # name of a prediction, for Python users
-  best: tuple[str, str]  # the score that chooses the best checkpoint, and "min" or "max"
-  test_time_protocol: str  # how pictures are cut and put together at test time, one of prediction/protocols.py
+  eval_needs: frozenset[str]  # additional ones that only `measure` reads
+  output: Fields  # arguments of every head of this task: maximum depth, number of classes
+  result: str  # key of a prediction in the Python API
+  best: tuple[str, str]  # the metric that selects the best checkpoint, and "min" or "max"
+  test_time_protocol: str  # how images are split and merged at test time, one of prediction/protocols.py
   class_names: tuple[str, ...] = ()  # of `per_class`
   measures_depth: bool = False  # whether it is a DepthTask
-  described: Mapping[str, str] = MappingProxyType({})  # the head's outputs by name, and what makes the "result" of them
-  needs_truth: bool  # `summarize` and `baselines` also take `truth`, what the data set's method of that name gives
+  described: Mapping[str, str] = MappingProxyType({})  # descriptions of the head's outputs by name, and of "result"
+  needs_truth: bool  # `summarize` and `baselines` also take `truth`, see Dataset.truth
 
   def __init__(self, **options: Any): ...
 
   @classmethod
   def facts(cls, info: DatasetInfo, name: str) -> Fields:
-    """Arguments of the constructor that the data set of that name gives; UserError where it lacks what is needed."""
+    """Constructor arguments determined by the data set of that name; UserError if it lacks required properties."""
     del info, name
     return {}
 
   def loss(self, outputs: Outputs, batch: Batch) -> Loss: ...  # one group of images
   def predict(self, outputs: Outputs) -> Array: ...  # depth | label scores | heatmaps
   def measure(self, prediction: Array, batch: Batch) -> dict[str, Array]: ...  # [B, ...] each
-  # On the host, numpy; where `needs_truth`, of the rows and the truth.
+  # On the host, numpy; with `needs_truth`, of the rows and the truth.
   def summarize(self, rows: Rows, *args: Any, **kwargs: Any) -> dict[str, float]: ...
   def baselines(
     self, train: Iterable[Example], evaluation: Iterable[Example], *args: Any, **kwargs: Any
@@ -348,50 +349,50 @@ class Task(Protocol):
   def save(self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None) -> list[Path]: ...
 
   def panels(self, examples: Sequence[Example], predictions: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """`panel` of each example; a task whose colors stand for numbers gives all of them one scale."""
+    """`panel` of each example; tasks that map values to colors use one scale for all of them."""
     return [self.panel(example, prediction) for example, prediction in zip(examples, predictions, strict=True)]
 
   def mirrored(self, prediction: Array) -> Array:
-    """The prediction of a mirrored image as that of the image; by default of maps [B, H, W, ...]."""
+    """Converts the prediction of a flipped image to that of the image; by default flips maps [B, H, W, ...]."""
     return prediction[:, :, ::-1]
 
   def per_class(self, rows: Rows) -> dict[str, np.ndarray]:
-    """Scores float64 [K] by name, NaN for a class that does not occur; empty for a task without classes."""
+    """Scores float64 [K] by name, NaN for classes that do not occur; empty for a task without classes."""
     del rows
     return {}
 
   def write_results(self, path: epath.Path, rows: Rows, *args: Any, **kwargs: Any) -> epath.Path | None:
-    """Writes the file that a benchmark's server takes, where there is one."""
+    """Writes the submission file of the benchmark, if it has one."""
     return None
 
 
 class WindowedTask(Task, Protocol):
-  """One whose pictures are cut into windows, of which a part alone may be scored."""
+  """A task whose images are split into windows, and of which only a region may be scored."""
 
   def region(self, size: tuple[int, int]) -> tuple[int, int, int, int]: ...  # top, bottom, left, right; half open
 
 
 class DecidingTask(Task, Protocol):
-  """One that decides for every pixel, where scores may be resized before."""
+  """A task that classifies every pixel, after resizing the scores if necessary."""
 
   def decide(self, scores: Array) -> Array: ...  # [..., H, W, K] to [..., H, W]
 
 
 class ClassAttentionTask(Task, Protocol):
-  """One that draws where the network attends to each class."""
+  """A task that draws the attention map of each class."""
 
   def save_attention(self, stem: Path, attention: np.ndarray, prediction: np.ndarray, image: np.ndarray) -> Path: ...
 
 
 class DepthTask(Task, Protocol):
-  """One whose prediction is the depth of every pixel; a focal length is in pixels, with where it is from."""
+  """A task that predicts the depth of every pixel; focal lengths are (pixels, source of the value)."""
 
   def colored(self, depth: np.ndarray, nearest: float, farthest: float) -> np.ndarray: ...  # uint8 [H, W, 3]
   def save_point_cloud(self, stem: Path, depth: np.ndarray, image: np.ndarray, focal: tuple[float, str]) -> Path: ...
 
 
 class TopDownTask(Task, Protocol):
-  """One that finds keypoints in the crop of a person, and these on the picture."""
+  """A task that predicts keypoints in the crop of a person, and maps them to the image."""
 
   keypoints: Keypoints
   udp: bool

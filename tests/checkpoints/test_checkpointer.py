@@ -209,7 +209,7 @@ def test_without_room_the_older_checkpoint_survives_and_the_line_says_so(tmp_pat
       saved.save(2, state, CONFIG, force=force)
       saved.close()
     assert re.search(
-      r"checkpoints: File too large; step 1 is still there\. Make room for it, up to 1 MiB, .* goes on from step 1\.$",
+      r"checkpoints: File too large; step 1 is still available\. Free up to 1 MiB of .* continues from step 1\.$",
       str(error.value),
     )
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
@@ -218,7 +218,7 @@ def test_without_room_the_older_checkpoint_survives_and_the_line_says_so(tmp_pat
     assert (saved.steps(), saved.restore_config(2)) == ([1, 2], CONFIG)
   with (
     files_up_to(100_000),
-    pytest.raises(OSError, match=r"no step is there\. .* goes on from step 0"),
+    pytest.raises(OSError, match=r"no checkpoint is available\. .* continues from step 0"),
     checkpointer.Checkpoints(tmp_path / "first") as saved,
   ):
     saved.save(1, state, CONFIG)

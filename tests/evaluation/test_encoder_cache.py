@@ -127,7 +127,7 @@ def test_where_the_vae_is_trained_nothing_is_kept(made, mesh):
   trained = (config, exp, None)
   encoding, batches = encodings(trained, mesh), iter(())
   assert not encoding.active and encoding.lines() == [] and encoding(batches, {}) is batches
-  with pytest.raises(ValueError, match=r"data.cache='memory' keeps .*lr_groups trains it; freeze"):
+  with pytest.raises(ValueError, match=r"data.cache='memory' caches .*lr_groups trains the VAE; freeze"):
     encodings(trained, mesh, "memory")
 
 
@@ -139,7 +139,9 @@ def test_where_latents_are_drawn_nothing_is_kept(mesh):
     drawn = (config, experiment.assemble(config.copy_and_resolve_references().lock()), None)
     assert encodings(drawn, mesh).active == active
     if not active:
-      with pytest.raises(ValueError, match=r"data.cache='memory' keeps .*draws it anew in every step; take the mode"):
+      with pytest.raises(
+        ValueError, match=r"data.cache='memory' caches .*samples new latents in every step; use the mode"
+      ):
         encodings(drawn, mesh, "memory")
 
 
@@ -155,14 +157,14 @@ def test_options_that_cannot_be():
 
 def test_a_folder_that_cannot_be_made(made, mesh, tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(ValueError, match="cannot be made or written to"):
+  with pytest.raises(ValueError, match="cannot be created or written to"):
     encodings(made, mesh, "disk", tmp_path / "file")(iter(()), made[2].frozen)
 
 
 def test_what_a_step_is_given_is_known_without_the_data(made, plain):
   config, exp, state = made
   raw = plan.batch_shapes(config, (*exp.keys, "image"), "eval")
-  batch, held = encoder_cache.planned(config, exp, raw)
+  batch, held = encoder_cache.encoded_batch_shapes(config, exp, raw)
   seen = plain[0][0]
   names = {"latents", "text_states", "image"}
   assert "tokens" in raw and "tokens" not in batch and names <= batch.keys()
@@ -175,7 +177,7 @@ def test_a_network_that_encodes_its_pictures_itself_is_planned_so():
   config = tiny.shrunk(loader.load("configs/rooms.py:depth,tiny"))
   exp = experiment.assemble(config)
   raw = plan.batch_shapes(config, exp.keys, "train")
-  assert encoder_cache.planned(config, exp, raw) == (raw, 0)
+  assert encoder_cache.encoded_batch_shapes(config, exp, raw) == (raw, 0)
 
 
 def test_data_sets_say_alike_whether_pictures_are_encoded_ahead(made, mesh):

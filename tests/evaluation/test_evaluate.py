@@ -90,7 +90,7 @@ def test_label_maps_are_not_right_where_scores_are_not_finite(monkeypatch):
   config = loader.load("configs/my_segmentation.py:tiny")
   dataset = types.SimpleNamespace(source=lambda split: [picture], eval_transform=lambda example: example)
   mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-  ((row, _),) = evaluate._Pictures(config, exp, dataset, mesh)(({}, {}, {}), 0)
+  ((row, _),) = evaluate._Images(config, exp, dataset, mesh)(({}, {}, {}), 0)
   scores = exp.task.summarize({name: value for name, value in row.items() if name != "real"})
   assert scores["not_finite"] == 64 * 128 and scores["aAcc"] == 0.5
 

@@ -141,7 +141,7 @@ def test_the_evaluation_of_referring_at_the_size_of_the_pictures_is_planned():
   config.task.eval_at = "original"
   exp = experiment.assemble(config.lock(), training=False)
   mesh = plan.mesh_for(config, jax.devices()[:1])
-  batch, _ = plan.encoder_cache.planned(config, exp, plan.step_shapes(config, exp, "eval"))
+  batch, _ = plan.encoder_cache.encoded_batch_shapes(config, exp, plan.step_shapes(config, exp, "eval"))
   assert batch["full_mask"].shape == (2, *config.data.size) and batch["full_size"].shape == (2, 2)
   rows, _ = plan.evaluate.lower_step(config, exp, mesh, batch).out_info
   assert rows["intersection"].shape == (2,)
@@ -180,7 +180,7 @@ def test_options_that_do_not_go_together_are_refused_as_in_training():
     plan.run(config.lock())
   config = tiny.shrunk(loader.load("configs/rooms.py:referring,tiny")).unlock()
   config.data.cache = "memory"
-  with pytest.raises(ValueError, match=r"data\.cache='memory' keeps .*lr_groups trains it"):
+  with pytest.raises(ValueError, match=r"data\.cache='memory' caches .*lr_groups trains the VAE"):
     plan.run(config.lock())
 
 
@@ -202,7 +202,7 @@ def test_keys_without_a_shape_are_named():
   ],
 )
 def test_what_a_program_asked_for_is_read_from_the_message(message, asked):
-  found = plan.asked_for(f"RESOURCE_EXHAUSTED: {message}", 4096)
+  found = plan.requested_bytes(f"RESOURCE_EXHAUSTED: {message}", 4096)
   assert found is None if asked is None else found == int(asked)
 
 
@@ -252,7 +252,7 @@ def test_another_config_is_another_compilation(reports, monkeypatch):
   _, workdir = reports
   seen = []
   monkeypatch.setattr(plan, "compiled_report", lambda config, *_: seen.append(config) or {})
-  kept = plan._Kept(str(workdir))
+  kept = plan._ReportCache(str(workdir))
   kept.report(config_of(**{"optim.lr": 1.0}), "train", jax.devices(), "", "default", 0)
   assert len(seen) == 1
 
@@ -326,7 +326,7 @@ def test_a_slice_that_is_not_there(capsys):
 
 def test_weights_can_be_split_over_part_of_a_side_of_the_network():
   pytest.importorskip("libtpu")
-  devices = topologies.of("v6e:16x16")
+  devices = topologies.topology_devices("v6e:16x16")
   assert dict(sharding.make_mesh(-1, 8, devices=devices).shape) == {"data": 32, "fsdp": 8}
 
 
@@ -334,7 +334,7 @@ def test_weights_can_be_split_over_part_of_a_side_of_the_network():
 def test_a_damaged_plan_is_made_anew(tmp_path, monkeypatch, capsys, damaged):
   (tmp_path / "plan.json").write_text(damaged)
   monkeypatch.setattr(plan, "compiled_report", lambda *_: {"step": "train"})
-  kept = plan._Kept(str(tmp_path))
+  kept = plan._ReportCache(str(tmp_path))
   assert "plan.json is damaged" in capsys.readouterr().out
   kept.report(config_of(), "train", jax.devices(), "", "default", 0)
   assert list(json.loads((tmp_path / "plan.json").read_text()).values()) == [{"step": "train"}]

@@ -46,7 +46,7 @@ def search(compiler, **changes):
   given = compiler(config)
   assert not given["fits"]
   compiler.seen.clear()
-  return plan_search.nearest(config, given, compiler, state, DEVICES)
+  return plan_search.find_fitting_settings(config, given, compiler, state, DEVICES)
 
 
 def test_candidates_come_in_the_documented_order():
@@ -99,7 +99,7 @@ def test_the_first_candidate_that_fits_is_found_at_once(limit, expected):
 
 def test_the_settings_are_given_as_flags():
   found = search(Compiler(6 * GB))
-  assert found.words == "--config.mesh.fsdp=8 --config.backbone.remat=True"
+  assert found.flags == "--config.mesh.fsdp=8 --config.backbone.remat=True"
 
 
 @pytest.mark.parametrize(
@@ -108,11 +108,11 @@ def test_the_settings_are_given_as_flags():
 def test_one_device_gives_up_results_last_and_is_told_what_changes(limit, expected):
   config = config_of(**{"data.batch_size": 24, "backbone.remat": True, "optim.accumulation": 24})
   compiler = lambda config: Compiler(limit * GB + GB // 2)(loader.changed(config, {"data.batch_size": 24 * DEVICES}))
-  found = plan_search.nearest(config, compiler(config), compiler, state, 1)
-  assert found.report["fits"] and f"--config.{expected}" in found.words and len(found.tried) == 1
+  found = plan_search.find_fitting_settings(config, compiler(config), compiler, state, 1)
+  assert found.report["fits"] and f"--config.{expected}" in found.flags and len(found.tried) == 1
   told = dict(plan_search.costs(config, found.fields))
   assert told[expected] == plan_search.COSTS[expected.split("=")[0]]
-  assert told.keys() == {word.removeprefix("--config.") for word in found.words.split()}
+  assert told.keys() == {word.removeprefix("--config.") for word in found.flags.split()}
 
 
 def test_a_compilation_corrects_the_estimate():
@@ -130,9 +130,11 @@ def test_settings_that_do_not_go_together_are_no_attempt():
 def test_it_gives_up():
   compiler = Compiler(GB // 2)
   found = search(compiler)
-  assert (found.words, found.report) == ("", None) and 0 < len(found.tried) <= plan_search.ATTEMPTS
+  assert (found.flags, found.report) == ("", None) and 0 < len(found.tried) <= plan_search.ATTEMPTS
   config = config_of()
-  assert len(plan_search.nearest(config, compiler(config), compiler, state, DEVICES, attempts=1).tried) == 1
+  assert (
+    len(plan_search.find_fitting_settings(config, compiler(config), compiler, state, DEVICES, attempts=1).tried) == 1
+  )
 
 
 def test_a_compiler_that_does_not_say_how_much_it_wanted_is_taken_to_have_wanted_twice_of_all():

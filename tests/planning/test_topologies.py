@@ -21,9 +21,9 @@ def test_every_gpu_is_a_chip_of_the_table(name):
 def test_what_is_not_installed_is_named(monkeypatch):
   monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r"'h200:8' needs JAX's CUDA plugin.*pip install 'vpd_jax\[cuda12\]'"):
-    topologies.of("h200:8")
+    topologies.topology_devices("h200:8")
   with pytest.raises(ValueError, match=r"'v5e:2x4' needs libtpu.*pip install 'vpd_jax\[plan\]'"):
-    topologies.of("v5e:2x4")
+    topologies.topology_devices("v5e:2x4")
 
 
 def test_effort_is_for_tpus():
@@ -57,7 +57,7 @@ def test_a_step_is_compiled_for_gpus_that_are_not_there(capsys):
 def test_an_unknown_name_is_answered_before_anything_is_asked_for(monkeypatch, name):
   monkeypatch.setattr(importlib.util, "find_spec", lambda _: pytest.fail("looked for a compiler"))
   with pytest.raises(ValueError, match=rf"^--topology='{name}' is unknown; known are v5e .*as h200:8\.$"):
-    topologies.of(name)
+    topologies.topology_devices(name)
 
 
 @pytest.mark.parametrize(
@@ -66,4 +66,4 @@ def test_an_unknown_name_is_answered_before_anything_is_asked_for(monkeypatch, n
 def test_a_known_name_is_refused_only_where_nothing_compiles_for_it(monkeypatch, name):
   monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
   with pytest.raises(ValueError, match=rf"^--topology='{name}' needs .*: pip install"):
-    topologies.of(name)
+    topologies.topology_devices(name)

@@ -175,7 +175,8 @@ def test_on_a_full_disk_the_older_checkpoint_survives_and_a_larger_disk_continue
     line = output.splitlines()[-1]
     found = re.fullmatch(
       r"error: the checkpoint of step (\d) could not be written to .*/checkpoints: No space left on device; step (\d) "
-      r"is still there\. Make room for it, up to \d+ MiB, and give the same command again: it goes on from step \2\.",
+      r"is still available\. Free up to \d+ MiB of disk space, and run the same command again: "
+      r"it continues from step \2\.",
       line,
     )
     assert found, output

@@ -157,7 +157,7 @@ def test_the_plan_counts_no_gradient_state_of_the_base(products):
     ),
     ({"lora.targets": (r"/head/",)}, r"^config\.lora\.targets: \['/head/'\] match no kernel"),
     ({"lora.targets": ()}, r"^config\.lora\.targets: \['/attn\[12\].*match no kernel"),
-    ({"lora.targets": (r"(",)}, r"^config\.lora\.targets: '\(' is no regular expression"),
+    ({"lora.targets": (r"(",)}, r"^config\.lora\.targets: '\(' is not a regular expression"),
     ({"lora.rank": 0}, r"^config\.lora\.targets=\(.*have no effect with config\.lora\.rank=0; give a rank\.$"),
     ({"lora.rank": -1}, r"^config\.lora\.rank=-1 must be at least 0"),
     ({"lora.alpha": 0.0}, r"^config\.lora\.alpha=0\.0 must be above 0\.$"),

@@ -150,7 +150,9 @@ def test_boxes_for_another_task_and_pose_without_keypoints_are_one_line(run, tmp
   config = tiny.shrunk(loader.load("configs/rooms.py:depth,tiny")).unlock()
   config.task, config.head = {"name": "pose", "sigma": 2}, {"name": "simple", "stride": 8, "init": "fan_in"}
   config.neck = {"name": "none"}
-  one_line("task 'pose' needs keypoints, which data set 'rooms' has not", lambda: experiment.assemble(config.lock()))
+  one_line(
+    "task 'pose' needs keypoints, which data set 'rooms' does not provide", lambda: experiment.assemble(config.lock())
+  )
 
 
 def test_the_results_file_goes_to_a_bucket_too(run, bucket):

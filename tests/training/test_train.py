@@ -178,14 +178,14 @@ def test_ctrl_c_saves_the_step_under_way_and_twice_ends_at_once(run, tmp_path, m
   with contextlib.nullcontext() if times == 1 else pytest.raises(SystemExit) as caught, multiprocess.report_errors():
     run({2: 0.5, 4: 0.25})
   printed = capsys.readouterr()
-  assert printed.err.startswith("Ctrl-C: the step under way is finished and saved; once more ends at once\n")
+  assert printed.err.startswith("Ctrl-C: finishing and saving this step; press again to stop immediately\n")
   with checkpoints_of(tmp_path) as held:
     assert held.latest_step() == (5 if times == 1 else 4)
   if times == 1:
-    assert "stopped by Ctrl-C after step 5, which is saved; the same command goes on from there" in printed.out
+    assert "stopped by Ctrl-C after step 5, which is saved; the same command continues from there" in printed.out
   else:
     assert caught.value.code == 130
-    assert printed.err.splitlines()[1:] == ["interrupted; step 4 is saved, the same command goes on there"]
+    assert printed.err.splitlines()[1:] == ["interrupted; step 4 is saved, the same command continues from there"]
 
 
 def test_the_newest_and_the_best_are_kept_whichever_it_is(run, tmp_path):

@@ -1,8 +1,8 @@
 """Checkpoints of a run: state, step and config in one orbax directory.
 
-`<workdir>/checkpoints/<step>/` holds `state` (the TrainState), `config` (JSON) and, where a score was given,
-`metrics`. A directory appears under its final name only when it is complete. With several processes, each of them
-makes the same calls in the same order; each writes its own part of the arrays.
+`<workdir>/checkpoints/<step>/` contains `state` (the TrainState), `config` (JSON) and optionally `metrics`. A directory
+gets its final name only when it is complete. With several processes, all of them make the same calls in the same order,
+and each writes its own shards of the arrays.
 """
 
 import contextlib
@@ -30,34 +30,34 @@ from vpd_jax.types import Fields, Options, ParamDict, PyTree
 
 WEIGHTS = ("params", "frozen", "stats", "ema")
 FOLDER = "checkpoints"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # device, quota and file size: room is missing
-_STATUS = re.compile(r"[A-Z_]+: ")  # how errors of the library that writes arrays begin: they come as ValueErrors
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # device, quota and file size: not enough space
+_STATUS = re.compile(r"[A-Z_]+: ")  # prefix of errors of the array storage library, which are ValueErrors
 
 
-def _is_asked_for(record: logging.LogRecord) -> bool:
-  """Whether a line of the log is not one of orbax's about what is as it should be, such as a folder only read."""
+def _is_relevant(record: logging.LogRecord) -> bool:
+  """Whether a log record is not one of orbax's warnings about intended behavior, such as a read-only folder."""
   return record.levelno >= logging.ERROR or "orbax" not in record.pathname or absl_logging.level_debug()
 
 
-absl_logging.get_absl_logger().addFilter(_is_asked_for)
+absl_logging.get_absl_logger().addFilter(_is_relevant)
 
 
 class Checkpoints:
-  """The checkpoints of one workdir: the newest `keep` and the best `keep_best` are kept.
+  """The checkpoints of one workdir: keeps the newest `keep` and the best `keep_best`.
 
-  Saving runs in the background: `save` returns when the state has been copied, so that it may be donated; `close`
-  (or leaving the `with`) waits for the disk. So does the first `save`, which reads back what it has written.
+  Saving is asynchronous: `save` returns when the state has been copied, so that it can be donated; `close` (or leaving
+  the `with`) waits until everything is written. The first `save` also waits, and verifies what it has written.
 
   Args:
     workdir: a local folder or a bucket ('gs://...').
-    keep: how many of the newest to keep.
-    keep_best: how many of the best to keep besides.
-    best_metric: the score, by its full name, e.g. 'eval/nyu/rmse'; None: none is best.
-    best_mode: 'min' or 'max': which end is better. NaN and a missing score are the worst.
-    read_only: nothing is created, cleaned or written.
+    keep: number of newest checkpoints to keep.
+    keep_best: number of best checkpoints to keep in addition.
+    best_metric: full name of the metric, e.g. 'eval/nyu/rmse'; None: no best checkpoints.
+    best_mode: 'min' or 'max': which values are better. NaN and missing values are the worst.
+    read_only: do not create, clean up or write anything.
 
   Raises:
-    ValueError: for a bad option, or a workdir that cannot be made, read, or read again.
+    ValueError: an invalid option, or a workdir that cannot be created, read or written.
   """
 
   def __init__(
@@ -79,28 +79,28 @@ class Checkpoints:
     self._directory, self._read_back = _directory(workdir), False
     paths.check_name(self._directory, "workdir")
     # Orbax's own max_to_keep with best_fn would drop the newest checkpoint where it is not among the best.
-    kept: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
+    preserved: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
     if best_metric is not None:
-      kept.append(policies.BestN(get_metric_fn=self._score, n=keep_best, keep_checkpoints_without_metrics=False))
+      preserved.append(policies.BestN(get_metric_fn=self._score, n=keep_best, keep_checkpoints_without_metrics=False))
     try:
       self._manager = _Manager(
         self._directory,
         options=ocp.CheckpointManagerOptions(
-          preservation_policy=policies.AnyPreservationPolicy(kept),
+          preservation_policy=policies.AnyPreservationPolicy(preserved),
           best_fn=self._score if best_metric is not None else None,
           best_mode="max",
           create=not read_only,
           read_only=read_only,
           cleanup_tmp_directories=not read_only,
         ),
-        # What is being written is held twice; without a limit, most of the state.
+        # Limits the memory of copies during writing, otherwise up to the size of the state.
         item_handlers={
           "state": ocp.StandardCheckpointHandler(save_concurrent_gb=1),
           "config": ocp.JsonCheckpointHandler(),
         },
       )
     except Exception as error:
-      if not isinstance(error, OSError) and "://" not in str(workdir):  # a bucket fails with any kind of error
+      if not isinstance(error, OSError) and "://" not in str(workdir):  # buckets raise errors of any type
         raise
       raise UserError(f"workdir={str(workdir)!r} cannot be used: {error}; choose another.") from error
 
@@ -119,17 +119,18 @@ class Checkpoints:
     *,
     force: bool = False,
   ) -> bool:
-    """Saves in the background, after an earlier save has ended; False where this step is saved already.
+    """Saves asynchronously, after waiting for an earlier save; returns False if this step is already saved.
 
     Args:
       step: the number of finished steps.
       state: a TrainState, or any tree of arrays.
       config: as a mapping or as JSON.
-      metrics: the scores of this state; kept beside it, `best_metric` decides what is best.
-      force: waits until the checkpoint is on disk, as before an exit.
+      metrics: metrics of this state, stored with it; `best_metric` selects the best checkpoints.
+      force: waits until the checkpoint is on disk, as needed before an exit.
 
     Raises:
-      OSError: this checkpoint, or the one before, could not be written. One line: why, and what is still there.
+      OSError: this checkpoint or the previous one could not be written; one line with the cause and the newest
+        remaining checkpoint.
     """
     saved = False
     if step not in self._manager.all_steps():
@@ -150,12 +151,12 @@ class Checkpoints:
     return saved
 
   def scores(self, step: int) -> dict[str, float]:
-    """The scores of a saved step; empty where it has none."""
+    """The metrics of a saved step; empty if it has none."""
     with self._read(step):
       return self._manager.metrics(step) or {}
 
   def add_scores(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Gives a saved step without scores its scores, as if they had been saved with it; waits until it is on disk."""
+    """Adds metrics to a saved step that has none, as if they had been saved with it; waits until they are on disk."""
     self.wait()
     self._check_exists(step)
     with ocp.Checkpointer(ocp.JsonCheckpointHandler("metrics")) as writer:
@@ -163,46 +164,48 @@ class Checkpoints:
     self._manager.reload()
     if self._best_metric is not None:
       scored = sorted((s for s in self.steps() if self.scores(s)), key=lambda s: self._score(self.scores(s)))
-      kept = {*self.steps()[-self._keep :], *scored[len(scored) - min(self._keep_best, len(scored)) :]}
-      for other in set(self.steps()) - kept:  # the best of before, else kept until the next save
+      steps_to_keep = {*self.steps()[-self._keep :], *scored[len(scored) - min(self._keep_best, len(scored)) :]}
+      for other in (
+        set(self.steps()) - steps_to_keep
+      ):  # earlier best checkpoints, which would remain until the next save
         self._manager.delete(other)
 
   def steps(self) -> list[int]:
-    """The steps on disk, rising."""
+    """The saved steps in ascending order."""
     return sorted(self._manager.all_steps())
 
   def latest_step(self) -> int | None:
-    """The newest step; None where there is no checkpoint."""
+    """The newest step; None without checkpoints."""
     return self._manager.latest_step()
 
   def best_step(self) -> int | None:
-    """The step with the best score; None where none has one."""
+    """The step with the best metric; None if none has one."""
     return self._manager.best_step() if self._best_metric is not None else None
 
   def restore(self, step: int, state: PyTree) -> PyTree:
-    """The saved state, onto the devices that `state` names, whatever mesh it was saved from.
+    """Restores the state onto the devices of `state`, independent of the mesh it was saved from.
 
     Args:
       step: one of `steps()`.
-      state: ShapeDtypeStructs with shardings, e.g. of `sharding.abstract`.
+      state: ShapeDtypeStructs with shardings, e.g. from `sharding.abstract`.
 
     Raises:
-      ValueError: where names, shapes or dtypes differ; all of them are counted, the first ten listed.
+      ValueError: names, shapes or dtypes differ; states their number and lists the first ten.
     """
     self._check_same(step, state)
     with self._read(step):
       return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state)))["state"]
 
   def restore_config(self, step: int) -> Fields:
-    """The config this step was trained with, as plain values; tuples have become lists."""
+    """The config this step was trained with, as plain values; tuples are restored as lists."""
     self._check_exists(step)
     with self._read(step):
       return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
 
   def evaluated(self, step: int, weights: Mapping[str, ParamDict]) -> ParamDict:
-    """All arrays of the model that evaluation uses, of what `restore_weights` gives of this step.
+    """All arrays of the model for evaluation, from the `restore_weights` of this step.
 
-    The moving average where there is one; LoRA merged into its kernels.
+    Uses the moving average if there is one, and merges LoRA into its kernels.
     """
     named = weights["params"] | weights["frozen"] | weights["stats"] | weights.get("ema", {})
     if not any(name.startswith(lora.PREFIX) for name in named):
@@ -210,27 +213,29 @@ class Checkpoints:
     return lora.merged(named, self.restore_config(step)["lora"]["alpha"])
 
   def restore_weights(self, step: int, skip: tuple[str, ...] = ()) -> dict[str, dict[str, np.ndarray]]:
-    """Parameters and statistics only, on the host: {'params', 'frozen', 'stats'} and, where kept, 'ema'.
+    """Restores parameters and statistics to the host: {'params', 'frozen', 'stats'} and, if saved, 'ema'.
 
-    Read is neither the optimizer's, two thirds of it, nor what begins with one of `skip`.
+    Skips the optimizer state, which is two thirds of a checkpoint, and names that start with one of `skip`.
     """
     saved = self._saved(step)
-    wanted = {k: w for k in WEIGHTS if (w := {n: x for n, x in (saved.get(k) or {}).items() if not n.startswith(skip)})}
-    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    template = {
+      k: w for k in WEIGHTS if (w := {n: x for n, x in (saved.get(k) or {}).items() if not n.startswith(skip)})
+    }
+    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template)
     with self._read(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
       weights = reader.restore(
         self._directory / str(step) / "state",
-        args=ocp.args.PyTreeRestore(item=wanted, restore_args=arguments, partial_restore=True),
+        args=ocp.args.PyTreeRestore(item=template, restore_args=arguments, partial_restore=True),
       )
     return {"params": {}, "frozen": {}, "stats": {}} | weights
 
   def wait(self) -> None:
-    """Returns when what was saved is on disk; raises like `save`."""
+    """Waits until all saves are on disk; raises like `save`."""
     with self._reported():
       self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits, then ends the background threads; raises like `save`."""
+    """Waits, then stops the background threads; raises like `save`."""
     try:
       self.wait()
     finally:
@@ -238,7 +243,7 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _reported(self) -> Iterator[None]:
-    """An error of writing as one line; what it left behind is removed, which also gives its room back."""
+    """Converts a write error to one line, and removes the incomplete files, which frees their space."""
     try:
       yield
     except (OSError, ValueError) as error:
@@ -251,44 +256,44 @@ class Checkpoints:
       text = " ".join(str(error).split())
       full = [os.strerror(number) for number in _FULL if number == code or os.strerror(number) in text]
       cause, remedy = (
-        (full[0], f"Make room for it, up to {self._bytes / 2**20:,.0f} MiB") if full else (text, "Fix that")
+        (full[0], f"Free up to {self._bytes / 2**20:,.0f} MiB of disk space") if full else (text, "Fix that")
       )
-      left = max(ocp.utils.checkpoint_steps(self._directory), default=None)
+      newest = max(ocp.utils.checkpoint_steps(self._directory), default=None)
       raise OSError(
         f"the checkpoint of step {self._writing} could not be written to {self._directory}: {cause}; "
-        + ("no step is there. " if left is None else f"step {left} is still there. ")
-        + f"{remedy}, and give the same command again: it goes on from step {left or 0}."
+        + ("no checkpoint is available. " if newest is None else f"step {newest} is still available. ")
+        + f"{remedy}, and run the same command again: it continues from step {newest or 0}."
       ) from error
 
   def _score(self, metrics: Mapping[str, float]) -> float:
-    """Larger is better, whatever the mode."""
+    """The metric as a score: larger is better in both modes."""
     value = self._sign * metrics.get(cast(str, self._best_metric), math.nan)
     return -math.inf if math.isnan(value) else value
 
   def _check_exists(self, step: int) -> None:
-    """Raises where there is no such checkpoint."""
+    """Raises if there is no such checkpoint."""
     if step not in self._manager.all_steps():
       raise UserError(f"{self._directory} holds no checkpoint of step {step}; it holds {self.steps() or 'none'}.")
 
   def _saved(self, step: int) -> Fields:
-    """Names, shapes and dtypes of what is on disk."""
+    """Names, shapes and dtypes of the arrays on disk."""
     self._check_exists(step)
     with self._read(step):
       return ocp.StandardCheckpointHandler().metadata(self._directory / str(step) / "state").tree
 
   def _read(self, step: int) -> contextlib.AbstractContextManager:
-    """Errors of reading a step, as damage.explained states them."""
+    """A context that converts read errors, see damage.explained."""
     older = max((other for other in self.steps() if other < step), default=None)
-    then = "start in another workdir" if older is None else f"step {older} is then used"
-    return damage.explained(f"checkpoint {step} of {self._directory}", self._directory / str(step), then)
+    consequence = "start in another workdir" if older is None else f"step {older} is then used"
+    return damage.explained(f"checkpoint {step} of {self._directory}", self._directory / str(step), consequence)
 
   def _check_same(self, step: int, state: PyTree) -> None:
-    """Raises where the arrays on disk are not those of `state`: orbax would cast, cut or pad in silence."""
-    saved, wanted = _described(self._saved(step)), _described(state)
+    """Raises if the arrays on disk differ from `state`: orbax would silently cast, truncate or pad them."""
+    saved, expected = _described(self._saved(step)), _described(state)
     problems = [
-      f"{name}: {saved.get(name, 'absent')} on disk, {wanted.get(name, 'absent')} in the config"
-      for name in sorted(saved.keys() | wanted.keys())
-      if saved.get(name) != wanted.get(name)
+      f"{name}: {saved.get(name, 'absent')} on disk, {expected.get(name, 'absent')} in the config"
+      for name in sorted(saved.keys() | expected.keys())
+      if saved.get(name) != expected.get(name)
     ]
     if problems:
       raise UserError(
@@ -298,7 +303,7 @@ class Checkpoints:
 
 
 class _Manager(ocp.CheckpointManager):
-  """Orbax's manager, that leaves it to stop.PreemptionGuard when to stop: both would count the calls of one service."""
+  """Orbax's manager without preemption handling, which conflicts with preemption.PreemptionGuard."""
 
   def reached_preemption(self, step: int) -> bool:
     del step
@@ -306,19 +311,19 @@ class _Manager(ocp.CheckpointManager):
 
 
 def is_workdir(path: str | epath.PathLike) -> bool:
-  """Whether a folder holds at least one complete checkpoint of a run; an error where it must not be looked into."""
+  """Whether a folder contains at least one complete checkpoint of a run; raises if it is not accessible."""
   try:
     folder = _directory(path)
-    there = folder.is_dir() if "://" in str(folder) else stat.S_ISDIR(os.stat(folder).st_mode)
-    return there and bool(ocp.utils.checkpoint_steps(folder))
+    is_folder = folder.is_dir() if "://" in str(folder) else stat.S_ISDIR(os.stat(folder).st_mode)
+    return is_folder and bool(ocp.utils.checkpoint_steps(folder))
   except (PermissionError, ConnectionError, TimeoutError) as error:
-    raise UserError(f"{path} cannot be searched for checkpoints ({error}); see to that and try again.") from error
-  except Exception:  # a file system that cannot be asked, in any of many ways; whoever reads the source says why
+    raise UserError(f"{path} cannot be searched for checkpoints ({error}); fix that and try again.") from error
+  except Exception:  # other errors of the file system are reported when the source is read
     return False
 
 
 def _directory(workdir: str | epath.PathLike) -> epath.Path:
-  """The folder of the checkpoints; absolute, as orbax wants it."""
+  """The folder of the checkpoints; absolute, as required by orbax."""
   try:
     path = epath.Path(workdir)
   except KeyError as error:
@@ -327,12 +332,14 @@ def _directory(workdir: str | epath.PathLike) -> epath.Path:
 
 
 def _floats(metrics: Mapping[str, float]) -> dict[str, float]:
-  """Scores as JSON takes them."""
+  """Metrics as JSON numbers."""
   return {name: float(value) for name, value in metrics.items()}
 
 
 def _described(tree: PyTree) -> dict[str, str]:
-  """{path: 'dtype [shape]'} of arrays, or of orbax's descriptions of them."""
+  """{path: 'dtype [shape]'} of arrays, or of orbax's metadata of them."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")  # fields of tuples are keys on disk
+  name = lambda path: jax.tree_util.keystr(
+    path, simple=True, separator="."
+  )  # fields of named tuples are stored as keys
   return {name(path): f"{np.dtype(leaf.dtype).name} {list(leaf.shape)}" for path, leaf in leaves}

@@ -1,7 +1,7 @@
 """Class vectors: one text vector per class name, read from a file or encoded from the names.
 
-VPD's recipe for its 27 scenes: '_' becomes ' ', the name is set into each of 80 templates, CLIP's text encoder gives
-one vector per sentence, and the class vector is their plain mean.
+VPD's recipe for its 27 scenes: '_' becomes ' ', the name is inserted into each of 80 templates, CLIP's text encoder
+computes one vector per sentence, and the class vector is their mean.
 
 Source: Zhao et al. 2023, https://arxiv.org/abs/2303.02153; VPD depth/dump_nyu_text_embeddings.py.
 """
@@ -41,21 +41,21 @@ CHOICES = (
 
 
 class TextEncoder(NamedTuple):
-  """CLIP's text encoder as parts and arrays."""
+  """CLIP's text encoder: its specification and arrays."""
 
   spec: params_lib.ModelSpec
   weights: ParamDict
 
 
 def read(path: str | epath.PathLike) -> np.ndarray:
-  """Class vectors of a file: float32 [K, D].
+  """Reads class vectors from a file: float32 [K, D].
 
   Args:
-    path: .npy; .npz with one array or one named class_vectors; .pth with a tensor, or with one named class_embeddings
-      or encoder.class_embeddings, as in the authors' checkpoints. Local or in a bucket.
+    path: .npy; .npz with a single array or one named class_vectors; .pth with a tensor, or with one named
+      class_embeddings or encoder.class_embeddings, as in the authors' checkpoints. Local or in a bucket.
 
   Raises:
-    ValueError: a missing, unknown or damaged file, or not K x D finite numbers; one line.
+    ValueError: in one line, for a missing, unknown or damaged file, or if it does not contain K x D finite numbers.
   """
   readers = {".npy": _read_numpy, ".npz": _read_numpy, ".pth": _read_pth}
   suffix = pathlib.PurePath(path).suffix.lower()
@@ -69,7 +69,7 @@ def read(path: str | epath.PathLike) -> np.ndarray:
     raise UserError(f"{path} holds {array.dtype} {list(array.shape)}; class vectors are floats [classes, width].")
   vectors = array.astype(np.float32)
   if not np.isfinite(vectors).all():
-    raise UserError(f"{path} holds {np.sum(~np.isfinite(vectors))} numbers that are not finite; make it again.")
+    raise UserError(f"{path} holds {np.sum(~np.isfinite(vectors))} values that are not finite; create it again.")
   return vectors
 
 
@@ -79,15 +79,15 @@ def _read_numpy(path: pathlib.Path) -> np.ndarray:
       content = np.load(file, allow_pickle=False)
       if isinstance(content, np.ndarray):
         return content
-      held = content.files
-      name = IN_NPZ if IN_NPZ in held else held[0] if len(held) == 1 else None
+      names = content.files
+      name = IN_NPZ if IN_NPZ in names else names[0] if len(names) == 1 else None
       array = None if name is None else content[name]
   except (OSError, MemoryError) as error:
-    raise UserError(f"{path} cannot be read ({error or type(error).__name__}); see to that, and try again.") from error
-  except Exception as error:  # A damaged archive can fail anywhere.
-    raise UserError(f"{path} is damaged or not a numpy file ({error}); make it again.") from error
+    raise UserError(f"{path} cannot be read ({error or type(error).__name__}); fix that and try again.") from error
+  except Exception as error:  # Damaged archives raise errors of any type.
+    raise UserError(f"{path} is damaged or not a numpy file ({error}); create it again.") from error
   if array is None:
-    raise UserError(f"{path} holds the arrays {held[:10]}; it must hold one, or one named {IN_NPZ!r}.")
+    raise UserError(f"{path} holds the arrays {names[:10]}; it must hold one, or one named {IN_NPZ!r}.")
   return array
 
 
@@ -96,17 +96,17 @@ def _read_pth(path: pathlib.Path) -> np.ndarray:
   if isinstance(content, LazyTensor):
     return np.asarray(content)
   tensors = weight_files.open_file(path).tensors
-  found = [name for name in IN_PTH if name in tensors]
-  if len(found) != 1:
+  names = [name for name in IN_PTH if name in tensors]
+  if len(names) != 1:
     raise UserError(f"{path} holds {list(tensors)[:5]}; it must hold a tensor alone, or one of {list(IN_PTH)}.")
-  return np.asarray(tensors[found[0]])
+  return np.asarray(tensors[names[0]])
 
 
 def random_seed(setting: str, option: str) -> int | None:
   """The seed in "random:SEED"; None for any other setting.
 
   Raises:
-    ValueError: "random:" without a whole number; names `option`.
+    ValueError: "random:" without an integer; the message names `option`.
   """
   if not setting.startswith(RANDOM):
     return None
@@ -117,12 +117,12 @@ def random_seed(setting: str, option: str) -> int | None:
 
 
 def random_class_vectors(classes: int, width: int, seed: int) -> np.ndarray:
-  """Stand-ins for encoded names: float32 [classes, width], standard normal, the same for the same seed."""
+  """Random class vectors, float32 [classes, width]: standard normal, determined by the seed."""
   return np.random.default_rng(seed).standard_normal((classes, width), dtype=np.float32)
 
 
 def read_templates(choice: str) -> tuple[str, ...]:
-  """The templates of a set in prompt_templates.json, or the one template given, with {} for the name.
+  """The templates of a set in prompt_templates.json, or the given template itself, with {} for the name.
 
   Raises:
     ValueError: neither a set nor a template.
@@ -138,10 +138,10 @@ def read_templates(choice: str) -> tuple[str, ...]:
 
 
 def load_text_encoder(path: str | epath.PathLike, *, dtype: DTypeLike, sizes: TextSizes | None = None) -> TextEncoder:
-  """The text encoder of a diffusers folder, which states its own sizes, or of a single file of the given ones.
+  """Loads the text encoder of a diffusers folder, which states its sizes, or of a single file with the given sizes.
 
   Raises:
-    ValueError: no text encoder there, or one of other sizes.
+    ValueError: no text encoder, or one of other sizes.
   """
   stated = stable_diffusion.sizes(path)
   if stated is not None and "text" not in stated:
@@ -149,27 +149,27 @@ def load_text_encoder(path: str | epath.PathLike, *, dtype: DTypeLike, sizes: Te
   sizes = sizes if stated is None else TextSizes(**stated["text"])
   if sizes is None:
     raise UserError(f"{path} is not a folder with text_encoder/, and the sizes of its text encoder are not known.")
-  parts = params_lib.describe(lambda: ClipText(sizes, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
-  named = clip.load_text(path, parts.shapes)
-  return TextEncoder(parts, {name: jnp.asarray(value) for name, value in named.items()})
+  spec = params_lib.describe(lambda: ClipText(sizes, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
+  named = clip.load_text(path, spec.shapes)
+  return TextEncoder(spec, {name: jnp.asarray(value) for name, value in named.items()})
 
 
 def encode(
   names: Sequence[str], *, tokenizer: Tokenizer, text: TextEncoder, templates: Sequence[str], max_length: int = 20
 ) -> np.ndarray:
-  """Class vectors of names by VPD's recipe: float32 [K, D].
+  """Encodes class names by VPD's recipe: float32 [K, D].
 
-  The pooled output is the final-norm state at the end of the text, neither projected nor normalized.
+  The pooled output is the state after the final norm at the end-of-text token, neither projected nor normalized.
 
   Args:
     names: '_' stands for ' '.
     tokenizer: transformers' CLIPTokenizer.
     text: the encoder.
     templates: with {} for the name; their vectors are averaged.
-    max_length: tokens a sentence is padded or cut to. Release: 20.
+    max_length: number of tokens to which a sentence is padded or truncated. Release: 20.
 
   Raises:
-    ValueError: nothing to encode; a length the encoder, or a tokenizer that its vocabulary, does not allow.
+    ValueError: no names or templates; a length that the encoder, or a tokenizer that its vocabulary, does not support.
   """
   if not names or not templates:
     raise UserError(f"there are {len(names)} names and {len(templates)} templates to encode; give at least one each.")
@@ -186,7 +186,7 @@ def encode(
 
   vectors = []
   with (
-    jax.default_matmul_precision("highest"),  # Made once and kept, and accelerators would round.
+    jax.default_matmul_precision("highest"),  # Accelerators use lower precision by default.
     progress.phase("class names", len(names), "names") as encoded,
   ):
     for name in names:
@@ -208,23 +208,23 @@ def resolve(
   tokenizer: str = "",
   templates: str = "imagenet_80",
 ) -> tuple[np.ndarray, str]:
-  """Class vectors for a model whose weights do not bring them.
+  """Class vectors for a model whose weights do not contain them.
 
   Args:
-    setting: `method.class_vectors`: a file; random:SEED; empty to encode the names.
+    setting: `method.class_vectors`: a file; random:SEED; or empty to encode the names.
     classes: names by class id.
-    width: of a vector, as the model's context needs it.
+    width: of a vector, as required by the model's context.
     pretrained: `init.pretrained`, whose text encoder encodes the names.
-    dtype: to encode in; the type of the parameters.
+    dtype: of the text encoder; the dtype of the parameters.
     sizes: of the text encoder of a single file; a folder states its own.
-    tokenizer: folder of the tokenizer, where `pretrained` has none.
-    templates: into which the names are set, see `read_templates`.
+    tokenizer: folder of the tokenizer, if `pretrained` has none.
+    templates: for the names, see `read_templates`.
 
   Returns:
-    float32 [len(classes), width], and a line that says where from.
+    float32 [len(classes), width], and a line that states their source.
 
   Raises:
-    ValueError: nothing to take them from, or vectors that do not fit; one line.
+    ValueError: in one line, if there is no source, or the vectors have another shape.
   """
   seed = random_seed(setting, "method.class_vectors")
   if seed is not None:
@@ -251,18 +251,20 @@ def _encode_from(
   tokenizer: str,
   templates: str,
 ) -> tuple[np.ndarray, str]:
-  """(vectors, where from), encoded by the text encoder of `pretrained`."""
+  """(vectors, their source), encoded by the text encoder of `pretrained`."""
   if not pretrained:
     raise UserError(f"there are no class vectors: method.class_vectors and init.pretrained are empty; {CHOICES}.")
   if not tokenizer and not fetch.local(pretrained).is_dir():
     raise UserError(f"there are no class vectors: init.pretrained={pretrained!r} brings no tokenizer; {CHOICES}.")
   try:
-    words = load_tokenizer(tokenizer or pretrained)
+    loaded = load_tokenizer(tokenizer or pretrained)
     text = load_text_encoder(pretrained, dtype=dtype, sizes=sizes)
   except UserError as error:
     raise UserError(f"there are no class vectors: {error} Or else: {CHOICES}.") from error
-  held = text.weights["text_model/final_layer_norm/scale"].shape[0]
-  if held != width:
-    raise UserError(f"the text encoder of {pretrained} is {held} wide, the model's context needs {width}; {CHOICES}.")
-  vectors = encode(classes, tokenizer=words, text=text, templates=read_templates(templates))
+  encoder_width = text.weights["text_model/final_layer_norm/scale"].shape[0]
+  if encoder_width != width:
+    raise UserError(
+      f"the text encoder of {pretrained} is {encoder_width} wide, the model's context needs {width}; {CHOICES}."
+    )
+  vectors = encode(classes, tokenizer=loaded, text=text, templates=read_templates(templates))
   return vectors, f"the names, templates {templates}, text encoder of {pretrained}"

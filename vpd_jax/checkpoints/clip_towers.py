@@ -1,6 +1,7 @@
-"""CLIP's towers inside a model: from Stable Diffusion's text encoder, from `init.clip`, or random, for smoke tests.
+"""Weights of a model's CLIP encoders: from Stable Diffusion, from `init.clip`, or random for smoke tests.
 
-Each function takes what is missing by the names of CLIP's own modules, and says in a line where it came from.
+Each function takes the shapes of the missing arrays by the names of CLIP's modules, and returns the arrays and a line
+that states their source.
 """
 
 import math
@@ -23,80 +24,80 @@ from vpd_jax.types import Array, ParamDict
 
 OPTION = "init.clip"
 CHOICES = f"set config.init.clip to {clip.WANTED}, or to random:SEED for smoke tests"
-Found = tuple[dict[str, np.ndarray], str]  # arrays by name, and a line that says where from
+LoadedArrays = tuple[dict[str, np.ndarray], str]  # arrays by name, and a line that states their source
 
 
-def text_encoder(wanted: Mapping[str, Shaped], *, pretrained: str, source: str) -> Found:
-  """The text encoder: that of a Stable Diffusion source which holds one, else that of `init.clip`.
+def text_encoder(shapes: Mapping[str, Shaped], *, pretrained: str, source: str) -> LoadedArrays:
+  """The text encoder: from a Stable Diffusion source that contains one, else from `init.clip`.
 
   Args:
-    wanted: shape and dtype by name.
+    shapes: shape and dtype by name.
     pretrained: `init.pretrained`, or empty.
-    source: `init.clip`: a folder or file of CLIP, or random:SEED.
+    source: `init.clip`: a folder or file with CLIP, or random:SEED.
 
   Raises:
-    ValueError: neither holds one, or one that does not fit.
+    ValueError: neither contains one, or its arrays have other shapes.
   """
   if pretrained and clip.holds_text(pretrained):
-    return clip.load_text(pretrained, wanted), f"CLIP text encoder: {pretrained}"
-  arrays, origin = _tower(wanted, source, "text", projected=False)
+    return clip.load_text(pretrained, shapes), f"CLIP text encoder: {pretrained}"
+  arrays, origin = _tower(shapes, source, "text", projected=False)
   return arrays, f"CLIP text encoder: {origin}"
 
 
-def image_encoder(wanted: Mapping[str, Shaped], *, source: str) -> Found:
+def image_encoder(shapes: Mapping[str, Shaped], *, source: str) -> LoadedArrays:
   """The image encoder without its projection; as `text_encoder`."""
-  arrays, origin = _tower(wanted, source, "image", projected=False)
+  arrays, origin = _tower(shapes, source, "image", projected=False)
   return arrays, f"CLIP image encoder: {origin}"
 
 
 def class_predictor(
-  wanted: Mapping[str, Shaped],
+  shapes: Mapping[str, Shaped],
   *,
   source: str,
   classes: Sequence[str],
   templates: Sequence[str],
-  words: str,
+  tokenizer_folder: str,
   sizes: TextSizes,
-) -> Found:
-  """The image encoder with its projection, and the directions of the classes' names.
+) -> LoadedArrays:
+  """The image encoder with its projection, and the normalized text vectors of the class names.
 
   Args:
-    wanted: shape and dtype by name: `names` and those below `image_encoder/`.
-    source: as above; a whole CLIP.
-    classes: their names.
+    shapes: shape and dtype by name: `names` and those below `image_encoder/`.
+    source: as above; a complete CLIP with both encoders.
+    classes: class names.
     templates: with {} for the name.
-    words: folder of the tokenizer; empty: that of the source.
+    tokenizer_folder: folder of the tokenizer; empty: that of the source.
     sizes: of the text encoder of a single file; a folder states its own.
   """
-  tower = "image_encoder/"
-  below = {name.removeprefix(tower): shape for name, shape in wanted.items() if name.startswith(tower)}
-  arrays, origin = _tower(below, source, "image", projected=True)
-  count, width = wanted["names"].shape
+  prefix = "image_encoder/"
+  encoder_shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+  arrays, origin = _tower(encoder_shapes, source, "image", projected=True)
+  count, width = shapes["names"].shape
   seed = random_seed(source, OPTION)
   if seed is not None:
     vectors = random_class_vectors(count, width, seed)
   else:
     stated = clip.sizes(source).get("text")
     sizes = TextSizes(**stated) if stated else sizes
-    reader = tokenizer.load(words or source)
-    vectors = name_vectors(source, classes[:count], templates, words=reader, sizes=sizes, projection=width)
-  named = {tower + name: value for name, value in arrays.items()} | {"names": vectors.astype(wanted["names"].dtype)}
+    loaded = tokenizer.load(tokenizer_folder or source)
+    vectors = name_vectors(source, classes[:count], templates, text_tokenizer=loaded, sizes=sizes, projection=width)
+  named = {prefix + name: value for name, value in arrays.items()} | {"names": vectors.astype(shapes["names"].dtype)}
   return named, f"classes predicted by CLIP: {origin}"
 
 
-def _tower(wanted: Mapping[str, Shaped], source: str, which: str, *, projected: bool) -> Found:
-  """One of CLIP's towers by its own names, and where from."""
+def _tower(shapes: Mapping[str, Shaped], source: str, which: str, *, projected: bool) -> LoadedArrays:
+  """The arrays of one of CLIP's encoders by its own names, and their source."""
   if not source:
     raise UserError(f"there is no CLIP {which} encoder: config.init.clip is empty; {CHOICES}.")
   seed = random_seed(source, OPTION)
   if seed is not None:
-    return random_tower(wanted, seed), f"random (seed {seed}), for smoke tests only"
+    return random_tower(shapes, seed), f"random (seed {seed}), for smoke tests only"
   reader = {"text": clip.load_text, "image": clip.load_image}[which]
-  return reader(source, wanted, projected=projected), source
+  return reader(source, shapes, projected=projected), source
 
 
 def random_tower(targets: Mapping[str, Shaped], seed: int) -> dict[str, np.ndarray]:
-  """Stand-ins for a tower, for smoke tests: kernels that keep the scale, norms that do nothing, small embeddings."""
+  """Random arrays of an encoder for smoke tests: variance-preserving kernels, identity norms, small embeddings."""
   rng, named = np.random.default_rng(seed), {}
   for name in sorted(targets):
     shape, last = tuple(targets[name].shape), name.rpartition("/")[2]
@@ -114,40 +115,40 @@ def name_vectors(
   names: Sequence[str],
   templates: Sequence[str],
   *,
-  words: tokenizer.Tokenizer,
+  text_tokenizer: tokenizer.Tokenizer,
   sizes: TextSizes,
   projection: int,
 ) -> np.ndarray:
-  """What an image is compared with to tell its class: one unit vector per name, float32 [K, P].
+  """Text vectors for zero-shot classification: one unit vector per name, float32 [K, P].
 
-  Each template's sentence is encoded and projected, brought to length 1, and their mean to length 1 again.
+  Each template's sentence is encoded, projected and normalized; the mean over templates is normalized again.
 
   Args:
-    path: of a whole CLIP, folder or file.
+    path: of a complete CLIP, folder or file.
     names: '_' stands for ' '.
     templates: with {} for the name.
-    words: its tokenizer, of tokenizer.load.
+    text_tokenizer: its tokenizer, from tokenizer.load.
     sizes: of its text encoder.
     projection: P.
 
   Raises:
-    ValueError: no text encoder with its projection there; another model's tokenizer.
+    ValueError: no text encoder with projection; a tokenizer of another model.
 
   Source: Radford et al. 2021, section 3.1.4; openai/CLIP notebooks/Prompt_Engineering_for_ImageNet.ipynb.
   """
-  kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32}
-  parts = params_lib.describe(lambda: ClipText(sizes, projection=projection, **kinds, rngs=nnx.Rngs(0)))
-  weights = clip.load_text(path, parts.shapes, projected=True)
+  dtypes = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+  spec = params_lib.describe(lambda: ClipText(sizes, projection=projection, **dtypes, rngs=nnx.Rngs(0)))
+  weights = clip.load_text(path, spec.shapes, projected=True)
   sentences = [template.replace("{}", name.replace("_", " ")) for name in names for template in templates]
-  tokens = tokenizer.tokenize(sentences, words, vocabulary=sizes.vocab_size, length=sizes.positions)
-  # What follows the end of a text does not count: cut to the longest.
+  tokens = tokenizer.tokenize(sentences, text_tokenizer, vocabulary=sizes.vocab_size, length=sizes.positions)
+  # Tokens after the end of a text have no effect: truncate to the longest text.
   tokens = tokens[:, : int(tokens.argmax(axis=1).max()) + 1].reshape(len(names), len(templates), -1)
   unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
   @jax.jit
   def mean_direction(weights: ParamDict, tokens: Array) -> Array:
-    return unit(unit(parts.merge(weights)(tokens).embeds).mean(axis=0))
+    return unit(unit(spec.merge(weights)(tokens).embeds).mean(axis=0))
 
   on_device = {name: jnp.asarray(value) for name, value in weights.items()}
-  with jax.default_matmul_precision("highest"):  # Made once, and accelerators would round.
+  with jax.default_matmul_precision("highest"):  # Accelerators use lower precision by default.
     return np.stack([np.asarray(mean_direction(on_device, jnp.asarray(part))) for part in tokens])

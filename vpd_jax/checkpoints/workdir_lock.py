@@ -1,4 +1,4 @@
-"""A workdir belongs to one run at a time."""
+"""A lock that prevents two runs from using the same workdir at the same time."""
 
 import contextlib
 import errno
@@ -15,24 +15,24 @@ from vpd_jax.errors import UserError
 from vpd_jax.files import paths
 
 LOCK = ".lock"
-# A file system without locks, or one that is mounted without them.
+# File systems that do not support locks, or are mounted without them.
 _UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
 def claimed(workdir: str | epath.PathLike) -> Iterator[list[str]]:
-  """Holds a workdir against other runs, on this machine and on others that see the same file system.
+  """Locks a workdir against other runs, on this machine and on others with the same file system.
 
-  The system itself gives the lock back when the process ends, however it ends; a file that is left means nothing.
+  The operating system releases the lock when the process ends, even if it is killed; a remaining file has no effect.
 
   Args:
-    workdir: a local folder, which is made; a bucket has no locks.
+    workdir: a local folder, which is created; buckets have no locks.
 
   Yields:
-    a line where the file system cannot keep other runs away.
+    warnings, if the file system does not support locks.
 
   Raises:
-    ValueError: another run has it, one line that says which; it cannot be made, or not be read again.
+    ValueError: another run holds the lock (one line that names it); the folder cannot be created or used.
   """
   if "://" in str(workdir):
     yield ["a bucket cannot keep a second run out of this workdir: start no other one in it"]
@@ -51,36 +51,36 @@ def claimed(workdir: str | epath.PathLike) -> Iterator[list[str]]:
     yield []
   finally:
     with contextlib.suppress(OSError):
-      (folder / LOCK).unlink()  # before it is given back: whoever waits for it sees that it is gone
+      (folder / LOCK).unlink()  # before the lock is released, so that a waiting process notices the removal
     os.close(file)
 
 
 def _locked(path: pathlib.Path, workdir: str) -> int:
-  """The open file, with the lock and with words about this process in it."""
+  """Opens and locks the file, and writes a description of this process to it."""
   while True:
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       if _same(file, path):
-        words = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        with contextlib.suppress(OSError):  # of a full disk: the lock is what counts
+        owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        with contextlib.suppress(OSError):  # the disk is full; the lock itself is sufficient
           os.ftruncate(file, 0)
-          os.pwrite(file, words.encode(), 0)
+          os.pwrite(file, owner.encode(), 0)
         return file
     except BlockingIOError:
-      words = os.pread(file, 200, 0).decode(errors="replace") or "an unknown process"
+      owner = os.pread(file, 200, 0).decode(errors="replace") or "an unknown process"
       os.close(file)
       raise UserError(
-        f"workdir={workdir!r} is in use by another run ({words}); wait for it, end it, or choose another --workdir."
+        f"workdir={workdir!r} is in use by another run ({owner}); wait for it, end it, or choose another --workdir."
       ) from None
     except BaseException:
       os.close(file)
       raise
-    os.close(file)  # the run before has removed it in the meantime
+    os.close(file)  # the previous run has removed it in the meantime
 
 
 def _same(file: int, path: pathlib.Path) -> bool:
-  """Whether the open file still stands under its name."""
+  """Whether the open file still exists under its name."""
   try:
     return os.path.samestat(os.fstat(file), os.stat(path))
   except FileNotFoundError:

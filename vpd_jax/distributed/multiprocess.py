@@ -158,34 +158,34 @@ def arguments(
   Raises:
     ValueError: a missing or invalid value.
   """
-  given = {"coordinator_address": address, "num_processes": count, "process_id": index}
+  values = {"coordinator_address": address, "num_processes": count, "process_id": index}
   names = ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_COUNT", "JAX_PROCESS_ID")
-  for (key, value), name in zip(list(given.items()), names, strict=True):
+  for (key, value), name in zip(list(values.items()), names, strict=True):
     text = environment.get(name)
     if value is None and text:
       if key != "coordinator_address" and not text.isdecimal():
         raise UserError(f"{name}={text!r} is not a number; give an integer from 0.")
-      given[key] = text if key == "coordinator_address" else int(text)
-  if given["num_processes"] == 1:
+      values[key] = text if key == "coordinator_address" else int(text)
+  if values["num_processes"] == 1:
     return None
   cluster = _cluster(environment)
-  missing = [key for key, value in given.items() if value is None]
-  if len(missing) == len(given) and not cluster:
+  missing = [key for key, value in values.items() if value is None]
+  if len(missing) == len(values) and not cluster:
     return None
   if missing and not cluster:
     raise UserError(
       f"several processes were requested without {missing}; give each of them --coordinator_address=HOST:PORT of "
       "process 0, --process_count=N and its own --process_id=0 to N-1, or none of the three."
     )
-  if not missing and given["process_id"] >= given["num_processes"]:
+  if not missing and values["process_id"] >= values["num_processes"]:
     raise UserError(
-      f"--process_id={given['process_id']} of --process_count={given['num_processes']} processes does not exist; "
+      f"--process_id={values['process_id']} of --process_count={values['num_processes']} processes does not exist; "
       "ids start at 0."
     )
-  if given["coordinator_address"] and not re.fullmatch(r".+:\d+", given["coordinator_address"]):
-    raise UserError(f"--coordinator_address={given['coordinator_address']!r} has no port; write HOST:PORT.")
+  if values["coordinator_address"] and not re.fullmatch(r".+:\d+", values["coordinator_address"]):
+    raise UserError(f"--coordinator_address={values['coordinator_address']!r} has no port; write HOST:PORT.")
   detection = {} if missing else {"cluster_detection_method": "deactivate"}
-  return {key: value for key, value in given.items() if value is not None} | detection
+  return {key: value for key, value in values.items() if value is not None} | detection
 
 
 def may_be_first(index: int | None, environment: Mapping[str, str]) -> bool:
@@ -234,10 +234,10 @@ def connect(address: str | None, count: int | None, index: int | None, seconds: 
   Raises:
     ValueError: a missing or invalid value, or the other processes were not found.
   """
-  given = arguments(address, count, index, os.environ)
-  if given is None:
+  options = arguments(address, count, index, os.environ)
+  if options is None:
     return
-  settings = ", ".join(f"{key} {value}" for key, value in given.items() if key != "cluster_detection_method")
+  settings = ", ".join(f"{key} {value}" for key, value in options.items() if key != "cluster_detection_method")
   failure = f"could not reach the coordinator ({settings or 'detected from SLURM or the TPU'}): "
   remedy = (
     "Start all processes within --coordinator_timeout, check that the port of process 0 is free and reachable, or run "
@@ -248,7 +248,7 @@ def connect(address: str | None, count: int | None, index: int | None, seconds: 
   timer.daemon = True
   timer.start()
   try:
-    _jax().distributed.initialize(**given, initialization_timeout=seconds + 60)
+    _jax().distributed.initialize(**options, initialization_timeout=seconds + 60)
   except (RuntimeError, ValueError, OSError) as error:
     raise UserError(f"{failure}{' '.join(str(error).split())[:300]}. {remedy}") from error
   finally:

@@ -54,5 +54,5 @@ class PreemptionGuard:
       if self.requested:
         raise KeyboardInterrupt
       self.cause = "Ctrl-C"
-      print("Ctrl-C: the step under way is finished and saved; once more ends at once", file=sys.stderr, flush=True)
+      print("Ctrl-C: finishing and saving this step; press again to stop immediately", file=sys.stderr, flush=True)
     self.requested = True

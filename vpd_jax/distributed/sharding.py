@@ -115,13 +115,13 @@ def state_shardings(mesh: Mesh, state: PyTree, *, rules: Rules = (), min_bytes: 
       return NamedSharding(mesh, spec_of(array_name(path), leaf.shape))
     name, shape = array_name(path), leaf.codes.shape
     spec = spec_of(name, shape)
-    whole, split = moments.axis(shape), [i for i, part in enumerate(spec) if part is not None and mesh.shape[part] > 1]
-    if split and split != [whole]:
+    axis, split = moments.axis(shape), [i for i, part in enumerate(spec) if part is not None and mesh.shape[part] > 1]
+    if split and split != [axis]:
       raise UserError(
-        f"config.optim.moments='int8' keeps blocks along every axis but {whole} of {name} of shape {shape}, which is "
+        f"config.optim.moments='int8' keeps blocks along every axis but {axis} of {name} of shape {shape}, which is "
         f"split along {split}; add (r'/{name}$', ()) in front of config.mesh.rules, or choose other moments."
       )
-    scales = P(None, spec[whole]) if split else P()
+    scales = P(None, spec[axis]) if split else P()
     return moments.Blocks(NamedSharding(mesh, spec), NamedSharding(mesh, scales))  # pyright: ignore[reportArgumentType]
 
   return jax.tree_util.tree_map_with_path(place, state, is_leaf=lambda x: isinstance(x, moments.Blocks))
@@ -138,7 +138,7 @@ def place(arrays: PyTree, shardings: PyTree, *, emptied: bool = False) -> PyTree
   Args:
     arrays: a tree; with several processes, each of them has full copies of all arrays.
     shardings: a tree of NamedShardings; all processes whose devices they include must call this function.
-    emptied: whether `arrays`, nested dicts, may be emptied on the way, so that one process has no two of them twice.
+    emptied: whether `arrays`, nested dicts, may be emptied during the transfer, so that their memory is freed early.
 
   Raises:
     ValueError: the arrays differ between the processes, e.g. because of different files.
@@ -160,9 +160,9 @@ def place(arrays: PyTree, shardings: PyTree, *, emptied: bool = False) -> PyTree
 
 
 def _moved(arrays: dict[str, PyTree], shardings: Mapping[str, PyTree]) -> dict[str, PyTree]:
-  """The arrays of nested dicts on their devices, each taken out of its dict before the next one is begun."""
-  move = lambda x, where: _moved(x, where) if isinstance(x, dict) else jax.device_put(x, where)
-  return {name: move(arrays.pop(name), shardings[name]) for name in list(arrays)}
+  """Transfers the arrays of nested dicts one by one, and removes each from its dict to free its memory."""
+  transfer = lambda x, where: _moved(x, where) if isinstance(x, dict) else jax.device_put(x, where)
+  return {name: transfer(arrays.pop(name), shardings[name]) for name in list(arrays)}
 
 
 def _checksum(x: object) -> int:
@@ -227,11 +227,11 @@ def gathered(arrays: ParamDict, shardings: Mapping[str, NamedSharding], dtype: D
 def _all_gather(x: jax.Array, where: NamedSharding, dtype: DTypeLike) -> jax.Array:
   """All-gathers one array."""
   dtype_in = x.dtype
-  carried = min(dtype_in, jnp.dtype(dtype), key=lambda dtype: dtype.itemsize)
+  gather_dtype = min(dtype_in, jnp.dtype(dtype), key=lambda dtype: dtype.itemsize)
 
   @jax.custom_vjp
   def gather(x: jax.Array) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x.astype(carried), replicated(where.mesh))
+    return jax.lax.with_sharding_constraint(x.astype(gather_dtype), replicated(where.mesh))
 
   def backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
     return (jax.lax.with_sharding_constraint(gradient, where).astype(dtype_in),)

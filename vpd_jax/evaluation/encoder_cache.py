@@ -1,18 +1,19 @@
-"""Latents of pictures and states of sentences, ahead of the network.
+"""Runs the frozen encoders ahead of the network, and caches latents of images and encoded sentences.
 
-Where a data set only resizes its pictures, what the frozen VAE makes of a picture and the frozen text encoder of a
-sentence never changes. Both are computed here, row by row: one program that takes one picture, one that takes one
-sentence, each on every device of this process at once. That is so whether or not the results are kept, so that
-`data.cache` changes no bit:
+If a data set only resizes its images, the output of the frozen VAE for an image and of the frozen text encoder for a
+sentence never changes. Both are computed here, row by row: one program encodes one image, another one sentence, each on
+all devices of this process in parallel. The programs are the same with and without caching, so that results are
+bit-identical for all values of `data.cache`:
 
-  off     what the last batch used: sentences about one picture stand together in evaluation, so that each picture is
-          encoded once in a pass (once per process)
-  memory  everything, in this process; 64 KiB a picture of 512 x 512 and 120 KiB a sentence of 40 tokens in float32
-  disk    everything, as files in `data.cache_folder`, which runs may share
+  off     keeps the results of the last batch: sentences about the same image are consecutive in evaluation, so that
+          each image is encoded once per pass (and process)
+  memory  keeps all results in this process; 64 KiB per image of 512 x 512 and 120 KiB per sentence of 40 tokens in
+          float32
+  disk    keeps all results as files in `data.cache_folder`, which several runs can share
 
-Results are found by the content of the resized picture, or the tokens, so that a changed file meets no old result; on
-disk also by the weights, the program, the version of jax and the kind of device. A file is renamed into place when it
-is whole, and one that is damaged is made anew.
+Results are keyed by the content of the resized image, or the tokens, so that changed files are encoded again; on disk
+also by the weights, the program, the version of jax and the device kind. Files are renamed when they are complete, and
+damaged files are recomputed.
 """
 
 import functools
@@ -38,12 +39,12 @@ from vpd_jax.models.parameters import ModelSpec
 from vpd_jax.types import Array, Batch, Cache, Dataset, ParamDict
 
 Numpy = dict[str, np.ndarray]
-ENCODERS = {"latents": "method/vae/", "text_states": "method/text_encoder/"}  # result: its arrays
-READ = {"latents": "image", "text_states": "tokens"}  # result: of what
+ENCODERS = {"latents": "method/vae/", "text_states": "method/text_encoder/"}  # prefix of the arrays by result
+ENCODER_INPUTS = {"latents": "image", "text_states": "tokens"}  # key of the batch by result
 
 
 class Store(Protocol):
-  """Where results are kept, by the digest of what they are made of."""
+  """A key-value store of results, keyed by the digest of their inputs."""
 
   def get(self, key: str) -> np.ndarray | None: ...
   def put(self, key: str, result: np.ndarray) -> None: ...
@@ -56,13 +57,13 @@ class Memory(dict):
 
 
 class Disk:
-  """A Store of one file per result: its bytes, then their digest."""
+  """A Store with one file per result: its bytes, then their digest."""
 
   def __init__(self, folder: Path, result: jax.ShapeDtypeStruct):
-    """Makes the folder.
+    """Creates the folder.
 
     Raises:
-      ValueError: it cannot be made or written to.
+      ValueError: it cannot be created or written to.
     """
     self._folder, self._shape, self._dtype = folder, result.shape, result.dtype
     try:
@@ -71,28 +72,29 @@ class Disk:
     except OSError:
       writable = False
     if not writable:
-      raise UserError(f"data.cache_folder: {folder} cannot be made or written to; name another folder.")
+      raise UserError(f"data.cache_folder: {folder} cannot be created or written to; choose another folder.")
 
   def get(self, key: str) -> np.ndarray | None:
-    """The result, or None where there is none that is whole."""
+    """The result; None if it is missing or damaged."""
     try:
       content = self._path(key).read_bytes()
     except FileNotFoundError:
       return None
-    held, digest = content[: -_digest(b"").digest_size], content[-_digest(b"").digest_size :]
-    if _digest(held).digest() != digest or len(held) != self._dtype.itemsize * int(np.prod(self._shape)):
+    size = _digest().digest_size
+    data, digest = content[:-size], content[-size:]
+    if _digest(data).digest() != digest or len(data) != self._dtype.itemsize * int(np.prod(self._shape)):
       return None
-    return np.frombuffer(held, self._dtype).reshape(self._shape)
+    return np.frombuffer(data, self._dtype).reshape(self._shape)
 
   def put(self, key: str, result: np.ndarray) -> None:
-    """Writes beside and renames.
+    """Writes a temporary file and renames it.
 
     Raises:
       ValueError: the disk is full.
     """
-    path, held = self._path(key), np.ascontiguousarray(result).tobytes()
+    path, data = self._path(key), np.ascontiguousarray(result).tobytes()
     try:
-      atomic.write(path, held + _digest(held).digest())
+      atomic.write(path, data + _digest(data).digest())
     except OSError as error:
       raise UserError(
         f"{path} cannot be written ({error.strerror}); make room for data.cache_folder, or set data.cache='off'."
@@ -103,24 +105,24 @@ class Disk:
 
 
 class EncoderCache:
-  """Adds "latents", and where the method reads sentences "text_states", to the batches of a data set.
+  """Adds "latents", and "text_states" if the method reads sentences, to the batches of a data set.
 
   Attributes:
-    active: whether it does; else batches stay as they are, and the network encodes its pictures itself, which it must
-      where the VAE is trained, or latents are drawn.
+    active: whether it adds them; otherwise batches are unchanged, and the network itself encodes the images, as
+      required if the VAE is trained or latents are sampled.
   """
 
   def __init__(self, config: ConfigDict, exp: Experiment, dataset: Dataset, mesh: jax.sharding.Mesh):
-    """Takes note of the options; nothing is computed.
+    """Stores the options; computes nothing.
 
     Args:
       config: of the run.
-      exp: its method encodes.
-      dataset: has an `encoder_cache` where it only resizes its pictures, see types.Cache.
-      mesh: over which the weights are spread.
+      exp: contains the encoders in its method.
+      dataset: has an `encoder_cache` if it only resizes its images, see types.Cache.
+      mesh: over which the weights are sharded.
 
     Raises:
-      ValueError: results are to be kept of a VAE that is trained.
+      ValueError: caching is requested for a trained VAE.
     """
     check(exp, dataset)
     self._cache = dataset.encoder_cache or Cache("off", "")
@@ -132,40 +134,41 @@ class EncoderCache:
     self._encoders: dict[str, _Encoder] = {}
 
   def lines(self) -> list[str]:
-    """For the start of a run."""
-    where = {"off": "computed anew for every batch", "memory": "kept in memory"}
+    """Lines for the start-up report."""
+    where = {"off": "computed for every batch", "memory": "cached in memory"}
     if not self.active:
       return []
-    return [f"latents and text states: {where.get(self._cache.kind, f'kept in {self._cache.folder}')}"]
+    return [f"latents and text states: {where.get(self._cache.kind, f'cached in {self._cache.folder}')}"]
 
   def __call__(self, batches: HostBatches, frozen: ParamDict) -> HostBatches:
-    """The same batches with the results in them, those for this process' rows; "tokens" are gone.
+    """Adds the results for the rows of this process to the batches, and removes "tokens".
 
     Args:
-      batches: of {key: [rows, ...]} with "image" uint8 [rows, H, W, 3] and, where they are read, "tokens" int32 [rows,
-        N].
-      frozen: the arrays that are not trained, on the mesh; every process must call at the same time.
+      batches: of {key: [rows, ...]} with "image" uint8 [rows, H, W, 3] and, if they are read, "tokens" int32 [rows, N].
+      frozen: the frozen arrays on the mesh; all processes must call at the same time.
     """
     if not self.active:
       return batches
     names = _results(self._experiment)
     for name in names:
-      self._ready(name, {n: x for n, x in frozen.items() if n.startswith(ENCODERS[name])})
+      self._prepare_encoder(name, {n: x for n, x in frozen.items() if n.startswith(ENCODERS[name])})
     return Encoded(batches, [self._encoders[name] for name in names])
 
-  def _ready(self, name: str, arrays: ParamDict) -> None:
-    """Makes an encoder of these weights, where there is none yet."""
+  def _prepare_encoder(self, name: str, arrays: ParamDict) -> None:
+    """Creates the encoder with these weights unless it already exists."""
     if jax.process_count() > 1:
       arrays = sharding.on_devices_of_one_process(arrays, self._mesh, self._local)
-    arrays = {n: np.array(x) for n, x in sorted(arrays.items())}  # copies: a training step donates those of its state
-    digest = _digest(b"")
+    arrays = {
+      n: np.array(x) for n, x in sorted(arrays.items())
+    }  # copies, since the training step donates the arrays of its state
+    digest = _digest()
     for n, x in arrays.items():
       digest.update(f"{n} {x.dtype} {x.shape}".encode())
       digest.update(np.ascontiguousarray(x).view(np.uint8).data)
     if self._weights.get(name) == digest.hexdigest():
       return
     self._weights[name] = digest.hexdigest()
-    key, spec = READ[name], self._experiment.spec
+    key, spec = ENCODER_INPUTS[name], self._experiment.spec
     shapes = {
       "image": ((*self._size, 3), np.uint8),
       "tokens": ((self._experiment.method.sentence_tokens or (0,))[:1], np.int32),
@@ -182,10 +185,10 @@ class EncoderCache:
 
 
 class Encoded(HostBatches):
-  """Iterator of batches with the results in them; the rest is that of the iterator below.
+  """Iterator that adds the results to the batches of another iterator.
 
   Attributes:
-    computed: rows that had to be computed so far, by name of the result.
+    computed: number of rows computed so far, by name of the result.
   """
 
   def __init__(self, batches: HostBatches, encoders: "Sequence[_Encoder]"):
@@ -196,23 +199,23 @@ class Encoded(HostBatches):
   def __next__(self) -> Numpy:
     batch = dict(next(self._batches))
     for encoder in self._encoders:
-      name, key = encoder.name, READ[encoder.name]
-      rows, known = batch[key], self._last[encoder.name]
+      name = encoder.name
+      rows, results = batch[ENCODER_INPUTS[name]], self._last[name]
       keys = [_digest(str(rows.shape[1:]).encode(), np.ascontiguousarray(row).data).hexdigest() for row in rows]
-      missing = {}
-      for place, k in enumerate(keys):
-        if k not in known and (held := encoder.store.get(k)) is not None:
-          known[k] = held
-        if k not in known:
-          missing.setdefault(k, place)
-      made = encoder(rows[list(missing.values())])
-      for k, result in zip(missing, made, strict=True):
-        known[k] = result
-        encoder.store.put(k, result)
+      missing = {}  # index of the row by key
+      for i, key in enumerate(keys):
+        if key not in results and (stored := encoder.store.get(key)) is not None:
+          results[key] = stored
+        if key not in results:
+          missing.setdefault(key, i)
+      computed = encoder(rows[list(missing.values())])
+      for key, result in zip(missing, computed, strict=True):
+        results[key] = result
+        encoder.store.put(key, result)
       self.computed[name] += len(missing)
-      self._last[name] = {k: known[k] for k in keys}
-      batch[name] = np.stack([known[k] for k in keys])
-    batch.pop("tokens", None)  # the image stays: its size is asked for
+      self._last[name] = {key: results[key] for key in keys}
+      batch[name] = np.stack([results[key] for key in keys])
+    batch.pop("tokens", None)  # the image is kept, since its size is needed
     return batch
 
   @property
@@ -225,15 +228,15 @@ class Encoded(HostBatches):
     self._batches.close()
 
 
-class _Nothing:
-  """A Store that keeps nothing."""
+class _NullStore:
+  """A Store that discards all results."""
 
   def get(self, key: str) -> None: ...
   def put(self, key: str, result: np.ndarray) -> None: ...
 
 
 class _Encoder:
-  """One row to one result, on all devices of this process at once."""
+  """Encodes rows one by one, on all devices of this process in parallel."""
 
   def __init__(
     self,
@@ -243,90 +246,88 @@ class _Encoder:
     row: jax.ShapeDtypeStruct,
     mesh: jax.sharding.Mesh,
   ):
-    """`row` is [1, ...]: what `function` is given."""
+    """`row`: shape [1, ...] and dtype of the input of `function`."""
     self.name, self._function, self._row, self._mesh = name, function, row, mesh
-    self.store: Store = _Nothing()
+    self.store: Store = _NullStore()
     self._weights = jax.device_put(weights, sharding.replicated(mesh))
     result = jax.eval_shape(function, weights, row)
     self.result = jax.ShapeDtypeStruct(result.shape[1:], result.dtype)
-    # The same program of one row on each device, whatever their number: the same bits.
+    # Each device runs the same program on one row, so that results do not depend on the number of devices.
     spread = jax.shard_map(
       function, mesh=mesh, in_specs=(P(), P(sharding.AXES)), out_specs=P(sharding.AXES), check_vma=False
     )
     self._run = jax.jit(spread)
 
   def text(self) -> str:
-    """The program for one device, before it is compiled."""
+    """The program for one device, before compilation."""
     return jax.jit(self._function).lower(self._weights, self._row).as_text()
 
   def __call__(self, rows: np.ndarray) -> list[np.ndarray]:
     """Results of the rows, in order."""
-    count, waiting = self._mesh.size, []
+    count, pending = self._mesh.size, []
     for begin in range(0, len(rows), count):
       chosen = rows[np.minimum(np.arange(begin, begin + count), len(rows) - 1)]
-      waiting.append(self._run(self._weights, jax.device_put(chosen, sharding.batch_sharding(self._mesh))))
-    return [row for made in waiting for row in np.asarray(made)][: len(rows)]
+      pending.append(self._run(self._weights, jax.device_put(chosen, sharding.batch_sharding(self._mesh))))
+    return [row for results in pending for row in np.asarray(results)][: len(rows)]
 
 
 def _encode(spec: ModelSpec, name: str, weights: ParamDict, rows: Array) -> Array:
-  """Rows to results of this name, by the method that has these weights."""
+  """Encodes rows with the given weights of the method."""
   method = spec.partial(weights).method
-  return {"latents": method.latents, "text_states": method.text_states}[name]({READ[name]: rows})
+  return {"latents": method.latents, "text_states": method.text_states}[name]({ENCODER_INPUTS[name]: rows})
 
 
 def _results(exp: Experiment) -> list[str]:
-  """The names of what is made ahead."""
+  """The names of the results that are computed ahead of the network."""
   return [name for name in ENCODERS if name == "latents" or exp.method.sentence_tokens]
 
 
 def _latents_change(exp: Experiment) -> str:
-  """Why a picture has other latents in each step; empty where it has not."""
+  """Why the latents of an image differ between steps; empty if they are constant."""
   if exp.method.samples_latents:
-    return "config.method draws it anew in every step; take the mode"
+    return "config.method samples new latents in every step; use the mode"
   trained = any(name.startswith(ENCODERS["latents"]) for name in exp.groups.lr)
-  return 'config.optim.lr_groups trains it; freeze it with (r"/vae/", None)' if trained else ""
+  return 'config.optim.lr_groups trains the VAE; freeze it with (r"/vae/", None)' if trained else ""
 
 
 def check(exp: Experiment, dataset: Dataset) -> None:
-  """Raises ValueError where results of a VAE are to be kept that change."""
+  """Raises ValueError if caching is requested for latents that change."""
   cache = dataset.encoder_cache
   if cache is not None and cache.kind != "off" and (why := _latents_change(exp)):
-    raise UserError(
-      f"data.cache={cache.kind!r} keeps what the VAE makes of pictures, but {why}, or set data.cache='off'."
-    )
+    raise UserError(f"data.cache={cache.kind!r} caches the latents of images, but {why}, or set data.cache='off'.")
 
 
-def planned(config: ConfigDict, exp: Experiment, batch: Batch) -> tuple[Batch, int]:
-  """What `EncoderCache` would make of a batch, without the data set: for --mode=plan and benchmarks.
+def encoded_batch_shapes(config: ConfigDict, exp: Experiment, batch: Batch) -> tuple[Batch, int]:
+  """Shapes of a batch after `EncoderCache`, without opening the data set: for --mode=plan and benchmarks.
 
   Args:
-    config: of the run; its data set says by `only_resizes` whether results are made ahead.
-    exp: of it.
-    batch: ShapeDtypeStructs of what the pipeline gives.
+    config: of the run; `only_resizes` of its data set determines whether images are encoded ahead of the network.
+    exp: of the config.
+    batch: ShapeDtypeStructs of a batch of the pipeline.
 
   Returns:
-    ShapeDtypeStructs of what the step is given, and the bytes of the encoders' weights, a copy of which lies on every
-    device beside the state.
+    ShapeDtypeStructs of the batch that the step receives, and the bytes of the encoders' weights, of which every device
+    has a copy in addition to the state.
   """
   if not experiment.only_resizes(config) or _latents_change(exp):
     return batch, 0
-  encoded, held = {key: x for key, x in batch.items() if key != "tokens"}, 0
+  encoded, weight_bytes = {key: x for key, x in batch.items() if key != "tokens"}, 0
   for name in _results(exp):
     arrays = {n: x for n, x in exp.spec.shapes.items() if n.startswith(ENCODERS[name])}
-    encoded[name] = jax.eval_shape(functools.partial(_encode, exp.spec, name), arrays, batch[READ[name]])
-    held += sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays.values())
-  return encoded, held
+    encoded[name] = jax.eval_shape(functools.partial(_encode, exp.spec, name), arrays, batch[ENCODER_INPUTS[name]])
+    weight_bytes += sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays.values())
+  return encoded, weight_bytes
 
 
 def inputs(batch: Batch, exp: Experiment) -> Batch:
-  """What the network reads of a batch, ready or not."""
+  """The entries of a batch that the network reads, including precomputed ones."""
   names = {"image", *exp.method.needs, *ENCODERS}
   return {name: x for name, x in batch.items() if name in names}
 
 
 def _digest(*parts: bytes | memoryview) -> hashlib.blake2b:
-  """A running digest of bytes."""
-  made = hashlib.blake2b(digest_size=16)
+  """An incremental digest that already contains the given bytes."""
+  digest = hashlib.blake2b(digest_size=16)
   for part in parts:
-    made.update(part)
-  return made
+    digest.update(part)
+  return digest

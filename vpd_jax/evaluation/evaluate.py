@@ -40,7 +40,7 @@ class Evaluation(NamedTuple):
 def make_predict(
   exp: Experiment, test_time: tuple[str, ...], coverage: str, *, smooth: bool = False
 ) -> Callable[[Weights, Batch], Array]:
-  """(weights, batch) -> prediction by the test-time procedure; pure."""
+  """(weights, batch) -> prediction with test-time augmentation; pure."""
 
   def predict(weights: Weights, batch: Batch) -> Array:
     model = exp.spec.merge(*weights)
@@ -52,7 +52,7 @@ def make_predict(
 
 
 def make_scores(exp: Experiment) -> Callable[[Weights, Batch], Array]:
-  """(weights, batch of windows) -> scores of the classes [n, h, w, K]; pure."""
+  """(weights, batch of windows) -> class scores [n, h, w, K]; pure."""
 
   def scores(weights: Weights, batch: Batch) -> Array:
     return exp.task.predict(exp.spec.merge(*weights)(batch, training=False))
@@ -61,7 +61,7 @@ def make_scores(exp: Experiment) -> Callable[[Weights, Batch], Array]:
 
 
 def make_step(config: ConfigDict, exp: Experiment) -> Callable[[Weights, Batch], tuple[dict[str, Array], Array]]:
-  """(weights, batch) -> measurements and prediction of pictures of one size; pure."""
+  """(weights, batch) -> measurements and predictions for images of one size; pure."""
   predict = make_predict(exp, config.eval.test_time, config.eval.coverage, smooth=config.eval.blend == "smooth")
 
   def step(weights: Weights, batch: Batch) -> tuple[dict[str, Array], Array]:
@@ -73,14 +73,14 @@ def make_step(config: ConfigDict, exp: Experiment) -> Callable[[Weights, Batch],
 
 
 def check_coverage(config: ConfigDict, exp: Experiment, size: Sequence[int]) -> None:
-  """Raises ValueError where windows leave pixels of images of this size without a prediction that are scored."""
+  """Raises ValueError if windows do not cover all scored pixels of images of this size."""
   if exp.task.test_time_protocol == "windows":
     region = cast(WindowedTask, exp.task).region((size[0], size[1]))
     tta.check_coverage(size, config.eval.test_time, config.eval.coverage, region)
 
 
 def on_mesh(step: Step, config: ConfigDict, exp: Experiment, mesh: jax.sharding.Mesh) -> Step:
-  """A step as a program for this mesh: weights that are split are gathered, kernels run on each device's rows."""
+  """Wraps a step for this mesh: all-gathers sharded weights, so that each device computes its own rows."""
   gather = initialize.gather(config, exp, mesh)
 
   def run(weights: Weights, batch: Batch) -> object:
@@ -92,19 +92,19 @@ def on_mesh(step: Step, config: ConfigDict, exp: Experiment, mesh: jax.sharding.
 
 
 def lower_step(config: ConfigDict, exp: Experiment, mesh: jax.sharding.Mesh, batch: Batch) -> jax.stages.Lowered:
-  """The network's part of evaluation before it is compiled, of a batch of pictures, or of windows for any size.
+  """Lowers the evaluation step for a batch of images, or of windows with a sliding window.
 
-  `batch` and the devices of `mesh` may be descriptions of what is not there.
+  `batch` may be ShapeDtypeStructs, and `mesh` of devices that do not exist.
   """
   state = sharding.abstract(initialize.state_shapes(config, exp), initialize.state_shardings(config, exp, mesh))
-  spread = sharding.batch_sharding(mesh)
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread), batch)
+  batch_sharding = sharding.batch_sharding(mesh)
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding), batch)
   step = make_scores(exp) if exp.task.test_time_protocol == "sliding" else make_step(config, exp)
   return jax.jit(on_mesh(step, config, exp, mesh)).lower((state.params, state.frozen, state.stats), shapes)
 
 
 class _Batches:
-  """Pictures of one size, in batches: one row and one prediction per picture."""
+  """Evaluates images of one size in batches: one row and one prediction per image."""
 
   def __init__(
     self,
@@ -120,7 +120,7 @@ class _Batches:
     self._step = jax.jit(on_mesh(make_step(config, exp), config, exp, mesh))
 
   def __call__(self, weights: Weights, panels: int) -> Generator[tuple[Rows, np.ndarray | tuple[()]], None, None]:
-    """Rows of each batch, all processes together, with "real"; and the predictions, none once there are `panels`."""
+    """Yields the rows of each batch from all processes, with "real", and the first `panels` predictions."""
     local = pipeline.eval_batches(
       self._dataset,
       batch_size=self._batch_size,
@@ -138,12 +138,12 @@ class _Batches:
         yield _gathered(measured | {"real": batch["real"]}), predictions
 
 
-class _Pictures:
-  """Pictures of any size, one after the other, each process its own; see inference/sliding_window.py."""
+class _Images:
+  """Evaluates images of any size one by one, different ones in each process; see inference/sliding_window.py."""
 
   def __init__(self, config: ConfigDict, exp: Experiment, dataset: Dataset, mesh: jax.sharding.Mesh):
     self._experiment, self._dataset, self._mesh = exp, dataset, mesh
-    # The devices of one process work together, and wait for no other.
+    # Processes work independently of each other, each on its local devices.
     self._local = mesh if jax.process_count() == 1 else sharding.make_mesh(devices=jax.local_devices())
     self._labeling = sliding_window.SlidingWindowInference(
       on_mesh(make_scores(exp), config, exp, self._local),
@@ -158,7 +158,7 @@ class _Pictures:
     self._measure = jax.jit(exp.task.measure)
 
   def __call__(self, weights: Weights, panels: int) -> Generator[tuple[Rows, np.ndarray | tuple[()]], None, None]:
-    """As _Batches, picture by picture, which is a batch of one for each process."""
+    """As _Batches, with batches of one image per process."""
     examples = pipeline.eval_examples(
       self._dataset,
       prepare=self._experiment.method.prepare,
@@ -167,24 +167,24 @@ class _Pictures:
     )
     if jax.process_count() > 1:
       weights = sharding.on_devices_of_one_process(weights, self._mesh, self._local)
-    waiting: collections.deque[Example] = collections.deque()  # examples whose scores are on their way
+    pending: collections.deque[Example] = collections.deque()  # examples whose results are not ready yet
 
     def views() -> Iterator[sliding_window.Views]:
       for example in examples:
-        waiting.append(example)
+        pending.append(example)
         inputs = {name: example[name] for name in ("image", *sorted(self._experiment.method.needs))}
         yield self._labeling.views(inputs)
 
     with contextlib.closing(examples):
       for shown, label in enumerate(self._labeling(weights, views())):
-        example = waiting.popleft()
+        example = pending.popleft()
         bad = label == len(self._experiment.classes)
         measured = self._areas(label, example) | {"not_finite": bad.sum()[None]}
         measured |= {"real": np.asarray(example["real"])[None]}
         yield _gathered(measured), label[None] if shown < panels else np.asarray(())
 
   def _areas(self, label: np.ndarray, example: Example) -> Rows:
-    """The task's measurements of one picture, which are sums over its pixels: square by square, in one program."""
+    """The task's measurements of one image, which are sums over pixels, computed in squares by one program."""
     truth = {name: tiles.squares(example[name], tiles.OUTSIDE_LABEL) for name in self._experiment.task.needs}
     label, count = tiles.squares(label, 0), tiles.SQUARES
     rows = [
@@ -196,41 +196,41 @@ class _Pictures:
 
 
 class Evaluator:
-  """The evaluation split, its jitted step, and the trivial predictors, each made once.
+  """Evaluates weights on the evaluation split, and computes the baselines once.
 
   Attributes:
     source: of the split.
-    encodings: what is computed ahead of the network, also for training.
+    encodings: the encoder cache, also used for training.
   """
 
   def __init__(self, config: ConfigDict, exp: Experiment, dataset: Dataset, mesh: jax.sharding.Mesh):
-    """Finds the files.
+    """Opens the evaluation split.
 
     Raises:
-      ValueError: the evaluation batch does not divide among the devices; files missing.
+      ValueError: the number of devices does not divide the evaluation batch; missing files.
     """
     pipeline.check_batch_size(config.eval.batch_size, mesh.size, "devices")
     self.config, self.experiment, self.dataset = config, exp, dataset
     self.source = dataset.source("eval")
     if exp.task.test_time_protocol == "windows" and config.eval.coverage != "full" and len(self.source):
-      check_coverage(config, exp, dataset.eval_transform(self.source[0])["image"].shape[:2])  # told at the start
+      check_coverage(config, exp, dataset.eval_transform(self.source[0])["image"].shape[:2])  # fails early
     self._truth = {"truth": dataset.truth("eval")} if exp.task.needs_truth else {}
     self.encodings = encoder_cache.EncoderCache(config, exp, dataset, mesh)
     self._measured = (
-      _Pictures(config, exp, dataset, mesh)
+      _Images(config, exp, dataset, mesh)
       if exp.task.test_time_protocol == "sliding"
       else _Batches(config, exp, dataset, mesh, self.encodings)
     )
     self._baselines: dict[str, float] | None = None
 
   def run(self, weights: Weights, stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
-    """Scores "eval/<data set>/<name>" of the given weights, and panels of the first samples.
+    """Computes scores "eval/<data set>/<name>" of the weights, and panels of the first examples.
 
-    "not_finite" among the scores counts the pixels that were predicted as NaN or infinity and are scored nevertheless.
-    `stop` is asked after each batch, or each picture; None where it said so.
+    The score "not_finite" counts pixels predicted as NaN or infinity, which are scored nevertheless. Calls `stop` after
+    each batch or image, and returns None if it is true.
 
     Raises:
-      ValueError: not every record of the split was scored.
+      ValueError: not all records of the split were scored.
     """
     rows, shown, expected = [], [], len(self.source)
     with (
@@ -257,7 +257,7 @@ class Evaluator:
     return Evaluation({f"{prefix}/{name}": value for name, value in scores.items()}, self._panels(shown), joined)
 
   def baselines(self) -> dict[str, float]:
-    """Scores of trivial predictors, by name; empty where `eval.baselines` is 0."""
+    """Scores of trivial predictors by name; empty if `eval.baselines` is 0."""
     count = self.config.eval.baselines
     if self._baselines is None:
       task = self.experiment.task
@@ -268,11 +268,11 @@ class Evaluator:
     return self._baselines
 
   def write_results(self, folder: epath.Path, rows: Rows) -> None:
-    """Writes the file that the task's benchmark takes, where there is one."""
+    """Writes the submission file of the task's benchmark, if it has one."""
     self.experiment.task.write_results(folder / "results.json", rows, **self._truth)
 
   def report(self, scores: dict[str, float], rows: Rows | None = None) -> str:
-    """The scores in one line, the best of the trivial predictors beside; with `rows`, first those of every class."""
+    """Formats the scores in one line, compared with trivial predictors; with `rows`, also those of each class."""
     prefix = f"eval/{self.config.data.name}/"
     line = writers.class_table(class_scores(self.experiment.task, rows) if rows else [])
     line += "  ".join(f"{name.removeprefix(prefix)} {value:.4f}" for name, value in scores.items())
@@ -282,9 +282,9 @@ class Evaluator:
     if not baselines:
       return line
     chosen = self.experiment.task.best[0]
-    share = lambda value: f" (x{scores[prefix + chosen] / value:.2f})" if value else ""
-    beside = ", ".join(f"{name} {value:.4f}{share(value)}" for name, value in baselines.items())
-    return f"{line}\n  {chosen} of trivial predictors, and ours as a share of it: {beside}"
+    ratio = lambda value: f" (x{scores[prefix + chosen] / value:.2f})" if value else ""
+    compared = ", ".join(f"{name} {value:.4f}{ratio(value)}" for name, value in baselines.items())
+    return f"{line}\n  {chosen} of trivial predictors, and ours as a share of it: {compared}"
 
   def _examples(self, split: str, count: int | None = None) -> Iterator[Example]:
     source = self.dataset.source(split)
@@ -292,20 +292,20 @@ class Evaluator:
     return (self.dataset.eval_transform(source[i]) for i in indices)
 
   def _panels(self, predictions: list[np.ndarray]) -> np.ndarray:
-    # With several processes the pictures of the first one are every so many of the split.
+    # With several processes, the first one evaluates every `step`-th image of the split.
     step = jax.process_count() if self.experiment.task.test_time_protocol == "sliding" else 1
     shown = predictions[: self.config.eval.panels]
     examples = itertools.islice(self._examples("eval"), 0, step * len(shown), step)
-    pairs = list(zip(examples, shown, strict=False))  # the last batch is filled up with predictions of no example
+    pairs = list(zip(examples, shown, strict=False))  # the last batch also contains predictions of padding rows
     return panels_lib.stacked(self.experiment.task.panels([pair[0] for pair in pairs], [pair[1] for pair in pairs]))
 
 
 def class_scores(task: Task, rows: Rows) -> list[Fields]:
-  """{"class": name, "IoU", "Acc"} of every class, None where it does not occur; empty where the task has no classes."""
+  """{"class": name, "IoU", "Acc"} of every class, None if it does not occur; empty for a task without classes."""
   number = lambda value: None if np.isnan(value) else float(value)
-  of_class = task.per_class(rows)
+  scores_by_name = task.per_class(rows)
   return [
-    {"class": name, **{score: number(values[k]) for score, values in of_class.items()}}
+    {"class": name, **{score: number(values[k]) for score, values in scores_by_name.items()}}
     for k, name in enumerate(task.class_names)
   ]
 
@@ -318,7 +318,7 @@ def _gathered(values: Fields) -> Rows:
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, float]:
-  """--mode=eval: scores a workdir's checkpoint, or `init.pretrained` where the workdir has none; prints them."""
+  """--mode=eval: evaluates a workdir's checkpoint, or `init.pretrained` if it has none, and prints the scores."""
   source = workdir if is_workdir(workdir) else ""
   if not (source or config.init.run or config.init.pretrained):
     raise UserError(
@@ -334,12 +334,12 @@ def run(config: ConfigDict, workdir: str) -> dict[str, float]:
     evaluator = Evaluator(config, exp, dataset, mesh)
   with progress.phase("load weights"):
     weights, lines = initialize.weights_on_mesh(config, exp, mesh, source, complete=True)
-  first = jax.process_index() == 0
-  if first:
-    lines_of_data = [*evaluator.source.notes, *experiment.sentence_lines(exp, dataset, ("eval",))]
-    progress.write("\n".join([*lines, *lines_of_data, *evaluator.encodings.lines()]))
-  result = cast(Evaluation, evaluator.run(weights))  # nothing stops it
-  if first:
+  is_first = jax.process_index() == 0
+  if is_first:
+    data_lines = [*evaluator.source.notes, *experiment.sentence_lines(exp, dataset, ("eval",))]
+    progress.write("\n".join([*lines, *data_lines, *evaluator.encodings.lines()]))
+  result = cast(Evaluation, evaluator.run(weights))  # never stopped
+  if is_first:
     progress.write(evaluator.report(result.scores, result.rows))
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)

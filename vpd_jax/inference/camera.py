@@ -7,12 +7,12 @@ from typing import NamedTuple
 from PIL import Image
 
 FILM_DIAGONAL = math.hypot(36.0, 24.0)  # mm, of a frame of 35 mm film
-FIELD_OF_VIEW = 60.0  # degrees across the longer side, where nothing is known
+FIELD_OF_VIEW = 60.0  # degrees across the longer side, assumed without EXIF data
 MILLIMETERS = {2: 25.4, 3: 10.0}  # of FocalPlaneResolutionUnit: inches, centimeters
-EXIF = 0x8769  # the part of the EXIF data that speaks of the camera
+EXIF = 0x8769  # the EXIF directory about the camera
 FOCAL_LENGTH, IN_35MM = 0x920A, 0xA405
 PLANE_X_RESOLUTION, PLANE_UNIT = 0xA20E, 0xA210
-TAKEN_SIZE = (0xA002, 0xA003)  # PixelXDimension, PixelYDimension
+ORIGINAL_SIZE = (0xA002, 0xA003)  # PixelXDimension, PixelYDimension
 
 
 class Focal(NamedTuple):
@@ -20,7 +20,7 @@ class Focal(NamedTuple):
 
   Attributes:
     pixels: of the photo; the same for both axes.
-    source: where it is from: "--focal", names of EXIF tags, or ASSUMED.
+    source: of the value: "--focal", names of EXIF tags, or ASSUMED.
   """
 
   pixels: float
@@ -31,16 +31,16 @@ ASSUMED = f"assumed: {FIELD_OF_VIEW:g} degrees across the longer side"
 
 
 def of_photo(path: Path, size: tuple[int, int]) -> Focal:
-  """The focal length that a photo's EXIF data state, or else an assumed one.
+  """The focal length in a photo's EXIF data, or else an assumed one.
 
   The first that applies:
 
   1. FocalLengthIn35mmFilm, in mm, times the photo's diagonal over the 43.27 mm of a frame of 35 mm film;
-  2. FocalLength, in mm, times FocalPlaneXResolution in pixels per mm, and, where the photo was resized since, its
+  2. FocalLength, in mm, times FocalPlaneXResolution in pixels per mm, and, if the photo was resized later, its
      longer side over that of PixelXDimension and PixelYDimension;
   3. 60 degrees across the longer side.
 
-  A photo that was cropped after it was taken still states the numbers of the whole.
+  EXIF data of a cropped photo still describe the original photo.
 
   Args:
     path: of the photo.
@@ -55,25 +55,25 @@ def of_photo(path: Path, size: tuple[int, int]) -> Focal:
   resolution = _number(tags, PLANE_X_RESOLUTION)
   unit = MILLIMETERS.get(int(_number(tags, PLANE_UNIT) or 2))
   if length and resolution and unit:
-    taken = max(_number(tags, tag) for tag in TAKEN_SIZE)  # the longer side, whether the photo was turned or not
-    scale = max(size) / taken if taken else 1.0
+    original = max(_number(tags, tag) for tag in ORIGINAL_SIZE)  # the longer side, independent of the rotation
+    scale = max(size) / original if original else 1.0
     return Focal(length * resolution / unit * scale, "EXIF FocalLength and FocalPlaneXResolution")
   return Focal(max(size) / 2 / math.tan(math.radians(FIELD_OF_VIEW / 2)), ASSUMED)
 
 
 def _tags(path: Path) -> dict[int, object]:
-  """The tags about the camera; empty where there are none, or they cannot be read."""
+  """The tags about the camera; empty if there are none or they cannot be read."""
   try:
     with Image.open(path) as photo:
       if photo.format == "PNG" and "exif" not in photo.info:
-        return {}  # Pillow would decode all of it to look behind the pixels
+        return {}  # Pillow would decode the whole image to search behind the pixels
       return dict(photo.getexif().get_ifd(EXIF))
-  except Exception:  # a damaged picture is told when it is decoded
+  except Exception:  # damaged images are reported when they are decoded
     return {}
 
 
 def _number(tags: dict[int, object], tag: int) -> float:
-  """A tag as a number above 0; 0 where it is missing, unknown or no number."""
+  """A tag as a positive number; 0 if it is missing, unknown or not a number."""
   try:
     value = float(str(tags.get(tag, 0)))
   except ValueError:

@@ -20,7 +20,7 @@ MAX_ASPECT = 16  # largest ratio of the sides; more elongated images are squeeze
 
 
 def as_image(image: object) -> np.ndarray:
-  """An image in any of the forms that people have them in, as uint8 or float [H, W, 3], RGB.
+  """Converts an image of any common type to uint8 or float [H, W, 3], RGB.
 
   Args:
     image: a path; a PIL image; or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], whose alpha is dropped: bool,
@@ -38,8 +38,8 @@ def as_image(image: object) -> np.ndarray:
   if array.ndim == 2:
     array = array[..., None]
   if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
-    first = array.ndim == 3 and array.shape[0] in (1, 3, 4)
-    hint = "; its channels come first, which np.moveaxis(image, 0, -1) changes" if first else ""
+    channels_first = array.ndim == 3 and array.shape[0] in (1, 3, 4)
+    hint = "; its channels come first, which np.moveaxis(image, 0, -1) changes" if channels_first else ""
     raise UserError(f"an image has shape {shape}; give [H, W, 3], [H, W] or [H, W, 4]{hint}.")
   array = np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array[..., :3]
   if np.issubdtype(array.dtype, np.floating):
@@ -107,19 +107,19 @@ def read_image(path: Path) -> np.ndarray:
 
 def _rgb(image: Image.Image) -> np.ndarray:
   """uint8 [H, W, 3] of a PIL image of any mode, rotated as its EXIF orientation says."""
-  turned = ImageOps.exif_transpose(image)
-  if turned.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
-    gray = np.asarray(turned, np.float64)
-    top = 65535.0 if turned.mode != "F" else max(gray.max(), 1e-12)
-    turned = Image.fromarray(np.clip(gray / top * 255, 0, 255).astype(np.uint8))
-  return np.asarray(turned.convert("RGB"))
+  rotated = ImageOps.exif_transpose(image)
+  if rotated.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
+    gray = np.asarray(rotated, np.float64)
+    largest = 65535.0 if rotated.mode != "F" else max(gray.max(), 1e-12)
+    rotated = Image.fromarray(np.clip(gray / largest * 255, 0, 255).astype(np.uint8))
+  return np.asarray(rotated.convert("RGB"))
 
 
 def is_image(path: Path) -> bool:
   """Whether a file is in one of FORMATS, by its suffix or else by its first bytes."""
   Image.init()
-  kind = Image.registered_extensions().get(path.suffix.lower())
-  if kind in FORMATS and (kind in Image.OPEN or kind == "MPO"):
+  file_format = Image.registered_extensions().get(path.suffix.lower())
+  if file_format in FORMATS and (file_format in Image.OPEN or file_format == "MPO"):
     return True
   known = [name for name in FORMATS if name in Image.OPEN and name != "TGA"]  # which has no signature
   try:

@@ -71,7 +71,7 @@ def parse(words: tuple[str, ...]) -> SlidingWindowOptions:
   Raises:
     ValueError: an unknown or repeated word, or invalid numbers.
   """
-  found: Fields = {}
+  options: Fields = {}
   for word in words:
     name, *numbers = word.split(":")
     try:
@@ -80,15 +80,18 @@ def parse(words: tuple[str, ...]) -> SlidingWindowOptions:
       values = [0]
     fits = {"flip": not numbers, "ms": len(values) > 0, "slide": len(values) == 2, "resize": len(values) == 2}
     if (
-      not fits.get(name) or any(v <= 0 for v in values) or name in found or (name == "slide" and values[1] > values[0])
+      not fits.get(name)
+      or any(v <= 0 for v in values)
+      or name in options
+      or (name == "slide" and values[1] > values[0])
     ):
       raise UserError(
         f"eval.test_time has {word!r}; known are 'flip', 'slide:WINDOW:STRIDE' with the stride at most the window, "
         "'resize:LONG:SHORT' and 'ms:RATIO:RATIO..', each once, all numbers above 0."
       )
-    found[name] = tuple(values)
-  window, stride = found.get("slide", (0, 0))
-  return SlidingWindowOptions(window, stride, found.get("resize"), found.get("ms", (1.0,)), "flip" in found)
+    options[name] = tuple(values)
+  window, stride = options.get("slide", (0, 0))
+  return SlidingWindowOptions(window, stride, options.get("resize"), options.get("ms", (1.0,)), "flip" in options)
 
 
 class _View:
@@ -163,8 +166,8 @@ class _Image:
     """Writes a tile into the result."""
     if self.result is None:
       self.result = np.empty((*self.size, *result.shape[2:]), result.dtype)
-    here = self.result[corner[0] :, corner[1] :][: self.steps[0], : self.steps[1]]
-    here[:] = result[: here.shape[0], : here.shape[1]]
+    target = self.result[corner[0] :, corner[1] :][: self.steps[0], : self.steps[1]]
+    target[:] = result[: target.shape[0], : target.shape[1]]
 
   def pop_result(self) -> np.ndarray:
     """Returns the result and drops all references to it; image and views form a reference cycle."""
@@ -237,8 +240,8 @@ class SlidingWindowInference:
       missing = [(0, max(options.window - side, 0)) for side in scores.shape[1:3]]
       return jnp.pad(scores, ((0, 0), *missing, (0, 0)))
 
-    where: Fields = {} if gathered is None else {"out_shardings": gathered}
-    self._predict = jax.jit(full, **where)
+    jit_options: Fields = {} if gathered is None else {"out_shardings": gathered}
+    self._predict = jax.jit(full, **jit_options)
     self._add = jax.jit(functools.partial(tiles.add, smooth=smooth), donate_argnums=0)
     fold = lambda total, four, steps, flags, weight: tiles.fold(total, four, steps, flags, weight, softmax, postprocess)
     self._fold = jax.jit(fold, donate_argnums=0)
@@ -263,30 +266,30 @@ class SlidingWindowInference:
       self._unused.clear()
 
   def _results(self, weights: Weights, images: Iterable[Views]) -> Iterator[np.ndarray]:
-    waiting = collections.defaultdict(collections.deque)  # (view, pixels, y, x) by size of the window
-    opened: collections.deque[_Image] = collections.deque()
+    queues = collections.defaultdict(collections.deque)  # (view, pixels, y, x) by size of the window
+    pending: collections.deque[_Image] = collections.deque()
     for views in images:
       image = _Image(views, self.options, self.small_images, self.smooth)
-      opened.append(image)
+      pending.append(image)
       for view in image.views:
-        queue = waiting[view.window]
+        queue = queues[view.window]
         for window in view.windows():
           queue.append((view, *window))
           if len(queue) == self.batch_size:
             self._run(weights, queue)
-      if len(opened) >= self.batch_size:  # or images of a rare size would wait until the end
-        self._complete(weights, opened[0], waiting)
-      while opened and not opened[0].left:
-        yield opened.popleft().pop_result()
-    while opened:
-      self._complete(weights, opened[0], waiting)
-      yield opened.popleft().pop_result()
+      if len(pending) >= self.batch_size:  # or images of a rare size would wait until the end
+        self._complete(weights, pending[0], queues)
+      while pending and not pending[0].left:
+        yield pending.popleft().pop_result()
+    while pending:
+      self._complete(weights, pending[0], queues)
+      yield pending.popleft().pop_result()
 
-  def _complete(self, weights: Weights, image: _Image, waiting: dict[tuple, collections.deque]) -> None:
+  def _complete(self, weights: Weights, image: _Image, queues: dict[tuple, collections.deque]) -> None:
     """Computes the remaining windows of an image, even if they do not fill a call."""
     for view in image.views:
       while view.left:
-        self._run(weights, waiting[view.window])
+        self._run(weights, queues[view.window])
 
   def _run(self, weights: Weights, queue: collections.deque) -> None:
     """One call of the network on the first windows of a queue, padded by repeating the last one."""
@@ -310,8 +313,8 @@ class SlidingWindowInference:
       for column in range(x // TILE, (x + width - 1) // TILE + 1):
         first = (row, column) not in view.tiles
         tile = self._tile(scores) if first else view.tiles.pop((row, column))
-        where = [i, row * TILE - y, column * TILE - x, height, width, first]
-        view.tiles[row, column] = self._add(tile, scores, np.array(where, np.int32))
+        offsets = [i, row * TILE - y, column * TILE - x, height, width, first]
+        view.tiles[row, column] = self._add(tile, scores, np.array(offsets, np.int32))
 
   def _tile(self, like: Array) -> Array:
     """A tile of the same number of classes, with arbitrary contents."""
@@ -344,10 +347,10 @@ class SlidingWindowInference:
     image, first = view.parent, corner not in view.parent.sums
     parts = zip(reads, corner, image.steps, strict=True)
     (row, rows), (column, columns) = (tiles.tile_indices(*read, begin=begin, step=step) for read, begin, step in parts)
-    near = view.tiles[row, column]  # stands for tiles outside the view, which are not read
-    four = [view.tiles.get((row + down, column + right), near) for down in (0, 1) for right in (0, 1)]
-    total = self._tile(near) if first else image.sums.pop(corner)
-    weight = np.dtype(near.dtype).type(1 / image.count)
+    first_tile = view.tiles[row, column]  # also used for tiles outside the view, which are not read
+    four = [view.tiles.get((row + down, column + right), first_tile) for down in (0, 1) for right in (0, 1)]
+    total = self._tile(first_tile) if first else image.sums.pop(corner)
+    weight = np.dtype(first_tile.dtype).type(1 / image.count)
     total, result = self._fold(total, four, (rows, columns), np.array([first, last]), weight)
     if last:
       self._unused.append(total)

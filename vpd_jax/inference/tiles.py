@@ -9,7 +9,7 @@ import numpy as np
 
 from vpd_jax.types import Array
 
-Places = TypeVar("Places", np.ndarray, Array)
+Positions = TypeVar("Positions", np.ndarray, Array)
 
 TILE = 256  # side in pixels of the tiles of scores on the device
 CANVAS = 128
@@ -69,7 +69,7 @@ def corners(
   """
   if not window:
     return [0], [0], tuple(size)
-  windows, strides = ((given, given) if isinstance(given, int) else given for given in (window, stride))
+  windows, strides = ((value, value) if isinstance(value, int) else value for value in (window, stride))
   starts: list[list[int]] = []
   for side, length, step in zip(size, windows, strides, strict=True):
     count = max(side - length + step - 1, 0) // step + 1
@@ -79,22 +79,22 @@ def corners(
 
 
 def canvas(size: Sequence[int]) -> tuple[int, int]:
-  """(H, W) of the canvas of an image of this size: whole squares."""
+  """(H, W) of the canvas of an image of this size: multiples of CANVAS."""
   height, width = (-(-side // CANVAS) * CANVAS for side in size)
   return height, width
 
 
 def on_canvas(image: np.ndarray, value: float) -> np.ndarray:
   """[H, W, ...] padded at right and bottom to its canvas."""
-  grown = np.full((*canvas(image.shape[:2]), *image.shape[2:]), value, image.dtype)
-  grown[: image.shape[0], : image.shape[1]] = image
-  return grown
+  padded = np.full((*canvas(image.shape[:2]), *image.shape[2:]), value, image.dtype)
+  padded[: image.shape[0], : image.shape[1]] = image
+  return padded
 
 
 def squares(image: np.ndarray, value: float) -> np.ndarray:
   """[H, W] cut into [n, CANVAS, CANVAS], padded with `value`; n is a multiple of SQUARES."""
-  grown = on_canvas(image, value)
-  parts = grown.reshape(grown.shape[0] // CANVAS, CANVAS, -1, CANVAS).swapaxes(1, 2).reshape(-1, CANVAS, CANVAS)
+  padded = on_canvas(image, value)
+  parts = padded.reshape(padded.shape[0] // CANVAS, CANVAS, -1, CANVAS).swapaxes(1, 2).reshape(-1, CANVAS, CANVAS)
   return np.pad(parts, ((0, -len(parts) % SQUARES), (0, 0), (0, 0)), constant_values=value)
 
 
@@ -105,27 +105,27 @@ def bilinear_indices(old: int, new: int, *, mirrored: bool = False) -> tuple[np.
     old, new: true sizes.
     mirrored: flips the result.
   """
-  place = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
-  low = np.floor(place).astype(np.int32)
-  high, share = np.minimum(low + 1, old - 1), (place - low).astype(np.float32)
-  return (low[::-1], high[::-1], share[::-1]) if mirrored else (low, high, share)
+  position = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
+  low = np.floor(position).astype(np.int32)
+  high, weight = np.minimum(low + 1, old - 1), (position - low).astype(np.float32)
+  return (low[::-1], high[::-1], weight[::-1]) if mirrored else (low, high, weight)
 
 
-def smooth_profile(places: Places, length: int | Array) -> Places:
+def smooth_profile(positions: Positions, length: int | Array) -> Positions:
   """Weights along one axis of a window whose prediction fades out toward both ends: sin^2, never 0 inside.
 
   Args:
-    places: 0 .. length - 1, an array; what lies outside gets a number without meaning.
+    positions: 0 .. length - 1, an array; weights of positions outside are undefined.
     length: of the window.
   """
-  xp = cast(Any, np if isinstance(places, np.ndarray) else jnp)
-  # From the nearer end: near pi the sine of a float32 has no digits left.
-  nearer = xp.minimum(places, length - 1 - places)
+  xp = cast(Any, np if isinstance(positions, np.ndarray) else jnp)
+  # Measured from the nearer end: near pi the sine of a float32 is inaccurate.
+  nearer = xp.minimum(positions, length - 1 - positions)
   return xp.sin(np.pi / 2 * (2 * nearer + 1) / length) ** 2
 
 
 def overlap_weights(starts: list[int], length: int, side: int, *, smooth: bool = False) -> np.ndarray:
-  """1 / sum of the windows' weights at each position of an axis: float32, padded to whole tiles and one more.
+  """1 / sum of the windows' weights at each position of an axis: float32, padded to full tiles and one more.
 
   Args:
     starts: first positions of the windows.
@@ -152,8 +152,8 @@ def tile_indices(
   part = slice(begin, begin + step)
   tile = int(low[part].min()) // TILE
   pad = lambda values: np.pad(values, (0, TILE - len(values)), mode="edge")
-  places = pad(low[part] - tile * TILE), pad(high[part] - tile * TILE), pad(share[part])
-  return tile, (*places, over[tile * TILE : (tile + 2) * TILE])
+  positions = pad(low[part] - tile * TILE), pad(high[part] - tile * TILE), pad(share[part])
+  return tile, (*positions, over[tile * TILE : (tile + 2) * TILE])
 
 
 def add(tile: Array, scores: Array, where: Array, *, smooth: bool = False) -> Array:
@@ -169,12 +169,12 @@ def add(tile: Array, scores: Array, where: Array, *, smooth: bool = False) -> Ar
   i, top, left, height, width, first = where
   rows, columns = (begin + jnp.arange(TILE) for begin in (top, left))
   window = jax.lax.dynamic_index_in_dim(scores, i, keepdims=False).astype(tile.dtype)
-  here = window.take(jnp.clip(rows, 0, height - 1), 0).take(jnp.clip(columns, 0, width - 1), 1)
+  part = window.take(jnp.clip(rows, 0, height - 1), 0).take(jnp.clip(columns, 0, width - 1), 1)
   inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))[None, :]
   if smooth:
     fade = smooth_profile(rows, height)[:, None] * smooth_profile(columns, width)[None, :]
-    here = here * fade[..., None].astype(here.dtype)
-  return jnp.where(first > 0, 0, tile) + jnp.where(inside[..., None], here, 0)
+    part = part * fade[..., None].astype(part.dtype)
+  return jnp.where(first > 0, 0, tile) + jnp.where(inside[..., None], part, 0)
 
 
 def _lerp(x: Array, low: Array, high: Array, share: Array, axis: int) -> Array:

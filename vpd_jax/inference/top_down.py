@@ -125,25 +125,25 @@ class TopDownPoseEstimator:
       images: uint8 [H, W, 3] each.
       boxes: of `check_boxes`, float32 [N, 5], for each image.
     """
-    found = [np.zeros((len(own), self._keypoints, 3), np.float32) for own in boxes]
-    places = [(i, j) for i, own in enumerate(boxes) for j in range(len(own))]
-    size = min(self._batch_size, 1 << max(len(places) - 1, 0).bit_length())  # few sizes, to compile few programs
-    for begin in range(0, len(places), size):
-      chosen = places[begin : begin + size]
+    keypoints = [np.zeros((len(image_boxes), self._keypoints, 3), np.float32) for image_boxes in boxes]
+    indices = [(i, j) for i, image_boxes in enumerate(boxes) for j in range(len(image_boxes))]
+    size = min(self._batch_size, 1 << max(len(indices) - 1, 0).bit_length())  # few sizes, to compile few programs
+    for begin in range(0, len(indices), size):
+      chosen = indices[begin : begin + size]
       crops = self._crops([(images[i], boxes[i][j]) for i, j in chosen], size)
       heatmaps = self._predict(weights, {"image": crops["image"]})
       located = np.asarray(self._locate(heatmaps, crops["center"], crops["extent"]))
       for (i, j), points in zip(chosen, located, strict=False):
-        found[i][j] = points
+        keypoints[i][j] = points
     return [
-      ImagePoses(points, own[:, :4], self._rescore(own[:, 4], points[..., 2]).astype(np.float32))
-      for points, own in zip(found, boxes, strict=True)
+      ImagePoses(points, image_boxes[:, :4], self._rescore(image_boxes[:, 4], points[..., 2]).astype(np.float32))
+      for points, image_boxes in zip(keypoints, boxes, strict=True)
     ]
 
   def _crops(self, chosen: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> Fields:
     """A batch of the given size, padded by repeating the last crop."""
     zero = np.int32(0)
-    nothing = {"keypoints": np.zeros((self._keypoints, 3), np.float32), "image_index": zero, "index": zero}
-    crops = [self._crop({"image": im, "box": box[:4], "box_score": box[4], **nothing}) for im, box in chosen]
+    unused = {"keypoints": np.zeros((self._keypoints, 3), np.float32), "image_index": zero, "index": zero}
+    crops = [self._crop({"image": im, "box": box[:4], "box_score": box[4], **unused}) for im, box in chosen]
     crops += crops[-1:] * (size - len(crops))
     return {key: np.stack([one[key] for one in crops]) for key in ("image", "center", "extent")}

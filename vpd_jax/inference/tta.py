@@ -27,7 +27,7 @@ class TestTime(NamedTuple):
   Attributes:
     flip: the mirrored image too.
     windows: number of square windows along the longer side; 1 for the whole image.
-    overlap: columns that the two halves of an image share, which are predicted apart; 0: it is not halved.
+    overlap: columns that the two separately predicted halves of an image share; 0: it is not halved.
   """
 
   flip: bool
@@ -95,16 +95,16 @@ def merge(windows: Images, corners: list[tuple[int, int]], size: Sequence[int], 
   xp = cast(Any, np if isinstance(windows, np.ndarray) else jnp)
   side = windows.shape[1]
   parts = windows.reshape(len(corners), -1, *windows.shape[1:])  # [n, B, S, S, ...]
-  more = ((0, 0),) * (windows.ndim - 3)
-  total, count = 0, np.zeros((1, *size, *(1,) * len(more)), windows.dtype)
+  trailing = ((0, 0),) * (windows.ndim - 3)
+  total, count = 0, np.zeros((1, *size, *(1,) * len(trailing)), windows.dtype)
   weight = np.ones((side, side), windows.dtype)
   if smooth:  # along the longer side only; along the other one all windows weigh the same
     fade = tiles.smooth_profile(np.arange(side), side).astype(windows.dtype)
     weight = weight * (fade[:, None] if size[0] > size[1] else fade)
-    parts = parts * weight.reshape(1, 1, side, side, *(1,) * len(more))
+    parts = parts * weight.reshape(1, 1, side, side, *(1,) * len(trailing))
   for part, (y, x) in zip(parts, corners, strict=True):
-    total = total + xp.pad(part, ((0, 0), (y, size[0] - side - y), (x, size[1] - side - x), *more))
-    count[:, y : y + side, x : x + side] += weight.reshape(1, side, side, *(1,) * len(more))
+    total = total + xp.pad(part, ((0, 0), (y, size[0] - side - y), (x, size[1] - side - x), *trailing))
+    count[:, y : y + side, x : x + side] += weight.reshape(1, side, side, *(1,) * len(trailing))
   with np.errstate(invalid="ignore"):
     return cast(Any, total) / xp.asarray(count)
 
@@ -124,8 +124,8 @@ def flipped(predict: Predict, mirrored: Callable[[Array], Array] = mirror_back) 
 
   def run(batch: Batch) -> Array:
     both = tiled(batch, 2) | {"image": jnp.concatenate([batch["image"], batch["image"][:, :, ::-1]])}
-    plain, turned = jnp.split(predict(both), 2)
-    return (plain + mirrored(turned)) / 2
+    plain, flipped_prediction = jnp.split(predict(both), 2)
+    return (plain + mirrored(flipped_prediction)) / 2
 
   return run
 
@@ -145,8 +145,8 @@ def shifted_windows(predict: Predict, count: int, *, coverage: str = "released",
 def halves(predict: Predict, overlap: int) -> Predict:
   """Predicts the left and the right half of an image, which share `overlap` columns, and blends these linearly.
 
-  Of an image no wider than the overlap there is one half. Where the width and the overlap are odd together they share
-  one column more.
+  An image that is not wider than the overlap is predicted as a whole. If the sum of width and overlap is odd, the
+  halves share one more column.
 
   Source: EcoDepth depth/test.py (v1.0.0): 640 of KITTI's 1216 columns each, 64 in common.
   """
@@ -159,8 +159,8 @@ def halves(predict: Predict, overlap: int) -> Predict:
     windows = tiled(batch, 2) | {"image": jnp.concatenate([image[:, :, :side], image[:, :, -side:]])}
     left, right = jnp.split(predict(windows), 2)
     common = 2 * side - width
-    share = jnp.linspace(0, 1, common, dtype=left.dtype).reshape(1, 1, common, *(1,) * (left.ndim - 3))
-    blended = left[:, :, -common:] * (1 - share) + right[:, :, :common] * share
+    weight = jnp.linspace(0, 1, common, dtype=left.dtype).reshape(1, 1, common, *(1,) * (left.ndim - 3))
+    blended = left[:, :, -common:] * (1 - weight) + right[:, :, :common] * weight
     return jnp.concatenate([left[:, :, :-common], blended, right[:, :, common:]], axis=2)
 
   return run

@@ -1,8 +1,8 @@
-"""Initial values of parameters, drawn by numpy on the host: each array from the seed and its own name.
+"""Initial values of parameters, sampled with numpy on the host: each array from the seed and its name.
 
-A program that draws hundreds of arrays takes XLA longer to compile than a first training step should take, and half of
-it again to trace. Here modules only note how an array is drawn while they are described (`recording`); values are made
-later, for the arrays that no weights fill. An array keeps its values when others are added beside it.
+A program that samples hundreds of arrays would take longer to compile than a training step. Instead, modules only
+record the distribution of each array while they are described (`recording`); values are sampled later, for arrays that
+are not loaded. The values of an array do not depend on the other arrays.
 
 The distributions are those of jax.nn.initializers under the same names.
 """
@@ -21,32 +21,32 @@ from jax.typing import DTypeLike
 
 from vpd_jax.types import Array
 
-_TRUNCATED_STD = 0.87962566103423978  # of a standard normal distribution cut off at -2 and 2
+_TRUNCATED_STD = 0.87962566103423978  # of a standard normal distribution truncated at -2 and 2
 
 Sampler = Callable[[np.random.Generator, Sequence[int]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class HostKey:
-  """Given to an Initializer in place of a JAX key: the array is drawn on the host, later, from this seed."""
+  """Replaces a JAX key for an Initializer: the array is sampled later on the host from this seed."""
 
   seed: int
 
 
 class InitKeys:
-  """In place of nnx.Rngs for the constructors of modules: every `rngs.params()` is the HostKey of the seed."""
+  """Replaces nnx.Rngs in constructors of modules: every `rngs.params()` is the HostKey of the seed."""
 
   def __init__(self, seed: int):
     self._key = HostKey(seed)
 
   def params(self) -> HostKey:
-    """The key of one more array."""
+    """The key of an array."""
     return self._key
 
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-  """How one array is drawn.
+  """The distribution of an array.
 
   Attributes:
     sample: the distribution.
@@ -60,25 +60,25 @@ class Draw:
   dtype: DTypeLike
 
   def __call__(self, name: str) -> np.ndarray:
-    """The values of the array of this full name: the same ones wherever they are drawn."""
+    """The values of the array with this full name; deterministic."""
     generator = np.random.Generator(np.random.PCG64([self.seed, zlib.crc32(name.encode())]))
     return np.asarray(self.sample(generator, self.shape), self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Initializer:
-  """As the initializers of jax.nn: (key, shape, dtype) to an array.
+  """Like the initializers of jax.nn: (key, shape, dtype) to an array.
 
-  With a JAX key, `reference` makes it. With a HostKey, allowed below `recording` only, zeros stand in its place and the
-  Draw is noted.
+  With a JAX key, calls `reference`. With a HostKey, which is only valid inside `recording`, returns a placeholder of
+  zeros and records a Draw.
   """
 
   reference: Callable[..., Array]
   sample: Sampler
 
-  def __call__(self, key: object, shape: Sequence[int], dtype: DTypeLike, **rest: object) -> Array:
+  def __call__(self, key: object, shape: Sequence[int], dtype: DTypeLike, **options: object) -> Array:
     if not isinstance(key, HostKey):
-      return self.reference(key, shape, dtype, **rest)
+      return self.reference(key, shape, dtype, **options)
     if not _RECORDS:
       raise RuntimeError("a model with InitKeys is only described, see params.describe; give nnx.Rngs to build it.")
     placeholder = jax.lax.full(tuple(shape), 0, dtype)
@@ -91,7 +91,7 @@ _RECORDS: list[list[tuple[Array, Draw]]] = []
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[tuple[Array, Draw]]]:
-  """Collects (placeholder, Draw) of every Initializer that is given a HostKey inside; to be used under tracing."""
+  """Collects (placeholder, Draw) of every Initializer called with a HostKey; for use under tracing."""
   _RECORDS.append([])
   try:
     yield _RECORDS[-1]
@@ -100,9 +100,9 @@ def recording() -> Iterator[list[tuple[Array, Draw]]]:
 
 
 def constant(value: float) -> Initializer:
-  """All numbers the same."""
+  """A constant value."""
   return Initializer(
-    lambda key, shape, dtype, **rest: jnp.full(shape, value, dtype), lambda generator, shape: np.full(shape, value)
+    lambda key, shape, dtype, **options: jnp.full(shape, value, dtype), lambda generator, shape: np.full(shape, value)
   )
 
 
@@ -115,7 +115,7 @@ def normal(stddev: float) -> Initializer:
 
 
 def truncated_normal(stddev: float) -> Initializer:
-  """A normal distribution of `stddev` cut off at two of them, which makes its own standard deviation smaller."""
+  """A normal distribution of `stddev`, truncated at two standard deviations without correcting its variance."""
   return Initializer(
     jax.nn.initializers.truncated_normal(stddev), lambda generator, shape: _truncated(generator, shape, stddev)
   )
@@ -126,17 +126,17 @@ def variance_scaling(
   mode: Literal["fan_in", "fan_out", "fan_avg"],
   distribution: Literal["truncated_normal", "normal", "uniform"],
 ) -> Initializer:
-  """Variance scale / n with n by `mode` ("fan_in", "fan_out" or "fan_avg") of a kernel [..., in, out].
+  """Variance scale / n for a kernel [..., in, out], where n is determined by `mode`.
 
   Args:
     scale: of the variance.
-    mode: see above.
+    mode: "fan_in", "fan_out" or "fan_avg".
     distribution: "uniform", "normal" or "truncated_normal".
   """
 
   def sample(generator: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
-    ends = {"fan_in": shape[-2], "fan_out": shape[-1], "fan_avg": (shape[-2] + shape[-1]) / 2}
-    fan = math.prod(shape[:-2]) * ends[mode]
+    fans = {"fan_in": shape[-2], "fan_out": shape[-1], "fan_avg": (shape[-2] + shape[-1]) / 2}
+    fan = math.prod(shape[:-2]) * fans[mode]
     stddev = math.sqrt(scale / fan)
     if distribution == "uniform":
       limit = math.sqrt(3) * stddev
@@ -149,13 +149,13 @@ def variance_scaling(
 
 
 def _truncated(generator: np.random.Generator, shape: Sequence[int], stddev: float) -> np.ndarray:
-  """float32; what lies beyond two standard deviations is drawn again."""
+  """float32; values beyond two standard deviations are sampled again."""
   values = generator.standard_normal(shape, np.float32)
   flat = values.reshape(-1)
-  far = np.flatnonzero(np.abs(flat) > 2)
-  while far.size:
-    flat[far] = generator.standard_normal(far.size, np.float32)
-    far = far[np.abs(flat[far]) > 2]
+  outside = np.flatnonzero(np.abs(flat) > 2)
+  while outside.size:
+    flat[outside] = generator.standard_normal(outside.size, np.float32)
+    outside = outside[np.abs(flat[outside]) > 2]
   return values * np.float32(stddev)
 
 

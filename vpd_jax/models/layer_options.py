@@ -1,4 +1,4 @@
-"""What every layer, neck and head is given besides its own options."""
+"""Common constructor arguments of layers, necks and heads."""
 
 import dataclasses
 from typing import Any, TypedDict
@@ -13,7 +13,7 @@ class LayerOptions(TypedDict):
   Attributes:
     dtype: of computation.
     param_dtype: of parameters.
-    rngs: for their initial values; `initializers.InitKeys` in a model that is only described.
+    rngs: for their initial values; `initializers.InitKeys` for models without arrays, see `parameters.describe`.
   """
 
   dtype: DTypeLike
@@ -32,7 +32,7 @@ class Common:
 
   dtype: DTypeLike
   param_dtype: DTypeLike
-  rngs: Any  # nnx.Rngs, or what takes its place
+  rngs: Any  # nnx.Rngs or InitKeys
   norm_group: int = 0
 
   @property

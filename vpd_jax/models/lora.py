@@ -1,10 +1,10 @@
-"""LoRA: a frozen kernel W of the UNet is used as W + (alpha / rank) A B, of which A and B are trained.
+"""LoRA: a frozen kernel W of the UNet is replaced by W + (alpha / rank) A B with trained A and B.
 
-A kernel [.., in, out] of a matrix or convolution is taken as a matrix [rest, out] with rest = the product of all axes
-but the last; A is [rest, rank], B is [rank, out] and begins at 0, so that the network begins as it was. The sum is made
-where arrays are merged into the model (parameters.ModelSpec.merge): no module knows of it.
+A kernel [.., in, out] of a linear layer or convolution is treated as a matrix [rest, out], where rest is the product of
+all axes except the last; A is [rest, rank], B is [rank, out] and initialized with 0, so that the network is initially
+unchanged. The sum is computed where arrays are merged into the model (parameters.ModelSpec.merge), outside of modules.
 
-Source: Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, section 4.1, where B A is our A B.
+Source: Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, section 4.1 (B A there is A B here).
 """
 
 import functools
@@ -28,7 +28,7 @@ ATTENTION = (r"/attn[12]/to_(q|k|v|out/0)/kernel$",)  # the matrices of self- an
 
 
 def targets(trained: Iterable[str], shapes: Fields, rank: int, patterns: tuple[str, ...]) -> list[str]:
-  """The kernels of the UNet that get A and B; none where the rank is 0.
+  """The kernels of the UNet that are adapted; none if the rank is 0.
 
   Args:
     trained: names of the arrays that the run would train without LoRA.
@@ -37,8 +37,7 @@ def targets(trained: Iterable[str], shapes: Fields, rank: int, patterns: tuple[s
     patterns: config.lora.targets, regular expressions, searched in "/" + name; empty: ATTENTION.
 
   Raises:
-    ValueError: patterns without a rank; no kernel of the UNet is trained; a pattern is no regular expression, or
-      matches none of them.
+    ValueError: patterns without a rank; no kernel of the UNet is trained; an invalid pattern, or one without match.
   """
   if not rank:
     if patterns:
@@ -47,30 +46,30 @@ def targets(trained: Iterable[str], shapes: Fields, rank: int, patterns: tuple[s
   kernels = sorted(n for n in trained if n.startswith(UNET) and len(shapes[n].shape) > 1)
   if not kernels:
     raise UserError(
-      "config.lora trains the UNet by A and B, but config.optim.lr_groups trains nothing of it; give it a rate there, "
+      "config.lora adapts the UNet, but config.optim.lr_groups freezes all of it; give it a learning rate there, "
       "or set config.lora.rank=0."
     )
   try:
-    found = {pattern: [n for n in kernels if re.search(pattern, "/" + n)] for pattern in patterns or ATTENTION}
+    matches = {pattern: [n for n in kernels if re.search(pattern, "/" + n)] for pattern in patterns or ATTENTION}
   except re.error as error:
-    raise UserError(f"config.lora.targets: {error.pattern!r} is no regular expression: {error}; correct it.") from error
-  if idle := [pattern for pattern, names in found.items() if not names]:
+    raise UserError(f"config.lora.targets: {error.pattern!r} is not a regular expression: {error}; fix it.") from error
+  if unused := [pattern for pattern, names in matches.items() if not names]:
     raise UserError(
-      f"config.lora.targets: {idle} match no kernel of the UNet that is trained, like {kernels[:2]}; correct or remove "
-      "them."
+      f"config.lora.targets: {unused} match no kernel of the UNet that is trained, like {kernels[:2]}; correct "
+      "or remove them."
     )
-  return sorted({name for names in found.values() for name in names})
+  return sorted({name for names in matches.values() for name in names})
 
 
 def adapted(spec: ModelSpec, kernels: list[str], *, rank: int, alpha: float, seed: int, dtype: DTypeLike) -> ModelSpec:
-  """The same model, which also takes A and B of these kernels; `merge` adds them up.
+  """Adds A and B of these kernels to the model; its `merge` applies them.
 
   Args:
     spec: of the model.
-    kernels: see `targets`.
+    kernels: from `targets`.
     rank: at least 1.
     alpha: above 0.
-    seed: of A, which is normal with variance 1 / (3 rest), that of loralib's uniform distribution; B is 0.
+    seed: of A, which is normal with variance 1 / (3 rest), as in loralib's uniform distribution; B is 0.
     dtype: of A and B.
 
   Raises:
@@ -94,11 +93,11 @@ def adapted(spec: ModelSpec, kernels: list[str], *, rank: int, alpha: float, see
 
 
 def merged(named: ParamDict, alpha: float) -> ParamDict:
-  """The arrays of the model alone, A and B added to their kernels in the wider of the dtypes.
+  """Merges A and B into their kernels, in the wider of the dtypes.
 
   Args:
     named: all arrays, on the host or traced.
-    alpha: with which A and B were trained; their rank is that of the arrays.
+    alpha: with which A and B were trained; the rank is read from their shapes.
   """
   result = {name: x for name, x in named.items() if not name.startswith(PREFIX)}
   for name in named:
@@ -110,5 +109,5 @@ def merged(named: ParamDict, alpha: float) -> ParamDict:
 
 
 def _product(a: Array) -> Callable[[Array, Array], Array]:
-  """The product of two matrices in their own precision, on the host or on devices."""
+  """The matrix product in full precision, on the host or on devices."""
   return functools.partial(jnp.matmul, precision="highest") if isinstance(a, jax.Array) else np.matmul

@@ -1,6 +1,6 @@
-"""Between nnx models, inside traced functions only, and flat {name: array} dicts, which live everywhere else.
+"""Conversion between nnx models, used in traced functions only, and flat {name: array} dicts, used everywhere else.
 
-The one file that touches nnx's graph functions; also the one home of per-name rules.
+Only this module uses nnx's graph functions. It also resolves rules for parameter names.
 """
 
 import collections
@@ -21,23 +21,23 @@ from vpd_jax.types import Array, Buffer, Fields, ParamDict
 
 
 class Inlined(nnx.Module):
-  """A part whose arrays have the names they would have as attributes of the module that holds it.
+  """A submodule whose arrays are named as if they were attributes of the parent module.
 
-  It groups what belongs together without a change of names, by which checkpoints and tables of conversion go.
+  It groups related parts without changing the names in checkpoints and conversion tables.
   """
 
 
 class ModelSpec(NamedTuple):
-  """What a model is made of, without any array.
+  """Description of a model without arrays.
 
   Attributes:
-    model: the modules with shapes in place of arrays; for what a method or head says of itself.
-    graphdef: nnx's description of the modules.
+    model: the modules with shapes instead of arrays, for their static attributes.
+    graphdef: nnx's graph definition of the modules.
     paths: nnx path of every array by name.
     shapes: shape and dtype of every array by name.
-    params, buffers, stats: the names by kind: trainable, never trained, running statistics.
-    draws: how fresh values are drawn, by name, of the arrays that an Initializer with a HostKey made.
-    fold: makes the arrays of the modules of those that `shapes` names, where these are more, see lora.py.
+    params, buffers, stats: names of trainable arrays, of arrays that are never trained, and of running statistics.
+    draws: distribution of the initial values by name, for arrays of an Initializer with a HostKey.
+    fold: converts arrays named in `shapes` to those of the modules if they differ, see lora.py.
   """
 
   model: Any
@@ -51,25 +51,25 @@ class ModelSpec(NamedTuple):
   fold: Callable[[ParamDict], ParamDict] = lambda named: named
 
   def initialize(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Fresh values of the named arrays, on the host; the same ones whatever else is named or added to the model.
+    """Initial values of the named arrays on the host; they do not depend on the other arrays.
 
     Raises:
       ValueError: an array of a module that was not built with InitKeys.
     """
     if undrawn := sorted(set(names) - self.draws.keys()):
-      raise UserError(f"nothing says how {undrawn[:5]} are drawn; build the model with InitKeys and Initializers.")
+      raise UserError(f"no initializer is recorded for {undrawn[:5]}; build the model with InitKeys and Initializers.")
     return {name: self.draws[name](name) for name in names}
 
   def stored_in(self, dtype: DTypeLike, names: Iterable[str]) -> "ModelSpec":
-    """The same model with the named arrays in another dtype, those of whole numbers as they are."""
-    held = {name: self.shapes[name] for name in names}
-    floats = {name: x for name, x in held.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    """The model with the named arrays in another dtype; integer arrays are unchanged."""
+    selected = {name: self.shapes[name] for name in names}
+    floats = {name: x for name, x in selected.items() if jnp.issubdtype(x.dtype, jnp.floating)}
     return self._replace(
       shapes=self.shapes | {name: jax.ShapeDtypeStruct(x.shape, dtype) for name, x in floats.items()}
     )
 
   def merge(self, *arrays: ParamDict) -> Any:
-    """The model holding `arrays`, for one traced function; variables are copies, so statistics may change."""
+    """The model with `arrays`, for one traced function; variables are copies, so that statistics can be updated."""
     named = {name: value for part in arrays for name, value in part.items()}
     missing, unknown = self.shapes.keys() - named.keys(), named.keys() - self.shapes.keys()
     if missing or unknown:
@@ -77,13 +77,13 @@ class ModelSpec(NamedTuple):
     return self.partial(self.fold(named))
 
   def partial(self, named: ParamDict) -> Any:
-    """As `merge`, with mere shapes in place of the arrays that are not given: for what only uses some of them."""
+    """As `merge`, with shapes instead of missing arrays, for functions that use only some of them."""
     state = nnx.from_flat_state([(path, named.get(name, self.shapes[name])) for name, path in self.paths.items()])
     return nnx.merge(self.graphdef, state, copy=True)
 
 
 def _inlined(module: nnx.Module, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-  """Paths of the Inlined modules at and below `module`. nnx.iter_modules would look at every array too."""
+  """Paths of the Inlined modules at and below `module`. nnx.iter_modules would also visit every array."""
   if isinstance(module, Inlined):
     yield path
   for name, value in vars(module).items():
@@ -92,14 +92,14 @@ def _inlined(module: nnx.Module, path: tuple[str, ...] = ()) -> Iterator[tuple[s
 
 
 def _names(model: nnx.Module, paths: Iterable[PathParts]) -> list[str]:
-  """Names of arrays; they leave the attributes out under which Inlined modules stand."""
+  """Names of arrays, without the attribute names of Inlined modules."""
   inlined = set(_inlined(model))
   parts = [tuple(str(part) for part in path) for path in paths]
   return ["/".join(part for i, part in enumerate(path) if path[: i + 1] not in inlined) for path in parts]
 
 
 class _Leaf(NamedTuple):
-  """One array of a model that is built under tracing."""
+  """An array of a model that is built under tracing."""
 
   path: PathParts
   kind: type[nnx.Variable]
@@ -107,7 +107,7 @@ class _Leaf(NamedTuple):
 
 
 def describe(build: Callable[[], nnx.Module]) -> ModelSpec:
-  """Names, shapes and kinds of the arrays of the model that `build` makes, without allocating any of them."""
+  """Describes the model that `build` returns, without allocating any array."""
   built: list[tuple[nnx.GraphDef, list[_Leaf]]] = []
 
   def traced() -> list[Array]:
@@ -118,85 +118,89 @@ def describe(build: Callable[[], nnx.Module]) -> ModelSpec:
     built.append((graphdef, [_Leaf(path, type(leaf), draws.get(id(value))) for path, leaf, value in flat]))
     return [value for _, _, value in flat]
 
-  # nnx.eval_shape would do, but goes over the graph four times more, which takes as long as all the rest.
+  # nnx.eval_shape would work too, but takes twice as long, since it traverses the graph four more times.
   arrays = jax.eval_shape(traced)
   ((graphdef, leaves),) = built
   model = nnx.merge(graphdef, nnx.from_flat_state([(x.path, array) for x, array in zip(leaves, arrays, strict=True)]))
   names = _names(model, [x.path for x in leaves])
-  known = (nnx.Param, Buffer, nnx.BatchStat)
-  if strange := [name for name, x in zip(names, leaves, strict=True) if not issubclass(x.kind, known)]:
-    raise TypeError(f"the model holds state that no checkpoint keeps: {strange}; use Param, Buffer or BatchStat.")
-  if twice := [name for name, count in collections.Counter(names).items() if count > 1]:
-    raise TypeError(f"two arrays of the model have one name: {twice}; rename an attribute of an Inlined module.")
+  supported = (nnx.Param, Buffer, nnx.BatchStat)
+  if unsupported := [name for name, x in zip(names, leaves, strict=True) if not issubclass(x.kind, supported)]:
+    raise TypeError(
+      f"the model has state that checkpoints do not store: {unsupported}; use Param, Buffer or BatchStat."
+    )
+  if duplicates := [name for name, count in collections.Counter(names).items() if count > 1]:
+    raise TypeError(f"two arrays of the model have one name: {duplicates}; rename an attribute of an Inlined module.")
   named = dict(zip(names, leaves, strict=True))
-  params, buffers, stats = (frozenset(name for name, x in named.items() if issubclass(x.kind, kind)) for kind in known)
+  params, buffers, stats = (
+    frozenset(name for name, x in named.items() if issubclass(x.kind, cls)) for cls in supported
+  )
   paths = {name: x.path for name, x in named.items()}
   draws = {name: x.draw for name, x in named.items() if x.draw}
   return ModelSpec(model, graphdef, paths, dict(zip(names, arrays, strict=True)), params, buffers, stats, draws)
 
 
 def stats(model: nnx.Module) -> ParamDict:
-  """The running statistics that a forward pass in training has left in `model`."""
+  """The running statistics of `model` after a forward pass in training."""
   leaves = nnx.to_flat_state(nnx.state(model, nnx.BatchStat))
   names = _names(model, [path for path, _ in leaves])
   return {name: leaf.get_value() for name, (_, leaf) in zip(names, leaves, strict=True)}
 
 
 def first_rules(names: Iterable[str], rules: Sequence[tuple[str, Any]], *, field: str) -> tuple[dict[str, int], str]:
-  """The rule that counts for each name: the first whose pattern is found in "/" + name.
+  """The rule of each name: the first whose pattern matches in "/" + name (re.search).
 
   Args:
-    names: full names; the leading slash lets a pattern such as "/unet/" name a whole level.
+    names: full names; due to the leading slash, a pattern such as "/unet/" matches complete path components.
     rules: ordered (regular expression, value) pairs.
-    field: name of the config option that holds the rules, for the message.
+    field: name of the config option of the rules, for messages.
 
   Returns:
-    Numbers of rules by name, without the names that match none; and what is wrong with the rules that count for no
-    name, because they match none or because earlier rules take all that they match; empty where there are none. A last
-    rule for whatever is left, such as (r"", 1.0), may find nothing left.
+    Indices of rules by name, without names that match no rule; and a description of unused rules, which match no name
+    or only names that earlier rules match, empty if there are none. A last rule for all remaining names, such as
+    (r"", 1.0), may be unused.
 
   Raises:
-    ValueError: a pattern that is no regular expression.
+    ValueError: a pattern is not a regular expression.
   """
   try:
     patterns = [re.compile(pattern) for pattern, _ in rules]
   except re.error as error:
-    raise UserError(f"{field}: {error.pattern!r} is no regular expression: {error}; correct it.") from error
+    raise UserError(f"{field}: {error.pattern!r} is not a regular expression: {error}; correct it.") from error
   matching = {name: [i for i, pattern in enumerate(patterns) if pattern.search("/" + name)] for name in names}
-  first = {name: found[0] for name, found in matching.items() if found}
-  idle, shadowed = [], []
-  rest = [i for i, pattern in enumerate(patterns) if pattern.search("")]
-  allowed = set(rest[:1]) & {len(rules) - 1} & {i for found in matching.values() for i in found}
+  first = {name: indices[0] for name, indices in matching.items() if indices}
+  unmatched, shadowed = [], []
+  catch_all = [i for i, pattern in enumerate(patterns) if pattern.search("")]
+  allowed = set(catch_all[:1]) & {len(rules) - 1} & {i for indices in matching.values() for i in indices}
   for i in sorted(set(range(len(rules))) - set(first.values()) - allowed):
-    before = sorted({first[name] for name, found in matching.items() if i in found})
-    if before:
-      shadowed.append(f"{rules[i][0]!r} behind {', '.join(repr(rules[j][0]) for j in before)}")
+    earlier = sorted({first[name] for name, indices in matching.items() if i in indices})
+    if earlier:
+      shadowed.append(f"{rules[i][0]!r} behind {', '.join(repr(rules[j][0]) for j in earlier)}")
     else:
-      idle.append(rules[i][0])
-  problems = [f"rules that match no array: {idle}"] if idle else []
+      unmatched.append(rules[i][0])
+  problems = [f"rules that match no array: {unmatched}"] if unmatched else []
   problems += (
     [f"rules that come too late, earlier ones match all they match: {', '.join(shadowed)}"] if shadowed else []
   )
   return first, "; ".join(problems)
 
 
-def assign(names: Iterable[str], rules: Sequence[tuple[str, Any]], *, field: str) -> Fields:
-  """One value per name: of the first rule whose pattern is found in "/" + name.
+def match_rules(names: Iterable[str], rules: Sequence[tuple[str, Any]], *, field: str) -> Fields:
+  """The value of each name: that of the first rule whose pattern matches in "/" + name (re.search).
 
   Args:
-    names: full names; the leading slash lets a pattern such as "/unet/" name a whole level.
+    names: full names; due to the leading slash, a pattern such as "/unet/" matches complete path components.
     rules: ordered (regular expression, value) pairs.
-    field: name of the config option that holds the rules, for the message.
+    field: name of the config option of the rules, for messages.
 
   Raises:
-    ValueError: a name matches no rule, or a rule counts for no name; lists all of them.
+    ValueError: names that match no rule, or unused rules; lists all of them.
   """
   names = list(names)
-  first, idle = first_rules(names, rules, field=field)
-  homeless = sorted(set(names) - first.keys())
-  if homeless or idle:
+  first, problems = first_rules(names, rules, field=field)
+  unmatched = sorted(set(names) - first.keys())
+  if unmatched or problems:
     raise UserError(
-      f"{field}: {len(homeless)} arrays match no rule {homeless[:10]}; {idle or 'rules that match no array: []'}. "
-      "Add a rule, or remove or correct the idle one."
+      f"{field}: {len(unmatched)} arrays match no rule {unmatched[:10]}; "
+      f"{problems or 'rules that match no array: []'}. Add a rule, or remove or correct the idle one."
     )
   return {name: rules[i][1] for name, i in first.items()}

@@ -12,6 +12,6 @@ class PerceptionModel(nnx.Module):
     self.method, self.neck, self.head = method, neck, head
 
   def __call__(self, batch: Batch, *, training: bool, key: Array | None = None) -> Outputs:
-    """Outputs of len(method.branches(training)) * B rows, branch by branch; `key` is for what is drawn."""
+    """Outputs of len(method.branches(training)) * B rows, branch by branch; `key` is used for sampling."""
     features = self.method(batch, training=training, key=key)
     return self.head(self.neck(features, training=training), training=training, key=key)

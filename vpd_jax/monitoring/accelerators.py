@@ -24,7 +24,7 @@ def unused(environment: Mapping[str, str] = os.environ, root: str = "/") -> str:
   """
   if environment.get("JAX_PLATFORMS") or jax.default_backend() != "cpu":
     return ""
-  device, extra = _found(environment, Path(root))
+  device, extra = _detect(environment, Path(root))
   if not extra:
     return ""
   return (
@@ -33,7 +33,7 @@ def unused(environment: Mapping[str, str] = os.environ, root: str = "/") -> str:
   )
 
 
-def _found(environment: Mapping[str, str], root: Path) -> tuple[str, str]:
+def _detect(environment: Mapping[str, str], root: Path) -> tuple[str, str]:
   """Name of the accelerator, and the pip extra that supports it; two empty strings if there is none."""
   driver = root / "proc/driver/nvidia/version"
   if driver.exists() or glob.glob(str(root / "dev/nvidia[0-9]*")):

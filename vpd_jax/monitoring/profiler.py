@@ -91,10 +91,10 @@ def slowest_ops(folder: str, steps: int, text: str = "", count: int = SLOWEST) -
   Raises:
     ValueError: there is no trace.
   """
-  found = sorted(epath.Path(folder).glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.parent.name)
-  if not found:
+  traces = sorted(epath.Path(folder).glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.parent.name)
+  if not traces:
     raise UserError(f"there is no trace below {Path(folder) / 'plugins' / 'profile'}.")
-  data = jax.profiler.ProfileData.from_serialized_xspace(found[-1].read_bytes())
+  data = jax.profiler.ProfileData.from_serialized_xspace(traces[-1].read_bytes())
   devices, times = set(), cast(Any, collections.Counter())  # the type of Counter is limited to integers
   with warnings.catch_warnings():
     # Raised inside C++ since Python 3.13; where warnings are errors it would abort the process.
@@ -103,9 +103,9 @@ def slowest_ops(folder: str, steps: int, text: str = "", count: int = SLOWEST) -
       devices.add(device)
       times[name] += nanoseconds
   total = sum(times.values())
-  described = {name: (result, _origin(origin)) for name, result, origin in _INSTRUCTION.findall(text)}
+  descriptions = {name: (result, _origin(origin)) for name, result, origin in _INSTRUCTION.findall(text)}
   return [
-    Operation(name, ns / 1e6 / steps / len(devices), ns / total, *described.get(name, ("", "")))
+    Operation(name, ns / 1e6 / steps / len(devices), ns / total, *descriptions.get(name, ("", "")))
     for name, ns in times.most_common(count)
   ]
 
@@ -123,17 +123,17 @@ def table(operations: list[Operation]) -> str:
 
 def _device_events(data: Any) -> Iterator[tuple[str, str, float]]:
   """(device, name, nanoseconds) of every executed operation, on accelerators if there are any, else on the CPU."""
-  found = False
+  has_device_events = False
   for plane in data.planes:
     if not plane.name.startswith("/device:"):
       continue
     lines = {line.name: line for line in plane.lines}
     chosen = ["XLA Ops"] if "XLA Ops" in lines else [name for name in lines if name.startswith("Stream")]
     for event in (event for name in chosen for event in lines[name].events):
-      found = True
+      has_device_events = True
       name = str(dict(event.stats).get("hlo_op") or event.name)
       yield plane.name, name.partition(" = ")[0].lstrip("%"), event.duration_ns
-  if found:
+  if has_device_events:
     return
   for event in (event for plane in data.planes for line in plane.lines for event in line.events):
     stats = dict(event.stats)

@@ -1,8 +1,8 @@
-"""Progress of a command: one line for each phase with its seconds, and what a long phase has reached.
+"""Progress of a command: one line for each phase with its duration, and the progress of long phases.
 
-A library prints nothing unasked: phases are silent until a command calls `show`. Lines go to stdout, like the log of a
-run. Where stderr is a terminal, tqdm redraws a line there during a phase; elsewhere a line is printed every 10 seconds.
-Nothing here imports jax, since the first line of a command must not wait for it.
+Phases are silent until a command calls `show`, so that the library prints nothing by default. Lines go to stdout, like
+the log of a run. If stderr is a terminal, tqdm redraws a line there during a phase; otherwise a line is printed every
+10 seconds. This module does not import jax, since the first line of a command must not wait for it.
 """
 
 import contextlib
@@ -11,15 +11,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-INTERVAL = 10.0  # seconds between two lines of a phase, where stderr is no terminal
-_REDRAW = 1.0  # seconds, where it is
-_LONG = 1.0  # seconds that the first part of a phase takes, if it is named
+INTERVAL = 10.0  # seconds between two lines of a phase, if stderr is not a terminal
+_REDRAW = 1.0  # seconds, if it is
+_LONG = 1.0  # seconds from which on the first part of a phase is reported separately
 _shown = threading.Event()
-_written = [0.0]  # when the last line was printed
+_written = [0.0]  # time of the last line
 
 
 def show() -> None:
-  """Lets phases print; commands call it, in the first process of a run only."""
+  """Enables printing of phases; called by commands, in the first process of a run only."""
   _shown.set()
 
 
@@ -29,7 +29,7 @@ def hide() -> None:
 
 
 def begin(command: str) -> None:
-  """Shows progress from here on, and prints the first line of a command: its name and arguments."""
+  """Enables progress, and prints the first line of a command: its name and arguments."""
   if not {"-h", "--help"} & set(sys.argv[1:]):
     show()
     say(" ".join([command, *sys.argv[1:]]))
@@ -42,7 +42,7 @@ def say(line: str) -> None:
 
 
 def write(line: str) -> None:
-  """Prints a line to stdout, and above what is being redrawn."""
+  """Prints a line to stdout, above the line that tqdm redraws."""
   _written[0] = time.monotonic()
   if sys.stderr.isatty() and "tqdm" in sys.modules:
     from tqdm import tqdm
@@ -54,13 +54,13 @@ def write(line: str) -> None:
 
 
 class Phase:
-  """A phase that is under way.
+  """A running phase.
 
   Args:
-    name: what is being done.
-    total: how many units there are to do; 0: only time is measured.
-    unit: their name, in the plural.
-    reached: how many are done, where `advance` cannot tell, as of steps that a device has not finished yet.
+    name: of the phase.
+    total: number of units; 0: only time is measured.
+    unit: name of the units, in the plural.
+    reached: returns the number of finished units, if `advance` does not know it, e.g. for asynchronous steps.
     clock: seconds.
   """
 
@@ -74,7 +74,7 @@ class Phase:
   ):
     self.name, self.total, self.unit, self._count, self._reached = name, total, unit, 0, reached
     self._clock, self._begin = clock, clock()
-    self._first: tuple[float, int] | None = None  # seconds and units of the first part, in which programs are compiled
+    self._first: tuple[float, int] | None = None  # seconds and units of the first part, which includes compilation
 
   def advance(self, count: int = 1) -> None:
     """Counts finished units."""
@@ -89,12 +89,12 @@ class Phase:
 
   @property
   def seconds(self) -> float:
-    """Since the beginning."""
+    """Elapsed seconds."""
     return self._clock() - self._begin
 
   @property
   def remaining(self) -> float | None:
-    """Seconds, at the speed since the first part; None before the second part."""
+    """Estimated remaining seconds, at the speed since the first part; None before the second part."""
     if not (self._first and self.done > self._first[1]):
       return None
     return (self.total - self.done) * (self.seconds - self._first[0]) / (self.done - self._first[1])
@@ -117,7 +117,7 @@ class Phase:
 
 @contextlib.contextmanager
 def phase(name: str, total: int = 0, unit: str = "", reached: Callable[[], int] | None = None) -> Iterator[Phase]:
-  """Prints a line at the end of what is done in the `with`, and, where it takes long, what it has reached.
+  """Prints a line at the end of the `with`, and the progress during long phases.
 
       with progress.phase("evaluate", total=654, unit="images") as evaluated:
         evaluated.advance(8)
@@ -136,7 +136,7 @@ def phase(name: str, total: int = 0, unit: str = "", reached: Callable[[], int] 
 
 @contextlib.contextmanager
 def _reported(running: Phase) -> Iterator[None]:
-  """Reports a phase from a thread of its own, as compiling returns to Python only at its end."""
+  """Reports a phase from a separate thread, since compilation blocks the main thread."""
   ended = threading.Event()
   report = _redraw if sys.stderr.isatty() else _print
   thread = threading.Thread(target=report, args=(running, ended), daemon=True, name="progress")
@@ -150,7 +150,7 @@ def _reported(running: Phase) -> Iterator[None]:
 
 def _print(running: Phase, ended: threading.Event) -> None:
   while not ended.wait(INTERVAL):
-    # Else a log, or a phase within this one, shows that it goes on.
+    # Otherwise a log line, or a nested phase, already shows progress.
     if time.monotonic() - _written[0] >= INTERVAL / 2:
       write(running.under_way())
 

@@ -72,10 +72,10 @@ def costs(compiled: jax.stages.Compiled, device_kind: str = "") -> dict[str, flo
 
   The body of a loop is counted once; kernels in custom calls, such as fused attention, may not be counted.
   """
-  found = compiled.cost_analysis() or {}
-  reported = {name: float(found[name]) for name in ("flops", "bytes accessed") if found.get(name, 0) > 0}
+  analysis = compiled.cost_analysis() or {}
+  reported = {name: float(analysis[name]) for name in ("flops", "bytes accessed") if analysis.get(name, 0) > 0}
   seconds = corrected_seconds(
-    float(found.get("optimal_seconds", 0)), reported.get("bytes accessed", 0), chips.chip_for(device_kind)
+    float(analysis.get("optimal_seconds", 0)), reported.get("bytes accessed", 0), chips.chip_for(device_kind)
   )
   return reported | ({"optimal_seconds": seconds} if seconds > 0 else {})
 
@@ -112,12 +112,12 @@ def rates(seconds: float, flops: float, model: float) -> dict[str, float]:
   device = jax.local_devices()[0]
   share = chips.share_of_peak(model / seconds, device.device_kind) if model else None
   peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
-  found = {
+  scalars = {
     "perf/tflops_per_sec_per_chip": flops / seconds / 1e12,
     "perf/share_of_peak": share,
     "perf/peak_memory_gib": peak and peak / 2**30,
   }
-  return {name: value for name, value in found.items() if value is not None}
+  return {name: value for name, value in scalars.items() if value is not None}
 
 
 def text(compiled: jax.stages.Compiled) -> str:
@@ -140,17 +140,17 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
     that of an all-reduce has the size of its input.
   """
   times = _times(text)
-  found: dict[str, tuple[int, int]] = {}
-  here = ""
+  totals: dict[str, tuple[int, int]] = {}
+  computation = ""
   for line in text.splitlines():
     if header := _COMPUTATION.match(line.strip()):
-      here = header[1]
+      computation = header[1]
     elif operation := _OPERATION.search(line):
       shapes, kind, begun = operation.groups()
-      number, size = found.get(kind, (0, 0))
-      count = times.get(here, 1)
-      found[kind] = number + count, size + count * _result_bytes(shapes, kind, bool(begun))
-  return found
+      number, size = totals.get(kind, (0, 0))
+      count = times.get(computation, 1)
+      totals[kind] = number + count, size + count * _result_bytes(shapes, kind, bool(begun))
+  return totals
 
 
 def _result_bytes(shapes: str, kind: str, begun: bool) -> int:
@@ -172,16 +172,16 @@ def _bytes(dtype: str) -> int:
 
 def _times(text: str) -> dict[str, int]:
   """Number of runs of each computation that is the body of a loop or called from one."""
-  here, called, loops = "", {}, {}
+  computation, called, loops = "", {}, {}
   for line in text.splitlines():
     if header := _COMPUTATION.match(line.strip()):
-      here = header[1]
+      computation = header[1]
       continue
     loop, trips = _LOOP.search(line), _TRIPS.search(line)
     if loop:
       loops[loop[1]] = int(trips[1]) if trips else 1
     for several, one in _CALLED.findall(line):
-      called.update({name.strip(" %"): here for name in (several or one).split(",")})
+      called.update({name.strip(" %"): computation for name in (several or one).split(",")})
 
   def times(name: str) -> int:
     return loops.get(name, 1) * (times(called[name]) if name in called else 1)

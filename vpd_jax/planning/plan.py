@@ -1,8 +1,7 @@
-"""--mode=plan: does a run fit, and what does a step cost, known before the first one and without the devices.
+"""--mode=plan: estimates the memory and cost of a run before it starts, without access to the devices.
 
-Compiles the real steps of training and evaluation for a named slice of TPUs or GPUs of a machine, which can be done on
-any machine, or for the devices at hand, and reads what the compiler says of them. No array is allocated and no data set
-is opened.
+Compiles the actual training and evaluation steps for a named TPU slice or GPUs, which is possible on any machine, or
+for the local devices, and reads the compiler's analysis. Allocates no arrays and does not open the data set.
 """
 
 import hashlib
@@ -36,7 +35,7 @@ from vpd_jax.planning.report import Report
 from vpd_jax.training import compilation
 from vpd_jax.types import Batch, Device
 
-# Of an Example, by key of a Batch: shape, where words stand for sizes that the config says, and dtype.
+# Shape and dtype of the entries of an Example by key; strings stand for sizes from the config.
 KEYS = {
   "image": (("HW", 3), np.uint8),
   "depth": (("HW",), np.float32),
@@ -54,29 +53,29 @@ KEYS = {
   "full_mask": (("canvas",), np.uint8),
   "full_size": ((2,), np.int32),
 }
-CROPPED = ("squeezed", "crops")  # ways of a task whose pictures are crops in evaluation, too
+CROPPED = ("squeezed", "crops")  # test-time protocols that evaluate on crops
 
 
 def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: str = "low", limit: int = 0) -> Report:
-  """--mode=plan: compiles, prints, and where training does not fit tries the nearest settings that may.
+  """--mode=plan: compiles and prints reports; if training does not fit, searches for settings that do.
 
-  The order of what is tried is that of plan_search.candidates.
+  Settings are tried in the order of plan_search.candidates.
 
   Args:
     config: of the run.
-    topology: of devices that are not there, see topologies.of, or empty for the devices at hand.
-    workdir: where plan.json keeps every finished compilation, so that the same command goes on; empty: nowhere.
-    effort: of the compiler for a slice of TPUs: "low", or "default" as in a run, which takes ten times as long and
-      mostly ends with a little less memory.
-    limit: bytes of memory of a device; 0: those of the device.
+    topology: of the devices to compile for, see topologies.topology_devices; empty for the local devices.
+    workdir: where plan.json stores finished compilations, so that the same command can continue; empty: not stored.
+    effort: of the compiler for a TPU slice: "low", or "default" as in a run, which takes ten times as long and usually
+      results in slightly less memory.
+    limit: bytes of memory of a device; 0: the memory of the device.
 
   Returns:
-    the reports by name: "train", "eval", and "fitting", the settings that fit, where the config's own do not and
+    the reports by name: "train", "eval", and "fitting" with the settings that fit, if those of the config do not and
     others were found.
 
   Raises:
-    ValueError: in one line: anything that training refuses but for files of the data set, batches that do not divide,
-      an unknown topology, or what compiles for it is not installed.
+    ValueError: in one line, for errors that training raises too (except for missing data files), batches that do not
+      divide, an unknown topology, or a missing compiler.
   """
   if effort not in topologies.EFFORTS:
     raise UserError(f"--effort={effort!r} is unknown; choose one of {sorted(topologies.EFFORTS)}.")
@@ -84,47 +83,47 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
   config = initialize.with_backbone_sizes(config, config.init.run or config.init.pretrained)
   initialize.check_training(config)
   check_data(config, experiment.assemble(config))
-  devices = topologies.of(topology) if topology else jax.devices()
+  devices = topologies.topology_devices(topology) if topology else jax.devices()
   limit = limit or memory_of(devices[0])
-  kept = _Kept(workdir)
-  measure = lambda config, step: kept.report(config, step, devices, topology, effort, limit)
+  cache = _ReportCache(workdir)
+  measure = lambda config, step: cache.report(config, step, devices, topology, effort, limit)
   reports = {}
   for step in ("train", "eval"):
     reports[step] = measure(config, step)
     writers.log(plan_report.describe(reports[step]))
   if reports["train"]["fits"] is False:
-    state = _states(config, devices)
+    state = _state_bytes_by_config(config, devices)
     writers.log(plan_report.describe_states(config, plan_search.less_memory(config), state))
-    found = plan_search.nearest(
+    result = plan_search.find_fitting_settings(
       config, reports["train"], lambda changed: measure(changed, "train"), state, len(devices)
     )
-    for words, report in found.tried:
-      writers.log(f"tried {words}: {plan_report.in_short(report)}")
+    for flags, report in result.tried:
+      writers.log(f"tried {flags}: {plan_report.in_short(report)}")
     writers.log(
-      f"fits with {found.words}" if found.report else "nothing that was tried fits: take more or larger devices"
+      f"fits with {result.flags}" if result.report else "nothing that was tried fits: take more or larger devices"
     )
-    if found.report:
-      reports["fitting"] = found.report
-      writers.log(writers.table(plan_search.costs(config, found.fields)))
-      writers.log(plan_report.describe(found.report))
+    if result.report:
+      reports["fitting"] = result.report
+      writers.log(writers.table(plan_search.costs(config, result.fields)))
+      writers.log(plan_report.describe(result.report))
   return reports
 
 
 def check_data(config: ConfigDict, exp: experiment.Experiment) -> None:
-  """Raises ValueError for options of the data set that training would refuse; its files need not be there."""
-  maker = experiment.DATASETS[config.data.name]
-  needed = inspect.signature(maker.__init__).parameters["root"].default is inspect.Parameter.empty
+  """Raises ValueError for invalid options of the data set; its files do not have to exist."""
+  cls = experiment.DATASETS[config.data.name]
+  needs_root = inspect.signature(cls.__init__).parameters["root"].default is inspect.Parameter.empty
   with tempfile.TemporaryDirectory() as empty:
-    there = config.data.get("root", "") and epath.Path(config.data.root).expanduser().is_dir()
-    lent = {"data.root": empty} if needed and not there else {}
-    encoder_cache.check(exp, experiment.dataset(loader.changed(config, lent), exp))
+    exists = config.data.get("root", "") and epath.Path(config.data.root).expanduser().is_dir()
+    overrides = {"data.root": empty} if needs_root and not exists else {}
+    encoder_cache.check(exp, experiment.dataset(loader.changed(config, overrides), exp))
 
 
 def memory_of(device: Device) -> int:
-  """Bytes that a program can use on a device, as it says or else as the table does; 0 where neither says."""
+  """Bytes that a program can use on a device, as reported or from the table of chips; 0 if unknown."""
   try:
     reported = int((device.memory_stats() or {}).get("bytes_limit", 0))
-  except (jax.errors.JaxRuntimeError, NotImplementedError):  # it is not there
+  except (jax.errors.JaxRuntimeError, NotImplementedError):  # a device of a topology
     reported = 0
   chip = chips.chip_for(device.device_kind)
   return reported or int((chip and chip.memory) or 0)
@@ -136,19 +135,20 @@ def mesh_for(config: ConfigDict, devices: list[Device]) -> jax.sharding.Mesh:
 
 
 def step_shapes(config: ConfigDict, exp: experiment.Experiment, step: str) -> Batch:
-  """`batch_shapes` of all that a step reads, "train" or "eval"."""
-  held = experiment.DATASETS[config.data.name].provides & {"valid_size"}  # as experiment.batch_keys, without the files
-  scored = exp.task.eval_needs if step == "eval" else ()
-  return batch_shapes(config, (*exp.keys, *sorted({*held, *scored})), step)
+  """`batch_shapes` of all keys that a step reads, "train" or "eval"."""
+  # As experiment.batch_keys, without opening the data set.
+  optional = experiment.DATASETS[config.data.name].provides & {"valid_size"}
+  eval_keys = exp.task.eval_needs if step == "eval" else ()
+  return batch_shapes(config, (*exp.keys, *sorted({*optional, *eval_keys})), step)
 
 
 def batch_shapes(config: ConfigDict, keys: tuple[str, ...], step: str) -> Batch:
-  """A Batch as ShapeDtypeStructs, as the pipeline would give it, by the config alone.
+  """A Batch of the pipeline as ShapeDtypeStructs, determined from the config.
 
   Args:
     config: of the run.
-    keys: of Experiment.keys.
-    step: "train": `data.batch_size` crops; "eval": `eval.batch_size` pictures, see `picture_size`.
+    keys: from Experiment.keys.
+    step: "train": `data.batch_size` crops; "eval": `eval.batch_size` images, see `picture_size`.
 
   Raises:
     ValueError: a key that is not in KEYS.
@@ -167,17 +167,17 @@ def batch_shapes(config: ConfigDict, keys: tuple[str, ...], step: str) -> Batch:
     sides["keypoints"] = (len(experiment.DATASETS[config.data.name].info(config.data).classes),)
   shapes = {}
   for key in keys:
-    named, dtype = KEYS[key]
-    shape = [n for side in named for n in (sides[side] if isinstance(side, str) else (side,))]
+    dims, dtype = KEYS[key]
+    shape = [n for side in dims for n in (sides[side] if isinstance(side, str) else (side,))]
     shapes[key] = jax.ShapeDtypeStruct((rows, *shape), dtype)
   return shapes
 
 
 def picture_size(config: ConfigDict) -> tuple[int, int]:
-  """(H, W) of a picture in evaluation.
+  """(H, W) of an image in evaluation.
 
-  The first that is there: the window it is cut into, `data.resize`, `data.size`, `data.kb_crop`, the size of the
-  published data, `data.crop`; the last alone where the task looks at crops in evaluation, too.
+  The first of these that is set: the sliding window, `data.resize`, `data.size`, `data.kb_crop`, the size of the
+  published images, `data.crop`; always `data.crop` for tasks that evaluate on crops.
   """
   if experiment.TASKS[config.task.name].test_time_protocol in CROPPED:
     return tuple(config.data.crop)
@@ -185,35 +185,35 @@ def picture_size(config: ConfigDict) -> tuple[int, int]:
   if windows:
     return windows[0][0], windows[0][0]
   published = experiment.DATASETS[config.data.name].published
-  given = [config.data.get(name, ()) for name in ("resize", "size", "kb_crop")]
-  height, width = next(size for size in (*given, published.size, config.data.crop) if size)
+  sizes = [config.data.get(name, ()) for name in ("resize", "size", "kb_crop")]
+  height, width = next(size for size in (*sizes, published.size, config.data.crop) if size)
   return height, width
 
 
 def state_bytes(config: ConfigDict, exp: experiment.Experiment, mesh: jax.sharding.Mesh) -> dict[str, int]:
-  """Bytes on one device of each part of the state."""
-  shapes, where = initialize.state_shapes(config, exp), initialize.state_shardings(config, exp, mesh)
+  """Bytes of each part of the state on one device."""
+  shapes, shardings = initialize.state_shapes(config, exp), initialize.state_shardings(config, exp, mesh)
 
   def total(part: str) -> int:
-    pairs = zip(jax.tree.leaves(vars(shapes)[part]), jax.tree.leaves(vars(where)[part]), strict=True)
-    return sum(int(np.prod(spread.shard_shape(x.shape))) * x.dtype.itemsize for x, spread in pairs)
+    pairs = zip(jax.tree.leaves(vars(shapes)[part]), jax.tree.leaves(vars(shardings)[part]), strict=True)
+    return sum(int(np.prod(where.shard_shape(x.shape))) * x.dtype.itemsize for x, where in pairs)
 
   return {part: total(part) for part in ("params", "frozen", "stats", "opt_state", "ema")}
 
 
-def _states(config: ConfigDict, devices: list[Device]) -> Callable[[ConfigDict], dict[str, int]]:
-  """`state_bytes` of the config with settings of plan_search.candidates, each made once."""
-  made: dict[tuple, experiment.Experiment] = {}
-  held: dict[tuple, dict[str, int]] = {}
+def _state_bytes_by_config(config: ConfigDict, devices: list[Device]) -> Callable[[ConfigDict], dict[str, int]]:
+  """A cached function from the config with settings of plan_search.candidates to its `state_bytes`."""
+  experiments: dict[tuple, experiment.Experiment] = {}
+  sizes: dict[tuple, dict[str, int]] = {}
 
   def state(changed: ConfigDict) -> dict[str, int]:
-    arrays = {name: plan_search.value(changed, name) for name in plan_search.less_memory(config)[0]}
-    key, spread = tuple(arrays.values()), (changed.mesh.data, changed.mesh.fsdp)
-    if key not in made:
-      made[key] = experiment.assemble(loader.changed(config, arrays))
-    if (key, spread) not in held:
-      held[key, spread] = state_bytes(changed, made[key], mesh_for(changed, devices))
-    return held[key, spread]
+    settings = {name: plan_search.value(changed, name) for name in plan_search.less_memory(config)[0]}
+    key, mesh_size = tuple(settings.values()), (changed.mesh.data, changed.mesh.fsdp)
+    if key not in experiments:
+      experiments[key] = experiment.assemble(loader.changed(config, settings))
+    if (key, mesh_size) not in sizes:
+      sizes[key, mesh_size] = state_bytes(changed, experiments[key], mesh_for(changed, devices))
+    return sizes[key, mesh_size]
 
   return state
 
@@ -221,26 +221,26 @@ def _states(config: ConfigDict, devices: list[Device]) -> Callable[[ConfigDict],
 def compiled_report(
   config: ConfigDict, step: str, devices: list[Device], topology: str, effort: str, limit: int
 ) -> Report:
-  """Compiles one step and says what it costs on one device; numbers are bytes, operations and seconds.
+  """Compiles one step and reports its cost on one device in bytes, operations and seconds.
 
   Args:
     config: of the run.
     step: "train" or "eval".
     devices: to compile for.
-    topology: their name; empty for those at hand.
+    topology: their name; empty for local devices.
     effort: key of topologies.OPTIONS.
-    limit: bytes of memory of a device; 0 judges nothing.
+    limit: bytes of memory of a device; 0: no limit.
 
   Returns:
-    "fits" is None where there is no limit. Where the compiler ran out of memory, what it would have told is missing
-    and "peak" is what it asked for.
+    the report. "fits" is None without a limit. If the compiler ran out of memory, its analysis is missing, and "peak"
+    is the memory that it requested.
   """
   exp = experiment.assemble(config, training=step == "train")
   mesh = mesh_for(config, devices)
   accumulation = config.optim.accumulation if step == "train" else 1
   rows = config.data.batch_size // accumulation if step == "train" else config.eval.batch_size
   pipeline.check_batch_size(rows, mesh.size, "devices")
-  batch, encoders = encoder_cache.planned(config, exp, step_shapes(config, exp, step))
+  batch, encoders = encoder_cache.encoded_batch_shapes(config, exp, step_shapes(config, exp, step))
   begin = time.perf_counter()
   lower = compilation.lower_step if step == "train" else evaluate.lower_step
   lowered = lower(config, exp, mesh, batch)
@@ -261,10 +261,10 @@ def compiled_report(
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    asked = asked_for(str(error), sum(report["state"].values()))
+    requested = requested_bytes(str(error), sum(report["state"].values()))
     return report | {
       "compile_seconds": round(time.perf_counter() - traced, 1),
-      "peak": asked and asked + encoders,
+      "peak": requested and requested + encoders,
       "fits": False,
     }
   report["compile_seconds"] = round(time.perf_counter() - traced, 1)
@@ -278,44 +278,44 @@ def compiled_report(
   return report | {"fits": report.get("fits")}
 
 
-def asked_for(message: str, arguments: int) -> int | None:
-  """Bytes that a program needed, by the compiler's message that it does not fit; None where it does not say.
+def requested_bytes(message: str, arguments: int) -> int | None:
+  """Bytes that a program needs, parsed from the compiler's out-of-memory message; None if it does not state them.
 
-  `arguments`, the bytes of the state, are added where the message is about the rest.
+  `arguments`, the bytes of the state, are added if the message excludes them.
   """
-  found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of|HLO temporaries \(([\d.]+)([KMGT])\)", message)
-  if not found:
+  match = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of|HLO temporaries \(([\d.]+)([KMGT])\)", message)
+  if not match:
     return None
-  number, unit = (word for word in found.groups() if word)
-  return int(float(number) * 2 ** (10 * " KMGT".index(unit))) + (0 if found[1] else arguments)
+  number, unit = (group for group in match.groups() if group)
+  return int(float(number) * 2 ** (10 * " KMGT".index(unit))) + (0 if match[1] else arguments)
 
 
-class _Kept:
-  """The finished compilations of a workdir, in plan.json, by what they depend on."""
+class _ReportCache:
+  """Reports of finished compilations in plan.json of a workdir, keyed by everything they depend on."""
 
   def __init__(self, workdir: str):
     self._path = epath.Path(workdir) / "plan.json" if workdir else None
-    self._held = _read(self._path) if self._path and self._path.exists() else {}
+    self._reports = _read(self._path) if self._path and self._path.exists() else {}
 
-  def report(self, config: ConfigDict, step: str, devices: list[Device], *facts: Any) -> Report:
-    """The report of an earlier command, or a new one, which is kept."""
-    words = [initialize.to_json(config), step, devices[0].device_kind, len(devices), jax.__version__, *facts]
-    words.append(topologies.compiler(facts[0]))
-    key = hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
-    if key not in self._held:
-      self._held[key] = compiled_report(config, step, devices, *facts)
+  def report(self, config: ConfigDict, step: str, devices: list[Device], *options: Any) -> Report:
+    """Returns the stored report of an earlier command, or compiles and stores a new one."""
+    inputs = [initialize.to_json(config), step, devices[0].device_kind, len(devices), jax.__version__, *options]
+    inputs.append(topologies.compiler(options[0]))
+    key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
+    if key not in self._reports:
+      self._reports[key] = compiled_report(config, step, devices, *options)
       if self._path is not None:
-        atomic.write_json(self._path, self._held)
-    return self._held[key]
+        atomic.write_json(self._path, self._reports)
+    return self._reports[key]
 
 
 def _read(path: epath.Path) -> dict[str, Report]:
-  """What plan.json holds; nothing, and a line, where it is damaged: all of it can be compiled again."""
+  """The reports in plan.json; if it is damaged, logs a line and returns none, since they can be compiled again."""
   try:
-    held = json.loads(path.read_text())
-    if isinstance(held, dict):
-      return held
-  except ValueError:  # no JSON, or no text
+    reports = json.loads(path.read_text())
+    if isinstance(reports, dict):
+      return reports
+  except ValueError:  # not JSON, or not text
     pass
-  writers.log(f"{path} is damaged: what it held is compiled again")
+  writers.log(f"{path} is damaged: its reports are compiled again")
   return {}

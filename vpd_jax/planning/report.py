@@ -1,4 +1,4 @@
-"""What --mode=plan says of a compiled step, for the reader at the terminal."""
+"""Formats the reports of --mode=plan for the terminal."""
 
 from collections.abc import Callable
 
@@ -14,14 +14,14 @@ Report = Fields  # of plan.compiled_report
 
 
 def amount(count: float) -> str:
-  """Bytes for the reader."""
+  """Formats a number of bytes."""
   power = next((p for p in (30, 20) if count >= 2**p / 10), 10)
   return f"{count / 2**power:.2f} {({30: 'GiB', 20: 'MiB', 10: 'KiB'})[power]}"
 
 
 def in_short(report: Report) -> str:
-  """Peak and verdict in a few words."""
-  peak = "more than there is" if report.get("peak") is None else amount(report["peak"])
+  """Peak memory and whether it fits, in one phrase."""
+  peak = "more than available" if report.get("peak") is None else amount(report["peak"])
   verdict = {True: "fits", False: "does not fit", None: "no limit known"}[report["fits"]]
   parts = [f"{peak} of {amount(report['limit'])}" if report["limit"] else peak, verdict]
   if report.get("optimal_seconds", 0) > 0:
@@ -30,21 +30,21 @@ def in_short(report: Report) -> str:
 
 
 def describe_states(config: ConfigDict, levels: list[Fields], state: Callable[[ConfigDict], dict[str, int]]) -> str:
-  """What state and gradients take on a device with each of these settings, as a table."""
+  """Memory of state and gradients on a device with each of these settings, as a table."""
   rows = [("before the first activation", "")]
   for fields in levels:
     try:
       parts = state(loader.changed(config, fields))
     except UserError:
-      continue  # the method has nothing to adapt
-    words = ", ".join(f"{name}={x}" for name, x in search.changed_fields(config, fields).items()) or "as it is"
-    rows.append((f"  {words}", amount(sum(parts.values()) + parts["params"])))
+      continue  # the method has no layers for LoRA
+    settings = ", ".join(f"{name}={x}" for name, x in search.changed_fields(config, fields).items()) or "unchanged"
+    rows.append((f"  {settings}", amount(sum(parts.values()) + parts["params"])))
   return writers.table(rows)
 
 
 def describe(report: Report) -> str:
   """A report as a table."""
-  where = report["topology"] or "devices at hand"
+  where = report["topology"] or "local devices"
   mesh = report["mesh"]
   bound = {"low": ", at low compiler effort", "untimed": ", kernels chosen without timing them"}
   rows = [

@@ -1,4 +1,4 @@
-"""When a training step does not fit: the nearest settings that may, and which of them to compile."""
+"""Searches for settings with which a training step fits, and decides which of them to compile."""
 
 import functools
 import math
@@ -14,10 +14,10 @@ from vpd_jax.errors import UserError
 from vpd_jax.types import Fields
 
 ATTEMPTS = 3  # compilations; each takes minutes
-# Share of the activations that recomputation, and attention without stored scores, keep, until a compilation has told.
+# Assumed share of the activations with recomputation, and without stored attention scores, before any measurement.
 REMAT_LEAVES, ATTENTION_LEAVES = 0.35, 0.5
 RANK = 16  # of LoRA
-# What a setting changes beside memory, for the reader.
+# Effects of a setting besides memory, for the report.
 COSTS = {
   "mesh.fsdp": "the same result; devices exchange parameters",
   "backbone.remat": "the same result; a quarter more operations",
@@ -32,33 +32,33 @@ COSTS = {
 Report = Fields
 
 
-class Found(NamedTuple):
-  """What a search came to.
+class SearchResult(NamedTuple):
+  """The result of a search.
 
   Attributes:
-    fields: the settings that fit; empty where none does.
-    words: they as flags.
-    report: of the compilation with them; None where none fits.
-    tried: settings and report of every compilation, in order.
+    fields: the settings that fit; empty if none do.
+    flags: the settings as command-line flags.
+    report: of the compilation with them; None if none fit.
+    tried: flags and report of every compilation, in order.
   """
 
   fields: Fields
-  words: str
+  flags: str
   report: Report | None
   tried: list[tuple[str, Report]]
 
 
 def candidates(config: ConfigDict, devices: int) -> Iterator[Fields]:
-  """Changes of the config by field, the least harmful first.
+  """Changes of the config by field, from the least to the most invasive.
 
-  Without any change of the result: `mesh.fsdp`, from small to large, then `backbone.remat`, which costs a quarter more
-  operations, with every fsdp again, then attention without stored scores where the config has "xla". Then
-  `optim.accumulation`, which keeps the batch and its loss, but takes the running statistics of batch normalization part
-  by part; from small to large, each with all of the above. Then those of `less_memory`, and last `data.batch_size`,
-  halved again and again, which is another recipe; each with all of the above.
+  First settings that do not change the result: `mesh.fsdp`, in ascending order, then `backbone.remat`, which adds a
+  quarter more operations, with every fsdp again, then attention without stored scores if the config has "xla". Then
+  `optim.accumulation` in ascending order, which keeps the batch and its loss but updates the running statistics of
+  batch normalization part by part; each with all of the above. Then the settings of `less_memory`, and last
+  `data.batch_size`, halved repeatedly, which changes the training recipe; each with all of the above.
   """
-  given = max(config.mesh.fsdp, 1) if config.mesh.fsdp != -1 else devices
-  spreads = [n for n in range(given, devices + 1) if devices % n == 0]
+  smallest = max(config.mesh.fsdp, 1) if config.mesh.fsdp != -1 else devices
+  shard_counts = [n for n in range(smallest, devices + 1) if devices % n == 0]
   kernels = dict.fromkeys((config.backbone.attention, *(["auto"] if _stores_scores(config) else [])))
   batches = [config.data.batch_size]
   while batches[-1] % 2 == 0 and batches[-1] // 2 >= devices:
@@ -69,7 +69,7 @@ def candidates(config: ConfigDict, devices: int) -> Iterator[Fields]:
       for accumulation in parts:
         for attention in kernels:
           for remat in sorted({bool(config.backbone.remat), True}):
-            for fsdp in spreads:
+            for fsdp in shard_counts:
               yield {
                 **{"mesh.data": -1, "mesh.fsdp": fsdp, "backbone.remat": remat, "backbone.attention": attention},
                 **{"optim.accumulation": accumulation, "data.batch_size": batch, **memory},
@@ -77,17 +77,17 @@ def candidates(config: ConfigDict, devices: int) -> Iterator[Fields]:
 
 
 def less_memory(config: ConfigDict) -> list[Fields]:
-  """Settings that hold less than the config's own, which come first: small moments, frozen bfloat16, LoRA."""
-  kinds = moments.KINDS[moments.KINDS.index(config.optim.moments) :]
-  own = {"frozen_dtype": config.frozen_dtype, "lora.rank": config.lora.rank}
-  levels = [{"optim.moments": kind, **own} for kind in kinds]
+  """Settings of the config, then those with less memory: reduced-precision moments, frozen arrays in bfloat16, LoRA."""
+  formats = moments.KINDS[moments.KINDS.index(config.optim.moments) :]
+  current = {"frozen_dtype": config.frozen_dtype, "lora.rank": config.lora.rank}
+  levels = [{"optim.moments": moment_format, **current} for moment_format in formats]
   levels.append(levels[-1] | {"frozen_dtype": "bfloat16"})
   levels.append(levels[0] | {"frozen_dtype": "bfloat16", "lora.rank": config.lora.rank or RANK})
   return [level for i, level in enumerate(levels) if level not in levels[:i]]
 
 
 def value(config: ConfigDict, field: str) -> object:
-  """Of a dotted field."""
+  """The value of a dotted field."""
   return functools.reduce(operator.getitem, field.split("."), config)
 
 
@@ -97,63 +97,63 @@ def changed_fields(config: ConfigDict, fields: Fields) -> Fields:
 
 
 def as_flags(config: ConfigDict, fields: Fields) -> str:
-  """The fields that differ from the config's, as words of a command line."""
+  """The fields that differ from the config's, as command-line flags."""
   return " ".join(f"--config.{name}={x}" for name, x in changed_fields(config, fields).items())
 
 
 def costs(config: ConfigDict, fields: Fields) -> list[tuple[str, str]]:
-  """What each field that differs from the config's changes, in words."""
+  """The effect of each field that differs from the config's, as text."""
   return [(f"{name}={x}", COSTS[name]) for name, x in changed_fields(config, fields).items() if name in COSTS]
 
 
-def nearest(
+def find_fitting_settings(
   config: ConfigDict,
   report: Report,
   measure: Callable[[ConfigDict], Report],
   state: Callable[[ConfigDict], dict[str, int]],
   devices: int,
   attempts: int = ATTEMPTS,
-) -> Found:
-  """The first of the candidates that fits, as far as `attempts` compilations can tell.
+) -> SearchResult:
+  """Finds the first candidate that fits, with at most `attempts` compilations.
 
-  Memory is estimated as state + gradients + activations, these in proportion to the images that a device holds at a
-  time; every compilation corrects the estimate. Candidates that are estimated not to fit are passed over; where all
-  are, the smallest is compiled.
+  Memory is estimated as state + gradients + activations, which are proportional to the number of images per device;
+  every compilation corrects the estimate. Candidates that are not expected to fit are skipped; if none is expected to
+  fit, the smallest one is compiled.
 
   Args:
-    config: which does not fit.
-    report: of its compilation: "peak", None where unknown, and "limit", bytes.
-    measure: config to such a report, with "fits"; a ValueError says that the settings do not go together.
-    state: config to the bytes of the parts of its state on one device; a ValueError likewise.
-    devices: number of all.
+    config: that does not fit.
+    report: of its compilation: "peak", None if unknown, and "limit", bytes.
+    measure: config to such a report, with "fits"; raises ValueError if the settings are incompatible.
+    state: config to the bytes of the parts of its state on one device; raises ValueError likewise.
+    devices: total number of devices.
   """
-  left, tried = [fields for fields in candidates(config, devices) if as_flags(config, fields)], []
+  remaining, tried = [fields for fields in candidates(config, devices) if as_flags(config, fields)], []
   share: dict[tuple[bool, bool], float] = {}  # activations of one image, by `_saves`
   _learn(share, config, report, state(config), devices)
-  while left and len(tried) < attempts:
-    expected = [_expected(share, loader.changed(config, fields), state, devices) for fields in left]
+  while remaining and len(tried) < attempts:
+    expected = [_expected(share, loader.changed(config, fields), state, devices) for fields in remaining]
     chosen = next((i for i, peak in enumerate(expected) if peak <= report["limit"]), expected.index(min(expected)))
-    fields, settings = left[chosen], loader.changed(config, left[chosen])
-    left = left[chosen + 1 :]
-    words = as_flags(config, fields)
+    fields, settings = remaining[chosen], loader.changed(config, remaining[chosen])
+    remaining = remaining[chosen + 1 :]
+    flags = as_flags(config, fields)
     try:
-      found = measure(settings)
+      measured = measure(settings)
     except UserError:
-      continue  # groups of statistics or loss that the parts would cut
-    tried.append((words, found))
-    if found["fits"]:
-      return Found(fields, words, found, tried)
-    _learn(share, settings, found, state(settings), devices)
-  return Found({}, "", None, tried)
+      continue  # groups of statistics or loss would span several parts
+    tried.append((flags, measured))
+    if measured["fits"]:
+      return SearchResult(fields, flags, measured, tried)
+    _learn(share, settings, measured, state(settings), devices)
+  return SearchResult({}, "", None, tried)
 
 
 def _images(config: ConfigDict, devices: int) -> float:
-  """That a device holds at a time."""
+  """Number of images that a device processes at a time."""
   return config.data.batch_size / config.optim.accumulation / devices
 
 
 def _fixed(config: ConfigDict, state: dict[str, int]) -> float:
-  """State and gradients, which accumulation holds twice."""
+  """Bytes of state and gradients; accumulation stores gradients twice."""
   return sum(state.values()) + state["params"] * (2 if config.optim.accumulation > 1 else 1)
 
 
@@ -162,23 +162,25 @@ def _stores_scores(config: ConfigDict) -> bool:
 
 
 def _saves(config: ConfigDict) -> tuple[bool, bool]:
-  """Whether it recomputes, and whether attention keeps no scores."""
+  """Whether activations are recomputed, and whether attention does not store scores."""
   return bool(config.backbone.remat), not _stores_scores(config)
 
 
 def _learn(
   share: dict[tuple[bool, bool], float], config: ConfigDict, report: Report, state: dict[str, int], devices: int
 ) -> None:
-  """Corrects the activations of one image by a compilation, and those with more savings by what these leave.
+  """Updates the estimated activations per image from a compilation, also for settings that save more memory.
 
-  Where the compiler did not say how much it wanted, it is taken to be twice of what there is.
+  If the compiler did not report the requested memory, it is assumed to be twice the limit.
   """
   peak = report.get("peak") or 2 * report["limit"]
-  one = max(peak - _fixed(config, state), 0) / _images(config, devices)
+  per_image = max(peak - _fixed(config, state), 0) / _images(config, devices)
   remat, attention = _saves(config)
-  for more in {remat, True}:
-    for less in {attention, True}:
-      share[more, less] = one * REMAT_LEAVES ** (more - remat) * ATTENTION_LEAVES ** (less - attention)
+  for saves_activations in {remat, True}:
+    for saves_scores in {attention, True}:
+      share[saves_activations, saves_scores] = (
+        per_image * REMAT_LEAVES ** (saves_activations - remat) * ATTENTION_LEAVES ** (saves_scores - attention)
+      )
 
 
 def _expected(
@@ -187,7 +189,7 @@ def _expected(
   state: Callable[[ConfigDict], dict[str, int]],
   devices: int,
 ) -> float:
-  """Bytes at the peak; infinite where the settings do not go together."""
+  """Estimated peak memory in bytes; infinite if the settings are incompatible."""
   try:
     return _fixed(config, state(config)) + share[_saves(config)] * _images(config, devices)
   except UserError:

@@ -1,4 +1,4 @@
-"""Devices that are not there, to compile for: slices of TPUs by libtpu, GPUs of a machine by JAX's CUDA plugin."""
+"""Device topologies for ahead-of-time compilation: TPU slices by libtpu, GPUs by JAX's CUDA plugin."""
 
 import importlib.metadata
 import importlib.util
@@ -14,16 +14,16 @@ from vpd_jax.types import Device, Fields, Options
 EFFORTS = ("low", "default")
 OPTIONS: dict[str, Fields] = {
   "default": {},
-  # Minutes; the program is slower and takes more memory than what a run would use. The levels are
-  # XLA's EFFORT_O0: the two efforts alone took five times as long for VPD on v5e:2x4, and saved no memory.
+  # Compiles in minutes; the program is slower and needs more memory than that of a run. The levels are
+  # XLA's EFFORT_O0: the two efforts alone took five times as long for VPD on v5e:2x4, without saving memory.
   "low": {
     **{"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0},
     **{"optimization_level": 9, "memory_fitting_level": 9},
   },
-  # A GPU that is not there can time no kernel: the libraries' own choices stand in for what is chosen by timing.
+  # Without a GPU kernels cannot be timed: uses the libraries' default choices instead of autotuning.
   "untimed": {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False},
 }
-# libtpu asks a server in Google's cloud otherwise, writes a page of text, and lets one process in only.
+# Otherwise libtpu queries a metadata server, logs verbosely, and allows only one process.
 QUIET = {
   **{"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"},
   **{"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
@@ -32,7 +32,7 @@ PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 SLICES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # of v5e and v6e
 _TPU = re.compile(rf"v(?:5e|6e):(?:{'|'.join(SLICES)})|v(?:4|5p):\d+x\d+x\d+")
 _GPU = re.compile(r"([a-z]+\d+g?(?:-\d+gb)?):(\d+)")
-# Of the compute capability: CUDA C++ Programming Guide, technical specifications.
+# By compute capability: CUDA C++ Programming Guide, technical specifications.
 _HOPPER = {"capability": (9, 0), "threads": 2048, "fpus": 128, "shared": 233472, "most_shared": 232448}
 _ADA = {"capability": (8, 9), "threads": 1536, "fpus": 128, "shared": 102400, "most_shared": 101376}
 _GA102 = {**_ADA, "capability": (8, 6)}
@@ -40,7 +40,7 @@ _GA100 = {"capability": (8, 0), "threads": 2048, "fpus": 64, "shared": 167936, "
 _TURING = {"capability": (7, 5), "threads": 1024, "fpus": 64, "shared": 65536, "most_shared": 65536}
 _H100 = {**_HOPPER, "cores": 132, "l2": 52428800, "clock": 1.98}
 _A100 = {**_GA100, "cores": 108, "l2": 41943040, "clock": 1.41}
-# What XLA asks of a GPU; bandwidth in bytes a second, memory in bytes, clock (boost) in GHz.
+# Properties of a GPU that XLA needs; bandwidth in bytes per second, memory in bytes, clock (boost) in GHz.
 GPUS: dict[str, Options] = {
   "a100-40gb": {"name": "NVIDIA A100-SXM4-40GB", "bandwidth": 1555e9, "memory": 42.4e9, **_A100},
   "a100-80gb": {"name": "NVIDIA A100-SXM4-80GB", "bandwidth": 2039e9, "memory": 84.9e9, **_A100},
@@ -87,23 +87,23 @@ device_description_str: "{name}"
 """
 
 
-def of(topology: str) -> list[Device]:
-  """The devices of a topology, of which programs can be compiled but none can run.
+def topology_devices(topology: str) -> list[Device]:
+  """The devices of a topology, for which programs can be compiled but not run.
 
   Args:
-    topology: a slice of TPUs as libtpu names it, like "v5e:2x4", or a GPU and how many of it, like "h200:8".
+    topology: a TPU slice as named by libtpu, like "v5e:2x4", or a GPU and their number, like "h200:8".
 
   Raises:
-    ValueError: what compiles for it is not installed, it is unknown, or jax makes no mesh of it, as of v4's.
+    ValueError: its compiler is not installed, it is unknown, or jax cannot create a mesh for it, as for v4.
   """
   gpu = _gpu(topology)
   if not gpu and not _TPU.fullmatch(topology):
     raise UserError(f"--topology={topology!r} is unknown; {KNOWN}.")
   needed = PLUGINS if gpu else ("libtpu",)
   if not any(map(importlib.util.find_spec, needed)):
-    word, extra = ("JAX's CUDA plugin, which also compiles without a GPU", "cuda12") if gpu else (
+    package, extra = ("JAX's CUDA plugin, which also compiles without a GPU", "cuda12") if gpu else (
       "libtpu, which also runs without a TPU", "plan")  # fmt: skip
-    raise UserError(f"--topology={topology!r} needs {word}: pip install 'vpd_jax[{extra}]'.")
+    raise UserError(f"--topology={topology!r} needs {package}: pip install 'vpd_jax[{extra}]'.")
   try:
     devices = _gpus(*gpu) if gpu else _tpus(topology)
     sharding.make_mesh(devices=devices)
@@ -114,7 +114,7 @@ def of(topology: str) -> list[Device]:
 
 
 def compiler(topology: str) -> str:
-  """Name and version of what compiles for a topology, or, without one, for the devices at hand."""
+  """Name and version of the compiler for a topology; without one, for the local devices."""
   for name in (PLUGINS if _gpu(topology) else ("libtpu",)) if topology else ("jaxlib",):
     if importlib.util.find_spec(name):
       try:
@@ -124,21 +124,21 @@ def compiler(topology: str) -> str:
   return "?"
 
 
-def effort(topology: str, wished: str) -> str:
-  """Key of OPTIONS by which a program is compiled: on GPUs that are not there always "untimed".
+def effort(topology: str, requested: str) -> str:
+  """Key of OPTIONS for compilation: always "untimed" for GPU topologies.
 
   Raises:
-    ValueError: another effort than the first is wished where there is no choice.
+    ValueError: an effort other than the first is requested for a topology without a choice.
   """
-  if _gpu(topology) and wished != EFFORTS[0]:
-    raise UserError(f"--effort={wished!r} would have no effect with --topology={topology!r}; leave it out.")
-  return "default" if not topology else "untimed" if _gpu(topology) else wished
+  if _gpu(topology) and requested != EFFORTS[0]:
+    raise UserError(f"--effort={requested!r} would have no effect with --topology={topology!r}; leave it out.")
+  return "default" if not topology else "untimed" if _gpu(topology) else requested
 
 
 def _gpu(topology: str) -> tuple[str, int] | None:
-  """Name and number of the GPUs, None where it is a slice of TPUs."""
-  found = _GPU.fullmatch(topology)
-  return (found[1], int(found[2])) if found and found[1] in GPUS else None
+  """Name and number of the GPUs; None for a TPU slice."""
+  match = _GPU.fullmatch(topology)
+  return (match[1], int(match[2])) if match and match[1] in GPUS else None
 
 
 def _gpus(name: str, count: int) -> list[Device]:
@@ -150,6 +150,6 @@ def _gpus(name: str, count: int) -> list[Device]:
 def _tpus(topology: str) -> list[Device]:
   for name, value in QUIET.items():
     os.environ.setdefault(name, value)
-  # A host has four chips if it is not told otherwise.
+  # A host has four chips by default.
   alone = {"chips_per_host_bounds": (1, 1, 1)} if re.search(r":1(x1)*$", topology) else {}
   return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **alone).devices)

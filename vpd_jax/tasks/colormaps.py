@@ -1,16 +1,16 @@
-"""Color maps for pictures of depth."""
+"""Color maps for depth images."""
 
 import functools
 from collections.abc import Iterable
 
 import numpy as np
 
-INVALID = (128, 128, 128)  # gray: neither end of a color map in use
+INVALID = (128, 128, 128)  # gray, which does not occur in the color maps in use
 DEPTH, ERROR = "Spectral", "magma"  # near red to far blue; none black to large light yellow
 
 
 def stacked(pictures: list[np.ndarray]) -> np.ndarray:
-  """uint8 [N, H, W, 3] of pictures of any sizes, gray at the right and bottom of smaller ones; N may be 0."""
+  """Stacks images of any sizes to uint8 [N, H, W, 3], padded with gray at right and bottom; N may be 0."""
   height, width = (max((p.shape[axis] for p in pictures), default=1) for axis in (0, 1))
   result = np.full((len(pictures), height, width, 3), INVALID[0], np.uint8)
   for row, picture in zip(result, pictures, strict=True):
@@ -22,8 +22,8 @@ def color_depth(depth: np.ndarray, max_depth: float | None = None, *, min_depth:
   """A depth map in color, near red to far blue.
 
   Args:
-    depth: float [H, W]; what is not positive and finite is painted gray.
-    max_depth: depth of the last color, which also holds for what lies beyond; None: the largest of this map.
+    depth: float [H, W]; values that are not positive and finite become gray.
+    max_depth: depth of the last color, also used for larger values; None: the largest of this map.
     min_depth: depth of the first color; None: the smallest of this map.
 
   Returns:
@@ -37,17 +37,17 @@ def color_depth(depth: np.ndarray, max_depth: float | None = None, *, min_depth:
 
 
 def depth_span(maps: Iterable[np.ndarray]) -> tuple[float, float] | None:
-  """The smallest and the largest depth of several maps that is positive and finite; None where there is none."""
-  known = [depth[_valid(depth)] for depth in maps]
-  known = [values for values in known if values.size]
-  return (float(min(map(np.min, known))), float(max(map(np.max, known)))) if known else None
+  """The smallest and largest positive and finite depth of several maps; None if there is none."""
+  valid = [depth[_valid(depth)] for depth in maps]
+  valid = [values for values in valid if values.size]
+  return (float(min(map(np.min, valid))), float(max(map(np.max, valid)))) if valid else None
 
 
 def paint(values: np.ndarray, low: float, high: float, colors: str) -> np.ndarray:
-  """Values through one of matplotlib's color maps.
+  """Applies one of matplotlib's color maps to values.
 
   Args:
-    values: float [...]; NaN is painted gray, what lies outside the ends is painted as the nearer end.
+    values: float [...]; NaN becomes gray, values outside the range get the color of the nearer end.
     low: value of the first color.
     high: value of the last color.
     colors: name of the map.
@@ -55,10 +55,10 @@ def paint(values: np.ndarray, low: float, high: float, colors: str) -> np.ndarra
   Returns:
     uint8 [..., 3].
   """
-  known = ~np.isnan(values)
-  fraction = (np.where(known, values, low) - low) / max(high - low, 1e-12)
+  valid = ~np.isnan(values)
+  fraction = (np.where(valid, values, low) - low) / max(high - low, 1e-12)
   painted = _color_table(colors)[np.round(255 * fraction.clip(0, 1)).astype(np.uint8)]
-  return np.where(known[..., None], painted, np.array(INVALID, np.uint8))
+  return np.where(valid[..., None], painted, np.array(INVALID, np.uint8))
 
 
 def _valid(depth: np.ndarray) -> np.ndarray:
@@ -68,7 +68,7 @@ def _valid(depth: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _color_table(colors: str) -> np.ndarray:
-  """uint8 [256, 3]; matplotlib is imported here, at the first picture."""
+  """uint8 [256, 3]; imports matplotlib lazily."""
   import matplotlib
 
   return np.round(255 * matplotlib.colormaps[colors](np.arange(256))[:, :3]).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Labels as pictures and files: palette, colors over the image, legend."""
+"""Labels as images and files: palette, overlay, legend."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,17 +11,17 @@ from PIL import Image
 from vpd_jax.files import atomic
 from vpd_jax.tasks import colormaps, drawing
 
-UNLABELED = (128, 128, 128)  # gray, in no published palette of the data sets here
+UNLABELED = (128, 128, 128)  # gray, not used by the palettes of the supported data sets
 OPACITY = 0.5
 LINE = 18  # pixels of the legend per class
 SWATCH = 14
-MOST_MAPS = 16  # attention maps in a picture
+MAX_MAPS = 16  # attention maps in an image
 
 
 def voc_palette(classes: int) -> np.ndarray:
-  """uint8 [K, 3]: colors of Pascal VOC, from class 1 on, whose black stands for the background.
+  """uint8 [K, 3]: the colors of Pascal VOC from class 1 on; its class 0, black, is the background.
 
-  The bits of the number are dealt out to red, green and blue in turn, the lowest becoming the highest of a color.
+  The bits of the class id are distributed to red, green and blue in turn, from the highest bit of each color.
 
   Source: VOCdevkit VOClabelcolormap.m.
   """
@@ -34,7 +34,7 @@ def voc_palette(classes: int) -> np.ndarray:
 
 
 def paint(label: np.ndarray, palette: np.ndarray) -> np.ndarray:
-  """int [H, W] to uint8 [H, W, 3]; numbers beyond the palette are gray."""
+  """int [H, W] to uint8 [H, W, 3]; ids beyond the palette are gray."""
   table = np.full((256, 3), UNLABELED, np.uint8)
   table[: len(palette)] = palette
   return table[label.astype(np.uint8)]
@@ -48,13 +48,13 @@ def as_bytes(image: np.ndarray) -> np.ndarray:
 def overlay(
   label: np.ndarray, palette: np.ndarray, names: Sequence[str], image: np.ndarray | None = None
 ) -> np.ndarray:
-  """Colors half over the image, names in the regions, and below a legend of the classes that occur, largest first.
+  """Colors blended over the image, names in the regions, and a legend of the present classes below, largest first.
 
   Args:
     label: uint8 [H, W].
     palette: uint8 [K, 3].
     names: of the K classes.
-    image: uint8, or float in [0, 1], [H, W, 3]; None shows the colors alone.
+    image: uint8, or float in [0, 1], [H, W, 3]; None shows only the colors.
 
   Returns:
     uint8 [H + h, W', 3], W' at least W.
@@ -91,7 +91,7 @@ def legend(entries: list[tuple[str, np.ndarray, float]], width: int) -> np.ndarr
 
 
 def attention(maps: list[tuple[str, np.ndarray]], label: np.ndarray, image: np.ndarray) -> np.ndarray:
-  """Maps of the largest classes over the image, each from its least (dark) to its largest value (light), named above.
+  """Maps of the largest classes over the image, each from its smallest (dark) to largest value (light), with titles.
 
   Args:
     maps: name and float [h, w] of each class.
@@ -99,12 +99,12 @@ def attention(maps: list[tuple[str, np.ndarray]], label: np.ndarray, image: np.n
     image: uint8 [H, W, 3].
 
   Returns:
-    uint8 [rows * (H + LINE), columns * W, 3], as square as it gets.
+    uint8 [rows * (H + LINE), columns * W, 3], approximately square.
   """
   height, width = image.shape[:2]
   counts = np.bincount(label.ravel(), minlength=len(maps))
   tiles = []
-  for name, values in (maps[k] for k in np.argsort(-counts, kind="stable")[:MOST_MAPS] if counts[k]):
+  for name, values in (maps[k] for k in np.argsort(-counts, kind="stable")[:MAX_MAPS] if counts[k]):
     large = cv2.resize(values.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
     heat = colormaps.paint(large, float(large.min()), float(large.max()), "magma")
     title = np.full((LINE, width, 3), 255, np.uint8)
@@ -117,17 +117,17 @@ def attention(maps: list[tuple[str, np.ndarray]], label: np.ndarray, image: np.n
 
 
 def write(stem: Path, suffix: str, content: Callable[[Path], object]) -> Path:
-  """A file of one picture, see atomic.write."""
+  """Writes a file stem + suffix, see atomic.write."""
   return atomic.write(stem.with_name(stem.name + suffix), content)
 
 
 def write_indexed(path: Path, label: np.ndarray, palette: np.ndarray) -> None:
-  """A PNG of uint8 [H, W] whose numbers are the labels and whose palette shows them."""
+  """Writes an indexed PNG of labels uint8 [H, W] with their palette."""
   picture = Image.fromarray(label, "L")
   picture.putpalette(paint(np.arange(256, dtype=np.uint8)[None], palette).tobytes())
   picture.save(path, "PNG")
 
 
 def write_colors(path: Path, picture: np.ndarray) -> None:
-  """A PNG of uint8 [H, W, 3] RGB, or [H, W]."""
+  """Writes a PNG of uint8 [H, W, 3] RGB, or [H, W]."""
   Image.fromarray(picture).save(path, "PNG")

@@ -21,15 +21,18 @@ def compile_step(config: ConfigDict, exp: Experiment, mesh: Mesh, batch: Batch) 
 
 def lower_step(config: ConfigDict, exp: Experiment, mesh: Mesh, batch: Batch) -> jax.stages.Lowered:
   """Traces and lowers the training step; `batch` may be ShapeDtypeStructs, and `mesh` of devices that do not exist."""
-  where = initialize.state_shardings(config, exp, mesh)
+  state_shardings = initialize.state_shardings(config, exp, mesh)
   options = {field: config.optim[field] for field in ("loss_group", "accumulation", "ema_decay")}
   step = make_step(exp, **options, seed=config.seed, mesh=mesh, gather=initialize.gather(config, exp, mesh))
-  spread = sharding.batch_sharding(mesh)
+  batch_sharding = sharding.batch_sharding(mesh)
   jitted = jax.jit(
-    step, donate_argnums=0, in_shardings=(where, spread), out_shardings=(where, sharding.replicated(mesh))
+    step,
+    donate_argnums=0,
+    in_shardings=(state_shardings, batch_sharding),
+    out_shardings=(state_shardings, sharding.replicated(mesh)),
   )
-  abstract = sharding.abstract(initialize.state_shapes(config, exp), where)
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread), batch)
+  abstract = sharding.abstract(initialize.state_shapes(config, exp), state_shardings)
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding), batch)
   with sharding.tracing(mesh):
     return jitted.lower(abstract, shapes)
 

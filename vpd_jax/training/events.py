@@ -1,4 +1,4 @@
-"""What happens after which step of a run."""
+"""The schedule of events after the steps of a run."""
 
 import enum
 from collections.abc import Iterator
@@ -21,19 +21,19 @@ class Event(enum.Enum):
 class TrainingEvents:
   """The events of each step, from `log_every`, `save_every`, `eval_every` and `num_steps` of the config.
 
-  The last step, which is `num_steps` or the one after which the run is asked to stop, is logged and saved in any case.
-  A step is saved before it is evaluated, so that an error of the evaluation does not cost it.
+  The last step, which is `num_steps` or the one after which a stop is requested, is always logged and saved. A step is
+  saved before it is evaluated, so that it is not lost if the evaluation fails.
 
   Args:
     config: of the run.
-    guard: asked once per step whether to stop.
+    guard: queried once per step.
   """
 
   def __init__(self, config: ConfigDict, guard: PreemptionGuard):
     self._config, self._guard = config, guard
 
   def after(self, step: int) -> Iterator[Event]:
-    """What follows the given step, in order.
+    """The events after the given step, in order.
 
     Handle each event before taking the next one: a request to stop that arrives during an evaluation ends the run
     after that step.

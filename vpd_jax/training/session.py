@@ -1,4 +1,4 @@
-"""The objects of a training run, and what it does with them at each event of the loop."""
+"""The objects of a training run, and its actions at each event of the loop."""
 
 import contextlib
 import itertools
@@ -42,7 +42,7 @@ class TrainingSession:
     Args:
       config: of the run.
       workdir: a local folder or a bucket.
-      accept_changes: continue although the config differs from the checkpoint's where it matters.
+      accept_changes: resume even if the config differs from that of the checkpoint.
 
     Raises:
       ValueError: in one line, for anything that cannot be assembled or found.
@@ -72,15 +72,15 @@ class TrainingSession:
     if isinstance(error[1], KeyboardInterrupt):
       saved = self._checkpoints.latest_step()
       error[1].add_note(
-        "nothing is saved" if saved is None else f"step {saved} is saved, the same command goes on there"
+        "nothing is saved" if saved is None else f"step {saved} is saved, the same command continues from there"
       )
     return self._stack.__exit__(*error)
 
   def _resume(self, stack: contextlib.ExitStack) -> None:
-    """Takes the workdir, fills the state and writes the start-up report."""
+    """Locks the workdir, restores the state and writes the start-up report."""
     config, exp, mesh = self._config, self._experiment, self._mesh
-    # Before the checkpoints, which remove what another run may be writing.
-    alone = [] if jax.process_index() else stack.enter_context(workdir_lock.claimed(self._workdir))
+    # Before opening the checkpoints, which removes unfinished ones that another run may be writing.
+    lock_warnings = [] if jax.process_index() else stack.enter_context(workdir_lock.claimed(self._workdir))
     self._checkpoints = stack.enter_context(initialize.checkpoints(config, exp, self._workdir))
     self.guard = stack.enter_context(PreemptionGuard())
     with progress.phase("load weights"):
@@ -88,10 +88,10 @@ class TrainingSession:
         config, exp, mesh, self._checkpoints, accept_changes=self._accept_changes
       )
     self.step = self._begin = int(self.state.step)
-    lines += alone
+    lines += lock_warnings
     lines += self._dataset.describe()
     lines += [*experiment.sentence_lines(exp, self._dataset), *self._evaluator.encodings.lines()]
-    # Only now: a workdir that is refused stays as it was.
+    # Only now, so that a rejected workdir is not changed.
     self._writer = stack.enter_context(
       writers.create(self._workdir, just_logging=jax.process_index() > 0, backend=config.writer)
     )
@@ -112,9 +112,9 @@ class TrainingSession:
       with progress.phase("compile"):
         compiled = self._compiled = lowered.compile(xla_cost.compiler_options(self._mesh))
       seconds = f"traced in {traced - begin:.1f} s, compiled in {time.monotonic() - traced:.1f} s"
-      # XLA counts the body of a loop once: the parts of an accumulated batch are one.
+      # XLA counts the body of a loop once: multiply by the number of accumulated parts.
       self._flops = (compiled.cost_analysis() or {}).get("flops", 0.0) * self._config.optim.accumulation
-      # Counting takes seconds of tracing, and a share of the peak is known on accelerators only.
+      # Counting takes seconds of tracing, and is only needed for accelerators with a known peak.
       known = chips.chip_for(self._mesh.devices.flat[0].device_kind)
       self._model_flops = compilation.model_flops(self._config, first) / self._mesh.size if known else 0.0
       memory = xla_cost.memory_summary(compiled)
@@ -134,7 +134,7 @@ class TrainingSession:
     self._unchecked.append((self.step, self._logs["train/loss"], self._logs["norm/gradients"]))
 
   def finished_steps(self) -> int:
-    """Steps that the devices have finished, also those of earlier runs; `step` counts those that were begun."""
+    """Steps that the devices have finished, including earlier runs; `step` counts the dispatched ones."""
     return self.step - sum(not loss.is_ready() for _, loss, _ in [*self._unchecked])
 
   def write_logs(self) -> None:
@@ -180,7 +180,9 @@ class TrainingSession:
     """Logs that the run was stopped early, after the checkpoint is on disk."""
     if self.guard.requested and (self.step < self._config.num_steps or self._scored_step != self.step):
       self._checkpoints.wait()
-      log(f"stopped by {self.guard.cause} after step {self.step}, which is saved; the same command goes on from there")
+      log(
+        f"stopped by {self.guard.cause} after step {self.step}, which is saved; the same command continues from there"
+      )
 
   def _read(self, begin: int) -> pipeline.Prefetch:
     encode = lambda local: self._evaluator.encodings(local, self.state.frozen)
@@ -188,8 +190,8 @@ class TrainingSession:
 
   def _check_finite(self) -> None:
     def batch_of(step: int) -> Batch:
-      with contextlib.closing(self._read(step - 1)) as again:
-        return next(again)
+      with contextlib.closing(self._read(step - 1)) as batches:
+        return next(batches)
 
     self._unchecked = check_finite(self._unchecked, self.state, batch_of)
 

@@ -67,11 +67,11 @@ def make_gradients(
     mesh: shards every part over all devices; without it, whole parts would be distributed among the devices.
     gather: all-gathers parameters that are split over devices.
   """
-  parts, task = exp.spec, exp.task
+  spec, task = exp.spec, exp.task
   branches = exp.method.branches(True)
 
   def loss_fn(params: ParamDict, frozen: ParamDict, stats: ParamDict, batch: Batch, key: Array | None):
-    model = parts.merge(gather(params), gather(frozen), stats)
+    model = spec.merge(gather(params), gather(frozen), stats)
     loss = group_losses(task, model(batch, training=True, key=key), batch, branches, loss_group)
     return loss.value, (loss, params_lib.stats(model))
 
@@ -79,15 +79,15 @@ def make_gradients(
     return jax.grad(loss_fn, has_aux=True)(params, frozen, stats, batch, key)
 
   def accumulated(params: ParamDict, frozen: ParamDict, stats: ParamDict, batch: Batch, key: Array | None):
-    cut = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)  # [A, B / A, ...]
+    micro_batches = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)  # [A, B / A, ...]
     if mesh is not None:
-      cut = jax.lax.with_sharding_constraint(cut, NamedSharding(mesh, P(None, sharding.AXES)))
-    one = lambda part: gradients(params, frozen, stats, *part)
-    cut = cut, None if key is None else jax.random.split(key, accumulation)
-    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], cut))
+      micro_batches = jax.lax.with_sharding_constraint(micro_batches, NamedSharding(mesh, P(None, sharding.AXES)))
+    part_gradients = lambda part: gradients(params, frozen, stats, *part)
+    micro_batches = micro_batches, None if key is None else jax.random.split(key, accumulation)
+    shapes = jax.eval_shape(part_gradients, jax.tree.map(lambda x: x[0], micro_batches))
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    add = lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None)
-    grads, (loss, stats) = jax.lax.scan(add, zero, cut)[0]
+    add = lambda total, part: (jax.tree.map(jnp.add, total, part_gradients(part)), None)
+    grads, (loss, stats) = jax.lax.scan(add, zero, micro_batches)[0]
     return grads, (loss, {name: x / accumulation for name, x in stats.items()})
 
   def run(params: ParamDict, frozen: ParamDict, stats: ParamDict, batch: Batch, key: Array | None = None):

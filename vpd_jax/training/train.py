@@ -14,19 +14,19 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
   Args:
     config: of the run.
     workdir: a local folder or a bucket.
-    accept_changes: continue although the config differs from the checkpoint's where it matters.
+    accept_changes: resume even if the config differs from that of the checkpoint.
 
   Returns:
-    The last scores; empty where nothing was left to do.
+    The last scores; empty if no step was left.
 
   Raises:
-    ValueError: in one line, for anything that cannot be assembled, found or resumed; another run has the workdir.
+    ValueError: in one line, for anything that cannot be assembled, found or resumed; another run uses the workdir.
     FloatingPointError: the loss is not finite; names the step.
   """
   with TrainingSession(config, workdir, accept_changes=accept_changes) as session:
     events = TrainingEvents(config, session.guard)
     if events.evaluates(session.step) and not session.has_scores():
-      log(f"step {session.step} was saved without its scores: it is evaluated now")
+      log(f"step {session.step} was saved without scores: evaluating it")
       session.evaluate()
     if session.step >= config.num_steps:
       log(f"nothing to do: step {session.step} of {config.num_steps} is reached")

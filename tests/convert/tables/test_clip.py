@@ -212,7 +212,7 @@ def test_a_whole_clip_of_transformers_tells_the_same_classes(tmp_path):
     expected = theirs.get_image_features(torch.from_numpy(image.transpose(0, 3, 1, 2))).numpy()
   np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
   vectors = clip_towers.name_vectors(
-    tmp_path, NAMES, TEMPLATES, words=reader, sizes=TextSizes(**stated["text"]), projection=8
+    tmp_path, NAMES, TEMPLATES, text_tokenizer=reader, sizes=TextSizes(**stated["text"]), projection=8
   )
   for name, vector in zip(NAMES, vectors, strict=True):
     sentences = [template.replace("{}", name.replace("_", " ")) for template in TEMPLATES]

@@ -140,7 +140,7 @@ def test_tokens_are_transformers(tmp_path):
 @pytest.mark.parametrize("call, message", [
   (lambda: tokens_of(8).rows((" ",)), r"^the sentence is empty; say in words what is to be found"),
   (lambda: tokens_of(8).rows(("ab", "", "\n")), r"^2 of 3 sentences are empty"),
-  (lambda: tokens_of(8)({"image": 0}), r"^the method needs a sentence with every picture"),
+  (lambda: tokens_of(8)({"image": 0}), r"^the method needs a sentence for every image"),
   (lambda: tokens_of(2), r"^method\.token_length=2 must be at least 3"),
   (lambda: sentences.Sentence(SIZES, 13, 16, None, None, **KINDS, rngs=None), r"length=13 is beyond the 12 positions"),
   (lambda: sentences.Sentence(SIZES, 8, 64, None, None, **KINDS, rngs=None), r"is 16 wide, the UNet's context 64\.$"),

@@ -98,7 +98,7 @@ def test_at_the_original_size_scores_are_resized_as_pytorch_does():
 
 def test_a_smaller_original_is_not_averaged():
   margin = jnp.asarray(fill.normal("margin", (12, 10), 0))
-  found = referring_task.at_size(margin, jnp.asarray([5, 4]), (8, 8))[:5, :4]
+  found = referring_task.resize_to_dynamic_size(margin, jnp.asarray([5, 4]), (8, 8))[:5, :4]
   np.testing.assert_allclose(found, jax.image.resize(margin, (5, 4), "linear", antialias=False), atol=1e-6)
 
 

@@ -15,13 +15,13 @@ from vpd_jax.types import Array, Fields
 
 Implementation = Literal["auto", "xla", "chunked", "cudnn", "splash"]
 IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn", "splash")
-OF_PLATFORM: dict[str, Implementation] = {"cpu": "chunked", "gpu": "cudnn", "tpu": "splash", "any": "chunked"}
+BY_PLATFORM: dict[str, Implementation] = {"cpu": "chunked", "gpu": "cudnn", "tpu": "splash", "any": "chunked"}
 CHUNK = 256  # queries per scan step: 8 heads x 256 x 4096 float32 scores are 32 MiB per image
-CUDNN_WIDTH = 128  # widest head the fused kernel takes on every GPU; SD's coarsest levels and its VAE are wider
+CUDNN_WIDTH = 128  # widest head that the fused kernel supports on every GPU; SD's coarsest levels and its VAE are wider
 CUDNN_FROM = 8.0  # compute capability: Ampere
-# Tokens, queries and keys alike, from which "auto" leaves "xla": below, all scores are small and its products fast.
+# Minimum number of queries and keys for which "auto" does not use "xla", which is fast for short sequences.
 LONG = {"chunked": 1024, "cudnn": 1024, "splash": 2048}
-BLOCK = 512  # queries and keys that the kernel on TPUs holds at a time
+BLOCK = 512  # queries and keys per block of the TPU kernel
 
 
 def attention(query: Array, key: Array, value: Array, *, implementation: Implementation = "auto") -> Array:
@@ -30,11 +30,11 @@ def attention(query: Array, key: Array, value: Array, *, implementation: Impleme
   Args:
     query: float [B, N, heads, D].
     key, value: float [B, M, heads, D].
-    implementation: "xla" keeps all scores; "chunked" scans over blocks of queries and recomputes them in the backward
-      pass, so that memory grows with N and not N^2; "cudnn" is the fused kernel on NVIDIA GPUs (float16, bfloat16);
-      "splash" the Pallas kernel on TPUs; "auto" takes "chunked", "cudnn" or "splash" by the platform for long
-      self-attention, and "chunked" on a GPU where the fused kernel does not take it, else "xla". "cudnn" leaves heads
-      that are too wide for it to "xla" too.
+    implementation: "xla" stores all scores; "chunked" scans over blocks of queries and recomputes them in the backward
+      pass, so that memory grows with N instead of N^2; "cudnn" is the fused kernel on NVIDIA GPUs (float16, bfloat16);
+      "splash" the Pallas kernel on TPUs; "auto" selects "chunked", "cudnn" or "splash" by the platform for long
+      self-attention, "chunked" on GPUs if the fused kernel does not support it, and "xla" otherwise. "cudnn" uses "xla"
+      for heads that are too wide.
 
   Returns:
     float [B, N, heads, D], the dtype of `query`.
@@ -56,20 +56,20 @@ def attention(query: Array, key: Array, value: Array, *, implementation: Impleme
 
 
 def _best(query: Array, key: Array) -> Implementation:
-  """What "auto" takes."""
-  here = platform()
-  best: Implementation = OF_PLATFORM.get(here, "xla")
-  if best == "cudnn" and not _cudnn_takes(query):
+  """The implementation that "auto" selects."""
+  device_platform = platform()
+  best: Implementation = BY_PLATFORM.get(device_platform, "xla")
+  if best == "cudnn" and not _cudnn_supports(query):
     best = "chunked"
-  # On CPU few keys are no reason to keep the scores of many queries.
-  tokens = query.shape[1] if here in ("cpu", "any") else min(query.shape[1], key.shape[1])
+  # On CPU, chunking also pays off for many queries with few keys.
+  tokens = query.shape[1] if device_platform in ("cpu", "any") else min(query.shape[1], key.shape[1])
   return best if tokens >= LONG.get(best, 0) else "xla"
 
 
-def _cudnn_takes(query: Array) -> bool:
-  """Whether the fused kernel knows this dtype and width, and this GPU; one that is only compiled for counts as new."""
-  here = jax.devices()[0]
-  capability = CUDNN_FROM if here.platform == "cpu" else getattr(here, "compute_capability", None)
+def _cudnn_supports(query: Array) -> bool:
+  """Whether the fused kernel supports this dtype, width and GPU; GPU topologies are assumed to be recent."""
+  device = jax.devices()[0]
+  capability = CUDNN_FROM if device.platform == "cpu" else getattr(device, "compute_capability", None)
   return (
     query.dtype in (jnp.bfloat16, jnp.float16)
     and query.shape[-1] <= CUDNN_WIDTH
@@ -91,7 +91,7 @@ def attention_with_map(query: Array, key: Array, value: Array) -> tuple[Array, A
 
 
 def masked_attention(query: Array, key: Array, value: Array, mask: np.ndarray) -> Array:
-  """Attention where `mask`, bool [N, M], says which keys a query may see."""
+  """Attention with `mask`, bool [N, M]: the keys that each query may attend to."""
   return _weighted(_probabilities(query, key, mask), value)
 
 
@@ -108,12 +108,12 @@ def _probabilities(query: Array, key: Array, mask: np.ndarray | None = None) -> 
 
 
 def _weighted(probabilities: Array, value: Array) -> Array:
-  """The values under the probabilities: [B, N, heads, D]."""
+  """The values weighted by the probabilities: [B, N, heads, D]."""
   return jnp.einsum("bhnm,bmhd->bnhd", probabilities.astype(value.dtype), value)
 
 
 def _chunked(query: Array, key: Array, value: Array) -> Array:
-  """Blocks of queries in a `lax.scan`; the last block is filled with zeros, whose rows are cut off again."""
+  """Processes blocks of queries in a `lax.scan`; the last block is padded with zeros."""
   batch, tokens, heads, width = query.shape
   count = -(-tokens // CHUNK)
   padded = jnp.pad(query, ((0, 0), (0, count * CHUNK - tokens), (0, 0), (0, 0)))
@@ -128,7 +128,7 @@ def _chunked(query: Array, key: Array, value: Array) -> Array:
 
 
 def _splash(query: Array, key: Array, value: Array, *, interpret: bool = False) -> Array:
-  """The kernel below; on a mesh each device runs it on its own rows, for XLA cannot cut a kernel itself."""
+  """Calls the kernel; on a mesh by `shard_map` over rows, since XLA cannot partition kernels."""
   call = functools.partial(_splash_here, interpret=interpret)
   mesh = jax.sharding.get_abstract_mesh()
   axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual)
@@ -140,7 +140,7 @@ def _splash(query: Array, key: Array, value: Array, *, interpret: bool = False) 
 
 
 def _splash_here(query: Array, key: Array, value: Array, *, interpret: bool) -> Array:
-  """The Pallas kernel for TPUs: no scores in memory. Tokens are filled with zeros to whole blocks, widths to 128."""
+  """The Pallas kernel for TPUs, which stores no scores. Pads tokens with zeros to full blocks, and widths to 128."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -152,7 +152,7 @@ def _splash_here(query: Array, key: Array, value: Array, *, interpret: bool) -> 
   full = masks.MultiHeadMask([masks.FullMask((q.shape[2], k.shape[2])) for _ in range(heads)])
   sizes: Fields = {name: q_block if name.startswith("block_q") else kv_block for name in _BLOCKS}
   attend = kernel.make_splash_mha_single_device(mask=full, block_sizes=kernel.BlockSizes(**sizes), interpret=interpret)
-  # A query sees the keys of its own segment: the added queries see the real keys too, so that no softmax is empty.
+  # Queries attend to the keys of their segment. Padding queries share that of the real keys: no softmax is empty.
   segments: Any = None
   if k.shape[2] > key.shape[1]:
     real = np.arange(k.shape[2]) < key.shape[1]
@@ -162,7 +162,7 @@ def _splash_here(query: Array, key: Array, value: Array, *, interpret: bool) -> 
   return out.swapaxes(1, 2)[:, :tokens, :, :width].astype(query.dtype)  # [B, N, heads, D]
 
 
-# Of forward pass, gradient by keys and values, gradient by queries.
+# Of the forward pass, the gradient of keys and values, and the gradient of queries.
 _BLOCKS = (
   *("block_q", "block_kv", "block_kv_compute"),
   *("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"),

@@ -1,4 +1,4 @@
-"""CLIP's image encoder: a vision transformer whose states or projected vector are used.
+"""CLIP's image encoder: a vision transformer with access to hidden states and the projected vector.
 
 Source: Radford et al. 2021, https://arxiv.org/abs/2103.00020; transformers models/clip/modeling_clip.py.
 """
@@ -32,7 +32,7 @@ class ImageSizes:
     width, layers, heads, mlp_width: of the transformer.
     image_size: side of the square image, in pixels.
     patch: side of a patch, in pixels.
-    projection: width of the vectors that images and texts share.
+    projection: width of the joint embedding space.
     activation: "quick_gelu" (OpenAI) or "gelu" (OpenCLIP).
   """
 
@@ -52,12 +52,12 @@ class ImageSizes:
 
 
 class ImageStates(NamedTuple):
-  """What the encoder gives.
+  """Output of the encoder.
 
   Attributes:
     last: float [B, N, D], the state after the last layer, the class token first, before any final norm.
     hidden: the states before each layer (the first one normed) and after the last one.
-    embeds: float [B, P], the class token normed and projected, or None where the encoder has no projection.
+    embeds: float [B, P], the class token after norm and projection, or None if the encoder has no projection.
   """
 
   last: Array
@@ -66,15 +66,15 @@ class ImageStates(NamedTuple):
 
 
 def pixels(image: Array, size: int, *, dtype: DTypeLike, resize: str = "bicubic") -> Array:
-  """An image as CLIP takes it: squeezed to a square, cut to [0, 1], mean and deviation of CLIP's own images.
+  """Preprocesses an image for CLIP: resized to a square, clipped to [0, 1], normalized by CLIP's mean and std.
 
-  The resize is Pillow's, by which CLIP was trained: cubic with a = -0.5, widened where it shrinks, here without
-  rounding to 8 bits. The whole image is kept, where CLIP's own preparation cuts out the middle.
+  The resize is that of Pillow, with which CLIP was trained: cubic with a = -0.5, antialiased, but without rounding to 8
+  bits. The aspect ratio is not kept, and the image not cropped to its center as in CLIP's preprocessing.
 
   Args:
     image: uint8 [B, H, W, 3], or float in [0, 1]; RGB.
     size: side of the result.
-    dtype: of the result; everything before is float32 or wider.
+    dtype: of the result; computed in float32 or wider.
     resize: "bicubic" or "bilinear".
 
   Returns:
@@ -109,7 +109,7 @@ class ImageEmbeddings(nnx.Module):
 
 
 class VisionModel(nnx.Module):
-  """Embeddings, norm, layers; `post_layernorm` for the class token where it is projected. Names as in the source."""
+  """Embeddings, norm, layers; `post_layernorm` for the class token if it is projected. Names as in the source."""
 
   def __init__(self, sizes: ImageSizes, *, projected: bool, **common: Unpack[LayerOptions]):
     self.embeddings = ImageEmbeddings(sizes, **common)
@@ -123,7 +123,7 @@ class VisionModel(nnx.Module):
 
 
 class ClipImage(nnx.Module):
-  """CLIP's image tower, with or without the projection into the space it shares with texts."""
+  """CLIP's image encoder, with or without the projection into the joint embedding space."""
 
   def __init__(self, sizes: ImageSizes, *, projected: bool, **common: Unpack[LayerOptions]):
     self.image_size, self.projected, self.dtype = sizes.image_size, projected, common["dtype"]
@@ -132,7 +132,7 @@ class ClipImage(nnx.Module):
       self.visual_projection = layers.linear(sizes.width, sizes.projection, use_bias=False, **common)
 
   def __call__(self, image: Array) -> ImageStates:
-    """Encodes float [B, image_size, image_size, 3], as `pixels` makes it."""
+    """Encodes float [B, image_size, image_size, 3] from `pixels`."""
     hidden = self.vision_model(image)
     embeds = None
     if self.projected:

@@ -18,7 +18,7 @@ from vpd_jax.types import Array, Buffer
 
 
 def quick_gelu(x: Array) -> Array:
-  """x * sigmoid(1.702 x), OpenAI's stand-in for GELU."""
+  """x * sigmoid(1.702 x), OpenAI's approximation of GELU."""
   return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -33,8 +33,8 @@ class TextSizes:
     vocab_size, positions: rows of the two embedding tables.
     width, layers, heads, mlp_width: of the transformer.
     activation: "quick_gelu" (OpenAI) or "gelu" (OpenCLIP, SD 2.x).
-    padding: id that fills a sentence behind its end, 0 in SD 2.x, whatever the tokenizer says; -1: what it says, in
-      SD 1.x the end again. All positions count, so another padding gives other states.
+    padding: token id of the padding, 0 in SD 2.x regardless of the tokenizer; -1: that of the tokenizer, which is the
+      end-of-text token in SD 1.x. All positions are used, so the padding affects the states.
   """
 
   vocab_size: int = 49408
@@ -48,13 +48,13 @@ class TextSizes:
 
 
 class TextStates(NamedTuple):
-  """What the encoder gives.
+  """Output of the encoder.
 
   Attributes:
     last: float [B, N, D], after the final norm.
-    pooled: float [B, D], `last` at the first occurrence of the largest token id, the end of the text.
+    pooled: float [B, D], `last` at the first occurrence of the largest token id, the end-of-text token.
     hidden: the states before each layer and after the last one, before the final norm.
-    embeds: float [B, P], `pooled` projected, or None where the encoder has no projection.
+    embeds: float [B, P], `pooled` after the projection, or None if the encoder has none.
   """
 
   last: Array
@@ -64,7 +64,7 @@ class TextStates(NamedTuple):
 
 
 class SelfAttention(nnx.Module):
-  """Multi-head attention with biases, under a mask."""
+  """Multi-head attention with biases and a mask."""
 
   def __init__(self, width: int, heads: int, **common: Unpack[LayerOptions]):
     self.heads = heads
@@ -146,17 +146,17 @@ class TextModel(nnx.Module):
 
 
 class ClipText(nnx.Module):
-  """CLIP's text tower. The attention mask of padding is not applied, as in the releases: only the causal one."""
+  """CLIP's text encoder. As in the releases, padding is not masked; only the causal mask is applied."""
 
   def __init__(self, sizes: TextSizes, *, projection: int = 0, **common: Unpack[LayerOptions]):
-    """`projection`: width of the vectors that images and texts share; 0 leaves the projection out."""
+    """`projection`: width of the joint embedding space; 0 omits the projection."""
     self.projected = projection > 0
     self.text_model = TextModel(sizes, **common)
     if self.projected:
       self.text_projection = layers.linear(sizes.width, projection, use_bias=False, **common)
 
   def __call__(self, tokens: Array) -> TextStates:
-    """Encodes int [B, N] token ids, N at most `positions`, padded with an id up to that of the end."""
+    """Encodes int [B, N] token ids, N at most `positions`; the end-of-text id is the largest."""
     states = self.text_model(tokens)
     return states._replace(embeds=self.text_projection(states.pooled)) if self.projected else states
 
@@ -165,7 +165,7 @@ Tower = TypeVar("Tower", bound=nnx.Module)
 
 
 def as_buffers(tower: Tower) -> Tower:
-  """The same module with all its parameters turned into buffers, which no optimizer sees, whatever the config says."""
+  """Converts all parameters of the module to buffers, which are never trained."""
   for _, module in nnx.iter_modules(tower):
     for name, value in list(vars(module).items()):
       if isinstance(value, nnx.Param):

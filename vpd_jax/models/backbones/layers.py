@@ -1,6 +1,6 @@
-"""Layers that behave as PyTorch's do where flax's defaults differ, one home for each.
+"""Layers that behave like those of PyTorch where flax's defaults differ.
 
-All take and return [B, H, W, C] or [B, N, C]; `common` are dtype, param_dtype and rngs, see layer_options.LayerOptions.
+All map [B, H, W, C] or [B, N, C]; `common` are dtype, param_dtype and rngs, see layer_options.LayerOptions.
 """
 
 import functools
@@ -22,7 +22,7 @@ from vpd_jax.types import Array, Fields
 
 
 class SiLU(nnx.Module):
-  """x * sigmoid(x); stands in lists so that positions keep the source checkpoint's numbers."""
+  """x * sigmoid(x); a module, so that list indices match those of the source checkpoint."""
 
   def __call__(self, x: Array) -> Array:
     return jax.nn.silu(x)
@@ -43,28 +43,28 @@ class ReLU(nnx.Module):
 
 
 class Identity(nnx.Module):
-  """Place of a layer that does nothing here, such as a dropout of rate 0."""
+  """The identity, e.g. in place of dropout with rate 0."""
 
   def __call__(self, x: Array) -> Array:
     return x
 
 
 def chain(layers: nnx.List, x: Array, *, training: bool = False) -> Array:
-  """Applies the layers in order; batch normalization is told whether this is training."""
+  """Applies the layers in order; passes `training` to batch normalization."""
   for layer in layers:
     x = layer(x, training=training) if isinstance(layer, normalization.BatchNorm) else layer(x)
   return x
 
 
 def traced_once(module: nnx.Module, *arrays: Array, **options: Any) -> Any:
-  """module(*arrays, **options), traced a single time for all modules of one build and one shape of inputs.
+  """module(*arrays, **options), traced only once for all modules of the same structure and input shapes.
 
-  The blocks of a UNet repeat: its sixteen transformers have four shapes. The compiled program is the same.
+  The blocks of a UNet repeat: its sixteen transformers have four shapes. The compiled program is unchanged.
 
   Args:
-    module: keeps no state; its attributes beside the parameters can be hashed.
-    arrays: what it is called with.
-    options: hashable keywords.
+    module: stateless; its attributes other than parameters are hashable.
+    arrays: positional arguments.
+    options: hashable keyword arguments.
   """
   graphdef, state = nnx.split(module)
   return _call(graphdef, tuple(options.items()), state, arrays)
@@ -83,13 +83,13 @@ def linear(
   kernel_init: initializers.Initializer = initializers.lecun_normal,
   **common: Unpack[LayerOptions],
 ) -> nnx.Linear:
-  """A linear layer with a bias of zeros."""
+  """A linear layer; the bias is initialized with zeros."""
   init: Fields = {"kernel_init": kernel_init, "bias_init": initializers.zeros}
   return nnx.Linear(in_width, out_width, use_bias=use_bias, **init, **common)
 
 
 def embed(rows: int, width: int, **common: Unpack[LayerOptions]) -> nnx.Embed:
-  """A table of vectors, normal with variance 1 / width."""
+  """An embedding table, initialized from a normal distribution with variance 1 / width."""
   return nnx.Embed(rows, width, embedding_init=initializers.normal(width**-0.5), **common)
 
 
@@ -104,7 +104,7 @@ def conv(
   kernel_init: initializers.Initializer = initializers.lecun_normal,
   **common: Unpack[LayerOptions],
 ) -> nnx.Conv:
-  """A square convolution with PyTorch's symmetric padding, by default the one that keeps the size at stride 1."""
+  """A square convolution with PyTorch's symmetric padding, by default the one that preserves the size at stride 1."""
   pad = (size - 1) // 2 if padding is None else padding
   pads = ((pad, pad), (pad, pad))
   init: Fields = {"kernel_init": kernel_init, "bias_init": initializers.zeros}
@@ -115,7 +115,7 @@ def conv(
 class ConvTranspose(nnx.Module):
   """Transposed convolution cropped by `padding`, without bias, as torch.nn.ConvTranspose2d.
 
-  The kernel is kept [kh, kw, in, out]: out[s * i + a - padding] += x[i] @ kernel[a].
+  The kernel is stored as [kh, kw, in, out]: out[s * i + a - padding] += x[i] @ kernel[a].
   """
 
   def __init__(
@@ -149,7 +149,7 @@ class ConvTranspose(nnx.Module):
 
 
 def resize(x: Array, size: Sequence[int], *, method: str = "bilinear") -> Array:
-  """Resizes [B, H, W, C] as torch.nn.functional.interpolate(align_corners=False) does: without antialiasing.
+  """Resizes [B, H, W, C] like torch.nn.functional.interpolate(align_corners=False), without antialiasing.
 
   Args:
     x: float [B, H, W, C].
@@ -167,7 +167,7 @@ def resize(x: Array, size: Sequence[int], *, method: str = "bilinear") -> Array:
 
 
 def adaptive_avg_pool(x: Array, size: int) -> Array:
-  """Means over size x size bins that share rows and columns where `size` does not divide the sides.
+  """Means over size x size bins, which overlap if `size` does not divide the sides.
 
   Bin i of n over H rows covers floor(i H / n) to ceil((i + 1) H / n).
 
@@ -182,14 +182,14 @@ def adaptive_avg_pool(x: Array, size: int) -> Array:
   """
   high = jnp.promote_types(x.dtype, jnp.float32)
 
-  def shares(side: int) -> Array:
+  def bin_weights(side: int) -> Array:
     bins = np.zeros((size, side))
     for i in range(size):
       begin, end = i * side // size, -(-(i + 1) * side // size)
       bins[i, begin:end] = 1 / (end - begin)
     return jnp.asarray(bins, high)
 
-  rows, columns = (shares(side) for side in x.shape[1:3])
+  rows, columns = (bin_weights(side) for side in x.shape[1:3])
   means = jnp.einsum("nh,mw,bhwc->bnmc", rows, columns, x.astype(high), precision="highest")
   return means.astype(x.dtype)
 
@@ -199,15 +199,15 @@ def drop_channels(x: Array, rate: float, key: Array) -> Array:
 
   Source: torch.nn.Dropout2d.
   """
-  kept = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1, x.shape[3]))
-  return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)
+  keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1, x.shape[3]))
+  return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)
 
 
 def timestep_embedding(timesteps: int | Array, width: int) -> Array:
   """Sinusoidal embedding of diffusion timesteps, cosines first, always float32.
 
   Args:
-    timesteps: one whole number, or int [B].
+    timesteps: an integer, or int [B].
     width: even number of channels.
 
   Returns:
@@ -216,7 +216,7 @@ def timestep_embedding(timesteps: int | Array, width: int) -> Array:
   Source: CompVis ldm/modules/diffusionmodules/util.py timestep_embedding.
   """
   half = width // 2
-  # On the host, each stage rounded once to float32: the device's exp, cos and sin differ from PyTorch's by up to 1e-5.
+  # On the host, rounded to float32 after each step: exp, cos and sin on devices differ from PyTorch by up to 1e-5.
   exponents = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half)
   frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
   if isinstance(timesteps, (int, np.integer)):

@@ -1,4 +1,4 @@
-"""Normalization layers that behave as PyTorch's do, their gradients written out."""
+"""Normalization layers that behave like those of PyTorch, with custom gradients."""
 
 import functools
 import math
@@ -15,10 +15,10 @@ from vpd_jax.types import Array
 
 
 class GroupNorm(nnx.Module):
-  """Normalizes groups of channels over all positions, statistics in float32 or wider whatever the dtype.
+  """Normalizes groups of channels over all positions, with statistics in float32 or wider for all dtypes.
 
-  As SD's GroupNorm32. Sums run over positions first, channel by channel, and only then over the channels of a group:
-  on CPU the gradient takes a third to a half of the time of a reduction over [H, W, G, C / G] at once.
+  As SD's GroupNorm32. Sums first over positions, then over the channels of a group: on CPU the gradient takes a third
+  to a half of the time of a joint reduction over [H, W, G, C / G].
   """
 
   def __init__(
@@ -38,7 +38,7 @@ class GroupNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-  """Normalizes the last axis with PyTorch's epsilon of 1e-5, statistics in float32 or wider whatever the dtype."""
+  """Normalizes the last axis with PyTorch's epsilon of 1e-5, and statistics in float32 or wider for all dtypes."""
 
   def __init__(self, width: int, *, epsilon: float = 1e-5, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
     self.epsilon, self.dtype = epsilon, dtype
@@ -52,9 +52,9 @@ class LayerNorm(nnx.Module):
     return cast(Array, _layer_normalized(x, scale, bias, self.epsilon)).astype(self.dtype)
 
 
-# Both gradients are written out: what JAX derives from the formulas has three times the operations, which were two
-# thirds of all operations of a training step; each of them is traced, compiled and, on CPU, run. With g the gradient of
-# y = z scale + bias, z = (x - mean) / std, and means over what shares a mean and a std:
+# Both gradients are custom: those that JAX derives have three times the operations, which were two thirds of all
+# operations of a training step to trace, compile and, on CPU, run. With g the gradient of y = z scale + bias,
+# z = (x - mean) / std, and means over the elements that share mean and std:
 #   dx = (g scale - mean(g scale) - z mean(g scale z)) / std
 
 
@@ -66,25 +66,25 @@ def _group_normalized(x: Array, scale: Array, bias: Array, groups: int, epsilon:
 
 def _group_forward(x: Array, scale: Array, bias: Array, groups: int, epsilon: float) -> tuple[Array, tuple]:
   centered = x.astype(scale.dtype)
-  mean = _of_group(centered.mean(axis=(1, 2)), groups)  # [B, C]
+  mean = _group_mean(centered.mean(axis=(1, 2)), groups)  # [B, C]
   centered = centered - mean[:, None, None]
-  inverse = jax.lax.rsqrt(_of_group(jnp.square(centered).mean(axis=(1, 2)), groups) + epsilon)  # [B, C]
+  inverse = jax.lax.rsqrt(_group_mean(jnp.square(centered).mean(axis=(1, 2)), groups) + epsilon)  # [B, C]
   y = centered * (inverse * scale[None])[:, None, None] + bias[None, None, None]
   return y, (x, mean, inverse, scale)
 
 
-def _group_backward(groups: int, epsilon: float, kept: tuple, g: Array) -> tuple[Array, Array, Array]:
+def _group_backward(groups: int, epsilon: float, residuals: tuple, g: Array) -> tuple[Array, Array, Array]:
   del epsilon
-  x, mean, inverse, scale = kept
-  normal = (x.astype(scale.dtype) - mean[:, None, None]) * inverse[:, None, None]
-  sums, products = g.sum(axis=(1, 2)), (g * normal).sum(axis=(1, 2))  # [B, C]
+  x, mean, inverse, scale = residuals
+  z = (x.astype(scale.dtype) - mean[:, None, None]) * inverse[:, None, None]
+  sums, products = g.sum(axis=(1, 2)), (g * z).sum(axis=(1, 2))  # [B, C]
   factor = scale[None] / math.prod(x.shape[1:3])
-  first, second = _of_group(sums * factor, groups), _of_group(products * factor, groups)
-  dx = (g * scale[None, None, None] - first[:, None, None] - normal * second[:, None, None]) * inverse[:, None, None]
+  first, second = _group_mean(sums * factor, groups), _group_mean(products * factor, groups)
+  dx = (g * scale[None, None, None] - first[:, None, None] - z * second[:, None, None]) * inverse[:, None, None]
   return dx.astype(x.dtype), products.sum(axis=0), sums.sum(axis=0)
 
 
-def _of_group(x: Array, groups: int) -> Array:
+def _group_mean(x: Array, groups: int) -> Array:
   """The mean over the channels of each group, for every channel: [B, C] to [B, C]."""
   repeats = x.shape[1] // groups
   means = x.reshape(x.shape[0], groups, repeats).mean(axis=-1, keepdims=True)
@@ -109,14 +109,14 @@ def _layer_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple
   return centered * (inverse * scale.reshape(row)) + bias.reshape(row), (x, mean, inverse, scale)
 
 
-def _layer_backward(epsilon: float, kept: tuple, g: Array) -> tuple[Array, Array, Array]:
+def _layer_backward(epsilon: float, residuals: tuple, g: Array) -> tuple[Array, Array, Array]:
   del epsilon
-  x, mean, inverse, scale = kept
-  normal = (x.astype(scale.dtype) - mean) * inverse
-  product, others = g * normal, tuple(range(x.ndim - 1))
+  x, mean, inverse, scale = residuals
+  z = (x.astype(scale.dtype) - mean) * inverse
+  product, others = g * z, tuple(range(x.ndim - 1))
   row = scale.reshape((1,) * (x.ndim - 1) + (-1,)) / x.shape[-1]
   first, second = (g * row).sum(axis=-1, keepdims=True), (product * row).sum(axis=-1, keepdims=True)
-  dx = (g * (row * x.shape[-1]) - first - normal * second) * inverse
+  dx = (g * (row * x.shape[-1]) - first - z * second) * inverse
   return dx.astype(x.dtype), product.sum(axis=others), g.sum(axis=others)
 
 
@@ -126,9 +126,9 @@ _layer_normalized.defvjp(_layer_forward, _layer_backward)
 class BatchNorm(nnx.Module):
   """Batch normalization over consecutive groups of images, with PyTorch's running statistics.
 
-  The released depth code keeps statistics per GPU, over the 3 images it holds; `group` is that number, whatever the
-  number of devices here. The running mean and variance move towards the mean over all groups of the group's mean and
-  unbiased variance. (The release keeps those of its first GPU only.)
+  The released depth code computes statistics per GPU, over its 3 images; `group` is that number, independent of the
+  number of devices. The running mean and variance are updated with the average over all groups of the group's mean and
+  unbiased variance. (The release stores those of its first GPU only.)
 
   Source: torch.nn.BatchNorm2d; VPD depth/train.py (DistributedDataParallel without SyncBatchNorm).
   """
@@ -152,7 +152,7 @@ class BatchNorm(nnx.Module):
     self.var = nnx.BatchStat(initializers.ones(rngs.params(), (width,), param_dtype))
 
   def __call__(self, x: Array, *, training: bool) -> Array:
-    """Normalizes [B, H, W, C]: with the statistics of each group in training, which also moves the running ones."""
+    """Normalizes [B, H, W, C]; in training with the statistics of each group, and updates the running statistics."""
     high = jnp.promote_types(self.dtype, jnp.float32)
     x = x.astype(high)
     if not training:

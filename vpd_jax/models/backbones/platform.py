@@ -1,4 +1,4 @@
-"""For which kind of device a program is traced."""
+"""The platform for which a program is traced."""
 
 import contextlib
 import contextvars
@@ -10,7 +10,7 @@ _any = contextvars.ContextVar("any platform", default=False)
 
 
 def platform() -> str:
-  """Of the mesh that is traced for (sharding.tracing), else of this process: "cpu", "gpu", "tpu" and the like.
+  """The platform of the mesh in sharding.tracing, else of this process: "cpu", "gpu", "tpu" etc.
 
   "any" inside `any_platform`.
   """
@@ -23,7 +23,7 @@ def platform() -> str:
 
 @contextlib.contextmanager
 def any_platform() -> Iterator[None]:
-  """What is traced inside holds no kernel of one platform, and runs on all."""
+  """A context in which traced programs contain no platform-specific kernels and run on all platforms."""
   token = _any.set(True)
   try:
     yield

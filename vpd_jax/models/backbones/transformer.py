@@ -16,7 +16,7 @@ from vpd_jax.types import Array
 
 
 class CrossAttention(nnx.Module):
-  """Multi-head attention of x to `context`, or to itself."""
+  """Multi-head attention from x to `context`, or to x itself."""
 
   def __init__(
     self, width: int, context_width: int, heads: int, implementation: Implementation, **common: Unpack[LayerOptions]
@@ -105,7 +105,7 @@ class SpatialTransformer(nnx.Module):
     self.proj_out = project(kernel_init=initializers.zeros, **common)
 
   def __call__(self, x: Array, context: Array, *, keep_map: bool) -> tuple[Array, Array | None]:
-    # A 1x1 convolution and a matrix over the last axis are the same map: one order of reshapes serves both.
+    # A 1x1 convolution and a linear layer over the last axis are equivalent, so that the same reshapes work for both.
     h = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])  # [B, N, C]
     h, probabilities = self.transformer_blocks[0](h, context, keep_map=keep_map)
     h = self.proj_out(h.reshape(x.shape))  # [B, h, w, C]

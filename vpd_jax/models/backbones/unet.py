@@ -1,7 +1,7 @@
-"""The UNet of Stable Diffusion 1.x and 2.x, read for its features and cross-attention maps.
+"""The UNet of Stable Diffusion 1.x and 2.x, with access to its features and cross-attention maps.
 
-Block lists and parameter names are CompVis' own (`input_blocks`, `middle_block`, `output_blocks`), so that the forward
-pass is two loops, conversion is a renaming, and the papers' tap positions keep their numbers.
+Block lists and parameter names are those of CompVis (`input_blocks`, `middle_block`, `output_blocks`), so that the
+forward pass is two loops, conversion only renames arrays, and the feature indices of the papers are valid.
 
 Source: Rombach et al. 2022, https://arxiv.org/abs/2112.10752; CompVis ldm/modules/diffusionmodules/openaimodel.py.
 """
@@ -29,7 +29,7 @@ class UNetSizes:
     in_channels, out_channels: of the latents.
     model_channels: width of the finest level.
     channel_mult: width multiplier per level, finest first.
-    num_res_blocks: residual blocks per level on the way down (one more on the way up).
+    num_res_blocks: residual blocks per level of the encoder (the decoder has one more).
     attention_levels: levels with transformer blocks.
     num_heads, head_width: exactly one is set: 8 heads in SD 1.x, 64 channels per head in SD 2.x.
     context_dim: width of the tokens attended to.
@@ -57,7 +57,7 @@ class UNetSizes:
 
   @property
   def taps(self) -> tuple[int, ...]:
-    """Output blocks whose results are the features: the one before each up-sampling, and the last."""
+    """Indices of the output blocks that return the features: the one before each upsampling, and the last."""
     per_level = self.num_res_blocks + 1
     levels = len(self.channel_mult)
     return (*(per_level * (i + 1) - 2 for i in range(levels - 1)), per_level * levels - 1)
@@ -74,8 +74,8 @@ class UNetOutput(NamedTuple):
   Attributes:
     features: float [B, h, w, C], finest first: output blocks 11, 7, 4, 1 in SD.
     maps: (h, w) -> float [B, h, w, N], cross-attention probabilities averaged over heads and layers.
-    noise: float [B, h, w, out_channels], what the UNet was trained to predict: noise in SD 1.x and 2.1-base, v in 2.1
-      (768 pixels), with arrays of the same names and shapes; or None where it was not asked for.
+    noise: float [B, h, w, out_channels], the prediction of the UNet: noise in SD 1.x and 2.1-base, v in 2.1 (768
+      pixels), with the same arrays; or None if it was not requested.
   """
 
   features: tuple[Array, ...]
@@ -121,7 +121,7 @@ class Upsample(nnx.Module):
 
 
 class UNet(nnx.Module):
-  """Stable Diffusion's UNet with the features and attention maps that perception reads."""
+  """Stable Diffusion's UNet, which returns features and attention maps for perception."""
 
   def __init__(
     self,
@@ -137,12 +137,12 @@ class UNet(nnx.Module):
 
     Args:
       sizes: see UNetSizes.
-      with_time_embed: also the two layers that embed the timestep; MetaPrompts depth deletes them.
-      with_out: also the last convolution, which predicts the noise; VPD depth deletes it.
+      with_time_embed: include the two layers that embed the timestep; MetaPrompts depth removes them.
+      with_out: include the last convolution, which predicts the noise; VPD depth removes it.
       attention: implementation of the self-attentions.
       remat: recompute every block in the backward pass instead of keeping its activations.
       dtype, param_dtype: of computation and of parameters.
-      rngs: for fresh parameters.
+      rngs: for the initial parameters.
     """
     self.sizes, self.remat, self.dtype = sizes, remat, common["dtype"]
     width, levels = sizes.model_channels, len(sizes.channel_mult)
@@ -186,7 +186,7 @@ class UNet(nnx.Module):
       self.out = nnx.List([normalization.GroupNorm(width, epsilon=1e-5, **common), layers.SiLU(), last])
 
   def embed_time(self, timesteps: int | Array) -> Array:
-    """The time embedding of diffusion timesteps: float [1, 4C] for one whole number, [B, 4C] for int [B]."""
+    """The time embedding of diffusion timesteps: float [1, 4C] for an integer, [B, 4C] for int [B]."""
     return layers.chain(
       self.time_embed, layers.timestep_embedding(timesteps, self.sizes.model_channels).astype(self.dtype)
     )
@@ -201,14 +201,14 @@ class UNet(nnx.Module):
     map_max_positions: int = 0,
     predict_noise: bool = False,
   ) -> UNetOutput:
-    """One pass.
+    """Runs the network.
 
     Args:
       latents: float [B, h, w, in_channels], h and w multiples of 8 (others work: a skip is then resized).
       context: float [B, N, context_dim].
-      timesteps: one whole number for all images, or int [B]; leave out where `time_embedding` is given.
-      time_embedding: float [1 or B, 4C], ready made, in place of the embedded timesteps.
-      map_max_positions: keep cross-attention maps of at most so many positions; 0 keeps none.
+      timesteps: an integer for all images, or int [B]; None if `time_embedding` is given.
+      time_embedding: float [1 or B, 4C], replaces the embedded timesteps.
+      map_max_positions: return cross-attention maps with at most this number of positions; 0 returns none.
       predict_noise: also run the last convolution, see UNetOutput.
 
     Raises:
@@ -223,12 +223,12 @@ class UNet(nnx.Module):
     else:
       raise UserError("give either timesteps or time_embedding.")
     h, context = latents.astype(self.dtype), context.astype(self.dtype)
-    skips, features, kept = [], [], {}
+    skips, features, maps_by_size = [], [], {}
 
     def run(block: nnx.List, x: Array, path: str) -> Array:
       x, maps = self._run(block, x, embedding, context, map_max_positions if path != "middle" else 0)
       for m in maps:
-        kept.setdefault(m.shape[1:3], []).append(m)
+        maps_by_size.setdefault(m.shape[1:3], []).append(m)
       return x
 
     for block in self.input_blocks:
@@ -240,7 +240,7 @@ class UNet(nnx.Module):
       h = run(block, jnp.concatenate([h, skip], axis=-1), "up")
       if i in self.sizes.taps:
         features.append(h)
-    maps = {size: cast(Array, sum(found)) / len(found) for size, found in kept.items()}
+    maps = {size: cast(Array, sum(layer_maps)) / len(layer_maps) for size, layer_maps in maps_by_size.items()}
     return UNetOutput(tuple(features[::-1]), maps, layers.chain(self.out, h) if predict_noise else None)
 
   def _run(self, block: nnx.List, x: Array, embedding: Array, context: Array, max_positions: int) -> tuple[Array, list]:

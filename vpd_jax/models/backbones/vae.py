@@ -26,7 +26,7 @@ class VaeSizes:
     channel_mult: width multiplier per level, finest first.
     num_res_blocks: residual blocks per level.
     z_channels: channels of the latents.
-    latent_scale: factor on the latents with which the UNet was trained; 0.18215 in SD 1.x and 2.x. The encoder itself
+    latent_scale: scaling factor of the latents on which the UNet was trained; 0.18215 in SD 1.x and 2.x. The encoder
       does not apply it.
   """
 
@@ -49,7 +49,7 @@ class Posterior(NamedTuple):
   log_variance: Array
 
   def sample(self, noise: Array) -> Array:
-    """The latents that standard normal noise, float [B, H/8, W/8, z_channels], stands for."""
+    """Samples latents from standard normal noise, float [B, H/8, W/8, z_channels]."""
     return self.mean + jnp.exp(0.5 * self.log_variance) * noise
 
 
@@ -95,7 +95,7 @@ class Downsample(nnx.Module):
 
 
 class Level(nnx.Module):
-  """The residual blocks of one size, and the way to the next."""
+  """The residual blocks of one resolution, and downsampling."""
 
   def __init__(self, in_width: int, out_width: int, blocks: int, last: bool, **common: Unpack[LayerOptions]):
     self.block = nnx.List([ResBlock(in_width if i == 0 else out_width, out_width, **common) for i in range(blocks)])
@@ -121,7 +121,7 @@ class Middle(nnx.Module):
 
 
 class Encoder(nnx.Module):
-  """Image to the raw moments of the latents."""
+  """Image to the moments of the latents."""
 
   def __init__(self, sizes: VaeSizes, implementation: Implementation, **common: Unpack[LayerOptions]):
     widths = [sizes.channels * m for m in sizes.channel_mult]
@@ -143,7 +143,7 @@ class Encoder(nnx.Module):
 
 
 class UnusedConv(nnx.Module):
-  """A 1x1 convolution that nothing applies; kept so that files can be written back whole."""
+  """An unused 1x1 convolution, kept so that complete checkpoints can be exported."""
 
   def __init__(self, width: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs, dtype: DTypeLike):
     del dtype
@@ -155,7 +155,7 @@ class VaeEncoder(nnx.Module):
   """Image to the posterior over latents, eight times smaller."""
 
   def __init__(self, sizes: VaeSizes, *, attention: Implementation = "auto", **common: Unpack[LayerOptions]):
-    """`attention`: implementation of the one attention, over all H/8 x W/8 positions."""
+    """`attention`: implementation of the single attention layer, over all H/8 x W/8 positions."""
     self.dtype = common["dtype"]
     self.encoder = Encoder(sizes, attention, **common)
     self.quant_conv = layers.conv(2 * sizes.z_channels, 2 * sizes.z_channels, 1, **common)

@@ -1,4 +1,4 @@
-"""The vision transformer that classifies pictures of ImageNet, by Hugging Face's names.
+"""A vision transformer for ImageNet classification, with the names of Hugging Face.
 
 Source: Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929; transformers models/vit/modeling_vit.py.
 """
@@ -18,9 +18,9 @@ from vpd_jax.models.layer_options import LayerOptions
 from vpd_jax.types import Array
 
 EPSILON = 1e-12  # of its norms
-# Levels of the picture by byte, rounded as the processor of transformers does.
+# Normalized pixel values by byte, rounded like the image processor of transformers.
 LEVELS = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
-_BITS = 22  # of Pillow's weights behind the point
+_BITS = 22  # fractional bits of Pillow's weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class VitSizes:
     width, layers, heads, mlp_width: of the transformer.
     image_size: side of the square image, in pixels.
     patch: side of a patch, in pixels.
-    labels: classes that it tells apart.
+    labels: number of classes.
   """
 
   width: int = 768
@@ -49,11 +49,11 @@ class VitSizes:
 
 
 class VitStates(NamedTuple):
-  """What the classifier gives.
+  """Output of the classifier.
 
   Attributes:
     hidden: the states before each layer and after the last one, float [B, N, D], the class token first.
-    last: float [B, N, D], the last of them normed.
+    last: float [B, N, D], the last of them after the final norm.
     logits: float [B, K], of the class token.
   """
 
@@ -63,7 +63,7 @@ class VitStates(NamedTuple):
 
 
 def resized_bytes(image: Array, size: int) -> Array:
-  """A square of bytes resized as Pillow does it, bit by bit: bilinear, widened where it shrinks.
+  """Resizes a square of bytes, bit-identical to Pillow: bilinear with antialiasing.
 
   Two passes, columns first, each with weights of 22 bits and rounded to bytes.
 
@@ -85,7 +85,7 @@ def resized_bytes(image: Array, size: int) -> Array:
 
 
 def _taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
-  """Which pixels of a side make each new one, and their weights in whole 2^-22: int32 [new, taps] each."""
+  """Indices of the source pixels of each new pixel, and their weights in units of 2^-22: int32 [new, taps] each."""
   scale = old / new
   support = max(scale, 1.0)
   index = np.zeros((new, 2 * math.ceil(support) + 1), np.int32)
@@ -101,7 +101,7 @@ def _taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Dense(nnx.Module):
-  """A linear layer by the name `dense`."""
+  """A linear layer named `dense`."""
 
   def __init__(self, in_width: int, out_width: int, **common: Unpack[LayerOptions]):
     self.dense = layers.linear(in_width, out_width, **common)

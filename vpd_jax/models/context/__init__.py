@@ -1,1 +1,1 @@
-"""Where the tokens that the UNet attends to come from."""
+"""Sources of the tokens that the UNet attends to."""

@@ -29,7 +29,7 @@ class ResidualAdapter(Inlined):
   """
 
   def __init__(self, width: int, scale: float, **common: Unpack[LayerOptions]):
-    """`scale`: start of gamma."""
+    """`scale`: initial gamma."""
     self.dtype = common["dtype"]
     self.gamma = nnx.Param(initializers.constant(scale)(common["rngs"].params(), (width,), common["param_dtype"]))
     self.text_adapter = TextAdapter(width, **common)

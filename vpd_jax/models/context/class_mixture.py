@@ -1,6 +1,6 @@
-"""EcoDepth's context: a mixture of learned vectors, weighed by what a classifier of ImageNet sees in the picture.
+"""EcoDepth's context: a mixture of learned vectors, weighted by the scores of an ImageNet classifier.
 
-No text and no class of the scene are needed.
+It needs neither text nor the class of the scene.
 
 Source: Patni et al. 2024, https://arxiv.org/abs/2403.18807; EcoDepth depth/models/model.py, class CIDE (v1.0.0).
 """
@@ -23,34 +23,34 @@ from vpd_jax.models.layer_options import LayerOptions
 from vpd_jax.types import Array, Batch
 
 Pixels = TypeVar("Pixels", np.ndarray, Array)
-HIDDEN = 400  # width between the classifier's scores and the mixture's
+HIDDEN = 400  # hidden width between class scores and mixture weights
 CHOICES = {"vit_bytes": ("truncated", "rounded"), "class_scores": ("logits", "probabilities")}
 
 
-def to_bytes(image: Array, how: str) -> Array:
-  """An image in bytes, on the way that it takes in the release: to [0, 1], to [-1, 1] and back.
+def to_bytes(image: Array, rounding: str) -> Array:
+  """Converts an image to bytes as the release does: to [0, 1], to [-1, 1] and back.
 
   Args:
     image: uint8, or float in [0, 1].
-    how: "truncated" as released: float32 rounds down on the way, so that every byte from 1 to 63 comes out one less;
-      "rounded", the same bytes.
+    rounding: "truncated" as released: due to float32 arithmetic, all bytes from 1 to 63 decrease by one; "rounded"
+      preserves the bytes.
 
   Returns:
     int32, of the shape of `image`.
   """
   if jnp.issubdtype(image.dtype, jnp.integer):
-    return jnp.asarray(_back(np.arange(256, dtype=np.float32) / np.float32(255) * 2 - 1, how))[image]
-  # Between the two steps the numbers are kept: a compiler knows that they cancel.
-  return _back(jax.lax.optimization_barrier(image.astype(jnp.float32) * 2 - 1), how)
+    return jnp.asarray(_back(np.arange(256, dtype=np.float32) / np.float32(255) * 2 - 1, rounding))[image]
+  # The barrier prevents the compiler from cancelling the two steps.
+  return _back(jax.lax.optimization_barrier(image.astype(jnp.float32) * 2 - 1), rounding)
 
 
-def _back(x: Pixels, how: str) -> Pixels:
+def _back(x: Pixels, rounding: str) -> Pixels:
   """Float32 in [-1, 1] to int32 from 0 to 255."""
-  return (255 * ((x + 1) / 2) + (0.5 if how == "rounded" else 0)).astype(np.int32)
+  return (255 * ((x + 1) / 2) + (0.5 if rounding == "rounded" else 0)).astype(np.int32)
 
 
 class PictureClassifier(Context):
-  """What EcoDepth's contexts have in common: the classifier, and the picture that it sees."""
+  """Base class of EcoDepth's contexts: the classifier and its input image."""
 
   def __init__(
     self,
@@ -66,13 +66,13 @@ class PictureClassifier(Context):
     Args:
       sizes: of the classifier.
       vit_bytes: "truncated" or "rounded", see `to_bytes`.
-      padding: multiple to which the classifier's picture grows at right and bottom, and the value there, in [-1, 1];
-        None: it sees the image alone.
-      trained: whether the transformer is, up to its last layer.
+      padding: multiple to which the classifier's image is padded at right and bottom, and the value in [-1, 1]; None:
+        no padding.
+      trained: whether the transformer is trained, up to its last layer.
       **common: dtype, param_dtype and rngs.
 
     Raises:
-      ValueError: an unknown word.
+      ValueError: unknown `vit_bytes`.
     """
     _check("vit_bytes", vit_bytes)
     self.dtype, self.vit_bytes, self.padding = common["dtype"], vit_bytes, padding
@@ -81,25 +81,25 @@ class PictureClassifier(Context):
       as_buffers(part)
 
   def picture(self, image: Array) -> Array:
-    """What the classifier sees, int32 [B, S, S, 3] from 0 to 255: black below or at the right to a square, resized."""
+    """The classifier's input, int32 [B, S, S, 3] from 0 to 255: padded with black to a square, and resized."""
     return resized_bytes(self.square(image), self.vit_model.image_size)
 
   def square(self, image: Array) -> Array:
-    """Bytes of uint8 [B, H, W, 3] or float in [0, 1], with the padding, then with black to a square."""
+    """Bytes of uint8 [B, H, W, 3] or float in [0, 1], padded, then padded with black to a square."""
     image = to_bytes(image, self.vit_bytes)
     if self.padding:
       multiple, value = self.padding
       size = [-(-side // multiple) * multiple for side in image.shape[1:3]]
-      image = _grown(image, size, int(_back(np.array(value, np.float32), self.vit_bytes)))
-    return _grown(image, [max(image.shape[1:3])] * 2, 0)
+      image = _padded(image, size, int(_back(np.array(value, np.float32), self.vit_bytes)))
+    return _padded(image, [max(image.shape[1:3])] * 2, 0)
 
   def states(self, batch: Batch) -> VitStates:
-    """What the classifier gives for "image", uint8 [B, H, W, 3] or float in [0, 1]."""
+    """The classifier's output for "image", uint8 [B, H, W, 3] or float in [0, 1]."""
     return self.vit_model(jnp.asarray(LEVELS)[self.picture(batch["image"])].astype(self.dtype))
 
 
 class ClassMixture(PictureClassifier):
-  """One token for each image, mixed of learned vectors and adapted."""
+  """One token for each image: an adapted mixture of learned vectors."""
 
   def __init__(
     self,
@@ -113,19 +113,19 @@ class ClassMixture(PictureClassifier):
     padding: tuple[int, float] | None,
     **common: Unpack[LayerOptions],
   ):
-    """Builds what follows the classifier; see PictureClassifier for the other arguments.
+    """Builds the layers after the classifier; see PictureClassifier for the other arguments.
 
     Args:
       sizes: of the classifier.
       width: D, of the UNet's context.
-      count: learned vectors.
+      count: number of learned vectors.
       adapt: module from vectors to tokens.
-      class_scores: "logits" or "probabilities" of the classifier, which weigh the vectors.
-      vit_bytes, padding: of the classifier's picture.
+      class_scores: "logits" or "probabilities" of the classifier.
+      vit_bytes, padding: of the classifier's image.
       **common: dtype, param_dtype and rngs.
 
     Raises:
-      ValueError: an unknown word, no vectors.
+      ValueError: an unknown option, no vectors.
     """
     super().__init__(sizes, vit_bytes=vit_bytes, padding=padding, **common)
     _check("class_scores", class_scores)
@@ -165,7 +165,7 @@ class ClassToken(PictureClassifier):
     """See ClassMixture.
 
     Raises:
-      ValueError: an unknown word, a transformer of another width than the UNet's context.
+      ValueError: an unknown option, or the width of the transformer is not that of the UNet's context.
     """
     if sizes.width != width:
       raise UserError(
@@ -180,17 +180,17 @@ class ClassToken(PictureClassifier):
     return self.states(batch).hidden[-1][:, :1]
 
 
-def _check(name: str, word: str) -> None:
-  if word not in CHOICES[name]:
-    raise UserError(f"method.{name}={word!r} is unknown; choose one of {CHOICES[name]}.")
+def _check(name: str, value: str) -> None:
+  if value not in CHOICES[name]:
+    raise UserError(f"method.{name}={value!r} is unknown; choose one of {CHOICES[name]}.")
 
 
-def _grown(image: Array, size: list[int], value: int) -> Array:
-  """[B, H, W, C] of `size` by more rows below and columns at the right."""
+def _padded(image: Array, size: list[int], value: int) -> Array:
+  """Pads [B, H, W, C] at the bottom and right to `size`."""
   below, right = (new - old for new, old in zip(size, image.shape[1:3], strict=True))
   return jnp.pad(image, ((0, 0), (0, below), (0, right), (0, 0)), constant_values=value)
 
 
 def _softmax(x: Array) -> Array:
-  """In float32 or wider."""
+  """Softmax in float32 or wider."""
   return jax.nn.softmax(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis=-1)

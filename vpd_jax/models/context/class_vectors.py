@@ -1,6 +1,6 @@
-"""Vectors of the data set's classes: that of the image's class, given or predicted, or those of all classes.
+"""Vectors of the data set's classes: of the given or predicted class of the image, or of all classes.
 
-The vectors are encoded from the names of the classes once, before training, by CLIP's text encoder.
+The vectors are encoded once from the class names by CLIP's text encoder, before training.
 """
 
 from typing import Unpack, cast
@@ -20,7 +20,7 @@ from vpd_jax.types import Array, Batch, Buffer
 class ClassPredictor(nnx.Module):
   """The class of an image among the names of the data set: CLIP's zero-shot classification.
 
-  `names` holds a unit vector per class name. Nothing of it is trained, and no label enters.
+  `names` contains a unit vector per class name. It is frozen and uses no labels.
 
   Source: Radford et al. 2021, https://arxiv.org/abs/2103.00020, section 3.1.
   """
@@ -33,9 +33,9 @@ class ClassPredictor(nnx.Module):
     self.image_encoder = as_buffers(ClipImage(sizes, projected=True, **common))
 
   def __call__(self, image: Array) -> Array:
-    """Class ids, int32 [B], of uint8 [B, H, W, 3] or float in [0, 1], of any sides."""
+    """Class ids, int32 [B], of uint8 [B, H, W, 3] or float in [0, 1], of any size."""
     embeds = cast(Array, self.image_encoder(pixels(image, self.image_encoder.image_size, dtype=self.dtype)).embeds)
-    scores = embeds @ self.names[...].astype(embeds.dtype).T  # [B, K]; lengths of the image's vectors do not matter
+    scores = embeds @ self.names[...].astype(embeds.dtype).T  # [B, K]; the norm of the image vectors is irrelevant
     return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
 
@@ -45,7 +45,7 @@ class AllClasses(Context):
   of_classes = True
 
   def __init__(self, classes: int, width: int, adapt: Adapter, **common: Unpack[LayerOptions]):
-    """Holds one vector per class.
+    """Builds one vector per class.
 
     Args:
       classes: K.
@@ -64,7 +64,7 @@ class AllClasses(Context):
 
 
 class SceneClass(AllClasses):
-  """One token, the adapted vector of the class that the data set gives with the image; -1 is the mean of all."""
+  """One token, the adapted vector of the class from the data set; -1 is the mean of all classes."""
 
   of_classes = False
   needs = frozenset({"class_id"})
@@ -96,5 +96,5 @@ class PredictedClass(SceneClass):
 
   def class_ids(self, batch: Batch) -> Array:
     """See SceneClass.class_ids."""
-    given, predicted = batch.get("class_id"), cast(ClassPredictor, self.class_predictor)(batch["image"])
-    return predicted if given is None else jnp.where(given < 0, predicted, given)
+    class_id, predicted = batch.get("class_id"), cast(ClassPredictor, self.class_predictor)(batch["image"])
+    return predicted if class_id is None else jnp.where(class_id < 0, predicted, class_id)

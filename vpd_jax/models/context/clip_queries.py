@@ -1,6 +1,6 @@
-"""IEDP's implicit text embeddings: learned queries that read CLIP's tokens of an image.
+"""IEDP's implicit text embeddings: learned queries that attend to CLIP's tokens of an image.
 
-Source: Wang et al. 2024, https://arxiv.org/abs/2404.07600, as far as presets.iedp_assumptions() says.
+Source: Wang et al. 2024, https://arxiv.org/abs/2404.07600, with the assumptions in presets.iedp_assumptions().
 """
 
 from typing import Any, Unpack
@@ -20,7 +20,7 @@ from vpd_jax.types import Array, Batch
 
 
 class Attention(nnx.Module):
-  """Multi-head attention with biases; the keys may come from elsewhere than the queries."""
+  """Multi-head attention with biases, from queries to a memory."""
 
   def __init__(self, width: int, heads: int, *, attention: Implementation, **common: Unpack[LayerOptions]):
     self.heads = heads
@@ -28,14 +28,14 @@ class Attention(nnx.Module):
     self.q_proj, self.k_proj, self.v_proj, self.out_proj = (layers.linear(width, width, **common) for _ in range(4))
 
   def __call__(self, x: Array, memory: Array) -> Array:
-    """[B, N, D] reads [B, M, D]: [B, N, D]."""
+    """Attends from x [B, N, D] to memory [B, M, D]: [B, N, D]."""
     split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # [B, N, heads, D / heads]
     query, key, value = split(self.q_proj(x)), split(self.k_proj(memory)), split(self.v_proj(memory))
     return self.out_proj(attention(query, key, value, implementation=self.attention).reshape(x.shape))
 
 
 class QueryBlock(nnx.Module):
-  """Pre-norm block: queries attend to each other, then to the visual features, then pass two linear layers."""
+  """Pre-norm block: self-attention, cross-attention to the visual features, MLP."""
 
   def __init__(
     self, width: int, heads: int, ffn_ratio: int, *, attention: Implementation, **common: Unpack[LayerOptions]
@@ -93,7 +93,7 @@ class ImplicitText(nnx.Module):
 
 
 class ClipQueries(Context):
-  """Learned queries that read the tokens of CLIP's frozen image encoder."""
+  """Learned queries that attend to the tokens of CLIP's frozen image encoder."""
 
   def __init__(
     self,
@@ -111,9 +111,9 @@ class ClipQueries(Context):
     Args:
       sizes: of the image encoder.
       width: D, of the UNet's context.
-      resize: of the image to CLIP's square, "bicubic" or "bilinear".
+      resize: interpolation of CLIP's input, "bicubic" or "bilinear".
       features: "last", the tokens after the last layer, or "penultimate".
-      tower_dtype: in which the encoder is stored; it computes in `dtype`.
+      tower_dtype: storage dtype of the encoder; it computes in `dtype`.
       num_queries: N.
       **block: further arguments of ImplicitText.
     """

@@ -1,4 +1,4 @@
-"""What all sources of tokens have in common."""
+"""The base class of all sources of tokens."""
 
 from collections.abc import Callable, Iterable
 
@@ -17,14 +17,14 @@ def unchanged(example: Example) -> Example:
 class Context(Inlined):
   """A source of the tokens that the UNet attends to.
 
-  Its arrays have the names they would have as attributes of the method itself.
+  Its arrays are named as if they were attributes of the method.
 
   Attributes:
     tokens: number and width of the tokens.
     needs: keys of a Batch that it reads besides "image".
     prepare_inputs, prepare_outputs: keys of an Example that `prepare` reads, and that it adds.
-    sentence_tokens: number and width of the states of each image's sentence, None where it reads no sentence.
-    class_predictor: images to the ids of their classes, int [B]; None where it predicts none.
+    sentence_tokens: number and width of the states of each image's sentence; None if it reads no sentence.
+    class_predictor: images to the ids of their classes, int [B]; None if it predicts none.
     of_classes: whether there is one token for each class of the data set.
   """
 
@@ -39,16 +39,16 @@ class Context(Inlined):
 
   @property
   def prepare(self) -> Callable[[Example], Example]:
-    """Host transform that runs after the data set's own; picklable, since it travels to the data workers."""
+    """Host transform that runs after that of the data set; picklable, since it is sent to the data workers."""
     return unchanged
 
   @property
   def sentence_census(self) -> Callable[[Iterable[str]], str] | None:
-    """Sentences to a line for the start of a run; None where it reads none."""
+    """Sentences to a line for the start-up report; None if it reads none."""
     return None
 
   def once(self, batch: Batch) -> Batch:
-    """The batch with what is the same in all passes of the UNet already computed."""
+    """Adds to the batch what is constant over the passes of the UNet."""
     return batch
 
   def text_states(self, batch: Batch) -> Array:
@@ -61,7 +61,7 @@ class Context(Inlined):
 
 
 class SentenceThen(Context):
-  """The tokens of a sentence, and behind them those of a source that needs no preparation."""
+  """The tokens of a sentence, followed by those of a source that needs no preparation."""
 
   def __init__(self, sentence: Context, other: Context):
     self.sentence, self.other = sentence, other
@@ -72,16 +72,16 @@ class SentenceThen(Context):
 
   @property
   def prepare(self) -> Callable[[Example], Example]:
-    """That of the sentence."""
+    """See Context."""
     return self.sentence.prepare
 
   @property
   def sentence_census(self) -> Callable[[Iterable[str]], str] | None:
-    """That of the sentence."""
+    """See Context."""
     return self.sentence.sentence_census
 
   def once(self, batch: Batch) -> Batch:
-    """With the states of the sentence."""
+    """Adds the states of the sentence."""
     return self.sentence.once(batch)
 
   def text_states(self, batch: Batch) -> Array:

@@ -1,6 +1,6 @@
-"""Sentences made of an image's labels: "a photo of a kitchen", or the names of the classes in its label map.
+"""Sentences from an image's labels: "a photo of a kitchen", or the names of the classes in its label map.
 
-Sentences become token ids once, before training: a data worker only looks them up.
+Sentences are tokenized once, before training; data workers only look up the token ids.
 """
 
 import functools
@@ -16,11 +16,11 @@ from vpd_jax.models.context.context import Context
 from vpd_jax.models.layer_options import LayerOptions
 from vpd_jax.types import Array, Batch, Example
 
-NAMES = "names"  # in place of a template: the names of the classes in the label map
+NAMES = "names"  # instead of a template: the names of the classes in the label map
 
 
 def sentences_of(template: str, names: Sequence[str]) -> tuple[str, ...]:
-  """The template with every name in place of {}, '_' as ' '; the template alone where it has no {}.
+  """The template with each name inserted for {}, with '_' as ' '; or the template itself without {}.
 
   Raises:
     ValueError: an empty template, or one with more than one {}.
@@ -33,33 +33,33 @@ def sentences_of(template: str, names: Sequence[str]) -> tuple[str, ...]:
 class Names:
   """Host transform that adds "tokens", int32 [N]: the names of the classes in an example's "label", as one sentence.
 
-  In the order of their numbers, joined by spaces. Where they are too many, those of the smallest area are left out. A
-  label map without any class gives the empty sentence.
+  Names are ordered by class id and separated by spaces. If they do not fit, those of the smallest areas are omitted. A
+  label map without classes results in an empty sentence.
   """
 
   def __init__(self, table: np.ndarray):
-    """Takes the names apart.
+    """Splits the names into tokens.
 
     Args:
-      table: int32 [K, N], the token ids of each name alone: begin, the name, end, padding. CLIP's tokenizer never joins
-        words, so that the ids of a sentence are those of its words one after the other.
+      table: int32 [K, N], the token ids of each name: begin, name, end, padding. CLIP's tokenizer never merges words,
+        so that the ids of a sentence are the concatenated ids of its words.
     """
     self._begin, self._end, self._length = int(table[0, 0]), int(table.max()), table.shape[1]
     ends = (table == self._end).argmax(axis=1)
     self._names = [row[1:end] for row, end in zip(table, ends, strict=True)]
-    self._padding = int(table[ends.argmin(), -1])  # of the shortest name; the end itself in Stable Diffusion 1.x
+    self._padding = int(table[ends.argmin(), -1])  # of the shortest name; the end token in Stable Diffusion 1.x
 
   def __call__(self, example: Example) -> Example:
     counts = np.bincount(example["label"].ravel(), minlength=256)[: len(self._names)]
-    left, chosen = self._length - 2, []
-    for number in sorted(np.flatnonzero(counts), key=lambda number: (-counts[number], number)):
-      if len(self._names[number]) > left:
+    available, chosen = self._length - 2, []
+    for class_id in sorted(np.flatnonzero(counts), key=lambda class_id: (-counts[class_id], class_id)):
+      if len(self._names[class_id]) > available:
         break
-      left -= len(self._names[number])
-      chosen.append(number)
-    words = [word for number in sorted(chosen) for word in self._names[number]]
+      available -= len(self._names[class_id])
+      chosen.append(class_id)
+    name_tokens = [token for class_id in sorted(chosen) for token in self._names[class_id]]
     tokens = np.full(self._length, self._padding, np.int32)
-    tokens[: len(words) + 2] = [self._begin, *words, self._end]
+    tokens[: len(name_tokens) + 2] = [self._begin, *name_tokens, self._end]
     return example | {"tokens": tokens}
 
 
@@ -76,7 +76,7 @@ def with_tokens(example: Example, *, table: np.ndarray) -> Example:
 
 
 class LabelSentence(Context):
-  """The adapted states of a sentence that is made of the labels, from CLIP's frozen text encoder."""
+  """The adapted states of a sentence from the labels, encoded by CLIP's frozen text encoder."""
 
   needs = prepare_outputs = frozenset({"tokens"})
 
@@ -97,13 +97,13 @@ class LabelSentence(Context):
       sizes: of the encoder, as wide as the UNet's context.
       sentence: see methods.iedp.Iedp.
       class_names: by class id.
-      tokenize: sentences to int32 [sentences, sizes.positions]; called when `prepare` is asked for.
+      tokenize: sentences to int32 [sentences, sizes.positions]; called by `prepare`.
       adapt: module from states to tokens.
-      pooled: one token, the state at the end of the sentence, in place of all states.
+      pooled: use one token, the state of the end-of-text token, instead of all states.
       **common: dtype, param_dtype and rngs.
 
     Raises:
-      ValueError: a malformed template, or one with a place for the name of a class where there are no classes.
+      ValueError: an invalid template, or one for class names without classes.
     """
     if "{}" in sentence and not class_names:
       raise UserError(
@@ -119,16 +119,16 @@ class LabelSentence(Context):
 
   @property
   def prepare(self) -> Callable[[Example], Example]:
-    """Adds the "tokens" of an example's sentence, int32 [N]; looks for the tokenizer.
+    """Adds the "tokens" of an example's sentence, int32 [N]; loads the tokenizer.
 
     Raises:
-      ValueError: there is none.
+      ValueError: no tokenizer.
     """
     if self._sentence == NAMES:
       return Names(self._tokenize(sentences_of("{}", self._class_names)))
     return functools.partial(with_tokens, table=self._tokenize(sentences_of(self._sentence, self._class_names)))
 
   def __call__(self, batch: Batch, step: int = 0) -> Array:
-    """Float [B, N, D] of "tokens", int [B, N]; [B, 1, D] where pooled."""
+    """Float [B, N, D] of "tokens", int [B, N]; [B, 1, D] if pooled."""
     states = self.text_encoder(batch["tokens"])
     return self.adapt(states.pooled[:, None] if self.pooled else states.last)

@@ -17,17 +17,17 @@ from vpd_jax.types import Array, Batch
 
 
 class LearnedPrompts(Context):
-  """Tokens that are parameters: the same for every image, for each pass of the UNet its own or one set for all."""
+  """Learned tokens, the same for all images: one set per pass of the UNet, or one set for all passes."""
 
   def __init__(self, prompts: int, width: int, steps: int, *, share: bool, adapt: bool, **common: Unpack[LayerOptions]):
-    """Draws the prompts.
+    """Initializes the prompts.
 
     Args:
       prompts: N.
       width: D, of the UNet's context.
       steps: passes of the UNet.
       share: one set of prompts for all passes.
-      adapt: each pass has a TextAdapter of its own, without residual.
+      adapt: apply a TextAdapter without residual, one per pass.
       **common: dtype, param_dtype and rngs.
 
     Raises:

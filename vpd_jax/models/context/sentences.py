@@ -1,7 +1,7 @@
-"""Sentences as what the UNet attends to: token ids on the host, states of CLIP's text encoder on the device.
+"""Sentences as context of the UNet: token ids on the host, states of CLIP's text encoder on the device.
 
-All positions of a sentence count, those of the padding too, which is what the tokenizer says (in Stable Diffusion 1.x
-the end-of-text token, in 2.x the id 0): the release reads the encoder's last states whole and uses no attention mask.
+All positions of a sentence are used, including padding, which depends on the tokenizer (the end-of-text token in Stable
+Diffusion 1.x, the id 0 in 2.x): the release uses all of the encoder's last states without an attention mask.
 
 Source: VPD refer/data/dataset_refer_clip.py, refer/train.py.
 """
@@ -19,17 +19,18 @@ from vpd_jax.models.context.adapters import Adapter
 from vpd_jax.models.context.context import Context
 from vpd_jax.types import Array, Batch, Example
 
-SHOWN = 3  # cut sentences named in a line
+MAX_LISTED = 3  # truncated sentences listed in the report
 
 
 @dataclasses.dataclass(frozen=True)
 class SentenceTokens:
-  """A method's host transform: adds the token ids of an example's sentence; also tells which sentences are cut.
+  """A method's host transform: adds the token ids of an example's sentence; also detects truncated sentences.
 
   Attributes:
-    tokenize: sentences to int32 [sentences, length + 1], each begun, ended by the largest id, and filled up with any id
-      below or with the end again. The one token more tells whether a sentence is cut.
-    length: tokens a sentence keeps, begin and end included. Release: 40 on RefCOCO and RefCOCO+, 77 on RefCOCOg.
+    tokenize: sentences to int32 [sentences, length + 1], each with a begin token, an end token with the largest id, and
+      padding by any smaller id or the end token. The additional token shows whether a sentence is truncated.
+    length: maximum number of tokens of a sentence, including begin and end. Release: 40 on RefCOCO and RefCOCO+, 77 on
+      RefCOCOg.
   """
 
   tokenize: Callable[[tuple[str, ...]], np.ndarray]
@@ -40,20 +41,20 @@ class SentenceTokens:
       raise UserError(f"method.token_length={self.length} must be at least 3: begin, one token and end.")
 
   def rows(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids int32 [sentences, length], and which sentences had to be cut, bool [sentences].
+    """Token ids int32 [sentences, length], and which sentences are truncated, bool [sentences].
 
-    A cut sentence keeps its first tokens and ends with the end of text.
+    A truncated sentence consists of its first tokens and the end token.
 
     Raises:
-      ValueError: an empty sentence, or no tokenizer; one line.
+      ValueError: in one line, for an empty sentence, or without a tokenizer.
     """
-    empty = [place for place, text in enumerate(texts) if not text.strip()]
+    empty = [i for i, text in enumerate(texts) if not text.strip()]
     if empty:
       which = "the sentence is" if len(texts) == 1 else f"{len(empty)} of {len(texts)} sentences are"
       raise UserError(f"{which} empty; say in words what is to be found, such as 'the red box on the left'.")
     tokens = self.tokenize(tuple(texts))
     end = tokens.max(axis=1)
-    # Behind the first end there is padding: the end again in Stable Diffusion 1.x, another id in 2.x.
+    # Padding follows the first end token: more end tokens in Stable Diffusion 1.x, another id in 2.x.
     cut = (tokens == end[:, None]).argmax(axis=1) > self.length - 1
     tokens = tokens[:, : self.length].astype(np.int32)
     tokens[cut, -1] = end[cut]
@@ -63,25 +64,27 @@ class SentenceTokens:
     """Adds "tokens" int32 [length] of the str "sentence".
 
     Raises:
-      ValueError: the example has no sentence, or as for `rows`.
+      ValueError: the example has no sentence, or as in `rows`.
     """
     if "sentence" not in example:
       raise UserError(
-        "the method needs a sentence with every picture, which this data set has not; set data.captions to a file of "
-        "them, or choose a data set of referring expressions, or another method or prompt."
+        "the method needs a sentence for every image, which this data set does not provide; set data.captions to a "
+        "file of them, or choose a data set of referring expressions, or another method or prompt."
       )
     return example | {"tokens": self.rows((str(example["sentence"]),))[0][0]}
 
   def census(self, texts: Iterable[str]) -> str:
-    """A line for the start of a run: how many sentences there are and how many are cut.
+    """A line for the start-up report: the number of sentences, and how many are truncated.
 
-    Only what may be too long is tokenized: no token of CLIP's is shorter than a byte.
+    Only tokenizes sentences that may be too long: no token of CLIP is shorter than a byte.
     """
     texts = list(texts)
-    long = [text for text in texts if not text.isascii() or len(text) > self.length - 2]
-    cut = [text for text, is_cut in zip(long, self.rows(long)[1], strict=True) if is_cut] if long else []
-    named = f", such as {', '.join(map(repr, cut[:SHOWN]))}" if cut else ""
-    return f"{len(texts)} sentences, {len(cut)} of them cut to {self.length} tokens (method.token_length){named}"
+    candidates = [text for text in texts if not text.isascii() or len(text) > self.length - 2]
+    cut = (
+      [text for text, is_cut in zip(candidates, self.rows(candidates)[1], strict=True) if is_cut] if candidates else []
+    )
+    examples = f", such as {', '.join(map(repr, cut[:MAX_LISTED]))}" if cut else ""
+    return f"{len(texts)} sentences, {len(cut)} of them cut to {self.length} tokens (method.token_length){examples}"
 
 
 class Sentence(Context):
@@ -113,7 +116,7 @@ class Sentence(Context):
       dtype, param_dtype, rngs: of computation, of the encoder, and for its initial values.
 
     Raises:
-      ValueError: the encoder knows fewer positions, or its states do not fit the UNet.
+      ValueError: the encoder has fewer positions, or its width is not that of the UNet's context.
     """
     problems = []
     if length > sizes.positions:
@@ -134,16 +137,16 @@ class Sentence(Context):
 
   @property
   def sentence_census(self) -> Callable[[Iterable[str]], str]:
-    """How many sentences are cut."""
+    """See SentenceTokens.census."""
     return self._prepare.census
 
   def text_states(self, batch: Batch) -> Array:
-    """`batch["text_states"]`, float [B, N, D], where they are ready; else the encoded "tokens", int [B, N]."""
+    """Precomputed `batch["text_states"]`, float [B, N, D], or else the encoded "tokens", int [B, N]."""
     ready = batch.get("text_states")
     return (self.text_encoder(batch["tokens"]).last if ready is None else ready).astype(self.dtype)
 
   def once(self, batch: Batch) -> Batch:
-    """With "text_states"."""
+    """Adds "text_states"."""
     return batch | {"text_states": self.text_states(batch)}
 
   def __call__(self, batch: Batch, step: int = 0) -> Array:

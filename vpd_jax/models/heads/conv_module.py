@@ -1,4 +1,4 @@
-"""What the segmentation heads of mmsegmentation 0.30 share: their layer, their classifier, the way to the image."""
+"""Common parts of the segmentation heads of mmsegmentation 0.30: layer, classifier, resizing to the image."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -9,7 +9,7 @@ from vpd_jax.models.backbones import layers, normalization
 from vpd_jax.models.layer_options import Common
 from vpd_jax.types import Array, Features, MapInfo
 
-# Starts of mmseg: He's normal over the outputs, and a normal of deviation 0.01 for the classifier.
+# Initializers of mmseg: He normal (fan_out), and normal with standard deviation 0.01 for the classifier.
 HE_FAN_OUT = initializers.variance_scaling(2.0, "fan_out", "normal")
 CLASSIFIER = initializers.normal(0.01)
 
@@ -33,8 +33,8 @@ def classifier(width: int, classes: int, common: Common) -> nnx.Conv:
   return layers.conv(width, classes, 1, kernel_init=CLASSIFIER, **common.layer)
 
 
-def dropped(x: Array, rate: float, *, training: bool, key: Array | None) -> Array:
-  """Whole channels dropped before the classifier, in training.
+def dropout2d(x: Array, rate: float, *, training: bool, key: Array | None) -> Array:
+  """Dropout of full channels before the classifier, in training.
 
   Raises:
     ValueError: training with a rate above 0, but no random key.
@@ -47,19 +47,19 @@ def dropped(x: Array, rate: float, *, training: bool, key: Array | None) -> Arra
 
 
 def check_dropout(rate: float) -> None:
-  """Raises where `rate` is no probability below 1."""
+  """Raises unless `rate` is a probability below 1."""
   if not 0 <= rate < 1:
     raise UserError(f"head.dropout={rate} must be at least 0 and below 1.")
 
 
 def resize_logits(logits: Array, features: Features, maps: MapInfo) -> Array:
-  """Scores at the size of the image, bilinear, float32 or wider.
+  """Bilinearly resizes scores to the size of the image, in float32 or wider.
 
   Args:
     logits: float [B, h, w, K].
     features: for the size of the image.
-    maps: that the head read; the logits have the stride of the first. Where they are "padded", the image grew at right
-      and bottom to h * stride, which is cut off again; where "resized", its sides need not be multiples of the stride.
+    maps: inputs of the head; the logits have the stride of the first. If they are "padded", the padding of the image at
+      right and bottom to h * stride is cropped; if "resized", its sides do not have to be multiples of the stride.
 
   Returns:
     float [B, H, W, K].

@@ -1,4 +1,4 @@
-"""The depth head of VPD and MetaPrompts: transposed convolutions to stride 4, bilinear to the image, sigmoid.
+"""The depth head of VPD and MetaPrompts: transposed convolutions to stride 4, bilinear upsampling, sigmoid.
 
 Source: VPD depth/models_depth/model.py Decoder, VPDDepth; EcoDepth model.py, class EcoDepth (v2.0.0).
 """
@@ -36,18 +36,18 @@ class Deconv(nnx.Module):
     """Builds the layers.
 
     Args:
-      maps: that come in; the first is read.
+      maps: of the input; only the first is used.
       common: dtypes, random keys, groups of batch normalization.
       max_depth: meters, the upper end of the sigmoid.
       filters: widths of the transposed convolutions, kernel 2 and stride 2 each.
       width: of the convolutions after them.
-      init: of all kernels: "released", normal of deviation 0.001, which leaves the network before the head almost
-        without gradient at first and suits a pretrained one; "fan_in", He's, for a network that starts from nothing.
-      cut_padding: what is cut to the image: "prediction", as released; "features", the input of the last two
-        convolutions, which then see zeros beyond the image. EcoDepth v2: "features".
+      init: initializer of all kernels: "released", normal with standard deviation 0.001, which initially passes almost
+        no gradient to the backbone and suits a pretrained one; "fan_in", He normal, for training from scratch.
+      cut_padding: where padding is cropped: "prediction", as released; "features", the input of the last two
+        convolutions, which then see zeros outside the image. EcoDepth v2: "features".
 
     Raises:
-      ValueError: more filters than the map's stride takes, an unknown word.
+      ValueError: more filters than the stride of the map allows, or an unknown option.
     """
     doublings = math.log2(maps.strides[0]) - len(filters)
     if doublings < 0 or doublings != int(doublings):
@@ -74,7 +74,7 @@ class Deconv(nnx.Module):
     )
 
   def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
-    """Returns {"depth": float32 or wider [B, H, W], meters, in (0, max_depth)}; no dropout asks for the key."""
+    """Returns {"depth": float32 or wider [B, H, W], meters, in (0, max_depth)}; `key` is unused."""
     x = layers.chain(self.deconv_layers, features.maps[0], training=training)
     x = layers.chain(self.conv_layers, x, training=training)
     for _ in range(self.doublings):
@@ -83,7 +83,7 @@ class Deconv(nnx.Module):
     if self.cut_padding == "features":
       x = x[:, :height, :width]
     x = layers.chain(self.last_layer_depth, x)  # [B, H', W', 1]
-    # A side that the map's stride does not divide: a neck rounds up where the rows beyond the image show padding, and
-    # down where the map shows the image and nothing else.
+    # For sides that the stride does not divide, necks round up if the map includes padding, and down if it covers the
+    # image only.
     x = layers.resize(x[:, :height, :width], (height, width))[..., 0]  # [B, H, W]
     return {"depth": jax.nn.sigmoid(x.astype(jnp.promote_types(x.dtype, jnp.float32))) * self.max_depth}

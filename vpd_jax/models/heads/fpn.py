@@ -1,4 +1,4 @@
-"""VPD's segmentation decoder: a feature pyramid as the neck, the Semantic FPN head on it.
+"""VPD's segmentation decoder: a feature pyramid as the neck, and the Semantic FPN head.
 
 Source: Lin et al. 2017 (the pyramid), Kirillov et al. 2019, https://arxiv.org/abs/1901.02446 (the head);
 mmsegmentation 0.30 models/necks/fpn.py, models/decode_heads/fpn_head.py; VPD segmentation/configs/_base_/models.
@@ -22,7 +22,7 @@ XAVIER = initializers.variance_scaling(1.0, "fan_avg", "uniform")
 
 
 class BiasedConv(nnx.Module):
-  """A convolution with bias and nothing else, one level below its name as in mmcv's ConvModule."""
+  """A convolution with bias only, nested as in mmcv's ConvModule."""
 
   def __init__(self, in_width: int, out_width: int, size: int, common: Common):
     self.conv = layers.conv(in_width, out_width, size, kernel_init=XAVIER, **common.layer)
@@ -32,7 +32,7 @@ class BiasedConv(nnx.Module):
 
 
 class Fpn(nnx.Module):
-  """Feature pyramid: 1x1 convolutions to one width, sums from coarse to fine (nearest), one 3x3 convolution a level.
+  """Feature pyramid: 1x1 convolutions to one width, sums from coarse to fine (nearest), a 3x3 convolution per level.
 
   No normalization and no activation.
   """
@@ -47,16 +47,16 @@ class Fpn(nnx.Module):
     """Builds the layers.
 
     Args:
-      maps: that come in.
+      maps: of the input.
       common: dtypes, random keys, groups of batch normalization.
-      width: of those that go out.
+      width: of the output maps.
     """
     self.map_info = dataclasses.replace(maps, widths=(width,) * len(maps.widths))
     self.lateral_convs = nnx.List([BiasedConv(w, width, 1, common) for w in maps.widths])
     self.fpn_convs = nnx.List([BiasedConv(width, width, 3, common) for _ in maps.widths])
 
   def __call__(self, features: Features, *, training: bool = False) -> Features:
-    """As many maps of one width; training makes no difference."""
+    """The same number of maps, all of one width; `training` has no effect."""
     maps = [lateral(x) for lateral, x in zip(self.lateral_convs, features.maps, strict=True)]
     for i in range(len(maps) - 1, 0, -1):
       maps[i - 1] = maps[i - 1] + layers.resize(maps[i], maps[i - 1].shape[1:3], method="nearest")
@@ -64,14 +64,14 @@ class Fpn(nnx.Module):
 
 
 class Doubling(nnx.Module):
-  """Bilinear to twice the size; stands in lists so that positions keep the source checkpoint's numbers."""
+  """Bilinear upsampling by two; a module, so that list indices match those of the source checkpoint."""
 
   def __call__(self, x: Array) -> Array:
     return layers.resize(x, (2 * x.shape[1], 2 * x.shape[2]))
 
 
 class FpnHead(nnx.Module):
-  """Levels of a pyramid to class scores at the size of the finest: each level doubles up to it, then all are summed."""
+  """Pyramid levels to class scores at the finest resolution: each level is upsampled to it, then all are summed."""
 
   def __init__(
     self,
@@ -103,7 +103,7 @@ class FpnHead(nnx.Module):
       for step in steps:
         x = step(x, training=training) if isinstance(step, ConvModule) else step(x)
       total = total + layers.resize(x, size)
-    return self.conv_seg(conv_module.dropped(cast(Array, total), self.dropout, training=training, key=key))
+    return self.conv_seg(conv_module.dropout2d(cast(Array, total), self.dropout, training=training, key=key))
 
 
 class SemanticFpn(nnx.Module):
@@ -121,15 +121,14 @@ class SemanticFpn(nnx.Module):
     """Builds the layers.
 
     Args:
-      maps: that come in. The release calls the strides 4 to 32; only their ratios
-        count.
+      maps: of the input. The release uses strides 4 to 32, but only their ratios matter.
       common: dtypes, random keys, groups of batch normalization.
       classes: K.
-      width: of all convolutions but the last.
-      dropout: probability of a whole channel to be dropped before the classifier in training. Release: 0.1.
+      width: of all convolutions except the last.
+      dropout: probability of dropping a channel before the classifier in training. Release: 0.1.
 
     Raises:
-      ValueError: strides that are not powers of two apart; an unknown word; a rate that is no probability.
+      ValueError: the ratio of strides is not a power of two; the dropout rate is not a probability.
     """
     conv_module.check_dropout(dropout)
     self.map_info = maps
@@ -140,8 +139,8 @@ class SemanticFpn(nnx.Module):
 
     Args:
       features: maps of the neck.
-      training: batch statistics and dropout.
-      key: random key of the dropout, needed in training where its rate is above 0.
+      training: use batch statistics and dropout.
+      key: random key for dropout, required in training if its rate is above 0.
     """
     logits = self.decode_head(features.maps, training=training, key=key)
     return {"logits": conv_module.resize_logits(logits, features, self.map_info)}

@@ -1,12 +1,11 @@
 """Heads that turn feature maps into heatmaps of keypoints, at a quarter of the image's sides.
 
-"fused" joins all maps, "simple" and "classic" read one, "direct" is no layer at all. In front of them stands the neck
-"einsum_levels", whose maps are of the prompts, or none, with the method's own. A head is told what
-its maps show: an image padded at its right and bottom, whose part beyond the image is cut off, or a resized one, which
-is stretched.
+"fused" concatenates all maps, "simple" and "classic" use one, "direct" has no layers. The neck is "einsum_levels",
+with one channel per prompt, or "none", with the maps of the method. If the maps include padding at right and bottom,
+heatmaps are cropped; if they are of a resized image, heatmaps are resized.
 
 Source: mmpose 0.x models/heads/topdown_heatmap_simple_head.py as ViTPose configures it (simple, classic); Xiao et al.
-2018, https://arxiv.org/abs/1804.06208 (classic). Fused and direct are ours: MetaPrompts' pose head is not published.
+2018, https://arxiv.org/abs/1804.06208 (classic). Fused and direct are new: MetaPrompts' pose head is not published.
 """
 
 import math
@@ -31,37 +30,37 @@ def heatmap_size(image_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def to_heatmaps(x: Array, features: Features, map_extent: str) -> Outputs:
-  """{"heatmaps": float32 or wider [B, H / 4, W / 4, K]} of scores of stride 4: cut, or stretched by a pixel or so."""
+  """{"heatmaps": float32 or wider [B, H / 4, W / 4, K]} from scores of stride 4, cropped or slightly resized."""
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   height, width = heatmap_size(features.image_size)
   return {"heatmaps": x[:, :height, :width] if map_extent == "padded" else layers.resize(x, (height, width))}
 
 
 def up_size(x: Array, stride: int) -> tuple[int, int]:
-  """(h, w) that a map of that stride has at stride 4."""
+  """(h, w) of a map of the given stride when resized to stride 4."""
   return x.shape[1] * stride // STRIDE, x.shape[2] * stride // STRIDE
 
 
 def up(x: Array, stride: int) -> Array:
-  """A map of that stride at stride 4, bilinear."""
+  """Bilinearly resizes a map of the given stride to stride 4."""
   return layers.resize(x, up_size(x, stride))
 
 
-def _init(word: str) -> initializers.Initializer:
-  if word not in INITS:
-    raise UserError(f"head.init={word!r} is unknown; choose one of {sorted(INITS)}.")
-  return INITS[word]
+def _init(name: str) -> initializers.Initializer:
+  if name not in INITS:
+    raise UserError(f"head.init={name!r} is unknown; choose one of {sorted(INITS)}.")
+  return INITS[name]
 
 
-def _chosen(stride: int, strides: tuple[int, ...], name: str) -> int:
-  """Number of the map of a stride."""
+def _map_index(stride: int, strides: tuple[int, ...], name: str) -> int:
+  """Index of the map with a stride."""
   if stride not in strides:
     raise UserError(f"head.stride={stride} of head {name!r} must be one of the strides of its maps, {strides}.")
   return strides.index(stride)
 
 
 class FusedHead(nnx.Module):
-  """All maps, bilinear at stride 4, joined; 3x3 convolution, batch normalization, ReLU; 1x1 convolution to K."""
+  """Concatenates all maps at stride 4 (bilinear); 3x3 convolution, batch normalization, ReLU; 1x1 convolution to K."""
 
   def __init__(
     self,
@@ -75,15 +74,15 @@ class FusedHead(nnx.Module):
     """Builds the layers.
 
     Args:
-      maps: that come in.
+      maps: of the input.
       common: dtypes, random keys, groups of batch normalization.
       keypoints: K.
       width: of the convolution over all maps.
-      init: of kernels: "released", normal of deviation 0.001 as in mmpose's heads; "fan_in", He's, for a network that
-        starts from nothing.
+      init: initializer of kernels: "released", normal with standard deviation 0.001 as in mmpose's heads; "fan_in", He
+        normal, for training from scratch.
 
     Raises:
-      ValueError: an unknown word.
+      ValueError: unknown `init`.
     """
     layer = common.layer
     self.stride, self.map_extent = maps.strides[0], maps.map_extent
@@ -92,7 +91,7 @@ class FusedHead(nnx.Module):
     self.final_layer = layers.conv(width, keypoints, 1, kernel_init=_init(init), **layer)
 
   def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
-    """Returns {"heatmaps": float32 or wider [B, H / 4, W / 4, K]}; no dropout asks for the key."""
+    """Returns {"heatmaps": float32 or wider [B, H / 4, W / 4, K]}; `key` is unused."""
     size = up_size(features.maps[0], self.stride)
     joined = jnp.concatenate([layers.resize(x, size) for x in features.maps], axis=-1)  # [B, H / 4, W / 4, sum(widths)]
     x = layers.ReLU()(self.bn(self.conv(joined), training=training))
@@ -115,17 +114,17 @@ class ViTPoseSimpleHead(nnx.Module):
 
     Args:
       maps, common, keypoints, init: see FusedHead.
-      stride: of the map that is read. ViTPose has one of 16 only.
+      stride: of the map that is used. ViTPose only has one of stride 16.
 
     Raises:
-      ValueError: an unknown word; no map of that stride.
+      ValueError: unknown `init`; no map of that stride.
     """
     layer = common.layer
-    self.map, self.stride, self.map_extent = _chosen(stride, maps.strides, "simple"), stride, maps.map_extent
+    self.map, self.stride, self.map_extent = _map_index(stride, maps.strides, "simple"), stride, maps.map_extent
     self.final_layer = layers.conv(maps.widths[self.map], keypoints, 3, kernel_init=_init(init), **layer)
 
   def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
-    """Returns {"heatmaps": float32 or wider [B, H / 4, W / 4, K]}; neither training nor the key make a difference."""
+    """Returns {"heatmaps": float32 or wider [B, H / 4, W / 4, K]}; `training` and `key` are unused."""
     x = up(layers.ReLU()(features.maps[self.map]), self.stride)
     return to_heatmaps(self.final_layer(x), features, self.map_extent)
 
@@ -147,13 +146,13 @@ class DeconvHead(nnx.Module):
 
     Args:
       maps, common, keypoints, init: see FusedHead.
-      stride: of the map that is read, 4 times a power of two. Release: 16, hence two transposed convolutions.
+      stride: of the map that is used, 4 times a power of two. Release: 16, hence two transposed convolutions.
       width: of the transposed convolutions.
 
     Raises:
-      ValueError: an unknown word; no map of that stride, or one that doubling does not bring to 4.
+      ValueError: unknown `init`; no map of that stride, or a stride that is not 4 times a power of two.
     """
-    self.map, self.map_extent = _chosen(stride, maps.strides, "classic"), maps.map_extent
+    self.map, self.map_extent = _map_index(stride, maps.strides, "classic"), maps.map_extent
     doublings = math.log2(stride / STRIDE)
     if doublings < 0 or doublings != int(doublings):
       raise UserError(f"head.stride={stride} of head 'classic' must be {STRIDE} times a power of two.")
@@ -167,13 +166,13 @@ class DeconvHead(nnx.Module):
     self.final_layer = layers.conv(last, keypoints, 1, kernel_init=_init(init), **layer)
 
   def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
-    """Returns {"heatmaps": float32 or wider [B, H / 4, W / 4, K]}; no dropout asks for the key."""
+    """Returns {"heatmaps": float32 or wider [B, H / 4, W / 4, K]}; `key` is unused."""
     x = layers.chain(self.deconv_layers, features.maps[self.map], training=training)  # [B, h * 2^n, w * 2^n, width]
     return to_heatmaps(self.final_layer(x), features, self.map_extent)
 
 
 class IdentityHead(nnx.Module):
-  """The finest map as it is: one channel, hence one prompt of the einsum neck, for each keypoint. No parameters."""
+  """Returns the finest map, with one channel, hence one prompt of the einsum neck, per keypoint. No parameters."""
 
   def __init__(
     self,
@@ -188,7 +187,7 @@ class IdentityHead(nnx.Module):
       maps, common, keypoints: see FusedHead.
 
     Raises:
-      ValueError: an unknown word; the finest map has not K channels.
+      ValueError: the finest map does not have K channels.
     """
     if maps.widths[0] != keypoints:
       raise UserError(
@@ -198,5 +197,5 @@ class IdentityHead(nnx.Module):
     self.stride, self.map_extent = maps.strides[0], maps.map_extent
 
   def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
-    """Returns {"heatmaps": float32 or wider [B, H / 4, W / 4, K]}; neither training nor the key make a difference."""
+    """Returns {"heatmaps": float32 or wider [B, H / 4, W / 4, K]}; `training` and `key` are unused."""
     return to_heatmaps(up(features.maps[0], self.stride), features, self.map_extent)

@@ -1,8 +1,8 @@
-"""VPD's decoder for referring segmentation: maps from coarse to fine, two convolutions a level, two classes.
+"""VPD's decoder for referring segmentation: maps from coarse to fine, two convolutions per level, two classes.
 
-The coarsest map grows to the size of the next one, stands before it on the channel axis, and both pass two 3x3
-convolutions; so on up to the finest map, where a 1x1 convolution gives the scores of background and object. All
-resizing keeps the corners of the maps on each other.
+The coarsest map is resized to the next one, concatenated before it, and passed through two 3x3 convolutions; this is
+repeated up to the finest map, where a 1x1 convolution computes the scores of background and object. All maps are
+resized with aligned corners.
 
 Source: Yang et al. 2022, https://arxiv.org/abs/2112.02244 (LAVT, lib/mask_predictor.py SimpleDecoding); VPD
 refer/models_refer/model.py.
@@ -20,14 +20,14 @@ from vpd_jax.models.backbones import layers, normalization
 from vpd_jax.models.layer_options import Common
 from vpd_jax.types import Array, Features, MapInfo, Outputs
 
-# PyTorch's start of convolutions, for the release sets none of its own; biases start at 0 here.
+# PyTorch's default for convolutions, which the release uses; biases are initialized with 0 here.
 TORCH = initializers.torch_default
 
 
 def resize_corners(x: Array, size: Sequence[int]) -> Array:
-  """Resizes [B, H, W, C] bilinearly so that the centers of the corner pixels stay, without antialiasing.
+  """Bilinearly resizes [B, H, W, C] with aligned centers of the corner pixels, without antialiasing.
 
-  Row i of n reads the H rows at i (H - 1) / (n - 1); one row alone reads the first.
+  Row i of n reads the H rows at i (H - 1) / (n - 1); a single row reads the first.
 
   Args:
     x: float [B, H, W, C].
@@ -41,27 +41,29 @@ def resize_corners(x: Array, size: Sequence[int]) -> Array:
   if x.shape[1:3] == tuple(size):
     return x
   high = jnp.promote_types(x.dtype, jnp.float32)
-  rows, columns = (jnp.asarray(_shares(old, new), high) for old, new in zip(x.shape[1:3], size, strict=True))
-  grown = jnp.einsum("nh,bhwc->bnwc", rows, x.astype(high), precision="highest")
-  return jnp.einsum("mw,bnwc->bnmc", columns, grown, precision="highest").astype(x.dtype)
+  rows, columns = (
+    jnp.asarray(_interpolation_weights(old, new), high) for old, new in zip(x.shape[1:3], size, strict=True)
+  )
+  resized_rows = jnp.einsum("nh,bhwc->bnwc", rows, x.astype(high), precision="highest")
+  return jnp.einsum("mw,bnwc->bnmc", columns, resized_rows, precision="highest").astype(x.dtype)
 
 
-def _shares(old: int, new: int) -> np.ndarray:
-  """What each of `new` places takes of `old` ones: float64 [new, old]."""
-  places = np.arange(new) * ((old - 1) / (new - 1) if new > 1 else 0.0)
-  low = np.minimum(places.astype(int), old - 1)
+def _interpolation_weights(old: int, new: int) -> np.ndarray:
+  """Weights of the `old` positions for each of the `new` ones: float64 [new, old]."""
+  positions = np.arange(new) * ((old - 1) / (new - 1) if new > 1 else 0.0)
+  low = np.minimum(positions.astype(int), old - 1)
   high = np.minimum(low + 1, old - 1)
-  shares = np.zeros((new, old))
-  np.add.at(shares, (np.arange(new), low), 1 - (places - low))
-  np.add.at(shares, (np.arange(new), high), places - low)
-  return shares
+  weights = np.zeros((new, old))
+  np.add.at(weights, (np.arange(new), low), 1 - (positions - low))
+  np.add.at(weights, (np.arange(new), high), positions - low)
+  return weights
 
 
 class Lavt(nnx.Module):
-  """Maps to two scores of every pixel.
+  """Maps to two scores per pixel.
 
-  The layers have the release's names: conv1_4 to bn2_4 join the two coarsest maps, conv1_3 and conv1_2 start the next
-  levels, conv1_1 is the classifier.
+  The layers are named as in the release: conv1_4 to bn2_4 fuse the two coarsest maps, conv1_3 and conv1_2 are the
+  first layers of the next levels, conv1_1 is the classifier.
   """
 
   def __init__(
@@ -75,20 +77,20 @@ class Lavt(nnx.Module):
     """Builds the layers.
 
     Args:
-      maps: that come in, at least two.
+      maps: of the input, at least two.
       common: dtypes, random keys, groups of batch normalization.
       classes: scores per pixel. Release: 2.
-      width: of all convolutions but the last. Release: 640.
+      width: of all convolutions except the last. Release: 640.
 
     Raises:
-      ValueError: fewer than two maps; an unknown word.
+      ValueError: fewer than two maps.
     """
     widths = maps.widths
     if len(widths) < 2:
       raise UserError(f"head 'lavt' joins maps of several strides, but widths={widths} is one; choose another.")
     layer = common.layer
     self.map_info = maps
-    # The level of a map: 4 where it is joined first, then 3 and 2, whatever the number of maps.
+    # Suffixes of the layer names by level: 4, 3, 2 for four maps.
     self.levels = tuple(range(len(widths), 1, -1))
     below = widths[-1]
     for level in self.levels:
@@ -115,8 +117,8 @@ class Lavt(nnx.Module):
 
     Args:
       features: maps of the neck.
-      training: batch statistics.
-      key: of random numbers, of which there are none here.
+      training: use batch statistics.
+      key: unused.
     """
     logits = self.scores(features.maps, training=training)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
@@ -124,5 +126,5 @@ class Lavt(nnx.Module):
     if self.map_info.map_extent == "resized":
       return {"logits": resize_corners(logits, (height, width))}
     stride = self.map_info.strides[0]
-    whole = resize_corners(logits, (logits.shape[1] * stride, logits.shape[2] * stride))
-    return {"logits": whole[:, :height, :width]}
+    padded = resize_corners(logits, (logits.shape[1] * stride, logits.shape[2] * stride))
+    return {"logits": padded[:, :height, :width]}

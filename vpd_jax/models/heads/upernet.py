@@ -19,7 +19,7 @@ from vpd_jax.types import Array, Features, MapInfo, Outputs
 
 
 class Pooling(nnx.Module):
-  """Adaptive average pooling to size x size; stands in lists so that positions keep the source checkpoint's numbers."""
+  """Adaptive average pooling to size x size; a module, so that list indices match those of the source checkpoint."""
 
   def __init__(self, size: int):
     self.size = size
@@ -29,7 +29,7 @@ class Pooling(nnx.Module):
 
 
 class UperHead(nnx.Module):
-  """Pyramid pooling on the coarsest map, a feature pyramid over all, both joined at the finest map."""
+  """Pyramid pooling on the coarsest map, and a feature pyramid over all maps, fused at the finest resolution."""
 
   def __init__(
     self,
@@ -60,10 +60,10 @@ class UperHead(nnx.Module):
     size = levels[0].shape[1:3]
     levels = [layers.resize(x, size) for x in (*levels, laterals[-1])]
     x = self.fpn_bottleneck(jnp.concatenate(levels, axis=-1), training=training)  # [B, h, w, width]
-    return self.conv_seg(conv_module.dropped(x, self.dropout, training=training, key=key))
+    return self.conv_seg(conv_module.dropout2d(x, self.dropout, training=training, key=key))
 
   def pooled(self, x: Array, *, training: bool) -> Array:
-    """The map joined with its means over ever smaller bins: float [B, h, w, width]."""
+    """Pyramid pooling: the map concatenated with its means over bins of several sizes, float [B, h, w, width]."""
     parts = [x]
     for pool, conv in self.psp_modules:
       parts.append(layers.resize(conv(pool(x), training=training), x.shape[1:3]))
@@ -71,7 +71,7 @@ class UperHead(nnx.Module):
 
 
 class FcnHead(nnx.Module):
-  """One 3x3 convolution and the classifier on one map; learns beside the main head and is not used afterwards."""
+  """A 3x3 convolution and a classifier on one map; an auxiliary head that is only used in training."""
 
   def __init__(self, in_width: int, common: Common, *, classes: int, width: int, dropout: float):
     self.dropout = dropout
@@ -81,11 +81,11 @@ class FcnHead(nnx.Module):
   def __call__(self, x: Array, *, training: bool, key: Array | None = None) -> Array:
     """Scores, float [B, h, w, K] at the size of the map."""
     x = self.convs[0](x, training=training)
-    return self.conv_seg(conv_module.dropped(x, self.dropout, training=training, key=key))
+    return self.conv_seg(conv_module.dropout2d(x, self.dropout, training=training, key=key))
 
 
 class UperNet(nnx.Module):
-  """The head of MetaPrompts on ADE20K and Cityscapes: class scores of every pixel, and those of the auxiliary head."""
+  """The head of MetaPrompts on ADE20K and Cityscapes: class scores of every pixel, and those of an auxiliary head."""
 
   def __init__(
     self,
@@ -102,18 +102,18 @@ class UperNet(nnx.Module):
     """Builds the layers.
 
     Args:
-      maps: that come in.
+      maps: of the input.
       common: dtypes, random keys, groups of batch normalization.
       classes: K.
-      width: of all convolutions of the main head but the last.
-      auxiliary_width: of the auxiliary head; None is `width`, 0 leaves the head out.
-      auxiliary_map: number of the map it reads, from 0.
+      width: of all convolutions of the main head except the last.
+      auxiliary_width: of the auxiliary head; None: `width`; 0: no auxiliary head.
+      auxiliary_map: index of its input map.
       pool_scales: bins per side of the pyramid pooling.
-      dropout: probability of a whole channel to be dropped before both classifiers in training. Release: 0.0 on
+      dropout: probability of dropping a channel before both classifiers in training. Release: 0.0 on
         ADE20K, 0.1 on Cityscapes.
 
     Raises:
-      ValueError: no such map; an unknown word; a rate that is no probability.
+      ValueError: no such map; the dropout rate is not a probability.
     """
     conv_module.check_dropout(dropout)
     if not 0 <= auxiliary_map < len(maps.widths):
@@ -124,9 +124,11 @@ class UperNet(nnx.Module):
     self.decode_head = UperHead(
       maps.widths, common, classes=classes, width=width, pool_scales=tuple(pool_scales), dropout=dropout
     )
-    beside = width if auxiliary_width is None else auxiliary_width
+    aux_width = width if auxiliary_width is None else auxiliary_width
     self.auxiliary_head = (
-      FcnHead(maps.widths[auxiliary_map], common, classes=classes, width=beside, dropout=dropout) if beside else None
+      FcnHead(maps.widths[auxiliary_map], common, classes=classes, width=aux_width, dropout=dropout)
+      if aux_width
+      else None
     )
 
   def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
@@ -134,12 +136,12 @@ class UperNet(nnx.Module):
 
     Args:
       features: maps of the neck.
-      training: batch statistics and dropout.
-      key: random key of the dropout, needed in training where its rate is above 0.
+      training: use batch statistics and dropout.
+      key: random key for dropout, required in training if its rate is above 0.
 
     Returns:
-      {"logits": float32 or wider [B, H, W, K], "aux_logits": float32 or wider [B, h, w, K]}; the second only where
-      there is such a head.
+      {"logits": float32 or wider [B, H, W, K], "aux_logits": float32 or wider [B, h, w, K]}; the second only with
+      an auxiliary head.
     """
     keys = (None, None) if key is None else jax.random.split(key)
     logits = self.decode_head(features.maps, training=training, key=keys[0])

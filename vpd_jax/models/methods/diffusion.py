@@ -1,8 +1,8 @@
-"""What the methods have in common: a method is a composition of five parts, each chosen once.
+"""The base class of all methods, which is composed of five parts.
 
-The *image* is padded or resized and encoded by the frozen VAE; the *context* gives the tokens that the UNet attends to;
-the *time* takes the place of the diffusion timestep; the UNet makes one or more *passes*, each of which starts from the
-latents that the previous one predicts; its *cross-attention maps* are joined to its features or not.
+The *image* is padded or resized and encoded by the frozen VAE; the *context* provides the tokens that the UNet attends
+to; the *time* replaces the diffusion timestep; the UNet runs one or more *passes*, each on the latents that the
+previous pass predicts; its *cross-attention maps* are optionally concatenated to its features.
 """
 
 import dataclasses
@@ -31,21 +31,21 @@ from vpd_jax.types import Array, Batch, Branch, Example, Features, Fields, MapIn
 
 
 def no_tokenizer(texts: tuple[str, ...]) -> np.ndarray:
-  """Raises: the default of a method that reads no text."""
+  """Raises TypeError; the default for methods that read no text."""
   raise TypeError(f"no tokenizer was given for {len(texts)} texts; give MethodSetup one.")
 
 
 @dataclasses.dataclass(frozen=True)
 class MethodSetup:
-  """What every method is given besides its own options.
+  """The constructor argument shared by all methods.
 
   Attributes:
     unet, vae, text, image, vit: sizes of the backbones.
     common: dtypes and random keys.
     class_names: of the data set, by class id.
-    tokenize: sentences to int32 [sentences, N], of the length that the method's texts have; opens the tokenizer when it
-      is called.
-    training: False leaves the parts in `Method.training_only` out.
+    tokenize: sentences to int32 [sentences, N], where N is the length of the method's texts; loads the tokenizer when
+      it is called.
+    training: False omits the parts in `Method.training_only`.
     attention, remat: see UNet.
   """
 
@@ -69,12 +69,12 @@ class ConstantTime:
   timestep: int
 
   def __call__(self, step: int) -> Fields:
-    """What the UNet is called with in a pass."""
+    """Keyword arguments for the UNet in a pass."""
     return {"timesteps": int(self.timestep)}
 
 
 class LearnedTime(Inlined):
-  """A learned vector for each pass, in place of the embedded timestep."""
+  """A learned vector for each pass, which replaces the embedded timestep."""
 
   def __init__(self, steps: int, width: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
     draw = lambda: initializers.normal(1.0)(rngs.params(), (1, width), param_dtype)
@@ -107,17 +107,17 @@ class DiffusionMethod(nnx.Module):
     with_time_embed: bool = True,
     with_out: bool = False,
   ):
-    """Builds VAE and UNet beside the given parts.
+    """Builds VAE and UNet, in addition to the given parts.
 
     Args:
       setup: see MethodSetup.
-      fit: what happens to the image before the VAE.
-      context: where the tokens come from.
-      time: in place of the diffusion timestep.
-      latent_scale: factor on the latents of the VAE; 0 for that of the backbone, see VaeSizes.
-      samples_latents: the latents are a sample of the VAE's posterior, not its mode.
+      fit: pads or resizes the image before the VAE.
+      context: source of the tokens.
+      time: replaces the diffusion timestep.
+      latent_scale: scaling factor of the latents; 0: that of the backbone, see VaeSizes.
+      samples_latents: use a sample of the VAE's posterior instead of its mode.
       steps: passes of the UNet.
-      join: which attention maps are joined to the features; None joins none.
+      join: selects the attention maps to concatenate to the features; None: none.
       with_time_embed, with_out: see UNet.
     """
     layer, unet = setup.common.layer, setup.unet
@@ -148,7 +148,7 @@ class DiffusionMethod(nnx.Module):
 
   @property
   def class_predictor(self) -> Callable[[Array], Array] | None:
-    """Images to the ids of their classes, where the context predicts them."""
+    """Images to the ids of their classes; None if the context does not predict them."""
     return self.context.class_predictor
 
   @property
@@ -158,47 +158,47 @@ class DiffusionMethod(nnx.Module):
 
   @property
   def attends_to_classes(self) -> bool:
-    """Whether there are attention maps, one for each class."""
+    """Whether there is an attention map for each class."""
     return self.context.of_classes and bool(self.join.levels)
 
   def branches(self, training: bool) -> tuple[Branch, ...]:
-    """One, in training and in evaluation."""
+    """A single branch, in training and in evaluation."""
     return (Branch(self.branch, 1.0),)
 
   def latents(self, batch: Batch, key: Array | None = None) -> Array:
     """The VAE's mode of the padded or resized images, or a sample, float [B, h, w, 4], unscaled.
 
     Args:
-      batch: "image", and "valid_size" where there is one.
-      key: of a sample's noise; None: a fixed one, and the same noise for every image of a size, so that what is
-        computed of an image does not depend on the others of its batch.
+      batch: "image", and optionally "valid_size".
+      key: for the noise of samples; None: a fixed key, with the same noise for all images of a size, so that the result
+        for an image does not depend on the rest of the batch.
     """
     posterior = self.vae(self.fit(image_input.network_input(batch, self.dtype)))
     if not self.samples_latents:
       return posterior.mean
     rows, *shape = posterior.mean.shape
-    # Apart from the key itself, which the head takes for its dropout.
-    chosen = jax.random.key(0) if key is None else jax.random.fold_in(key, 1)
-    noise = jax.random.normal(chosen, (1 if key is None else rows, *shape), jnp.float32)
+    # Folded, since the head uses the key itself for dropout.
+    noise_key = jax.random.key(0) if key is None else jax.random.fold_in(key, 1)
+    noise = jax.random.normal(noise_key, (1 if key is None else rows, *shape), jnp.float32)
     return posterior.sample(noise.astype(posterior.mean.dtype))
 
   def text_states(self, batch: Batch) -> Array:
-    """The frozen text encoder's states of "tokens", float [B, N, D], or the ready ones."""
+    """The frozen text encoder's states of "tokens", float [B, N, D], or the precomputed ones."""
     return self.context.text_states(batch)
 
   def __call__(self, batch: Batch, *, training: bool, key: Array | None = None) -> Features:
     """Four maps at strides 8 to 64 of the padded or resized image, and the tokens of the last pass.
 
     Args:
-      batch: "image" uint8 [B, H, W, 3], or float in [0, 1], of any sides; what `needs` names: "class_id" int [B],
-        "tokens" int [B, N], or "text_states" float [B, N, D] in their place; "latents" float [B, h, w, 4], unscaled,
-        in place of the VAE where they are ready; "valid_size", see image_input.network_input. Where h or w is no
-        multiple of 8, the maps are those of the next one.
-      training: whether branches for training only run too.
-      key: of the latents' noise, see `latents`.
+      batch: "image" uint8 [B, H, W, 3], or float in [0, 1], of any size; the keys in `needs`: "class_id" int [B],
+        "tokens" int [B, N], or precomputed "text_states" float [B, N, D]; optionally precomputed "latents" float
+        [B, h, w, 4], unscaled; optionally "valid_size", see image_input.network_input. If h or w is not a multiple of
+        8, the maps have the sizes of the next multiple.
+      training: whether to run training-only branches too.
+      key: for the noise of the latents, see `latents`.
 
     Returns:
-      maps and context of len(branches(training)) * B rows.
+      maps and context with len(branches(training)) * B rows.
     """
     latents = (batch["latents"] if "latents" in batch else self.latents(batch, key)) * self.latent_scale
     height, width = batch["image"].shape[1:3]
@@ -214,7 +214,7 @@ class DiffusionMethod(nnx.Module):
     return maps, context
 
   def run_unet(self, latents: Array, context: Array, step: int = 0) -> tuple[Array, tuple[Array, ...]]:
-    """One pass: the latents for the next one, of the last pass None; and its maps."""
+    """Runs one pass; returns the latents for the next one, None in the last pass, and the maps."""
     out = self.unet(
       latents,
       context,
@@ -225,8 +225,8 @@ class DiffusionMethod(nnx.Module):
     return cast(Array, out.noise), self.join(out)
 
   def class_attention(self, batch: Batch) -> Array:
-    """How much each place attends to each class: float [B, h, w, K] at the finest stride whose maps are joined.
+    """Attention of each position to each class: float [B, h, w, K] at the finest stride of the joined maps.
 
-    Shares of all tokens, so that a place's add up to 1; mean over heads and layers.
+    Probabilities over all tokens, which sum to 1 at each position; mean over heads and layers.
     """
     return self(batch, training=False).maps[min(self.join.levels)][..., -self.context.tokens[0] :]

@@ -1,10 +1,10 @@
-"""EcoDepth: VPD whose context is read off the picture by a classifier of ImageNet, in place of the scene's class.
+"""EcoDepth: VPD with a context computed from the image by an ImageNet classifier instead of the scene class.
 
-Left to right: the padded image is encoded by the frozen VAE, its mode scaled as Stable Diffusion was trained; a frozen
-vision transformer tells the classes of ImageNet in the image, whose scores mix learned vectors to one token; the UNet
-runs once at a constant timestep. Neck and head are VPD's: "fusion", which keeps the padding here, and "deconv". Other
-tasks take its context with VPD's necks and heads, which is an experiment of ours, as is a sentence before the token in
-referring segmentation.
+The frozen VAE encodes the padded image to the mode of its posterior, scaled as for Stable Diffusion; a frozen vision
+transformer predicts ImageNet classes, whose scores weight learned vectors to form one token; the UNet runs once at a
+constant timestep. Neck and head are those of VPD: "fusion", here without cropping the padding, and "deconv". The other
+tasks combine this context with VPD's necks and heads, and referring segmentation adds a sentence before the token;
+these combinations are not part of the publication.
 
 Source: Patni et al. 2024, https://arxiv.org/abs/2403.18807; EcoDepth depth/models/model.py (v1.0.0), model.py (v2.0.0).
 """
@@ -23,7 +23,7 @@ MIXTURE = {
   "embeddings": 100,
   "class_scores": "logits",
   "residual_scale": 1e-4,
-}  # defaults of what "class_token" does not use
+}  # defaults of the options that "class_token" does not use
 
 
 class EcoDepth(DiffusionMethod):
@@ -49,40 +49,42 @@ class EcoDepth(DiffusionMethod):
 
     Args:
       setup: see MethodSetup.
-      prompt: "image", the context above; "class_token", the class token of the transformer, which is then trained, in
-        place of the mixture, as in a later version of the release; "sentence+image", the mixture behind the states of
-        each image's sentence, which is ours, for referring segmentation.
+      prompt: "image", the context above; "class_token", the class token of the transformer, which is then trained,
+        instead of the mixture, as in a later version of the release; "sentence+image", the states of each image's
+        sentence followed by the mixture, for referring segmentation (not published).
       token_length: tokens of such a sentence.
-      embeddings: learned vectors. Release: 100 on NYU Depth v2 and KITTI, 200 for its weights of outdoor pictures.
-      vit_bytes: bytes of the classifier's picture, "truncated" or "rounded", see class_mixture.to_bytes. Release:
-        "truncated", by which the bytes from 1 to 63 lose one.
+      embeddings: number of learned vectors. Release: 100 on NYU Depth v2 and KITTI, 200 for its outdoor weights.
+      vit_bytes: rounding of the classifier's input, "truncated" or "rounded", see class_mixture.to_bytes. Release:
+        "truncated", which decreases the bytes from 1 to 63 by one.
       vit_padding: whether the classifier sees the padding too. Release: True.
       class_scores: of the classifier, "logits" or "probabilities". Release: "logits".
-      residual_scale: start of gamma in x + gamma * adapter(x). Release: 1e-4.
-      timestep: the diffusion timestep, the same for every image. Release: 1.
-      latent_scale: factor on the latents; 0 for that with which the backbone was trained. Release: 0, which is 0.18215.
-      pad_multiple: the image grows at right and bottom to the next multiple. Release: 64.
+      residual_scale: initial gamma in x + gamma * adapter(x). Release: 1e-4.
+      timestep: the diffusion timestep of all images. Release: 1.
+      latent_scale: scaling factor of the latents; 0: that of the backbone's training. Release: 0, which is 0.18215.
+      pad_multiple: the image is padded at right and bottom to the next multiple. Release: 64.
       pad_value: of the padding, after scaling to [-1, 1]. Release: -1, black; from v2.0.0 on 0, gray.
 
     Raises:
-      ValueError: an unknown word, a padding the UNet cannot take, a transformer whose class token the UNet cannot take,
-        an option of the mixture where there is none.
+      ValueError: an unknown option, a padding that the UNet does not support, a transformer whose width does not match
+        the UNet, or an option of the mixture without a mixture.
     """
     if prompt not in PROMPTS:
       raise UserError(f"method.prompt={prompt!r} is unknown to eco_depth; choose one of {PROMPTS}.")
     width, layer = setup.unet.context_dim, setup.common.layer
-    seen = {"vit_bytes": vit_bytes, "padding": (pad_multiple, pad_value) if vit_padding else None}
-    mixing = {"embeddings": embeddings, "class_scores": class_scores, "residual_scale": residual_scale}
+    input_options = {"vit_bytes": vit_bytes, "padding": (pad_multiple, pad_value) if vit_padding else None}
+    mixture_options = {"embeddings": embeddings, "class_scores": class_scores, "residual_scale": residual_scale}
     context: Context
     if prompt == "class_token":
-      if others := [f"method.{name}={mixing[name]!r}" for name in MIXTURE if mixing[name] != MIXTURE[name]]:
+      if unused := [
+        f"method.{name}={mixture_options[name]!r}" for name in MIXTURE if mixture_options[name] != MIXTURE[name]
+      ]:
         raise UserError(
-          f"method.prompt='class_token' has no mixture to read {', '.join(others)}; leave these as they are."
+          f"method.prompt='class_token' has no mixture to read {', '.join(unused)}; leave these as they are."
         )
-      context = ClassToken(setup.vit, width, **seen, **layer)
+      context = ClassToken(setup.vit, width, **input_options, **layer)
     else:
       adapt = ResidualAdapter(width, residual_scale, **layer)
-      context = ClassMixture(setup.vit, width, embeddings, adapt, class_scores=class_scores, **seen, **layer)
+      context = ClassMixture(setup.vit, width, embeddings, adapt, class_scores=class_scores, **input_options, **layer)
     if prompt == "sentence+image":
       sentence = Sentence(setup.text, token_length, width, setup.tokenize, layers.Identity(), **layer)
       context = SentenceThen(sentence, context)

@@ -1,15 +1,15 @@
 """IEDP: implicit and explicit language guidance of Stable Diffusion's UNet as a perception backbone.
 
-Two branches share the UNet and everything behind it. *Implicit*: CLIP's frozen image encoder sees the image; its
-tokens, projected, are read by learned queries in one block of attention, which gives the context of the UNet.
-*Explicit*, in training only: what the labels say becomes a sentence, which CLIP's frozen text encoder turns into the
-context. Evaluation runs the implicit branch alone: no label, no text encoder. The latent and CLIP's tokens are made
-once for both. Neck and head are VPD's: "fusion" and "deconv" for depth; "fpn" for segmentation, where the attention
-maps are joined to the features and the sentence is made of the names of the classes in the picture. Referring
-segmentation, an experiment of ours, has one branch: each image's sentence, adapted, and the implicit tokens behind it.
+Two branches share the UNet, neck and head. *Implicit*: CLIP's frozen image encoder encodes the image; learned queries
+attend to its projected tokens, which gives the context of the UNet. *Explicit*, in training only: the labels are
+converted to a sentence, which CLIP's frozen text encoder encodes to the context. Evaluation runs the implicit branch
+only, without labels and text encoder. The latents and CLIP's tokens are computed once for both. Neck and head are those
+of VPD: "fusion" and "deconv" for depth; "fpn" for segmentation, where the attention maps are concatenated to the
+features and the sentence consists of the names of the classes in the image. Referring segmentation, which is not part
+of the publication, has one branch: each image's adapted sentence followed by the implicit tokens.
 
-No code was released, and the text of the paper's method section could not be had: what is an assumption here is an
-option, and all of them stand in `presets.iedp_assumptions()`.
+No code was released, and the method section of the paper was not accessible: all assumptions are options, which are
+listed in `presets.iedp_assumptions()`.
 
 Source: Wang et al. 2024, https://arxiv.org/abs/2404.07600.
 """
@@ -83,26 +83,26 @@ class Iedp(DiffusionMethod):
 
     Args:
       setup: see MethodSetup.
-      prompt: "image", the branches above; "sentence+image", one branch also in evaluation, which attends to the states
-        of each image's sentence and then to the implicit tokens. Ours, for referring segmentation.
+      prompt: "image", the branches above; "sentence+image", a single branch with the states of each image's sentence
+        followed by the implicit tokens, for referring segmentation (not published).
       token_length: tokens of such a sentence.
       branch_mode: "both", or "implicit" for training without text.
       lambda_exp: weight of the explicit branch's loss; that of the implicit branch is 1.
-      sentence: of an image, with {} for the name of its class; without {} the same for all images; "names" for the
-        names of the classes in its label map, see label_sentences.Names.
-      clip_resize: of the image to CLIP's square, "bicubic" or "bilinear".
+      sentence: template with {} for the name of the image's class; without {} the same for all images; "names" for the
+        names of the classes in the label map, see label_sentences.Names.
+      clip_resize: interpolation of CLIP's input, "bicubic" or "bilinear".
       clip_features: "last", the tokens after the last layer, or "penultimate".
-      num_queries, query_init: number of learned queries and their deviation at the start.
-      num_blocks, num_heads, ffn_ratio: of the block that reads CLIP's tokens.
+      num_queries, query_init: number of learned queries and their initial standard deviation.
+      num_blocks, num_heads, ffn_ratio: of the blocks that attend to CLIP's tokens.
       output_norm: "none", or "ln" for a LayerNorm after the last block.
-      text_output: "last", all states of the text encoder, or "pooled", the one at the end of the sentence.
-      explicit_adapter: "residual", C + gamma * adapter(C), as VPD's; or "none".
-      residual_scale: start of gamma.
-      tower_dtype: in which CLIP's towers are kept; they compute in `dtype`.
+      text_output: "last", all states of the text encoder, or "pooled", that of the end-of-text token.
+      explicit_adapter: "residual", C + gamma * adapter(C), as in VPD; or "none".
+      residual_scale: initial gamma.
+      tower_dtype: storage dtype of CLIP's encoders; they compute in `dtype`.
       timestep, latent_scale, pad_multiple, pad_value, attention_maps, attention_max_size, attention_gradient: see Vpd.
 
     Raises:
-      ValueError: an unknown word, a number out of range, widths that do not fit, a sentence of classes without any.
+      ValueError: an unknown option, a number out of range, incompatible widths, or a class sentence without classes.
     """
     options = {name: value for name, value in locals().items() if name in OPTIONS}
     _check({**options, "prompt": prompt}, setup.unet, setup.text, maps=attention_maps)
@@ -143,38 +143,38 @@ class Iedp(DiffusionMethod):
 
   @property
   def notes(self) -> tuple[str, ...]:
-    """Lines for the log at the start of a run: the assumptions in force."""
+    """Lines for the start-up report: the assumptions."""
     listed = ", ".join(f"{name}={value!r}" for name, value in self._options)
     return (f"IEDP assumptions in force (explained in presets.iedp_assumptions): {listed}",)
 
   @property
   def prepare(self) -> Callable[[Example], Example]:
-    """That of the explicit branch where there is one."""
+    """The host transform of the explicit branch if there is one, else of the context."""
     return (self.explicit or self.context).prepare
 
   def branches(self, training: bool) -> tuple[Branch, ...]:
-    """Implicit, and in training explicit."""
+    """The implicit branch, and in training the explicit one."""
     both = (Branch(self.branch, 1.0), Branch("explicit", self._lambda_exp))
     return both if training and self.explicit else both[:1]
 
   def passes(self, latents: Array, batch: Batch, *, training: bool) -> tuple[tuple[Array, ...], Array]:
-    """In training the rows of the explicit branch below the others.
+    """In training, appends the rows of the explicit branch.
 
-    Where the branches have different numbers of tokens, the UNet runs once for each, and the returned context is filled
+    If the branches have different numbers of tokens, the UNet runs once per branch, and the returned context is padded
     with zeros.
     """
     if not (training and self.explicit):
       return super().passes(latents, batch, training=training)
     contexts = [self.context(batch), self.explicit(batch)]
     tokens = [context.shape[1] for context in contexts]
-    filled = jnp.concatenate([jnp.pad(c, ((0, 0), (0, max(tokens) - c.shape[1]), (0, 0))) for c in contexts])
+    padded = jnp.concatenate([jnp.pad(c, ((0, 0), (0, max(tokens) - c.shape[1]), (0, 0))) for c in contexts])
     if tokens[0] == tokens[1]:
-      return self.run_unet(jnp.concatenate([latents, latents]), filled)[1], filled
+      return self.run_unet(jnp.concatenate([latents, latents]), padded)[1], padded
     maps = zip(*(self.run_unet(latents, context)[1] for context in contexts), strict=True)
-    return tuple(jnp.concatenate(pair) for pair in maps), filled
+    return tuple(jnp.concatenate(pair) for pair in maps), padded
 
 
-# Options that the paper does not settle.
+# Options that the paper does not specify.
 OPTIONS = (
   *("branch_mode", "lambda_exp", "sentence", "clip_resize", "clip_features", "num_queries", "query_init"),
   *("num_blocks", "num_heads", "ffn_ratio", "output_norm", "text_output", "explicit_adapter", "residual_scale"),
@@ -183,12 +183,12 @@ OPTIONS = (
 
 
 def _check(options: Fields, unet: UNetSizes, text: TextSizes, *, maps: bool) -> None:
-  """Raises one ValueError with everything that cannot be."""
+  """Raises a single ValueError with all invalid options."""
   width = unet.context_dim
   problems = [
-    f"method.{name}={options[name]!r} is unknown; choose one of {words}."
-    for name, words in CHOICES.items()
-    if options[name] not in words
+    f"method.{name}={options[name]!r} is unknown; choose one of {choices}."
+    for name, choices in CHOICES.items()
+    if options[name] not in choices
   ]
   problems += [
     f"method.{name}={options[name]!r} must be a whole number of at least 1."

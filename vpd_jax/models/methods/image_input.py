@@ -1,4 +1,4 @@
-"""What methods do to the image before the VAE, and to the UNet's maps after it."""
+"""Preparation of images for the VAE, and concatenation of attention maps to the UNet's features."""
 
 import dataclasses
 from typing import ClassVar
@@ -21,14 +21,14 @@ def signed(image: Array, dtype: DTypeLike) -> Array:
 
 
 def network_input(batch: Batch, dtype: DTypeLike) -> Array:
-  """The images of a batch, float [B, H, W, 3] in [-1, 1], with 0 where they are padding.
+  """The images of a batch, float [B, H, W, 3] in [-1, 1], with padding set to 0.
 
   Args:
-    batch: "image" uint8 [B, H, W, 3], or float in [0, 1]; where there is padding at right and bottom that uint8 cannot
-      hold exactly, "valid_size" int [B, 2], (height, width) without it.
+    batch: "image" uint8 [B, H, W, 3], or float in [0, 1]; optionally "valid_size" int [B, 2], the (height, width)
+      without padding at right and bottom, whose value uint8 cannot represent exactly.
     dtype: of the result.
 
-  Source: mmseg pads after it has normalized, with 0 (mmseg/datasets/pipelines/transforms.py Pad).
+  Source: mmseg pads with 0 after normalization (mmseg/datasets/pipelines/transforms.py Pad).
   """
   image = signed(batch["image"], dtype)
   if "valid_size" not in batch:
@@ -39,14 +39,14 @@ def network_input(batch: Batch, dtype: DTypeLike) -> Array:
 
 
 def padded(image: Array, multiple: int, value: float) -> Array:
-  """[B, H, W, C] grown at the right and bottom to multiples of `multiple`, with `value`."""
+  """Pads [B, H, W, C] at the right and bottom to multiples of `multiple` with `value`."""
   bottom, right = (-side % multiple for side in image.shape[1:3])
   return jnp.pad(image, ((0, 0), (0, bottom), (0, right), (0, 0)), constant_values=value)
 
 
 @dataclasses.dataclass(frozen=True)
 class PaddedInput:
-  """The image grows at the right and bottom to multiples of `multiple`, with `value`.
+  """Pads the image at the right and bottom to multiples of `multiple` with `value`.
 
   Attributes:
     multiple: of the sides. Release of VPD: 64, as 480 -> 512 and 352 -> 384.
@@ -68,7 +68,7 @@ class PaddedInput:
 
 @dataclasses.dataclass(frozen=True)
 class ResizedInput:
-  """The image is resized to sides of (side // 64 + scale) * 64, bilinearly; -1 keeps it as it is."""
+  """Bilinearly resizes the image to sides of (side // 64 + scale) * 64; -1 does not resize."""
 
   scale: int
   map_extent: ClassVar[str] = "resized"
@@ -78,10 +78,10 @@ class ResizedInput:
       raise UserError(f"method.resize_scale={self.scale} must be -1 (the image as it is), 0 or more.")
 
   def size(self, height: int, width: int) -> tuple[int, int]:
-    """The (H, W) that an image of height x width is resized to.
+    """The resized (H, W) of an image of height x width.
 
     Raises:
-      ValueError: nothing would be left of the image.
+      ValueError: a side would be 0.
     """
     if self.scale < 0:
       return height, width
@@ -99,12 +99,12 @@ class ResizedInput:
 
 @dataclasses.dataclass(frozen=True)
 class JoinedMaps:
-  """Cross-attention maps, one channel per token, joined to the UNet's features of the same size; of `joined_maps`.
+  """Concatenates cross-attention maps, one channel per token, to the UNet's features of the same size.
 
   Attributes:
-    levels: of the features that get one.
-    widths: of the features with them.
-    gradient: whether the maps carry one.
+    levels: of the features with an attention map.
+    widths: of the features including the maps.
+    gradient: whether to backpropagate through the maps.
 
   Source: VPD vpd/models.py UNetWrapper.process_attn, register_attention_control.
   """
@@ -114,14 +114,14 @@ class JoinedMaps:
   gradient: bool
 
   def positions(self, latents: Array) -> int:
-    """Most positions of a map that the UNet is to keep; 0 where none is."""
+    """Largest number of positions of the maps that the UNet must return; 0 if none."""
     if not self.levels:
       return 0
     height, width = (-(-side // 2 ** min(self.levels)) for side in latents.shape[1:3])
     return height * width
 
   def __call__(self, out: UNetOutput) -> tuple[Array, ...]:
-    """The features, finest first, with the maps of their sizes at the end of their channels."""
+    """The features, finest first, with the maps appended to their channels."""
     joined = list(out.features)
     for level in self.levels:
       probabilities = out.maps[joined[level].shape[1:3]]
@@ -131,17 +131,17 @@ class JoinedMaps:
 
 
 def joined_maps(unet: UNetSizes, tokens: int, *, use: bool, max_size: int = 32, gradient: bool = False) -> JoinedMaps:
-  """What is joined where.
+  """Selects the attention maps to concatenate.
 
   Args:
     unet: sizes of the UNet.
     tokens: channels of a map.
-    use: False joins nothing.
-    max_size: the largest map that is joined, as its side for an image of 512 x 512: 32 is stride 16.
-    gradient: whether the maps carry a gradient.
+    use: False selects none.
+    max_size: side of the largest selected map, for an image of 512 x 512: 32 is stride 16.
+    gradient: whether to backpropagate through the maps.
 
   Raises:
-    ValueError: a size that is that of no level with attention.
+    ValueError: no level with attention has this size.
   """
   sides = {64 // 2**level: level for level in unet.attention_levels}
   if use and max_size not in sides:

@@ -1,12 +1,12 @@
 """VPD: the text-prompted UNet of Stable Diffusion as a perception backbone.
 
-Figure 2 of the paper, left to right: the image is encoded by the frozen VAE (mode of the posterior, no noise); the
-class or scene names, encoded by the frozen CLIP text encoder into `class_vectors`, pass the text adapter; the UNet runs
-once at a constant timestep with the adapted text as its context; its four feature maps go on to the task's neck and
-head. Depth uses one token, the vector of the scene's class; neck "fusion", head "deconv". The class is told, as in the
-release, also at test time, or predicted from the image by CLIP. Segmentation uses the vectors of all classes, whose
-cross-attention maps are joined to the features; neck and head "fpn". Referring segmentation uses the states of a
-sentence, token by token, and their maps; no neck, head "lavt".
+Figure 2 of the paper: the image is encoded by the frozen VAE (mode of the posterior, no noise); the class or scene
+names, encoded by the frozen CLIP text encoder into `class_vectors`, pass the text adapter; the UNet runs once at a
+constant timestep with the adapted text as its context; its four feature maps are passed to the task's neck and head.
+Depth uses one token, the vector of the scene's class; neck "fusion", head "deconv". The class is given, as in the
+release also at test time, or predicted from the image by CLIP. Segmentation uses the vectors of all classes, whose
+cross-attention maps are concatenated to the features; neck and head "fpn". Referring segmentation uses the states of
+all tokens of a sentence, and their maps; no neck, head "lavt".
 
 Source: Zhao et al. 2023, https://arxiv.org/abs/2303.02153; VPD depth/models_depth/model.py, vpd/models.py.
 """
@@ -48,23 +48,23 @@ class Vpd(DiffusionMethod):
 
     Args:
       setup: see MethodSetup; "sentence" needs no classes, the other prompts no tokenizer.
-      prompt: the UNet attends to one token, the vector of a class: "scene_class", that of `batch["class_id"]` (-1: the
-        mean of all); or "predicted", that which CLIP tells from the image, window by window where there are windows. A
-        "class_id" of 0 or more in the batch goes before it. "all_classes": to the vectors of all classes. "sentence":
-        to the states of each image's sentence.
+      prompt: tokens that the UNet attends to. "scene_class": the vector of the class `batch["class_id"]` (-1: the mean
+        of all). "predicted": the vector of the class that CLIP predicts from the image, or from each window with
+        windows; a "class_id" of 0 or more in the batch has precedence. "all_classes": the vectors of all classes.
+        "sentence": the states of each image's sentence.
       token_length: tokens of a sentence. Release: 40 on RefCOCO and RefCOCO+, 77 on RefCOCOg.
-      residual_scale: start of gamma in text + gamma * adapter(text). Release: 1e-4.
-      timestep: the diffusion timestep, the same for every image. Release: 1 (the paper says 0).
-      latent_scale: factor on the latents of the VAE. Release: 1.0; 0 for that with which the backbone was trained.
-      pad_multiple: the image grows at right and bottom to the next multiple. Release: 64, as 480 -> 512 and 352 -> 384.
+      residual_scale: initial gamma in text + gamma * adapter(text). Release: 1e-4.
+      timestep: the diffusion timestep of all images. Release: 1 (the paper says 0).
+      latent_scale: scaling factor of the latents. Release: 1.0; 0: that of the backbone's training.
+      pad_multiple: the image is padded at right and bottom to the next multiple. Release: 64, e.g. 480 -> 512.
       pad_value: of the padding, after scaling to [-1, 1]. Release: 0, mid gray.
-      attention_maps: join the cross-attention maps to the features. Release: in segmentation and referring.
-      attention_max_size, attention_gradient: which maps, and whether they carry a gradient; see
-        image_input.joined_maps. Release: 32, False (they are stored by a pass without gradient).
-      keep_unused: hold the UNet's last block, which nothing here uses, as the released segmentation checkpoints do.
+      attention_maps: concatenate the cross-attention maps to the features. Release: in segmentation and referring.
+      attention_max_size, attention_gradient: size of the maps, and whether to backpropagate through them; see
+        image_input.joined_maps. Release: 32, False (they are stored without gradient).
+      keep_unused: include the UNet's last block, which is unused, as in the released segmentation checkpoints.
 
     Raises:
-      ValueError: unknown prompt; no classes; a padding the UNet cannot take.
+      ValueError: unknown prompt; no classes; a padding that the UNet does not support.
     """
     context = _context(setup, prompt, token_length, residual_scale)
     super().__init__(
@@ -83,7 +83,7 @@ class Vpd(DiffusionMethod):
 
 
 def _context(setup: MethodSetup, prompt: str, token_length: int, residual_scale: float) -> Context:
-  """Where the tokens come from."""
+  """The source of the tokens."""
   if prompt not in PROMPTS:
     raise UserError(f"method.prompt={prompt!r} is unknown to vpd; choose one of {PROMPTS}.")
   classes, width, layer = len(setup.class_names), setup.unet.context_dim, setup.common.layer

@@ -1,1 +1,1 @@
-"""Features to Features: what stands between a method and a head."""
+"""Necks: modules between a method and a head."""

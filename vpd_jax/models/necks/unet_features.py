@@ -1,4 +1,4 @@
-"""Features to Features: what stands between a method's maps and a head."""
+"""Necks for the feature maps of a UNet."""
 
 import dataclasses
 
@@ -11,15 +11,15 @@ from vpd_jax.models.backbones import layers, normalization
 from vpd_jax.models.layer_options import Common
 from vpd_jax.types import Array, Features, MapInfo
 
-# timm's trunc_normal_(std=0.02) of the release cuts at -2 and 2, a hundred deviations away.
+# The release uses timm's trunc_normal_(std=0.02), which truncates at -2 and 2, i.e. at a hundred standard deviations.
 NORMAL = initializers.normal(0.02)
 
 
 class NoNeck(nnx.Module):
-  """Hands the maps on as they are."""
+  """Returns the maps unchanged."""
 
   def __init__(self, maps: MapInfo, common: Common):
-    """Keeps `maps` for the head; `common` is that of every neck."""
+    """Stores `maps` for the head; `common` is unused."""
     self.map_info = maps
 
   def __call__(self, features: Features, *, training: bool = False) -> Features:
@@ -28,11 +28,11 @@ class NoNeck(nnx.Module):
 
 
 class Fusion(nnx.Module):
-  """VPD's depth fusion: four maps to one at stride 32, cropped to the part that shows the image.
+  """VPD's depth fusion: four maps to one at stride 32, cropped to the image without padding.
 
-  Map 0 passes two convolutions of stride 2, map 1 one, map 3 is doubled (nearest) and joined to map 2; all are
-  joined and mixed by a 1x1 convolution. The crop keeps ceil(H / 32) rows and ceil(W / 32) columns, which drops what
-  only shows the method's padding (the release: 16 -> 15 for 480 padded to 512).
+  Map 0 passes two convolutions of stride 2, map 1 one, and map 3 is upsampled by two (nearest); all are concatenated
+  with map 2 and fused by a 1x1 convolution. The crop has ceil(H / 32) rows and ceil(W / 32) columns, which removes the
+  method's padding (in the release 16 -> 15 for 480 padded to 512).
 
   Source: VPD depth/models_depth/model.py VPDDepthEncoder.
   """
@@ -48,13 +48,13 @@ class Fusion(nnx.Module):
     """Builds the layers.
 
     Args:
-      maps: the four that come in.
+      maps: of the input, four.
       common: dtypes, random keys, groups of batch normalization.
-      width: of the map that goes out.
-      cut_padding: False keeps the whole map, and the head cuts its result. Release of VPD: True, of EcoDepth: False.
+      width: of the output map.
+      cut_padding: False keeps the padding, which the head crops later. Release of VPD: True, of EcoDepth: False.
 
     Raises:
-      ValueError: another number of maps than four, or maps of a resized image.
+      ValueError: not four maps, or maps of a resized image.
     """
     if len(maps.widths) != 4:
       raise UserError(f"neck 'fusion' joins four maps, but the method gives {len(maps.widths)}.")
@@ -73,7 +73,7 @@ class Fusion(nnx.Module):
     self.out_layer = nnx.List([mixed, norm(width), layers.ReLU()])
 
   def __call__(self, features: Features, *, training: bool = False) -> Features:
-    """The fused map; training makes no difference."""
+    """The fused map; `training` has no effect."""
     finest, fine, coarse, coarsest = features.maps
     coarsest = layers.resize(coarsest, coarse.shape[1:3], method="nearest")
     joined = [layers.chain(self.layer1, finest), layers.chain(self.layer2, fine), coarse, coarsest]
@@ -84,13 +84,13 @@ class Fusion(nnx.Module):
     return features._replace(maps=(x,))
 
 
-class _Raised(nnx.Module):
-  """Transposed convolutions, each doubling the size, then a 3x3 convolution back to the width; all normalized."""
+class _Upsampled(nnx.Module):
+  """Transposed convolutions that upsample by two each, then a 3x3 convolution to `width`; all normalized."""
 
   def __init__(self, width: int, doublings: int, common: Common, *, inner: int):
     layer = common.layer
     norm = lambda w: normalization.BatchNorm(w, group=common.norm_group, **layer)
-    # PyTorch's default, whose fan of a transposed convolution counts the outputs: the release leaves it.
+    # PyTorch's default, as in the release; its fan of a transposed convolution is that of the outputs.
     default = initializers.variance_scaling(1 / 3, "fan_out", "uniform")
     deconvs, last = [], width
     for _ in range(doublings):
@@ -106,10 +106,10 @@ class _Raised(nnx.Module):
 
 
 class EinsumLevels(nnx.Module):
-  """MetaPrompts' re-arrangement for segmentation: four maps to four of as many channels as there are prompts.
+  """MetaPrompts' neck for segmentation: four maps to four maps with one channel per prompt.
 
-  Each map is doubled (bilinear) and passes a 3x3 convolution to the width of the prompts; channel n of the result is
-  the inner product with prompt n, the prompts being those the UNet attended to in its last pass.
+  Each map is upsampled by two (bilinear) and projected to the width of the prompts by a 3x3 convolution; channel n of
+  the result is the inner product with prompt n of the last pass of the UNet.
 
   Source: MetaPrompts segmentation, extract_feat (upconv1 to upconv4).
   """
@@ -122,11 +122,11 @@ class EinsumLevels(nnx.Module):
     """Builds the layers.
 
     Args:
-      maps: the four that come in.
+      maps: of the input, four.
       common: dtypes, random keys, groups of batch normalization.
 
     Raises:
-      ValueError: another number of maps than four.
+      ValueError: not four maps.
     """
     if len(maps.widths) != 4:
       raise UserError(f"neck 'einsum_levels' takes four maps, but the method gives {len(maps.widths)}.")
@@ -138,7 +138,7 @@ class EinsumLevels(nnx.Module):
     self.upconv1, self.upconv2, self.upconv3, self.upconv4 = (level(w) for w in maps.widths)
 
   def __call__(self, features: Features, *, training: bool) -> Features:
-    """Four maps at half the strides; training makes no difference."""
+    """Four maps at half the strides; `training` has no effect."""
     maps = []
     for convolved, x in zip((self.upconv1, self.upconv2, self.upconv3, self.upconv4), features.maps, strict=True):
       x = layers.resize(x, (2 * x.shape[1], 2 * x.shape[2]))
@@ -147,12 +147,12 @@ class EinsumLevels(nnx.Module):
 
 
 class Einsum(nnx.Module):
-  """MetaPrompts' depth re-arrangement: four maps to one of as many channels as there are prompts.
+  """MetaPrompts' neck for depth: four maps to one map with one channel per prompt.
 
-  Map 0 passes a convolution, maps 1 to 3 one to three transposed convolutions of kernel 4 that raise them to its
-  size; all are joined and mixed by a 3x3 convolution to the width of the prompts. Channel n of the result is the inner
-  product with prompt n, the prompts being those the UNet attended to in its last pass. The method has resized the
-  image, so the map is resized in turn: to one cell per 8 pixels of the image.
+  Map 0 passes a convolution, maps 1 to 3 one to three transposed convolutions of kernel 4 that upsample them to its
+  size; all are concatenated and fused by a 3x3 convolution to the width of the prompts. Channel n of the result is the
+  inner product with prompt n of the last pass of the UNet. Since the method has resized the image, the map is resized
+  to one cell per 8 pixels of the original image.
 
   Source: MetaPrompts depth/models_depth/model.py VPDDepthEncoder, VPDDepth.
   """
@@ -167,12 +167,12 @@ class Einsum(nnx.Module):
     """Builds the layers.
 
     Args:
-      maps: the four that come in.
+      maps: of the input, four.
       common: dtypes, random keys, groups of batch normalization.
       inner: width of the transposed convolutions.
 
     Raises:
-      ValueError: another number of maps than four; strides that are not doubled from map to map; a padded image.
+      ValueError: not four maps; strides that do not double from map to map; a padded image.
     """
     if len(maps.widths) != 4:
       raise UserError(f"neck 'einsum' joins four maps, but the method gives {len(maps.widths)}.")
@@ -185,23 +185,23 @@ class Einsum(nnx.Module):
     mixed = lambda i, o: nnx.List([layers.conv(i, o, 3, kernel_init=NORMAL, **layer), norm(o), layers.ReLU()])
     self.map_info = dataclasses.replace(maps, widths=(prompts,), strides=maps.strides[:1])
     self.layer1 = mixed(widths[0], widths[0])
-    raised = lambda i: _Raised(widths[i], i, common, inner=inner)
-    self.layer2, self.layer3, self.layer4 = raised(1), raised(2), raised(3)
+    upsampled = lambda i: _Upsampled(widths[i], i, common, inner=inner)
+    self.layer2, self.layer3, self.layer4 = upsampled(1), upsampled(2), upsampled(3)
     self.out_layer = mixed(sum(widths), width)
 
   def __call__(self, features: Features, *, training: bool) -> Features:
-    """One map [B, H // 8, W // 8, prompts], of at least one cell, whatever the sizes of the four."""
+    """One map [B, H // 8, W // 8, prompts] with at least one cell."""
     return features._replace(maps=(self.cells(self.products(features, training=training), features.image_size),))
 
   def products(self, features: Features, *, training: bool) -> Array:
     """The inner products at the size of map 0: float [B, h, w, prompts]."""
     finest, *coarser = features.maps
-    raised = zip((self.layer2, self.layer3, self.layer4), coarser, strict=True)
-    joined = [layers.chain(self.layer1, finest), *(layer(x, training=training) for layer, x in raised)]
+    upsampled = zip((self.layer2, self.layer3, self.layer4), coarser, strict=True)
+    joined = [layers.chain(self.layer1, finest), *(layer(x, training=training) for layer, x in upsampled)]
     x = layers.chain(self.out_layer, jnp.concatenate(joined, axis=-1))  # [B, h, w, width]
     return jnp.einsum("bhwc,bnc->bhwn", x, features.context)
 
   def cells(self, x: Array, image_size: tuple[int, int]) -> Array:
-    """Resized to a cell per `strides[0]` pixels of the image, rounded down as the release does."""
+    """Resizes to a cell per `strides[0]` pixels of the image, rounded down as in the release."""
     rows, columns = (max(side // self.map_info.strides[0], 1) for side in image_size)
     return layers.resize(x, (rows, columns))

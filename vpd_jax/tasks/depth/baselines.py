@@ -1,4 +1,4 @@
-"""What trivial predictors of depth reach on a data set: a network that has learned anything is better."""
+"""Trivial predictors of depth, as baselines that every trained network should exceed."""
 
 from collections.abc import Iterable
 
@@ -18,9 +18,9 @@ def depth_baselines(
   max_depth: float = 10.0,
   region: tuple[int, int, int, int] | None = None,
 ) -> dict[str, float]:
-  """RMSE of three predictors that are fitted on whole training images and look at no neighboring pixel.
+  """RMSE of three predictors that are fitted on full training images and use no neighboring pixels.
 
-  Each sequence is read once. All images of both must have the same size. Predictions are clipped to the valid range.
+  Each iterable is read once. All images must have the same size. Predictions are clipped to the valid range.
 
   Args:
     train_examples: "image" uint8 [H, W, 3], "depth" float32 [H, W] meters, 0 for no measurement; not augmented.
@@ -30,7 +30,7 @@ def depth_baselines(
 
   Returns:
     meters, per image over its valid pixels, then the mean over images that have any:
-    "constant": the one depth that is best on the training images,
+    "constant": the constant depth that is best on the training images,
     "position_mean": the mean depth of each pixel position,
     "linear_rgb_position": least squares on red, green, blue, x, y and 1.
 
@@ -57,7 +57,7 @@ def depth_baselines(
 
 
 class Fit:
-  """Sums over the training images from which the three predictors follow; memory of one image."""
+  """Accumulates statistics of training images for the three predictors, with the memory of one image."""
 
   def __init__(self, min_depth: float, max_depth: float):
     self.min_depth, self.max_depth = min_depth, max_depth
@@ -72,7 +72,7 @@ class Fit:
       raise UserError(f"depth maps of {self.size} and {size}: the baselines need all images of one size.")
 
   def add(self, example: Example):
-    """One more training image."""
+    """Adds a training image."""
     depth = example["depth"].astype(np.float64)
     self.check_size(depth.shape)
     valid = (depth > self.min_depth) & (depth < self.max_depth)

@@ -1,4 +1,4 @@
-"""A depth map as a colored point cloud, and its file."""
+"""Converts depth maps to colored point clouds, and writes PLY files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ VERTEX = np.dtype([(axis, "<f4") for axis in "xyz"] + [(color, "u1") for color i
 
 
 def points(depth: np.ndarray, focal: float) -> np.ndarray:
-  """The place of every pixel of a pinhole camera that looks along z.
+  """The 3D point of every pixel of a pinhole camera that looks along z.
 
   x = (column + 1/2 - W/2) depth / focal, y = (row + 1/2 - H/2) depth / focal, z = depth.
 
@@ -25,7 +25,7 @@ def points(depth: np.ndarray, focal: float) -> np.ndarray:
     focal: focal length, in pixels.
 
   Returns:
-    float64 [H, W, 3]: x to the right, y down, z away from the camera, meters. The camera is at 0.
+    float64 [H, W, 3]: x to the right, y down, z away from the camera, meters. The camera is at the origin.
 
   Source: Hartley and Zisserman, Multiple View Geometry, 6.1.
   """
@@ -47,7 +47,7 @@ def write_ply(
 ) -> Path:
   """Writes a PLY file, binary little endian: x, y, z as float32 and red, green, blue as uint8 of every pixel.
 
-  Pixels are in order, row by row; those whose depth is not finite or not above 0 are left out.
+  Pixels are in order, row by row; those whose depth is not positive and finite are omitted.
 
   Args:
     path: of the file, which appears only when it is complete.
@@ -55,12 +55,12 @@ def write_ply(
     image: uint8 [H, W, 3], RGB.
     focal: focal length, in pixels.
     comments: lines of ASCII for the header, after that of the convention.
-    y_up: turn the points about the x axis, to axes as in OpenGL and glTF, which viewers take for granted.
+    y_up: rotate the points about the x axis to the axes of OpenGL and glTF, as expected by viewers.
   """
-  known = np.isfinite(depth) & (depth > 0)
+  valid = np.isfinite(depth) & (depth > 0)
   axes = np.array([1, -1, -1] if y_up else [1, 1, 1])
-  columns = *(points(np.where(known, depth, 0), focal)[known] * axes).T, *image[known].T
-  vertices = np.empty(int(known.sum()), VERTEX)
+  columns = *(points(np.where(valid, depth, 0), focal)[valid] * axes).T, *image[valid].T
+  vertices = np.empty(int(valid.sum()), VERTEX)
   for name, column in zip(VERTEX.names or (), columns, strict=True):
     vertices[name] = column
   header = ["ply", "format binary_little_endian 1.0", *(f"comment {line}" for line in (CONVENTION[y_up], *comments))]

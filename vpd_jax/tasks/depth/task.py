@@ -1,4 +1,4 @@
-"""Metric depth: scale-invariant loss, the scores of NYU and KITTI, pictures and files of the result."""
+"""Metric depth: scale-invariant loss, the metrics of NYU and KITTI, images and files of the result."""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -17,8 +17,8 @@ from vpd_jax.tasks.depth.baselines import depth_baselines
 from vpd_jax.types import Array, Batch, Example, Fields, Loss, Outputs, Rows, Task
 
 SCORES = ("d1", "d2", "d3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
-PNG_SCALES = (1000, 256, 100, 10, 1)  # units per meter of 16-bit depth pictures
-RANGE = (1e-9, 1e9)  # meters, within which no score overflows: beyond, a prediction counts as the end
+PNG_SCALES = (1000, 256, 100, 10, 1)  # units per meter of 16-bit depth images
+RANGE = (1e-9, 1e9)  # meters; predictions are clipped to this range, in which no metric overflows
 # Rows and columns of the image that are scored, as (top, bottom, left, right).
 EVAL_CROPS = {
   "none": lambda h, w: (0, h, 0, w),
@@ -40,26 +40,26 @@ def silog(prediction: Array, target: Array, *, variance_focus: float = 0.5) -> t
     variance_focus: 0 is the plain log RMSE, 1 ignores global scale.
 
   Returns:
-    The error, float [], 0 where no pixel is valid; and whether one is, bool [].
+    The error, float [], 0 if no pixel is valid; and whether any pixel is valid, bool [].
 
-  Source: Eigen et al. 2014, training loss, here under a root; VPD depth/utils_depth/criterion.py (0.5).
+  Source: Eigen et al. 2014, training loss, here with a square root; VPD depth/utils_depth/criterion.py (0.5).
   """
   valid = target > 0
   count = valid.sum().astype(prediction.dtype)
   safe = jnp.where(valid, target.astype(prediction.dtype), 1)
   error = jnp.log(safe) - jnp.log(jnp.where(valid, prediction, 1))
-  share = 1 / jnp.maximum(count, 1)
-  square = (error**2).sum() * share - variance_focus * (error.sum() * share) ** 2
+  inverse_count = 1 / jnp.maximum(count, 1)
+  square = (error**2).sum() * inverse_count - variance_focus * (error.sum() * inverse_count) ** 2
   flat = square <= 0  # the root has no gradient at 0; not "square > 0", which would hide a NaN
   return jnp.where(flat, 0, jnp.sqrt(jnp.where(flat, 1, square))), count > 0
 
 
 class Depth(Task):
-  """Learns depth in meters, scores it per image.
+  """Predicts depth in meters, evaluated per image.
 
   Attributes:
-    output: what the head must know.
-    best: the score that chooses the best checkpoint.
+    output: arguments of the head.
+    best: the metric that selects the best checkpoint.
   """
 
   needs = frozenset({"depth"})
@@ -84,25 +84,25 @@ class Depth(Task):
     png_scale: int = 0,
     contours: float = 0.0,
   ):
-    """Options of loss, scores and files.
+    """Initializes the options of loss, metrics and files.
 
     Args:
-      max_depth: meters; the head's largest value, and the scored ground truth is below it.
-      min_depth: meters; the scored ground truth is above it.
-      eval_crop: the part of the image that is scored: "eigen_nyu", "garg", "eigen_kitti" or "none".
+      max_depth: meters; maximum of the head, and exclusive upper bound of the evaluated ground truth.
+      min_depth: meters; exclusive lower bound of the evaluated ground truth.
+      eval_crop: the evaluated region of the image: "eigen_nyu", "garg", "eigen_kitti" or "none".
       variance_focus: of the loss. Release of VPD: 0.5, of EcoDepth: 0.85.
-      loss_scale: factor on the loss, which AdamW hardly sees. Release of VPD: 1.0, of EcoDepth: 10.0.
-      clip_prediction: whether a prediction is scored as clipped to [min_depth, max_depth]. Release of VPD: False, of
-        EcoDepth: True.
-      benchmark_silog: the score "silog" as KITTI's benchmark states it, 100 sqrt(mean(e^2) - mean(e)^2). Release of
+      loss_scale: factor on the loss, which has little effect with AdamW. Release of VPD: 1.0, of EcoDepth: 10.0.
+      clip_prediction: whether predictions are clipped to [min_depth, max_depth] for evaluation. Release of VPD: False,
+        of EcoDepth: True.
+      benchmark_silog: compute "silog" as KITTI's benchmark, 100 sqrt(mean(e^2) - mean(e)^2). Release of
         VPD: False, sqrt(mean(e^2) - 0.5 mean(e)^2), of EcoDepth: True.
-      png_scale: units per meter of the 16-bit depth pictures of `save`: 1000 as in NYU's files, 256 as the KITTI server
-        takes them; 0 is the first of PNG_SCALES at which 16 bits hold max_depth: 1000 up to 65 m, then 256.
-      contours: meters between the lines of equal depth in the colored pictures, such as 1; 0: no lines.
+      png_scale: units per meter of the 16-bit depth images of `save`: 1000 as in NYU's files, 256 as required by the
+        KITTI server; 0 selects the first of PNG_SCALES for which max_depth fits 16 bits: 1000 up to 65 m, then 256.
+      contours: meters between contour lines in the colored images, such as 1; 0: no lines.
 
     Raises:
-      ValueError: unknown crop, an empty range of depth, a negative distance of contours, or a scale at which 16 bits do
-        not hold max_depth.
+      ValueError: unknown crop, an empty depth range, a negative contour spacing, or a scale for which max_depth does
+        not fit 16 bits.
     """
     if eval_crop not in EVAL_CROPS:
       raise UserError(f"task.eval_crop={eval_crop!r} is unknown; choose one of {sorted(EVAL_CROPS)}.")
@@ -122,7 +122,7 @@ class Depth(Task):
     self.output = {"max_depth": max_depth}
 
   def loss(self, outputs: Outputs, batch: Batch) -> Loss:
-    """SiLog of one group of images; weight 0 where no pixel has ground truth."""
+    """SiLog of one group of images; weight 0 if no pixel has ground truth."""
     value, any_valid = silog(outputs["depth"], batch["depth"], variance_focus=self.variance_focus)
     return Loss(self.loss_scale * value, any_valid.astype(value.dtype), {"silog": value})
 
@@ -131,15 +131,15 @@ class Depth(Task):
     return outputs["depth"]
 
   def region(self, size: Sequence[int]) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) rows and columns of an image of this size that are scored."""
+    """(top, bottom, left, right) rows and columns of the evaluated region of an image of this size."""
     return EVAL_CROPS[self.eval_crop](*size)
 
   def measure(self, prediction: Array, batch: Batch) -> dict[str, Array]:
-    """Scores of each image, float [B] each, and its number of scored pixels; 0 each where it has none.
+    """Metrics of each image, float [B] each, and its number of evaluated pixels; all are 0 if it has none.
 
-    Valid pixels have min_depth < truth < max_depth, both strict, inside the crop. The prediction is not clipped,
-    but to RANGE or as `clip_prediction` says; infinities become `max_depth`, NaN `min_depth`, as released;
-    "not_finite" counts both.
+    Valid pixels have min_depth < truth < max_depth, both strict, inside the crop. The prediction is clipped to RANGE,
+    and further if `clip_prediction`; infinities become `max_depth`, NaN `min_depth`, as released; "not_finite" counts
+    both.
 
     Source: VPD and EcoDepth, depth/utils_depth/metrics.py cropping_img, eval_depth.
     """
@@ -172,10 +172,10 @@ class Depth(Task):
     }
 
   def summarize(self, rows: Rows) -> dict[str, float]:
-    """Means over the images that have a scored pixel (the published averaging), how many those are, "not_finite".
+    """Means over the images with evaluated pixels (the published averaging), their number, and "not_finite".
 
     Raises:
-      ValueError: no image has one.
+      ValueError: no image has evaluated pixels.
     """
     scored = rows["pixels"] > 0
     if not scored.any():
@@ -190,11 +190,11 @@ class Depth(Task):
     )
 
   def baselines(self, train: Iterable[Example], evaluation: Iterable[Example]) -> dict[str, float]:
-    """RMSE, under the same protocol, of three predictors that learn nothing from the picture's content."""
+    """RMSE, under the same protocol, of three predictors that do not use the content of the image."""
     evaluation = iter(evaluation)
     first = next(evaluation)
     region = self.region(first["depth"].shape)
-    evaluation = itertools.chain((first,), evaluation)  # not a list: KITTI's images together take 2 GB
+    evaluation = itertools.chain((first,), evaluation)  # not a list, since all images of KITTI take 2 GB
     return depth_baselines(train, evaluation, min_depth=self.min_depth, max_depth=self.max_depth, region=region)
 
   def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray:
@@ -204,8 +204,8 @@ class Depth(Task):
   def panels(self, examples: Sequence[Example], predictions: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Input, prediction, truth and error of each image: uint8 [H', W', 3], see `visualize.panel`.
 
-    The colors of all images span the valid truth of all of them, 0 to `max_depth` where there is none; those of the
-    error end at a tenth of `max_depth`.
+    The color scale is the range of valid truth of all images, or 0 to `max_depth` without any; that of the error ends
+    at a tenth of `max_depth`.
     """
     span = colormaps.depth_span([example["depth"] for example in examples]) or (0.0, self.max_depth)
     return [
@@ -214,40 +214,40 @@ class Depth(Task):
     ]
 
   def colored(self, depth: np.ndarray, nearest: float, farthest: float) -> np.ndarray:
-    """Depth in color, uint8 [H, W, 3]: red at `nearest` to blue at `farthest`, meters, gray where it is not known."""
+    """Depth in color, uint8 [H, W, 3]: red at `nearest` to blue at `farthest`, meters, gray if unknown."""
     picture = colormaps.color_depth(depth, farthest, min_depth=nearest)
     return drawing.contours(picture, depth, self.contours) if self.contours else picture
 
   def save_point_cloud(self, stem: Path, depth: np.ndarray, image: np.ndarray, focal: tuple[float, str]) -> Path:
-    """Writes stem.ply, the colored points of one picture, and returns its path.
+    """Writes stem.ply, the colored points of one image, and returns its path.
 
     Args:
       stem: path without suffix.
       depth: float [H, W], meters.
       image: uint8 [H, W, 3], RGB.
-      focal: focal length in pixels, and where it is from, for the header, in ASCII.
+      focal: focal length in pixels, and its source in ASCII, for the header.
     """
     path, comment = stem.with_name(stem.name + ".ply"), f"focal length {focal[0]:.6g} pixels, {focal[1]}"
     return point_cloud.write_ply(path, depth, image, focal[0], [comment])
 
   def save(self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None) -> list[Path]:
-    """Writes the depth of one picture; files appear only when complete, the JSON last.
+    """Writes the depth of one image; files appear only when complete, the JSON last.
 
-    The PNG follows the rule of KITTI's development kit: value / png_scale is meters, 0 is no value. So a depth that is
-    a number is at least 1 there, and only NaN is 0.
+    The PNG follows the convention of KITTI's development kit: value / png_scale is meters, 0 means no value. Hence
+    depths are stored as at least 1, and only NaN as 0.
 
     Args:
       stem: path without suffix: stem.color.png (with a bar in meters at its right), stem.depth.png (16 bit), stem.npy
         (float32 meters), stem.json.
       prediction: float [H, W], meters.
-      facts: more entries for the JSON, which states unit and scale.
-      image: the picture; no use of it here.
+      facts: additional entries for the JSON, which states unit and scale.
+      image: unused.
     """
     del image
     depth = prediction.astype(np.float32)
-    whole = np.clip(np.nan_to_num(depth, posinf=65535, neginf=0) * self.png_scale + 0.5, 1, 65535)
-    stored = np.where(np.isnan(depth), 0, whole).astype(np.uint16)
-    described = {
+    rounded = np.clip(np.nan_to_num(depth, posinf=65535, neginf=0) * self.png_scale + 0.5, 1, 65535)
+    stored = np.where(np.isnan(depth), 0, rounded).astype(np.uint16)
+    metadata = {
       "unit": "meter",
       "png_units_per_meter": self.png_scale,
       "png_no_value": 0,
@@ -261,7 +261,7 @@ class Depth(Task):
       _write(stem, ".color.png", lambda path: _png(path, color[..., ::-1])),
       _write(stem, ".depth.png", lambda path: _png(path, stored)),
       _write(stem, ".npy", lambda path: np.save(path, depth)),
-      _write(stem, ".json", lambda path: path.write_text(atomic.to_json(described, indent=1) + "\n")),
+      _write(stem, ".json", lambda path: path.write_text(atomic.to_json(metadata, indent=1) + "\n")),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Depth in color, with a bar in meters; panels of the evaluation."""
+"""Depth in color with a bar in meters, and panels for evaluation."""
 
 import numpy as np
 
@@ -6,11 +6,11 @@ from vpd_jax.tasks import colormaps, drawing
 
 
 def colored(depth: np.ndarray, contours: float = 0.0) -> np.ndarray:
-  """A depth map in color, scaled to its own range, and at its right a bar in meters.
+  """A depth map in color, scaled to its range, with a color bar in meters at its right.
 
   Args:
-    depth: float [H, W], meters; what is not positive and finite is gray, and without any other there is no bar.
-    contours: meters between lines of equal depth; 0: none.
+    depth: float [H, W], meters; values that are not positive and finite are gray. Without valid values there is no bar.
+    contours: meters between contour lines; 0: none.
 
   Returns:
     uint8 [H, W', 3].
@@ -23,7 +23,7 @@ def colored(depth: np.ndarray, contours: float = 0.0) -> np.ndarray:
 
 
 def with_bar(picture: np.ndarray, nearest: float, farthest: float) -> np.ndarray:
-  """A picture of depth, uint8 [H, W, 3], with the bar of its colors, in meters, at its right: uint8 [H, W', 3]."""
+  """Adds a color bar in meters at the right of a depth image, uint8 [H, W, 3]: uint8 [H, W', 3]."""
   return np.concatenate([picture, drawing.color_bar(nearest, farthest, colormaps.DEPTH, picture.shape[:2])], axis=1)
 
 

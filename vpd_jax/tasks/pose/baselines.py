@@ -1,4 +1,4 @@
-"""What trivial predictors of keypoints reach on a data set: a network that has learned anything is better."""
+"""Trivial predictors of keypoints, as baselines that every trained network should exceed."""
 
 from collections.abc import Callable
 
@@ -7,16 +7,16 @@ import numpy as np
 
 from vpd_jax.errors import UserError
 
-SIDE = 8  # rows and columns to which a crop is shrunk for the regression
+SIDE = 8  # rows and columns of the resized crop for the regression
 RIDGE = 1.0
-Predictor = Callable[[np.ndarray], np.ndarray]  # crop uint8 [H, W, 3] to places float64 [K, 2] in its pixels
+Predictor = Callable[[np.ndarray], np.ndarray]  # crop uint8 [H, W, 3] to positions float64 [K, 2] in its pixels
 
 
 class Fit:
-  """Sums over training crops, from which two predictors follow.
+  """Accumulates statistics of training crops for two predictors.
 
-  "mean_pose": the mean place of each keypoint, over those that are labeled; "linear_crop": a linear regression, with a
-  little ridge, from the colors of the crop shrunk to 8 x 8 to the place of each keypoint.
+  "mean_pose": the mean position of each keypoint where it is labeled; "linear_crop": ridge regression from the colors
+  of the crop, resized to 8 x 8, to the position of each keypoint.
   """
 
   def __init__(self, count: int):
@@ -25,7 +25,7 @@ class Fit:
     self.gram, self.target = np.zeros((count, inputs, inputs)), np.zeros((count, inputs, 2))
 
   def add(self, crop: np.ndarray, keypoints: np.ndarray) -> None:
-    """One more training crop: uint8 [H, W, 3], and float [K, 3] (x, y, 1 where labeled)."""
+    """Adds a training crop: uint8 [H, W, 3], and float [K, 3] (x, y, 1 where labeled)."""
     inputs = regressors(crop)
     outer = np.outer(inputs, inputs)
     for k in np.flatnonzero(keypoints[:, 2] > 0):
@@ -35,7 +35,7 @@ class Fit:
       self.target[k] += np.outer(inputs, keypoints[k, :2])
 
   def predictors(self) -> dict[str, Predictor]:
-    """The two, by name.
+    """The predictors by name.
 
     Raises:
       ValueError: no training crop has a labeled keypoint.
@@ -43,9 +43,9 @@ class Fit:
     if not self.number.any():
       raise UserError("no training crop has a labeled keypoint; check the data set.")
     mean = self.total / np.maximum(self.number, 1)[:, None]
-    offsets = self.target - np.einsum("ki,kj->kij", self.gram[:, :, -1], mean)  # of the places less their mean
+    offsets = self.target - np.einsum("ki,kj->kij", self.gram[:, :, -1], mean)  # of the positions minus their mean
     ridge = RIDGE * np.eye(self.gram.shape[1])
-    ridge[-1, -1] = 1e-9  # not on the constant
+    ridge[-1, -1] = 1e-9  # almost none for the constant
     weights = np.stack([np.linalg.solve(gram + ridge, offset) for gram, offset in zip(self.gram, offsets, strict=True)])
     return {
       "mean_pose": lambda crop: mean,

@@ -1,7 +1,7 @@
-"""Heatmaps of keypoints on the device: targets, mirrored maps, places with a fraction, the way back to the picture.
+"""Heatmaps of keypoints on the device: targets, flipped maps, subpixel decoding, conversion to image coordinates.
 
-Heatmaps are float [B, h, w, K]; places are (x, y). What is called UDP counts from the center of the first pixel to the
-center of the last one; the classic way counts pixels.
+Heatmaps are float [B, h, w, K]; positions are (x, y). UDP measures sizes from the center of the first pixel to the
+center of the last one; the classic convention counts pixels.
 
 Source: mmpose 0.x core/evaluation/top_down_eval.py keypoints_from_heatmaps, datasets/pipelines/top_down_transform.py
 TopDownGenerateTarget; Huang et al. 2020, https://arxiv.org/abs/1911.07524 (UDP); Zhang et al. 2020,
@@ -15,24 +15,24 @@ import numpy as np
 
 from vpd_jax.types import Array
 
-LOWEST, HIGHEST = 0.001, 50.0  # what a blurred heatmap is clipped to before the logarithm
+LOWEST, HIGHEST = 0.001, 50.0  # range to which a blurred heatmap is clipped before the logarithm
 
 
 def targets(
   keypoints: Array, crop: Sequence[int], size: Sequence[int], *, sigma: int = 2, udp: bool = True
 ) -> tuple[Array, Array]:
-  """Heatmaps with a Gaussian of height 1 at each keypoint, cut off 3 sigma from the nearest pixel.
+  """Heatmaps with a Gaussian of height 1 at each keypoint, truncated 3 sigma from the nearest pixel.
 
   Args:
     keypoints: float32 or wider [B, K, 3]: x and y in pixels of the crop, and 1 where labeled, else 0.
     crop: (H, W).
     size: (h, w) of the heatmaps.
     sigma: in pixels of the heatmap.
-    udp: the center keeps its fraction; False rounds it (MSRA's).
+    udp: the center is not rounded; False rounds it (MSRA).
 
   Returns:
-    float [B, h, w, K], 0 for a keypoint that has no label; and weights float [B, K]: 1 where labeled, but 0 where the
-    square around the center lies wholly outside.
+    float [B, h, w, K], 0 for keypoints without a label; and weights float [B, K]: 1 if labeled, but 0 if the square
+    around the center is completely outside.
   """
   dtype = jnp.promote_types(keypoints.dtype, jnp.float32)
   labeled = keypoints[..., 2].astype(dtype)  # [B, K]
@@ -52,12 +52,12 @@ def targets(
 
 
 def mirrored(heatmaps: Array, pairs: tuple[tuple[int, int], ...], *, shift: bool = False) -> Array:
-  """Heatmaps of a mirrored crop as those of the crop: mirrored back, left and right keypoints swapped.
+  """Flips the heatmaps of a flipped crop back, and swaps left and right keypoints.
 
   Args:
     heatmaps: float [B, h, w, K].
-    pairs: numbers that a mirror image swaps.
-    shift: moves the result right by one pixel, the first column staying, as the classic way does to be in line again.
+    pairs: indices that a flip swaps.
+    shift: moves the result right by one pixel, repeating the first column, to align it in the classic convention.
   """
   order = np.arange(heatmaps.shape[-1])
   for left, right in pairs:
@@ -67,7 +67,7 @@ def mirrored(heatmaps: Array, pairs: tuple[tuple[int, int], ...], *, shift: bool
 
 
 def maxima(heatmaps: Array) -> tuple[Array, Array]:
-  """The highest pixel of each heatmap: int32 [B, K, 2] (x, y), and its value [B, K]."""
+  """The maximum of each heatmap: its position int32 [B, K, 2] (x, y), and its value [B, K]."""
   batch, height, width, count = heatmaps.shape
   flat = heatmaps.reshape(batch, height * width, count)
   index = jnp.argmax(flat, axis=1).astype(jnp.int32)  # [B, K], the first of equals
@@ -75,49 +75,49 @@ def maxima(heatmaps: Array) -> tuple[Array, Array]:
 
 
 def blur_matrix(length: int, kernel: int) -> np.ndarray:
-  """The Gaussian blur of one axis as a matrix float64 [length, length], borders reflected without their last pixel.
+  """Gaussian blur of one axis as a matrix float64 [length, length], with reflected borders (not repeating the edge).
 
-  The deviation is OpenCV's for a kernel of that many taps: 2 for 11.
+  The standard deviation is that of OpenCV for this number of taps: 2 for 11.
 
   Source: OpenCV imgproc getGaussianKernel, BORDER_REFLECT_101.
   """
   sigma = 0.3 * ((kernel - 1) * 0.5 - 1) + 0.8
   half = kernel // 2
   taps = np.exp(-((np.arange(kernel) - half) ** 2) / (2 * sigma**2))
-  places = np.pad(np.arange(length), half, mode="reflect")
+  columns = np.pad(np.arange(length), half, mode="reflect")
   matrix = np.zeros((length, length))
   for i, tap in enumerate(taps / taps.sum()):
-    np.add.at(matrix, (np.arange(length), places[i : i + length]), tap)
+    np.add.at(matrix, (np.arange(length), columns[i : i + length]), tap)
   return matrix
 
 
 def blurred(heatmaps: Array, kernel: int) -> Array:
-  """Each heatmap under a Gaussian of `kernel` x `kernel` taps."""
+  """Blurs each heatmap with a Gaussian of `kernel` x `kernel` taps."""
   rows, columns = (jnp.asarray(blur_matrix(side, kernel), heatmaps.dtype) for side in heatmaps.shape[1:3])
   return jnp.einsum("ih,bhwk,jw->bijk", rows, heatmaps, columns, precision="highest")
 
 
 def decode(heatmaps: Array, *, udp: bool = True, kernel: int = 11) -> tuple[Array, Array]:
-  """Places of the keypoints with a fraction, and their scores.
+  """Subpixel positions of the keypoints, and their scores.
 
   Args:
     heatmaps: float [B, h, w, K].
-    udp: from the highest pixel p one Newton step p - (H + eps I)^-1 g on the logarithm of the blurred heatmap, whose
-      gradient and Hessian are central differences, the border repeated by one pixel; False: a quarter of a pixel to
-      the higher neighbor, in each axis, where p is not among the two first or the last pixel of either.
+    udp: one Newton step p - (H + eps I)^-1 g from the maximum p on the logarithm of the blurred heatmap, with gradient
+      and Hessian by central differences and the border repeated by one pixel; False: a quarter of a pixel towards the
+      higher neighbor in each axis, unless p is one of the first two pixels or the last pixel of either axis.
     kernel: taps of the blur, odd. Release: 11 at sigma 2, 17 at sigma 3.
 
   Returns:
-    float32 or wider [B, K, 2], x and y in pixels of the heatmap, -1 where the highest value is not above 0; and that
-    value, [B, K]. A heatmap that holds a number that is not finite has its keypoint at -1, with value 0.
+    float32 or wider [B, K, 2], x and y in pixels of the heatmap, -1 if the maximum is not positive; and the maximum,
+    [B, K]. A heatmap with a value that is not finite has its keypoint at -1, with score 0.
   """
   heatmaps = heatmaps.astype(jnp.promote_types(heatmaps.dtype, jnp.float32))
-  known = jnp.isfinite(heatmaps).all(axis=(1, 2))  # [B, K]
-  heatmaps = jnp.where(known[:, None, None], heatmaps, 0)
-  place, score = maxima(heatmaps)
-  step = _newton(heatmaps, place, kernel) if udp else _quarter(heatmaps, place)
+  is_finite = jnp.isfinite(heatmaps).all(axis=(1, 2))  # [B, K]
+  heatmaps = jnp.where(is_finite[:, None, None], heatmaps, 0)
+  position, score = maxima(heatmaps)
+  step = _newton(heatmaps, position, kernel) if udp else _quarter(heatmaps, position)
   step = jnp.where(jnp.isfinite(step), step, 0)
-  return jnp.where((score > 0)[..., None], place.astype(heatmaps.dtype) + step, -1), score
+  return jnp.where((score > 0)[..., None], position.astype(heatmaps.dtype) + step, -1), score
 
 
 def _at(maps: Array, x: Array, y: Array) -> Array:
@@ -127,46 +127,46 @@ def _at(maps: Array, x: Array, y: Array) -> Array:
   return jnp.take_along_axis(flat, (y * width + x)[:, None], axis=1)[:, 0]
 
 
-def _newton(heatmaps: Array, place: Array, kernel: int) -> Array:
+def _newton(heatmaps: Array, position: Array, kernel: int) -> Array:
   """The Newton step of `decode`, [B, K, 2]."""
   logs = jnp.log(jnp.clip(blurred(heatmaps, kernel), LOWEST, HIGHEST))
   logs = jnp.pad(logs, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-  x, y = place[..., 0] + 1, place[..., 1] + 1
-  around = {(i, j): _at(logs, x + i, y + j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i * j >= 0}
-  here, left, right, above, below = (around[k] for k in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)))
+  x, y = position[..., 0] + 1, position[..., 1] + 1
+  neighbors = {(i, j): _at(logs, x + i, y + j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i * j >= 0}
+  center, left, right, above, below = (neighbors[k] for k in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)))
   dx, dy = (right - left) / 2, (below - above) / 2
-  epsilon = float(np.finfo(np.float32).eps)  # in float64 too, as the release
-  dxx, dyy = right - 2 * here + left + epsilon, below - 2 * here + above + epsilon
-  dxy = (around[1, 1] - right - below + 2 * here - left - above + around[-1, -1]) / 2
+  epsilon = float(np.finfo(np.float32).eps)  # also for float64, as in the release
+  dxx, dyy = right - 2 * center + left + epsilon, below - 2 * center + above + epsilon
+  dxy = (neighbors[1, 1] - right - below + 2 * center - left - above + neighbors[-1, -1]) / 2
   determinant = dxx * dyy - dxy**2
   safe = jnp.where(determinant == 0, 1, determinant)
   step = jnp.stack([dxy * dy - dyy * dx, dxy * dx - dxx * dy], axis=-1) / safe[..., None]
   return jnp.where((determinant == 0)[..., None], 0, step)
 
 
-def _quarter(heatmaps: Array, place: Array) -> Array:
+def _quarter(heatmaps: Array, position: Array) -> Array:
   """The quarter step of `decode`, [B, K, 2]."""
   height, width = heatmaps.shape[1:3]
-  x, y = place[..., 0], place[..., 1]
+  x, y = position[..., 0], position[..., 1]
   inside = (x > 1) & (x < width - 1) & (y > 1) & (y < height - 1)
-  cx, cy = jnp.clip(x, 1, max(width - 2, 1)), jnp.clip(y, 1, max(height - 2, 1))  # read where it does not count
+  cx, cy = jnp.clip(x, 1, max(width - 2, 1)), jnp.clip(y, 1, max(height - 2, 1))  # clipped reads are masked below
   across = _at(heatmaps, cx + 1, y) - _at(heatmaps, cx - 1, y)
   down = _at(heatmaps, x, cy + 1) - _at(heatmaps, x, cy - 1)
   return jnp.where(inside[..., None], jnp.sign(jnp.stack([across, down], axis=-1)) / 4, 0)
 
 
-def to_picture(places: Array, center: Array, extent: Array, size: Sequence[int], *, udp: bool = True) -> Array:
-  """Places in a heatmap as places in the picture.
+def to_picture(positions: Array, center: Array, extent: Array, size: Sequence[int], *, udp: bool = True) -> Array:
+  """Converts positions in a heatmap to positions in the image.
 
   Args:
-    places: float [B, K, 2], (x, y) in pixels of the heatmap.
-    center, extent: float [B, 2] of the crops, in pixels of the picture; they were not turned.
+    positions: float [B, K, 2], (x, y) in pixels of the heatmap.
+    center, extent: float [B, 2] of the crops, in pixels of the image; they were not rotated.
     size: (h, w) of the heatmap.
-    udp: see the top of this file.
+    udp: see the module docstring.
 
   Returns:
     float [B, K, 2].
   """
   cells = np.array(size[::-1], np.float32) - (1 if udp else 0)
   factor = (extent / jnp.asarray(cells, extent.dtype)[None])[:, None]
-  return places * factor.astype(places.dtype) + (center - extent / 2)[:, None].astype(places.dtype)
+  return positions * factor.astype(positions.dtype) + (center - extent / 2)[:, None].astype(positions.dtype)

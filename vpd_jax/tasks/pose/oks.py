@@ -1,7 +1,7 @@
-"""Object keypoint similarity on the host: rescoring, suppression of doubles, COCO's average precision.
+"""Object keypoint similarity on the host: rescoring, non-maximum suppression, COCO's average precision.
 
 Source: mmpose 0.x core/post_processing/nms.py, datasets/datasets/top_down/topdown_coco_dataset.py; pycocotools
-cocoeval.py, which makes the scores.
+cocoeval.py, which computes the scores.
 """
 
 import contextlib
@@ -15,15 +15,15 @@ from vpd_jax.tasks import finite
 from vpd_jax.types import Fields
 
 SCORES = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "AR_L")  # in pycocotools' order
-MOST = 20  # people per picture that COCO's keypoint scores look at
+MAX_DETECTIONS = 20  # people per image in COCO's keypoint evaluation
 
 
 def similarity(
   points: np.ndarray, others: np.ndarray, area: float | np.ndarray, areas: np.ndarray, sigmas: np.ndarray
 ) -> np.ndarray:
-  """Similarity of one prediction with others: the mean over keypoints of exp(-d^2 / (2 (2 sigma)^2 A)).
+  """Similarity of one prediction to others: the mean over keypoints of exp(-d^2 / (2 (2 sigma)^2 A)).
 
-  A is the mean of both areas. 1 where they are the same.
+  A is the mean of both areas. 1 for identical keypoints.
 
   Args:
     points: float [K, 2 or more], x and y first.
@@ -42,13 +42,16 @@ def similarity(
 def suppress(
   points: np.ndarray, scores: np.ndarray, areas: np.ndarray, sigmas: np.ndarray, threshold: float
 ) -> list[int]:
-  """Which predictions of one picture stay, best first: those no more similar than `threshold` to a better one kept.
+  """Non-maximum suppression in one image: drops predictions more similar than `threshold` to a better kept one.
 
   Args:
     points: float [N, K, 2 or more].
     scores, areas: [N].
     sigmas: [K].
     threshold: of the similarity.
+
+  Returns:
+    indices of the kept predictions, best first.
   """
   order, kept = np.argsort(-np.asarray(scores), kind="stable"), []
   while len(order):
@@ -59,12 +62,12 @@ def suppress(
 
 
 def rescored(box_scores: np.ndarray, joint_scores: np.ndarray, threshold: float) -> np.ndarray:
-  """Score of each person: that of the box times the mean of the keypoints' scores above `threshold`, 0 where none is.
+  """Score of each person: the box score times the mean of the keypoint scores above `threshold`, or 0 without any.
 
   Args:
     box_scores: [N].
     joint_scores: [N, K].
-    threshold: which keypoints count.
+    threshold: minimum score of a keypoint, exclusive.
 
   Returns:
     float64 [N].
@@ -86,23 +89,23 @@ def detections(
   image_ids: Sequence[int],
   category: int,
 ) -> list[Fields]:
-  """Entries of a COCO results file, picture by picture, doubles suppressed.
+  """Entries of a COCO results file, image by image, after non-maximum suppression.
 
   Args:
     points: float [N, K, 3], x, y, score.
     scores, areas: [N], of the persons.
-    pictures: int [N], number of the picture.
+    pictures: int [N], index of the image.
     sigmas, threshold: see `suppress`.
-    image_ids: COCO's id of each picture.
+    image_ids: COCO's id of each image.
     category: COCO's id of the category.
 
-  What is not finite becomes 0: pycocotools 2.0.11 takes a similarity of NaN for a match.
+  Values that are not finite become 0, since pycocotools 2.0.11 treats a similarity of NaN as a match.
   """
   points, scores, areas = finite.points(points)[0], np.nan_to_num(scores, posinf=0), np.nan_to_num(areas, posinf=0)
   entries = []
   for picture in np.unique(pictures):
-    own = np.flatnonzero(pictures == picture)
-    for i in own[suppress(points[own], scores[own], areas[own], sigmas, threshold)]:
+    indices = np.flatnonzero(pictures == picture)
+    for i in indices[suppress(points[indices], scores[indices], areas[indices], sigmas, threshold)]:
       entries.append(
         {
           "image_id": image_ids[int(picture)],
@@ -115,32 +118,32 @@ def detections(
 
 
 def coco_scores(truth: Fields, entries: list[Fields], sigmas: np.ndarray) -> dict[str, float]:
-  """COCO's keypoint scores over all pictures of the truth, those without people included.
+  """COCO's keypoint scores over all images of the truth, including those without people.
 
   Args:
     truth: a COCO file's content: "images", "annotations", "categories".
-    entries: of a results file; they may be none.
+    entries: of a results file; may be empty.
     sigmas: [K].
 
   Returns:
-    those of SCORES that are defined, each in [0, 1]: M and L need medium and large people in the truth.
+    the defined SCORES, each in [0, 1]: M and L require medium and large people in the truth.
   """
   from pycocotools.coco import COCO
   from pycocotools.cocoeval import COCOeval
 
-  with contextlib.redirect_stdout(io.StringIO()):  # it prints each step
-    known = cast(Any, COCO())
-    known.dataset = {"info": {}} | truth  # pycocotools 2.0.10 copies it without asking whether it is there
-    known.createIndex()
+  with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints each step
+    ground_truth = cast(Any, COCO())
+    ground_truth.dataset = {"info": {}} | truth  # pycocotools 2.0.10 requires "info"
+    ground_truth.createIndex()
     if entries:
-      found = known.loadRes([dict(entry) for entry in entries])
+      results = ground_truth.loadRes([dict(entry) for entry in entries])
     else:
-      found = cast(Any, COCO())
-      found.dataset = {"images": truth["images"], "categories": truth["categories"], "annotations": []}
-      found.createIndex()
-    evaluation = COCOeval(known, found, "keypoints")
+      results = cast(Any, COCO())
+      results.dataset = {"images": truth["images"], "categories": truth["categories"], "annotations": []}
+      results.createIndex()
+    evaluation = COCOeval(ground_truth, results, "keypoints")
     evaluation.params.kpt_oks_sigmas = np.asarray(sigmas, np.float64)
-    evaluation.params.maxDets = [MOST]
+    evaluation.params.maxDets = [MAX_DETECTIONS]
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()

@@ -1,4 +1,4 @@
-"""Keypoints of people, one crop each: heatmaps are learned, decoded to the picture, scored as COCO does.
+"""Top-down pose estimation: heatmaps per crop, decoded to image coordinates, evaluated as in COCO.
 
 Source: ViTPose configs/body/2d_kpt_sview_rgb_img/topdown_heatmap/coco; mmpose 0.x models/losses/mse_loss.py,
 models/heads/topdown_heatmap_base_head.py, datasets/datasets/top_down/topdown_coco_dataset.py.
@@ -26,7 +26,7 @@ DRAWN = 0.2  # score above which a keypoint is drawn
 def joints_mse(predicted: Array, target: Array, weights: Array) -> Array:
   """Mean over batch, pixels and keypoints of (w predicted - w target)^2.
 
-  A keypoint of weight 0 adds nothing and counts in the mean all the same.
+  Keypoints of weight 0 add nothing, but count in the mean.
 
   Args:
     predicted, target: float [B, h, w, K].
@@ -41,12 +41,12 @@ def joints_mse(predicted: Array, target: Array, weights: Array) -> Array:
 
 
 class Pose(Task):
-  """Learns a heatmap per keypoint, scores keypoints in the picture.
+  """Predicts a heatmap per keypoint, evaluates keypoints in the image.
 
   Attributes:
-    output: what the head must know.
-    best: the score that chooses the best checkpoint.
-    needs_truth: `summarize` and `baselines` take what the data set's `truth` gives.
+    output: arguments of the head.
+    best: the metric that selects the best checkpoint.
+    needs_truth: `summarize` and `baselines` take the data set's `truth`.
   """
 
   needs = frozenset({"keypoints", "center", "extent", "box_score", "image_index"})
@@ -74,30 +74,30 @@ class Pose(Task):
     score_above: float = 0.2,
     nms: float = 0.9,
   ):
-    """Options of loss, decoding and scores.
+    """Initializes the options of loss, decoding and scores.
 
     Args:
-      keypoints: names, pairs, skeleton and sigmas, a fact of the data set; see data/keypoints.py Keypoints.
-      udp: a fact of the data set, too: how crops, heatmaps and pictures lie on each other, see heatmaps.py.
-      sigma: of the Gaussians that are learned, in pixels of the heatmap. Release: 2 at 256 x 192, 3 at 384 x 288.
+      keypoints: names, pairs, skeleton and sigmas, determined by the data set; see types.Keypoints.
+      udp: coordinate convention of crops and heatmaps, determined by the data set; see heatmaps.py.
+      sigma: of the target Gaussians, in pixels of the heatmap. Release: 2 at 256 x 192, 3 at 384 x 288.
       blur: taps of the blur before decoding, odd; 0: 6 sigma - 1. Release: 11 at sigma 2, 17 at sigma 3.
-      shift_flipped: moves the heatmaps of the mirrored crop by a pixel. Release: False with udp, True without.
-      score_above: keypoints whose score is above it count in a person's score. Release: 0.2.
-      nms: similarity above which the worse of two people of a picture is left out. Release: 0.9.
+      shift_flipped: shifts the heatmaps of the flipped crop by a pixel. Release: False with udp, True without.
+      score_above: minimum score, exclusive, of keypoints that count in a person's score. Release: 0.2.
+      nms: similarity above which the worse of two people in an image is suppressed. Release: 0.9.
 
     Raises:
-      ValueError: in one line, numbers out of their ranges.
+      ValueError: in one line, for numbers out of range.
     """
-    wrong = []
+    problems = []
     blur = blur or 6 * sigma - 1
     if sigma < 1 or sigma != int(sigma):
-      wrong.append(f"sigma={sigma} must be a whole number of at least 1")
+      problems.append(f"sigma={sigma} must be a whole number of at least 1")
     if blur < 3 or blur % 2 != 1:
-      wrong.append(f"blur={blur} must be an odd number of at least 3, or 0")
+      problems.append(f"blur={blur} must be an odd number of at least 3, or 0")
     if not 0 < nms <= 1:
-      wrong.append(f"nms={nms} must be above 0 and at most 1")
-    if wrong:
-      raise UserError(f"task: {'; '.join(wrong)}.")
+      problems.append(f"nms={nms} must be above 0 and at most 1")
+    if problems:
+      raise UserError(f"task: {'; '.join(problems)}.")
     self.keypoints, self.udp, self.sigma, self.blur = keypoints, udp, int(sigma), int(blur)
     self.shift_flipped, self.score_above, self.nms = shift_flipped, score_above, nms
     self.sigmas = np.asarray(keypoints.sigmas, np.float64)
@@ -107,11 +107,11 @@ class Pose(Task):
   def facts(cls, info: DatasetInfo, name: str) -> Fields:
     """See types.Task."""
     if info.keypoints is None:
-      raise UserError(f"task 'pose' needs keypoints, which data set {name!r} has not; choose another.")
+      raise UserError(f"task 'pose' needs keypoints, which data set {name!r} does not provide; choose another.")
     return {"keypoints": info.keypoints, "udp": info.udp}
 
   def loss(self, outputs: Outputs, batch: Batch) -> Loss:
-    """Weighted squared error of one group of crops; weight 0 where no keypoint is labeled.
+    """Weighted squared error of one group of crops; weight 0 if no keypoint is labeled.
 
     Args:
       outputs: "heatmaps" float [B, h, w, K].
@@ -130,22 +130,22 @@ class Pose(Task):
     return outputs["heatmaps"]
 
   def mirrored(self, prediction: Array) -> Array:
-    """Heatmaps of a mirrored crop mirrored back, left and right keypoints swapped.
+    """Flips the heatmaps of a flipped crop back, and swaps left and right keypoints.
 
     Source: mmpose 0.x core/post_processing/post_transforms.py flip_back; models/heads/topdown_heatmap_base_head.py.
     """
     return heatmaps.mirrored(prediction, self.keypoints.pairs, shift=self.shift_flipped)
 
   def locate(self, prediction: Array, center: Array, extent: Array) -> Array:
-    """Keypoints in the picture: float [B, K, 3], x, y and score.
+    """Keypoints in the image: float [B, K, 3], x, y and score.
 
     Args:
       prediction: heatmaps, float [B, h, w, K].
-      center, extent: float [B, 2] of the crops, which were not turned.
+      center, extent: float [B, 2] of the crops, which were not rotated.
     """
-    places, scores = heatmaps.decode(prediction, udp=self.udp, kernel=self.blur)
-    places = heatmaps.to_picture(places, center, extent, prediction.shape[1:3], udp=self.udp)
-    return jnp.concatenate([places, scores[..., None]], axis=-1)
+    positions, scores = heatmaps.decode(prediction, udp=self.udp, kernel=self.blur)
+    positions = heatmaps.to_picture(positions, center, extent, prediction.shape[1:3], udp=self.udp)
+    return jnp.concatenate([positions, scores[..., None]], axis=-1)
 
   def measure(self, prediction: Array, batch: Batch) -> dict[str, Array]:
     """One row per crop.
@@ -164,14 +164,14 @@ class Pose(Task):
     }
 
   def rescored(self, box_scores: np.ndarray, joint_scores: np.ndarray) -> np.ndarray:
-    """Scores of people, float64 [N], of boxes' [N] and keypoints' [N, K]; see oks.rescored."""
+    """Scores of people, float64 [N], from those of boxes [N] and keypoints [N, K]; see oks.rescored."""
     return oks.rescored(box_scores, joint_scores, self.score_above)
 
   def results(self, rows: Rows, truth: Fields) -> list[Fields]:
-    """Entries of a COCO results file: rescored, doubles suppressed.
+    """Entries of a COCO results file, rescored and after non-maximum suppression.
 
     Args:
-      rows: of `measure`, of the whole split.
+      rows: from `measure`, of the full split.
       truth: of the data set.
     """
     return oks.detections(
@@ -186,13 +186,13 @@ class Pose(Task):
     )
 
   def summarize(self, rows: Rows, truth: Fields) -> dict[str, float]:
-    """COCO's scores over all pictures of the truth, those without people or without rows included.
+    """COCO's scores over all images of the truth, including those without people or rows.
 
     Returns:
-      oks.SCORES; "people", the rows; "not_finite".
+      oks.SCORES; "people", the number of rows; "not_finite".
 
     Raises:
-      ValueError: nobody in the truth has a labeled keypoint.
+      ValueError: no person in the truth has a labeled keypoint.
     """
     if not any(person["num_keypoints"] and not person["iscrowd"] for person in truth["annotations"]):
       raise UserError(f"none of {len(truth['images'])} images has a labeled keypoint to score; check the data set.")
@@ -200,7 +200,7 @@ class Pose(Task):
     return scores | {"people": float(len(rows["area"]))} | finite.total(rows)
 
   def write_results(self, path: epath.Path, rows: Rows, truth: Fields) -> epath.Path:
-    """Writes `results` as COCO's servers and tools take them; the file appears only when complete."""
+    """Writes `results` in COCO's format; the file appears only when complete."""
     entries = self.results(rows, truth)
     return atomic.write(path, atomic.to_json(entries))
 
@@ -222,46 +222,46 @@ class Pose(Task):
           "image_index": example["image_index"],
         }
         rows.setdefault(name, []).append(row)
-    stacked = {name: {key: np.stack([row[key] for row in own]) for key in own[0]} for name, own in rows.items()}
-    return {name: self.summarize(own, truth)["AP"] for name, own in stacked.items()}
+    stacked = {n: {key: np.stack([r[key] for r in row_list]) for key in row_list[0]} for n, row_list in rows.items()}
+    return {name: self.summarize(stacked_rows, truth)["AP"] for name, stacked_rows in stacked.items()}
 
   def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray:
-    """Crop with the predicted skeleton, with the annotated one, and the highest heatmap: uint8 [H + h, 3 W, 3]."""
+    """Crop with the predicted skeleton, with the annotated one, and the maximum of heatmaps: uint8 [H + h, 3 W, 3]."""
     height, width = example["image"].shape[:2]
-    less = 1 if self.udp else 0
-    places, scores = heatmaps.decode(jnp.asarray(prediction)[None], udp=self.udp, kernel=self.blur)
-    stride = (np.array([width, height]) - less) / (np.array(prediction.shape[1::-1]) - less)
-    found = np.concatenate([np.asarray(places[0]) * stride, np.asarray(scores[0])[:, None]], axis=-1)
-    shown = [self._drawn(example["image"], [points]) for points in (found, example["keypoints"])]
+    offset = 1 if self.udp else 0
+    positions, scores = heatmaps.decode(jnp.asarray(prediction)[None], udp=self.udp, kernel=self.blur)
+    stride = (np.array([width, height]) - offset) / (np.array(prediction.shape[1::-1]) - offset)
+    predicted = np.concatenate([np.asarray(positions[0]) * stride, np.asarray(scores[0])[:, None]], axis=-1)
+    shown = [self._drawn(example["image"], [points]) for points in (predicted, example["keypoints"])]
     shown.append(visualize.heat(example["image"], prediction.max(-1)))
     return drawing.row(list(zip(("prediction", "truth", "heatmaps"), shown, strict=True)))
 
   def save(self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None) -> list[Path]:
-    """Writes the people of one picture; files appear only when complete, the JSON last.
+    """Writes the people of one image; files appear only when complete, the JSON last.
 
     Args:
-      stem: path without suffix: stem.skeleton.png, where there is an image, with the box of a person of whom no
-        keypoint is sure enough to be drawn, if `facts` gives it; stem.json, which gives each person's
-        keypoints by name as x, y, score, all 0 where they are not finite, and then "not_finite", their number.
-      prediction: float [N, K, 3] of `locate`, one entry per person, also none.
-      facts: more entries for the JSON; "people" among them is a list of N, what else is known of each person.
+      stem: path without suffix: stem.skeleton.png, if there is an image, with the boxes in `facts` of people without a
+        sufficiently confident keypoint; stem.json with each person's keypoints by name as x, y, score, all 0 if they
+        are not finite, and in that case their number, "not_finite".
+      prediction: float [N, K, 3] from `locate`, one entry per person; N may be 0.
+      facts: additional entries for the JSON; its "people" is a list of N dicts with further data of each person.
       image: uint8, or float in [0, 1], [H, W, 3].
     """
-    prediction, wrong = finite.points(prediction)
+    prediction, invalid = finite.points(prediction)
     round_off = lambda numbers: [round(float(number), 3) for number in numbers]
     named = lambda points: dict(zip(self.keypoints.names, map(round_off, points), strict=True))
-    known = facts.get("people", [{}] * len(prediction))
-    people = [own | {"keypoints": named(points)} for own, points in zip(known, prediction, strict=True)]
-    described = facts | {"people": people} | ({finite.KEY: wrong} if wrong else {})
+    persons = facts.get("people", [{}] * len(prediction))
+    people = [person | {"keypoints": named(points)} for person, points in zip(persons, prediction, strict=True)]
+    metadata = facts | {"people": people} | ({finite.KEY: invalid} if invalid else {})
     parts = {}
     if image is not None:
       image = image if image.dtype == np.uint8 else np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
-      unsure = [own for own, points in zip(known, prediction, strict=True) if not (points[:, 2] > DRAWN).any()]
-      image = visualize.boxes(image, [own["box"] for own in unsure if "box" in own])
+      unsure = [person for person, points in zip(persons, prediction, strict=True) if not (points[:, 2] > DRAWN).any()]
+      image = visualize.boxes(image, [person["box"] for person in unsure if "box" in person])
       parts[".skeleton.png"] = lambda path: write_colors(path, self._drawn(image, prediction))
-    parts[".json"] = lambda path: path.write_text(atomic.to_json(described, indent=1) + "\n")
+    parts[".json"] = lambda path: path.write_text(atomic.to_json(metadata, indent=1) + "\n")
     return [write(stem, suffix, content) for suffix, content in parts.items()]
 
   def _drawn(self, image: np.ndarray, people: Iterable[np.ndarray]) -> np.ndarray:
-    found = self.keypoints
-    return visualize.draw(image, list(people), found.names, found.skeleton, least=DRAWN)
+    info = self.keypoints
+    return visualize.draw(image, list(people), info.names, info.skeleton, least=DRAWN)

@@ -1,11 +1,11 @@
-"""Skeletons over pictures."""
+"""Drawing skeletons, boxes and heatmaps over images."""
 
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
 
-# By the side in the keypoints' names: orange left, blue right, green neither.
+# By the side in the names of keypoints: orange left, blue right, green neither.
 COLORS = {"left": (255, 140, 0), "right": (40, 130, 255), "": (0, 210, 90)}
 
 
@@ -22,14 +22,14 @@ def draw(
   *,
   least: float,
 ) -> np.ndarray:
-  """Bones and joints of people over a picture.
+  """Draws the bones and joints of people over an image.
 
   Args:
     image: uint8 [H, W, 3].
     people: float [K, 3] each, x, y and score.
-    names: of the K keypoints; a bone is of a side where one end is and the other is not of the other.
-    skeleton: numbers between which a bone is drawn.
-    least: keypoints whose score is not above it are left out.
+    names: of the K keypoints; a bone belongs to a side if one end does, and the other end not to the other side.
+    skeleton: pairs of indices that are connected by a bone.
+    least: minimum score of the drawn keypoints, exclusive.
 
   Returns:
     uint8 [H, W, 3].
@@ -37,26 +37,26 @@ def draw(
   drawn = image.copy()
   sides = [side(name) for name in names]
   for points in people:
-    known = np.isfinite(points).all(-1) & (points[:, 2] > least)
-    if not known.any():
+    visible = np.isfinite(points).all(-1) & (points[:, 2] > least)
+    if not visible.any():
       continue
-    height = np.ptp(points[known, 1])
+    height = np.ptp(points[visible, 1])
     thick = int(np.clip(round(height / 70), 1, 6))
-    # In sixteenths of a pixel; far outside OpenCV's numbers would overflow.
-    places = np.round(np.clip(np.nan_to_num(points[:, :2]), -1e4, 1e4) * 16).astype(int)
+    # In sixteenths of a pixel; clipped, since OpenCV's integers would overflow far outside.
+    positions = np.round(np.clip(np.nan_to_num(points[:, :2]), -1e4, 1e4) * 16).astype(int)
     for a, b in skeleton:
-      if known[a] and known[b]:
+      if visible[a] and visible[b]:
         both = {sides[a], sides[b]} - {""}
         color = COLORS[both.pop()] if len(both) == 1 else COLORS[""]
-        cv2.line(drawn, places[a].tolist(), places[b].tolist(), color, thick, cv2.LINE_AA, 4)
-    for k in np.flatnonzero(known):
-      cv2.circle(drawn, places[k].tolist(), 16 * (thick + 1), (255, 255, 255), -1, cv2.LINE_AA, 4)
-      cv2.circle(drawn, places[k].tolist(), 16 * thick, COLORS[sides[k]], -1, cv2.LINE_AA, 4)
+        cv2.line(drawn, positions[a].tolist(), positions[b].tolist(), color, thick, cv2.LINE_AA, 4)
+    for k in np.flatnonzero(visible):
+      cv2.circle(drawn, positions[k].tolist(), 16 * (thick + 1), (255, 255, 255), -1, cv2.LINE_AA, 4)
+      cv2.circle(drawn, positions[k].tolist(), 16 * thick, COLORS[sides[k]], -1, cv2.LINE_AA, 4)
   return drawn
 
 
 def boxes(image: np.ndarray, outlines: Sequence[Sequence[float]]) -> np.ndarray:
-  """Boxes of people over a picture, as thin gray lines: uint8 [H, W, 3].
+  """Draws boxes of people over an image as thin gray lines: uint8 [H, W, 3].
 
   Args:
     image: uint8 [H, W, 3].
@@ -71,13 +71,13 @@ def boxes(image: np.ndarray, outlines: Sequence[Sequence[float]]) -> np.ndarray:
 
 
 def heat(image: np.ndarray, strongest: np.ndarray) -> np.ndarray:
-  """A picture, gray, with the highest of its heatmaps as red light: uint8 [H, W, 3].
+  """The image in gray, with the maximum of its heatmaps in red: uint8 [H, W, 3].
 
   Args:
     image: uint8 [H, W, 3].
     strongest: float [h, w]; 1 is full red.
   """
-  grown = cv2.resize(strongest.astype(np.float32), image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-  light = np.clip(np.nan_to_num(grown), 0, 1)[..., None]
+  resized = cv2.resize(strongest.astype(np.float32), image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+  opacity = np.clip(np.nan_to_num(resized), 0, 1)[..., None]
   gray = np.repeat(image.mean(-1, keepdims=True), 3, axis=-1) * 0.6
-  return (gray * (1 - light) + light * np.array([255.0, 60.0, 0.0])).astype(np.uint8)
+  return (gray * (1 - opacity) + opacity * np.array([255.0, 60.0, 0.0])).astype(np.uint8)

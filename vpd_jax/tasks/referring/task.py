@@ -1,6 +1,6 @@
-"""Referring segmentation: weighted cross-entropy, overall and mean IoU per sentence, pictures and files.
+"""Referring segmentation: weighted cross-entropy, overall and mean IoU per sentence, images and files.
 
-One example is one sentence: its mask is 1 on the object it speaks of and 0 elsewhere.
+One example is one sentence: its mask is 1 on the object it refers to and 0 elsewhere.
 
 Source: VPD refer/train.py criterion, refer/test.py evaluate.
 """
@@ -24,9 +24,9 @@ THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def weighted_cross_entropy(logits: Array, mask: Array, weights: Sequence[float]) -> Array:
-  """Mean cross-entropy of two classes in which each pixel weighs as its class does.
+  """Mean cross-entropy of two classes, weighted by class.
 
-  sum w[t] (logsumexp(x) - x[t]) / sum w[t], over all pixels of all images together.
+  sum w[t] (logsumexp(x) - x[t]) / sum w[t], over all pixels of all images.
 
   Args:
     logits: float32 or wider [..., 2], background first.
@@ -39,37 +39,37 @@ def weighted_cross_entropy(logits: Array, mask: Array, weights: Sequence[float])
   Source: torch.nn.functional.cross_entropy(weight=...); VPD refer/train.py criterion.
   """
   inside = mask.astype(bool)
-  lost = jax.nn.logsumexp(logits, axis=-1) - jnp.where(inside, logits[..., 1], logits[..., 0])
+  losses = jax.nn.logsumexp(logits, axis=-1) - jnp.where(inside, logits[..., 1], logits[..., 0])
   weight = jnp.where(inside, *(jnp.asarray(w, logits.dtype) for w in (weights[1], weights[0])))
-  return (weight * lost).sum() / weight.sum()
+  return (weight * losses).sum() / weight.sum()
 
 
-def at_size(margin: Array, size: Array, canvas: Sequence[int]) -> Array:
-  """A map resized to a size that is known only when it runs, at the top left of a canvas; bilinear, no antialiasing.
+def resize_to_dynamic_size(margin: Array, size: Array, canvas: Sequence[int]) -> Array:
+  """Bilinearly resizes a map to a size that is only known at runtime, at the top left of a canvas; no antialiasing.
 
-  Pixel i of n reads the map at (i + 0.5) h / n - 0.5, as torch's align_corners=False.
+  Pixel i of n reads the map at (i + 0.5) h / n - 0.5, as with torch's align_corners=False.
 
   Args:
     margin: float [h, w].
     size: int [2], (height, width) of the result.
-    canvas: static (H, W) that holds it.
+    canvas: static (H, W) of the canvas.
 
   Returns:
-    float [H, W]; beyond `size` it repeats the border.
+    float [H, W]; repeats the border beyond `size`.
   """
 
-  def shares(old: int, new: Array, count: int) -> Array:
+  def interpolation_weights(old: int, new: Array, count: int) -> Array:
     scale = old / new.astype(margin.dtype)
-    places = jnp.clip((jnp.arange(count, dtype=margin.dtype) + 0.5) * scale - 0.5, 0, old - 1)
-    distance = jnp.abs(places[:, None] - jnp.arange(old, dtype=margin.dtype)[None])
+    positions = jnp.clip((jnp.arange(count, dtype=margin.dtype) + 0.5) * scale - 0.5, 0, old - 1)
+    distance = jnp.abs(positions[:, None] - jnp.arange(old, dtype=margin.dtype)[None])
     return jnp.maximum(1 - distance, 0)  # [count, old]
 
-  rows, columns = (shares(margin.shape[i], size[i], canvas[i]) for i in (0, 1))
+  rows, columns = (interpolation_weights(margin.shape[i], size[i], canvas[i]) for i in (0, 1))
   return jnp.einsum("hy,yx,wx->hw", rows, margin, columns, precision="highest")
 
 
 class Referring(Task):
-  """Learns which pixels a sentence speaks of; scores intersection and union per sentence.
+  """Segments the object that a sentence refers to; evaluates intersection and union per sentence.
 
   Attributes:
     eval_needs: keys of a Batch that only `measure` reads.
@@ -89,16 +89,16 @@ class Referring(Task):
   )
 
   def __init__(self, *, class_weights: tuple[float, float] = (0.9, 1.1), eval_at: str = "network"):
-    """Options of loss and scores.
+    """Initializes the options of loss and scores.
 
     Args:
       class_weights: of background and object in the loss. Release: (0.9, 1.1).
-      eval_at: where IoU is measured: "network", at the size of the network's input, to which the mask was resized with
-        the nearest pixel, as released; or "original", at the size of the picture, to which the scores are resized
-        bilinearly.
+      eval_at: resolution of the evaluation: "network", the size of the network's input, to which the mask was resized
+        with nearest-neighbor interpolation, as released; or "original", the size of the image, to which the scores are
+        resized bilinearly.
 
     Raises:
-      ValueError: weights that are not two numbers above 0, an unknown word.
+      ValueError: weights that are not two positive numbers, unknown `eval_at`.
     """
     if len(class_weights) != 2 or min(class_weights) <= 0:
       raise UserError(
@@ -111,28 +111,28 @@ class Referring(Task):
     self.eval_needs = frozenset({"full_mask", "full_size"} if eval_at == "original" else ())
 
   def loss(self, outputs: Outputs, batch: Batch) -> Loss:
-    """Weighted cross-entropy of one group of images, and as a log the share of pixels with the right class."""
+    """Weighted cross-entropy of one group of images, and the pixel accuracy as a log."""
     logits, mask = outputs["logits"], batch["mask"]
     _check_size(logits, mask)
     value = weighted_cross_entropy(logits, mask, self.class_weights)
-    right = (logits[..., 1] > logits[..., 0]) == mask.astype(bool)
-    return Loss(value, jnp.ones((), value.dtype), {"pixel_accuracy": right.mean(dtype=jnp.float32)})
+    correct = (logits[..., 1] > logits[..., 0]) == mask.astype(bool)
+    return Loss(value, jnp.ones((), value.dtype), {"pixel_accuracy": correct.mean(dtype=jnp.float32)})
 
   def predict(self, outputs: Outputs) -> Array:
-    """Scores of background and object, float [B, H, W, 2], before any softmax."""
+    """Scores of background and object, float [B, H, W, 2], before the softmax."""
     return outputs["logits"]
 
   def decide(self, scores: Array) -> Array:
-    """Bool [...], on the object, of scores [..., 2]."""
+    """Scores [..., 2] to bool [...], true on the object."""
     return scores[..., 1] > scores[..., 0]
 
   def measure(self, prediction: Array, batch: Batch) -> dict[str, Array]:
     """{"intersection", "union"}: pixels of each sentence, int32 [B] each; "not_finite", see finite.count.
 
     Args:
-      prediction: scores float [B, H, W, 2]; object where its score is larger.
-      batch: "mask" [B, H, W], 1 on the object; for "original" also "full_mask" [B, H', W'], a canvas whose top left
-        holds the mask of the picture, and "full_size" int [B, 2], its (height, width).
+      prediction: scores float [B, H, W, 2]; the larger one determines the class.
+      batch: "mask" [B, H, W], 1 on the object; for "original" also "full_mask" [B, H', W'], a canvas with the mask of
+        the image at its top left, and "full_size" int [B, 2], the (height, width) of the image.
     """
     counts = {finite.KEY: finite.count(prediction)}
     margin = prediction[..., 1] - prediction[..., 0]
@@ -145,16 +145,16 @@ class Referring(Task):
     def one(margin: Array, mask: Array, size: Array) -> dict[str, Array]:
       rows, columns = (jnp.arange(side) < size[i] for i, side in enumerate(canvas))
       valid = rows[:, None] & columns[None]
-      return _overlap(valid & (at_size(margin, size, canvas) > 0), valid & mask.astype(bool))
+      return _overlap(valid & (resize_to_dynamic_size(margin, size, canvas) > 0), valid & mask.astype(bool))
 
     return counts | jax.vmap(one)(margin, batch["full_mask"], batch["full_size"])
 
   def summarize(self, rows: Rows) -> dict[str, float]:
-    """Scores over all sentences, all between 0 and 1 but the last two.
+    """Scores over all sentences, all between 0 and 1 except for the last two.
 
     Returns:
-      "oIoU", sum of intersections over sum of unions; "mIoU", mean over sentences, where a union of 0 counts as 0;
-      "P@0.5" to "P@0.9", share of sentences whose IoU is at least so large; "sentences"; "not_finite".
+      "oIoU", sum of intersections over sum of unions; "mIoU", mean over sentences, where an empty union counts as 0;
+      "P@0.5" to "P@0.9", share of sentences with at least this IoU; "sentences"; "not_finite".
 
     Source: VPD refer/test.py evaluate.
     """
@@ -169,9 +169,9 @@ class Referring(Task):
     }
 
   def baselines(self, train: Iterable[Example], evaluation: Iterable[Example]) -> dict[str, float]:
-    """Overall IoU of two predictors that read no sentence and see no picture.
+    """Overall IoU of two predictors that use neither sentence nor image.
 
-    "constant_mask": the mask that is best on the training examples among all there are; "everything": all pixels.
+    "constant_mask": the constant mask that is best on the training examples; "everything": all pixels.
 
     Raises:
       ValueError: no training example has an object.
@@ -190,7 +190,7 @@ class Referring(Task):
     return {name: float(inside / max(union, 1)) for name, (inside, union) in total.items()}
 
   def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray:
-    """The picture, the mask and the prediction over it, side by side above the sentence: uint8 [H + 2 h, 3 W, 3]."""
+    """Image, image with mask, and image with prediction side by side, above the sentence: uint8 [H + 2 h, 3 W, 3]."""
     image, mask = example["image"], example["mask"].astype(bool)
     shown = (visualize.overlay(x, image) for x in (np.zeros_like(mask), mask, _object(prediction)))
     parts = list(zip(("input", "truth", "prediction"), shown, strict=True))
@@ -201,33 +201,33 @@ class Referring(Task):
 
     Args:
       stem: path without suffix: stem.mask.png (255 on the object, else 0), stem.overlay.png (the object in color over
-        the picture, below it the sentence, and whether nothing was found), stem.json.
+        the image, above the sentence and a note if nothing was found), stem.json.
       prediction: bool or int [H, W], 1 on the object; or scores float [H, W, 2].
-      facts: more entries for the JSON, among them "sentence"; it gives the object's share and box (left, top, width,
-        height in pixels, None where nothing was found).
-      image: uint8, or float in [0, 1], [H, W, 3] below the color; None shows it on black.
+      facts: additional entries for the JSON, including "sentence". The JSON contains the object's share and box (left,
+        top, width, height in pixels, None if nothing was found).
+      image: uint8, or float in [0, 1], [H, W, 3], the background; None: black.
     """
     mask = _object(prediction)
     background = np.zeros((*mask.shape, 3), np.uint8) if image is None else image
     title = str(facts.get("sentence", "")) + ("" if mask.any() else " (nothing found)")
     picture = visualize.titled(visualize.overlay(mask, background), title)
-    described = {"share": round(float(mask.mean()), 6), "box": visualize.box(mask), "size": list(mask.shape)}
+    metadata = {"share": round(float(mask.mean()), 6), "box": visualize.box(mask), "size": list(mask.shape)}
     parts = {
       ".mask.png": lambda path: label_images.write_colors(path, mask.astype(np.uint8) * 255),
       ".overlay.png": lambda path: label_images.write_colors(path, picture),
-      ".json": lambda path: path.write_text(atomic.to_json({**described, **facts}, indent=1) + "\n"),
+      ".json": lambda path: path.write_text(atomic.to_json({**metadata, **facts}, indent=1) + "\n"),
     }
     return [label_images.write(stem, suffix, write) for suffix, write in parts.items()]
 
 
 def _overlap(prediction: Array, mask: Array) -> dict[str, Array]:
-  """Pixels of both, and of either, of bool [H, W]."""
+  """Number of pixels in the intersection and in the union of bool [H, W]."""
   count = lambda which: which.sum(dtype=jnp.int32)
   return {"intersection": count(prediction & mask), "union": count(prediction | mask)}
 
 
 def _object(prediction: np.ndarray) -> np.ndarray:
-  """Bool [H, W] of scores [H, W, 2], or of a mask."""
+  """Converts scores [H, W, 2], or a mask, to bool [H, W]."""
   return prediction[..., 1] > prediction[..., 0] if prediction.ndim == 3 else prediction.astype(bool)
 
 

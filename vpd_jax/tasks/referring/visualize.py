@@ -1,4 +1,4 @@
-"""A mask and its sentence as pictures and files."""
+"""Drawing a mask and its sentence."""
 
 import cv2
 import numpy as np
@@ -7,12 +7,12 @@ from vpd_jax.tasks.label_images import as_bytes
 
 COLOR = (255, 40, 40)
 OPACITY = 0.5
-LINE = 18  # pixels of the sentence
-SCALE = 0.4  # of its letters
+LINE = 18  # height of the sentence in pixels
+SCALE = 0.4  # of the font
 
 
 def overlay(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
-  """Color half over the object, and its outline in full: uint8 [H, W, 3].
+  """Blends a color over the object, and draws its opaque outline: uint8 [H, W, 3].
 
   Args:
     mask: bool [H, W].
@@ -26,15 +26,15 @@ def overlay(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 
 def titled(picture: np.ndarray, sentence: str) -> np.ndarray:
-  """The picture above a line with the sentence: uint8 [H + LINE, W, 3]; what does not fit is cut."""
+  """The image above a line with the sentence, clipped to its width: uint8 [H + LINE, W, 3]."""
   line = np.full((LINE, picture.shape[1], 3), 255, np.uint8)
-  readable = sentence.encode("ascii", "replace").decode()  # OpenCV's letters
+  readable = sentence.encode("ascii", "replace").decode()  # OpenCV's fonts support ASCII only
   cv2.putText(line, readable, (4, LINE - 5), cv2.FONT_HERSHEY_SIMPLEX, SCALE, (0, 0, 0), 1, cv2.LINE_AA)
   return np.concatenate([picture, line])
 
 
 def box(mask: np.ndarray) -> list[int] | None:
-  """[left, top, width, height] in pixels of what is True; None where nothing is."""
+  """Bounding box [left, top, width, height] in pixels of a mask; None if it is empty."""
   rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
   if not rows.size:
     return None

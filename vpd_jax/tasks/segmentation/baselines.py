@@ -1,4 +1,4 @@
-"""What trivial predictors of labels reach on a data set: a network that has learned anything is better."""
+"""Trivial predictors of labels, as baselines that every trained network should exceed."""
 
 from collections.abc import Callable
 
@@ -11,11 +11,11 @@ Predictor = Callable[[np.ndarray], np.ndarray]  # uint8 [H, W, 3] to int [H, W]
 
 
 class Fit:
-  """Sums over training images of any sizes, from which the three predictors follow; memory of one image.
+  """Accumulates statistics of training images of any sizes for three predictors, with the memory of one image.
 
   "most_frequent": the class with the most pixels; "position_mode": the most frequent class in each cell of a grid of
-  32 x 32 over the image; "linear_rgb_position": linear discriminants of red, green, blue, x and y, that is the Bayes
-  rule for classes that are normal with one covariance.
+  32 x 32 over the image; "linear_rgb_position": linear discriminants of red, green, blue, x and y, the Bayes rule
+  for normally distributed classes with a shared covariance.
   """
 
   def __init__(self, classes: int, ignore_label: int = 255):
@@ -24,7 +24,7 @@ class Fit:
     self.sums, self.squares = np.zeros((classes, 5)), np.zeros((5, 5))
 
   def add(self, image: np.ndarray, label: np.ndarray) -> None:
-    """One more training image: uint8, or float in [0, 1], [H, W, 3], and int [H, W]."""
+    """Adds a training image: uint8, or float in [0, 1], [H, W, 3], and int [H, W]."""
     valid = label != self.ignore_label
     numbers = label[valid].astype(np.int64)
     joint = cells(label.shape)[valid] * self.classes + numbers
@@ -35,7 +35,7 @@ class Fit:
     self.squares += inputs.T @ inputs
 
   def predictors(self) -> dict[str, Predictor]:
-    """The three, by name.
+    """The predictors by name.
 
     Raises:
       ValueError: no training image has a labeled pixel.
@@ -53,7 +53,7 @@ class Fit:
     }
 
   def _discriminants(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights [K, 5] and biases [K] whose largest value is the class; -inf for a class never seen."""
+    """Weights [K, 5] and biases [K] whose largest value is the class; -inf for classes without pixels."""
     total = counts.sum()
     means = self.sums / np.maximum(counts, 1)[:, None]
     within = self.squares / total - (means.T * counts) @ means / total
@@ -63,7 +63,7 @@ class Fit:
 
 
 def cells(size: tuple[int, int]) -> np.ndarray:
-  """int [H, W]: number of the cell of the grid in which each pixel lies."""
+  """int [H, W]: index of the grid cell of each pixel."""
   rows, columns = (np.arange(side) * GRID // side for side in size)
   return rows[:, None] * GRID + columns[None]
 

@@ -1,4 +1,4 @@
-"""Semantic segmentation: the losses of mmsegmentation as they run, mean IoU from areas, pictures and files.
+"""Semantic segmentation: the losses of mmsegmentation, mean IoU from areas, images and files.
 
 Source: mmsegmentation 0.30 models/losses, models/decode_heads/decode_head.py losses, core/evaluation/metrics.py.
 """
@@ -19,7 +19,7 @@ from vpd_jax.tasks.segmentation import baselines
 from vpd_jax.tasks.segmentation.lovasz import lovasz_softmax
 from vpd_jax.types import Array, Batch, DatasetInfo, Example, Fields, Loss, Outputs, Rows, Task
 
-MOST_CLASSES = 255  # a label is one byte, and one number means "no label"
+MAX_CLASSES = 255  # a label is one byte, and one value means "no label"
 
 
 def cross_entropy(logits: Array, label: Array, *, ignore_label: int = 255, avg_non_ignore: bool = False) -> Array:
@@ -27,26 +27,26 @@ def cross_entropy(logits: Array, label: Array, *, ignore_label: int = 255, avg_n
 
   Args:
     logits: float32 or wider [..., K].
-    label: int [...]; `ignore_label` marks a pixel without a label. Another number outside 0 .. K - 1 gives NaN.
+    label: int [...]; `ignore_label` marks pixels without a label. Other values outside 0 .. K - 1 result in NaN.
     ignore_label: see `label`.
     avg_non_ignore: divide by the number of labeled pixels instead. Release: False.
 
   Returns:
-    float []; 0 where nothing is labeled.
+    float []; 0 if no pixel is labeled.
 
   Source: mmsegmentation 0.30 models/losses/cross_entropy_loss.py.
   """
   valid = label != ignore_label
   unknown = valid & ((label < 0) | (label >= logits.shape[-1]))
-  lost = jax.nn.logsumexp(logits, axis=-1) - _of_label(logits, label)
-  total = jnp.where(unknown, jnp.nan, jnp.where(valid, lost, 0)).sum()
+  losses = jax.nn.logsumexp(logits, axis=-1) - _of_label(logits, label)
+  total = jnp.where(unknown, jnp.nan, jnp.where(valid, losses, 0)).sum()
   count = valid.sum() if avg_non_ignore else label.size
   return total / jnp.maximum(count, 1).astype(logits.dtype)
 
 
 def _of_label(logits: Array, label: Array) -> Array:
   """The score of the true class: [..., K] to [...]."""
-  # By comparison, not by index: the gradient of an index is a scatter.
+  # By comparison instead of indexing, whose gradient is a scatter.
   return jnp.where(label[..., None] == _numbers(logits), logits, 0).sum(axis=-1)
 
 
@@ -56,41 +56,41 @@ def _numbers(logits: Array) -> Array:
 
 
 def accuracy(logits: Array, label: Array, *, ignore_label: int = 255) -> Array:
-  """Percent of the labeled pixels whose class has the highest score; 0 where nothing is labeled.
+  """Percentage of the labeled pixels whose class has the highest score; 0 if no pixel is labeled.
 
   Source: mmsegmentation 0.30 models/losses/accuracy.py.
   """
   valid = label != ignore_label
-  right = valid & (_of_label(logits, label) >= logits.max(axis=-1))
-  return 100 * right.sum().astype(logits.dtype) / jnp.maximum(valid.sum(), 1).astype(logits.dtype)
+  correct = valid & (_of_label(logits, label) >= logits.max(axis=-1))
+  return 100 * correct.sum().astype(logits.dtype) / jnp.maximum(valid.sum(), 1).astype(logits.dtype)
 
 
 def resized(logits: Array, size: Sequence[int]) -> Array:
-  """[B, h, w, K] at another size, bilinear, as torch's align_corners=False."""
+  """Bilinearly resizes [B, h, w, K], as with torch's align_corners=False."""
   if logits.shape[1:3] == tuple(size):
     return logits
   return jax.image.resize(logits, (logits.shape[0], *size, logits.shape[3]), "linear", antialias=False)
 
 
 def areas(prediction: Array, label: Array, classes: int, *, ignore_label: int = 255) -> dict[str, Array]:
-  """Pixels of each class in one image, among those that have a label.
+  """Number of labeled pixels of each class in one image.
 
   Args:
     prediction: int [H, W], 0 .. K - 1.
-    label: int [H, W]; `ignore_label`, or another number outside 0 .. K - 1, marks a pixel that is not scored.
+    label: int [H, W]; `ignore_label` and other values outside 0 .. K - 1 mark pixels that are not evaluated.
     classes: K.
     ignore_label: see `label`.
 
   Returns:
-    int32 [K] each: "intersect", where both say the class; "predicted"; "labeled".
+    int32 [K] each: "intersect", where both have the class; "predicted"; "labeled".
 
   Source: mmsegmentation 0.30 core/evaluation/metrics.py intersect_and_union.
   """
   prediction, label = prediction.ravel(), label.ravel().astype(jnp.int32)
-  # Beyond a picture lies NOWHERE of inference/sliding_window.py, whatever the ignored label.
+  # Outside of an image the label is tiles.OUTSIDE_LABEL, independent of the ignored label.
   valid = (label != ignore_label) & (label >= 0) & (label < classes)
   one = jnp.ones_like(label)
-  # Class K takes what does not count.
+  # Invalid pixels are counted as class K.
   count = lambda which, where: jax.ops.segment_sum(one, jnp.where(where, which, classes), classes + 1)[:classes]
   return {
     "intersect": count(label, valid & (prediction == label)),
@@ -100,33 +100,33 @@ def areas(prediction: Array, label: Array, classes: int, *, ignore_label: int = 
 
 
 def merged(entries: tuple[str, ...], names: tuple[str, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]:
-  """(name, numbers of its parts) of each class after merging, in the order of first parts; see Segmentation.
+  """(name, ids of its parts) of each class after merging, in the order of first parts; see Segmentation.
 
   Raises:
-    ValueError: an entry that cannot be read, a class that is unknown or in two entries; one line for all.
+    ValueError: in one line, for all entries with invalid syntax, or with unknown or repeated classes.
   """
-  first, taken, wrong = {}, set(), []
+  first, used, invalid = {}, set(), []
   for entry in entries:
     name, _, parts = entry.partition("=")
-    known = [names.index(part) for part in parts.split("+") if part in names]
-    if not name or len(known) != len(parts.split("+")) or len(set(known) | taken) != len(known) + len(taken):
-      wrong.append(entry)
+    ids = [names.index(part) for part in parts.split("+") if part in names]
+    if not name or len(ids) != len(parts.split("+")) or len(set(ids) | used) != len(ids) + len(used):
+      invalid.append(entry)
       continue
-    taken |= set(known)
-    first[min(known)] = (name, tuple(sorted(known)))
-  if wrong:
+    used |= set(ids)
+    first[min(ids)] = (name, tuple(sorted(ids)))
+  if invalid:
     raise UserError(
-      f"task.merge has {wrong}; write 'NEW=NAME+NAME..' with classes of {', '.join(names)}, each in one entry only."
+      f"task.merge has {invalid}; write 'NEW=NAME+NAME..' with classes of {', '.join(names)}, each in one entry only."
     )
-  return tuple(first.get(k, (name, (k,))) for k, name in enumerate(names) if k in first or k not in taken)
+  return tuple(first.get(k, (name, (k,))) for k, name in enumerate(names) if k in first or k not in used)
 
 
 class Segmentation(Task):
-  """Learns the class of every pixel, scores it by areas over the whole data set.
+  """Predicts the class of every pixel, evaluated by areas over the full data set.
 
   Attributes:
-    output: what the head must know.
-    best: the score that chooses the best checkpoint.
+    output: arguments of the head.
+    best: the metric that selects the best checkpoint.
   """
 
   needs = frozenset({"label"})
@@ -156,27 +156,27 @@ class Segmentation(Task):
     label_ids: tuple[int, ...] = (),
     merge: tuple[str, ...] = (),
   ):
-    """Options of losses, scores and files.
+    """Initializes the options of losses, scores and files.
 
     Args:
       classes: K, at most 255.
-      lovasz: weight of the Lovász-Softmax loss beside the cross-entropy. Release: 1.0 for MetaPrompts, else 0.
+      lovasz: weight of the Lovász-Softmax loss, added to the cross-entropy. Release: 1.0 for MetaPrompts, else 0.
       auxiliary: weight of the cross-entropy of the auxiliary head. Release: 0.4 for MetaPrompts, else there is none.
       avg_non_ignore: see `cross_entropy`. Release: False.
-      ignore_label: marks a pixel without a label.
-      class_names: K names for legends and files; empty: the numbers.
+      ignore_label: marks pixels without a label.
+      class_names: K names for legends and files; empty: the class ids.
       palette: K colors, RGB; empty: those of Pascal VOC.
-      label_ids: K numbers that `save` writes in place of 0 .. K - 1 in a further picture, such as the label ids a test
-        server wants; empty: no such picture.
-      merge: for predictions, not for scores: "NEW=NAME+NAME.." makes one class of several, or renames one; the others
-        stay.
+      label_ids: K ids that `save` writes instead of 0 .. K - 1 in an additional image, such as those required by a
+        benchmark's server; empty: no such image.
+      merge: for predictions, not for scores: "NEW=NAME+NAME.." merges several classes into one, or renames one; the
+        others are unchanged.
 
     Raises:
-      ValueError: too many classes, lists of another length, an ignored label that is a class, classes to merge that
-        are unknown or named twice.
+      ValueError: too many classes, lists of another length, an ignored label that is a class, unknown or repeated
+        classes in `merge`.
     """
-    if not 1 <= classes <= MOST_CLASSES:
-      raise UserError(f"task.classes={classes} must lie between 1 and {MOST_CLASSES}.")
+    if not 1 <= classes <= MAX_CLASSES:
+      raise UserError(f"task.classes={classes} must lie between 1 and {MAX_CLASSES}.")
     if 0 <= ignore_label < classes:
       raise UserError(f"task.ignore_label={ignore_label} is one of the {classes} classes; choose a number beyond.")
     for field, values in (("class_names", class_names), ("palette", palette), ("label_ids", label_ids)):
@@ -198,13 +198,13 @@ class Segmentation(Task):
     return {"classes": len(info.classes), "class_names": info.classes, **known}
 
   def loss(self, outputs: Outputs, batch: Batch) -> Loss:
-    """Sum of the losses of one group of images; its logs are mmseg's by name and value.
+    """Sum of the losses of one group of images; its logs have the names and values of mmseg.
 
-    Scores are resized to the labels first. A group without any label has loss 0 and counts as the others do: so it is
-    in the release, which averages over GPUs.
+    Scores are resized to the labels first. A group without any label has loss 0 and full weight, as in the release,
+    which averages over GPUs.
 
     Raises:
-      ValueError: the head has an auxiliary part and no weight for it, or the reverse.
+      ValueError: the head has an auxiliary head without a weight, or vice versa.
     """
     if ("aux_logits" in outputs) != (self.auxiliary > 0):
       has = "an" if "aux_logits" in outputs else "no"
@@ -226,20 +226,20 @@ class Segmentation(Task):
     return Loss(total, jnp.ones((), total.dtype), jax.lax.stop_gradient(logs))
 
   def predict(self, outputs: Outputs) -> Array:
-    """Scores of the classes, float [B, H, W, K], before any softmax."""
+    """Scores of the classes, float [B, H, W, K], before the softmax."""
     return outputs["logits"]
 
   def decide(self, scores: Array) -> Array:
-    """The class of every pixel among those of `merge`, int32 [...], of probabilities [..., K].
+    """Probabilities [..., K] to the class of every pixel after `merge`, int32 [...].
 
-    The probability of a merged class is the sum of those of its parts.
+    The probability of a merged class is the sum of the probabilities of its parts.
     """
     if len(self.merge) < self.classes:
       scores = jnp.stack([sum(scores[..., k] for k in parts) for _, parts in self.merge], axis=-1)
     return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
   def measure(self, prediction: Array, batch: Batch) -> dict[str, Array]:
-    """Areas of each image, int32 [B, K] each; see `areas`, and of scores `finite.labels`.
+    """Areas of each image, int32 [B, K] each; see `areas`, and `finite.labels` for scores.
 
     Args:
       prediction: int [B, H, W] classes, or float [B, H, W, K] scores.
@@ -250,38 +250,38 @@ class Segmentation(Task):
     return counts | jax.vmap(count)(prediction, batch["label"])
 
   def summarize(self, rows: Rows) -> dict[str, float]:
-    """Scores of the whole set: areas are summed over the images first.
+    """Scores of the full data set: areas are summed over the images first.
 
     Returns:
-      "mIoU", "mAcc": means over the classes that occur, in prediction or truth, and in truth; "aAcc": share of right
-      pixels; "images"; "not_finite". All between 0 and 1 but these.
+      "mIoU", "mAcc": means over the classes in prediction or truth, and in truth; "aAcc": share of correct pixels;
+      "images"; "not_finite". All except the last two are between 0 and 1.
 
     Raises:
       ValueError: no pixel has a label.
 
     Source: mmsegmentation 0.30 core/evaluation/metrics.py total_area_to_metrics.
     """
-    of_class = self.per_class(rows)
-    right, labeled = (rows[name].sum(dtype=np.int64) for name in ("intersect", "labeled"))
+    scores_by_class = self.per_class(rows)
+    correct, labeled = (rows[name].sum(dtype=np.int64) for name in ("intersect", "labeled"))
     if not labeled:
       raise UserError(f"none of {len(rows['labeled'])} images has a labeled pixel; check the labels of the data set.")
     return {
-      "mIoU": float(np.nanmean(of_class["IoU"])),
-      "mAcc": float(np.nanmean(of_class["Acc"])),
-      "aAcc": float(right / labeled),
+      "mIoU": float(np.nanmean(scores_by_class["IoU"])),
+      "mAcc": float(np.nanmean(scores_by_class["Acc"])),
+      "aAcc": float(correct / labeled),
       "images": float(len(rows["labeled"])),
       **finite.total(rows),
     }
 
   def per_class(self, rows: Rows) -> dict[str, np.ndarray]:
-    """{"IoU", "Acc"}: float64 [K] each over the whole set; NaN for a class that does not occur."""
+    """{"IoU", "Acc"}: float64 [K] each over the full data set; NaN for classes that do not occur."""
     total = {name: rows[name].sum(axis=0, dtype=np.int64) for name in ("intersect", "predicted", "labeled")}
     union = total["predicted"] + total["labeled"] - total["intersect"]
     with np.errstate(invalid="ignore"):
       return {"IoU": total["intersect"] / union, "Acc": total["intersect"] / total["labeled"]}
 
   def baselines(self, train: Iterable[Example], evaluation: Iterable[Example]) -> dict[str, float]:
-    """Mean IoU of three predictors that learn nothing from the picture's content."""
+    """Mean IoU of three predictors that do not use the content of the image."""
     fit = baselines.Fit(self.classes, self.ignore_label)
     for example in train:
       fit.add(example["image"], example["label"])
@@ -294,9 +294,9 @@ class Segmentation(Task):
         count = lambda which, valid=valid: np.bincount(which[valid], minlength=self.classes)
         both = np.bincount(label[valid & (guess == label)], minlength=self.classes)
         row = {"intersect": both, "predicted": count(guess), "labeled": count(label)}
-        kept = rows.setdefault(name, row)
-        if kept is not row:
-          rows[name] = {key: kept[key] + row[key] for key in row}
+        sums = rows.setdefault(name, row)
+        if sums is not row:
+          rows[name] = {key: sums[key] + row[key] for key in row}
     return {n: self.summarize({k: v[None] for k, v in row.items()})["mIoU"] for n, row in rows.items()}
 
   def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray:
@@ -310,27 +310,27 @@ class Segmentation(Task):
     return drawing.row(parts)
 
   def save_attention(self, stem: Path, attention: np.ndarray, prediction: np.ndarray, image: np.ndarray) -> Path:
-    """Writes stem.attention.png: float [h, w, K] for each class of int [H, W] of `decide`, over uint8 [H, W, 3]."""
+    """Writes stem.attention.png: maps float [h, w, K] of the classes in int [H, W] of `decide`, over the image."""
     maps = [(name, cast(np.ndarray, sum(attention[..., part] for part in parts))) for name, parts in self.merge]
     picture = label_images.attention(maps, prediction, image)
     return label_images.write(stem, ".attention.png", lambda path: label_images.write_colors(path, picture))
 
   def save(self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None) -> list[Path]:
-    """Writes the labels of one picture; files appear only when complete, the JSON last.
+    """Writes the labels of one image; files appear only when complete, the JSON last.
 
     Args:
-      stem: path without suffix: stem.label.png (numbers of classes, with palette), stem.overlay.png (colors over the
-        picture, with a legend), stem.label_ids.png where there are `label_ids`, stem.json.
-      prediction: int [H, W] of `decide`.
-      facts: more entries for the JSON, which gives the share of each class.
-      image: uint8, or float in [0, 1], [H, W, 3] below the colors; None shows the colors alone.
+      stem: path without suffix: stem.label.png (class ids with palette), stem.overlay.png (colors over the image, with
+        a legend), stem.label_ids.png if there are `label_ids`, stem.json.
+      prediction: int [H, W] from `decide`.
+      facts: additional entries for the JSON, which contains the share of each class.
+      image: uint8, or float in [0, 1], [H, W, 3], the background; None shows only the colors.
     """
     label, names = prediction.astype(np.uint8), [name for name, _ in self.merge]
     palette = self.palette[[parts[0] for _, parts in self.merge]]
     overlay = label_images.overlay(label, palette, names, image)
     counts = np.bincount(label.ravel(), minlength=len(names)) / label.size
     order = [k for k in np.argsort(-counts, kind="stable") if counts[k]]
-    described = {
+    metadata = {
       "classes": {names[k]: {"number": int(k), "share": round(float(counts[k]), 6)} for k in order},
       "size": list(label.shape),
       **facts,
@@ -341,5 +341,5 @@ class Segmentation(Task):
     }
     if self.label_ids.size:
       parts[".label_ids.png"] = lambda path: label_images.write_colors(path, self.label_ids[label])
-    parts[".json"] = lambda path: path.write_text(atomic.to_json(described, indent=1) + "\n")
+    parts[".json"] = lambda path: path.write_text(atomic.to_json(metadata, indent=1) + "\n")
     return [label_images.write(stem, suffix, write) for suffix, write in parts.items()]
