@@ -23,7 +23,7 @@ def classifier(wanted: Mapping[str, Shaped], *, source: str) -> Found:
   """
   if not source:
     raise UserError(
-      f"there is no classifier of ImageNet: config.{OPTION} is empty; set it to {vit.WANTED}, or to random:SEED for "
+      f"there is no classifier of ImageNet: config.{OPTION} is empty; set it to {vit.EXPECTED}, or to random:SEED for "
       "smoke tests."
     )
   seed = random_seed(source, OPTION)
