@@ -95,7 +95,7 @@ def misfit(
     entry: the class or function.
     section: a mapping; its "name" is not an argument.
     where: name of the section, for the message.
-    given: arguments that the section must not set, besidess PROVIDED.
+    given: arguments that the section must not set, besides PROVIDED.
     more: fields of the section that are not arguments of the entry, but are read elsewhere.
   """
   parameters = {key: value for key, value in arguments(entry).items() if key not in (*PROVIDED, *given)}

@@ -21,8 +21,8 @@ def adamw(
     decay: weight decay.
     schedule: name and options of a schedule in `optim.py`; its `lr` is `optim.lr`.
     lr_groups, decay_groups: ordered (pattern, multiplier) pairs; None as an lr multiplier freezes.
-    norm_group, loss_group: images per group of batch statistics and of the loss; 0 is the whole batch.
-    moments: how the two moments are kept, see moments.py: "float32", "bfloat16" or "int8".
+    norm_group, loss_group: images per group of batch statistics and of the loss; 0 is the full batch.
+    moments: storage of the two moments, see moments.py: "float32", "bfloat16" or "int8".
   """
   return {
     "lr": lr,
@@ -65,7 +65,7 @@ def evaluation(
     test_time: any of "flip", the mirrored image, and one of "shift:N", N shifted square windows, or "halves:N", two
       halves that share N columns.
     baselines: number of training images to fit the trivial baselines on, whose scores are also printed; 0 for none.
-    coverage: "full" spreads shifted windows over the whole image; "released" may omit its end, for the published
+    coverage: "full" spreads shifted windows over the full image; "released" may omit its end, for the published
       protocols of NYU and KITTI, which do not score it.
     blend: how overlapping windows are merged: "mean", as published, or "smooth", with weights that fade toward the
       borders of a window, which avoids visible seams.
