@@ -49,21 +49,21 @@ class Captioned(Dataset):
     """
     source = self._dataset.source(split)
     names = [source.picture(index) for index in range(len(source))]
-    key_of = {name: _key(name, self._captions) for name in names}
-    missing = [name for name, key in key_of.items() if not key]
+    keys = {name: _key(name, self._captions) for name in names}
+    missing = [name for name, key in keys.items() if not key]
     if missing:
       raise UserError(
-        f"data.captions={self._path!r} has no caption of {len(missing)} of {len(key_of)} pictures of the {split} split, "
+        f"data.captions={self._path!r} has no caption of {len(missing)} of {len(keys)} pictures of the {split} split, "
         f"the first is {missing[0]!r}; add them."
       )
-    owners = {key: name for name, key in key_of.items()}
-    ambiguous = [name for name, key in key_of.items() if owners[key] != name]
+    owners = {key: name for name, key in keys.items()}
+    ambiguous = [name for name, key in keys.items() if owners[key] != name]
     if ambiguous:
       raise UserError(
-        f"data.captions={self._path!r} has one caption, {key_of[ambiguous[0]]!r}, for {ambiguous[0]!r} and "
-        f"{owners[key_of[ambiguous[0]]]!r} of the {split} split; name them with their folders."
+        f"data.captions={self._path!r} has one caption, {keys[ambiguous[0]]!r}, for {ambiguous[0]!r} and "
+        f"{owners[keys[ambiguous[0]]]!r} of the {split} split; name them with their folders."
       )
-    return CaptionedSource(source, [self._captions[key_of[name]] for name in names])
+    return CaptionedSource(source, [self._captions[keys[name]] for name in names])
 
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
     """As the wrapped data set."""

@@ -206,7 +206,8 @@ def read_columns(path: str | Path, *, columns: tuple[int, ...]) -> list[list[str
   if wrong:
     raise UserError(
       f"list file {path}: {len(wrong)} lines do not have {expected} columns: "
-      f"{image_files.first_items(wrong)}; put the image and its depth in a line, with a tab between where names hold spaces."
+      f"{image_files.first_items(wrong)}; put the image and its depth in a line, with a tab between where names hold "
+      "spaces."
     )
   if not table:
     raise UserError(f"list file {path} is empty; put the image and its depth in a line.")

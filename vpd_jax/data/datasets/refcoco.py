@@ -136,8 +136,9 @@ class RefCoco(ReferringDataset):
     without_outline = [ann for ann, what in outlines.items() if what]
     empty_sentences = [s.get("sent_id", "?") for ref in valid for s in ref["sentences"] if not s["sent"].strip()]
     without_sentence = [ref["ann_id"] for ref in valid if not ref["sentences"]]
+    reasons = ids([f"{ann} {outlines[ann]}" for ann in without_outline])
     missing = {
-      f"{len(without_outline)} annotations have no usable outline: {ids([f'{ann} {outlines[ann]}' for ann in without_outline])}": without_outline,
+      f"{len(without_outline)} annotations have no usable outline: {reasons}": without_outline,
       f"{len(empty_sentences)} sentences have no words: sent_id {ids(empty_sentences)}": empty_sentences,
       f"{len(without_sentence)} references have no sentence: ann_id {ids(without_sentence)}": without_sentence,
     }
@@ -168,15 +169,15 @@ class RefCoco(ReferringDataset):
 
   def _pictures(self, root: Path) -> Path:
     """The image folder."""
-    folders = (
-      [Path(self.images).expanduser(), root / self.images] if self.images else [root / folder for folder in PICTURES]
+    candidates = (
+      [Path(self.images).expanduser(), root / self.images] if self.images else [root / path for path in PICTURES]
     )
-    for folder in folders:
-      if folder.is_dir():
-        return folder
+    for path in candidates:
+      if path.is_dir():
+        return path
     raise UserError(
-      f"{root} holds no pictures: none of {', '.join(map(str, folders))} is a folder; set data.images to that of COCO's "
-      "train2014 pictures."
+      f"{root} holds no pictures: none of {', '.join(map(str, candidates))} is a folder; set data.images to that of "
+      "COCO's train2014 pictures."
     )
 
 

@@ -123,7 +123,7 @@ class Rooms(Dataset):
     return []
 
   def source(self, split: str) -> "DrawnRooms | expressions.RoomExpressions | reader.Shards":
-    """The rooms of "train" or "eval", rendered by `[]`, or read from shards; for "referring" the sentences of "eval"."""
+    """The rooms of "train" or "eval", rendered by `[]` or read from shards; for "referring" the sentences of "eval"."""
     if split not in SPLITS:
       raise UserError(f"split={split!r} is unknown; choose one of {SPLITS}.")
     if self.format == "tfds":
@@ -282,7 +282,7 @@ def sentences(room: Room) -> list[tuple[str, int]]:
 
 
 def keypoints(room: Room) -> np.ndarray:
-  """COCO keypoints float32 [17, 3] of the figure: x, y in pixels, and 2 visible, 1 hidden, 0 outside the image (then all 0)."""
+  """COCO keypoints float32 [17, 3] of the figure: x, y in pixels, and 2 visible, 1 hidden, 0 outside (then all 0)."""
   result = np.zeros((17, 3), np.float32)
   if room.joints is None:
     return result

@@ -1,8 +1,8 @@
 """COCO's JSON files of people: keypoint annotations and detections.
 
-An annotation file contains "images" (id, file_name, width, height), "annotations" (image_id, bbox as x, y, width, height,
-keypoints as x, y, visibility for each, area, iscrowd), and "categories", one of which names the keypoints. A detection
-file is a list of image_id, category_id, bbox, score.
+An annotation file contains "images" (id, file_name, width, height), "annotations" (image_id, bbox as x, y, width,
+height, keypoints as x, y, visibility for each, area, iscrowd), and "categories", one of which names the keypoints. A
+detection file is a list of image_id, category_id, bbox, score.
 """
 
 import collections
@@ -102,8 +102,9 @@ def annotations(path: str | Path, names: Sequence[str]) -> Annotations:
       invalid.append(f"annotation {str(entry.get('id', i))[:50]}")
   if invalid:
     raise UserError(
-      f"{path}: {len(invalid)} entries cannot be used: {image_files.first_items(invalid)}; an image needs id, file_name, width and height, "
-      f"an annotation the image_id of a listed image, a bbox of 4 and keypoints of {3 * len(names)} finite numbers; "
+      f"{path}: {len(invalid)} entries cannot be used: {image_files.first_items(invalid)}; an image needs id, "
+      "file_name, width and height, an annotation the image_id of a listed image, a bbox of 4 and keypoints of "
+      f"{3 * len(names)} finite numbers; "
       "its area, if it says one, is a number, and iscrowd 0 or 1."
     )
   if others and others == len(content["annotations"]):
@@ -184,8 +185,8 @@ def detected(
   other_categories = [entry for entry in content if entry.get("category_id") != category]
   if other_categories and len(other_categories) == len(content):
     raise UserError(
-      f"{path}: none of {len(content)} detections is of category {category}; their category_id is {_counted(other_categories)}. "
-      "Set data.person_category to the one of people: many programs count from 0."
+      f"{path}: none of {len(content)} detections is of category {category}; their category_id is "
+      f"{_counted(other_categories)}. Set data.person_category to the one of people: many programs count from 0."
     )
   rows, invalid, unknown, below_threshold, empty = [], [], [], 0, 0
   for i, entry in enumerate(content):
@@ -204,14 +205,14 @@ def detected(
       rows += [(index_of[entry["image_id"]], entry["bbox"], entry["score"])] if is_visible else []
   if invalid:
     raise UserError(
-      f"{path}: {len(invalid)} detections cannot be used: numbers {image_files.first_items(invalid)}; each needs image_id, a whole number, "
-      "a bbox of 4 finite numbers and a score."
+      f"{path}: {len(invalid)} detections cannot be used: numbers {image_files.first_items(invalid)}; each needs "
+      "image_id, a whole number, a bbox of 4 finite numbers and a score."
     )
   if unknown and others == "error":
     raise UserError(
       f"{path}: {len(unknown)} detections are of {len(set(unknown))} images that {coco.path} does not list: "
-      f"{image_files.first_items(sorted(set(unknown), key=str))}; take the detections of this split, or set data.complete=False to "
-      "leave them out."
+      f"{image_files.first_items(sorted(set(unknown), key=str))}; take the detections of this split, or set "
+      "data.complete=False to leave them out."
     )
   choice = f"people are category {category}, see data.person_category"
   notes = (

@@ -48,8 +48,8 @@ def decode(outline: Outline, size: tuple[int, int], *, overlap: str = "released"
   Args:
     outline: see Outline; must be valid, see `problem`.
     size: (height, width) of the picture.
-    overlap: how to merge several parts of one object: "released" excludes pixels in two or more of them, because it only
-      keeps pixels where their sum is 1; "union" includes them.
+    overlap: how to merge several parts of one object: "released" excludes pixels in two or more of them, because it
+      only keeps pixels where their sum is 1; "union" includes them.
 
   Raises:
     ValueError: for a run-length code that is damaged or has another size.
@@ -90,7 +90,7 @@ def _of_runs(code: dict) -> np.ndarray:
 
 
 def _runs_of_text(text: str) -> list[int]:
-  """The counts of a compressed code: groups of five bits, lowest first; from the fourth on as differences to two before."""
+  """The counts of a compressed code: groups of five bits, lowest first; from the fourth on, relative to two before."""
   runs, value, shift = [], 0, 0
   for letter in text.encode("ascii"):
     bits = letter - 48

@@ -177,7 +177,7 @@ def shade(parts: Parts, camera: Camera, light: Light, rays: np.ndarray, depth: n
 
 
 def surface(shapes: np.ndarray, unit: np.ndarray, local: np.ndarray, halves: np.ndarray):
-  """Normals [P, 3] in the frame of the part, and texture coordinates [P, 4]: two in meters, two relative to the face."""
+  """Normals [P, 3] in the frame of the part, and texture coordinates [P, 4]: two in meters, two face-relative."""
   size = np.abs(unit)
   face = size.argmax(1)
   pick = np.arange(len(face))

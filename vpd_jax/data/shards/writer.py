@@ -45,8 +45,8 @@ STATE = "state.json"
 class VpdJax(tfds.core.ShardBasedBuilder):
   """Builder for all data sets.
 
-  tfds' GeneratorBasedBuilder either orders records by a hash or, with that disabled, holds a full split in memory, since
-  all keys fall into one bucket. This builder writes shard by shard, in order.
+  tfds' GeneratorBasedBuilder either orders records by a hash or, with that disabled, holds a full split in memory,
+  since all keys fall into one bucket. This builder writes shard by shard, in order.
 
   Args:
     name: of the data set.
@@ -174,8 +174,8 @@ def prepare(
 ) -> None:
   """Writes the shards of a data set; `output` appears when all of them are complete.
 
-  Until then, files are written to `<output>.partial`. The same call resumes an interrupted run: finished shards are kept,
-  others are written again. The files of the data set are not modified.
+  Until then, files are written to `<output>.partial`. The same call resumes an interrupted run: finished shards are
+  kept, others are written again. The files of the data set are not modified.
 
   Args:
     dataset: see types.Dataset.

@@ -36,8 +36,8 @@ def depth_training(
   Args:
     example: "image" uint8 [H, W, 3] RGB, "depth" float32 [H, W] meters, and further maps.
     rng: for this record.
-    position: of the record in the shuffled epoch. The release counts the samples of a loader worker, which does not only
-      depend on the data; every fourth of the epoch is the same number.
+    position: of the record in the shuffled epoch. The release counts the samples of a loader worker, which is not a
+      property of the data; every fourth record of the epoch is the same number.
     crop: (height, width) of the result.
     cut_depth: see `vertical_cut_depth`.
     depth_scale: file units per meter.
@@ -169,8 +169,8 @@ def resize(example: Example, *, size: tuple[int, int]) -> Example:
 def resize_to_cover(example: Example, *, size: tuple[int, int]) -> Example:
   """Resizes all maps to cover `size` = (height, width), keeping the aspect ratio, and takes the center crop.
 
-  The image is area-averaged if it shrinks, or else bilinearly interpolated; the other maps use nearest neighbor, so that
-  depth is never mixed.
+  The image is area-averaged if it shrinks, or else bilinearly interpolated; the other maps use nearest neighbor, so
+  that depth is never mixed.
   """
   (height, width), (h, w) = example["image"].shape[:2], size
   scale = max(h / height, w / width)

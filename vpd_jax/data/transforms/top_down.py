@@ -1,7 +1,7 @@
 """Top-down keypoint transforms on the host: keypoint definitions, crops of boxes, augmentation.
 
-A box is represented by a center and an extent in image pixels: the extent is the padded box with the aspect ratio of the
-crop, i.e. 200 times the "scale" of the releases. Points are (x, y), as in COCO files; sizes are (H, W).
+A box is represented by a center and an extent in image pixels: the extent is the padded box with the aspect ratio of
+the crop, i.e. 200 times the "scale" of the releases. Points are (x, y), as in COCO files; sizes are (H, W).
 
 Source: mmpose 0.x datasets/pipelines/top_down_transform.py, core/post_processing/post_transforms.py; Huang et al. 2020,
 https://arxiv.org/abs/1911.07524 (UDP).
@@ -148,7 +148,7 @@ def warp_image(image: np.ndarray, matrix: np.ndarray, crop: tuple[int, int]) -> 
 
 
 def mirrored(points: np.ndarray, width: int, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
-  """Keypoints float [K, 3] (x, y, visibility) of the mirrored image, with left and right swapped. Unlabeled ones stay 0."""
+  """Keypoints float [K, 3] (x, y, visibility) of the mirrored image, left and right swapped. Unlabeled ones stay 0."""
   order = np.arange(len(points))
   for left, right in pairs:
     order[[left, right]] = right, left
@@ -192,8 +192,8 @@ class Augmentation:
     keypoints: of the data set.
     udp: see warp_matrix.
     padding: see box_to_center_scale.
-    center_jitter: shifts 30 % of the centers in training: "once" samples by record, equally in every epoch (as released,
-      where the data set is built once), "always" in every epoch, "off" never.
+    center_jitter: shifts 30 % of the centers in training: "once" samples by record, equally in every epoch (as
+      released, where the data set is built once), "always" in every epoch, "off" never.
     flip, half_body, rotation_chance: probabilities.
     half_body_joints: half-body augmentation requires more visible keypoints than this.
     upper_share: probability of trying the upper half first.
