@@ -32,19 +32,19 @@ def decode(raw: bytes, path: str | Path, mode: int = cv2.IMREAD_COLOR, *, turned
   check_whole(raw, path)
   mode = mode if mode == cv2.IMREAD_UNCHANGED else mode | cv2.IMREAD_IGNORE_ORIENTATION
   with faults(path):
-    picture = cv2.imdecode(np.frombuffer(_without_orientation(raw), np.uint8), mode)
-  if picture is None:
+    image = cv2.imdecode(np.frombuffer(_without_orientation(raw), np.uint8), mode)
+  if image is None:
     raise UserError(f"{path} is not a picture that can be read, or damaged; {AGAIN}.")
-  return _turned(picture, orientation(io.BytesIO(raw))) if turned else picture
+  return _oriented(image, orientation(io.BytesIO(raw))) if turned else image
 
 
 def orientation(file: Path | io.BytesIO) -> int:
   """The EXIF orientation of an image, 1 to 8; 1 if it is missing or cannot be read."""
   try:
-    with Image.open(file) as picture:
-      if picture.format == "PNG" and "exif" not in picture.info:
+    with Image.open(file) as image:
+      if image.format == "PNG" and "exif" not in image.info:
         return 1  # Pillow would decode the pixels to look for EXIF data after them
-      value = picture.getexif().get(_ORIENTATION, 1)
+      value = image.getexif().get(_ORIENTATION, 1)
   except Exception:  # damaged images are reported when they are decoded
     return 1
   return int(value) if value in range(2, 9) else 1
@@ -53,15 +53,15 @@ def orientation(file: Path | io.BytesIO) -> int:
 _ORIENTATION = 0x0112  # tag of EXIF and TIFF
 
 
-def _turned(picture: np.ndarray, orientation: int) -> np.ndarray:
+def _oriented(image: np.ndarray, orientation: int) -> np.ndarray:
   """Applies an EXIF orientation to [H, W, ...]."""
   if orientation >= 5:
-    picture = picture.swapaxes(0, 1)
+    image = image.swapaxes(0, 1)
   if orientation in (3, 4, 7, 8):
-    picture = picture[::-1]
+    image = image[::-1]
   if orientation in (2, 3, 6, 7):
-    picture = picture[:, ::-1]
-  return np.ascontiguousarray(picture)
+    image = image[:, ::-1]
+  return np.ascontiguousarray(image)
 
 
 def _without_orientation(raw: bytes) -> bytes:
@@ -225,12 +225,12 @@ def _has_full_data(raw: bytes, scan: Scan) -> bool:
   last = len(raw[: scan.end].rstrip(b"\0"))  # some encoders pad with zeros
   data = _TrackedFile(raw[: scan.end] + bytes(_SPARE), max(scan.begin, last - _SPARE))
   try:
-    picture = JpegImageFile(data)
+    image = JpegImageFile(data)
   except Exception:  # OpenCV may support it, or else reports the error
     return True
-  picture.draft(None, (max(picture.width // 8, 1), max(picture.height // 8, 1)))
+  image.draft(None, (max(image.width // 8, 1), max(image.height // 8, 1)))
   try:
-    picture.load()
+    image.load()
   except OSError:  # needs more data
     return False
   return data.exhausted

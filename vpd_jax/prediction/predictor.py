@@ -233,7 +233,7 @@ class Predictor:
       class_id: int or name of a class, or one per image; None for the mean of all class vectors.
       sentences: one per image, if the method reads sentences.
       boxes: for poses, a list per image of [x, y, width, height] or [x, y, width, height, score]; None: one person
-        per image, with the whole image as box.
+        per image, with the full image as box.
 
     Returns:
       A list with one dict per image, or the dict of a single image: {"depth": float32 [H, W] meters}, {"label": int32

@@ -32,7 +32,7 @@ class Ade20k(SegmentationDataset):
 
   Args:
     root: the folder ADEChallengeData2016, or with format="tfds" the one that prepare_data.py wrote.
-    complete: whether the published 20 210 and 2 000 pictures are required; False accepts any number.
+    complete: whether the published 20 210 and 2 000 images are required; False accepts any number.
 
   Source: mmseg/datasets/ade.py (reduce_zero_label); VPD segmentation/configs/_base_/datasets/ade20k.py.
   """
@@ -48,7 +48,7 @@ class Ade20k(SegmentationDataset):
     if self.format == "files":
       image_files.require_folder(self.root, f"ADEChallengeData2016: {SOURCE}")
 
-  def pictures(self, split: str) -> label_maps.Pictures:
+  def labeled_images(self, split: str) -> label_maps.LabeledImages:
     folder = Path(self.root).expanduser()
     pairs = label_maps.pair_files(folder, f"images/{SPLITS[split]}", f"annotations/{SPLITS[split]}", SOURCE)
-    return label_maps.Pictures(folder, pairs, LABEL_MAPPINGS)
+    return label_maps.LabeledImages(folder, pairs, LABEL_MAPPINGS)

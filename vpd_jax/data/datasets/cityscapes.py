@@ -52,7 +52,7 @@ class Cityscapes(SegmentationDataset):
     extra: additional training data besides the fine labels: "none"; "coarse", train_extra with the coarse labels; or
       "autolabelled", train_extra with machine labels, as in MetaPrompts' best model.
     cities: folder names of the training cities; () for all. Evaluation always uses all three of its cities.
-    complete: whether the published numbers of pictures are required; False accepts any number.
+    complete: whether the published numbers of images are required; False accepts any number.
 
   Attributes:
     provides: see SegmentationDataset; "index" is the position in the sorted folders, extra frames last.
@@ -88,7 +88,7 @@ class Cityscapes(SegmentationDataset):
         self.root, f"that holds leftImg8bit/ and gtFine/ of Cityscapes: {SOURCES['leftImg8bit']}"
       )
 
-  def pictures(self, split: str) -> label_maps.Pictures:
+  def labeled_images(self, split: str) -> label_maps.LabeledImages:
     root = Path(self.root).expanduser()
     cities = tuple(self.cities) if split == "train" else ()
     pairs = frames(root, SPLITS[split], f"gtFine/{SPLITS[split]}", "gtFine", cities)
@@ -96,7 +96,7 @@ class Cityscapes(SegmentationDataset):
       pairs += frames(root, "train_extra", "gtCoarse/train_extra", "gtCoarse")
     elif split == "train" and self.extra == "autolabelled":
       pairs += frames(root, "train_extra", "convert_autolabelled", "gtFine")
-    return label_maps.Pictures(root, pairs, LABEL_MAPPINGS)
+    return label_maps.LabeledImages(root, pairs, LABEL_MAPPINGS)
 
 
 def frames(root: Path, images: str, labeled: str, kind: str, cities: tuple[str, ...] = ()) -> list[tuple[str, str]]:

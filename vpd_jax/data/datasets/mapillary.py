@@ -32,7 +32,7 @@ class Mapillary(SegmentationDataset):
 
   Args:
     root: folder that holds training/ and validation/, or with format="tfds" the one that prepare_data.py wrote.
-    complete: whether the published 18 000 and 2 000 pictures are required; False accepts any number.
+    complete: whether the published 18 000 and 2 000 images are required; False accepts any number.
 
   Source: MetaPrompts segmentation/mapillary_v1.py, MapillaryHack.
   """
@@ -50,9 +50,9 @@ class Mapillary(SegmentationDataset):
     if self.format == "files":
       image_files.require_folder(self.root, f"that holds training/ and validation/ of Mapillary Vistas: {SOURCE}")
 
-  def pictures(self, split: str) -> label_maps.Pictures:
+  def labeled_images(self, split: str) -> label_maps.LabeledImages:
     root, part = Path(self.root).expanduser(), SPLITS[split]
     inner = "v1.2/labels" if (root / part / "v1.2" / "labels").is_dir() else "labels"
-    return label_maps.Pictures(
+    return label_maps.LabeledImages(
       root, label_maps.pair_files(root, f"{part}/images", f"{part}/{inner}", SOURCE), LABEL_MAPPINGS
     )

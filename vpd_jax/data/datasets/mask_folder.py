@@ -101,7 +101,7 @@ class MaskFolder(SegmentationDataset):
       raise UserError(f"data.classes {what}; give at most {label_maps.MAX_CLASSES} different ones.")
     return DatasetInfo(classes=classes)
 
-  def pictures(self, split: str) -> label_maps.Pictures:
+  def labeled_images(self, split: str) -> label_maps.LabeledImages:
     root, has_eval_folder = Path(self.root).expanduser(), split == "eval" and bool(self.eval_images)
     prefix, folders = (
       ("eval_", (self.eval_images, self.eval_masks)) if has_eval_folder else ("", (self.images, self.masks))
@@ -113,9 +113,9 @@ class MaskFolder(SegmentationDataset):
       if num_train < 1:
         raise UserError(f"{root / self.images} has {len(pairs)} picture and one is held out; add more.")
       pairs = pairs[:num_train] if split == "train" else pairs[num_train:]
-    pictures = label_maps.Pictures(root, pairs, self.label_mappings, self.exif)
-    pictures.notes = image_files.exif_notes((root / image for image, _ in pairs), self.exif)
-    return pictures
+    images = label_maps.LabeledImages(root, pairs, self.label_mappings, self.exif)
+    images.notes = image_files.exif_notes((root / image for image, _ in pairs), self.exif)
+    return images
 
   def decode(self) -> Callable[..., Example]:
     return functools.partial(label_maps.decode, label_mappings=self.label_mappings, exif=self.exif)

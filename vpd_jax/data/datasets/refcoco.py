@@ -115,25 +115,27 @@ class RefCoco(ReferringDataset):
     refs = [ref for ref in read_refs(path) if ref["split"] == name]
     self._check_count(refs, name, path)
     items = self._items(refs, read_instances(folder / "instances.json"), path)
-    pictures = self._pictures(root)
-    image_files.require_files(pictures, sorted({item.image for item in items}), "they are COCO's train2014 pictures.")
-    items = [item._replace(image=_below(root, pictures / item.image)) for item in items]
+    image_folder = self._pictures(root)
+    image_files.require_files(
+      image_folder, sorted({item.image for item in items}), "they are COCO's train2014 pictures."
+    )
+    items = [item._replace(image=_below(root, image_folder / item.image)) for item in items]
     read_mask = functools.partial(_read_mask, overlap=self.overlap)
     return referring.ReferringSource(root, items if split == "train" else referring.by_sentence(items), read_mask)
 
   def _items(self, refs: Sequence[Fields], instances: tuple[Mapping, Mapping], path: Path) -> list[Item]:
     """Converts references to items; all problems are reported together."""
-    pictures, annotations = instances
+    images, annotations = instances
     ids = image_files.first_items
     problems = []
-    no_picture = [ref["image_id"] for ref in refs if ref["image_id"] not in pictures]
-    no_outline = [ref["ann_id"] for ref in refs if ref["ann_id"] not in annotations]
-    for ids_missing, what in ((no_picture, "a picture"), (no_outline, "an annotation")):
-      if ids_missing:
-        problems.append(f"{len(ids_missing)} references name {what} that instances.json lacks ({ids(ids_missing)})")
-    valid = [ref for ref in refs if ref["image_id"] in pictures and ref["ann_id"] in annotations]
+    unknown_images = [ref["image_id"] for ref in refs if ref["image_id"] not in images]
+    unknown_annotations = [ref["ann_id"] for ref in refs if ref["ann_id"] not in annotations]
+    for unknown, problem in ((unknown_images, "a picture"), (unknown_annotations, "an annotation")):
+      if unknown:
+        problems.append(f"{len(unknown)} references name {problem} that instances.json lacks ({ids(unknown)})")
+    valid = [ref for ref in refs if ref["image_id"] in images and ref["ann_id"] in annotations]
     outlines = {ref["ann_id"]: coco_masks.problem(annotations[ref["ann_id"]]) for ref in valid}
-    without_outline = [ann for ann, what in outlines.items() if what]
+    without_outline = [ann for ann, problem in outlines.items() if problem]
     empty_sentences = [s.get("sent_id", "?") for ref in valid for s in ref["sentences"] if not s["sent"].strip()]
     without_sentence = [ref["ann_id"] for ref in valid if not ref["sentences"]]
     reasons = ids([f"{ann} {outlines[ann]}" for ann in without_outline])
@@ -152,7 +154,7 @@ class RefCoco(ReferringDataset):
     for ref in valid:
       texts = tuple(" ".join(s["sent"].split()) for s in ref["sentences"] if s["sent"].strip())
       if texts and not outlines[ref["ann_id"]]:
-        name, *size = pictures[ref["image_id"]]
+        name, *size = images[ref["image_id"]]
         items.append(Item(name, ref["image_id"], (annotations[ref["ann_id"]], *size), texts))
     return items
 
@@ -214,8 +216,8 @@ def read_instances(path: Path) -> tuple[dict[int, tuple[str, int, int]], dict[in
   content = reading.read_json(path)
   try:
     facts = lambda entry: (str(entry["file_name"]), int(entry["height"]), int(entry["width"]))
-    pictures = {int(entry["id"]): facts(entry) for entry in content["images"]}
-    return pictures, {int(entry["id"]): entry.get("segmentation") for entry in content["annotations"]}
+    images = {int(entry["id"]): facts(entry) for entry in content["images"]}
+    return images, {int(entry["id"]): entry.get("segmentation") for entry in content["annotations"]}
   except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
     reason = " ".join(str(error).split())
     raise UserError(f"{path} is damaged or not COCO's instances ({type(error).__name__} {reason}); {SOURCE}") from None

@@ -18,7 +18,7 @@ from vpd_jax.types import Dataset, DatasetInfo, Example, Options, Source
 class SegmentationDataset(Dataset):
   """Images with label maps, with mmsegmentation's augmentation.
 
-  Subclasses define `name`, `classes`, `label_mappings` and `pictures`, and call `__post_init__`.
+  Subclasses define `name`, `classes`, `label_mappings` and `labeled_images`, and call `__post_init__`.
 
   Args:
     root: folder of the files, or with format="tfds" the one that prepare_data.py wrote.
@@ -67,7 +67,7 @@ class SegmentationDataset(Dataset):
     """The images of "train" or "eval" with their label files, sorted by name.
 
     Raises:
-      ValueError: as `pictures`; with `complete`, for missing images; with format="tfds", for missing or incomplete
+      ValueError: as `labeled_images`; with `complete`, for missing images; with format="tfds", for missing or truncated
         shards.
     """
     if split not in ("train", "eval"):
@@ -75,10 +75,10 @@ class SegmentationDataset(Dataset):
     if self.format == "tfds":
       source: Source = reader.Shards(self.root, self.name, split, decode=self.decode(), made_with=self.made_with)
     else:
-      source = self.pictures(split)
+      source = self.labeled_images(split)
     return label_maps.check_count(source, split, self.published.counts.get(split), self.title)
 
-  def pictures(self, split: str) -> label_maps.Pictures:
+  def labeled_images(self, split: str) -> label_maps.LabeledImages:
     """The files of "train" or "eval".
 
     Raises:

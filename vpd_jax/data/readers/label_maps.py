@@ -78,9 +78,9 @@ def make_mapping(classes: Mapping[int, int], ignored: Iterable[int], remedy: str
   table = np.full(256, _INVALID, np.uint8)
   table[list(classes)] = list(classes.values())
   table[ignored] = IGNORE
-  nothing = _ranges(ignored) if len(ignored) <= image_files.SHOWN else str(len(ignored))
-  of_none = f", of which {nothing} mean no class" if ignored else ""
-  return LabelMapping(table, f"{_ranges(sorted({*classes, *ignored}))}{of_none}", remedy)
+  unlabeled = _ranges(ignored) if len(ignored) <= image_files.SHOWN else str(len(ignored))
+  note = f", of which {unlabeled} mean no class" if ignored else ""
+  return LabelMapping(table, f"{_ranges(sorted({*classes, *ignored}))}{note}", remedy)
 
 
 def decode_labels(raw: bytes, path: str | Path, mapping: LabelMapping) -> np.ndarray:
@@ -142,7 +142,7 @@ def decode(
   return {"image": image, "label": label, "index": np.asarray(record["index"], np.int32)}
 
 
-class Pictures(Source):
+class LabeledImages(Source):
   """Random access to images with label maps; files are read by `[]`."""
 
   def __init__(
@@ -204,16 +204,16 @@ def pair_files(
   folder = root / images
   if not folder.is_dir():
     raise UserError(f"{folder} is not a folder; {source}")
-  found = []
+  image_names = []
   for parent, subfolders, file_names in os.walk(folder):
     subfolders[:] = reading.visible(subfolders) if nested else []
     relative = Path(parent).relative_to(folder)
-    found += [
+    image_names += [
       (relative / name).as_posix()
       for name in reading.visible(file_names)
       if Path(name).suffix.lower() in IMAGE_SUFFIXES
     ]
-  if not found:
+  if not image_names:
     raise UserError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)}); {source}")
   entries = functools.cache(lambda subfolder: image_files.entries(root / labels / subfolder))
 
@@ -223,7 +223,7 @@ def pair_files(
     endings = (ending, f"{ending[:-4]}{ending[-4:].swapcase()}")
     return f"{labels}/{stem}{next((end for end in endings if f'{file}{end}' in entries(subfolder)), ending)}"
 
-  pairs = [(f"{images}/{name}", label(name)) for name in sorted(found)]
+  pairs = [(f"{images}/{name}", label(name)) for name in sorted(image_names)]
   duplicates = [label for label, count in collections.Counter(label for _, label in pairs).items() if count > 1]
   if duplicates:
     shown = ", ".join(duplicates[: image_files.SHOWN])

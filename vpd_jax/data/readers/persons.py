@@ -46,18 +46,18 @@ class PersonSource(Source):
 
   def record(self, index: int) -> image_files.Record:
     """The record of a person, see STORED, with the unmodified image file."""
-    picture = int(self.image[index])
+    image_index = int(self.image[index])
     person = {
       "box": self.box[index].tolist(),
       "box_score": float(self.box_score[index]),
       "keypoints": self.keypoints[index].tolist(),
-      "size": self.sizes[picture].tolist(),
+      "size": self.sizes[image_index].tolist(),
     }
     return {
-      "image": image_files.read_bytes(self.folder / self.names[picture]),
-      "image_path": self.names[picture],
+      "image": image_files.read_bytes(self.folder / self.names[image_index]),
+      "image_path": self.names[image_index],
       "person": json.dumps(person),
-      "image_index": np.int32(picture),
+      "image_index": np.int32(image_index),
       "index": np.int32(index),
     }
 
@@ -119,7 +119,7 @@ def open_split(
     left_out = "; ".join(samples.notes) or "there are no annotations"
     raise UserError(f"{annotations.path} gives no person to look at in {len(chosen)} images: {left_out}.")
   images = [annotations.images[i] for i in chosen]
-  file_names = sorted({images[picture]["file_name"] for picture in samples.image.tolist()})
+  file_names = sorted({images[index]["file_name"] for index in samples.image.tolist()})
   image_files.require_files(folder, file_names, source)
   if exif is not None:
     samples = samples._replace(

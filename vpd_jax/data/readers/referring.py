@@ -108,10 +108,10 @@ class ReferringSource(Source):
 
   def summary(self) -> str:
     """The number of objects, sentences and images, for the start of a run."""
-    pictures = len({item.image_id for item in self.items})
+    images = len({item.image_id for item in self.items})
     count = sum(len(item.sentences) for item in self.items)
     objects = "" if count == len(self.items) else f"{len(self.items)} objects with "
-    return f"{objects}{count} sentences in {pictures} pictures"
+    return f"{objects}{count} sentences in {images} pictures"
 
   def _example(self, index: int, raw: bytes) -> Example:
     item = self.items[index]

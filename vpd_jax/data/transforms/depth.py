@@ -185,7 +185,7 @@ def resize_to_cover(example: Example, *, size: tuple[int, int]) -> Example:
 def random_color(example: Example, rng: np.random.Generator) -> Example:
   """Brightness and contrast, gamma, hue saturation and value: in this order, each with probability one half.
 
-  Contrast 1 + U(-0.2, 0.2), brightness U(-0.2, 0.2), gamma a whole number of percent from 80 to 120, hue U(-20, 20),
+  Contrast 1 + U(-0.2, 0.2), brightness U(-0.2, 0.2), gamma an integer percentage from 80 to 120, hue U(-20, 20),
   saturation U(-30, 30), value U(-20, 20).
 
   Source: the defaults of albumentations 1.1.0, which VPD depth/dataset/base_dataset.py uses.
