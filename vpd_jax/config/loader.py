@@ -124,7 +124,7 @@ def load(config: str | ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   if "get_config" not in vars(module):
     raise UserError(f"config file {path!r} has no function get_config; write one that returns a ConfigDict.")
   if colon and not inspect.signature(module.get_config).parameters:
-    raise UserError(f"the get_config of config file {path!r} takes no words; leave ':{argument}' away.")
+    raise UserError(f"the get_config of config file {path!r} takes no words; remove ':{argument}'.")
   try:
     result = module.get_config(argument) if colon else module.get_config()
   except UserError:

@@ -47,7 +47,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
       "give the workdir of a run, or --config=FILE."
     ) from None
   if not isinstance(values, dict):
-    raise UserError(f"{path} holds no config; give --config=FILE.")
+    raise UserError(f"{path} is not a config; give --config=FILE.")
   for old, new in fields.RENAMED.items():
     section, name = old.split(".")
     if name in values.get(section, {}):

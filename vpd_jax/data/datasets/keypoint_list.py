@@ -84,7 +84,7 @@ class KeypointList(PoseDataset):
     names = tuple(options.get("keypoints", ()))
     if not names:
       root = Path(options.get("json_root", "") or options.get("root", "")).expanduser()
-      hint = "it tells the names of the keypoints where data.keypoints does not."
+      hint = "it names the keypoints if data.keypoints does not."
       names = coco_json.keypoint_names(image_files.find_list(root, options.get("train_json", "train.json"), (), hint))
     return top_down_transforms.keypoints_from_names(
       names, **{key: tuple(options.get(key, ())) for key in ("pairs", "skeleton", "sigmas", "upper")}

@@ -195,7 +195,7 @@ def read_refs(path: Path) -> list[Fields]:
   invalid = [index for index, ref in enumerate(refs) if not _is_reference(ref)]
   if invalid:
     raise UserError(
-      f"{path}: {len(invalid)} of {len(refs)} entries, the first is number {invalid[0]}, have not the fields "
+      f"{path}: {len(invalid)} of {len(refs)} entries, the first is number {invalid[0]}, lack the fields "
       f"{', '.join(KEYS)}, and a text 'sent' in every sentence; {SOURCE}"
     )
   return refs

@@ -57,12 +57,12 @@ class Rooms(Dataset):
 
   Attributes:
     provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "index" int32 []; for depth "depth" float32 [H, W]
-      meters (0 is no measurement) and "class_id" int32 [] into `classes`; for segmentation "label" uint8 [H, W] into
-      `classes`, "valid_size" int32 [2], see segmentation_transforms.Augmentation; for referring what
-      referring.PROVIDES names, see ReferringDataset.
-    classes: for depth NYU's 27 scene classes in VPD's order; the five of room_scene.SCENES occur, each with furniture
-      of its own. For segmentation CLASSES, for referring none.
-    made_with: the options on which the records depend; shards must have been made with the same.
+      meters (0 is missing) and "class_id" int32 [] into `classes`; for segmentation "label" uint8 [H, W] into
+      `classes`, "valid_size" int32 [2], see segmentation_transforms.Augmentation; for referring the
+      keys of referring.PROVIDES, see ReferringDataset.
+    classes: for depth NYU's 27 scene classes in VPD's order; the five of room_scene.SCENES occur, each with its own
+      furniture. For segmentation CLASSES, for referring empty.
+    made_with: the options that the records depend on; those of shards must be equal.
   """
 
   task: str = "depth"

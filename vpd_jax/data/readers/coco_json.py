@@ -104,8 +104,7 @@ def annotations(path: str | Path, names: Sequence[str]) -> Annotations:
     raise UserError(
       f"{path}: {len(invalid)} entries cannot be used: {image_files.first_items(invalid)}; an image needs id, "
       "file_name, width and height, an annotation the image_id of a listed image, a bbox of 4 and keypoints of "
-      f"{3 * len(names)} finite numbers; "
-      "its area, if it says one, is a number, and iscrowd 0 or 1."
+      f"{3 * len(names)} finite numbers; its area, if any, is a number, and iscrowd 0 or 1."
     )
   if others and others == len(content["annotations"]):
     raise UserError(
@@ -260,14 +259,14 @@ def _category(content: object, path: str | Path) -> Fields:
   """The category with keypoints, which must be unique."""
   parts = ("images", "annotations", "categories")
   if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in parts):
-    raise UserError(f"{path} is no annotation file: it needs the lists {', '.join(parts)}.")
+    raise UserError(f"{path} is not an annotation file: it needs the lists {', '.join(parts)}.")
   categories = [
     category for category in content["categories"] if isinstance(category, dict) and category.get("keypoints")
   ]
   if len(categories) != 1:
     raise UserError(
       f"{path} has {len(categories)} categories with keypoints; one is needed, whose 'keypoints' are their names "
-      "(person_keypoints_*.json has it, instances_*.json has not)."
+      "(person_keypoints_*.json has it, instances_*.json does not)."
     )
   names = categories[0]["keypoints"]
   if not _is_int(categories[0].get("id")) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):

@@ -42,4 +42,4 @@ def read(path: str | Path) -> object:
     raise UserError(f"{path} cannot be read ({error.strerror}).") from None
   except Exception as error:  # a damaged pickle can raise any error
     reason = " ".join(str(error).split()) or type(error).__name__
-    raise UserError(f"{path} is damaged or no pickle ({reason}); fetch it again.") from None
+    raise UserError(f"{path} is damaged or not a pickle ({reason}); fetch it again.") from None
