@@ -22,13 +22,13 @@ def check_name(path: epath.Path, option: str) -> None:
     )
 
 
-def existing_folder(path: Path) -> Path:
+def nearest_existing(path: Path) -> Path:
   """The path itself if it exists, else its nearest existing parent."""
   return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
 def is_writable(target: Path) -> bool:
   """Whether files can be created in a folder, or in its nearest existing parent; tried, not read from its mode."""
-  with contextlib.suppress(OSError), tempfile.TemporaryDirectory(prefix=".", dir=existing_folder(target)):
+  with contextlib.suppress(OSError), tempfile.TemporaryDirectory(prefix=".", dir=nearest_existing(target)):
     return True
   return False

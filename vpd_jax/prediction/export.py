@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from vpd_jax.checkpoints import initialize
 from vpd_jax.errors import UserError, one_line
 from vpd_jax.files import atomic
-from vpd_jax.files.paths import existing_folder, is_writable
+from vpd_jax.files.paths import nearest_existing, is_writable
 from vpd_jax.models.backbones.platform import any_platform
 from vpd_jax.monitoring import progress
 from vpd_jax.prediction.predictor import Predictor, trained_weights
@@ -86,7 +86,7 @@ def check_output(output: str) -> Path:
     raise UserError(f"--output={output!r} exists already; give a folder that does not, it is created.")
   if not is_writable(target):
     raise UserError(
-      f"--output={output!r} cannot be made: {existing_folder(target)} is not a folder that can be written to; give "
+      f"--output={output!r} cannot be made: {nearest_existing(target)} is not a folder that can be written to; give "
       "another."
     )
   return target

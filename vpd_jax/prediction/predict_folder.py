@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from vpd_jax.errors import UserError
 from vpd_jax.files import reading
-from vpd_jax.files.paths import existing_folder, is_writable
+from vpd_jax.files.paths import nearest_existing, is_writable
 from vpd_jax.inference import camera, top_down
 from vpd_jax.inference import images as images_lib
 from vpd_jax.monitoring import progress
@@ -186,7 +186,7 @@ def check_output(output: str, folder: Path | None = None) -> Path:
     raise UserError("--mode=predict needs a place for the results: give --output=FOLDER.")
   if not is_writable(target):
     raise UserError(
-      f"--output={output!r} must name a folder: {existing_folder(target)} is not a folder that can be written to; give "
+      f"--output={output!r} must name a folder: {nearest_existing(target)} is not a folder that can be written to; give "
       "another, it is created if it does not exist."
     )
   if folder and target.resolve() == folder.resolve():
