@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from vpd_jax.checkpoints import initialize
 from vpd_jax.errors import UserError, one_line
 from vpd_jax.files import atomic
-from vpd_jax.files.paths import nearest_existing, is_writable
+from vpd_jax.files.paths import is_writable, nearest_existing
 from vpd_jax.models.backbones.platform import any_platform
 from vpd_jax.monitoring import progress
 from vpd_jax.prediction.predictor import Predictor, trained_weights

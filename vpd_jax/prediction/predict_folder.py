@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from vpd_jax.errors import UserError
 from vpd_jax.files import reading
-from vpd_jax.files.paths import nearest_existing, is_writable
+from vpd_jax.files.paths import is_writable, nearest_existing
 from vpd_jax.inference import camera, top_down
 from vpd_jax.inference import images as images_lib
 from vpd_jax.monitoring import progress
@@ -186,8 +186,8 @@ def check_output(output: str, folder: Path | None = None) -> Path:
     raise UserError("--mode=predict needs a place for the results: give --output=FOLDER.")
   if not is_writable(target):
     raise UserError(
-      f"--output={output!r} must name a folder: {nearest_existing(target)} is not a folder that can be written to; give "
-      "another, it is created if it does not exist."
+      f"--output={output!r} must name a folder: {nearest_existing(target)} is not a folder that can be written to; "
+      "give another, it is created if it does not exist."
     )
   if folder and target.resolve() == folder.resolve():
     raise UserError(f"--output={output!r} is the folder of the images; give another, or results become images.")
