@@ -18,7 +18,7 @@ STEPS = [(7, np.float32(1), np.float32(1)), (8, NAN, INF)]
 def test_arrays_with_nan_or_infinity_are_named(kind, device):
   named = {"a": np.array([1, np.nan, -np.inf], kind), "b": np.ones(2, kind), "c": np.ones(2, np.int32)}
   named = {name: jnp.asarray(x) for name, x in named.items()} if device else named
-  assert finite.missing(named) == {"a": 2}
+  assert finite.count_non_finite(named) == {"a": 2}
   with pytest.raises(ValueError, match=r"^FILE: 1 arrays hold NaN or infinity: a \(2 numbers\); fetch") as caught:
     finite.check(named, "FILE")
   assert "\n" not in str(caught.value)

@@ -24,7 +24,7 @@ def raising(error):
 
 def message(error):
   with pytest.raises(ValueError) as caught:
-    worker_failures.following(raising(error))
+    worker_failures.next_batch(raising(error))
   assert "\n" not in str(caught.value)
   for remedy in (r"/dev/shm has \d+ of \d+ MiB left", "--shm-size=", "fewer config.data.workers", "data.workers=0"):
     assert re.search(remedy, str(caught.value))
@@ -63,8 +63,8 @@ FULL_DISK = OSError(errno.ENOSPC, "No space left on device", "/data/cache/x")  #
 )
 def test_other_errors_stay_what_they_are(error):
   with pytest.raises(type(error)) as caught:
-    worker_failures.following(raising(error))
+    worker_failures.next_batch(raising(error))
   assert caught.value is error
-  assert worker_failures.following(iter([1])) == 1
+  assert worker_failures.next_batch(iter([1])) == 1
   with pytest.raises(StopIteration):
-    worker_failures.following(iter([]))
+    worker_failures.next_batch(iter([]))

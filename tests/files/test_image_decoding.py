@@ -16,7 +16,7 @@ from vpd_jax.errors import UserError
 from vpd_jax.files import image_decoding
 from vpd_jax.inference import images as images_lib
 
-ANY = label_maps.values({n: n for n in range(200)}, (255,), "")
+ANY = label_maps.make_mapping({n: n for n in range(200)}, (255,), "")
 
 
 def encoded(kind, array, **options):

@@ -49,7 +49,7 @@ def known(class_id, *, takes, count=2):
   )
   made.config = types.SimpleNamespace(method=types.SimpleNamespace(name="a"), task=types.SimpleNamespace(name="b"))
   made._classify = None
-  return made._known(count, class_id, None, None)
+  return made._inputs(count, class_id, None, None)
 
 
 @pytest.mark.parametrize("given", [0, -1, [1, 2], np.int64(3)])

@@ -82,7 +82,7 @@ CASES = {
     MINE, "returns a dict", "return a ConfigDict", text("mine.py", "def get_config():\n  return {}\n")
   ),
   "words nobody takes": Case(
-    MINE + ":tiny", "takes no words", "leave ':tiny' away", text("mine.py", "def get_config():\n  return {}\n")
+    MINE + ":tiny", "takes no words", "remove ':tiny'", text("mine.py", "def get_config():\n  return {}\n")
   ),
   "an unknown word": Case("--config={home}/frames.py:vdp", "'vdp' is unknown", "method: vpd; size: tiny"),
   "two misspelled fields": Case(

@@ -83,7 +83,7 @@ def test_annotations(tmp_path):
 
 def test_names_of_keypoints(tmp_path):
   def read(path):
-    top_down_transforms.described(coco_json.keypoint_names(path), pairs=(), skeleton=(), sigmas=(), upper=())
+    top_down_transforms.keypoints_from_names(coco_json.keypoint_names(path), pairs=(), skeleton=(), sigmas=(), upper=())
 
   assert survives(tmp_path / "a.json", small_coco(), read) > 20
 

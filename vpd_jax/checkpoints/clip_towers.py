@@ -23,7 +23,7 @@ from vpd_jax.models.backbones.clip_text import ClipText, TextSizes
 from vpd_jax.types import Array, ParamDict
 
 OPTION = "init.clip"
-CHOICES = f"set config.init.clip to {clip.WANTED}, or to random:SEED for smoke tests"
+CHOICES = f"set config.init.clip to {clip.EXPECTED}, or to random:SEED for smoke tests"
 LoadedArrays = tuple[dict[str, np.ndarray], str]  # arrays by name, and a line that states their source
 
 

@@ -23,7 +23,7 @@ def classifier(shapes: Mapping[str, Shaped], *, source: str) -> LoadedArrays:
   """
   if not source:
     raise UserError(
-      f"there is no classifier of ImageNet: config.{OPTION} is empty; set it to {vit.WANTED}, or to random:SEED for "
+      f"there is no classifier of ImageNet: config.{OPTION} is empty; set it to {vit.EXPECTED}, or to random:SEED for "
       "smoke tests."
     )
   seed = random_seed(source, OPTION)

@@ -1,4 +1,4 @@
-"""Command lines with a --config, whose mistakes are one line."""
+"""Parses command lines with a --config flag and prints user errors as one line."""
 
 import sys
 from collections.abc import Callable
@@ -8,16 +8,16 @@ from absl import flags
 from vpd_jax.config import loader
 
 
-def parse(values: flags.FlagValues, arguments: list[str], completed: Callable[[list[str]], list[str]]) -> list[str]:
-  """The positional arguments; a wrong flag or field is printed as one line, with exit code 2.
+def parse(values: flags.FlagValues, arguments: list[str], complete: Callable[[list[str]], list[str]]) -> list[str]:
+  """Returns the positional arguments. A wrong flag or field is printed as one line, with exit code 2.
 
   Args:
-    values: the flags that are known.
-    arguments: the command line, whose first word is the program.
-    completed: adds to it what follows from the rest.
+    values: the defined flags.
+    arguments: the command line; its first item is the program.
+    complete: adds the arguments that follow from the given ones.
   """
   try:
-    return values(loader.resolve_argv(completed(arguments)))
+    return values(loader.resolve_argv(complete(arguments)))
   except (flags.Error, ValueError, AttributeError, KeyError, TypeError) as error:
     # config_flags raises AttributeError for a misspelled field, and TypeError for a value of another type.
     if "--debug" in arguments:

@@ -1,6 +1,6 @@
 """Config files: `configs/nyu_depth.py:meta_prompts,tiny` -> a locked ConfigDict.
 
-Imports only ml_collections and the standard library, because config files import this module themselves.
+Imports only ml_collections and the standard library, because config files import this module.
 """
 
 import difflib
@@ -21,7 +21,7 @@ from vpd_jax.config.fields import Section
 from vpd_jax.errors import UserError
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent
-PROJECT = PACKAGE.parent  # of a checkout; a wheel has its configs/ in the package
+PROJECT = PACKAGE.parent  # root of a checkout; in a wheel, configs/ is part of the package
 RESUME_CHECKED = (
   "method",
   "neck",
@@ -48,7 +48,7 @@ RESUME_IGNORED = (
   "task.contours",
 )
 REQUIRED = (*RESUME_CHECKED, "eval", "init", "mesh", "param_dtype")  # in every config
-# Field: the smallest value it may have.
+# The smallest valid value by field.
 MINIMUM = {
   **dict.fromkeys(("num_steps", "log_every", "eval_every", "save_every", "keep", "optim.accumulation"), 1),
   **dict.fromkeys(("data.batch_size", "eval.batch_size"), 1),
@@ -58,38 +58,38 @@ MINIMUM = {
 }
 
 
-def parse_variant(argument: str | None, **kinds: Sequence[str]) -> dict[str, str]:
-  """Reads the part of a config string after the colon: at most one word of each kind, in any order.
+def parse_variant(argument: str | None, **choices_of: Sequence[str]) -> dict[str, str]:
+  """Parses the part of a config string after the colon: at most one word of each group, in any order.
 
   Args:
-    argument: comma separated words, e.g. "tiny,vpd"; empty or None for none.
-    **kinds: kind = its words; the first one is taken where none is given.
+    argument: comma-separated words, e.g. "tiny,vpd"; empty or None for the defaults.
+    **choices_of: the valid words of each group; the first one is the default.
 
   Returns:
-    {kind: word} for every kind.
+    {group: word} for every group.
 
   Raises:
-    ValueError: for an unknown word, or two words of one kind.
+    ValueError: for an unknown word, or two words of one group.
   """
   chosen: dict[str, str] = {}
   for word in filter(None, (part.strip() for part in (argument or "").split(","))):
-    kind = next((name for name, choices in kinds.items() if word in choices), None)
-    if kind is None:
-      listed = "; ".join(f"{name}: {', '.join(choices)}" for name, choices in kinds.items())
+    group = next((name for name, choices in choices_of.items() if word in choices), None)
+    if group is None:
+      listed = "; ".join(f"{name}: {', '.join(choices)}" for name, choices in choices_of.items())
       raise UserError(f"config argument {word!r} is unknown; choose at most one of each of ({listed}).")
-    if kind in chosen:
-      raise UserError(f"config argument {argument!r} names two of {kind}: {chosen[kind]!r} and {word!r}; keep one.")
-    chosen[kind] = word
-  return {kind: chosen.get(kind, choices[0]) for kind, choices in kinds.items()}
+    if group in chosen:
+      raise UserError(f"config argument {argument!r} names two of {group}: {chosen[group]!r} and {word!r}; keep one.")
+    chosen[group] = word
+  return {group: chosen.get(group, choices[0]) for group, choices in choices_of.items()}
 
 
 def resolve(config: str) -> str:
-  """'path:words' with the path made absolute.
+  """Makes the path of 'path:words' absolute.
 
-  A relative path is looked up in the working directory, then in the package and beside it; '.py' may be left out.
+  A relative path is looked up in the working directory, in the package and in its parent folder; '.py' is optional.
 
   Raises:
-    ValueError: where neither file exists; the message names both.
+    ValueError: if no such file exists; the message lists all candidates.
   """
   path, colon, argument = config.partition(":")
   if not path:
@@ -99,21 +99,23 @@ def resolve(config: str) -> str:
   for candidate in candidates:
     if candidate.is_file():
       return f"{candidate.resolve()}{colon}{argument}"
-  names = sorted({held.name for folder in (PACKAGE, PROJECT) for held in (folder / "configs").glob("*.py")})
+  names = sorted({entry.name for folder in (PACKAGE, PROJECT) for entry in (folder / "configs").glob("*.py")})
   stems = [name.removesuffix(".py") for name in names]
-  near = [stem for stem in stems if file.stem in stem] or difflib.get_close_matches(file.stem, stems, n=2)
+  matches = [stem for stem in stems if file.stem in stem] or difflib.get_close_matches(file.stem, stems, n=2)
   listed = lambda chosen: ", ".join(f"configs/{stem}.py" for stem in chosen)
   hint = (
-    f"did you mean {listed(near)}?" if near else f"give one that exists, like {listed(stems) or 'configs/mine.py'}."
+    f"did you mean {listed(matches)}?"
+    if matches
+    else f"give one that exists, like {listed(stems) or 'configs/mine.py'}."
   )
   raise UserError(f"config file {path!r} was not found: no file {' and no file '.join(map(str, candidates))}; {hint}")
 
 
 def load(config: str | ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """A locked ConfigDict of a config string (the value of --config), or a locked copy of a ConfigDict.
+  """Loads a config string (the value of --config) as a locked ConfigDict, or copies and locks a ConfigDict.
 
   Raises:
-    ValueError: where the file is not found, fails, has no get_config, or refuses the words.
+    ValueError: if the file does not exist, fails, has no get_config, or rejects the words.
   """
   if isinstance(config, ml_collections.ConfigDict):
     return config.copy_and_resolve_references().lock()
@@ -122,61 +124,62 @@ def load(config: str | ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   if "get_config" not in vars(module):
     raise UserError(f"config file {path!r} has no function get_config; write one that returns a ConfigDict.")
   if colon and not inspect.signature(module.get_config).parameters:
-    raise UserError(f"the get_config of config file {path!r} takes no words; leave ':{argument}' away.")
+    raise UserError(f"the get_config of config file {path!r} takes no words; remove ':{argument}'.")
   try:
-    made = module.get_config(argument) if colon else module.get_config()
+    result = module.get_config(argument) if colon else module.get_config()
   except UserError:
-    raise  # of `parse_variant`, or of the file's own checks
+    raise  # from `parse_variant`, or from a check in the file
   except Exception as error:
     raise _failure(path, error) from error
-  if not isinstance(made, ml_collections.ConfigDict):
-    raise UserError(f"the get_config of config file {path!r} returns a {type(made).__name__}; return a ConfigDict.")
-  return made.lock()
+  if not isinstance(result, ml_collections.ConfigDict):
+    raise UserError(f"the get_config of config file {path!r} returns a {type(result).__name__}; return a ConfigDict.")
+  return result.lock()
 
 
 def resolve_argv(argv: Sequence[str], flag: str = "config") -> list[str]:
-  """The command line with the value of --config made absolute, as config_flags looks in the working directory only.
+  """Makes the value of --config absolute, because config_flags only looks in the working directory.
 
-  The file is loaded once here, so that a wrong word is the one-line ValueError of `parse_variant` and not absl's
-  traceback, and all fields that it does not have are named at once.
+  The config is loaded once here, so that a wrong word raises the one-line ValueError of `parse_variant` instead of
+  absl's traceback, and so that all unknown fields are reported together.
 
   Raises:
-    ValueError: as `load`; a field that is set but not in the config, with the one that may be meant.
+    ValueError: as `load`; for a field that the config does not have, with the closest match.
   """
   resolved = list(argv)
-  own = resolved[: resolved.index("--")] if "--" in resolved else resolved
+  own_arguments = resolved[: resolved.index("--")] if "--" in resolved else resolved
   config = None
-  for i, word in enumerate(own):
+  for i, word in enumerate(own_arguments):
     if match := re.fullmatch(rf"(--?{flag}=)(.*)", word):
       resolved[i] = match[1] + resolve(match[2])
       config = load(match[2])
-    elif re.fullmatch(rf"--?{flag}", word) and i + 1 < len(own):
-      resolved[i + 1] = resolve(own[i + 1])
-      config = load(own[i + 1])
+    elif re.fullmatch(rf"--?{flag}", word) and i + 1 < len(own_arguments):
+      resolved[i + 1] = resolve(own_arguments[i + 1])
+      config = load(own_arguments[i + 1])
   if config is not None:
-    fields = [match[1] for word in own if (match := re.match(rf"--?(?:no)?{flag}\.([^=]+)", word))]
-    problems = [problem for field in dict.fromkeys(fields) if (problem := _unknown(config, flag, field))]
+    overrides = [match[1] for word in own_arguments if (match := re.match(rf"--?(?:no)?{flag}\.([^=]+)", word))]
+    problems = [problem for field in dict.fromkeys(overrides) if (problem := _unknown(config, flag, field))]
     if problems:
       raise UserError("; ".join(problems) + ".")
   return resolved
 
 
 def argument(argv: Sequence[str], flag: str) -> str | None:
-  """The value of a flag on a command line that is not parsed yet, the last one; None where it is not given."""
-  found = None
+  """The last value of a flag on an unparsed command line; None if the flag is missing."""
+  value = None
   for i, word in enumerate(argv):
     if match := re.fullmatch(rf"--?{flag}=(.*)", word):
-      found = match[1]
+      value = match[1]
     elif re.fullmatch(rf"--?{flag}", word) and i + 1 < len(argv):
-      found = argv[i + 1]
-  return found
+      value = argv[i + 1]
+  return value
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-  """Checks what no other part of the program would find: that REQUIRED is there, the numbers of MINIMUM, no NaN.
+  """Checks that the fields of REQUIRED exist, that those of MINIMUM are large enough, and that all floats are finite.
 
   Raises:
-    ValueError: sections or fields left out, numbers that are too small or no numbers; names all of them.
+    ValueError: for missing sections or fields, and for values that are too small, not finite or not numbers; lists all
+      of them.
   """
   values = {field: _value(config, field) for field in (*REQUIRED, *MINIMUM)}
   problems = [
@@ -185,19 +188,19 @@ def check(config: ml_collections.ConfigDict) -> None:
     if value is _ABSENT and field.split(".")[0] in (field, *config)
   ]
   problems += [
-    f"config.{field}={values[field]!r} must be at least {least}"
-    for field, least in MINIMUM.items()
-    if values[field] is not _ABSENT and not (isinstance(values[field], int | float) and values[field] >= least)
+    f"config.{field}={values[field]!r} must be at least {minimum}"
+    for field, minimum in MINIMUM.items()
+    if values[field] is not _ABSENT and not (isinstance(values[field], int | float) and values[field] >= minimum)
   ]
   problems += [
     f"config.{field}={value!r} must be a finite number"
     for field, value in _flat(config).items()
     if isinstance(value, float) and not math.isfinite(value)
   ]
-  words = _value(config, "eval.test_time")
-  listed = words if isinstance(words, Iterable) else [words]
-  if words is not _ABSENT and not all(isinstance(word, str) for word in listed):
-    problems.append(f"config.eval.test_time={words!r} must be a tuple of words, like ('flip',), or ()")
+  test_time = _value(config, "eval.test_time")
+  items = test_time if isinstance(test_time, Iterable) else [test_time]
+  if test_time is not _ABSENT and not all(isinstance(word, str) for word in items):
+    problems.append(f"config.eval.test_time={test_time!r} must be a tuple of words, like ('flip',), or ()")
   decay = _value(config, "optim.ema_decay")
   if isinstance(decay, int | float) and decay >= 1:
     problems.append(f"config.optim.ema_decay={decay} must be below 1; 0 keeps no moving average")
@@ -206,26 +209,26 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def name(config: str) -> str:
-  """The name of a run: the file's stem and the sorted words: 'configs/rooms.py:tiny,depth' -> 'rooms-depth-tiny'."""
+  """The name of a run, from the file's stem and the sorted words: configs/rooms.py:tiny,depth -> rooms-depth-tiny."""
   path, _, argument = config.partition(":")
   chosen = sorted(filter(None, (part.strip() for part in argument.split(","))))
   return "-".join([pathlib.PurePath(path).name.removesuffix(".py"), *chosen])
 
 
 def workdir(config: str) -> str:
-  """The default folder of a run: 'runs/<name>', below the working directory."""
+  """The default workdir of a run: 'runs/<name>' in the working directory."""
   return f"runs/{name(config)}"
 
 
 def changed(config: ml_collections.ConfigDict, fields: Mapping[str, object]) -> ml_collections.ConfigDict:
-  """A locked copy with these fields set, by dotted name."""
+  """A locked copy with the given fields, by dotted name, replaced."""
   config = config.copy_and_resolve_references().unlock()
   config.update_from_flattened_dict(fields)
   return config.lock()
 
 
 def schedule(config: Section | ml_collections.ConfigDict) -> Section:
-  """The section optim.schedule; its num_steps is the run's where it says 0. Empty where there is no such section."""
+  """The section optim.schedule, with num_steps=0 replaced by that of the run; empty if there is no such section."""
   options = dict((config.get("optim") or {}).get("schedule") or {})
   if "num_steps" in options:
     options["num_steps"] = options["num_steps"] or config.get("num_steps", 0)
@@ -236,20 +239,20 @@ def differences(
   old: Section | ml_collections.ConfigDict,
   new: Section | ml_collections.ConfigDict,
   prefixes: Sequence[str] = RESUME_CHECKED,
-  indifferent: Sequence[str] = RESUME_IGNORED,
+  ignored: Sequence[str] = RESUME_IGNORED,
 ) -> list[str]:
-  """What changed between two configs, one line a field: 'optim.lr: 0.0005 -> 0.001'.
+  """The differences between two configs, one line per field: 'optim.lr: 0.0005 -> 0.001'.
 
-  Either may have gone through JSON: tuples and lists with equal items are equal. A schedule's length is compared as
-  the run takes it, see `schedule`, and so is the factor on the latents.
+  Either config may come from JSON, so tuples and lists with equal items are equal. The length of the schedule and the
+  scale of the latents are compared by their effective values, see `schedule`.
 
   Args:
     old: the config stored in a checkpoint.
     new: the config of this run.
-    prefixes: sections, or fields of the top level, to compare.
-    indifferent: fields among them that may change, since no number depends on them.
+    prefixes: sections or top-level fields to compare.
+    ignored: fields among them that may change, because they do not affect results.
   """
-  return [f"{field}: {before!r} -> {after!r}" for field, before, after in changes(old, new, prefixes, indifferent)]
+  return [f"{field}: {before!r} -> {after!r}" for field, before, after in changes(old, new, prefixes, ignored)]
 
 
 def changes(
@@ -258,7 +261,7 @@ def changes(
   prefixes: Sequence[str] = RESUME_CHECKED,
   indifferent: Sequence[str] = RESUME_IGNORED,
 ) -> list[tuple[str, object, object]]:
-  """The dotted field, and its values in the old and in the new config, of what `differences` compares, by name."""
+  """The (dotted field, old value, new value) triples behind `differences`, sorted by field."""
   old_fields, new_fields = (
     fields.with_new_names(_flat(config))
     | {f"optim.schedule.{name}": as_tuples(value) for name, value in schedule(config).items()}
@@ -266,17 +269,17 @@ def changes(
   )
   for flat in (old_fields, new_fields):
     if flat.get("method.latent_scale") == 0:
-      flat["method.latent_scale"] = flat["backbone.vae.latent_scale"]  # as the method takes it
-  found = []
+      flat["method.latent_scale"] = flat["backbone.vae.latent_scale"]  # the value that the method uses
+  result = []
   for field in sorted(old_fields.keys() | new_fields.keys()):
     before, after = old_fields.get(field, _ABSENT), new_fields.get(field, _ABSENT)
     if field.split(".", 1)[0] in prefixes and field not in indifferent and before != after:
-      found.append((field, before, after))
-  return found
+      result.append((field, before, after))
+  return result
 
 
 class _Absent:
-  """Stands for a field that one of two configs does not have."""
+  """The value of a field that one of the two configs does not have."""
 
   def __repr__(self) -> str:
     return "absent"
@@ -286,26 +289,26 @@ _ABSENT = _Absent()
 
 
 def _flat(section: object, prefix: str = "") -> Section:
-  """{dotted field: value}; an empty section is a field itself."""
+  """{dotted field: value}; an empty section counts as a field."""
   if isinstance(section, ml_collections.ConfigDict):
     section = section.to_dict()
   if not isinstance(section, Mapping) or not section:
     return {prefix: as_tuples(section)} if prefix else {}
-  found: Section = {}
+  flat: Section = {}
   for key, value in section.items():
-    found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-  return found
+    flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+  return flat
 
 
 def as_tuples(value: object) -> object:
-  """Plain values as a config holds them: lists, as JSON knows them, become tuples at every depth."""
+  """Turns the lists of JSON into the tuples of a config, at every depth."""
   if isinstance(value, Mapping):
     return {key: as_tuples(item) for key, item in value.items()}
   return tuple(as_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def _value(config: Any, field: str) -> Any:
-  """The value of a dotted field; _ABSENT where there is none."""
+  """The value of a dotted field; _ABSENT if it does not exist."""
   for name in field.split("."):
     if not isinstance(config, ml_collections.ConfigDict) or name not in config:
       return _ABSENT
@@ -314,25 +317,25 @@ def _value(config: Any, field: str) -> Any:
 
 
 def _unknown(config: ml_collections.ConfigDict, flag: str, field: str) -> str:
-  """What is wrong with the name of a field on the command line, and what may be meant; empty where it exists."""
-  plain = re.sub(r"\[.*?\]", "", field)  # an item of a tuple: optim.lr_groups[0]
-  if _value(config, plain) is not _ABSENT:
+  """Describes an unknown field on the command line and suggests close matches; empty if the field exists."""
+  path = re.sub(r"\[.*?\]", "", field)  # an item of a tuple: optim.lr_groups[0]
+  if _value(config, path) is not _ABSENT:
     return ""
-  section, _, name = plain.rpartition(".")
+  section, _, name = path.rpartition(".")
   while section and not isinstance(_value(config, section), ml_collections.ConfigDict):
     section, _, name = section.rpartition(".")
-  held = list(config[section] if section else config)
+  names = list(config[section] if section else config)
   elsewhere = [other for other in _flat(config) if other.rpartition(".")[2] == name]
-  near = elsewhere or [f"{section}.{other}".lstrip(".") for other in difflib.get_close_matches(name, held, n=1)]
-  if plain in fields.RENAMED:
-    return f"{flag}.{plain} is now {flag}.{fields.RENAMED[plain]}; write --{flag}.{fields.RENAMED[plain]}"
-  hint = f"did you mean {' or '.join(f'--{flag}.{other}' for other in near[:3])}? " if near else ""
+  matches = elsewhere or [f"{section}.{other}".lstrip(".") for other in difflib.get_close_matches(name, names, n=1)]
+  if path in fields.RENAMED:
+    return f"{flag}.{path} is now {flag}.{fields.RENAMED[path]}; write --{flag}.{fields.RENAMED[path]}"
+  hint = f"did you mean {' or '.join(f'--{flag}.{other}' for other in matches[:3])}? " if matches else ""
   where = ".".join(filter(None, (flag, section)))
-  return f"{flag}.{plain} is unknown: {hint}{where} has the fields {', '.join(sorted(held))}"
+  return f"{flag}.{path} is unknown: {hint}{where} has the fields {', '.join(sorted(names))}"
 
 
 def _import(path: str) -> types.ModuleType:
-  """The module of a file, not entered into sys.modules: two files may have one name."""
+  """Imports a file as a module without adding it to sys.modules, since two files may have the same name."""
   spec = importlib.util.spec_from_file_location(f"vpd_jax_config_{pathlib.PurePath(path).stem}", path)
   if spec is None or spec.loader is None:
     raise UserError(f"config file {path!r} cannot be imported as Python.")
@@ -345,7 +348,7 @@ def _import(path: str) -> types.ModuleType:
 
 
 def _failure(path: str, error: Exception) -> UserError:
-  """An error of the Python of a config file in one line, with the line of the file where it happened."""
+  """A one-line error for an exception in a config file, with the number of the failing line."""
   lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
   where = f", line {lines[-1]}," if lines else ""
   return UserError(

@@ -1,6 +1,6 @@
-"""The config of a run as a config file: `stored.py:RUN` is the config that the workdir RUN was last trained with.
+"""The stored config of a run as a config file: `stored.py:RUN` is the config that workdir RUN was last trained with.
 
-`--mode=eval|predict --workdir=RUN` without --config, and `Predictor.load(weights=RUN)`, take it.
+`--mode=eval|predict --workdir=RUN` without --config, and `Predictor.load(weights=RUN)`, use it.
 """
 
 import json
@@ -13,29 +13,29 @@ from vpd_jax.config import fields, loader
 from vpd_jax.config.fields import Section
 from vpd_jax.errors import UserError
 
-FILE = "config.json"  # of a workdir, written by training
-SECTIONS = ("method", "backbone", "head", "neck", "task", "data")  # which change arrays or predictions
-# Options that decide which arrays there are, the most telling first.
-OF_ARRAYS = ("method.name", "task.name", "backbone.", "head.name", "neck.name", "data.classes", "data.keypoints",
+FILE = "config.json"  # in a workdir, written by training
+SECTIONS = ("method", "backbone", "head", "neck", "task", "data")  # which affect arrays or predictions
+# Options that determine the arrays of the model, the most significant first.
+ARRAY_OPTIONS = ("method.name", "task.name", "backbone.", "head.name", "neck.name", "data.classes", "data.keypoints",
              "data.name", "data.scene", "method.", "head.", "neck.")  # fmt: skip
-# Options that a run may be used without, or with others.
-OF_NO_ARRAY = (*loader.RESUME_IGNORED, "method.prompt", "method.refine_steps", "method.trained_steps")
-SHOWN, WIDTH = 6, 80  # options in a line, letters of a value
+# Options that may differ from those of the run, because no array depends on them.
+IGNORED = (*loader.RESUME_IGNORED, "method.prompt", "method.refine_steps", "method.trained_steps")
+SHOWN, WIDTH = 6, 80  # options per message, characters per value
 
 
 def config_string(workdir: str) -> str:
-  """The config string, as of --config, of the config that a workdir was last trained with."""
+  """The config string (a value of --config) for the config that a workdir was last trained with."""
   return f"{__file__}:{workdir}"
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-  """The stored config, with the overrides that training was given.
+  """The stored config, including the overrides of training.
 
   Args:
     argument: the workdir, a local folder or a bucket.
 
   Raises:
-    ValueError: there is no such file, or it holds something else.
+    ValueError: if the file does not exist or is not a config.
   """
   path = epath.Path(argument).expanduser() / FILE
   try:
@@ -47,7 +47,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
       "give the workdir of a run, or --config=FILE."
     ) from None
   if not isinstance(values, dict):
-    raise UserError(f"{path} holds no config; give --config=FILE.")
+    raise UserError(f"{path} is not a config; give --config=FILE.")
   for old, new in fields.RENAMED.items():
     section, name = old.split(".")
     if name in values.get(section, {}):
@@ -58,24 +58,27 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
 
 
 def differing(trained: Section, config: ml_collections.ConfigDict) -> str:
-  """What changes arrays or predictions and is another in a config than in the stored one, in a line; else empty.
+  """Describes in one line how a config differs from the stored one in ways that affect arrays or predictions.
 
   Args:
-    trained: the config that a checkpoint stores.
-    config: of the evaluation or prediction.
+    trained: the config stored in a checkpoint.
+    config: the config of the evaluation or prediction.
 
   Returns:
-    'neck.width is 32 in the run and 64 here, ..', at most SHOWN options, those first that decide which arrays there
-    are, and the number of the others.
+    'neck.width is 32 in the run and 64 here, ..': at most SHOWN options, in the order of ARRAY_OPTIONS, and the number
+    of the others; empty if there are none.
   """
-  rank = lambda field: next((i for i, start in enumerate(OF_ARRAYS) if field.startswith(start)), len(OF_ARRAYS))
-  found = loader.changes(trained, config, SECTIONS, OF_NO_ARRAY)
-  found = [change for change in found if not change[0].startswith("data.") or rank(change[0]) < len(OF_ARRAYS)]
-  named = {field.removesuffix(".name") for field, *_ in found if field.endswith(".name")}  # whose other options follow
-  found = [change for change in found if change[0].endswith(".name") or change[0].split(".")[0] not in named]
+  rank = lambda field: next(
+    (i for i, prefix in enumerate(ARRAY_OPTIONS) if field.startswith(prefix)), len(ARRAY_OPTIONS)
+  )
+  changes = loader.changes(trained, config, SECTIONS, IGNORED)
+  changes = [change for change in changes if not change[0].startswith("data.") or rank(change[0]) < len(ARRAY_OPTIONS)]
+  # Sections with another constructor, whose other options are then not comparable.
+  replaced = {field.removesuffix(".name") for field, *_ in changes if field.endswith(".name")}
+  changes = [change for change in changes if change[0].endswith(".name") or change[0].split(".")[0] not in replaced]
   short = lambda value: textwrap.shorten(repr(value), WIDTH, placeholder=" ..")
   texts = [
     f"{field} is {short(before)} in the run and {short(after)} here"
-    for field, before, after in sorted(found, key=lambda change: rank(change[0]))
+    for field, before, after in sorted(changes, key=lambda change: rank(change[0]))
   ]
   return ", ".join([*texts[:SHOWN], *([f"{len(texts) - SHOWN} more options"] if len(texts) > SHOWN else [])])

@@ -1,1 +1,1 @@
-"""Foreign weights -> {our name: array}, and back."""
+"""Conversion between external checkpoints and {name: array}."""

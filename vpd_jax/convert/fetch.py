@@ -1,17 +1,17 @@
-"""Where a source of weights lies, and a local copy of what is needed of one that lies elsewhere.
+"""Locates a source of weights and makes a local copy of the needed files if it is remote.
 
-A source is the first of:
+A source is the first match of:
 
-1. `scheme://...`: a bucket, as etils.epath knows them (gs, s3, az, hf);
+1. `scheme://...`: a bucket that etils.epath supports (gs, s3, az, hf);
 2. a local file or folder that exists;
 3. a name of known_weights.py, such as `vpd/nyu_depth`;
-4. a hub id: `org/name@revision`, or `org/name` unless it looks like a path, that is, it ends in a suffix such as .ckpt
-   or there is a local folder `org`;
-5. a local path that does not exist; never looked for elsewhere.
+4. a hub id: `org/name@revision`, or `org/name` unless it looks like a path, i.e. it ends in a suffix such as .ckpt or
+   there is a local folder `org`;
+5. a local path that does not exist.
 
-Tensors are read one by one, at their places in the file, so the files have to be on a disk. Those of the hub go to the
-cache of huggingface_hub, those of a bucket to $XDG_CACHE_HOME/vpd_jax (~/.cache/vpd_jax): a network of gigabytes is
-fetched once per machine and not once per run, and either folder may be deleted at any time.
+Tensors are read one at a time by their offsets, so the files must be on a local disk. Files of the hub are stored in
+the cache of huggingface_hub, those of a bucket in $XDG_CACHE_HOME/vpd_jax (~/.cache/vpd_jax), so that they are
+downloaded once per machine. Both folders may be deleted at any time.
 """
 
 import hashlib
@@ -39,19 +39,19 @@ FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*$")
 
 
 class HubId(NamedTuple):
-  """A repository of the hub, at a branch, tag or commit; None is its main branch."""
+  """A repository of the hub, at a branch, tag or commit; revision None is the main branch."""
 
   repository: str
   revision: str | None
 
 
 def in_bucket(source: epath.PathLike) -> bool:
-  """Whether a source is written as `scheme://...`."""
+  """Whether a source has the form `scheme://...`."""
   return isinstance(source, str | epath.Path) and "://" in str(source)
 
 
 def hub_id(source: epath.PathLike) -> HubId | None:
-  """The hub id that a source is, by the rules of this file; None for a path."""
+  """Parses a source as a hub id by the rules of this module; None for a path."""
   match = HUB_ID.fullmatch(source) if isinstance(source, str) else None
   if match is None or pathlib.Path(source).exists():
     return None
@@ -61,51 +61,51 @@ def hub_id(source: epath.PathLike) -> HubId | None:
 
 
 def local(source: epath.PathLike, parts: tuple[str, ...] = ()) -> pathlib.Path:
-  """A source as a local path: itself, whether it exists or not, or a copy of what is needed of it.
+  """The local path of a source: the source itself, which may not exist, or a copy of the needed files.
 
   Args:
-    source: see the top of this file.
-    parts: what is needed of a folder beside the config files: the weights of some of NETWORKS (one file each, of the
-      first form in files.SUFFIXES that is there), and TOKENIZER.
+    source: see the module docstring.
+    parts: what is needed of a folder besides the config files: the weights of some of NETWORKS (one file each, with the
+      first suffix of weight_files.SUFFIXES that exists), and TOKENIZER.
 
   Raises:
-    ValueError: a hub id or a bucket that cannot be reached, or does not hold the weights; known weights that are not
-      there, or are another file; one line.
+    ValueError: for a hub id or a bucket that cannot be reached or has no such weights, and for known weights that are
+      missing or have another checksum; one line.
   """
   if in_bucket(source):
     return _from_bucket(str(source), parts)
   if known := known_weights.find(source):
     return known_weights.local(str(source)) if known.file else _from_hub(known.hub, HubId(known.hub, None), parts)
-  found = hub_id(source)
-  if found and not found.revision:
-    known_weights.check_name(found.repository)
-  return pathlib.Path(source).expanduser() if found is None else _from_hub(str(source), found, parts)
+  hub_source = hub_id(source)
+  if hub_source and not hub_source.revision:
+    known_weights.check_name(hub_source.repository)
+  return pathlib.Path(source).expanduser() if hub_source is None else _from_hub(str(source), hub_source, parts)
 
 
 def bucket(url: str) -> epath.Path:
-  """A bucket's file or folder, which exists.
+  """An existing file or folder in a bucket.
 
   Raises:
-    ValueError: an unknown scheme, a missing package, a bucket that cannot be reached, nothing there; one line.
+    ValueError: for an unknown scheme, a missing package, an unreachable bucket or a missing file; one line.
   """
   try:
     path = epath.Path(url)
-    there = path.exists()
+    exists = path.exists()
   except KeyError as error:
     raise UserError(f"{url}: {error.args[0]} is not known; give gs://, s3://, az://, hf:// or a local path.") from error
   except ImportError as error:
     raise UserError(
       f"{url} needs a package that is not installed ({_line(error)}); for gs:// run pip install 'vpd_jax[gcs]'."
     ) from error
-  except Exception as error:  # Every filesystem has its own.
+  except Exception as error:  # Every filesystem raises its own errors.
     raise _unreachable(url, error) from error
-  if not there:
+  if not exists:
     raise UserError(f"{url} does not exist; check the name, or give a local path.")
   return path
 
 
 def _from_bucket(url: str, parts: tuple[str, ...]) -> pathlib.Path:
-  """A copy whose place follows from names, sizes and times: what has changed since is fetched anew."""
+  """A cached copy, keyed by file names, sizes and times, so that changed files are downloaded again."""
   source = bucket(url)
   try:
     folder = source.is_dir()
@@ -113,7 +113,7 @@ def _from_bucket(url: str, parts: tuple[str, ...]) -> pathlib.Path:
     stats = {file: file.stat() for file in (_needed(source, parts) if folder else [source])}
   except UserError:
     raise
-  except Exception as error:  # Every filesystem has its own.
+  except Exception as error:  # Every filesystem raises its own errors.
     raise _unreachable(url, error) from error
   state = json.dumps([[str(file), stat.length, stat.mtime] for file, stat in stats.items()])
   cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vpd_jax"
@@ -133,68 +133,68 @@ def _from_bucket(url: str, parts: tuple[str, ...]) -> pathlib.Path:
       f"{url} cannot be copied to {copy} ({_line(error)}); if that disk is full or read-only, make room or set "
       "XDG_CACHE_HOME to another folder."
     ) from error
-  except Exception as error:  # Every filesystem has its own.
+  except Exception as error:  # Every filesystem raises its own errors.
     raise _unreachable(url, error) from error
   return copy if folder else targets[source]
 
 
 def _needed(folder: epath.Path, parts: tuple[str, ...]) -> list[epath.Path]:
-  """The files of a bucket's folder that `parts` need."""
-  there = {path.name for path in folder.iterdir()}
-  needed = [folder / name for name in CONFIGS if name.partition("/")[0] in there]
+  """The files in a folder of a bucket that `parts` need."""
+  present = {path.name for path in folder.iterdir()}
+  needed = [folder / name for name in CONFIGS if name.partition("/")[0] in present]
   needed = [file for file in needed if file.exists()]
   for part in parts:
-    inner = folder / part if part in there else folder
-    names = {path.name for path in inner.iterdir()}
+    subfolder = folder / part if part in present else folder
+    names = {path.name for path in subfolder.iterdir()}
     if part == TOKENIZER:
-      needed += [inner / name for name in TOKENIZER_FILES if name in names]
+      needed += [subfolder / name for name in TOKENIZER_FILES if name in names]
       continue
-    weights = weight_files.weights_name(names) if part in there else None
+    weights = weight_files.weights_name(names) if part in present else None
     if weights is None:
       raise UserError(f"{folder} holds no weights of {part}/; give a diffusers folder.")
-    needed.append(inner / weights)
+    needed.append(subfolder / weights)
     if weight_files.INDEX.search(weights):
-      needed += [inner / shard for shard in weight_files.shards(inner / weights)]
+      needed += [subfolder / shard for shard in weight_files.shards(subfolder / weights)]
   return needed
 
 
 def _copy(source: epath.Path, target: pathlib.Path) -> None:
-  """Copies one file; it appears under its name only when it is complete."""
+  """Copies one file atomically."""
   with atomic.beside(target) as unfinished, source.open("rb") as read, unfinished.open("wb") as write:
     shutil.copyfileobj(read, write, 1 << 24)
 
 
-def _from_hub(source: str, found: HubId, parts: tuple[str, ...]) -> pathlib.Path:
-  """The snapshot in huggingface_hub's cache, with what is needed of it."""
+def _from_hub(source: str, hub: HubId, parts: tuple[str, ...]) -> pathlib.Path:
+  """The snapshot in huggingface_hub's cache, with the needed files."""
   from huggingface_hub import snapshot_download  # Slow to import, and only needed here.
 
   patterns = [*CONFIGS]
   if TOKENIZER in parts:
     patterns += [f"{folder}{name}" for folder in (f"{TOKENIZER}/", "") for name in TOKENIZER_FILES]
-  lacking = [part for part in parts if part != TOKENIZER]
-  for suffix in weight_files.SUFFIXES:  # One form after the other, until every network has its weights in one of them.
-    wanted = [pattern for part in lacking for pattern in _patterns(part, suffix)]
+  missing = [part for part in parts if part != TOKENIZER]
+  for suffix in weight_files.SUFFIXES:  # Try one format after the other until all networks have weights.
+    weight_patterns = [pattern for part in missing for pattern in _patterns(part, suffix)]
     try:
       folder = pathlib.Path(
-        snapshot_download(found.repository, revision=found.revision, allow_patterns=patterns + wanted)
+        snapshot_download(hub.repository, revision=hub.revision, allow_patterns=patterns + weight_patterns)
       )
-    except Exception as error:  # The hub's client and its transports have many.
+    except Exception as error:  # The hub client and its transports raise many types.
       raise UserError(
         f"{source!r} is no local path, and as a hub id it cannot be fetched ({_line(_root(error))}); "
         f"{known_weights.near(source)}check the name, "
         "the network and HF_HUB_OFFLINE, or give a local folder."
       ) from error
-    lacking = [part for part in lacking if not _held(folder / part)]
-    if not lacking:
+    missing = [part for part in missing if not _has_weights(folder / part)]
+    if not missing:
       return folder
   raise UserError(
-    f"hub id {source!r} holds no weights of {'/, '.join(lacking)}/, or the network is off and they were never fetched; "
+    f"hub id {source!r} holds no weights of {'/, '.join(missing)}/, or the network is off and they were never fetched; "
     "give the id of a diffusers repository, or a local folder."
   )
 
 
 def _patterns(part: str, suffix: str) -> list[str]:
-  """Names that the weights of a network may have in one form."""
+  """Possible file names of the weights of a network for one suffix."""
   variant, _, form = suffix.removeprefix(".").rpartition(".")
   numbered = [f"-*-of-*{suffix}"] + [f".{variant}-*-of-*.{form}"] * bool(variant)
   ends = [
@@ -204,7 +204,7 @@ def _patterns(part: str, suffix: str) -> list[str]:
   return [f"{part}/{name}" for names in ends for name in names]
 
 
-def _held(folder: pathlib.Path) -> bool:
+def _has_weights(folder: pathlib.Path) -> bool:
   return folder.is_dir() and weight_files.weights_name({path.name for path in folder.iterdir()}) is not None
 
 
@@ -215,12 +215,12 @@ def _unreachable(url: str, error: Exception) -> UserError:
 
 
 def _line(error: BaseException) -> str:
-  """What an error says, in one line."""
+  """The message of an error in one line."""
   return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _root(error: BaseException) -> BaseException:
-  """The error behind an error, where the hub's client wraps that of its transport several times."""
-  while (behind := error.__cause__ or error.__context__) is not None:
-    error = behind
+  """The original error; the hub client wraps those of its transport several times."""
+  while (cause := error.__cause__ or error.__context__) is not None:
+    error = cause
   return error

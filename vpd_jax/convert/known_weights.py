@@ -1,6 +1,6 @@
-"""Weights that are known by a name, such as config.init.pretrained="vpd/nyu_depth": where they are, and their check.
+"""Known weights by name, such as config.init.pretrained="vpd/nyu_depth": where to find them and how to verify them.
 
-What is listed here is what docs/weights.md and the README state; NOT_KNOWN stands for the rest.
+The entries agree with docs/weights.md and the README; unknown values are NOT_KNOWN.
 """
 
 import difflib
@@ -15,24 +15,24 @@ from vpd_jax.errors import UserError
 from vpd_jax.monitoring import progress
 
 NOT_KNOWN = "not known"
-FOLDER = "VPD_WEIGHTS"  # the environment variable
+FOLDER = "VPD_WEIGHTS"  # environment variable
 DEFAULT_FOLDER = "~/.cache/vpd_jax/weights"
 ASSETS = pathlib.Path(__file__).parent.parent / "data" / "assets"
 
 
 class Known(NamedTuple):
-  """Weights that are published.
+  """Published weights.
 
   Attributes:
     what: method or network, and data set.
-    flags: with which they are used.
-    license: of the weights, or what is known of it.
-    file: its name in the folder of weights; empty: a repository of the hub as a whole, in huggingface_hub's cache.
-    hub: repository of the hub that holds it; empty: it is fetched by hand.
-    page: where it is fetched by hand.
-    size: bytes, 0 where they are not known.
-    sha256: empty where it is not known.
-    packaged: whether `file` is a part of this package, and so neither fetched nor checked.
+    flags: command-line flags to use them with.
+    license: of the weights, as far as known.
+    file: file name in the folder of weights; empty for a complete hub repository, in huggingface_hub's cache.
+    hub: the hub repository; empty if the file must be downloaded manually.
+    page: web page for manual downloads.
+    size: in bytes, 0 if unknown.
+    sha256: empty if unknown.
+    packaged: whether `file` is part of this package, and therefore neither downloaded nor verified.
   """
 
   what: str
@@ -108,14 +108,14 @@ KNOWN = {
     what="MetaPrompts, depth, NYU Depth v2",
     flags="--config=configs/nyu_depth.py:meta_prompts",
     license=OF_META,
-    file="meta_prompts_nyu_depth.pth",  # ours: the authors' name is not known
+    file="meta_prompts_nyu_depth.pth",  # our choice; the authors' file name is unknown
     page=META_PAGE,
   ),
   "meta_prompts/kitti_depth": Known(
     what="MetaPrompts, depth, KITTI Eigen",
     flags="--config=configs/kitti_depth.py:meta_prompts",
     license=OF_META,
-    file="meta_prompts_kitti_depth.pth",  # ours: the authors' name is not known
+    file="meta_prompts_kitti_depth.pth",  # our choice; the authors' file name is unknown
     page=META_PAGE,
   ),
   "eco_depth/nyu_depth": Known(
@@ -172,23 +172,23 @@ FAMILIES = frozenset(name.partition("/")[0] for name in KNOWN)
 
 
 def folder() -> pathlib.Path:
-  """Where files of weights lie: $VPD_WEIGHTS, else ~/.cache/vpd_jax/weights."""
+  """The folder of weight files: $VPD_WEIGHTS, or else ~/.cache/vpd_jax/weights."""
   return pathlib.Path(os.environ.get(FOLDER) or DEFAULT_FOLDER).expanduser().absolute()
 
 
 def find(source: epath.PathLike) -> Known | None:
-  """The weights of a name; None for anything else, and where there is a local file or folder of that name."""
+  """The known weights of a name; None for other sources and if a local file or folder has this name."""
   return KNOWN.get(source) if isinstance(source, str) and not pathlib.Path(source).exists() else None
 
 
 def near(name: str) -> str:
-  """'; did you mean the known weights 'vpd/nyu_depth'?', or nothing."""
-  found = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.7)
-  return f"did you mean the known weights {found[0]!r}? " if found else ""
+  """The hint "did you mean the known weights 'vpd/nyu_depth'? ", or an empty string."""
+  matches = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.7)
+  return f"did you mean the known weights {matches[0]!r}? " if matches else ""
 
 
 def check_name(name: str) -> None:
-  """Raises ValueError for a name that is not known, but begins as known ones do."""
+  """Raises ValueError for an unknown name with the prefix of known weights."""
   family = name.partition("/")[0]
   if family in FAMILIES and name not in KNOWN:
     others = ", ".join(known for known in KNOWN if known.startswith(f"{family}/"))
@@ -198,10 +198,10 @@ def check_name(name: str) -> None:
 
 
 def local(name: str) -> pathlib.Path:
-  """The file of a name, fetched where it is not in `folder` and can be, and checked.
+  """The verified file of known weights, downloaded if it is missing.
 
   Raises:
-    ValueError: it must be fetched by hand; it cannot be fetched, or was cut off; it is another file than is known.
+    ValueError: if the file must be downloaded manually, cannot be downloaded, or is truncated or another file.
   """
   known = KNOWN[name]
   if known.packaged:
@@ -219,14 +219,14 @@ def local(name: str) -> pathlib.Path:
 
 
 def _download(name: str, known: Known) -> None:
-  """Fetches a file of the hub; what a download that was cut off has left is gone on with."""
+  """Downloads a file from the hub, resuming an interrupted download."""
   from huggingface_hub import hf_hub_download  # Slow to import, and only needed here.
 
   progress.say(f"fetch {name}: {known.file} ({_size(known)}) of {known.hub} to {folder()}; license: {known.license}")
   try:
     folder().mkdir(parents=True, exist_ok=True)
     hf_hub_download(known.hub, known.file, local_dir=folder())
-  except Exception as error:  # The hub's client and its transports have many.
+  except Exception as error:  # The hub client and its transports raise many types.
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     raise UserError(
       f"{name} cannot be fetched ({reason}); see to the network, HF_HUB_OFFLINE and the room in {folder()}, and give "
@@ -235,28 +235,28 @@ def _download(name: str, known: Known) -> None:
 
 
 def _check(name: str, known: Known, path: pathlib.Path) -> None:
-  """Raises where size or sha256 are others than are known; what was found right once is not read again."""
+  """Raises if size or sha256 differ from the known ones; a successful check is recorded beside the file."""
   size = path.stat().st_size
   remedy = f"remove it and fetch it again, or give its path in place of {name!r} to use it all the same"
   if known.size and size != known.size:
     raise UserError(f"{path} has {size} bytes and {name} has {known.size}; {remedy}.")
-  mark, right = path.with_name(f"{path.name}.sha256"), f"{known.sha256}  {path.name}\n"
-  if not known.sha256 or (_newer(mark, path) and mark.read_text() == right):
+  checksum_file, expected = path.with_name(f"{path.name}.sha256"), f"{known.sha256}  {path.name}\n"
+  if not known.sha256 or (_newer(checksum_file, path) and checksum_file.read_text() == expected):
     return
   with progress.phase(f"check {path.name}"):
-    found = weight_files.sha256(path)
-  if found != known.sha256:
-    raise UserError(f"{path} is another file than {name}: its sha256 is {found}, not {known.sha256}; {remedy}.")
+    checksum = weight_files.sha256(path)
+  if checksum != known.sha256:
+    raise UserError(f"{path} is another file than {name}: its sha256 is {checksum}, not {known.sha256}; {remedy}.")
   if os.access(path.parent, os.W_OK):
-    mark.write_text(right)
+    checksum_file.write_text(expected)
 
 
-def _newer(mark: pathlib.Path, path: pathlib.Path) -> bool:
-  return mark.is_file() and mark.stat().st_mtime >= path.stat().st_mtime
+def _newer(checksum_file: pathlib.Path, path: pathlib.Path) -> bool:
+  return checksum_file.is_file() and checksum_file.stat().st_mtime >= path.stat().st_mtime
 
 
 def listing() -> list[str]:
-  """Lines that say what is known, and what is there."""
+  """Lines that list all known weights and whether they are present."""
   lines = [f"weights by name, for --config.init.pretrained=NAME; files in {folder()} (${FOLDER})"]
   for name, known in KNOWN.items():
     lines.append(f"{name}: {'present' if _present(known) else 'absent'}; {known.what}; {known.flags}")
@@ -268,7 +268,7 @@ def listing() -> list[str]:
 
 
 def _present(known: Known) -> bool:
-  """Whether weights are on this machine, checked or not."""
+  """Whether weights are on this machine, verified or not."""
   if known.file:
     return ((ASSETS if known.packaged else folder()) / known.file).is_file()
   from huggingface_hub import try_to_load_from_cache

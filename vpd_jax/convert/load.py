@@ -1,8 +1,8 @@
-"""Weights from anywhere: `config.init.pretrained` -> {name: array}; and our own converted directory.
+"""Loads weights from any source, `config.init.pretrained` -> {name: array}, and saves converted directories.
 
-Where a source may lie (local, hub, bucket) is the matter of fetch.py, the forms of files that of formats/.
+fetch.py locates the source (local, hub, bucket), formats/ reads its files.
 
-A converted directory holds `arrays/<part>` (orbax) and `manifest.json`: where they came from and what was done.
+A converted directory holds `arrays/<part>` (orbax) and `manifest.json`, which records the source and the conversion.
 """
 
 import dataclasses
@@ -27,33 +27,33 @@ ACCEPTED = (
   "a diffusers folder (unet/ and vae/), a CompVis .ckpt or .safetensors, the authors' .pth, a directory written by "
   "scripts/convert_checkpoint.py, or a hub id (org/name@revision)"
 )
-# Models by the width of what their UNet attends to, and how that layer ends in the source's names and in ours.
+# Models by the width of the UNet's context, and the name suffix of the layer that reads it, in the source and in ours.
 MODELS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 ATTENDED = ("attn2.to_k.weight", "attn2/to_k/kernel")
-NETWORKS = ("unet", "vae")  # Of a diffusers folder, what perception is built on.
-# Arrays that no Stable Diffusion source holds.
+NETWORKS = ("unet", "vae")  # The networks of a diffusers folder that are loaded.
+# Arrays that no Stable Diffusion source contains.
 OUTSIDE_SD = (r"^/(?!method/(unet|vae)/)",)
 PACKAGES = ("vpd_jax", "jax", "numpy", "orbax-checkpoint", "ml_dtypes")
-PART_BYTES = 1 << 28  # Orbax copies what it saves: saved in parts, the copy stays small.
+PART_BYTES = 1 << 28  # Orbax copies what it saves; saving in parts bounds the size of the copy.
 
 
 def load_pretrained(
   path: str | epath.PathLike, targets: Mapping[str, Shaped], fresh: Iterable[str] = OUTSIDE_SD
 ) -> tuple[dict[str, np.ndarray], Report]:
-  """Weights of any kind in our names, on the host.
+  """Loads weights of any format as arrays by our names, on the host.
 
   Args:
     path: see ACCEPTED.
     targets: shape and dtype by name of every array of the model: trained, frozen and statistics.
-    fresh: regular expressions, found in "/" + name, of what a Stable Diffusion source need not hold. The authors'
-      checkpoints must fill everything.
+    fresh: regular expressions, searched in "/" + name, of arrays that a Stable Diffusion source need not contain. The
+      authors' checkpoints must contain all arrays.
 
   Returns:
-    The arrays found, in the dtypes of `targets`, and a report with what stays fresh.
+    The loaded arrays, in the dtypes of `targets`, and a report that lists the arrays left at their initial values.
 
   Raises:
-    ValueError: an unknown or damaged source; one of another Stable Diffusion; or (ConversionError) one that does not
-      fit, everything at once.
+    ValueError: for an unknown or damaged source, or one of another Stable Diffusion version; ConversionError, which
+      lists all problems, for one that does not fit the model.
   """
   kind, weights = _open(path)
   if weights is None:
@@ -82,22 +82,22 @@ def load_pretrained(
 
 
 def _check_model(path: str | epath.PathLike, source: Mapping[str, Shaped], targets: Mapping[str, Shaped]) -> None:
-  """Raises where source and model are two of MODELS, and names both."""
+  """Raises if source and model are different entries of MODELS."""
   last = lambda name: -1 if name.endswith(ATTENDED[0]) else 0
-  given, needed = (
+  widths, needed = (
     {x.shape[last(n)] for n, x in named.items() if n.endswith(ATTENDED) and len(x.shape) == 2}
     for named in (source, targets)
   )
-  if given != needed and len(given) == len(needed) == 1 and given | needed <= MODELS.keys():
-    (held,), (wanted,) = given, needed
+  if widths != needed and len(widths) == len(needed) == 1 and widths | needed <= MODELS.keys():
+    (width,), (expected,) = widths, needed
     raise UserError(
-      f"{path} holds {MODELS[held]} (a context {held} wide), the config describes {MODELS[wanted]} ({wanted}); give "
-      "weights of the latter, or in the config's words the size of the former: full is 1.x, sd21 is 2.x."
+      f"{path} holds {MODELS[width]} (a context {width} wide), the config describes {MODELS[expected]} ({expected}); "
+      "give weights of the latter, or in the config's words the size of the former: full is 1.x, sd21 is 2.x."
     )
 
 
 def source_files(path: str | epath.PathLike) -> dict[str, str]:
-  """{file name: sha256} of the files that `load_pretrained` reads; of our own directory, those it was made from."""
+  """{file name: sha256} of the files that `load_pretrained` reads; of the original files for a converted directory."""
   kind, weights = _open(path)
   if weights is None:
     return manifest(path)["files"]
@@ -108,7 +108,7 @@ def source_files(path: str | epath.PathLike) -> dict[str, str]:
 def save(
   output: str | epath.PathLike, named: Mapping[str, np.ndarray], report: Report, sources: Mapping[str, str]
 ) -> None:
-  """Writes a converted directory; it appears under its name only when it is complete.
+  """Writes a converted directory atomically.
 
   Args:
     output: must not exist yet.
@@ -117,7 +117,7 @@ def save(
     sources: {file name: sha256}.
 
   Raises:
-    ValueError: where `output` exists, or could not be read again.
+    ValueError: if `output` exists, or orbax could not read it back.
   """
   output = _absolute(output)
   if output.exists():
@@ -145,7 +145,7 @@ def manifest(path: str | epath.PathLike) -> Fields:
   """manifest.json of a converted directory.
 
   Raises:
-    ValueError: where it is not one of ours.
+    ValueError: if it is not a converted directory.
   """
   file = _absolute(path) / "manifest.json"
   try:
@@ -156,36 +156,36 @@ def manifest(path: str | epath.PathLike) -> Fields:
 
 
 def _open(path: str | epath.PathLike) -> tuple[str, weight_files.Weights | None]:
-  """(kind, tensors) of a source, nothing read yet; kind: diffusers, compvis, released:NAME; None: ours."""
-  there = fetch.bucket(str(path)) if fetch.in_bucket(path) else _absolute(path)
-  if (there / "manifest.json").exists() and (there / "arrays").is_dir():
+  """(kind, unread tensors) of a source, with kind diffusers, compvis or released:NAME; ("ours", None) if converted."""
+  source = fetch.bucket(str(path)) if fetch.in_bucket(path) else _absolute(path)
+  if (source / "manifest.json").exists() and (source / "arrays").is_dir():
     return "ours", None
-  found = fetch.local(path, NETWORKS)
-  if not found.exists():
+  local_path = fetch.local(path, NETWORKS)
+  if not local_path.exists():
     raise UserError(f"weights {str(path)!r} does not exist; give {ACCEPTED}.")
-  if all((found / part).is_dir() for part in NETWORKS):
-    return "diffusers", weight_files.open_folder(found, NETWORKS)
-  if found.is_dir():
+  if all((local_path / part).is_dir() for part in NETWORKS):
+    return "diffusers", weight_files.open_folder(local_path, NETWORKS)
+  if local_path.is_dir():
     raise UserError(f"weights {str(path)!r} is a folder without unet/ and vae/; give {ACCEPTED}.")
-  weights = weight_files.open_file(found)
-  signs = {sign: f"released:{name}" for name, sign in released.SIGNATURES.items()} | {
+  weights = weight_files.open_file(local_path)
+  prefixes = {prefix: f"released:{name}" for name, prefix in released.SIGNATURES.items()} | {
     "model.diffusion_model.": "compvis"
   }
-  for sign, kind in signs.items():
-    if any(name.startswith(sign) for name in weights.tensors):
+  for prefix, kind in prefixes.items():
+    if any(name.startswith(prefix) for name in weights.tensors):
       return kind, weights
-  held = list(weights.tensors)[:3]
-  raise UserError(f"weights {str(path)!r} holds names of no known kind, like {held}; give {ACCEPTED}.")
+  examples = list(weights.tensors)[:3]
+  raise UserError(f"weights {str(path)!r} holds names of no known kind, like {examples}; give {ACCEPTED}.")
 
 
 def _steps(tensors: Mapping[str, LazyTensor]) -> int:
-  """Steps that the BatchNorms have counted; 0 where none did, or none in a number: cast to float16, it is infinite."""
+  """The step count of the BatchNorms; 0 if there is none or it is not finite, as after a cast to float16."""
   counts = [np.asarray(x, np.float64).ravel() for name, x in tensors.items() if name.endswith(f".{COUNTER}")]
   return max((int(x[0]) for x in counts if x.size == 1 and np.isfinite(x[0]) and x[0] >= 0), default=0)
 
 
 def _parts(named: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-  """The arrays in portions of at most PART_BYTES, or of one array."""
+  """The arrays in parts of at most PART_BYTES, or of one array."""
   part, size = {}, 0
   for name, array in named.items():
     if part and size + array.nbytes > PART_BYTES:
@@ -204,12 +204,12 @@ def _restore(path: str | epath.PathLike) -> dict[str, np.ndarray]:
   with errors, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     arrays = folder / "arrays"
     for part in (arrays / name for name in reading.visible(part.name for part in arrays.iterdir())):
-      names = ocp.PyTreeCheckpointHandler().metadata(part).tree  # a Checkpointer hides why it cannot
+      names = ocp.PyTreeCheckpointHandler().metadata(part).tree  # a Checkpointer would hide the cause of an error
       arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
       named |= reader.restore(part, args=ocp.args.PyTreeRestore(restore_args=arguments))
   return named
 
 
 def _absolute(path: str | epath.PathLike) -> epath.Path:
-  """As orbax wants it."""
+  """An absolute path, as orbax requires."""
   return epath.Path(path) if "://" in str(path) else epath.Path(pathlib.Path(path).expanduser().resolve())

@@ -1,13 +1,13 @@
-"""LoRA files of the UNet under diffusers' names: written of a run's A and B, and merged into weights.
+"""LoRA files of the UNet under diffusers' names: written from the A and B of a run, and merged into weights.
 
-Read are three ways of naming a module's pair and its alpha, with MODULE = down_blocks.0.attentions.0...to_q:
+Three naming schemes are supported for reading, with MODULE = down_blocks.0.attentions.0...to_q:
 
   diffusers, peft    unet.MODULE.lora_A.weight, .lora_B.weight; alpha in the metadata
   diffusers, older   unet.MODULE.lora.down.weight, .lora.up.weight, or ...attn1.processor.to_q_lora.down.weight
   kohya              lora_unet_MODULE.lora_down.weight, .lora_up.weight, .alpha, with "_" for "."; CompVis' names too
 
-An alpha that is not given is the rank. Written are peft's names, with alpha / rank multiplied into B, so that every
-reader gives it the factor 1.
+A missing alpha defaults to the rank. Files are written with peft's names, with alpha / rank multiplied into B, so that
+every reader applies a factor of 1.
 
 Sources: diffusers 0.39 loaders/lora_pipeline.py, loaders/peft.py, utils/state_dict_utils.py; kohya-ss/sd-scripts
 networks/lora.py.
@@ -47,7 +47,7 @@ def state_dict(named: ParamDict, alpha: float, sizes: Options) -> dict[str, np.n
     sizes: config.backbone.unet.
 
   Raises:
-    ValueError: there is no LoRA among them.
+    ValueError: if there are no LoRA arrays.
   """
   kernels = [name.removeprefix(lora.PREFIX).removesuffix("/a") for name in named if name.startswith(lora.PREFIX)]
   kernels = [name for name in kernels if name in named]
@@ -65,7 +65,7 @@ def state_dict(named: ParamDict, alpha: float, sizes: Options) -> dict[str, np.n
 
 
 def merged(named: ParamDict, path: str | pathlib.Path, sizes: Options) -> tuple[ParamDict, str]:
-  """Weights with the LoRA of a file added to the UNet's kernels, and a line that says what was done.
+  """Adds the LoRA of a file to the UNet's kernels; returns the weights and a line for the log.
 
   Args:
     named: arrays by our names.
@@ -73,7 +73,7 @@ def merged(named: ParamDict, path: str | pathlib.Path, sizes: Options) -> tuple[
     sizes: config.backbone.unet.
 
   Raises:
-    ValueError: in one line: not a file of LoRA; modules that the UNet lacks, or of other shapes.
+    ValueError: for a file without LoRA, unknown modules or wrong shapes; one line.
   """
   tensors, stated = weight_files.open_file(path).tensors, _stated_alphas(path)
   modules = {}
@@ -87,7 +87,7 @@ def merged(named: ParamDict, path: str | pathlib.Path, sizes: Options) -> tuple[
     names = [module.removeprefix("unet."), module.removeprefix("unet.").removesuffix(".0"), ours.replace("/", ".")]
     modules |= {name.replace(".", "_"): kernel for name in names}
   pairs: dict[str, dict[str, np.ndarray]] = {}
-  strange, text = [], 0
+  unknown, text = [], 0
   for name, tensor in tensors.items():
     if name.startswith(_TEXT):
       text += 1
@@ -96,11 +96,11 @@ def merged(named: ParamDict, path: str | pathlib.Path, sizes: Options) -> tuple[
     ) in modules:
       pairs.setdefault(key, {})[PARTS[match[2]] if match[2] else "alpha"] = np.asarray(tensor, np.float32)
     else:
-      strange.append(name)
-  strange += [f"{key} without its other half" for key, pair in pairs.items() if not {"a", "b"} <= pair.keys()]
-  if strange or not pairs:
+      unknown.append(name)
+  unknown += [f"{key} without its other half" for key, pair in pairs.items() if not {"a", "b"} <= pair.keys()]
+  if unknown or not pairs:
     raise UserError(
-      f"{path}: {len(strange)} of {len(tensors)} tensors are no LoRA of this UNet, like {strange[:3]}; give a file of "
+      f"{path}: {len(unknown)} of {len(tensors)} tensors are no LoRA of this UNet, like {unknown[:3]}; give a file of "
       "diffusers or kohya for the Stable Diffusion of the config."
     )
   result = dict(named)
@@ -113,8 +113,8 @@ def merged(named: ParamDict, path: str | pathlib.Path, sizes: Options) -> tuple[
     if math.prod(change.shape) != named[kernel].size or change.shape[-2:] != named[kernel].shape[-2:]:
       raise UserError(f"{path}: {key} changes {list(change.shape)}, {kernel} is {list(named[kernel].shape)}.")
     result[kernel] = named[kernel] + change.reshape(named[kernel].shape) * np.float32(alpha / rank)
-  left = f", {text} tensors of the text encoder left out" if text else ""
-  return result, f"LoRA: {path}: merged into {len(pairs)} kernels of the UNet{left}"
+  skipped = f", {text} tensors of the text encoder left out" if text else ""
+  return result, f"LoRA: {path}: merged into {len(pairs)} kernels of the UNet{skipped}"
 
 
 def _is_kernel(name: str, ndim: int) -> bool:
@@ -122,21 +122,22 @@ def _is_kernel(name: str, ndim: int) -> bool:
 
 
 def _modules(shapes: Mapping[str, tuple[int, ...]], sizes: Options) -> dict[str, str]:
-  """diffusers' name of the module of each kernel of the UNet, "unet." in front."""
+  """diffusers' module name, with the prefix "unet.", for each kernel of the UNet."""
   table = stable_diffusion.unet_of(sizes)
   name = lambda kernel: next(iter(rules.to_source({kernel: rules.phantom(shapes[kernel])}, table)))
   return {kernel: name(kernel).removesuffix(".weight") for kernel in shapes}
 
 
 def _stated_alphas(path: str | pathlib.Path) -> Callable[[str, int], float]:
-  """(module, rank) -> alpha, as the metadata of peft's files say it; without them the rank."""
+  """(module, rank) -> alpha by the metadata of peft's files; the default is the rank."""
   try:
     with safetensors.safe_open(path, framework="numpy") as file:
       stated = json.loads((file.metadata() or {}).get(METADATA, "{}"))
   except (safetensors.SafetensorError, ValueError):  # .pt files of older versions
     stated = {}
-  own = {name.replace(".", "_"): alpha for name, alpha in stated.get("unet.alpha_pattern", {}).items()}
-  common = stated.get("unet.lora_alpha")
+  module_alphas = {name.replace(".", "_"): alpha for name, alpha in stated.get("unet.alpha_pattern", {}).items()}
+  default_alpha = stated.get("unet.lora_alpha")
   return lambda module, rank: next(
-    (alpha for name, alpha in own.items() if module.endswith(name)), rank if common is None else common
+    (alpha for name, alpha in module_alphas.items() if module.endswith(name)),
+    rank if default_alpha is None else default_alpha,
   )

@@ -1,9 +1,9 @@
-"""The engine of conversion: a table of rules, used in both directions and checked on both sides.
+"""The conversion engine: a table of rules, applied in both directions and checked on both sides.
 
-Our names keep the source's, with '/' for '.', so a rule is a pair of prefixes: everything below the one is found below
-the other under the same name. Only the last part changes with the kind of layer (`weight` -> `kernel`, `scale` or
-`embedding`), and the axes with it; both follow from a tensor's number of dimensions, hence both directions from one
-description. Gradients and moments have the names and shapes of their parameters, so a table carries them as well.
+Our names are those of the source, with '/' for '.', so a rule is a pair of prefixes: everything below one is stored
+below the other under the same name. Only the last part of a name (`weight` -> `kernel`, `scale` or `embedding`) and the
+axes depend on the layer type; both follow from the number of dimensions, so one table describes both directions.
+Gradients and moments have the names and shapes of their parameters, so a table also converts them.
 """
 
 import collections
@@ -22,7 +22,7 @@ from vpd_jax.types import Options
 
 
 class Shaped(Protocol):
-  """What is to be filled: an array, or only what is known of one."""
+  """An array, or its shape and dtype alone."""
 
   @property
   def shape(self) -> tuple[int, ...]: ...
@@ -31,12 +31,12 @@ class Shaped(Protocol):
 
 
 class TensorLayout(NamedTuple):
-  """How one kind of tensor is called and laid out on both sides.
+  """The last part of the name and the axes of one type of tensor, on both sides.
 
   Attributes:
-    source, target: last part of the name; empty where the rule names the tensor itself.
-    axes: our axes in terms of the source's; None leaves a tensor of any number of dimensions as it is.
-    source_ndim: dimensions in the source, where fewer than ours: trailing ones of size 1 are added.
+    source, target: last part of the name; empty if the rule names the tensor itself.
+    axes: our axes in terms of the source's; None keeps the layout, for any number of dimensions.
+    source_ndim: number of dimensions in the source, if fewer than ours: trailing ones of size 1 are added.
   """
 
   source: str
@@ -66,7 +66,7 @@ norm = TensorLayout("weight", "scale", (0,))
 bias = TensorLayout("bias", "bias", (0,))
 linear = TensorLayout("weight", "kernel", (1, 0))
 embedding = TensorLayout("weight", "embedding", (0, 1))
-bare_embedding = TensorLayout("", "embedding", (0, 1))  # a tensor of its own in the source, without `weight`
+bare_embedding = TensorLayout("", "embedding", (0, 1))  # a bare tensor in the source, without `weight`
 conv = TensorLayout("weight", "kernel", (2, 3, 1, 0))  # OIHW -> HWIO
 deconv = TensorLayout("weight", "kernel", (2, 3, 0, 1))  # IOHW -> HWIO
 linear_as_conv = TensorLayout("weight", "kernel", (2, 3, 1, 0), source_ndim=2)  # OI -> 11IO
@@ -75,17 +75,17 @@ var = TensorLayout("running_var", "var", (0,))
 
 LAYER = (norm, linear, conv, bias)
 BATCH_NORM = (mean, var)
-COUNTER = "num_batches_tracked"  # PyTorch counts the steps in every BatchNorm; we have one count in the state.
+COUNTER = "num_batches_tracked"  # Every BatchNorm of PyTorch counts the steps; our train state has one counter.
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """Everything below `source` goes below `target`.
+  """Maps everything below `source` to `target`.
 
   Attributes:
-    source, target: prefixes in whole parts, '.' between parts in the source, '/' in the target.
-    leaves: the kinds of tensors expected there.
-    optional: whether a source may lack all of it.
+    source, target: prefixes of complete name parts, separated by '.' in the source and '/' in the target.
+    leaves: layouts of the tensors below them.
+    optional: whether the source may contain none of them.
   """
 
   source: str
@@ -110,7 +110,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Same:
-  """Everything is in our names and layouts already."""
+  """The identity: names and layouts are already ours."""
 
   optional: bool = True
 
@@ -120,13 +120,14 @@ class Same:
 
 @dataclasses.dataclass(frozen=True)
 class Drop:
-  """Source names that match `pattern` as a whole are left out, because of `why`.
+  """Drops the source tensors whose full name matches `pattern`.
 
   Attributes:
-    pattern, why: see above.
-    optional: whether a source may lack all of them.
-    repeats: a prefix; below it stand, under the names that the pattern's first group captures, tensors that the ones
-      left out must equal. Empty: they need not equal any.
+    pattern: regular expression.
+    why: the reason, for the report.
+    optional: whether the source may contain none of them.
+    repeats: a prefix. A dropped tensor must equal the tensor below it whose name the first group of the pattern
+      captures. Empty: no such check.
   """
 
   pattern: str
@@ -136,7 +137,7 @@ class Drop:
 
 
 def drop(pattern: str, why: str, *, optional: bool = False) -> Drop:
-  """A row of a table: what is left out, and the reason."""
+  """A row of a table that drops tensors for the given reason."""
   return Drop(pattern, why, optional)
 
 
@@ -144,23 +145,23 @@ DROP_COUNTERS = drop(rf".*\.{COUNTER}", "our state counts the steps once", optio
 
 
 class ConversionError(UserError):
-  """Everything that does not fit, in one message."""
+  """Weights that do not fit; one message lists all problems."""
 
 
 class NotFinite(UserError):
-  """Weights with NaN or infinity among them."""
+  """Weights that contain NaN or infinity."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What a conversion did.
+  """Summary of a conversion.
 
   Attributes:
     table: name of the table.
     used: target name by source name.
     dropped: reason by source name.
-    fresh: targets that the source does not hold and that keep their initial values.
-    step: steps the source was trained for, where it counts them.
+    fresh: targets that the source does not contain and that keep their initial values.
+    step: number of training steps of the source, if it counts them.
   """
 
   table: str
@@ -184,23 +185,23 @@ def convert(
   fresh: Iterable[str] = (),
   table: str = "conversion",
 ) -> tuple[dict[str, np.ndarray], Report]:
-  """Reads a source into our names, layouts and dtypes, tensor by tensor.
+  """Converts a source to our names, layouts and dtypes, tensor by tensor.
 
   Args:
-    source: arrays, or what becomes one under `np.asarray`, by their own names; needs `.ndim` and `.shape` before.
+    source: arrays, or objects with `.ndim` and `.shape` that `np.asarray` reads, by the source's names.
     rules: the table.
-    targets: what to fill, by our names; anything with `.shape` and `.dtype`.
-    fresh: regular expressions, found in "/" + name, of targets that may stay unfilled.
+    targets: arrays to fill, by our names; anything with `.shape` and `.dtype`.
+    fresh: regular expressions, searched in "/" + name, of targets that may keep their initial values.
     table: name of the table, for messages.
 
   Returns:
-    The filled targets, contiguous, and a report; targets left fresh are not among them.
+    The filled targets, contiguous, and a report. Targets that keep their initial values are not included.
 
   Raises:
-    ConversionError: source names no rule or two rules match, unknown, doubly filled, unfilled or misshapen targets and
-      rules without effect, all of them at once, nothing having been read by then; then tensors that differ from those
-      that they should repeat.
-    NotFinite: tensors that hold NaN or infinity, as they are or in the dtype of their target; all at once.
+    ConversionError: for source names that match no rule or several, for unknown, unfilled or wrongly shaped targets,
+      targets that are filled twice, and rules without effect, all reported together before any tensor is read; then for
+      tensors that differ from those that they should repeat.
+    NotFinite: for tensors that contain NaN or infinity, in the source or in the dtype of their target; lists all.
   """
   plan, dropped, problems = _plan(source, rules)
   for name, (target, leaf) in plan.items():
@@ -213,49 +214,49 @@ def convert(
       )
   filled = collections.Counter(target for target, _ in plan.values())
   problems["are filled twice"] = [target for target, count in filled.items() if count > 1]
-  absent = [target for target in targets if target not in filled]
+  unfilled = [target for target in targets if target not in filled]
   patterns = tuple(fresh)
   problems["are filled by nothing and may not stay fresh"] = [
-    target for target in absent if not any(re.search(pattern, "/" + target) for pattern in patterns)
+    target for target in unfilled if not any(re.search(pattern, "/" + target) for pattern in patterns)
   ]
   _raise_all(problems, f"{table}: the weights do not fit")
   differing = [
     f"{name} from {original}" for name, original in _repeated(source, rules) if not _equal(source, name, original)
   ]
   _raise_all({"differ from what they should repeat": differing}, f"{table}: the weights do not fit")
-  named, wrong = {}, {}
+  named, non_finite = {}, {}
   for name, (target, leaf) in plan.items():
-    with np.errstate(over="ignore"):  # counted below
+    with np.errstate(over="ignore"):  # overflows are counted below
       named[target] = np.array(leaf.forward(np.asarray(source[name])), targets[target].dtype, order="C", copy=None)
-    if found := finite.missing({name: named[target]}):
-      wrong |= {f"{name} as {named[target].dtype}": found[name]}
-  if wrong:
-    raise NotFinite(f"{table}: {finite.in_words(wrong)}; {finite.REMEDY}.")
-  return named, Report(table, {name: target for name, (target, _) in plan.items()}, dropped, tuple(absent))
+    if counts := finite.count_non_finite({name: named[target]}):
+      non_finite |= {f"{name} as {named[target].dtype}": counts[name]}
+  if non_finite:
+    raise NotFinite(f"{table}: {finite.summary(non_finite)}; {finite.REMEDY}.")
+  return named, Report(table, {name: target for name, (target, _) in plan.items()}, dropped, tuple(unfilled))
 
 
 def _plan(
   source: Mapping[str, np.ndarray | LazyTensor], rules: Sequence[Rule | Drop | Same]
 ) -> tuple[dict[str, tuple[str, TensorLayout]], dict[str, str], dict[str, list[str]]]:
-  """({name: (target, leaf)}, {name: reason it is dropped}, problems)."""
+  """({name: (target, leaf)}, {name: reason for dropping it}, problems)."""
   plan, dropped, problems, effective = {}, {}, collections.defaultdict(list), set()
   for name, value in source.items():
-    found = []
+    matches = []
     for rule in rules:
       if isinstance(rule, Drop):
         match = rule.why if re.fullmatch(rule.pattern, name) else None
       else:
         match = rule.to_target(name, value.ndim)
       if match is not None:
-        found.append(match)
+        matches.append(match)
         effective.add(rule)
-    if len(found) != 1:
-      kind = "match no rule" if not found else "match more than one rule"
-      problems[kind].append(f"{name} {list(value.shape)}")
-    elif isinstance(found[0], str):
-      dropped[name] = found[0]
+    if len(matches) != 1:
+      problem = "match no rule" if not matches else "match more than one rule"
+      problems[problem].append(f"{name} {list(value.shape)}")
+    elif isinstance(matches[0], str):
+      dropped[name] = matches[0]
     else:
-      plan[name] = found[0]
+      plan[name] = matches[0]
   problems["are rules without effect (the source lacks what they describe)"] = [
     rule.pattern if isinstance(rule, Drop) else rule.source
     for rule in rules
@@ -265,27 +266,27 @@ def _plan(
 
 
 def to_source(named: Mapping[str, npt.ArrayLike], rules: Sequence[Rule | Drop]) -> dict[str, np.ndarray]:
-  """The way back, for any part of the parameters, or for their gradients or moments.
+  """The inverse conversion, for any subset of the parameters, or for their gradients or moments.
 
   Args:
     named: arrays by our names.
     rules: the table.
 
   Returns:
-    The same arrays by the source's names and in its layout; views where the layout allows.
+    The same arrays by the source's names and in its layout; views where possible.
 
   Raises:
-    ConversionError: names that no rule or more than one rule leads to.
+    ConversionError: for names that match no rule or several.
   """
   result, problems = {}, collections.defaultdict(list)
   for name, value in named.items():
     array = np.asarray(value)
-    found = [rule.to_source(name, array.ndim) for rule in rules if isinstance(rule, Rule)]
-    found = [match for match in found if match is not None]
-    if len(found) == 1:
-      result[found[0][0]] = found[0][1].backward(array)
+    matches = [rule.to_source(name, array.ndim) for rule in rules if isinstance(rule, Rule)]
+    matches = [match for match in matches if match is not None]
+    if len(matches) == 1:
+      result[matches[0][0]] = matches[0][1].backward(array)
     else:
-      problems["match no rule" if not found else "match more than one rule"].append(f"{name} {list(array.shape)}")
+      problems["match no rule" if not matches else "match more than one rule"].append(f"{name} {list(array.shape)}")
   _raise_all(problems, "these arrays have no name in the source")
   return result
 
@@ -293,17 +294,16 @@ def to_source(named: Mapping[str, npt.ArrayLike], rules: Sequence[Rule | Drop]) 
 def export(
   named: Mapping[str, npt.ArrayLike], rules: Sequence[Rule | Drop], manifest: Sequence[Options], step: int
 ) -> dict[str, np.ndarray]:
-  """The state dict that a manifest describes: its names, shapes, dtypes and order.
+  """The state dict with the names, shapes, dtypes and order of a manifest.
 
   Args:
     named: all arrays of the model by our names: trained, frozen and statistics.
     rules: the table.
-    manifest: entries {name, shape, dtype} and, where a tensor repeats an earlier one, {alias_of}.
+    manifest: entries {name, shape, dtype} and, if a tensor repeats an earlier one, {alias_of}.
     step: number of finished steps, for every `num_batches_tracked`.
 
   Raises:
-    ConversionError: entries that nothing fills, arrays without an entry, wrong shapes, numbers beyond the dtype; all at
-      once.
+    ConversionError: for unfilled entries, arrays without an entry, wrong shapes and overflows; lists all problems.
   """
   arrays, problems, result = to_source(named, rules), collections.defaultdict(list), {}
   for entry in manifest:
@@ -326,19 +326,19 @@ def export(
 
 
 def _between(name: str, prefix: str, last: str, separator: str) -> list[str] | None:
-  """The parts of `name` between the prefix and the last part; None where one of them is not its own."""
+  """The parts of `name` between the prefix and the last part; None if the name does not have both."""
   if not name.startswith(prefix) or not name.endswith(last):
     return None
-  parts, first = name.split(separator), prefix.split(separator)
-  end = [last] if last else []
-  if parts[: len(first)] != first or parts[len(parts) - len(end) :] != end or len(parts) < len(first) + len(end):
+  parts, head = name.split(separator), prefix.split(separator)
+  tail = [last] if last else []
+  if parts[: len(head)] != head or parts[len(parts) - len(tail) :] != tail or len(parts) < len(head) + len(tail):
     return None
-  middle = parts[len(first) : len(parts) - len(end)]
+  middle = parts[len(head) : len(parts) - len(tail)]
   return middle if last or not middle else None
 
 
 def _repeated(source: Iterable[str], rules: Sequence[Rule | Drop | Same]) -> Iterator[tuple[str, str]]:
-  """Names that are left out, each with the name of the tensor that it should repeat."""
+  """Names of dropped tensors, each with the name of the tensor that it should repeat."""
   for rule in rules:
     if isinstance(rule, Drop) and rule.repeats:
       yield from (
@@ -351,14 +351,14 @@ def _equal(source: Mapping[str, np.ndarray | LazyTensor], name: str, other: str)
 
 
 def phantom(shape: Sequence[int]) -> np.ndarray:
-  """An array of that shape that takes no memory, to see what a transposition makes of it."""
+  """An array of the given shape that takes no memory, for shape computations."""
   return np.broadcast_to(np.zeros((), np.int8), tuple(shape))
 
 
 def _raise_all(problems: Mapping[str, Sequence[str]], heading: str) -> None:
   lines = []
-  for kind, items in problems.items():
+  for problem, items in problems.items():
     more = f", and {len(items) - 10} more" if len(items) > 10 else ""
-    lines += [f"{len(items)} {kind}: {', '.join(items[:10])}{more}"] if items else []
+    lines += [f"{len(items)} {problem}: {', '.join(items[:10])}{more}"] if items else []
   if lines:
     raise ConversionError("\n  ".join([f"{heading}:", *lines]))

@@ -1,4 +1,4 @@
-"""Sentences to the token ids of CLIP's text encoder, on the host, before training."""
+"""Tokenization for CLIP's text encoder, on the host."""
 
 import dataclasses
 import functools
@@ -21,12 +21,12 @@ Tokenizer = Any  # transformers.CLIPTokenizer, slow to import
 
 @dataclasses.dataclass(frozen=True)
 class Tokenize:
-  """Sentences to token ids; looks for a tokenizer only when it is called: evaluation needs none.
+  """Maps sentences to token ids. The tokenizer is loaded on the first call, because evaluation may not need it.
 
   Attributes:
-    sources: where one may lie, the first that holds one counts; or a word of STAND_INS, for smoke tests.
-    vocabulary, length: rows of the text encoder's two tables.
-    padding: id behind the end of a sentence; -1 for that of the tokenizer. See TextSizes.
+    sources: where to look for a tokenizer, in order; or a key of PLACEHOLDERS, for smoke tests.
+    vocabulary, length: rows of the text encoder's token and position embeddings.
+    padding: id after the end of a sentence; -1 for that of the tokenizer. See TextSizes.
   """
 
   sources: tuple[str, ...]
@@ -38,39 +38,39 @@ class Tokenize:
     """int32 [len(sentences), length].
 
     Raises:
-      ValueError: no tokenizer there, or not that of the text encoder; one line.
+      ValueError: if there is no tokenizer, or it does not match the text encoder; one line.
     """
     return _tokens(self, tuple(sentences))
 
 
 @functools.lru_cache(maxsize=8)
-def _tokens(how: Tokenize, sentences: tuple[str, ...]) -> np.ndarray:
-  stand_in = next((STAND_INS[source] for source in how.sources if source in STAND_INS), None)
-  if stand_in:
-    tokens = stand_in(sentences, vocabulary=how.vocabulary, length=how.length)
+def _tokens(options: Tokenize, sentences: tuple[str, ...]) -> np.ndarray:
+  placeholder = next((PLACEHOLDERS[source] for source in options.sources if source in PLACEHOLDERS), None)
+  if placeholder:
+    tokens = placeholder(sentences, vocabulary=options.vocabulary, length=options.length)
   else:
-    given = tuple(source for source in how.sources if source)
-    tokens = tokenize(sentences, _first(given), vocabulary=how.vocabulary, length=how.length)
-  behind = np.arange(how.length) > tokens.argmax(axis=1)[:, None]  # the end has the largest id
-  return tokens if how.padding < 0 else np.where(behind, np.int32(how.padding), tokens)
+    sources = tuple(source for source in options.sources if source)
+    tokens = tokenize(sentences, _first(sources), vocabulary=options.vocabulary, length=options.length)
+  is_padding = np.arange(options.length) > tokens.argmax(axis=1)[:, None]  # the end token has the largest id
+  return tokens if options.padding < 0 else np.where(is_padding, np.int32(options.padding), tokens)
 
 
 @functools.lru_cache(maxsize=2)
-def _first(given: tuple[str, ...]) -> Tokenizer:
-  """The tokenizer of the first source that holds one; kept, for sentences may come one by one."""
-  holding = next((source for source in given if holds(source)), None)
-  if holding is None:
+def _first(paths: tuple[str, ...]) -> Tokenizer:
+  """The tokenizer of the first source that has one; cached, because sentences may come one at a time."""
+  first = next((source for source in paths if holds(source)), None)
+  if first is None:
     raise UserError(
-      f"there is no tokenizer in {list(given)}; set config.method.tokenizer to a folder with {' and '.join(FILES)}, or "
+      f"there is no tokenizer in {list(paths)}; set config.method.tokenizer to a folder with {' and '.join(FILES)}, or "
       f"to {CHARACTERS!r} or {WORDS!r} for smoke tests with a random text encoder."
     )
-  return load(holding)
+  return load(first)
 
 
 def holds(source: str | epath.PathLike) -> bool:
-  """Whether a source of weights brings a tokenizer."""
+  """Whether a source of weights contains a tokenizer."""
   folder = fetch.local(source, (fetch.TOKENIZER,))
-  return any(not _missing(place) for place in (folder / fetch.TOKENIZER, folder))
+  return any(not _missing(candidate) for candidate in (folder / fetch.TOKENIZER, folder))
 
 
 def _missing(folder: pathlib.Path) -> list[str]:
@@ -81,10 +81,10 @@ def load(source: str | epath.PathLike) -> Tokenizer:
   """CLIP's tokenizer (transformers) from the `tokenizer` below a diffusers folder, or from a folder itself.
 
   Args:
-    source: local, a hub id, or in a bucket.
+    source: a local path, a hub id or a bucket.
 
   Raises:
-    ValueError: files missing or damaged; one line.
+    ValueError: if files are missing or damaged; one line.
   """
   folder = fetch.local(source, (fetch.TOKENIZER,))
   folder = folder / fetch.TOKENIZER if (folder / fetch.TOKENIZER).is_dir() else folder
@@ -96,12 +96,12 @@ def load(source: str | epath.PathLike) -> Tokenizer:
 
 
 def _read(folder: pathlib.Path) -> Tokenizer:
-  # Without it the import says that PyTorch is missing, which no tokenizer needs.
+  # Otherwise the import warns that PyTorch is missing, which tokenizers do not need.
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   from transformers import CLIPTokenizer  # Slow to import, and only needed here.
 
   try:
-    # Whatever its files say: CLIP reads texts from the left, padding behind their end.
+    # Regardless of its files: CLIP requires padding and truncation on the right.
     return CLIPTokenizer.from_pretrained(
       str(folder), local_files_only=True, padding_side="right", truncation_side="right"
     )
@@ -111,19 +111,19 @@ def _read(folder: pathlib.Path) -> Tokenizer:
 
 
 def tokenize(sentences: Sequence[str], tokenizer: Tokenizer, *, vocabulary: int, length: int) -> np.ndarray:
-  """Token ids, checked against what the encoder can look up and where it finds the end.
+  """Token ids, checked against the vocabulary of the encoder and the end token that it looks for.
 
   Args:
-    sentences: texts; longer ones are cut.
+    sentences: texts; longer ones are truncated.
     tokenizer: transformers' CLIPTokenizer.
-    vocabulary: rows of the encoder's table of tokens.
-    length: tokens a sentence is padded or cut to.
+    vocabulary: rows of the encoder's token embedding.
+    length: number of tokens that a sentence is padded or truncated to.
 
   Returns:
     int32 [sentences, length].
 
   Raises:
-    ValueError: a tokenizer of another model than the encoder's; a text that spells one of its marks.
+    ValueError: for a tokenizer that does not match the encoder, and for texts that contain a special token.
   """
   marks = [mark for mark in (tokenizer.bos_token, tokenizer.eos_token) if any(mark in text for text in sentences)]
   if marks:
@@ -143,18 +143,18 @@ def tokenize(sentences: Sequence[str], tokenizer: Tokenizer, *, vocabulary: int,
 
 
 def characters(sentences: Sequence[str], *, vocabulary: int, length: int) -> np.ndarray:
-  """Stand-in for a tokenizer: an id per character, begin and end the two largest ids; int32 [sentences, length]."""
+  """Placeholder tokenizer: one id per character, with begin and end as the largest ids; int32 [sentences, length]."""
   return _framed([[ord(letter) for letter in sentence] for sentence in sentences], vocabulary, length)
 
 
 def words(sentences: Sequence[str], *, vocabulary: int, length: int) -> np.ndarray:
-  """As `characters`, with an id per word that follows from its letters; two words may share one."""
+  """As `characters`, with one id per word, a hash of its letters; two words may share an id."""
   numbers = [[zlib.crc32(word.encode()) for word in sentence.lower().split()] for sentence in sentences]
   return _framed(numbers, vocabulary, length)
 
 
 def _framed(numbers: Sequence[Sequence[int]], vocabulary: int, length: int) -> np.ndarray:
-  """Numbers as ids between those of begin and end, cut or filled to `length`."""
+  """Ids from numbers, enclosed by the begin and end tokens and truncated or padded to `length`."""
   result = np.full((len(numbers), length), vocabulary - 1, np.int32)
   for row, values in zip(result, numbers, strict=True):
     ids = [value % (vocabulary - 2) for value in values[: length - 2]]
@@ -162,4 +162,4 @@ def _framed(numbers: Sequence[Sequence[int]], vocabulary: int, length: int) -> n
   return result
 
 
-STAND_INS = {CHARACTERS: characters, WORDS: words}
+PLACEHOLDERS = {CHARACTERS: characters, WORDS: words}

@@ -1,1 +1,1 @@
-"""From files to batches: a source of Examples and its transforms per data set, and one pipeline for all of them."""
+"""Input data, from files to batches: data sets with sources of Examples and transforms, and a common pipeline."""

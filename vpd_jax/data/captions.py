@@ -1,9 +1,8 @@
-"""Captions of pictures, from a file: a sentence with every Example of any data set.
+"""Image captions from a file, which add a sentence to the Examples of any data set.
 
-The file is a JSON object of a caption by the name of a picture, `"name": "caption"`, or as TADP's files hold it,
-`"name": {"captions": ["caption"]}`. A name is the picture's file with as many of its folders as it takes to tell it
-from the others of a split: as NYU's list spells it, with or without the slash at its start, or the file alone, as on
-ADE20K.
+The file is a JSON object of captions by image name, `"name": "caption"`, or in the format of TADP's files,
+`"name": {"captions": ["caption"]}`. A name is the path of an image with as many folders as needed to be unique in its
+split: as in NYU's list, with or without the leading slash, or the file name alone, as for ADE20K.
 
 Source: TADP captioning/blip.py, depth/dataset/nyudepthv2.py.
 """
@@ -17,17 +16,17 @@ from vpd_jax.types import Dataset, DatasetInfo, Example, Fields, Options, Source
 
 
 class Captioned(Dataset):
-  """A data set whose Examples also have "sentence", str, the caption of their picture, whatever is cut of it."""
+  """A data set whose Examples also have "sentence", str, the caption of the full image, regardless of crops."""
 
   def __init__(self, dataset: Dataset, path: str):
     """Reads the file.
 
     Args:
-      dataset: without sentences of its own.
+      dataset: a data set without sentences.
       path: of the captions.
 
     Raises:
-      ValueError: no such file, or another form; the data set has sentences.
+      ValueError: for a missing file or another format, or if the data set already has sentences.
     """
     if "sentence" in dataset.provides:
       raise UserError("data.captions has no effect on a data set with sentences of its own; leave it out.")
@@ -37,54 +36,54 @@ class Captioned(Dataset):
 
   @classmethod
   def info(cls, options: Options) -> DatasetInfo:
-    """Nothing: the class of the data set is asked."""
+    """Empty: use the info of the wrapped data set."""
     del options
     return DatasetInfo()
 
   @reader.read_once
   def source(self, split: str) -> Source:
-    """The split, with captions of all its pictures.
+    """The split, with captions for all images.
 
     Raises:
-      ValueError: as the data set; pictures without a caption (counted, the first named), or that share one's name.
+      ValueError: as the data set, and for images without a caption or with an ambiguous one.
     """
     source = self._dataset.source(split)
     names = [source.picture(index) for index in range(len(source))]
-    found = {name: _key(name, self._captions) for name in names}
-    missing = [name for name, key in found.items() if not key]
+    keys = {name: _key(name, self._captions) for name in names}
+    missing = [name for name, key in keys.items() if not key]
     if missing:
       raise UserError(
-        f"data.captions={self._path!r} has no caption of {len(missing)} of {len(found)} pictures of the {split} split, "
+        f"data.captions={self._path!r} has no caption of {len(missing)} of {len(keys)} pictures of the {split} split, "
         f"the first is {missing[0]!r}; add them."
       )
-    owners = {key: name for name, key in found.items()}
-    shared = [name for name, key in found.items() if owners[key] != name]
-    if shared:
+    owners = {key: name for name, key in keys.items()}
+    ambiguous = [name for name, key in keys.items() if owners[key] != name]
+    if ambiguous:
       raise UserError(
-        f"data.captions={self._path!r} has one caption, {found[shared[0]]!r}, for {shared[0]!r} and "
-        f"{owners[found[shared[0]]]!r} of the {split} split; name them with their folders."
+        f"data.captions={self._path!r} has one caption, {keys[ambiguous[0]]!r}, for {ambiguous[0]!r} and "
+        f"{owners[keys[ambiguous[0]]]!r} of the {split} split; name them with their folders."
       )
-    return CaptionedSource(source, [self._captions[found[name]] for name in names])
+    return CaptionedSource(source, [self._captions[keys[name]] for name in names])
 
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
-    """The data set's."""
+    """As the wrapped data set."""
     return _with_caption(self._dataset.train_transform(_without_caption(example), rng, position), example)
 
   def eval_transform(self, example: Example) -> Example:
-    """The data set's."""
+    """As the wrapped data set."""
     return _with_caption(self._dataset.eval_transform(_without_caption(example)), example)
 
   def describe(self) -> list[str]:
-    """That of the data set."""
+    """As the wrapped data set."""
     return self._dataset.describe()
 
   def truth(self, split: str) -> Fields:
-    """That of the data set."""
+    """As the wrapped data set."""
     return self._dataset.truth(split)
 
 
 class CaptionedSource(Source):
-  """A source whose Examples have the caption of the same place as "sentence"."""
+  """A source whose Examples have the caption at the same index as "sentence"."""
 
   def __init__(self, source: Source, captions: list[str]):
     self._source, self._captions, self.notes = source, captions, source.notes
@@ -96,7 +95,7 @@ class CaptionedSource(Source):
     return {**self._source[index], "sentence": self._captions[index]}
 
   def label(self, index: int) -> np.ndarray:
-    """That of the source."""
+    """As the wrapped source."""
     return self._source.label(index)
 
   def sentences(self) -> list[str]:
@@ -104,15 +103,15 @@ class CaptionedSource(Source):
     return self._captions
 
   def summary(self) -> str:
-    """That of the source."""
+    """As the wrapped source."""
     return self._source.summary()
 
 
 def read(path: str) -> dict[str, str]:
-  """The captions of a file, by name without slash at its start.
+  """Reads the captions of a file by image name, without leading slashes.
 
   Raises:
-    ValueError: no such file, or entries that are not one caption each; names the file and the first of them.
+    ValueError: for a missing file, or entries that are not one caption; names the file and the first such entry.
   """
   content = reading.read_json(path, called=f"data.captions={path!r}")
   if not isinstance(content, dict) or not content:
@@ -128,7 +127,7 @@ def read(path: str) -> dict[str, str]:
 
 
 def _text(entry: object) -> str:
-  """The one caption of an entry, or nothing."""
+  """The caption of an entry; empty if it is not exactly one."""
   match entry:
     case str(text) | {"captions": [str(text)]}:
       return text
@@ -136,7 +135,7 @@ def _text(entry: object) -> str:
 
 
 def _key(name: str, captions: dict[str, str]) -> str:
-  """The longest end of a picture's name that has a caption, or nothing."""
+  """The longest suffix of an image path that has a caption; empty if there is none."""
   parts = name.split("/")
   return next((end for i in range(len(parts)) if (end := "/".join(parts[i:])) in captions), "")
 

@@ -1,10 +1,10 @@
-"""Examples to batches on the mesh, by grain.
+"""The input pipeline, from Examples to batches on the mesh, with grain.
 
-What a step sees depends on (seed, step) only. The records of all epochs form one endless sequence, shuffled anew in
-each epoch; global batch k holds its places k n to (k + 1) n - 1, so that a batch may cross the border of an epoch, and
-process p of P holds the p-th of P equal parts of each batch. Random numbers belong to the place, not to the worker.
-Hence nothing has to be saved: an iterator begun at step k gives what an undisturbed one would have given.
-A record that cannot be read stops the run, or the next one takes its place, which is the same everywhere.
+The data of a step depend only on (seed, step). The records of all epochs form one infinite sequence that is reshuffled
+in each epoch. Global batch k of size n has its positions k n to (k + 1) n - 1, so a batch may span two epochs, and
+process p of P has the p-th of P equal parts of each batch. Random numbers depend on the position, not on the worker.
+Therefore no iterator state is saved: an iterator that starts at step k yields the same batches as an uninterrupted one.
+A record that cannot be read stops the run or is replaced by the next one, deterministically on all processes.
 """
 
 import atexit
@@ -29,9 +29,9 @@ from vpd_jax.errors import UserError
 from vpd_jax.types import Batch, Dataset, Example, Source
 
 NumpyBatch = dict[str, np.ndarray]
-_THREADS = 4  # that read and transform batches where there are no worker processes
-_AHEAD = 2  # batches that are ready per worker
-_EPOCHS = 2**32  # without end; grain's own endless repetition has a length that batches of one overflow
+_THREADS = 4  # that read and transform batches without worker processes
+_AHEAD = 2  # batches to buffer per worker
+_EPOCHS = 2**32  # practically infinite; the length of grain's infinite repetition overflows for batch size 1
 
 
 def train_batches(
@@ -47,27 +47,27 @@ def train_batches(
   process_count: int = 1,
   on_bad_record: str = "stop",
 ) -> "Batches":
-  """Endless batches of the training split, this process' rows of them.
+  """Infinite batches of the training split, with the rows of this process.
 
   Args:
     dataset: see types.Dataset.
     batch_size: rows of the global batch, a multiple of process_count.
     seed: of the order and of the augmentation.
-    start_step: number of the first batch, from 0.
-    workers: processes that read and transform, 0 for threads of this process. The batches are the same.
-    keys: what a batch holds.
-    prepare: a host transform after the data set's own.
+    start_step: index of the first batch.
+    workers: number of worker processes; 0 for threads of this process. The batches are the same.
+    keys: keys of a batch.
+    prepare: a host transform after that of the data set.
     process_index: of this process.
     process_count: number of processes that share the global batch.
-    on_bad_record: "stop" raises the error of a record that cannot be read; "skip" puts the next readable record of the
-      list in its place, names the file on stderr once, and counts in `skipped`.
+    on_bad_record: "stop" raises the error of a record that cannot be read; "skip" replaces it by the next readable
+      record, names the file on stderr once, and counts it in `skipped`.
 
   Returns:
-    an iterator of {key: [batch_size / process_count, ...]}. The error of a record is raised by `next`, as it was, also
-    where it happened in a worker.
+    an iterator of {key: [batch_size / process_count, ...]}. The original error of a record is raised by `next`, also if
+    it occurred in a worker.
 
   Raises:
-    ValueError: batch_size is no multiple of process_count, the split is empty, or on_bad_record is unknown.
+    ValueError: if batch_size is not a multiple of process_count, the split is empty, or on_bad_record is unknown.
   """
   reader.check_on_bad_record(on_bad_record)
   source, report = _source(dataset, "train", batch_size, process_count), None
@@ -77,7 +77,7 @@ def train_batches(
   examples = (
     grain.MapDataset.source(source)
     .shuffle(seed=order_seed)
-    .map_with_index(_with_place)
+    .map_with_index(_with_position)
     .repeat(_EPOCHS)
     .random_map(_TrainTransform(dataset, len(source), prepare), seed=transform_seed)
   )
@@ -95,16 +95,16 @@ def eval_batches(
   process_count: int = 1,
   workers: int = 0,
 ) -> "Batches":
-  """Every record of the evaluation split once, in order; this process' rows of each global batch.
+  """Every record of the evaluation split once, in order, with the rows of this process.
 
-  All batches have one shape, and every process gets the same number of them: the last batch is filled by repeating the
-  last record. A record that cannot be read always stops: a score over fewer images would be another score.
+  All batches have the same shape, and all processes get the same number of batches: the last one is padded with copies
+  of the last record. A record that cannot be read always raises, because a score over fewer images is not comparable.
 
   Args: as for `train_batches`.
 
   Returns:
-    an iterator of {key: [batch_size / process_count, ...]} with "real" bool [batch_size / process_count], False for the
-    rows that only fill.
+    an iterator of {key: [batch_size / process_count, ...]} with "real" bool [batch_size / process_count], False for
+    padding.
   """
   source = _source(dataset, "eval", batch_size, process_count)
   examples = grain.MapDataset.source(reader.PadToLength(source, -(-len(source) // batch_size) * batch_size))
@@ -120,7 +120,7 @@ def eval_examples(
   process_index: int = 0,
   process_count: int = 1,
 ) -> "Batches":
-  """As `eval_batches`, but single Examples, each in its own size; the last ones may be repeated with "real" False."""
+  """As `eval_batches`, but single Examples of any size; the last ones may be padding with "real" False."""
   source = _source(dataset, "eval", process_count, process_count)
   filled = reader.PadToLength(source, -(-len(source) // process_count) * process_count)
   examples = grain.MapDataset.source(filled).map(_EvalTransform(dataset, prepare))
@@ -128,7 +128,7 @@ def eval_examples(
 
 
 class HostBatches:
-  """Iterator of batches {key: [rows, ...]} on the host, here of any iterable."""
+  """Iterator of batches {key: [rows, ...]} on the host, from any iterable."""
 
   def __init__(self, batches: Iterable[NumpyBatch]):
     self._batches = iter(batches)
@@ -141,30 +141,30 @@ class HostBatches:
 
   @property
   def skipped(self) -> int:
-    """Rows so far that hold another record in place of one that cannot be read."""
+    """Number of rows so far in which a record that cannot be read was replaced."""
     return 0
 
   def close(self) -> None:
-    """Ends the iterator and what it has started; here nothing."""
+    """Releases the resources of the iterator; none here."""
 
 
 class Batches(HostBatches):
-  """Batches that threads or worker processes read.
+  """Batches read by threads or worker processes.
 
-  Workers make whole batches, in turn, so that their number changes nothing. They end with `close`, and also when the
-  iterator is dropped or the program ends.
+  Workers assemble complete batches in turn, so the result does not depend on their number. They terminate with `close`,
+  when the iterator is garbage collected, or at exit.
   """
 
   def __init__(self, batches: grain.MapDataset, workers: int, report: reader.Report | None = None):
     threads = 0 if workers else _THREADS
-    reading = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+    dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
     if workers:
       if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain reads a flag of its own before it starts a worker
+        flags.FLAGS.mark_as_parsed()  # grain reads one of its flags before it starts a worker
       options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
-      reading = reading.mp_prefetch(options, worker_init_fn=_start_worker)
+      dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
     self._shared, self._report = workers > 0, report
-    self._open = [iter(reading)]
+    self._open = [iter(dataset)]
     self._finalizer = weakref.finalize(self, _close, self._open)
 
   def close(self) -> None:
@@ -174,8 +174,8 @@ class Batches(HostBatches):
   def __next__(self) -> NumpyBatch:
     if not self._open:
       raise StopIteration
-    batch = worker_failures.following(self._open[0])
-    # Out of the memory shared with the worker, which must not outlive the iterator.
+    batch = worker_failures.next_batch(self._open[0])
+    # Copied out of the memory shared with the worker, which does not outlive the iterator.
     batch = {key: np.array(array) for key, array in batch.items()} if self._shared else batch
     return self._report(batch) if self._report else batch
 
@@ -186,14 +186,14 @@ class Batches(HostBatches):
 
 
 def to_mesh(batch: NumpyBatch, sharding: jax.sharding.NamedSharding) -> Batch:
-  """Puts this process' rows on its devices, as its part of global arrays.
+  """Puts the rows of this process on its devices, as a part of global arrays.
 
   Args:
     batch: {key: [rows, ...]}, the same number of rows on every process.
     sharding: how the first axis of every array is split, e.g. P(("data", "fsdp")).
 
   Raises:
-    ValueError: the global batch cannot be split evenly.
+    ValueError: if the global batch cannot be split evenly.
   """
   axes = sharding.spec[0] if len(sharding.spec) else None
   names = () if axes is None else (axes,) if isinstance(axes, str) else axes
@@ -204,16 +204,16 @@ def to_mesh(batch: NumpyBatch, sharding: jax.sharding.NamedSharding) -> Batch:
 
 
 def prefetch(iterator: HostBatches, sharding: jax.sharding.NamedSharding, size: int = 2) -> "Prefetch":
-  """Takes batches and puts them on the mesh in a thread of its own, `size` ahead of their use."""
+  """Puts batches on the mesh in a background thread, up to `size` batches ahead."""
   return Prefetch(iterator, sharding, size)
 
 
 class Prefetch:
-  """Iterator of batches on the mesh that measures how long its user had to wait.
+  """Iterator of batches on the mesh that measures the time spent waiting for input.
 
   Attributes:
-    wait_ms: milliseconds the last `next` waited for the host; about 0 where the input keeps up.
-    skipped: rows of this process so far that hold another record in place of one that cannot be read.
+    wait_ms: milliseconds that the last `next` waited for the host; about 0 if the input is fast enough.
+    skipped: number of rows of this process so far in which a record that cannot be read was replaced.
   """
 
   def __init__(self, iterator: HostBatches, sharding: jax.sharding.NamedSharding, size: int):
@@ -235,7 +235,7 @@ class Prefetch:
     start = time.perf_counter()
     item = self._ready.get()
     self.wait_ms = 1e3 * (time.perf_counter() - start)
-    if isinstance(item, Exception):  # StopIteration at the end, or what went wrong
+    if isinstance(item, Exception):  # StopIteration at the end, or an error of the thread
       self.close()
       raise item
     self._waits.append(self.wait_ms)
@@ -243,12 +243,12 @@ class Prefetch:
     return batch
 
   def mean_wait_ms(self) -> float:
-    """Mean wait per batch, in milliseconds, since the last call; 0 where there was none."""
+    """Mean wait per batch since the last call, in milliseconds; 0 if there were no batches."""
     waits, self._waits = self._waits, []
     return float(np.mean(waits)) if waits else 0.0
 
   def close(self) -> None:
-    """Ends the thread and the iterator below with its workers; no batch comes any more."""
+    """Stops the thread and closes the underlying iterator with its workers."""
     atexit.unregister(self.close)
     self._stop.set()
     while self._thread.is_alive():
@@ -258,7 +258,7 @@ class Prefetch:
     self._iterator.close()
 
   def _fill(self) -> None:
-    """Body of the thread: fills the queue until told to stop, hands over the error that ended it."""
+    """Body of the thread: fills the queue until stopped; errors are passed on through the queue."""
     while not self._stop.is_set():
       try:
         item = to_mesh(next(self._iterator), self._sharding), self._iterator.skipped
@@ -269,7 +269,7 @@ class Prefetch:
 
 
 def check_batch_size(batch_size: int, parts: int, name: str) -> None:
-  """Raises where `batch_size` cannot be split evenly over that many `name` ("devices", "processes")."""
+  """Raises if `batch_size` cannot be split evenly over `parts` `name` ("devices" or "processes")."""
   if batch_size < 1 or batch_size % parts:
     nearest = max(round(batch_size / parts), 1) * parts
     raise UserError(f"batch_size={batch_size} must be a positive multiple of the {parts} {name}; use {nearest}.")
@@ -283,9 +283,9 @@ def _source(dataset: Dataset, split: str, batch_size: int, process_count: int) -
   return reader.Unending(source)
 
 
-def _with_place(place: int, example: Example) -> tuple[int, Example]:
-  """Attaches the place in the endless sequence."""
-  return place, example
+def _with_position(position: int, example: Example) -> tuple[int, Example]:
+  """Attaches the position in the infinite sequence."""
+  return position, example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,10 +297,10 @@ class _TrainTransform:
   prepare: Callable[[Example], Example] | None
 
   @unending
-  def __call__(self, placed: tuple[int, Example], rng: np.random.Generator) -> Example:
-    place, example = placed
+  def __call__(self, indexed: tuple[int, Example], rng: np.random.Generator) -> Example:
+    position, example = indexed
     skipped = {key: example[key] for key in (reader.SKIPPED,) if key in example}
-    example = self.dataset.train_transform(example, rng, place % self.records)
+    example = self.dataset.train_transform(example, rng, position % self.records)
     return {**(self.prepare(example) if self.prepare else example), **skipped}
 
 
@@ -318,13 +318,13 @@ class _EvalTransform:
 
 
 def _close(iterators: list[grain.DatasetIterator]) -> None:
-  """Closes and lets go: grain's iterators complain when they are still there while the interpreter ends."""
+  """Closes and removes iterators; grain's print errors if they still exist when the interpreter exits."""
   while iterators:
     iterators.pop().close()
 
 
 def _start_worker(index: int, count: int) -> None:
-  """Keeps a worker away from accelerators, which belong to the process that trains, and from the other cores."""
+  """Keeps a worker off the accelerators, which belong to the main process, and disables OpenCV's threads."""
   del index, count
   os.environ["JAX_PLATFORMS"] = "cpu"
   jax.config.update("jax_platforms", "cpu")  # the variable above was read when jax was imported

@@ -4,7 +4,7 @@ from vpd_jax.errors import UserError
 
 
 def check_size(option: str, size: tuple[int, int]) -> tuple[int, int]:
-  """(height, width) as two positive whole numbers, or a ValueError that names the option."""
+  """Checks that `size` is (height, width), two positive integers; raises ValueError with the name of the option."""
   sides = tuple(size) if isinstance(size, tuple | list) else (size,)
   if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
     raise UserError(f"{option}={size!r} must be (height, width), two positive whole numbers.")

@@ -1,4 +1,4 @@
-"""What is told where a data worker dies: by which signal, how much memory is left, and what to do."""
+"""Error messages for failed data workers: the signal, the remaining memory and a remedy."""
 
 import errno
 import re
@@ -24,11 +24,11 @@ REMEDY = (
 )
 
 
-def following(batches: Iterator[T]) -> T:
+def next_batch(batches: Iterator[T]) -> T:
   """The next batch of grain's workers.
 
   Raises:
-    ValueError: a worker died, or found no room in shared memory; one line.
+    ValueError: if a worker died or shared memory is full; one line.
   """
   try:
     return next(batches)
@@ -36,19 +36,19 @@ def following(batches: Iterator[T]) -> T:
     reason = _reason(error)
     if reason is None:
       raise
-    raise UserError(f"{reason}. {_left()}. {REMEDY}.") from error
+    raise UserError(f"{reason}. {_remaining_memory()}. {REMEDY}.") from error
 
 
 def _reason(error: Exception) -> str | None:
-  """What happened to a worker; None for errors of another kind."""
+  """The cause of a worker's failure; None for other errors."""
   if isinstance(error, OSError):
-    # A file with a name is one that the data set or a transform opened: shared memory has none.
+    # An error with a file name is from the data set or a transform: shared memory has none.
     full = error.errno in (errno.ENOSPC, errno.ENOMEM) and error.filename is None
     return f"a data worker found no room for a batch in shared memory ({error.strerror})" if full else None
-  found = _EXIT.search(str(error))
-  if found is None:
+  match = _EXIT.search(str(error))
+  if match is None:
     return None
-  code = int(found[1])
+  code = int(match[1])
   if code >= 0:
     return f"a data worker ended with exit code {code}; what it says stands above"
   try:
@@ -59,8 +59,8 @@ def _reason(error: Exception) -> str | None:
   return f"a data worker was ended by signal {-code} ({number.name}){means}"
 
 
-def _left() -> str:
-  """The shared and the other memory that are left, as far as the system tells."""
+def _remaining_memory() -> str:
+  """The remaining shared memory and main memory, as far as the system reports them."""
   parts = []
   try:
     shared = shutil.disk_usage(_SHARED)

@@ -1,1 +1,1 @@
-"""A page to drop a picture on: python -m vpd_jax.demo. Its modules: results.py, what it does; page.py, how it looks."""
+"""A Gradio demo: python -m vpd_jax.demo. results.py implements the predictions, page.py the user interface."""

@@ -1,7 +1,8 @@
 """python -m vpd_jax.demo [--config=configs/nyu_depth.py] [--workdir=RUN] [--port=7860] [--host=127.0.0.1]
 
-A page in the browser: drop a picture, see the prediction, take its files. Needs the extra `demo` (Gradio). Without a
-config, the tiny networks of the rooms, for all four tasks. Every field of the config can be set, as for vpd_jax.main.
+A web page that shows the prediction for an image and offers its files for download. Requires the extra `demo`
+(Gradio). Without a config, it serves the tiny networks of the rooms for all four tasks. All fields of the config can be
+set, as for vpd_jax.main.
 """
 
 import importlib.util
@@ -20,7 +21,7 @@ from vpd_jax.distributed import multiprocess
 from vpd_jax.errors import UserError
 from vpd_jax.monitoring import progress
 
-FLAGS = flags.FlagValues()  # separate, because vpd_jax.main has flags of the same names
+FLAGS = flags.FlagValues()  # separate, because vpd_jax.main defines flags with the same names
 CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
@@ -47,9 +48,9 @@ def main(arguments: list[str]) -> None:
       raise UserError(f"unexpected positional arguments: {arguments[1:]}; write --flag=value.")
     if importlib.util.find_spec("gradio") is None:
       raise UserError("the page needs Gradio, which is not installed; run pip install 'vpd_jax[demo]'.")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder below is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the temporary folder is removed
     with tempfile.TemporaryDirectory(prefix="vpd_jax_demo_") as folder:
-      # Before Gradio is imported: uploads go to our folder, and nothing is told to anybody.
+      # Set before Gradio is imported: uploads go to the temporary folder, and no analytics are sent.
       os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
       _serve(Path(folder))
 
@@ -63,22 +64,22 @@ def _serve(folder: Path) -> None:
   config, workdir = CONFIG.value, WORKDIR.value or ""
   if config is not None:
     flag = FLAGS["config"]
-    # Which the stubs of pyright lack.
+    # By vars, because the type stubs lack this function.
     config = experiment.with_chosen_parts(config, vars(config_flags)["get_override_values"](flag))
     workdir = workdir or loader.workdir(config_flags.get_config_filename(flag))
   networks = results.networks(config, workdir)
   first = next(iter(networks.values()))
   progress.write("\n".join(filter(None, (*first.predictor.origin, first.notice))))
-  shown = page.Page(networks, folder / "sessions")
-  progress.write(f"the page is at {shown.launch(HOST.value, PORT.value)}; Ctrl-C ends it")
+  demo_page = page.Page(networks, folder / "sessions")
+  progress.write(f"the page is at {demo_page.launch(HOST.value, PORT.value)}; Ctrl-C ends it")
   try:
     threading.Event().wait()
   finally:
-    shown.blocks.close(verbose=False)
+    demo_page.blocks.close(verbose=False)
 
 
 def _with_config(arguments: list[str]) -> list[str]:
-  """The command line, with the config of the run in --workdir where none is given."""
+  """The command line, with the config of the run in --workdir if --config is missing."""
   config, workdir = (loader.argument(arguments, flag) for flag in ("config", "workdir"))
   if config is None and workdir:
     return [arguments[0], f"--config={stored.config_string(workdir)}", *arguments[1:]]

@@ -1,4 +1,4 @@
-"""The page in Gradio: inputs on the left, what the network finds on the right."""
+"""The Gradio page: inputs on the left, predictions on the right."""
 
 import functools
 import hashlib
@@ -22,17 +22,17 @@ ABOUT = (
   "They are removed when the page is closed, after an hour at the latest."
 )
 MAX_BYTES = 100 * 2**20  # of an upload
-CLEAN_EVERY, KEPT_FOR = 300, 3600  # seconds: what a browser that is gone without a word has left behind
-WAITING = 32  # predictions in the queue, beyond which users are asked to come again
-SYSTEM_FONTS = [themes.Font(name) for name in ("system-ui", "sans-serif")]  # Gradio's own come from the net
+CLEANUP_INTERVAL, MAX_AGE = 300, 3600  # seconds, for files of browsers that have disconnected
+MAX_QUEUE = 32  # predictions
+SYSTEM_FONTS = [themes.Font(name) for name in ("system-ui", "sans-serif")]  # Gradio's fonts are downloaded
 MONO_FONTS = [themes.Font(name) for name in ("ui-monospace", "monospace")]
 
-# Small pictures are shown enlarged; results are not, since Gradio then mistakes where they were clicked on.
+# Enlarges small input images. Results are not enlarged, since Gradio would then report wrong click positions.
 CSS = "#preview img { width: 100%; height: 100%; object-fit: contain; }"
 
 
 def _shows_errors(function: Callable[..., object]) -> Callable[..., object]:
-  """A function whose user errors become messages on the page."""
+  """Decorator that shows user errors as messages on the page."""
 
   @functools.wraps(function)
   def wrapped(*arguments: object, **options: object) -> object:
@@ -45,22 +45,22 @@ def _shows_errors(function: Callable[..., object]) -> Callable[..., object]:
 
 
 class Page:
-  """The page of some networks, which writes below a folder; `blocks` is what Gradio launches."""
+  """The page for some networks, which writes its files below a folder; `blocks` is the Gradio app."""
 
   def __init__(self, networks: dict[str, Network], folder: Path):
     self._networks, self._folder = networks, folder
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(CLEAN_EVERY, KEPT_FOR)) as self.blocks:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(CLEANUP_INTERVAL, MAX_AGE)) as self.blocks:
       gr.Markdown(ABOUT)
-      self._place()
+      self._build()
       self._connect()
       self.blocks.unload(self._forget)
-    self.blocks.queue(max_size=WAITING, api_open=False)
+    self.blocks.queue(max_size=MAX_QUEUE, api_open=False)
 
   def launch(self, host: str, port: int | None) -> str:
-    """Serves the page from a thread of its own, until `blocks.close()`, and returns its address.
+    """Serves the page from a background thread until `blocks.close()`; returns its address.
 
     Raises:
-      ValueError: the port is not free.
+      ValueError: if the port is not free.
     """
     _, address, _ = self.blocks.launch(
       server_name=host,
@@ -78,9 +78,9 @@ class Page:
     )
     return address
 
-  def _place(self) -> None:
+  def _build(self) -> None:
     first = next(iter(self._networks))
-    self.shown, self.depth = gr.State(), gr.State()  # the task and the .npy file of what is shown
+    self.shown, self.depth = gr.State(), gr.State()  # task and .npy file of the shown result
     with gr.Row():
       with gr.Column():
         self.task = gr.Radio([*self._networks], value=first, label="Task", visible=len(self._networks) > 1)
@@ -123,23 +123,23 @@ class Page:
     hidden: Fields = {"api_visibility": "private"}
     network: Fields = hidden | {"concurrency_limit": 1, "concurrency_id": "network"}
     inputs = [self.sentence, self.class_name, self.boxes, self.attention, self.ply, self.focal]
-    chosen = [self.notice, self.room, *inputs]
-    gr.on([self.blocks.load, self.task.change], self._choose, [self.task], chosen, **network)
+    task_inputs = [self.notice, self.room, *inputs]
+    gr.on([self.blocks.load, self.task.change], self._choose, [self.task], task_inputs, **network)
     self.file.upload(self._preview, [self.file], [self.preview], **hidden)
     self.file.clear(lambda: gr.Image(None, visible=False), None, [self.preview], **hidden)
-    drawn = [self.file, self.preview, self.sentence, self.boxes]
-    self.room.click(self._draw, [self.task], drawn, **network)
-    found = [self.shown, self.depth, self.result, self.colors, self.pointed, self.nearest, self.farthest]
-    found += [self.cloud, self.files, self.facts]
-    gr.on([self.go.click, self.sentence.submit], self._predict, [self.task, self.file, *inputs], found, **network)
+    room_outputs = [self.file, self.preview, self.sentence, self.boxes]
+    self.room.click(self._draw, [self.task], room_outputs, **network)
+    outputs = [self.shown, self.depth, self.result, self.colors, self.pointed, self.nearest, self.farthest]
+    outputs += [self.cloud, self.files, self.facts]
+    gr.on([self.go.click, self.sentence.submit], self._predict, [self.task, self.file, *inputs], outputs, **network)
     self.result.select(self._point, [self.depth], [self.pointed], show_progress="hidden", **hidden)
     for slider in (self.nearest, self.farthest):
-      ends = [self.shown, self.depth, self.nearest, self.farthest]
-      slider.release(self._recolor, ends, [self.result], show_progress="hidden", **hidden)
+      range_inputs = [self.shown, self.depth, self.nearest, self.farthest]
+      slider.release(self._recolor, range_inputs, [self.result], show_progress="hidden", **hidden)
 
   @_shows_errors
   def _choose(self, task: str) -> list[object]:
-    """The inputs that the network of a task takes, in the order of `chosen`."""
+    """Updates for the inputs of a task, in the order of `task_inputs`."""
     network = self._networks[task]
     predictor = network.predictor
     depth = predictor.experiment.task.measures_depth
@@ -162,7 +162,7 @@ class Page:
   @_shows_errors
   def _draw(self, task: str, request: gr.Request) -> list[object]:
     predictor = self._networks[task].predictor
-    path, sentence, boxes = results.drawn_room(predictor, self._of(request), secrets.randbelow(10**6))
+    path, sentence, boxes = results.drawn_room(predictor, self._session_folder(request), secrets.randbelow(10**6))
     return [str(path), self._preview(str(path)), sentence, boxes]
 
   @_shows_errors
@@ -178,24 +178,24 @@ class Page:
     focal: float | None,
     request: gr.Request,
   ) -> list[object]:
-    """What the page shows of a prediction, in the order of `found`."""
+    """Updates for a new prediction, in the order of `outputs`."""
     predictor = self._networks[task].predictor
     depth = predictor.experiment.task.measures_depth
     inputs = Inputs(sentence, class_name, boxes, attention, ply=ply and depth, focal=focal or 0.0)
-    found = results.predict(predictor, path, self._of(request), inputs)
-    nearest, farthest = found.facts.get("min") or 0.0, found.facts.get("max") or 1.0
+    result = results.predict(predictor, path, self._session_folder(request), inputs)
+    nearest, farthest = result.facts.get("min") or 0.0, result.facts.get("max") or 1.0
     slider = lambda value: gr.Slider(0, round(1.2 * farthest, 2), value=round(value, 3), step=0.01)
     return [
       task,
-      found.depth and str(found.depth),
-      str(found.shown),
-      gr.Group(visible=found.depth is not None),
+      result.depth and str(result.depth),
+      str(result.shown),
+      gr.Group(visible=result.depth is not None),
       "Click on the result to read the depth there.",
       slider(nearest),
       slider(farthest),
-      gr.Model3D(found.cloud and str(found.cloud), visible=found.cloud is not None),
-      [str(file) for file in found.files],
-      found.facts,
+      gr.Model3D(result.cloud and str(result.cloud), visible=result.cloud is not None),
+      [str(file) for file in result.files],
+      result.facts,
     ]
 
   @_shows_errors
@@ -208,9 +208,9 @@ class Page:
       return gr.skip()
     return results.recolored(self._networks[task].predictor, Path(depth), nearest, farthest)
 
-  def _of(self, request: gr.Request) -> Path:
-    """The folder of a session, whose name the browser chooses."""
+  def _session_folder(self, request: gr.Request) -> Path:
+    """The folder of a session; hashed, because the browser chooses the session name."""
     return self._folder / hashlib.blake2b(str(request.session_hash).encode(), digest_size=16).hexdigest()
 
   def _forget(self, request: gr.Request) -> None:
-    shutil.rmtree(self._of(request), ignore_errors=True)
+    shutil.rmtree(self._session_folder(request), ignore_errors=True)

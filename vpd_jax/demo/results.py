@@ -1,4 +1,4 @@
-"""What the page does, without the page: networks by task, and the files of one prediction."""
+"""The functions behind the page: networks by task, and the files of a prediction."""
 
 import functools
 import json
@@ -31,27 +31,31 @@ UNTRAINED = (
   "These weights are random, so the results mean nothing. `python -m vpd_jax.main --config={string}` trains this "
   "network in some minutes, and the page finds it when it is started again in the same folder."
 )
-SHOWN = (".color.png", ".overlay.png", ".skeleton.png")  # what one looks at, among the files of a prediction
-MAX_PIXELS = 50_000_000  # of a picture
-MAX_POINTS = 200_000  # of the cloud that a browser turns
+SHOWN = (
+  ".color.png",
+  ".overlay.png",
+  ".skeleton.png",
+)  # suffixes of the image to show, among the files of a prediction
+MAX_PIXELS = 50_000_000  # of an image
+MAX_POINTS = 200_000  # of the point cloud in the browser
 PREVIEW = 1024  # pixels, longer side
-DRAWN_SEED = 2_000_000_000  # of rooms that no config trains on
+DRAWN_SEED = 2_000_000_000  # for rooms that are in no training set
 NUMBER = r"-?\d+(?:\.\d+)?"
 
 
 class Network:
-  """The network of one task, loaded when it is first asked for.
+  """The network of a task, loaded on first use.
 
   Attributes:
     task: its name.
-    notice: what is to be known of the weights; empty: nothing.
+    notice: a remark on the weights, may be empty.
   """
 
   def __init__(self, config: ConfigDict, workdir: str = ""):
-    """Of a config, with the weights of a run, else those of `config.init`; for the rooms, where neither is, random.
+    """Uses the weights of a run, or else those of `config.init`; for the rooms, random ones if there are none.
 
     Raises:
-      ValueError: there are no weights, and the data are not the rooms.
+      ValueError: if there are no weights, and the data are not the rooms.
     """
     self.task, self._config, self._lock = config.task.name, config, threading.Lock()
     self._room = config.data.name in ("rooms", "room_figures")
@@ -70,14 +74,14 @@ class Network:
 
   @property
   def draws(self) -> bool:
-    """Whether it is of the rooms, of which one can be drawn for it."""
+    """Whether the data are the rooms, so that an input can be drawn."""
     return self._room
 
 
 def networks(config: ConfigDict | None, workdir: str = "") -> dict[str, Network]:
-  """The networks that the page offers, by task: that of a config, else the tiny ones of the rooms, of all tasks.
+  """The networks of the page by task: that of a config, or else the tiny ones of the rooms for all tasks.
 
-  Without a config, the rooms' own weights are those of their default workdirs, as `--mode=train` names them.
+  Without a config, the weights are those of the default workdirs of `--mode=train`.
   """
   if config is not None:
     network = Network(config, workdir)
@@ -86,12 +90,12 @@ def networks(config: ConfigDict | None, workdir: str = "") -> dict[str, Network]
 
 
 class Inputs(NamedTuple):
-  """What a prediction needs beside the picture.
+  """The inputs of a prediction besides the image.
 
   Attributes:
-    sentence, class_name: as of predict_folder.run; empty where there is none.
+    sentence, class_name: as in predict_folder.run; empty for none.
     boxes: text, see `read_boxes`.
-    attention, ply, focal: as of predict_folder.run; a focal length of 0 is not given.
+    attention, ply, focal: as in predict_folder.run; focal=0 for none.
   """
 
   sentence: str = ""
@@ -103,14 +107,14 @@ class Inputs(NamedTuple):
 
 
 class Result(NamedTuple):
-  """One prediction.
+  """A prediction.
 
   Attributes:
-    shown: the file that one looks at.
-    files: all that predict writes.
+    shown: the image to show.
+    files: all files that predict writes.
     facts: content of the .json file.
-    depth: the .npy file, of depth.
-    cloud: a smaller point cloud for the browser, where one was asked for.
+    depth: the .npy file of the depth, if any.
+    cloud: a smaller point cloud for the browser, if requested.
   """
 
   shown: Path
@@ -121,10 +125,10 @@ class Result(NamedTuple):
 
 
 def read_picture(path: str | None) -> np.ndarray:
-  """The picture of an upload, uint8 [H, W, 3].
+  """Reads an uploaded image, uint8 [H, W, 3].
 
   Raises:
-    ValueError: there is none; a file that is no picture, damaged or too large.
+    ValueError: if there is none, or the file is not an image, damaged or too large.
   """
   if not path:
     raise UserError("there is no picture yet; drop one on the page.")
@@ -139,77 +143,77 @@ def read_picture(path: str | None) -> np.ndarray:
 
 
 def preview(image: np.ndarray) -> np.ndarray:
-  """The picture, its longer side at most PREVIEW."""
+  """The image, resized so that its longer side is at most PREVIEW."""
   scale = min(1.0, PREVIEW / max(image.shape[:2]))
   height, width = (max(1, round(side * scale)) for side in image.shape[:2])
   return images_lib.resize(image, (height, width))
 
 
 def read_boxes(text: str) -> list[list[float]]:
-  """Boxes of people: a line each of x, y, width and height in pixels.
+  """Parses boxes of people, one per line: x, y, width and height in pixels.
 
   Raises:
-    ValueError: a line that is something else.
+    ValueError: for a line in another format.
   """
-  found = []
+  boxes = []
   for line in filter(str.strip, text.splitlines()):
     numbers = re.fullmatch(rf"\s*{NUMBER}(?:[\s,;]+{NUMBER}){{3}}\s*", line) and re.findall(NUMBER, line)
     if not numbers:
       raise UserError(f"the box {line.strip()!r} is not x, y, width and height in pixels, like 20, 10, 80, 200.")
-    found.append([float(number) for number in numbers])
-  return found
+    boxes.append([float(number) for number in numbers])
+  return boxes
 
 
 def predict(predictor: Predictor, path: str | None, folder: Path, inputs: Inputs) -> Result:
-  """Writes the files of one picture to a new folder inside `folder`.
+  """Writes the files of a prediction to a new folder inside `folder`.
 
   Raises:
-    ValueError: as `read_picture`; a sentence that is missing, an unknown class, boxes that are none.
+    ValueError: as `read_picture`, and for a missing sentence, an unknown class or invalid boxes.
   """
   image = read_picture(path)
-  given: Fields = {}
+  extras: Fields = {}
   if predictor.takes_sentence:
     if not (sentence := " ".join(inputs.sentence.split())):
       raise UserError("the network needs a sentence about the picture, like: the red box.")
-    given["sentences"] = sentence
+    extras["sentences"] = sentence
   if predictor.takes_boxes and (boxes := read_boxes(inputs.boxes)):
     top_down.check_boxes(boxes, image.shape[:2], "the page")
-    given["boxes"] = boxes
+    extras["boxes"] = boxes
   if inputs.focal and not (math.isfinite(inputs.focal) and inputs.focal > 0):
     raise UserError(f"the focal length is {inputs.focal}; {predict_folder.FOCAL}")
   folder.mkdir(parents=True, exist_ok=True)
   target, source = Path(tempfile.mkdtemp(dir=folder)), Path(cast(str, path))
-  request = predict_folder.Request(source, source.stem, given)
+  request = predict_folder.Request(source, source.stem, extras)
   options = {"class_name": inputs.class_name, "attention": inputs.attention, "ply": inputs.ply}
   ((files, _),) = predict_folder.write_results(
     predictor, [(request, image)], target, focal=inputs.focal or None, **options
   )
   facts = json.loads(files[-1].read_text())
-  with_end = lambda *ends: next((file for file in files if file.name.endswith(ends)), None)
-  depth, cloud = with_end(".npy"), None
+  find = lambda *ends: next((file for file in files if file.name.endswith(ends)), None)
+  depth, cloud = find(".npy"), None
   if depth and inputs.ply:
     cloud = _small_cloud(target / "cloud" / "turned.ply", np.load(depth), image, facts["focal_length_pixels"])
-  return Result(with_end(*SHOWN) or files[0], files, facts, depth, cloud)
+  return Result(find(*SHOWN) or files[0], files, facts, depth, cloud)
 
 
 def _small_cloud(path: Path, depth: np.ndarray, image: np.ndarray, focal: float) -> Path:
-  """A point cloud of every n-th pixel, as viewers show it: y up, the camera looking against z."""
+  """A point cloud of every n-th pixel in the convention of viewers: y up, camera looking along -z."""
   step = math.ceil(math.sqrt(depth.size / MAX_POINTS))
   return point_cloud.write_ply(path, depth[::step, ::step], image[::step, ::step], focal / step, y_up=True)
 
 
 def depth_at(depth: Path, column: int, row: int) -> str:
-  """What is said of one pixel of the colored picture, at whose right there is a bar."""
+  """Describes the depth at a pixel of the colored image, which has a color bar on its right."""
   meters = np.load(depth, mmap_mode="r")
   meters = float(meters[row, column]) if row < meters.shape[0] and column < meters.shape[1] else math.nan
   return f"**{meters:.2f} m** at column {column}, row {row}" if math.isfinite(meters) else "no depth here"
 
 
 def recolored(predictor: Predictor, depth: Path, nearest: float, farthest: float) -> np.ndarray:
-  """The colored depth with other ends and its bar, uint8 [H, W', 3].
+  """The colored depth and its color bar for another range, uint8 [H, W', 3].
 
   Raises:
-    ValueError: the ends are no range.
+    ValueError: for an invalid range.
   """
   if not nearest < farthest:
     raise UserError(f"colors from {nearest:g} m to {farthest:g} m are no range; move the first below the second.")
@@ -218,14 +222,14 @@ def recolored(predictor: Predictor, depth: Path, nearest: float, farthest: float
 
 
 def drawn_room(predictor: Predictor, folder: Path, index: int) -> tuple[Path, str, str]:
-  """A drawn room as PNG, with a sentence and boxes that fit it.
+  """Draws a room as PNG, with a matching sentence and boxes: (path, sentence, boxes).
 
-  It is larger than those of the training where the network sees all of it, resized.
+  It is larger than the training images if the network resizes its input.
 
   Args:
     predictor: of the rooms.
     folder: for the file.
-    index: of the room; where the task is pose, the first one from there in which somebody stands.
+    index: of the room; for pose, the first index from here on with a visible person.
   """
   people, task, size = predictor.takes_boxes, predictor.experiment.task, tuple(predictor.config.data.size)
   if task.test_time_protocol != "sliding":

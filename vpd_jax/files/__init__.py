@@ -1,1 +1,1 @@
-"""Files of users and of runs: reading, decoding, writing in one piece, what counts as damage."""
+"""File utilities: reading, image decoding, atomic writing, detection of damaged files."""

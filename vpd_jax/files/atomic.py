@@ -1,4 +1,4 @@
-"""Files that are whole at any time: written beside their place, then renamed. And JSON that every reader takes."""
+"""Atomic file writes, by renaming a temporary file, and strictly valid JSON."""
 
 import contextlib
 import json
@@ -17,13 +17,14 @@ AnyPath = TypeVar("AnyPath", pathlib.Path, epath.Path)
 
 @contextlib.contextmanager
 def beside(path: AnyPath) -> Iterator[AnyPath]:
-  """A name in the same folder to write a file or folder to: renamed to `path` at the end, removed on failure.
+  """A temporary path in the folder of `path`, renamed to `path` on success and removed on failure.
 
-  It is hidden, different every time, and ends in the suffix of `path`. A file under `path` is replaced, a folder
-  is not.
+  It may become a file or a folder. Its name is hidden, random, and has the suffix of `path`. An existing file at `path`
+  is replaced, a folder is not.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = path.with_name(f".unfinished.{secrets.token_hex(4)}.{path.name[-200:]}")  # names end at 255 bytes
+  # File names are limited to 255 bytes.
+  unfinished = path.with_name(f".unfinished.{secrets.token_hex(4)}.{path.name[-200:]}")
   try:
     yield unfinished
     unfinished.replace(path)
@@ -37,11 +38,11 @@ def beside(path: AnyPath) -> Iterator[AnyPath]:
 
 
 def write(path: AnyPath, content: str | bytes | Callable[[AnyPath], object]) -> AnyPath:
-  """Writes a file that appears under its name only when it is complete; returns its path.
+  """Writes a file atomically; returns its path.
 
   Args:
-    path: local, or an epath.Path, also in a bucket.
-    content: text (UTF-8), bytes, or a function that writes to the path it is given.
+    path: a local path, or an epath.Path, also in a bucket.
+    content: text (UTF-8), bytes, or a function that writes to a given path.
   """
   with beside(path) as unfinished:
     if isinstance(content, str):
@@ -54,12 +55,12 @@ def write(path: AnyPath, content: str | bytes | Callable[[AnyPath], object]) -> 
 
 
 def write_json(path: AnyPath, content: object, *, indent: int | None = 1) -> AnyPath:
-  """`write` of `to_json`, with a line break at the end."""
+  """Writes JSON atomically, with a final newline; see `to_json`."""
   return write(path, to_json(content, indent=indent) + "\n")
 
 
 def to_json(content: object, *, indent: int | None = None) -> str:
-  """JSON in which numbers that are not finite are null: NaN and Infinity are no JSON."""
+  """JSON with null for numbers that are not finite, because NaN and Infinity are not valid JSON."""
   return json.dumps(_finite(content), indent=indent, allow_nan=False)
 
 

@@ -1,4 +1,4 @@
-"""Which errors of reading mean that a file is damaged: only then is anyone asked to remove it."""
+"""Tells damaged files from temporary read errors, so that users are only asked to remove damaged ones."""
 
 import contextlib
 import json
@@ -9,37 +9,37 @@ from etils import epath
 
 from vpd_jax.errors import UserError
 
-# How errors of tensorstore begin, which come as ValueErrors: numbers that are missing or are not those written.
+# Prefixes of tensorstore errors, which are raised as ValueError, for missing or corrupted data.
 _STATUS = re.compile(r"(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND|FAILED_PRECONDITION: .*Invalid JSON)", re.DOTALL)
-_ABSENT = "was not found in the checkpoint"  # orbax's KeyError for a part whose folder is gone
+_ABSENT = "was not found in the checkpoint"  # orbax's KeyError for an item whose folder is missing
 
 
 @contextlib.contextmanager
-def explained(what: str, folder: epath.Path, then: str) -> Iterator[None]:
-  """An error of reading as one line that calls a thing damaged only where it is; an error of the program as it is.
+def explained(name: str, folder: epath.Path, remedy: str) -> Iterator[None]:
+  """Turns read errors into one-line user errors that tell damage from other causes; program errors are re-raised.
 
   Args:
-    what: the thing.
-    folder: in which it lies, to be removed where it is damaged.
-    then: what follows, for the message.
+    name: what is read.
+    folder: that contains it, to be removed if damaged.
+    remedy: what to do afterwards, for the message.
   """
   try:
     yield
   except Exception as error:
     text = " ".join(str(error).split())[:200] or type(error).__name__
     if is_damage(error) and folder.is_dir():
-      raise UserError(f"{what} is damaged ({text}); remove {folder}, {then}.") from error
-    # A bucket fails with any kind of error.
+      raise UserError(f"{name} is damaged ({text}); remove {folder}, {remedy}.") from error
+    # Buckets raise any type of error.
     if is_outside(error) or "://" in str(folder):
       raise UserError(
-        f"{what} cannot be read now ({type(error).__name__}: {text}), which does not mean that it is damaged: keep it, "
+        f"{name} cannot be read now ({type(error).__name__}: {text}), which does not mean that it is damaged: keep it, "
         "see to the connection, the permissions or the memory, and give the same command again."
       ) from error
     raise
 
 
 def is_damage(error: BaseException) -> bool:
-  """Whether content is missing, cut off or not what was written; not where a file could not be asked for it."""
+  """Whether the content is missing, truncated or corrupted, as opposed to an inaccessible file."""
   if isinstance(error, (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError, EOFError)):
     return True
   if isinstance(error, KeyError):
@@ -48,7 +48,7 @@ def is_damage(error: BaseException) -> bool:
 
 
 def is_outside(error: BaseException) -> bool:
-  """Whether the machine, the network or the rights are to blame: the same file may be read at another time."""
+  """Whether the machine, the network or permissions are the cause, so that a retry may succeed."""
   text = str(error)
   status = re.match(r"[A-Z]+(_[A-Z]+)*: ", text) is not None or "RESOURCE_EXHAUSTED" in text
   return isinstance(error, (OSError, MemoryError)) or (isinstance(error, (ValueError, RuntimeError)) and status)

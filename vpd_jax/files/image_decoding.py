@@ -1,4 +1,4 @@
-"""Bytes of picture files to arrays, by OpenCV and Pillow; whatever is wrong with a file is one line that names it."""
+"""Decodes image files with OpenCV and Pillow; errors are one line that names the file."""
 
 import contextlib
 import io
@@ -18,54 +18,54 @@ AGAIN = "copy or download it again"
 
 
 def decode(raw: bytes, path: str | Path, mode: int = cv2.IMREAD_COLOR, *, turned: bool = False) -> np.ndarray:
-  """A whole picture file by OpenCV; half a picture is an error.
+  """Decodes a complete image file with OpenCV; a truncated image is an error.
 
   Args:
-    raw: the file.
+    raw: the bytes of the file.
     path: for messages.
     mode: of cv2.imdecode.
-    turned: whether the picture is turned as its EXIF data say; False: as it is stored, whatever its kind.
+    turned: whether to apply the EXIF orientation; False keeps the stored orientation for all formats.
 
   Raises:
-    ValueError: the bytes are cut off, damaged, too many pixels, or not a picture; names `path`.
+    ValueError: for truncated or damaged images, too many pixels, or other files; names `path`.
   """
   check_whole(raw, path)
   mode = mode if mode == cv2.IMREAD_UNCHANGED else mode | cv2.IMREAD_IGNORE_ORIENTATION
   with faults(path):
-    picture = cv2.imdecode(np.frombuffer(_without_orientation(raw), np.uint8), mode)
-  if picture is None:
+    image = cv2.imdecode(np.frombuffer(_without_orientation(raw), np.uint8), mode)
+  if image is None:
     raise UserError(f"{path} is not a picture that can be read, or damaged; {AGAIN}.")
-  return _turned(picture, orientation(io.BytesIO(raw))) if turned else picture
+  return _oriented(image, orientation(io.BytesIO(raw))) if turned else image
 
 
 def orientation(file: Path | io.BytesIO) -> int:
-  """How a picture is to be turned, 1 to 8 as in EXIF; 1, as it is, where it does not say or cannot be read."""
+  """The EXIF orientation of an image, 1 to 8; 1 if it is missing or cannot be read."""
   try:
-    with Image.open(file) as picture:
-      if picture.format == "PNG" and "exif" not in picture.info:
-        return 1  # Pillow would decode all of it to look behind the pixels
-      found = picture.getexif().get(_ORIENTATION, 1)
-  except Exception:  # a damaged picture is told when it is decoded
+    with Image.open(file) as image:
+      if image.format == "PNG" and "exif" not in image.info:
+        return 1  # Pillow would decode the pixels to look for EXIF data after them
+      value = image.getexif().get(_ORIENTATION, 1)
+  except Exception:  # damaged images are reported when they are decoded
     return 1
-  return int(found) if found in range(2, 9) else 1
+  return int(value) if value in range(2, 9) else 1
 
 
-_ORIENTATION = 0x0112  # of EXIF and TIFF
+_ORIENTATION = 0x0112  # tag of EXIF and TIFF
 
 
-def _turned(picture: np.ndarray, orientation: int) -> np.ndarray:
-  """[H, W, ...] turned and mirrored as an orientation of EXIF says."""
+def _oriented(image: np.ndarray, orientation: int) -> np.ndarray:
+  """Applies an EXIF orientation to [H, W, ...]."""
   if orientation >= 5:
-    picture = picture.swapaxes(0, 1)
+    image = image.swapaxes(0, 1)
   if orientation in (3, 4, 7, 8):
-    picture = picture[::-1]
+    image = image[::-1]
   if orientation in (2, 3, 6, 7):
-    picture = picture[:, ::-1]
-  return np.ascontiguousarray(picture)
+    image = image[:, ::-1]
+  return np.ascontiguousarray(image)
 
 
 def _without_orientation(raw: bytes) -> bytes:
-  """A TIFF that says it is not turned, since OpenCV turns it in every mode; any other file as it is.
+  """Resets the orientation of a TIFF, since OpenCV applies it in every mode; other files are returned unchanged.
 
   Source: TIFF 6.0, sections 2 and 8.
   """
@@ -73,20 +73,20 @@ def _without_orientation(raw: bytes) -> bytes:
   order = orders.get(raw[:4])
   if order is None:
     return raw
-  number = lambda at, size: int.from_bytes(raw[at : at + size], order)
+  number = lambda offset, size: int.from_bytes(raw[offset : offset + size], order)
   first = number(4, 4)
-  for at in range(first + 2, min(first + 2 + 12 * number(first, 2), len(raw) - 11), 12):
-    if number(at, 2) == _ORIENTATION:
-      return raw[: at + 8] + (1).to_bytes(2, order) + raw[at + 10 :]
+  for offset in range(first + 2, min(first + 2 + 12 * number(first, 2), len(raw) - 11), 12):
+    if number(offset, 2) == _ORIENTATION:
+      return raw[: offset + 8] + (1).to_bytes(2, order) + raw[offset + 10 :]
   return raw
 
 
 @contextlib.contextmanager
 def faults(path: str | Path, what: str = "a picture", remedy: str = AGAIN) -> Iterator[None]:
-  """Turns whatever a decoder raises inside into a ValueError of one line that names `path`.
+  """Turns any error of a decoder into a one-line ValueError that names `path`.
 
-  Decoders raise errors of their own and of anybody else's on damaged files (struct, zlib, index, overflow). What is
-  inside should therefore be the decoder alone. That memory runs out is no fault of a file and stays what it is.
+  On damaged files, decoders raise many types of errors (struct, zlib, index, overflow), so the block should contain
+  only the decoder. MemoryError is not caused by the file and is re-raised.
   """
   try:
     yield
@@ -103,7 +103,7 @@ def faults(path: str | Path, what: str = "a picture", remedy: str = AGAIN) -> It
 
 
 def check_whole(raw: bytes, path: str | Path) -> None:
-  """Raises where a PNG or JPEG is cut off, or its data cannot fill it, which decoders fill with gray and go on."""
+  """Raises if a PNG or JPEG is truncated or lacks data, which decoders would silently fill with gray."""
   if not raw or (raw.startswith(_PNG) and not _ends(raw)):
     raise UserError(f"{path} is truncated ({len(raw)} bytes), or damaged; {AGAIN}.")
   if raw.startswith(_PNG) and _png_bytes(raw) > _DEFLATE * len(raw):
@@ -112,26 +112,26 @@ def check_whole(raw: bytes, path: str | Path) -> None:
     scans = jpeg_scans(raw)
     if scans is None:
       raise UserError(f"{path} is truncated ({len(raw)} bytes), or damaged; {AGAIN}.")
-    if not all(_restarts_fit(raw, scan) for scan in scans) or (len(scans) == 1 and not _fits(raw, scans[0])):
+    if not all(_restarts_fit(raw, scan) for scan in scans) or (len(scans) == 1 and not _has_full_data(raw, scans[0])):
       raise UserError(f"{path} is damaged: its data do not fill the picture; {AGAIN}.")
 
 
 _PNG = b"\x89PNG"
-_DEFLATE = 1032  # bytes that one byte of deflated data can stand for, at most
+_DEFLATE = 1032  # maximum number of bytes that one byte of deflated data expands to
 
 
 def _ends(raw: bytes) -> bool:
-  """Whether the chunks of a PNG lead to its end; OpenCV makes room for whatever length one claims. Source: PNG, 5.3."""
-  at = 8
-  while at + 8 <= len(raw):
-    if raw[at + 4 : at + 8] == b"IEND":
+  """Whether the chunks of a PNG reach its end; OpenCV would allocate any claimed length. Source: PNG, 5.3."""
+  offset = 8
+  while offset + 8 <= len(raw):
+    if raw[offset + 4 : offset + 8] == b"IEND":
       return True
-    at += 12 + int.from_bytes(raw[at : at + 4], "big")
+    offset += 12 + int.from_bytes(raw[offset : offset + 4], "big")
   return False
 
 
 def _png_bytes(raw: bytes) -> int:
-  """Bytes of a PNG's pixels before they are deflated, at least; 0 where its header is none. Source: PNG, 11.2.1."""
+  """Lower bound of a PNG's uncompressed size in bytes; 0 for an invalid header. Source: PNG, 11.2.1."""
   width, height = int.from_bytes(raw[16:20], "big"), int.from_bytes(raw[20:24], "big")
   depth, color = raw[24:26].ljust(2, b"\0")
   channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(color, 0)
@@ -139,13 +139,13 @@ def _png_bytes(raw: bytes) -> int:
 
 
 class Scan(NamedTuple):
-  """Coded data of a JPEG.
+  """A scan of a JPEG.
 
   Attributes:
-    begin, end: of the data.
+    begin, end: byte range of the entropy-coded data.
     process: last digit of the frame's marker: 0 and 1 are sequential, 2 is progressive.
-    blocks: (rows, columns) of minimum coded units, where all components are in this scan, else None.
-    restart: units between two restart markers, 0: there are none.
+    blocks: (rows, columns) of minimum coded units if the scan has all components, else None.
+    restart: units between two restart markers; 0 without markers.
   """
 
   begin: int
@@ -156,9 +156,10 @@ class Scan(NamedTuple):
 
 
 def jpeg_scans(raw: bytes) -> list[Scan] | None:
-  """The scans of a JPEG up to its end-of-image marker, whatever follows it; None where there is no such end.
+  """The scans of a JPEG up to its end-of-image marker, ignoring trailing data; None if there is no such marker.
 
-  Segments are walked by their lengths, for thumbnails and what phones append hold markers too. Source: ITU T.81, B.
+  Segments are skipped by their lengths, because thumbnails and data appended by phones also contain markers.
+  Source: ITU T.81, B.
   """
   at, scans, restart, frame = 2, [], 0, b""
   process = 0
@@ -181,21 +182,21 @@ def jpeg_scans(raw: bytes) -> list[Scan] | None:
     elif code == 0xDD:
       restart = int.from_bytes(segment[:2], "big")
     elif code == 0xDA:
-      found = _MARKER.search(raw, at)
-      if found is None or len(frame) < 6 or not segment:
+      match = _MARKER.search(raw, at)
+      if match is None or len(frame) < 6 or not segment:
         return None
-      scans.append(Scan(at, found.start(), process, _blocks(frame, segment[0]), restart))
-      at = found.start()
+      scans.append(Scan(at, match.start(), process, _blocks(frame, segment[0]), restart))
+      at = match.start()
   return None
 
 
-_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # what ends coded data; FF 00 and restarts belong to it
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # ends the coded data, which includes FF 00 and restarts
 _RESTART = re.compile(rb"\xff([\xd0-\xd7])")
-_SPARE = 64  # bytes that a decoder may look ahead, or that an encoder may leave behind
+_SPARE = 64  # bytes that a decoder may read ahead, or that an encoder may leave at the end
 
 
 def _blocks(frame: bytes, components: int) -> tuple[int, int] | None:
-  """See Scan; of a start-of-frame segment and the number of components in a scan."""
+  """Scan.blocks, from a start-of-frame segment and the number of components in the scan."""
   height, width, count = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big"), frame[5]
   sampling = frame[7 : 6 + 3 * count : 3]
   if components != count or len(sampling) < count or not height:
@@ -205,38 +206,38 @@ def _blocks(frame: bytes, components: int) -> tuple[int, int] | None:
 
 
 def _restarts_fit(raw: bytes, scan: Scan) -> bool:
-  """Whether the restart markers of a scan count from 0 to 7 and again, and are as many as there must be."""
-  found = [ord(number) - 0xD0 for number in _RESTART.findall(raw, scan.begin, scan.end)]
+  """Whether the restart markers of a scan cycle from 0 to 7 and are complete."""
+  numbers = [ord(number) - 0xD0 for number in _RESTART.findall(raw, scan.begin, scan.end)]
   if not scan.restart:
-    return not found
+    return not numbers
   needed = (scan.blocks[0] * scan.blocks[1] - 1) // scan.restart if scan.blocks and scan.process < 2 else 0
-  return len(found) >= needed and all(number == place % 8 for place, number in enumerate(found))
+  return len(numbers) >= needed and all(number == index % 8 for index, number in enumerate(numbers))
 
 
-def _fits(raw: bytes, scan: Scan) -> bool:
-  """Whether the data of a sequential JPEG without restarts end with the picture, neither before nor long after.
+def _has_full_data(raw: bytes, scan: Scan) -> bool:
+  """Whether the data of a sequential JPEG without restarts match the image size.
 
-  Pillow is given the data without the marker behind them: it finishes only if they suffice, and asks for the last of
-  them only if it needs them. It is asked for an eighth of the size, which costs about half of a decoder's time.
+  Pillow receives the data without the marker after them: it finishes only if they suffice, and reads the last bytes
+  only if it needs them. It decodes an eighth of the size, which takes about half of the time of a full decode.
   """
   if scan.process > 1 or scan.blocks is None or scan.restart:
     return True
-  last = len(raw[: scan.end].rstrip(b"\0"))  # some encoders fill up
-  data = _Counted(raw[: scan.end] + bytes(_SPARE), max(scan.begin, last - _SPARE))
+  last = len(raw[: scan.end].rstrip(b"\0"))  # some encoders pad with zeros
+  data = _TrackedFile(raw[: scan.end] + bytes(_SPARE), max(scan.begin, last - _SPARE))
   try:
-    picture = JpegImageFile(data)
-  except Exception:  # OpenCV may know more; else it says what is wrong
+    image = JpegImageFile(data)
+  except Exception:  # OpenCV may support it, or else reports the error
     return True
-  picture.draft(None, (max(picture.width // 8, 1), max(picture.height // 8, 1)))
+  image.draft(None, (max(image.width // 8, 1), max(image.height // 8, 1)))
   try:
-    picture.load()
-  except OSError:  # asks for more
+    image.load()
+  except OSError:  # needs more data
     return False
   return data.exhausted
 
 
-class _Counted(io.BytesIO):
-  """A file that notes whether anything from `last` on is asked for."""
+class _TrackedFile(io.BytesIO):
+  """A file that records whether bytes from `last` on are read."""
 
   def __init__(self, raw: bytes, last: int):
     super().__init__(raw)

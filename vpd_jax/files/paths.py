@@ -1,4 +1,4 @@
-"""Which folders arrays can be written to and found again."""
+"""Checks of output folders."""
 
 import contextlib
 import tempfile
@@ -10,21 +10,25 @@ from vpd_jax.errors import UserError
 
 
 def check_name(path: epath.Path, option: str) -> None:
-  """Refuses a local path that orbax, which looks for the files of an array by pattern, would write and never find.
+  """Rejects a local path that orbax, which finds arrays by glob patterns, could write but not read.
 
   Raises:
-    ValueError: the path holds a character of patterns; `option` is what the user set.
+    ValueError: if the path contains a wildcard; `option` is the option that the user set.
   """
-  if found := sorted(set(str(path)) & set("[]*?\\")):
+  if wildcards := sorted(set(str(path)) & set("[]*?\\")):
     raise UserError(
-      f"{option}={str(path)!r} holds {' '.join(found)}, and arrays below such a name are never found again; choose one "
-      "without them, or rename the folder."
+      f"{option}={str(path)!r} holds {' '.join(wildcards)}, and arrays below such a name are never found again; choose "
+      "one without them, or rename the folder."
     )
 
 
+def nearest_existing(path: Path) -> Path:
+  """The path itself if it exists, else its nearest existing parent."""
+  return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
 def is_writable(target: Path) -> bool:
-  """Whether a local folder, or the nearest one above it that exists, takes new files: tried, not read off its mode."""
-  parent = next(p for p in (target, *target.absolute().parents) if p.exists())
-  with contextlib.suppress(OSError), tempfile.TemporaryDirectory(prefix=".", dir=parent):
+  """Whether files can be created in a folder, or in its nearest existing parent; tried, not read from its mode."""
+  with contextlib.suppress(OSError), tempfile.TemporaryDirectory(prefix=".", dir=nearest_existing(target)):
     return True
   return False

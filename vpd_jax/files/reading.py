@@ -1,4 +1,4 @@
-"""Files that people bring: text, JSON, folders. Whatever is wrong with one is one line that names it."""
+"""Reads text and JSON files of users; errors are one line that names the file."""
 
 import gzip
 import json
@@ -13,14 +13,14 @@ from vpd_jax.errors import UserError
 
 
 def read_text(path: str | os.PathLike, *, called: str = "") -> str:
-  """The text of a file in UTF-8, plain or gzip-compressed, without byte order marks; also UTF-16 that begins with one.
+  """Reads a UTF-8 file, or UTF-16 with a byte order mark, plain or gzip-compressed, without byte order marks.
 
   Args:
-    path: local, or an epath of a bucket.
-    called: what messages call it; empty: its path.
+    path: a local path, or an epath of a bucket.
+    called: name of the file in messages; empty for its path.
 
   Raises:
-    ValueError: it is missing or cannot be read, or is no such text.
+    ValueError: if it is missing, cannot be read or is not such a text.
   """
   called = called or str(path)
   try:
@@ -34,14 +34,14 @@ def read_text(path: str | os.PathLike, *, called: str = "") -> str:
     ) from None
   except UnicodeDecodeError as error:
     raise UserError(f"{called} cannot be read: it is not text in UTF-8 ({error}); save it as UTF-8.") from None
-  return text.replace("\ufeff", "")  # also within: files that were joined
+  return text.replace("\ufeff", "")  # also inside, from concatenated files
 
 
 def read_json(path: str | os.PathLike, *, called: str = "") -> Any:
   """The content of a JSON file, see `read_text`.
 
   Raises:
-    ValueError: as for `read_text`, or it is no JSON.
+    ValueError: as for `read_text`, or if it is not valid JSON.
   """
   called = called or str(path)
   text = read_text(path, called=called)
@@ -55,5 +55,5 @@ def read_json(path: str | os.PathLike, *, called: str = "") -> Any:
 
 
 def visible(names: Iterable[str]) -> list[str]:
-  """The names in a folder that are data, sorted: not hidden ones, of which macOS puts a ._NAME beside every file."""
+  """The sorted names of data files, without hidden ones; macOS adds a ._NAME to every file."""
   return sorted(name for name in names if not name.startswith(".") and name != "__MACOSX")

@@ -1,1 +1,1 @@
-"""Predictions for images of any size, in Python and as files."""
+"""Prediction for images of any size, in Python and as files."""

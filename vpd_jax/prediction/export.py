@@ -1,7 +1,7 @@
-"""--mode=export: a trained network as a folder that runs without this package.
+"""--mode=export: writes a trained network as a folder that runs without this package.
 
-Its file network.jax_export holds the program, for any of PLATFORMS, weights.safetensors the weights; network.json says
-what goes in and comes out, and load.py runs it.
+network.jax_export contains the program for all of PLATFORMS, weights.safetensors the weights, and network.json
+describes inputs and outputs; load.py runs it.
 """
 
 import importlib.metadata
@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from vpd_jax.checkpoints import initialize
 from vpd_jax.errors import UserError, one_line
 from vpd_jax.files import atomic
-from vpd_jax.files.paths import is_writable
+from vpd_jax.files.paths import is_writable, nearest_existing
 from vpd_jax.models.backbones.platform import any_platform
 from vpd_jax.monitoring import progress
 from vpd_jax.prediction.predictor import Predictor, trained_weights
@@ -27,11 +27,11 @@ from vpd_jax.types import Batch, Fields, Outputs, ParamDict
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 NETWORK, WEIGHTS, FACTS, LOADER = "network.jax_export", "weights.safetensors", "network.json", "load.py"
-FORMAT = 1  # of FACTS
-BATCH = "batch"  # the number of images, where it is left open
-SENTENCE = "the red car"  # as an example
+FORMAT = 1  # version of FACTS
+BATCH = "batch"  # the symbolic batch size
+SENTENCE = "the red car"  # an example
 PACKAGES = ("vpd_jax", "jax", "jaxlib", "flax", "numpy", "safetensors")
-ANYWHERE = ("auto", "chunked", "xla")  # kinds of attention that all platforms have
+ANYWHERE = ("auto", "chunked", "xla")  # attention implementations that all platforms support
 
 
 def run(config: ConfigDict, workdir: str, *, output: str) -> Path:
@@ -39,12 +39,12 @@ def run(config: ConfigDict, workdir: str, *, output: str) -> Path:
 
   Args:
     config: of the run.
-    workdir: whose checkpoint is read; without one, `config.init` says where weights are.
+    workdir: whose checkpoint is read; without one, the weights are those of `config.init`.
     output: the folder, which must not exist.
 
   Raises:
-    ValueError: flatbuffers is not installed; a folder that exists or cannot be made; no trained weights; a kind of
-      attention that not all platforms have.
+    ValueError: if flatbuffers is not installed, the folder exists or cannot be created, there are no trained weights,
+      or not all platforms support the attention implementation.
   """
   target = check_output(output)
   if importlib.util.find_spec("flatbuffers") is None:
@@ -62,7 +62,7 @@ def run(config: ConfigDict, workdir: str, *, output: str) -> Path:
 
 
 def write(predictor: Predictor, target: Path) -> None:
-  """Writes a predictor's network, see the top of this file; the folder appears only when it is complete."""
+  """Writes the network of a predictor atomically, see the module docstring."""
   with progress.phase("trace"):
     exported, fixed = _exported(predictor)
   if fixed:
@@ -78,49 +78,51 @@ def write(predictor: Predictor, target: Path) -> None:
 
 
 def check_output(output: str) -> Path:
-  """The folder, which does not exist and can be made."""
+  """The output folder, which must not exist and must be creatable."""
   target = Path(output).expanduser()
   if not output:
     raise UserError("--mode=export needs a place for the network: give --output=FOLDER.")
   if target.exists():
     raise UserError(f"--output={output!r} exists already; give a folder that does not, it is created.")
   if not is_writable(target):
-    parent = next(p for p in target.absolute().parents if p.exists())
     raise UserError(
-      f"--output={output!r} cannot be made: {parent} is not a folder that can be written to; give another."
+      f"--output={output!r} cannot be made: {nearest_existing(target)} is not a folder that can be written to; give "
+      "another."
     )
   return target
 
 
 def _batch(predictor: Predictor) -> dict[str, np.ndarray]:
-  """A batch of one black image of the size that the network gets."""
+  """A batch of one black image of the network's input size."""
   black = np.zeros((1, *predictor.input_size, 3), np.float32)
   return predictor.batch(black, sentences=[SENTENCE] if predictor.takes_sentence else None)
 
 
 def _exported(predictor: Predictor) -> tuple[jax.export.Exported, str]:
-  """The network as a function of {name: weight} and {name: input}, and why the number of images is not left open."""
+  """The network as a function of {name: weight} and {name: input}, and why the batch size is fixed, if it is."""
 
   def network(weights: ParamDict, batch: Batch) -> Outputs:
     return predictor.network((weights,), batch)
 
-  held = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for part in predictor.weights for name, x in part.items()}
-  given = _batch(predictor)
+  weight_shapes = {
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype) for part in predictor.weights for name, x in part.items()
+  }
+  example = _batch(predictor)
 
-  def traced(count: object) -> jax.export.Exported:
-    shapes = {name: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype) for name, x in given.items()}
+  def traced(batch_size: object) -> jax.export.Exported:
+    shapes = {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for name, x in example.items()}
     with any_platform():
-      return jax.export.export(jax.jit(network), platforms=PLATFORMS)(held, shapes)
+      return jax.export.export(jax.jit(network), platforms=PLATFORMS)(weight_shapes, shapes)
 
-  (count,) = jax.export.symbolic_shape(BATCH)
+  (batch_size,) = jax.export.symbolic_shape(BATCH)
   try:
-    return traced(count), ""
-  except Exception as error:  # What asks for the number of images fails in many ways; with 1 it must not.
+    return traced(batch_size), ""
+  except Exception as error:  # Code that depends on the batch size raises many errors; with 1 it must not.
     return traced(1), one_line(error)[:200]
 
 
 def _facts(predictor: Predictor, exported: jax.export.Exported, fixed: str) -> Fields:
-  """What FACTS says."""
+  """The content of FACTS."""
   config, task, classes = predictor.config, predictor.experiment.task, predictor.experiment.classes
   (_, inputs), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
   outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
@@ -151,8 +153,8 @@ def _input(predictor: Predictor, name: str) -> Fields:
   if name == "image":
     return {"range": [0, 1], "meaning": "RGB, 0 black and 1 white: a uint8 image divided by 255"}
   if name == "class_id":
-    most = len(predictor.experiment.classes) - 1
-    return {"range": [-1, most], "meaning": "number of the image's class in `classes`; -1 is the mean of all"}
+    last = len(predictor.experiment.classes) - 1
+    return {"range": [-1, last], "meaning": "number of the image's class in `classes`; -1 is the mean of all"}
   tokens = _batch(predictor)[name][0].tolist()
   return {
     "range": [0, predictor.config.backbone.text.vocab_size - 1],

@@ -20,20 +20,20 @@ try:
   version, newest = network.calling_convention_version, export.maximum_supported_calling_convention_version
   if not export.minimum_supported_calling_convention_version <= version <= newest:
     raise ValueError(f"its calling convention is {version}, the newest known is {newest}")
-  network.mlir_module()  # Raises where the program is in a newer form, which is only seen at the first call else.
+  network.mlir_module()  # Raises now, not at the first call, if the program has a newer format.
 except Exception as error:
-  made, line = facts["versions"]["jax"], " ".join(str(error).split())
+  exporter, reason = facts["versions"]["jax"], " ".join(str(error).split())
   raise SystemExit(
-    f"network.jax_export was made by jax {made}, and jax {jax.__version__} cannot read it: {line}"
+    f"network.jax_export was made by jax {exporter}, and jax {jax.__version__} cannot read it: {reason}"
   ) from None
 weights = jax.device_put(load_file(folder / "weights.safetensors"))
 call = jax.jit(network.call)
 
 
 def run(**inputs):
-  """The outputs of network.json, numpy arrays by name, of its inputs."""
-  kinds = {name: np.asarray(x, facts["inputs"][name]["dtype"]) for name, x in inputs.items()}
-  return {name: np.asarray(x) for name, x in call(weights, kinds).items()}
+  """The outputs by name, as numpy arrays, for the inputs by name; see network.json."""
+  arrays = {name: np.asarray(x, facts["inputs"][name]["dtype"]) for name, x in inputs.items()}
+  return {name: np.asarray(x) for name, x in call(weights, arrays).items()}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from vpd_jax.errors import UserError
 from vpd_jax.files import reading
-from vpd_jax.files.paths import is_writable
+from vpd_jax.files.paths import is_writable, nearest_existing
 from vpd_jax.inference import camera, top_down
 from vpd_jax.inference import images as images_lib
 from vpd_jax.monitoring import progress
@@ -62,19 +62,19 @@ def run(
     config: of the run.
     workdir: whose checkpoint is read.
     source, output: folders.
-    class_name: of all images.
-    sentence: about all images.
-    sentences: a file with sentences about each image, see `read_sentences`.
+    class_name: class of all images.
+    sentence: sentence for all images.
+    sentences: a file with sentences for each image, see `read_sentences`.
     boxes: a file with boxes of each image, see top_down.read_boxes.
-    attention: also write attention maps of the classes, see Predictor.attention.
-    allow_damaged: images that cannot be read are no error, unless all are.
-    ply: also write a colored point cloud of each image, of tasks whose prediction places pixels in space.
-    focal: focal length of all images, in pixels; None: as inference/camera.py of each image.
+    attention: whether to also write attention maps of the classes, see Predictor.attention.
+    allow_damaged: whether to tolerate images that cannot be read, unless none can.
+    ply: whether to also write a colored point cloud of each image, for tasks that predict depth.
+    focal: focal length of all images, in pixels; None to determine it by image, see inference/camera.py.
 
   Raises:
-    ValueError: no such folder, or no image in it; an unknown class; files in another format, or that name a missing
-      image; options without effect; after all others have been written, images that cannot be read, or whose boxes
-      have no area inside them, unless `allow_damaged`.
+    ValueError: for a missing folder or one without images, an unknown class, files in another format or with unknown
+      image names, and options without effect. Unless `allow_damaged`, also for images that cannot be read or whose
+      boxes have no area inside them, after all others have been written.
   """
   folder = Path(source).expanduser()
   if not source:
@@ -88,8 +88,8 @@ def run(
   files = [p for name in reading.visible(os.listdir(folder)) if (p := folder / name).is_file()]
   paths = [path for path in files if images_lib.is_image(path)]
   if not paths:
-    held = f"only {len(files)} other files, like {files[0].name}" if files else "it is empty"
-    raise UserError(f"--input={source!r} contains no image, {held}; give a folder that does.")
+    hint = f"only {len(files)} other files, like {files[0].name}" if files else "it is empty"
+    raise UserError(f"--input={source!r} contains no image, {hint}; give a folder that does.")
   if sentence and sentences:
     raise UserError("--sentence and --sentences are given; give one of them.")
   listed = {
@@ -131,8 +131,10 @@ def run(
   if skipped:
     progress.write(f"{skipped} images without an entry in --sentences are skipped")
   done = len(paths) - len(damaged) - skipped
-  left = f"{len(files) - done - len(damaged)} files skipped"
-  progress.write(f"{done} images written to {output}, {left}, {len(damaged)} images damaged")
+  progress.write(
+    f"{done} images written to {output}, {len(files) - done - len(damaged)} files skipped, "
+    f"{len(damaged)} images damaged"
+  )
   if damaged and not (allow_damaged and done):
     reasons = "; ".join(message.rstrip(".") for message in damaged[:10])
     raise UserError(
@@ -152,12 +154,12 @@ def write_results(
   ply: bool = False,
   focal: float | None = None,
 ) -> Iterator[tuple[list[Path], Fields]]:
-  """Writes the predictions of a few images, and gives the files of each and what its .json says of the image.
+  """Writes the predictions of a few images; yields the files and the metadata of each.
 
   Args:
-    predictor: of whose method and task the options are, see `check_flags`.
-    batch: what to predict, with the images, uint8 [H, W, 3].
-    target: folder of the files, made where it does not exist.
+    predictor: its method and task must support the options, see `check_flags`.
+    batch: requests and their images, uint8 [H, W, 3].
+    target: output folder, created if it does not exist.
     class_name, attention, ply, focal: as in `run`.
   """
   target.mkdir(parents=True, exist_ok=True)
@@ -165,28 +167,27 @@ def write_results(
   inputs = {name: [request.inputs[name] for request, _ in batch] for name in batch[0][0].inputs}
   results = predictor.predict_each([image for _, image in batch], class_id, **inputs)
   for (request, image), result in zip(batch, results, strict=True):
-    stem, found, files = target / request.stem, result[task.result], []
+    stem, prediction, files = target / request.stem, result[task.result], []
     metadata = _metadata(predictor, request, image, result, class_name)
     if attention:
       maps = predictor.attention([image])[0]
-      files.append(cast(ClassAttentionTask, task).save_attention(stem, maps, found, image))
+      files.append(cast(ClassAttentionTask, task).save_attention(stem, maps, prediction, image))
     if ply:
       length = camera.Focal(focal, "--focal") if focal else camera.of_photo(request.path, image.shape[:2])
-      files.append(cast(DepthTask, task).save_point_cloud(stem, found, image, length))
+      files.append(cast(DepthTask, task).save_point_cloud(stem, prediction, image, length))
       metadata |= {"focal_length_pixels": length.pixels, "focal_length_from": length.source}
-    yield [*files, *task.save(stem, found, metadata, image)], metadata
+    yield [*files, *task.save(stem, prediction, metadata, image)], metadata
 
 
 def check_output(output: str, folder: Path | None = None) -> Path:
-  """The folder for the results, which can be created, and is not `folder`, that of the images."""
+  """The output folder, which must be writable or creatable, and must not be `folder`, that of the images."""
   target = Path(output).expanduser()
   if not output:
     raise UserError("--mode=predict needs a place for the results: give --output=FOLDER.")
   if not is_writable(target):
-    parent = next(p for p in (target, *target.absolute().parents) if p.exists())
     raise UserError(
-      f"--output={output!r} must name a folder: {parent} is not a folder that can be written to; give another, it is "
-      "created if it does not exist."
+      f"--output={output!r} must name a folder: {nearest_existing(target)} is not a folder that can be written to; "
+      "give another, it is created if it does not exist."
     )
   if folder and target.resolve() == folder.resolve():
     raise UserError(f"--output={output!r} is the folder of the images; give another, or results become images.")
@@ -194,7 +195,7 @@ def check_output(output: str, folder: Path | None = None) -> Path:
 
 
 def say_origin(predictor: Predictor, class_name: str) -> None:
-  """Prints where the weights came from, and what stands for a class that is not given."""
+  """Prints the origin of the weights, and the default if no class is given."""
   progress.write("\n".join(predictor.origin))
   if predictor.takes_class and not class_name:
     predicted = "CLIP predicts the class of each image, see the .json files"
@@ -203,7 +204,7 @@ def say_origin(predictor: Predictor, class_name: str) -> None:
 
 
 def check_flags(config: ConfigDict, predictor: Predictor, flags: Mapping[str, str], attention: bool, ply: bool) -> None:
-  """Raises for a flag without effect on this method and task, and for a missing sentence."""
+  """Raises for flags without effect on this method and task, and for a missing sentence."""
   takes = {"class": predictor.takes_class, "boxes": predictor.takes_boxes}
   for flag, value in flags.items():
     if value and not takes.get(flag, predictor.takes_sentence):
@@ -214,50 +215,50 @@ def check_flags(config: ConfigDict, predictor: Predictor, flags: Mapping[str, st
   if ply and not predictor.experiment.task.measures_depth:
     raise UserError(f"--ply has no effect: task {config.task.name!r} predicts no depth; leave it out.")
   if predictor.takes_sentence and not (flags["sentence"] or flags["sentences"]):
-    how = 'give --sentence="the red car" about all, or --sentences=FILE.json'
-    raise UserError(f"the method needs a sentence about each image: {how}.")
+    remedy = 'give --sentence="the red car" about all, or --sentences=FILE.json'
+    raise UserError(f"the method needs a sentence about each image: {remedy}.")
 
 
 def _requests(
   paths: Sequence[Path], predictor: Predictor, sentence: str, listed: Mapping[str, Fields | None]
 ) -> list[Request]:
-  """The predictions of all images: one per sentence where the method reads sentences, else one."""
-  said, boxes = listed["sentences"], listed["boxes"]
+  """The predictions of all images: one per sentence if the method reads sentences, else one per image."""
+  sentences, boxes = listed["sentences"], listed["boxes"]
 
   def inputs(name: str) -> list[Fields]:
     if predictor.takes_sentence:
-      return [{"sentences": text} for text in ([sentence] if said is None else said.get(name, []))]
+      return [{"sentences": text} for text in ([sentence] if sentences is None else sentences.get(name, []))]
     return [{} if boxes is None else {"boxes": boxes.get(name, [])}]
 
-  of_images = [inputs(path.name) for path in paths]
-  stems = result_names([(path.name, len(each)) for path, each in zip(paths, of_images, strict=True)])
+  inputs_of = [inputs(path.name) for path in paths]
+  stems = result_names([(path.name, len(each)) for path, each in zip(paths, inputs_of, strict=True)])
   return [
     Request(path, *pair)
-    for path, names, each in zip(paths, stems, of_images, strict=True)
+    for path, names, each in zip(paths, stems, inputs_of, strict=True)
     for pair in zip(names, each, strict=True)
   ]
 
 
 def _read(requests: Sequence[Request], damaged: list[str]) -> Iterator[tuple[Request, np.ndarray]]:
-  """Requests with their image, which is read once; prints the errors of images, and adds them to `damaged`."""
+  """Requests with their image, which is read once; errors of images are printed and added to `damaged`."""
   for path, group in itertools.groupby(requests, lambda request: request.path):
-    same = list(group)
+    of_image = list(group)
     try:
       image = images_lib.read_image(path)
-      for request in same:
+      for request in of_image:
         if "boxes" in request.inputs:
           top_down.check_boxes(request.inputs["boxes"], image.shape[:2], path.name)
     except UserError as error:
       damaged.append(str(error))
       progress.write(f"skipped: {error}")
       continue
-    yield from ((request, image) for request in same)
+    yield from ((request, image) for request in of_image)
 
 
 def _metadata(
   predictor: Predictor, request: Request, image: np.ndarray, result: Mapping[str, np.ndarray], class_name: str
 ) -> Fields:
-  """What the .json file says of a prediction besides the task's own entries."""
+  """The content of the .json file of a prediction, without the entries of the task."""
   metadata: Fields = {"source": request.path.name, "source_size": list(image.shape[:2])}
   if predictor.takes_class:
     number = int(result["class_id"])
@@ -274,12 +275,12 @@ def _metadata(
 def result_names(images: list[tuple[str, int]]) -> list[list[str]]:
   """Unique names for the results of each image, also on file systems that ignore case.
 
-  A result is named after its image without the suffix, plus _0, _1 .. where an image has several. Where the results of
-  two images would share a name, the first that is unique is taken of "a_jpg", "a.jpg", and "a.jpg" with the image index
-  and underscores.
+  A result is named after its image without the suffix, plus _0, _1 .. if an image has several. If the results of two
+  images would share a name, the name is the first unique one of "a_jpg", "a.jpg", and "a.jpg" with the image index and
+  underscores.
 
   Args:
-    images: name of the file, with a suffix, and its number of results.
+    images: file name, with suffix, and number of results of each image.
   """
   level = [0] * len(images)
 
@@ -305,7 +306,7 @@ def read_sentences(path: str) -> dict[str, list[str]]:
   """Reads sentences by image name, from a JSON list of {"image": name, "sentence": text or "sentences": [..]}.
 
   Raises:
-    ValueError: a missing file, or another format; names the file.
+    ValueError: for a missing file or another format; names the file.
   """
   entries = reading.read_json(path, called=f"--sentences={path!r}")
   result: dict[str, list[str]] = {}

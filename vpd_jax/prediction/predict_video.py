@@ -1,4 +1,4 @@
-"""--mode=predict of a video: its depth as a video of equal length and rate, in colors of one scale."""
+"""--mode=predict for a video: writes its depth as a video of equal length and rate, with one color scale."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ from vpd_jax.prediction.predictor import Predictor, trained_weights
 from vpd_jax.types import DepthTask
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm")
-CODEC = "mp4v"  # MPEG-4 part 2, which OpenCV writes wherever it is installed
+CODEC = "mp4v"  # MPEG-4 Part 2, which every OpenCV build can write
 
 
 def is_video(source: str) -> bool:
@@ -32,8 +32,8 @@ def is_video(source: str) -> bool:
 def run(config: ConfigDict, workdir: str, *, source: str, output: str, class_name: str = "", sentence: str = "") -> int:
   """Writes NAME.depth.mp4 and NAME.depth.json of a video NAME, and returns the number of its frames.
 
-  Colors go from the smallest to the largest depth of the whole video, near red to far blue. Every frame is predicted by
-  itself. A last row or column of an odd number is left out, which the codec does not take.
+  Colors range from the smallest to the largest depth of the video, from near (red) to far (blue). Frames are predicted
+  independently. The last row or column of odd sizes is dropped, because the codec requires even sizes.
 
   Args:
     config: of the run.
@@ -43,8 +43,8 @@ def run(config: ConfigDict, workdir: str, *, source: str, output: str, class_nam
     class_name, sentence: of all frames, as for predict_folder.run.
 
   Raises:
-    ValueError: a video that cannot be read, without frames or without a rate; a task that predicts no depth; a
-      class or sentence without effect; a folder that cannot be written to.
+    ValueError: for a video that cannot be read, has no frames or states no frame rate, a task that does not predict
+      depth, a class or sentence without effect, and a folder that cannot be written to.
   """
   path = Path(source).expanduser()
   target = check_output(output)
@@ -56,44 +56,44 @@ def run(config: ConfigDict, workdir: str, *, source: str, output: str, class_nam
   say_origin(predictor, class_name)
   task, class_id = cast(DepthTask, predictor.experiment.task), predictor.class_id(class_name) if class_name else None
   target.mkdir(parents=True, exist_ok=True)
-  frames, done, nearest, farthest, size = _frames(path), 0, math.inf, -math.inf, (0, 0)
-  with tempfile.TemporaryFile(dir=target) as kept:  # a minute of full HD would not fit into memory
+  frames, frame_count, nearest, farthest, size = _frames(path), 0, math.inf, -math.inf, (0, 0)
+  with tempfile.TemporaryFile(dir=target) as buffer:  # a minute of full HD would not fit into memory
     with progress.phase("predict", count, "frames") as predicted:
       while batch := list(itertools.islice(frames, BATCH_SIZE)):
-        words = {"sentences": [sentence] * len(batch)} if predictor.takes_sentence else {}
-        for result in predictor.predict_each(batch, class_id, **words):
+        inputs = {"sentences": [sentence] * len(batch)} if predictor.takes_sentence else {}
+        for result in predictor.predict_each(batch, class_id, **inputs):
           depth = result[task.result]
-          known = depth[np.isfinite(depth) & (depth > 0)]
-          nearest, farthest = min(nearest, known.min(initial=nearest)), max(farthest, known.max(initial=farthest))
-          kept.write(depth.astype(np.float16).tobytes())
-          done, size = done + 1, depth.shape
+          valid = depth[np.isfinite(depth) & (depth > 0)]
+          nearest, farthest = min(nearest, valid.min(initial=nearest)), max(farthest, valid.max(initial=farthest))
+          buffer.write(depth.astype(np.float16).tobytes())
+          frame_count, size = frame_count + 1, depth.shape
           predicted.advance()
-    kept.seek(0)
+    buffer.seek(0)
     with atomic.beside(target / f"{path.stem}.depth.mp4") as unfinished:
       writer = _writer(unfinished, rate, size)
-      for _ in range(done):
-        depth = np.frombuffer(kept.read(2 * math.prod(size)), np.float16).reshape(size).astype(np.float32)
+      for _ in range(frame_count):
+        depth = np.frombuffer(buffer.read(2 * math.prod(size)), np.float16).reshape(size).astype(np.float32)
         colors = task.colored(depth, float(nearest), float(farthest))[: size[0] // 2 * 2, : size[1] // 2 * 2]
         writer.write(np.ascontiguousarray(colors[..., ::-1]))
       writer.release()
-  facts = {"source": path.name, "frames": done, "frames_per_second": rate, "size": list(size), "unit": "meter"}
+  facts = {"source": path.name, "frames": frame_count, "frames_per_second": rate, "size": list(size), "unit": "meter"}
   facts |= {"first_color": float(nearest), "last_color": float(farthest), "class": class_name or None}
   atomic.write_json(target / f"{path.stem}.depth.json", facts)
-  if done != count:
-    progress.write(f"{path.name} states {count} frames, and {done} could be read")
-  progress.write(f"{done} frames written to {target / path.stem}.depth.mp4")
-  return done
+  if frame_count != count:
+    progress.write(f"{path.name} states {count} frames, and {frame_count} could be read")
+  progress.write(f"{frame_count} frames written to {target / path.stem}.depth.mp4")
+  return frame_count
 
 
 def _opened(path: Path) -> tuple[float, int]:
-  """Frames per second of a video, and the number of frames that it states.
+  """Frames per second and stated number of frames of a video.
 
   Raises:
-    ValueError: it cannot be read, holds no frame or states no rate.
+    ValueError: if it cannot be read, has no frames or states no frame rate.
   """
   if not os.access(path, os.R_OK):
     raise UserError(f"--input={str(path)!r} cannot be read; see to its permissions.")
-  os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # else FFmpeg prints lines of its own, of which ours says more
+  os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # silences FFmpeg, whose messages say less than ours
   video = cv2.VideoCapture(str(path))
   rate, count = video.get(cv2.CAP_PROP_FPS), int(video.get(cv2.CAP_PROP_FRAME_COUNT))
   if next(_frames(path), None) is None:
@@ -104,11 +104,11 @@ def _opened(path: Path) -> tuple[float, int]:
 
 
 def _frames(path: Path) -> Iterator[np.ndarray]:
-  """The frames of a video, uint8 [H, W, 3], RGB, turned as it says."""
+  """The frames of a video, uint8 [H, W, 3], RGB, with its rotation applied."""
   video = cv2.VideoCapture(str(path))
   while video.isOpened():
-    read, frame = video.read()
-    if not read:
+    success, frame = video.read()
+    if not success:
       return
     yield np.ascontiguousarray(frame[..., ::-1])
 

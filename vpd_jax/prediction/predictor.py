@@ -36,7 +36,7 @@ class Predictor:
   Use `Predictor.load`. `forward` is the bare network, `predict` the test-time protocol for images of any size.
 
   Attributes:
-    config: the config that was loaded.
+    config: the loaded config.
     experiment: the objects assembled from it.
     weights: parameters, frozen arrays and statistics, on the devices.
     origin: lines about the source of the weights.
@@ -60,13 +60,13 @@ class Predictor:
 
     Args:
       config: a ConfigDict or the string of --config, e.g. "configs/nyu_depth.py:tiny"; a relative path is looked up in
-        the working directory, then beside the package. None: that of the run in `workdir`.
+        the working directory, then next to the package. None: that of the run in `workdir`.
       weights: a workdir, a released checkpoint (.pth), or converted weights; empty: `config.init`.
-      workdir: of a run, whose newest checkpoint is taken; in place of `weights`.
+      workdir: of a run, whose newest checkpoint is loaded; instead of `weights`.
       random_init: initialize arrays that the weights do not contain at random; without weights, all arrays.
 
     Raises:
-      ValueError: in one line, for a config or weights that cannot be used, or weights that do not fill the network.
+      ValueError: for a config or weights that cannot be used, or weights that do not fill the network; one line.
     """
     if workdir and str(weights):
       raise UserError(f"Predictor.load has weights={str(weights)!r} and workdir={str(workdir)!r}; give one of them.")
@@ -90,8 +90,8 @@ class Predictor:
       exp = experiment.assemble(config, training=False)
     mesh = sharding.make_mesh(1, 1, devices=jax.local_devices()[:1])
     with progress.phase("load weights"):
-      filled, lines = initialize.weights_on_mesh(config, exp, mesh, str(weights), complete=not random_init)
-    return cls(config, exp, filled, lines)
+      loaded, lines = initialize.weights_on_mesh(config, exp, mesh, str(weights), complete=not random_init)
+    return cls(config, exp, loaded, lines)
 
   def __post_init__(self):
     exp = self.experiment
@@ -120,7 +120,7 @@ class Predictor:
 
   @property
   def predicts_class(self) -> bool:
-    """Whether CLIP predicts the class where none is given."""
+    """Whether CLIP predicts the class if none is given."""
     return self._classify is not None
 
   @property
@@ -135,26 +135,26 @@ class Predictor:
 
   @property
   def input_size(self) -> tuple[int, int]:
-    """The (height, width) of what `predict` gives the network."""
+    """The (height, width) of the network's input in `predict`."""
     return self._protocol.input_size
 
   @property
   def preprocessing(self) -> str:
-    """What `predict` does around the network, in words."""
+    """A description of what `predict` does before and after the network."""
     return self._protocol.preprocessing
 
   def class_id(self, name: str) -> int:
     """The id of a class by its name, with spaces or underscores.
 
     Raises:
-      ValueError: unknown name; lists all names.
+      ValueError: for an unknown name; lists all names.
     """
-    wanted = name.strip().lower().replace(" ", "_")
-    if wanted not in self.experiment.classes:
-      near = difflib.get_close_matches(wanted, self.experiment.classes, n=1, cutoff=0.75)
-      hint = f"did you mean {near[0]}? Known are" if near else "choose one of"
+    key = name.strip().lower().replace(" ", "_")
+    if key not in self.experiment.classes:
+      matches = difflib.get_close_matches(key, self.experiment.classes, n=1, cutoff=0.75)
+      hint = f"did you mean {matches[0]}? Known are" if matches else "choose one of"
       raise UserError(f"class {name!r} is unknown; {hint} {', '.join(self.experiment.classes)}.")
-    return self.experiment.classes.index(wanted)
+    return self.experiment.classes.index(key)
 
   def forward(
     self,
@@ -169,24 +169,24 @@ class Predictor:
         predictor.forward(np.zeros((1, 480, 640, 3), np.float32))["depth"]  # float32 [1, 480, 640]
 
     Args:
-      images: an array [B, H, W, 3], uint8 or float in [0, 1], RGB; or as for `predict`, of one size.
+      images: an array [B, H, W, 3], uint8 or float in [0, 1], RGB; or as for `predict`, of equal size.
       class_id: int or name, or one per image; -1 or None for the mean of all class vectors.
-      sentences: one per image, where the method reads sentences.
-      text_states: float [B, N, D], the text encoder's output after its final norm, in place of sentences.
+      sentences: one per image, if the method reads sentences.
+      text_states: float [B, N, D], the text encoder's output after its final norm, instead of sentences.
 
     Returns:
-      What the head returns: {"depth": float32 [B, H, W] meters}, {"logits": float32 [B, H, W, K], "aux_logits": ..} or
-      {"heatmaps": float32 [B, h, w, K]}.
+      The outputs of the head: {"depth": float32 [B, H, W] meters}, {"logits": float32 [B, H, W, K], "aux_logits": ..}
+      or {"heatmaps": float32 [B, h, w, K]}.
 
     Raises:
-      ValueError: images of another shape or dtype; a class id out of range; missing sentences; a class id or sentences
-        for a method that does not take them.
+      ValueError: for images of another shape or dtype, a class id out of range, missing sentences, and a class id or
+        sentences for a method that does not use them.
     """
     batch = self.batch(images, class_id=class_id, sentences=sentences, text_states=text_states)
     return jax.device_get(self._forward(self.weights, jax.tree.map(jnp.asarray, batch)))
 
   def network(self, weights: Weights | tuple[ParamDict], batch: Batch) -> Outputs:
-    """What `forward` compiles: a batch, as `batch` makes it, to what the head returns; pure, to be traced."""
+    """The pure function that `forward` compiles: from the result of `batch` to the outputs of the head."""
     return self.experiment.spec.merge(*weights)(batch, training=False)
 
   def batch(
@@ -197,22 +197,22 @@ class Predictor:
     sentences: str | Sequence[str] | None = None,
     text_states: Any = None,
   ) -> dict[str, np.ndarray]:
-    """What the network reads for the arguments of `forward`, whose errors it raises.
+    """The inputs of the network for the arguments of `forward`; raises the same errors.
 
     Returns:
-      "image" float [B, H, W, 3] in [0, 1]; where the method takes them, "class_id" int32 [B], -1 for the mean, and
+      "image" float [B, H, W, 3] in [0, 1]; if the method uses them, "class_id" int32 [B], -1 for the mean, and
       "tokens" int32 [B, N] or "text_states" float [B, N, D].
     """
-    several, _ = _as_list(images)
-    arrays = [images_lib.to_float(images_lib.as_image(image), self._dtype) for image in several]
+    image_list, _ = _as_list(images)
+    arrays = [images_lib.to_float(images_lib.as_image(image), self._dtype) for image in image_list]
     if len(sizes := sorted({array.shape[:2] for array in arrays})) != 1:
       raise UserError(f"images of sizes {sizes} make no batch; give images of one size, or use predict.")
     batch, images = {"image": np.stack(arrays)}, arrays
     if text_states is not None:
       batch["text_states"] = self._text_states(text_states, len(images), sentences)
       sentences = None
-    known = self._known(len(images), class_id, sentences, None, complete=text_states is None)
-    return batch | {name: np.stack([own[name] for own in known]) for name in (known[0] if known else ())}
+    inputs = self._inputs(len(images), class_id, sentences, None, complete=text_states is None)
+    return batch | {name: np.stack([row[name] for row in inputs]) for name in (inputs[0] if inputs else ())}
 
   def predict(
     self,
@@ -225,30 +225,30 @@ class Predictor:
     """The test-time protocol of the config for images of any size; see prediction/protocols.py.
 
         predictor.predict("photo.jpg", "kitchen")["depth"]                      # float32 [H, W], meters
-        [found["label"] for found in predictor.predict(["a.jpg", image_b])]     # int32 [H, W] each
+        [result["label"] for result in predictor.predict(["a.jpg", image_b])]   # int32 [H, W] each
 
     Args:
       images: a path, a PIL image or an array [H, W, 3], uint8 or float in [0, 1], RGB, see images_lib.as_image; or a
         sequence of these.
       class_id: int or name of a class, or one per image; None for the mean of all class vectors.
-      sentences: one per image, where the method reads sentences.
+      sentences: one per image, if the method reads sentences.
       boxes: for poses, a list per image of [x, y, width, height] or [x, y, width, height, score]; None: one person
-        per image, with the whole image as box.
+        per image, with the full image as box.
 
     Returns:
-      A list with one dict per image, of a single image its dict: {"depth": float32 [H, W] meters}, {"label": int32 [H,
-      W]}, {"mask": bool [H, W]}, or
-      {"keypoints": float32 [N, K, 3] of x, y, score; "boxes" [N, 4]; "scores" [N]}; with "class_id" where the method
-      takes one.
+      A list with one dict per image, or the dict of a single image: {"depth": float32 [H, W] meters}, {"label": int32
+      [H, W]}, {"mask": bool [H, W]}, or
+      {"keypoints": float32 [N, K, 3] of x, y, score; "boxes" [N, 4]; "scores" [N]}; with "class_id" if the method uses
+      one.
 
     Raises:
-      ValueError: an image of another shape or dtype; a class id out of range; missing sentences; a class id,
-        sentences or boxes that would have no effect.
+      ValueError: for an image of another shape or dtype, a class id out of range, missing sentences, and a class id,
+        sentences or boxes without effect.
     """
-    several, single = _as_list(images)
+    image_list, single = _as_list(images)
     if single and boxes is not None:
       boxes = [boxes]
-    results = list(self.predict_each(several, class_id, sentences=sentences, boxes=boxes))
+    results = list(self.predict_each(image_list, class_id, sentences=sentences, boxes=boxes))
     return results[0] if single else results
 
   def predict_each(
@@ -259,61 +259,61 @@ class Predictor:
     sentences: str | Sequence[str] | None = None,
     boxes: Sequence[Any] | None = None,
   ) -> Iterator[Fields]:
-    """As `predict` of a sequence of images, one result after the other as soon as it is known."""
-    several = list(images)
-    known = self._known(len(several), class_id, sentences, boxes)
-    arrays = [images_lib.as_image(image) for image in several]
-    if self._classify is not None:  # from the whole image, once for all windows
-      for image, own in zip(arrays, known, strict=True):
-        if own["class_id"] < 0:
-          own["class_id"] = np.int32(self._classify_image(images_lib.to_float(image, self._dtype)))
-    for result, own in zip(self._protocol(self.weights, arrays, known), known, strict=True):
-      yield result | ({"class_id": own["class_id"]} if self.takes_class else {})
+    """As `predict` for a sequence of images; yields each result as soon as it is available."""
+    image_list = list(images)
+    inputs = self._inputs(len(image_list), class_id, sentences, boxes)
+    arrays = [images_lib.as_image(image) for image in image_list]
+    if self._classify is not None:  # from the full image, once for all windows
+      for image, row in zip(arrays, inputs, strict=True):
+        if row["class_id"] < 0:
+          row["class_id"] = np.int32(self._classify_image(images_lib.to_float(image, self._dtype)))
+    for result, row in zip(self._protocol(self.weights, arrays, inputs), inputs, strict=True):
+      yield result | ({"class_id": row["class_id"]} if self.takes_class else {})
 
   def attention(self, images: Images) -> Any:
-    """Attention of each position of an image to each class, of methods that attend to all classes.
+    """Attention of each position of an image to each class, for methods that attend to all classes.
 
     Args:
       images: as for `predict`; resized to the training crop, ignoring the aspect ratio.
 
     Returns:
-      A list of float32 [h, w, K], of a single image its array: h and w are the sides of the crop over the stride of the
-      finest joined maps.
+      A list of float32 [h, w, K], or the array of a single image: h and w are the sides of the crop divided by the
+      stride of the finest attention maps.
 
     Raises:
-      ValueError: the method has no such maps; an image of another shape or dtype.
+      ValueError: if the method has no such maps, or for an image of another shape or dtype.
     """
     if not self.experiment.method.attends_to_classes:
       raise UserError(f"{self._what} has no attention maps of classes.")
     size = tuple(self.config.data.crop)
-    several, single = _as_list(images)
-    arrays = [images_lib.to_float(images_lib.as_image(image), self._dtype) for image in several]
-    squeezed = [images_lib.resize(array, size) for array in arrays]
-    maps = [np.asarray(self._attention(self.weights, jnp.asarray(x[None])))[0].astype(np.float32) for x in squeezed]
+    image_list, single = _as_list(images)
+    arrays = [images_lib.to_float(images_lib.as_image(image), self._dtype) for image in image_list]
+    resized = [images_lib.resize(array, size) for array in arrays]
+    maps = [np.asarray(self._attention(self.weights, jnp.asarray(x[None])))[0].astype(np.float32) for x in resized]
     return maps[0] if single else maps
 
-  def _known(self, count: int, class_id: Any, sentences: Any, boxes: Any, complete: bool = True) -> list[Fields]:
+  def _inputs(self, count: int, class_id: Any, sentences: Any, boxes: Any, complete: bool = True) -> list[Fields]:
     """The inputs of each image besides its pixels, by name."""
     if class_id is not None and not self.takes_class:
       raise UserError(f"class_id has no effect on {self._what}; leave it out.")
     sentences = [sentences] if isinstance(sentences, str) and count == 1 else sentences
-    for name, value, taken in (("sentences", sentences, self.takes_sentence), ("boxes", boxes, self.takes_boxes)):
-      if value is not None and not taken:
+    for name, value, is_used in (("sentences", sentences, self.takes_sentence), ("boxes", boxes, self.takes_boxes)):
+      if value is not None and not is_used:
         raise UserError(f"{name} have no effect on {self._what}; leave them out.")
       if value is not None and (isinstance(value, str) or len(value) != count):
         raise UserError(f"{name}: {1 if isinstance(value, str) else len(value)} for {count} images; give one each.")
     if self.takes_sentence and sentences is None and complete:
       raise UserError(f"{self._what} needs a sentence about each image; give sentences=[...].")
-    known = [{} for _ in range(count)]
+    inputs = [{} for _ in range(count)]
     ids = self._class_ids(class_id, count)
     if self.takes_class:
-      for own, i in zip(known, ids, strict=True):
-        own["class_id"] = np.int32(i)
-    for own, text in zip(known, sentences or (), strict=False):
-      own["tokens"] = self.experiment.method.prepare({"sentence": text})["tokens"]
-    for own, given in zip(known, () if boxes is None else boxes, strict=False):
-      own["boxes"] = given
-    return known
+      for row, i in zip(inputs, ids, strict=True):
+        row["class_id"] = np.int32(i)
+    for row, text in zip(inputs, sentences or (), strict=False):
+      row["tokens"] = self.experiment.method.prepare({"sentence": text})["tokens"]
+    for row, image_boxes in zip(inputs, () if boxes is None else boxes, strict=False):
+      row["boxes"] = image_boxes
+    return inputs
 
   @property
   def _what(self) -> str:
@@ -330,14 +330,14 @@ class Predictor:
     return states.astype(self._dtype)
 
   def _classify_image(self, image: np.ndarray) -> int:
-    """The class that CLIP predicts for an image of any size; resized, so that one program serves all sizes."""
-    squeezed = jnp.asarray(images_lib.resize(image, (self._side, self._side))[None])
-    return int(cast(Any, self._classify)(self.weights, squeezed)[0])
+    """The class that CLIP predicts for an image of any size; resized, so that one compilation serves all sizes."""
+    resized = jnp.asarray(images_lib.resize(image, (self._side, self._side))[None])
+    return int(cast(Any, self._classify)(self.weights, resized)[0])
 
   def _class_ids(self, class_id: object, count: int) -> np.ndarray:
-    by_name = lambda given: self.class_id(given) if isinstance(given, str) else given
+    by_name = lambda value: self.class_id(value) if isinstance(value, str) else value
     if isinstance(class_id, list | tuple):
-      class_id = [by_name(given) for given in class_id]
+      class_id = [by_name(value) for value in class_id]
     ids = np.asarray(-1 if class_id is None else by_name(class_id))
     if ids.shape not in ((), (count,)) or (not np.issubdtype(ids.dtype, np.integer) and ids.size):
       raise UserError(f"class_id is {ids.dtype} {list(ids.shape)}; give one int, or one for each of {count} images.")
@@ -348,10 +348,10 @@ class Predictor:
 
 
 def trained_weights(config: ConfigDict, workdir: str) -> str:
-  """Where a command finds trained weights: in the workdir, or else where the config says.
+  """The trained weights of a command: the workdir if it has a checkpoint, or else those of the config.
 
   Raises:
-    ValueError: nowhere.
+    ValueError: if there are none.
   """
   weights = workdir if is_workdir(workdir) else config.init.run or config.init.pretrained
   if not weights:
@@ -360,7 +360,7 @@ def trained_weights(config: ConfigDict, workdir: str) -> str:
 
 
 def _as_list(images: Images) -> tuple[list[object], bool]:
-  """The images one by one, and whether a single one was given: no sequence, and no array [B, H, W, C]."""
+  """The images as a list, and whether a single one was given, i.e. no sequence and no array [B, H, W, C]."""
   if isinstance(images, str | os.PathLike | Image.Image):
     return [images], True
   if isinstance(images, Sequence):

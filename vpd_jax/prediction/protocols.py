@@ -1,9 +1,9 @@
 """Test-time protocols: predictions for images of any size from a network with a fixed input size.
 
-A protocol is called with the weights, the images, and a dict for each image of what else the network reads ("class_id",
-"tokens") and, for poses, the "boxes" of its people. It gives a dict of results for each image, in their order, maybe
-before the next one is begun. Its `input_size` is the (height, width) that it gives the network, and `preprocessing`
-says in words what it does, for networks that travel without this package.
+A protocol is called with the weights, the images, and a dict for each image with the other inputs of the network
+("class_id", "tokens") and, for poses, the "boxes" of its people. It returns or yields a dict of results for each image,
+in order. `input_size` is the (height, width) of the network's input, and `preprocessing` describes the protocol in
+words, for exported networks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,16 +24,16 @@ from vpd_jax.inference import images as images_lib
 from vpd_jax.inference import sliding_window, top_down, tta
 from vpd_jax.types import Array, DecidingTask, Fields, TopDownTask, Weights
 
-Known = Sequence[Fields]
+Inputs = Sequence[Fields]  # by image
 Results = list[dict[str, np.ndarray]]
 
 
 class ShiftedWindowProtocol:
-  """Resizes the shorter side to the training crop, joins square windows along the longer one, and resizes back.
+  """Resizes the shorter side to the training crop, merges square windows along the longer one, and resizes back.
 
-  Where windows overlap they are averaged, or fade into each other where `eval.blend` is "smooth".
-  The number of windows is that of `eval.test_time`, and more where they would not cover the image. Rows that the data
-  set crops off its own frames (the top of KITTI's) are NaN.
+  Overlapping windows are averaged, with smooth weights if `eval.blend` is "smooth". The number of windows is that of
+  `eval.test_time`, or as many as are needed to cover the image. Rows that the data set crops off its images (the top of
+  KITTI's) are NaN.
   """
 
   preprocessing = (
@@ -54,20 +54,21 @@ class ShiftedWindowProtocol:
     self._cut_top = experiment.DATASETS[config.data.name].info(config.data).cut_top
     self._dtype = _dtype(config)
 
-  def __call__(self, weights: Weights, images: Sequence[np.ndarray], known: Known) -> Results:
+  def __call__(self, weights: Weights, images: Sequence[np.ndarray], inputs: Inputs) -> Results:
     images = [images_lib.to_float(image, self._dtype) for image in images]
     tops = [self._cut_top(image.shape[:2]) for image in images]
     fitted = [images_lib.resize_shorter_side(image[top:], self._side) for image, top in zip(images, tops, strict=True)]
-    corners = [tta.offsets(f.shape[:2], self._windows, coverage="full") for f in fitted]
+    corners = [tta.offsets(resized.shape[:2], self._windows, coverage="full") for resized in fitted]
     rows = [
-      {**own, "image": window}
-      for f, c, own in zip(fitted, corners, known, strict=True)
-      for window in tta.cut(f[None], c)
+      {**row, "image": window}
+      for resized, offsets, row in zip(fitted, corners, inputs, strict=True)
+      for window in tta.cut(resized[None], offsets)
     ]
     predicted = iter(_in_batches(self._predict, weights, rows, self._batch_size))
     results = []
-    for image, top, f, c in zip(images, tops, fitted, corners, strict=True):
-      merged = tta.merge(np.stack([next(predicted) for _ in c]), c, f.shape[:2], smooth=self._smooth)[0]
+    for image, top, resized, offsets in zip(images, tops, fitted, corners, strict=True):
+      windows = np.stack([next(predicted) for _ in offsets])
+      merged = tta.merge(windows, offsets, resized.shape[:2], smooth=self._smooth)[0]
       full = np.full((*image.shape[:2], *merged.shape[2:]), np.nan, np.float32)
       full[top:] = images_lib.resize(merged, image[top:].shape[:2])
       results.append({self._result: full})
@@ -83,21 +84,21 @@ class SlidingWindowProtocol:
   )
 
   def __init__(self, config: ConfigDict, exp: Experiment):
-    words = config.eval.test_time
-    window = sliding_window.parse(words).window
+    test_time = config.eval.test_time
+    window = sliding_window.parse(test_time).window
     self.input_size = (window, window) if window else tuple(config.data.crop)
     options = {"batch_size": config.eval.batch_size, "small_images": config.eval.small_images}
     options["smooth"] = config.eval.blend == "smooth"
     options["postprocess"] = cast(DecidingTask, exp.task).decide
     self._inference = sliding_window.SlidingWindowInference(
-      evaluate.make_scores(exp), sliding_window.parse(words), **options
+      evaluate.make_scores(exp), sliding_window.parse(test_time), **options
     )
     self._result, self._dtype = exp.task.result, _dtype(config)
 
-  def __call__(self, weights: Weights, images: Sequence[np.ndarray], known: Known) -> Iterator[dict[str, np.ndarray]]:
+  def __call__(self, weights: Weights, images: Sequence[np.ndarray], inputs: Inputs) -> Iterator[dict[str, np.ndarray]]:
     # uint8 images are converted after resizing, as in the evaluation.
-    given = [image if image.dtype == np.uint8 else images_lib.to_float(image, self._dtype) for image in images]
-    views = (self._inference.views({"image": image, **own}) for image, own in zip(given, known, strict=True))
+    arrays = [image if image.dtype == np.uint8 else images_lib.to_float(image, self._dtype) for image in images]
+    views = (self._inference.views({"image": image, **row}) for image, row in zip(arrays, inputs, strict=True))
     return ({self._result: label} for label in self._inference(weights, views))
 
 
@@ -115,10 +116,10 @@ class ResizeProtocol:
     task = cast(DecidingTask, exp.task)
     self._decide, self._result = task.decide, task.result
 
-  def __call__(self, weights: Weights, images: Sequence[np.ndarray], known: Known) -> Results:
+  def __call__(self, weights: Weights, images: Sequence[np.ndarray], inputs: Inputs) -> Results:
     images = [images_lib.to_uint8(image) for image in images]
-    squeezed = [referring.resized_image(image, self._size) for image in images]
-    rows = [{**own, "image": image} for image, own in zip(squeezed, known, strict=True)]
+    resized = [referring.resized_image(image, self._size) for image in images]
+    rows = [{**row, "image": image} for image, row in zip(resized, inputs, strict=True)]
     scores = _in_batches(self._predict, weights, rows, self._batch_size)
     sizes = [image.shape[1::-1] for image in images]
     back = [cv2.resize(s, size, interpolation=cv2.INTER_LINEAR) for s, size in zip(scores, sizes, strict=True)]
@@ -126,7 +127,7 @@ class ResizeProtocol:
 
 
 class TopDownProtocol:
-  """Crops around each box, see inference/top_down.py; without "boxes" the whole image is one person."""
+  """Crops around each box, see inference/top_down.py; without "boxes" the full image is one person."""
 
   preprocessing = (
     "one crop per person: the box, widened to the input's aspect ratio and by data.padding, is warped to the input's "
@@ -149,13 +150,13 @@ class TopDownProtocol:
       batch_size=config.eval.batch_size,
     )
 
-  def __call__(self, weights: Weights, images: Sequence[np.ndarray], known: Known) -> Results:
+  def __call__(self, weights: Weights, images: Sequence[np.ndarray], inputs: Inputs) -> Results:
     images = [images_lib.to_uint8(image) for image in images]
     checked = []
-    for i, (image, own) in enumerate(zip(images, known, strict=True)):
-      boxes = own["boxes"] if "boxes" in own else top_down.full_image_box(image)
+    for i, (image, row) in enumerate(zip(images, inputs, strict=True)):
+      boxes = row["boxes"] if "boxes" in row else top_down.full_image_box(image)
       checked.append(top_down.check_boxes(boxes, image.shape[:2], f"image {i}"))
-    return [found._asdict() for found in self._estimator(weights, images, checked)]
+    return [people._asdict() for people in self._estimator(weights, images, checked)]
 
 
 PROTOCOLS = {
@@ -171,7 +172,7 @@ def _dtype(config: ConfigDict) -> np.dtype:
 
 
 def _in_batches(predict: Callable, weights: Weights, rows: Sequence[Fields], batch_size: int) -> list[np.ndarray]:
-  """The prediction of each row, in batches of one static size, at most `batch_size`; the last one is padded."""
+  """The prediction of each row, in batches of one static size of at most `batch_size`; the last one is padded."""
   if not rows:
     return []
   size = min(batch_size, 1 << (len(rows) - 1).bit_length())  # few sizes, to compile few programs

@@ -85,9 +85,9 @@ def test_every_name_of_the_published_files_fits_the_model_and_comes_back(network
   assert {n: x.shape for n, x in back.items()} == theirs
 
   words = networks[""]
-  table = clip.text(clip.apart(held), words)
-  assert planned(clip.apart(held), table) == {n: s.shape for n, s in words.items()}
-  back = clip.stacked(rules.to_source(phantoms({n: s.shape for n, s in words.items()}), table))
+  table = clip.text(clip.split_in_proj(held), words)
+  assert planned(clip.split_in_proj(held), table) == {n: s.shape for n, s in words.items()}
+  back = clip.join_in_proj(rules.to_source(phantoms({n: s.shape for n, s in words.items()}), table))
   unread = re.compile(r".*\.(resblocks\.23\..*|text_projection|logit_scale|attn_mask)")
   theirs = {n: x.shape for n, x in held.items() if n.startswith(TEXT) and not unread.fullmatch(n)}
   assert {n: x.shape for n, x in back.items()} == theirs
@@ -109,7 +109,7 @@ def test_openclips_names_give_the_same_arrays_and_come_back(tmp_path, last):
   assert found.keys() == named.keys()
   for name, value in named.items():
     np.testing.assert_array_equal(found[name], value, err_msg=name)
-  back = clip.stacked(rules.to_source(named, clip.openclip(named)))
+  back = clip.join_in_proj(rules.to_source(named, clip.openclip(named)))
   unread = ("text_projection", "logit_scale", "attn_mask")
   expected = {n: x for n, x in written.items() if f"resblocks.{LAYERS}." not in n and not n.endswith(unread)}
   assert back.keys() == expected.keys()

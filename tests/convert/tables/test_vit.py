@@ -74,7 +74,7 @@ def test_a_classifier_of_another_size_is_refused_in_one_line(folder):
     vit.load(folder, shapes_of(other))
   assert str(caught.value) == (
     f"{folder} holds a classifier of another size: 2 of its tensors differ, such as classifier.bias is [1000], "
-    f"config.backbone.vit needs [10]; give {vit.WANTED}, or a folder with its config.json."
+    f"config.backbone.vit needs [10]; give {vit.EXPECTED}, or a folder with its config.json."
   )
 
 
@@ -119,7 +119,7 @@ def test_a_missing_classifier_is_told_in_one_line():
   with pytest.raises(ValueError) as caught:
     initialize.weights(config, experiment.assemble(config))
   assert str(caught.value) == (
-    f"there is no classifier of ImageNet: config.init.vit is empty; set it to {vit.WANTED}, or to random:SEED for "
+    f"there is no classifier of ImageNet: config.init.vit is empty; set it to {vit.EXPECTED}, or to random:SEED for "
     "smoke tests."
   )
 

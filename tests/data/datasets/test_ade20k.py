@@ -48,7 +48,7 @@ def test_examples_hold_classes_from_zero_and_255_for_none(root, small):
   assert len(data.classes) == len(data.palette) == 150 and data.classes[7] == "bed"
   ends = np.array([[0, 1, 150, 255]], np.uint8)
   raw = cv2.imencode(".png", ends)[1].tobytes()
-  assert label_maps.decode_labels(raw, "x", ade20k.KINDS[""]).tolist() == [[255, 0, 149, 255]]
+  assert label_maps.decode_labels(raw, "x", ade20k.LABEL_MAPPINGS[""]).tolist() == [[255, 0, 149, 255]]
 
 
 def test_companions_of_macos_are_no_pictures(root, small):

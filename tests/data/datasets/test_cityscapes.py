@@ -74,12 +74,12 @@ def test_a_file_of_train_ids_goes_before_one_of_label_ids(root):
 def test_every_number_of_a_label_file_is_defined_or_refused():
   numbers = np.arange(256, dtype=np.uint8)[None]
   raw = cv2.imencode(".png", numbers[:, :34])[1].tobytes()
-  found = label_maps.decode_labels(raw, "x", cityscapes.KINDS["_labelIds.png"])
+  found = label_maps.decode_labels(raw, "x", cityscapes.LABEL_MAPPINGS["_labelIds.png"])
   assert found[0].tolist() == [IDS.get(number, 255) for number in range(34)]
   check_message(
     "holds 34 (1 pixels)",
     lambda: label_maps.decode_labels(
-      cv2.imencode(".png", numbers[:, :35])[1].tobytes(), "x", cityscapes.KINDS["_labelIds.png"]
+      cv2.imencode(".png", numbers[:, :35])[1].tobytes(), "x", cityscapes.LABEL_MAPPINGS["_labelIds.png"]
     ),
   )
 

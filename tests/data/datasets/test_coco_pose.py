@@ -184,7 +184,7 @@ def test_files_of_another_kind_are_refused(root, tmp_path):
   path.write_text("{")
   check_message(f"{path} cannot be read: it is not valid JSON or truncated", lambda: coco_json.annotations(path, names))
   path.write_text("[]")
-  check_message(f"{path} is no annotation file", lambda: coco_json.annotations(path, names))
+  check_message(f"{path} is not an annotation file", lambda: coco_json.annotations(path, names))
   path.write_text(json.dumps({"images": [], "annotations": [], "categories": [{"id": 1, "name": "person"}]}))
   check_message("has 0 categories with keypoints", lambda: coco_json.annotations(path, names))
   check_message("cannot be read (No such file", lambda: coco_json.annotations(tmp_path / "no.json", names))
@@ -256,7 +256,7 @@ def test_keypoints_of_ones_own_train_from_the_names_in_the_file(own):
   assert len(KeypointList(root=str(own), crop=CROP, eval_json="train.json").source("eval")) == 10
   check_message("make them agree in number", lambda: KeypointList(
     root=str(own), crop=CROP, keypoints=("a", "b", "c")).source("train"))  # fmt: skip
-  check_message("it tells the names of the keypoints", lambda: KeypointList(root=str(own), train_json="no.json"))
+  check_message("it names the keypoints", lambda: KeypointList(root=str(own), train_json="no.json"))
   check_message("data.holdout=0 must lie between", lambda: KeypointList(root=str(own), crop=CROP, holdout=0))
 
 

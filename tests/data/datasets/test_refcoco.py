@@ -219,8 +219,8 @@ def test_everything_wrong_with_the_references_is_told_at_once(root):
   empty = lambda annotations: [a | {"segmentation": [[]]} if a["id"] == 102 else a for a in annotations]
   text = message(broken(root, refs, annotations=empty))
   for part in (
-    "1 references name a picture that instances.json has not (9)",
-    "2 references name an annotation that instances.json has not (106, 999)",
+    "1 references name a picture that instances.json lacks (9)",
+    "2 references name an annotation that instances.json lacks (106, 999)",
     "1 annotations have no usable outline: 102 is empty",
     "1 sentences have no words: sent_id 81",
     "data.on_empty='leave_out' goes on without them",

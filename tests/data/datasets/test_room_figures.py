@@ -58,7 +58,7 @@ def test_the_truth_is_of_the_records(data):
     np.testing.assert_array_equal(np.reshape(entry["keypoints"], (17, 3)), source[index]["keypoints"])
     assert entry["image_id"] == index and entry["id"] == index + 1
     assert 0 < entry["area"] <= entry["bbox"][2] * entry["bbox"][3]
-    assert entry["area"] == np.sum(source._found(index)[0].labels == rooms.CLASSES.index("person"))
+    assert entry["area"] == np.sum(source._draw(index)[0].labels == rooms.CLASSES.index("person"))
 
 
 def test_figures_from_shards_equal_drawn_ones(tmp_path):

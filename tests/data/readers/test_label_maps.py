@@ -10,7 +10,7 @@ from PIL import Image
 from tests.helpers.messages import check_message
 from vpd_jax.data.readers import label_maps
 
-THREE = label_maps.values({0: 0, 1: 1, 2: 2}, (255,), "correct data.classes.")
+THREE = label_maps.make_mapping({0: 0, 1: 1, 2: 2}, (255,), "correct data.classes.")
 NUMBERS = np.array([[0, 1, 2], [2, 255, 0]], np.uint8)
 
 
@@ -92,11 +92,11 @@ def test_damaged_and_other_files_are_named(tmp_path):
 
 
 def test_values_may_be_chosen(tmp_path):
-  black_white = label_maps.values({0: 0, 255: 1}, (), "")
+  black_white = label_maps.make_mapping({0: 0, 255: 1}, (), "")
   found = label_maps.decode_labels(png(tmp_path, np.array([[0, 255]], np.uint8)), "m", black_white)
   assert found.tolist() == [[0, 1]] and black_white.allowed == "0, 255"
-  check_message("[256] lie outside 0 to 255", lambda: label_maps.values({256: 0}, (), ""))
-  check_message("[3] are both of a class and ignored", lambda: label_maps.values({3: 0}, (3,), ""))
+  check_message("[256] lie outside 0 to 255", lambda: label_maps.make_mapping({256: 0}, (), ""))
+  check_message("[3] are both of a class and ignored", lambda: label_maps.make_mapping({3: 0}, (3,), ""))
 
 
 def test_shipped_class_lists_are_whole():

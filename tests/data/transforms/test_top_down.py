@@ -40,8 +40,8 @@ def test_cocos_facts():
   # As in the files' categories, which count from 1.
   assert [(a + 1, b + 1) for a, b in COCO.skeleton][:4] == [(16, 14), (14, 12), (17, 15), (15, 13)]
   assert len(COCO.skeleton) == 19 and COCO.upper == tuple(range(11))
-  assert top_down_transforms.described(COCO.names).pairs == COCO.pairs
-  assert top_down_transforms.described(COCO.names).sigmas == COCO.sigmas
+  assert top_down_transforms.keypoints_from_names(COCO.names).pairs == COCO.pairs
+  assert top_down_transforms.keypoints_from_names(COCO.names).sigmas == COCO.sigmas
   np.testing.assert_allclose(top_down_transforms.UPPER_SHARE, 0.6915, atol=1e-4)
 
 
@@ -285,12 +285,12 @@ def test_half_bodies_come_as_often_as_asked():
 
 
 def test_keypoints_of_ones_own_are_described_by_names():
-  found = top_down_transforms.described(
+  found = top_down_transforms.keypoints_from_names(
     ("nose", "left_hoof", "right_hoof", "tail"), skeleton=(("nose", "tail"),), sigmas=(0.1,), upper=("nose",)
   )
   assert found.pairs == ((1, 2),) and found.skeleton == ((0, 3),) and found.sigmas == (0.1,) * 4 and found.upper == (0,)
-  assert top_down_transforms.described(("nose", "tail")).sigmas == (0.026, top_down_transforms.UNKNOWN_SIGMA)
-  assert top_down_transforms.described(("a", "b", "c"), pairs=(("a", "c"),)).pairs == ((0, 2),)
+  assert top_down_transforms.keypoints_from_names(("nose", "tail")).sigmas == (0.026, top_down_transforms.UNKNOWN_SIGMA)
+  assert top_down_transforms.keypoints_from_names(("a", "b", "c"), pairs=(("a", "c"),)).pairs == ((0, 2),)
 
 
 @pytest.mark.parametrize("options, message", [
@@ -304,7 +304,7 @@ def test_keypoints_of_ones_own_are_described_by_names():
 ])  # fmt: skip
 def test_names_that_do_not_fit_are_refused(options, message):
   with pytest.raises(ValueError, match=message):
-    top_down_transforms.described(options.pop("names"), **options)
+    top_down_transforms.keypoints_from_names(options.pop("names"), **options)
 
 
 @pytest.mark.parametrize("options, message", [

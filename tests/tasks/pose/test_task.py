@@ -12,7 +12,7 @@ from tests.helpers import coco_people
 from tests.helpers.coco_scores import directly
 from tests.helpers.written_heatmaps import written_targets
 from vpd_jax.data.datasets.coco_pose import CocoPose
-from vpd_jax.data.transforms.top_down import COCO, described, mirrored
+from vpd_jax.data.transforms.top_down import COCO, keypoints_from_names, mirrored
 from vpd_jax.inference import tta
 from vpd_jax.tasks.pose import heatmaps, oks
 from vpd_jax.tasks.pose.task import Pose, joints_mse
@@ -64,7 +64,7 @@ def test_a_keypoint_without_label_teaches_nothing_and_counts_in_the_mean():
   value, gradient = jax.value_and_grad(joints_mse)(maps, jnp.zeros_like(maps), weights)
   assert value == 0.75
   assert not np.asarray(gradient)[0, ..., 1].any() and np.asarray(gradient)[1, ..., 1].all()
-  task = Pose(keypoints=described(("a", "b")))
+  task = Pose(keypoints=keypoints_from_names(("a", "b")))
   nobody = task.loss({"heatmaps": maps}, {"keypoints": jnp.zeros((2, 2, 3))})
   assert nobody.value == 0 and nobody.weight == 0
 
@@ -210,7 +210,7 @@ def test_results_are_taken_by_the_official_tool(data, examples, tmp_path):
 
 def test_mirroring_averages_heatmaps_whose_sides_are_swapped():
   """A made-up network that shows each color channel as a keypoint: left in red, right in green."""
-  three = described(("nose", "left_eye", "right_eye"))
+  three = keypoints_from_names(("nose", "left_eye", "right_eye"))
   task = Pose(keypoints=three)
   seen = []
 

@@ -1,4 +1,4 @@
-"""Small functions that return parts of a config, so that config files say only what is their own."""
+"""Functions that return the sections of a config, shared by the config files."""
 
 from vpd_jax.config.presets.backbones import backbone, clip_image, rooms_small, sd21, sd_tiny, sd_v1, sizes, vit
 from vpd_jax.config.presets.depth import (

@@ -1,10 +1,10 @@
-"""Sizes of the backbones."""
+"""Backbone sizes."""
 
 from vpd_jax.config.fields import Section
 
 
 def sd_v1() -> Section:
-  """Stable Diffusion 1.x; a diffusers folder in `init.pretrained` brings its own sizes."""
+  """Stable Diffusion 1.x; a diffusers folder in `init.pretrained` overrides these sizes."""
   return {
     "unet": {
       "in_channels": 4,
@@ -44,7 +44,7 @@ def sd_v1() -> Section:
 def sd21() -> Section:
   """Stable Diffusion 2.1 and 2.1-base: heads of 64 channels, and the text encoder of OpenCLIP ViT-H/14.
 
-  Of its 24 layers the last one is not used. CLIP's image encoder, for IEDP and predicted classes, stays OpenAI's.
+  The last of its 24 layers is unused. The CLIP image encoder, for IEDP and predicted classes, remains OpenAI's.
 
   Source: Stability-AI/stablediffusion configs/stable-diffusion/v2-inference-v.yaml.
   """
@@ -55,7 +55,7 @@ def sd21() -> Section:
 
 
 def sd_tiny() -> Section:
-  """The tiny network: a tenth of the width, everything else as Stable Diffusion 1.x."""
+  """The tiny network: a tenth of the width, otherwise Stable Diffusion 1.x."""
   config = sd_v1()
   config["unet"] |= {"model_channels": 32, "context_dim": 64}
   config["vae"] |= {"channels": 32}
@@ -65,9 +65,9 @@ def sd_tiny() -> Section:
 
 
 def rooms_small() -> Section:
-  """The network of the weights "rooms/small": 4 pixels to a latent of 16 channels, for pictures of some hundred pixels.
+  """The network of the weights "rooms/small": a stride of 4 and 16 latent channels, for images of a few hundred pixels.
 
-  No attention at the finest level, which would be most of the work.
+  There is no attention at the finest level, where it would dominate the cost.
   """
   config = sd_tiny()
   config["unet"] |= {"in_channels": 16, "out_channels": 16, "channel_mult": (1, 2, 3, 3), "num_res_blocks": 1}
@@ -76,28 +76,28 @@ def rooms_small() -> Section:
   return config
 
 
-SIZES = {"full": sd_v1, "sd21": sd21, "tiny": sd_tiny}  # by the word of a config
+SIZES = {"full": sd_v1, "sd21": sd21, "tiny": sd_tiny}  # by config word
 
 
 def sizes(default: str = "full") -> tuple[str, ...]:
-  """The words for a size, the one that a config takes where none is given first."""
+  """The config words for a size, the default first."""
   return (default, *(name for name in SIZES if name != default))
 
 
 def backbone(size: str) -> Section:
-  """The section `backbone` for one of these words."""
+  """The section `backbone` for a size of SIZES."""
   return SIZES[size]()
 
 
 def vit(*, tiny: bool) -> Section:
-  """Sizes of the classifier of ImageNet: google/vit-base-patch16-224; a folder in `init.vit` brings its own."""
-  sizes = {"width": 768, "layers": 12, "heads": 12, "mlp_width": 3072, "image_size": 224, "patch": 16}
+  """Sizes of the ImageNet classifier google/vit-base-patch16-224; a folder in `init.vit` overrides them."""
+  full = {"width": 768, "layers": 12, "heads": 12, "mlp_width": 3072, "image_size": 224, "patch": 16}
   small = {"width": 64, "layers": 3, "heads": 4, "mlp_width": 256, "image_size": 56, "patch": 14}
-  return {**(small if tiny else sizes), "labels": 1000}
+  return {**(small if tiny else full), "labels": 1000}
 
 
 def clip_image(*, tiny: bool) -> Section:
-  """Sizes of CLIP's image encoder: ViT-L/14 at 224 pixels; a folder in `init.clip` brings its own."""
-  sizes = {"width": 1024, "layers": 24, "heads": 16, "mlp_width": 4096, "image_size": 224, "projection": 768}
+  """Sizes of CLIP's image encoder, ViT-L/14 at 224 pixels; a folder in `init.clip` overrides them."""
+  full = {"width": 1024, "layers": 24, "heads": 16, "mlp_width": 4096, "image_size": 224, "projection": 768}
   small = {"width": 64, "layers": 3, "heads": 4, "mlp_width": 256, "image_size": 56, "projection": 48}
-  return {**(small if tiny else sizes), "patch": 14, "activation": "quick_gelu"}
+  return {**(small if tiny else full), "patch": 14, "activation": "quick_gelu"}

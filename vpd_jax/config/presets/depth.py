@@ -1,35 +1,35 @@
-"""Method, neck and head of depth, for each method."""
+"""Method, neck and head for depth, by method."""
 
 from vpd_jax.config.fields import Section
 from vpd_jax.config.presets.backbones import vit
 
 
 def iedp_assumptions() -> Section:
-  """What the paper is taken to mean where its text could not be had: options of the method, each an assumption.
+  """Options of IEDP that the available descriptions of the paper leave open; each is an assumption.
 
-  The numbers are the sections of the paper's description by which the options are grouped: 2 implicit branch,
+  The options are grouped by the sections of the paper's description: 2 implicit branch,
   3 explicit branch, 4 sharing and losses, 5 decoders and latents, 6 training. Also assumed: CLIP ViT-L/14 at 224
   pixels, `backbone.image` (2); no dropout (2); depth's neck and head, recipe and `optim.norm_group` 0, which is one
   set of batch statistics for both branches (4, 5, 6).
   """
   return {
-    "clip_resize": "bicubic",  # 2: the whole crop, squeezed to CLIP's square; "bilinear"
+    "clip_resize": "bicubic",  # 2: the full crop, resized to CLIP's square; "bilinear"
     "clip_features": "last",  # 2: the 257 tokens before any final norm; "penultimate"
-    "num_queries": 77,  # 2: as many as a sentence has tokens
-    "query_init": 0.02,  # 2: deviation of the queries at the start
+    "num_queries": 77,  # 2: the number of tokens of a sentence
+    "query_init": 0.02,  # 2: initial standard deviation of the queries
     "num_blocks": 1,  # 2
     "num_heads": 8,  # 2
     "ffn_ratio": 4,  # 2
-    "output_norm": "none",  # 2: "ln" brings the context to the scale the UNet knows
+    "output_norm": "none",  # 2: "ln" brings the context to the scale that the UNet expects
     "sentence": "a photo of a {}",  # 3: {} is the scene; without {} one sentence for all, as "a photo of a street"
     "text_output": "last",  # 3: all states; "pooled"
     "explicit_adapter": "residual",  # 3: as VPD's; "none"
     "residual_scale": 1e-4,  # 3: start of gamma
     "branch_mode": "both",  # 4: "implicit" trains without text
     "lambda_exp": 1.0,  # 4: weight of the explicit branch's loss
-    "latent_scale": 1.0,  # 5: as VPD; 0: that with which Stable Diffusion was trained
+    "latent_scale": 1.0,  # 5: as VPD; 0: the scale that Stable Diffusion was trained with
     "timestep": 1,  # 2: as VPD's code
-    "tower_dtype": "bfloat16",  # 6: in which CLIP's frozen towers are kept; "float32"
+    "tower_dtype": "bfloat16",  # 6: dtype of CLIP's frozen towers; "float32"
   }
 
 
@@ -37,15 +37,15 @@ def vpd_depth(*, tiny: bool, head_init: str) -> Section:
   """The sections method, neck and head of VPD depth, as released.
 
   Args:
-    tiny: widths of the tiny network, and random class vectors in place of those of the weights.
-    head_init: see heads/deconv.py; "released" suits pretrained weights, "fan_in" a start from nothing.
+    tiny: widths of the tiny network, and random class vectors instead of those of the weights.
+    head_init: see heads/deconv.py; "released" suits pretrained weights, "fan_in" training from scratch.
   """
   return {
     "method": {
       "name": "vpd",
-      "prompt": "scene_class",  # from the folder's name, also at test time, as published
-      "class_vectors": "random:0" if tiny else "",  # FILE, random:SEED, or "": from the weights
-      "tokenizer": "",  # a folder, where the weights bring none
+      "prompt": "scene_class",  # from the folder name, also at test time, as published
+      "class_vectors": "random:0" if tiny else "",  # FILE, random:SEED, or "" for those of the weights
+      "tokenizer": "",  # a folder, if the weights have no tokenizer
       "residual_scale": 1e-4,
       "timestep": 1,
       "latent_scale": 1.0,
@@ -69,9 +69,9 @@ def meta_prompts_depth(*, tiny: bool, head_init: str, resize_scale: int = 1) -> 
     "method": {
       "name": "meta_prompts",
       "prompts": 50,
-      "refine_steps": 3,  # passes of the UNet; evaluation may take fewer than the weights hold
-      "trained_steps": 0,  # steps the weights hold, 0: refine_steps
-      "refine_init": "released",  # "fan_in" where no weights fill Stable Diffusion's last block
+      "refine_steps": 3,  # passes of the UNet; evaluation may use fewer than the weights hold
+      "trained_steps": 0,  # steps in the weights; 0: refine_steps
+      "refine_init": "released",  # "fan_in" if no weights fill the last block of the UNet
       "share_prompts": False,
       "adapt_prompts": True,
       "time_embedding": "learned",  # "timestep:N"
@@ -84,10 +84,10 @@ def meta_prompts_depth(*, tiny: bool, head_init: str, resize_scale: int = 1) -> 
 
 
 def iedp_depth(*, tiny: bool, head_init: str) -> Section:
-  """The sections method, neck and head of IEDP depth, and what it sets in init; see `vpd_depth`.
+  """The sections method, neck and head of IEDP depth, and its options of init; see `vpd_depth`.
 
   Args:
-    tiny: widths of the tiny network, and random towers of CLIP in place of those of `init.clip`.
+    tiny: widths of the tiny network, and random CLIP towers instead of those of `init.clip`.
     head_init: see heads/deconv.py.
   """
   vpd = vpd_depth(tiny=tiny, head_init=head_init)
@@ -95,7 +95,7 @@ def iedp_depth(*, tiny: bool, head_init: str) -> Section:
     "init": {"clip": "random:0" if tiny else ""},  # folder or file of CLIP, or random:SEED for smoke tests
     "method": {
       "name": "iedp",
-      "tokenizer": "characters" if tiny else "",  # a folder, where the weights bring none; "characters" for smoke tests
+      "tokenizer": "characters" if tiny else "",  # a folder, if the weights have none; "characters" for smoke tests
       "pad_multiple": 64,
       "pad_value": 0.0,
       **iedp_assumptions(),
@@ -107,19 +107,19 @@ def iedp_depth(*, tiny: bool, head_init: str) -> Section:
 
 
 def tadp_depth(*, tiny: bool, head_init: str) -> Section:
-  """The sections method, neck and head of TADP depth, as released, and what it sets in init; see `vpd_depth`.
+  """The sections method, neck and head of TADP depth, as released, and its options of init; see `vpd_depth`.
 
   Args:
-    tiny: widths of the tiny network, with a random text encoder and a stand-in for the tokenizer.
+    tiny: widths of the tiny network, with a random text encoder and a placeholder tokenizer.
     head_init: see heads/deconv.py.
   """
   vpd = vpd_depth(tiny=tiny, head_init=head_init)
   return {
-    "init": {"clip": "random:0" if tiny else ""},  # CLIP's text encoder: a folder, where the weights bring none
+    "init": {"clip": "random:0" if tiny else ""},  # CLIP's text encoder: a folder, if the weights have none
     "method": {
       "name": "tadp",
       "token_length": 77,
-      "tokenizer": "characters" if tiny else "",  # a folder, where the weights bring none; "words" for smoke tests
+      "tokenizer": "characters" if tiny else "",  # a folder, if the weights have none; "words" for smoke tests
       "latents": "sample",  # "mode"
       "latent_scale": 0.0,  # that of the backbone
       **{name: vpd["method"][name] for name in ("timestep", "pad_multiple", "pad_value")},
@@ -130,10 +130,10 @@ def tadp_depth(*, tiny: bool, head_init: str) -> Section:
 
 
 def eco_depth(*, tiny: bool, head_init: str) -> Section:
-  """The sections method, neck and head of EcoDepth, as released, and what it sets in backbone and init.
+  """The sections method, neck and head of EcoDepth, as released, and its options of backbone and init.
 
   Args:
-    tiny: widths of the tiny network, and a random classifier in place of that of `init.vit`.
+    tiny: widths of the tiny network, and a random classifier instead of that of `init.vit`.
     head_init: see heads/deconv.py.
   """
   vpd = vpd_depth(tiny=tiny, head_init=head_init)
@@ -143,7 +143,7 @@ def eco_depth(*, tiny: bool, head_init: str) -> Section:
     "method": {
       "name": "eco_depth",
       "prompt": "image",  # "class_token" of a transformer that is trained
-      "embeddings": 100,  # 200 in the released weights of outdoor pictures
+      "embeddings": 100,  # 200 in the released outdoor weights
       "vit_bytes": "truncated",  # "rounded"
       "vit_padding": True,
       "class_scores": "logits",  # "probabilities"
@@ -159,10 +159,10 @@ def eco_depth(*, tiny: bool, head_init: str) -> Section:
 
 
 def eco_depth_recipe(*, iterations: int, test_time: tuple[str, ...]) -> Section:
-  """What EcoDepth's release trains and tests otherwise than VPD's: a global batch of 32, of 8 GPUs x 4.
+  """Where the recipe of EcoDepth's release differs from VPD's; its global batch is 32, on 8 GPUs x 4.
 
   Args:
-    iterations: of an epoch; 25 of them.
+    iterations: steps per epoch, of 25 epochs.
     test_time: see `recipe.evaluation`.
 
   Source: EcoDepth depth/train.py, depth/test.py, depth/models/optimizer.py, depth/utils_depth (v1.0.0).

@@ -1,7 +1,7 @@
-"""Method, neck, head, task and optimizer of human pose, for each of the four methods.
+"""Method, neck, head, task and optimizer for human pose, by method.
 
-No paper's pose code is published. The recipe is ViTPose's, which MetaPrompts' authors name; what they say nothing of is
-an assumption, and each of these is an option.
+No paper has published its pose code. The recipe is that of ViTPose, which the MetaPrompts authors cite. Whatever they
+leave open is an assumption, and each assumption is an option.
 """
 
 from vpd_jax.config.fields import Section
@@ -13,13 +13,13 @@ def pose_task(*, sigma: int) -> Section:
   """The section task: mmpose's loss, decoding and scores.
 
   Args:
-    sigma: of the targets, in pixels of the heatmap. Release: 2 at 256 x 192, growing with the size.
+    sigma: standard deviation of the targets, in heatmap pixels. Release: 2 at 256 x 192, proportional to the size.
   """
   return {
     "name": "pose",
     "sigma": sigma,
-    "blur": 0,  # taps before decoding, 0: 6 sigma - 1, which is 11 and 17 at the released 2 and 3
-    "shift_flipped": False,  # True where data.udp is False
+    "blur": 0,  # kernel size before decoding; 0: 6 sigma - 1, i.e. 11 and 17 for the released 2 and 3
+    "shift_flipped": False,  # True if data.udp is False
     "score_above": 0.2,
     "nms": 0.9,
   }
@@ -29,25 +29,25 @@ def vpd_pose(*, tiny: bool, head_init: str = "released") -> Section:
   """The sections method, neck and head of VPD for pose: the UNet attends to the names of all keypoints.
 
   Args:
-    tiny: the small network's class vectors: random ones, in place of those of the weights.
-    head_init: see heads/keypoints.py; "released" suits pretrained weights, "fan_in" a start from nothing.
+    tiny: random class vectors instead of those of the weights.
+    head_init: see heads/keypoints.py; "released" suits pretrained weights, "fan_in" training from scratch.
   """
   method = vpd_depth(tiny=tiny, head_init="released")["method"]
   return {
     "method": method | {"prompt": "all_classes", "templates": "a photo of a {}"},
     "neck": {"name": "none"},
-    "head": {"name": "simple", "stride": 8, "init": head_init},  # the finest map, ViTPose has one of 16
+    "head": {"name": "simple", "stride": 8, "init": head_init},  # the finest map; that of ViTPose has stride 16
   }
 
 
 def meta_prompts_pose(*, tiny: bool, head_init: str = "released") -> Section:
-  """The sections method, neck and head of MetaPrompts for pose: segmentation's prompts and necks, a head of our own.
+  """The sections method, neck and head of MetaPrompts for pose: segmentation's prompts and neck, with a custom head.
 
   Args:
     tiny: width of the small head.
     head_init: see `vpd_pose`.
   """
-  # The image stays as it is: where a side is no multiple of 64, the UNet resizes the maps it joins.
+  # The image is not resized: if a side is not a multiple of 64, the UNet resizes the maps that it concatenates.
   method = meta_prompts_depth(tiny=tiny, head_init="released", resize_scale=-1)["method"]
   return {
     "method": method
@@ -62,10 +62,10 @@ def meta_prompts_pose(*, tiny: bool, head_init: str = "released") -> Section:
 
 
 def iedp_pose(*, tiny: bool, head_init: str = "released") -> Section:
-  """The sections method, neck and head of IEDP for pose, and what it sets in init; one sentence for all crops.
+  """The sections method, neck and head of IEDP for pose, and its options of init; one sentence for all crops.
 
   Args:
-    tiny: random towers of CLIP.
+    tiny: random CLIP towers.
     head_init: see `vpd_pose`.
   """
   depth, vpd = iedp_depth(tiny=tiny, head_init="released"), vpd_pose(tiny=tiny, head_init=head_init)
@@ -89,11 +89,11 @@ def eco_depth_pose(*, tiny: bool, head_init: str = "released") -> Section:
 
 
 def pose_optimizer(*, lr: float, drops: tuple[int, ...], warmup: int = 500) -> Section:
-  """AdamW as ViTPose's recipes run it, but for the UNet's rate in place of a decay by layers.
+  """AdamW as in ViTPose's recipes, with a learning rate for the UNet instead of layer-wise decay.
 
   Args:
     lr: largest learning rate. Release: 5e-4 at a global batch of 512.
-    drops: steps at which the rate falls to a tenth. Release: after 170 and 200 of 210 epochs.
+    drops: steps at which the rate is divided by 10. Release: after 170 and 200 of 210 epochs.
     warmup: steps. Release: 500.
 
   Source: ViTPose configs/body/2d_kpt_sview_rgb_img/topdown_heatmap/coco/ViTPose_base_coco_256x192.py.

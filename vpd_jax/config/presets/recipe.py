@@ -1,4 +1,4 @@
-"""What configs of every task share: the optimizer, the evaluation, the run itself."""
+"""Sections shared by the configs of all tasks: the optimizer, the evaluation, the run."""
 
 from vpd_jax.config.fields import Section
 
@@ -21,8 +21,8 @@ def adamw(
     decay: weight decay.
     schedule: name and options of a schedule in `optim.py`; its `lr` is `optim.lr`.
     lr_groups, decay_groups: ordered (pattern, multiplier) pairs; None as an lr multiplier freezes.
-    norm_group, loss_group: images per group of batch statistics and of the loss; 0 is the whole batch.
-    moments: how the two moments are kept, see moments.py: "float32", "bfloat16" or "int8".
+    norm_group, loss_group: images per group of batch statistics and of the loss; 0 is the full batch.
+    moments: storage of the two moments, see moments.py: "float32", "bfloat16" or "int8".
   """
   return {
     "lr": lr,
@@ -43,7 +43,7 @@ def adamw(
 
 
 def no_decay_for_vectors() -> tuple:
-  """Decay for matrices and kernels only: none for biases, norms and gamma.
+  """Weight decay for matrices and kernels only: none for biases, norms and gamma.
 
   Source: VPD depth/models_depth/optimizer.py LDMOptimizerConstructor.
   """
@@ -58,20 +58,20 @@ def evaluation(
   coverage: str = "full",
   blend: str = "mean",
 ) -> Section:
-  """How scores and predictions are made.
+  """The section `eval`.
 
   Args:
-    batch_size: images, all processes together, in one call of the network (times windows and mirroring).
-    test_time: of "flip", the mirrored image, and one of "shift:N", N shifted square windows, and "halves:N", the two
-      halves, which share N columns.
-    baselines: training images to fit the trivial predictors on whose scores are printed beside; 0 for none.
-    coverage: "full" spreads shifted windows over the whole image; "released" may leave its end out, for the published
-      protocols of NYU and KITTI, which score nothing there.
-    blend: how overlapping windows are joined: "mean", as published, or "smooth", with weights that fade toward the
-      borders of a window, so that no seam shows.
+    batch_size: images per call of the network over all processes (times windows and mirroring).
+    test_time: any of "flip", the mirrored image, and one of "shift:N", N shifted square windows, or "halves:N", two
+      halves that share N columns.
+    baselines: number of training images to fit the trivial baselines on, whose scores are also printed; 0 for none.
+    coverage: "full" spreads shifted windows over the full image; "released" may omit its end, for the published
+      protocols of NYU and KITTI, which do not score it.
+    blend: how overlapping windows are merged: "mean", as published, or "smooth", with weights that fade toward the
+      borders of a window, which avoids visible seams.
 
   Returns:
-    also the checkpoint of a workdir that is read ("newest" or "best"), and the number of samples shown as panels.
+    also checkpoint, which one to read from a workdir ("newest" or "best"), and panels, the number of samples shown.
   """
   return {
     "batch_size": batch_size,
@@ -87,32 +87,33 @@ def evaluation(
 def sliding_window_evaluation(
   *, batch_size: int, test_time: tuple[str, ...], baselines: int = 0, small_images: str = "few_shapes"
 ) -> Section:
-  """How label maps are scored and predicted.
+  """The section `eval` for sliding windows.
 
   Args:
-    batch_size: windows, all processes together, in one call of the network.
-    test_time: of "flip", "slide:WINDOW:STRIDE", "resize:LONG:SHORT" and "ms:RATIO:RATIO..", see
+    batch_size: windows per call of the network over all processes.
+    test_time: any of "flip", "slide:WINDOW:STRIDE", "resize:LONG:SHORT" and "ms:RATIO:RATIO..", see
       inference/sliding_window.py.
     baselines: see `evaluation`.
-    small_images: what a side shorter than the window does: "whole" makes the window shorter there, as released, and the
-      network is compiled for every shape; "few_shapes": windows of at most nine shapes; "padded" with gray, one shape.
+    small_images: how images smaller than the window are handled: "whole" shrinks the window, as released, and compiles
+      the network for every shape; "few_shapes" uses windows of at most nine shapes; "padded" pads with gray.
 
   Returns:
-    also small_images; the rest as `evaluation`.
+    the section of `evaluation` without coverage, with small_images.
   """
-  common = evaluation(batch_size=batch_size, test_time=test_time, baselines=baselines)
-  return {name: value for name, value in common.items() if name != "coverage"} | {"small_images": small_images}
+  base = evaluation(batch_size=batch_size, test_time=test_time, baselines=baselines)
+  return {name: value for name, value in base.items() if name != "coverage"} | {"small_images": small_images}
 
 
 def run(*, num_steps: int, log_every: int, eval_every: int, save_every: int) -> Section:
-  """What every config has beside its own sections.
+  """The fields that every config has in addition to its sections.
 
   Returns:
-    seed; dtype of computation, param_dtype of parameters and optimizer state, and frozen_dtype of what is not trained,
-    "float32" (as param_dtype) or "bfloat16"; the lengths, in steps; checkpoints kept (newest, best); profile: number of
-    steps to trace from the tenth on, 0 for none; writer: of event files, see writers.create; init: weights to start
-    from; lora: rank (0: off), alpha, multiplier of the rate, and patterns of the kernels of the UNet that get one, ()
-    for those of attention, see models/lora.py; mesh: devices along ("data", "fsdp"), -1 for the rest.
+    seed; dtype of computation, param_dtype of parameters and optimizer state, and frozen_dtype of frozen parameters,
+    "float32" (as param_dtype) or "bfloat16"; the lengths, in steps; keep and keep_best: number of newest and best
+    checkpoints; profile: number of steps to trace from the tenth on, 0 for none; writer: of event files, see
+    writers.create; init: initial weights; lora: rank (0: off), alpha, learning rate multiplier, and patterns of the
+    UNet kernels to adapt, () for those of attention, see models/lora.py; mesh: devices along ("data", "fsdp"), -1 for
+    the remaining ones.
   """
   return {
     "seed": 0,

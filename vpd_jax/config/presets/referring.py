@@ -1,6 +1,6 @@
-"""Method, neck, head, task and optimizer of referring segmentation.
+"""Method, neck, head, task and optimizer for referring segmentation, by method.
 
-VPD's is published. That of the other methods is an experiment of ours: their context behind the sentence's.
+Only VPD's is published. For the other methods, appending their context to the sentence's is our own extension.
 """
 
 from vpd_jax.config.fields import Section
@@ -10,22 +10,22 @@ from vpd_jax.config.presets.segmentation import meta_prompts_segmentation
 
 
 def vpd_referring(*, tiny: bool, token_length: int = 40) -> Section:
-  """The sections method, neck, head and task of VPD's referring segmentation, and what it sets in init, as released.
+  """The sections method, neck, head and task of VPD's referring segmentation, and its options of init, as released.
 
   Args:
-    tiny: widths of the tiny network, with a random text encoder and a stand-in for the tokenizer.
-    token_length: tokens of a sentence. Release: 40 on RefCOCO and RefCOCO+, 77 on RefCOCOg; the decoder's widths depend
-      on it, so weights of one do not fit the other.
+    tiny: widths of the tiny network, with a random text encoder and a placeholder tokenizer.
+    token_length: tokens per sentence. Release: 40 on RefCOCO and RefCOCO+, 77 on RefCOCOg; the decoder's widths depend
+      on it, so weights are not interchangeable.
   """
   method = {key: value for key, value in vpd_depth(tiny=tiny, head_init="released")["method"].items()
             if key != "class_vectors"}  # fmt: skip
   return {
-    "init": {"clip": "random:0" if tiny else ""},  # CLIP's text encoder: a folder, where the weights bring none
+    "init": {"clip": "random:0" if tiny else ""},  # CLIP's text encoder: a folder, if the weights have none
     "method": method
     | {
       "prompt": "sentence",
       "token_length": token_length,
-      "tokenizer": "characters" if tiny else "",  # a folder, where the weights bring none; "words" for smoke tests
+      "tokenizer": "characters" if tiny else "",  # a folder, if the weights have none; "words" for smoke tests
       "attention_maps": True,
       "attention_max_size": 32,  # as for an image of 512: strides 16 and 32
       "attention_gradient": False,
@@ -38,7 +38,7 @@ def vpd_referring(*, tiny: bool, token_length: int = 40) -> Section:
 
 
 def meta_prompts_referring(*, tiny: bool, token_length: int = 40) -> Section:
-  """As `vpd_referring`, for MetaPrompts: 50 learned prompts behind the sentence, else as in segmentation."""
+  """As `vpd_referring`, for MetaPrompts: 50 learned prompts after the sentence, otherwise as in segmentation."""
   vpd, segmentation = vpd_referring(tiny=tiny, token_length=token_length), meta_prompts_segmentation(tiny=tiny)
   text_options = {name: vpd["method"][name] for name in ("token_length", "tokenizer")}
   return {
@@ -51,7 +51,7 @@ def meta_prompts_referring(*, tiny: bool, token_length: int = 40) -> Section:
 
 
 def iedp_referring(*, tiny: bool, token_length: int = 40) -> Section:
-  """As `vpd_referring`, for IEDP: one branch, with the implicit tokens of the image behind the sentence."""
+  """As `vpd_referring`, for IEDP: one branch, with the implicit tokens of the image after the sentence."""
   vpd, depth = vpd_referring(tiny=tiny, token_length=token_length), iedp_depth(tiny=tiny, head_init="released")
   names = ("token_length", "tokenizer", "attention_maps", "attention_max_size", "attention_gradient")
   text_options = {name: vpd["method"][name] for name in names}
@@ -63,7 +63,7 @@ def iedp_referring(*, tiny: bool, token_length: int = 40) -> Section:
 
 
 def eco_depth_referring(*, tiny: bool, token_length: int = 40) -> Section:
-  """As `vpd_referring`, for EcoDepth: its token behind the sentence's, without attention maps."""
+  """As `vpd_referring`, for EcoDepth: its token after the sentence's, without attention maps."""
   vpd, depth = vpd_referring(tiny=tiny, token_length=token_length), eco_depth(tiny=tiny, head_init="released")
   text_options = {name: vpd["method"][name] for name in ("token_length", "tokenizer")}
   return {
@@ -75,12 +75,12 @@ def eco_depth_referring(*, tiny: bool, token_length: int = 40) -> Section:
 
 
 def referring_optimizer(*, lr: float = 5e-5, num_steps: int = 0, unet_lr: float = 1.0) -> Section:
-  """AdamW as VPD's referring segmentation runs it: no decay for the norms of the UNet's transformers, nothing else.
+  """AdamW as in VPD's referring segmentation: decay for everything but the norms of the UNet's transformers.
 
   Args:
     lr: largest learning rate.
-    num_steps: of the schedule; 0 is as long as the run.
-    unet_lr: multiplier of the UNet's rate. Release: 1.0 as run; 0.01 is what it states and nothing reads.
+    num_steps: of the schedule; 0 for the length of the run.
+    unet_lr: learning rate multiplier of the UNet. Release: effectively 1.0; its setting of 0.01 is never read.
 
   Source: VPD refer/train.py (lr_scale of the parameter groups, torch.optim.AdamW, LambdaLR).
   """

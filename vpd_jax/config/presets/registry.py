@@ -1,7 +1,7 @@
-"""The registry of methods, and what a config of each task sets for them.
+"""The registry of methods and their config sections by task.
 
-A new method needs one row of METHODS: configs of all tasks then take its name, with the defaults of its constructor and
-VPD's neck and head. Where a paper says more, SECTIONS holds it.
+A new method needs one row of METHODS: the configs of all tasks then accept its name and use the defaults of its
+constructor with VPD's neck and head. SECTIONS holds the settings of the papers.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from vpd_jax.config.fields import Section
 from vpd_jax.config.presets import depth, pose, referring, segmentation
 
-METHODS = {  # name in a config: module and class
+METHODS = {  # module:class by config name
   "vpd": "vpd_jax.models.methods.vpd:Vpd",
   "meta_prompts": "vpd_jax.models.methods.meta_prompts:MetaPrompts",
   "iedp": "vpd_jax.models.methods.iedp:Iedp",
@@ -47,18 +47,18 @@ SECTIONS: dict[str, dict[str, Callable[..., Section]]] = {
 
 
 def methods(default: str = "vpd") -> tuple[str, ...]:
-  """Names of all methods, the one that a config takes where none is named first."""
+  """The config words for a method, the default first."""
   return (default, *(name for name in METHODS if name != default))
 
 
 def sections(task: str, method: str, **options: object) -> Section:
-  """The sections method, neck and head of a task, and what else the method sets there.
+  """The sections method, neck and head of a task, and further sections that the method sets.
 
   Args:
     task: "depth", "segmentation", "referring" or "pose".
     method: a name of METHODS.
-    **options: of the task's functions in SECTIONS: `tiny`, and for depth `head_init`, for segmentation `dropout`, for
-      referring `token_length`.
+    **options: arguments of the task's functions in SECTIONS: `tiny`, and for depth `head_init`, for segmentation
+      `dropout`, for referring `token_length`.
   """
   if method in SECTIONS[task]:
     return SECTIONS[task][method](**options)

@@ -1,4 +1,4 @@
-"""Method, neck, head, task and optimizer of semantic segmentation, for each method."""
+"""Method, neck, head, task and optimizer for semantic segmentation, by method."""
 
 from vpd_jax.config.fields import Section
 from vpd_jax.config.presets.depth import eco_depth, iedp_depth, meta_prompts_depth, tadp_depth, vpd_depth
@@ -9,7 +9,7 @@ def vpd_segmentation(*, tiny: bool, dropout: float = 0.1) -> Section:
   """The sections method, neck, head and task of VPD's segmentation, as released for ADE20K.
 
   Args:
-    tiny: widths of the tiny network, and random class vectors in place of those of the weights.
+    tiny: widths of the tiny network, and random class vectors instead of those of the weights.
     dropout: see heads/fpn.py.
   """
   method = vpd_depth(tiny=tiny, head_init="released")["method"]
@@ -18,7 +18,7 @@ def vpd_segmentation(*, tiny: bool, dropout: float = 0.1) -> Section:
     "method": method
     | {
       "prompt": "all_classes",
-      "templates": "a photo of a {}",  # of vectors that are encoded from the names; "imagenet_80"
+      "templates": "a photo of a {}",  # for class vectors encoded from the names; "imagenet_80"
       "attention_maps": True,
       "attention_max_size": 32,  # as for an image of 512: strides 16 and 32
       "attention_gradient": False,
@@ -55,17 +55,17 @@ def meta_prompts_segmentation(*, tiny: bool, dropout: float = 0.0, refine_steps:
 
 
 def iedp_segmentation(*, tiny: bool, dropout: float = 0.1) -> Section:
-  """The sections method, neck, head and task of IEDP's segmentation, and what it sets in init; see `iedp_depth`.
+  """The sections method, neck, head and task of IEDP's segmentation, and its options of init; see `iedp_depth`.
 
   Args:
-    tiny: widths of the tiny network, and random towers of CLIP.
+    tiny: widths of the tiny network, and random CLIP towers.
     dropout: see heads/fpn.py.
   """
   depth, vpd = iedp_depth(tiny=tiny, head_init="released"), vpd_segmentation(tiny=tiny, dropout=dropout)
   maps = {name: vpd["method"][name] for name in ("attention_maps", "attention_max_size", "attention_gradient")}
   return {
     "init": depth["init"],
-    "method": depth["method"] | {"sentence": "names"} | maps,  # names of the classes in the label map
+    "method": depth["method"] | {"sentence": "names"} | maps,  # the names of the classes in the label map
     "neck": vpd["neck"],
     "head": vpd["head"],
     "task": vpd["task"] | {"avg_non_ignore": True},
@@ -86,7 +86,7 @@ def tadp_segmentation(*, tiny: bool, dropout: float = 0.1) -> Section:
 
 
 def eco_depth_segmentation(*, tiny: bool, dropout: float = 0.1) -> Section:
-  """EcoDepth's context with VPD's neck, head and task of segmentation, an experiment of ours; see `depth.eco_depth`.
+  """EcoDepth's context with VPD's neck, head and task for segmentation, our own extension; see `depth.eco_depth`.
 
   Args:
     tiny: widths of the tiny network, and a random classifier.
@@ -97,14 +97,14 @@ def eco_depth_segmentation(*, tiny: bool, dropout: float = 0.1) -> Section:
 
 
 def segmentation_optimizer(*, lr: float = 8e-5, num_steps: int = 80_000, warmup: int = 1500) -> Section:
-  """AdamW as mmsegmentation's recipes of VPD and MetaPrompts run it.
+  """AdamW as in the mmsegmentation recipes of VPD and MetaPrompts.
 
-  The rule for names with "norm" is tried before that for the UNet and states no rate: the UNet's transformer norms
-  learn at the full rate, without decay. Its residual blocks' norms are called otherwise and do not.
+  The rule for names with "norm" precedes that for the UNet and sets no learning rate: the UNet's transformer norms
+  train at the full rate, without decay. The norms of its residual blocks have other names and do not.
 
   Args:
     lr: largest learning rate.
-    num_steps, warmup: of the schedule; 0 steps is as long as the run.
+    num_steps, warmup: of the schedule; num_steps=0 for the length of the run.
 
   Source: mmcv 1.7 runner/optimizer/default_constructor.py; VPD segmentation/configs/fpn_vpd_sd1-5_512x512_gpu8x2.py.
   """

@@ -1,1 +1,1 @@
-"""File formats of foreign weights."""
+"""Readers and writers of external weight formats."""

@@ -1,10 +1,10 @@
 """Flax's msgpack files of diffusers and transformers, as tensors in PyTorch's names and axes.
 
-Only the names are read at once; a tensor in other axes is the same bytes with other strides. So the tables for
-PyTorch's names serve both forms, and both give the same bits.
+Only the names are read eagerly; a transposed tensor has the same bytes with other strides. Therefore the tables for
+PyTorch's names work for both formats and give bitwise equal results.
 
 Sources: flax/serialization.py (_msgpack_ext_pack); https://github.com/msgpack/msgpack/blob/master/spec.md; diffusers
-0.39.0 models/modeling_flax_pytorch_utils.py, whose renaming this turns around.
+0.39.0 models/modeling_flax_pytorch_utils.py, whose renaming this module inverts.
 """
 
 import math
@@ -20,9 +20,9 @@ import numpy as np
 from vpd_jax.convert.formats.lazy_tensor import LazyTensor, NotRead, contiguous
 from vpd_jax.errors import UserError
 
-# First bytes of a file that is a map with something in it.
+# First bytes of a file that holds a map that is not empty.
 STARTS = (*range(0x81, 0x90), 0xDE, 0xDF)
-SHORT = {0x80: ("map", 16), 0x90: ("array", 16), 0xA0: ("text", 32)}  # A length within the first byte.
+SHORT = {0x80: ("map", 16), 0x90: ("array", 16), 0xA0: ("text", 32)}  # The first byte includes the length.
 COUNTED = {
   0xC4: ("bytes", ">B"), 0xC5: ("bytes", ">H"), 0xC6: ("bytes", ">I"), 0xC7: ("typed", ">B"), 0xC8: ("typed", ">H"),
   0xC9: ("typed", ">I"), 0xD9: ("text", ">B"), 0xDA: ("text", ">H"), 0xDB: ("text", ">I"), 0xDC: ("array", ">H"),
@@ -30,27 +30,27 @@ COUNTED = {
 }  # fmt: skip
 NUMBERS = dict(zip(range(0xCA, 0xD4), (">f", ">d", ">B", ">H", ">I", ">Q", ">b", ">h", ">i", ">q"), strict=True))
 CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
-ARRAY = 1  # Flax's code for an array.
+ARRAY = 1  # Flax's extension type of an array.
 DTYPES = {np.dtype(kind).name: np.dtype(kind) for kind in (*"?bhilqBHILQefd", ml_dtypes.bfloat16)}
-# Lists of modules: PyTorch numbers their members in a part of their own.
-LISTED = re.compile(
+# Lists of modules: in PyTorch, the index is a name part of its own.
+LIST_MODULE = re.compile(
   r"(down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|net|to_out)_(\d+)"
 )
 AXES = {4: (3, 2, 0, 1), 2: (1, 0)}  # HWIO -> OIHW, IO -> OI
 
 
 class Place(NamedTuple):
-  """Bytes of a file that were not read."""
+  """A range of bytes in a file that was not read."""
 
   offset: int
   count: int
 
 
 def read(path: pathlib.Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-  """(tensors by PyTorch's names, other entries with what they are) of diffusion_flax_model or flax_model.msgpack.
+  """Reads diffusion_flax_model.msgpack or flax_model.msgpack: (tensors by PyTorch's names, types of other entries).
 
   Raises:
-    ValueError: a damaged file; one line.
+    ValueError: for a damaged file; one line.
   """
   try:
     with path.open("rb") as file:
@@ -75,8 +75,8 @@ def read(path: pathlib.Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
 
 
 def in_pytorch(parts: tuple[str, ...], tensor: LazyTensor) -> tuple[str, LazyTensor]:
-  """A Flax parameter by PyTorch's name, in PyTorch's axes: down_blocks_0/conv/kernel -> down_blocks.0.conv.weight."""
-  *modules, last = (LISTED.sub(r"\1.\2", part) if LISTED.fullmatch(part) else part for part in parts)
+  """A Flax parameter with PyTorch's name and axes: down_blocks_0/conv/kernel -> down_blocks.0.conv.weight."""
+  *modules, last = (LIST_MODULE.sub(r"\1.\2", part) if LIST_MODULE.fullmatch(part) else part for part in parts)
   if last == "kernel":
     tensor = tensor.transpose(AXES.get(tensor.ndim, tuple(range(tensor.ndim))))
   return ".".join([*modules, "weight" if last in ("kernel", "scale", "embedding") else last]), tensor
@@ -88,28 +88,28 @@ def _leaves(value: object, parts: tuple[str, ...] = ()) -> Iterator[tuple[tuple[
     yield parts, value
     return
   for key, item in value.items():
-    yield from _leaves(item, (*parts, *str(key).split("/")))  # The parts of a divided file have whole paths as keys.
+    yield from _leaves(item, (*parts, *str(key).split("/")))  # Sharded files have complete paths as keys.
 
 
 def _item(file: BinaryIO, path: pathlib.Path) -> Any:
-  """The next item; an array of Flax as a LazyTensor, other bytes as a Place."""
-  kind, value = _head(file)
-  if kind == "map":
+  """The next item; a Flax array as a LazyTensor, other bytes as a Place."""
+  tag, value = _head(file)
+  if tag == "map":
     return {_item(file, path): _item(file, path) for _ in range(value)}
-  if kind == "array":
+  if tag == "array":
     return [_item(file, path) for _ in range(value)]
-  if kind == "text":
+  if tag == "text":
     return _take(file, value).decode()
-  if kind == "typed":
+  if tag == "typed":
     end = file.tell() + 1 + value
     if _take(file, 1)[0] == ARRAY:
       return _array(file, path, end)
     return _skip(file, path, end - file.tell())
-  return _skip(file, path, value) if kind == "bytes" else value
+  return _skip(file, path, value) if tag == "bytes" else value
 
 
 def _array(file: BinaryIO, path: pathlib.Path, end: int) -> LazyTensor:
-  """An array of Flax: its shape, the name of its dtype and its bytes."""
+  """A Flax array: its shape, the name of its dtype and its bytes."""
   shape, name, place = _item(file, path)
   if name not in DTYPES:
     if str(name) in vars(ml_dtypes) or str(name).startswith("complex"):
@@ -122,21 +122,21 @@ def _array(file: BinaryIO, path: pathlib.Path, end: int) -> LazyTensor:
 
 
 def _head(file: BinaryIO) -> tuple[str, Any]:
-  """(kind, length or value) of the next item."""
+  """(tag, length or value) of the next item."""
   byte = _take(file, 1)[0]
   if byte < 0x80 or byte >= 0xE0:
     return "value", byte if byte < 0x80 else byte - 256
-  for first, (kind, count) in SHORT.items():
+  for first, (tag, count) in SHORT.items():
     if first <= byte < first + count:
-      return kind, byte - first
+      return tag, byte - first
   if 0xD4 <= byte <= 0xD8:
     return "typed", 1 << (byte - 0xD4)
   if byte in CONSTANTS:
     return "value", CONSTANTS[byte]
   if byte not in COUNTED and byte not in NUMBERS:
     raise UserError(f"byte {byte:#x} begins nothing")
-  kind, form = COUNTED[byte] if byte in COUNTED else ("value", NUMBERS[byte])
-  return kind, struct.unpack(form, _take(file, struct.calcsize(form)))[0]
+  tag, form = COUNTED[byte] if byte in COUNTED else ("value", NUMBERS[byte])
+  return tag, struct.unpack(form, _take(file, struct.calcsize(form)))[0]
 
 
 def _take(file: BinaryIO, count: int) -> bytes:

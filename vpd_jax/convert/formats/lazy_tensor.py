@@ -1,4 +1,4 @@
-"""One tensor of a file, known by name, shape and dtype, read only when asked for."""
+"""A tensor in a file, with known shape and dtype, that is read on demand."""
 
 import dataclasses
 import math
@@ -11,23 +11,23 @@ from vpd_jax.errors import UserError
 
 
 class NotRead(UserError):
-  """Tensors of number types that are not read, {name: type}: the file is whole all the same."""
+  """Tensors of unsupported dtypes, {name: dtype}, in an intact file."""
 
-  def __init__(self, path: pathlib.Path, kinds: Mapping[str, str]):
-    self.path, self.kinds = path, dict(kinds)
-    super().__init__(path, kinds)
+  def __init__(self, path: pathlib.Path, dtypes: Mapping[str, str]):
+    self.path, self.dtypes = path, dict(dtypes)
+    super().__init__(path, dtypes)
 
   def __str__(self) -> str:
-    kinds = ", ".join(sorted(set(self.kinds.values())))
+    dtypes = ", ".join(sorted(set(self.dtypes.values())))
     return (
-      f"{self.path} holds {len(self.kinds)} tensors of type {kinds}, like {next(iter(self.kinds))!r}, which is not "
+      f"{self.path} holds {len(self.dtypes)} tensors of type {dtypes}, like {next(iter(self.dtypes))!r}, which is not "
       "read; save them in float32, float16 or bfloat16, in PyTorch by x.to(torch.float16) of each tensor x."
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-  """Numbers at a place in a file; `np.asarray(tensor)` reads them.
+  """A tensor at an offset in a file; `np.asarray(tensor)` reads it.
 
   Attributes:
     path: the file.
@@ -49,18 +49,18 @@ class LazyTensor:
 
   @property
   def extent(self) -> int:
-    """Elements from the first to the last, both included."""
+    """Number of elements from the first to the last, inclusive."""
     if math.prod(self.shape) == 0:
       return 0
     return 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
 
   def transpose(self, axes: tuple[int, ...]) -> "LazyTensor":
-    """The same numbers with the axes in another order, as numpy does it."""
+    """The tensor with permuted axes, as np.transpose."""
     shape, strides = (tuple(sizes[axis] for axis in axes) for sizes in (self.shape, self.strides))
     return dataclasses.replace(self, shape=shape, strides=strides)
 
   def rows(self, start: int, stop: int) -> "LazyTensor":
-    """The numbers from `start` to `stop` along the first axis."""
+    """The slice from `start` to `stop` along the first axis."""
     offset = self.offset + start * self.strides[0] * self.dtype.itemsize
     return dataclasses.replace(self, offset=offset, shape=(stop - start, *self.shape[1:]))
 

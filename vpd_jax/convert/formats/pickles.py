@@ -1,9 +1,9 @@
-"""PyTorch's pickled files (.pth, .ckpt, .bin), read without PyTorch and without running anything a file asks for.
+"""Reads PyTorch's pickled files (.pth, .ckpt, .bin) without PyTorch and without executing code from the file.
 
-Published checkpoints hold training objects beside the weights. The unpickler knows dicts, tensors and storages; every
-other class or function in the file becomes an inert placeholder: it accepts every call and keeps nothing.
+Published checkpoints contain training objects besides the weights. The unpickler supports dicts, tensors and storages;
+every other class or function becomes an inert placeholder, which accepts all calls and stores nothing.
 
-Source of both layouts: PyTorch, torch/serialization.py (the zip archive since 1.6, the older run of pickles before).
+Source of both layouts: PyTorch, torch/serialization.py (the zip archive since 1.6, the sequence of pickles before).
 """
 
 import functools
@@ -21,7 +21,7 @@ import numpy as np
 from vpd_jax.convert.formats.lazy_tensor import LazyTensor
 from vpd_jax.errors import UserError
 
-Content = Any  # whatever a pickle holds
+Content = Any  # any content of a pickle
 STORAGES = {
   "FloatStorage": np.float32,
   "HalfStorage": np.float16,
@@ -35,15 +35,23 @@ STORAGES = {
   "BoolStorage": np.bool_,
   "UntypedStorage": np.uint8,
 }
-# Bytes of a number in storages that are not read.
-STRANGE = {"ComplexFloat": 8, "ComplexDouble": 16, "QInt8": 1, "QUInt8": 1, "QInt32": 4, "QUInt4x2": 1, "QUInt2x4": 1}
-# Those that only the newer form of a tensor names, with a storage of bytes.
+# Item sizes of unsupported storages, in bytes.
+ITEM_SIZES = {
+  "ComplexFloat": 8,
+  "ComplexDouble": 16,
+  "QInt8": 1,
+  "QUInt8": 1,
+  "QInt32": 4,
+  "QUInt4x2": 1,
+  "QUInt2x4": 1,
+}
+# Dtypes that only the newer tensor format uses, with an untyped storage.
 DTYPES = {"uint16": np.uint16, "uint32": np.uint32, "uint64": np.uint64}
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
 class Inert:
-  """Stands for every class and function that is not a dict or a tensor: any call succeeds, nothing is kept."""
+  """Placeholder for any class or function that is not a dict or a tensor: all calls succeed, nothing is stored."""
 
   def __new__(cls, *args: object, **kwargs: object) -> "Inert":
     return object.__new__(cls)
@@ -72,14 +80,14 @@ class NumberType(NamedTuple):
   name: str
 
 
-class Strange(NamedTuple):
-  """A tensor of numbers that are not read."""
+class Unsupported(NamedTuple):
+  """A tensor of an unsupported dtype."""
 
-  kind: str
+  dtype: str
 
 
 class Storage(NamedTuple):
-  """A run of `count` numbers in the file; a tensor is a view of it."""
+  """`count` contiguous elements in the file; a tensor is a view of a storage."""
 
   key: str
   dtype: np.dtype
@@ -87,7 +95,7 @@ class Storage(NamedTuple):
 
 
 class View(NamedTuple):
-  """A tensor as pickled, before it is known where its storage lies."""
+  """A pickled tensor, before the offset of its storage is known."""
 
   storage: Storage
   offset: int
@@ -96,18 +104,18 @@ class View(NamedTuple):
 
 
 class _Unpickler(pickle.Unpickler):
-  """Everything it can build is defined in this file, anew for every file read."""
+  """Builds only the types of this module; one instance per file."""
 
   def __init__(self, file: IO[bytes]):
     super().__init__(file, encoding="utf-8", errors="replace")
     self.storages: list[Storage] = []
-    self.sizes: dict[str, int] = {}  # bytes of a number of each storage
+    self.sizes: dict[str, int] = {}  # item size of each storage, in bytes
 
   def find_class(self, module: str, name: str) -> object:
     if module in ("torch", "torch.storage") and name in STORAGES:
       return StorageType(np.dtype(STORAGES[name]))
     if module in ("torch", "torch.storage") and name.endswith("Storage"):
-      return Strange(name.removesuffix("Storage"))
+      return Unsupported(name.removesuffix("Storage"))
     if module == "torch" and re.fullmatch(r"(q?u?int|b?float|complex|bits)\d+.*", name):
       return NumberType(name)
     known: dict[str, Callable[..., Content]] = {
@@ -123,12 +131,12 @@ class _Unpickler(pickle.Unpickler):
     }
     return known.get(f"{module}.{name}") or type(name, (Inert,), {"__module__": module})
 
-  def persistent_load(self, pid: Content) -> Storage | Strange:
-    kind, storage_type, key, _, count, *view = pid
-    if isinstance(storage_type, Strange):
-      self.sizes[str(key)] = STRANGE.get(storage_type.kind, 1)
+  def persistent_load(self, pid: Content) -> Storage | Unsupported:
+    tag, storage_type, key, _, count, *view = pid
+    if isinstance(storage_type, Unsupported):
+      self.sizes[str(key)] = ITEM_SIZES.get(storage_type.dtype, 1)
       return storage_type
-    if kind != "storage" or not isinstance(storage_type, StorageType) or count < 0 or view not in ([], [None]):
+    if tag != "storage" or not isinstance(storage_type, StorageType) or count < 0 or view not in ([], [None]):
       raise pickle.UnpicklingError("it refers to something that is not a plain storage")
     self.storages.append(Storage(str(key), storage_type.dtype, int(count)))
     self.sizes[str(key)] = storage_type.dtype.itemsize
@@ -140,7 +148,7 @@ def _ordered_dict(*args: object) -> dict[object, object]:
 
 
 class _Dict(dict):
-  """An ordered dict without the attributes that PyTorch hangs on it."""
+  """An ordered dict that ignores the attributes that PyTorch attaches to it."""
 
   def __setstate__(self, state: object) -> None:
     pass
@@ -165,24 +173,24 @@ def _typed_view(
   strides: Content,
   grad: Content,
   hooks: Content,
-  kind: Content,
+  number_type: Content,
   *_: Content,
 ) -> object:
-  """A tensor of a type that has no storage of its own: the storage is one of bytes."""
-  name = kind.name if isinstance(kind, NumberType) else "unknown"
+  """A tensor of a dtype without a typed storage, in an untyped one."""
+  name = number_type.name if isinstance(number_type, NumberType) else "unknown"
   if name not in DTYPES:
-    return Strange(name)
+    return Unsupported(name)
   dtype = np.dtype(DTYPES[name])
   return _view(Storage(storage.key, dtype, storage.count // dtype.itemsize), offset, shape, strides)
 
 
 def _quantized(storage: object, *_: object) -> object:
-  return storage if isinstance(storage, Strange) else Strange("quantized numbers")
+  return storage if isinstance(storage, Unsupported) else Unsupported("quantized numbers")
 
 
 def _view(storage: Content, offset: int, shape: Content, strides: Content, *_: Content) -> object:
   """Checks that a tensor lies inside its storage."""
-  if isinstance(storage, Strange):
+  if isinstance(storage, Unsupported):
     return storage
   shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
   view = View(storage, int(offset), shape, strides)
@@ -193,10 +201,10 @@ def _view(storage: Content, offset: int, shape: Content, strides: Content, *_: C
 
 
 def read(path: pathlib.Path) -> object:
-  """What the file holds: dicts, lists and numbers, a LazyTensor for every tensor, Inert objects for all else.
+  """The content of the file: dicts, lists and numbers, a LazyTensor for each tensor, Inert objects for anything else.
 
   Raises:
-    ValueError: not such a file, or a truncated one; says which and what to do.
+    ValueError: for another type of file or a truncated one; states the remedy.
   """
   try:
     with path.open("rb") as file:
@@ -212,12 +220,12 @@ def read(path: pathlib.Path) -> object:
     raise UserError(
       f"{path} is damaged: its end, where the table of contents lies, is missing; fetch it again."
     ) from error
-  except Exception as error:  # A damaged pickle can fail anywhere.
+  except Exception as error:  # A damaged pickle can raise any error.
     raise UserError(f"{path} is damaged or not a PyTorch checkpoint ({error}); fetch it again.") from error
 
 
 class _Refused(UserError):
-  """A file that is whole but of no use here."""
+  """An intact file that is not supported."""
 
 
 def _read_zip(path: pathlib.Path) -> object:
@@ -235,7 +243,7 @@ def _read_zip(path: pathlib.Path) -> object:
 
 
 def _place(file: BinaryIO, info: zipfile.ZipInfo, storage: Storage) -> int:
-  """Where the bytes of an uncompressed entry begin: after its own header, whose length only the header tells."""
+  """The offset of an uncompressed entry, after its local header, whose length only the header states."""
   if info.compress_type != zipfile.ZIP_STORED or info.file_size < storage.count * storage.dtype.itemsize:
     raise UserError(f"storage {storage.key} is compressed or too short")
   file.seek(info.header_offset)
@@ -246,7 +254,7 @@ def _place(file: BinaryIO, info: zipfile.ZipInfo, storage: Storage) -> int:
 
 
 def _read_legacy(path: pathlib.Path) -> object:
-  """Three pickles of marks, the content, the keys of the storages, then each storage as a count and its bytes."""
+  """Three header pickles, the content, the storage keys, then each storage as a count and its bytes."""
   with path.open("rb") as file:
     if _Unpickler(file).load() != LEGACY_MAGIC:
       raise _Refused(f"{path} is a pickle, but not one of PyTorch; save the weights with torch.save.")
@@ -266,7 +274,7 @@ def _read_legacy(path: pathlib.Path) -> object:
 
 
 def _locate(value: object, path: pathlib.Path, places: dict[str, int], depth: int = 2) -> object:
-  """The same content with a LazyTensor for every View, down to a state dict inside its wrapper."""
+  """Replaces each View by a LazyTensor, down to a state dict inside its wrapper."""
   if isinstance(value, View):
     start = places[value.storage.key] + value.offset * value.storage.dtype.itemsize
     return LazyTensor(path, start, value.storage.dtype, value.shape, value.strides)

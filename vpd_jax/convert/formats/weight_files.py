@@ -1,7 +1,7 @@
-"""The files foreign weights come in, as {name: tensor}; names, shapes and dtypes at once, numbers when asked for.
+"""Opens weight files as {name: tensor}, with lazily read values.
 
-A diffusers folder (one sub-folder per network) of PyTorch or Flax, a single .safetensors, a CompVis .ckpt, an authors'
-.pth.
+Supported are diffusers folders of PyTorch or Flax (one subfolder per network), single .safetensors files, CompVis .ckpt
+files and the authors' .pth files.
 """
 
 import hashlib
@@ -42,11 +42,11 @@ SAFETENSORS = {
   "BOOL": np.bool_,
 }
 WRAPPERS = ("state_dict", "model")
-# What a folder of diffusers or transformers may call its weights, in order of preference.
+# File names of weights in folders of diffusers or transformers, in order of preference.
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "diffusion_flax_model", "flax_model")
 SUFFIXES = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin", ".msgpack")
-INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # How the name of the list of shards of a divided file ends.
-WRAPPING = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # By torch.compile and the like.
+INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # Suffix of the shard index of sharded weights.
+WRAPPER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # of torch.compile and FSDP
 NOT_WEIGHTS = {
   b"version https://git-lfs": "a git-lfs pointer; run 'git lfs pull' beside it",
   b"<": "a web page, left by a failed download; fetch the file again",
@@ -54,13 +54,13 @@ NOT_WEIGHTS = {
 
 
 class Weights(NamedTuple):
-  """What a source holds.
+  """The content of a source.
 
   Attributes:
-    tensors: by their own names, without what DistributedDataParallel, torch.compile and FSDP add to them; those of Flax
-      by PyTorch's names.
-    files: the files they lie in.
-    others: entries beside the tensors that are none, with what they are.
+    tensors: by the source's names, without the prefixes of DistributedDataParallel, torch.compile and FSDP; those of
+      Flax by PyTorch's names.
+    files: the files that contain them.
+    others: types of the entries that are not tensors, by name.
   """
 
   tensors: dict[str, LazyTensor]
@@ -69,10 +69,10 @@ class Weights(NamedTuple):
 
 
 def open_file(path: str | pathlib.Path) -> Weights:
-  """Weights of a single file of any known format; told by its first bytes, not by its name.
+  """Opens a single file of any supported format, which is detected by its first bytes, not by its name.
 
   Raises:
-    ValueError: a missing, truncated or unknown file, or one without weights; one line.
+    ValueError: for a missing, truncated or unknown file, or one without weights; one line.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -96,23 +96,23 @@ def open_file(path: str | pathlib.Path) -> Weights:
 
 
 def open_folder(path: str | pathlib.Path, parts: tuple[str, ...]) -> Weights:
-  """Weights of some networks of a diffusers folder; the network's name stands in front: `unet.conv_in.weight`.
+  """Opens networks of a diffusers folder; their names are prefixes: `unet.conv_in.weight`.
 
   Raises:
-    ValueError: a network without a readable file of weights; one line.
+    ValueError: for a network without readable weights; one line.
   """
   tensors, files, others = {}, [], {}
   for part in parts:
     for file in _weight_files(pathlib.Path(path) / part):
       weights = open_file(file)
       tensors |= {f"{part}.{name}" if part else name: tensor for name, tensor in weights.tensors.items()}
-      others |= {f"{part}.{name}" if part else name: kind for name, kind in weights.others.items()}
+      others |= {f"{part}.{name}" if part else name: type_name for name, type_name in weights.others.items()}
       files.append(file)
   return Weights(tensors, tuple(files), others)
 
 
 def read_config(path: str | pathlib.Path, name: str = "config.json") -> Fields:
-  """A network's config.json, or another file of one JSON object."""
+  """Reads the config.json of a network, or another file with a JSON object."""
   path = pathlib.Path(path) / name
   config = reading.read_json(path)
   if not isinstance(config, dict):
@@ -121,42 +121,42 @@ def read_config(path: str | pathlib.Path, name: str = "config.json") -> Fields:
 
 
 def sha256(path: str | pathlib.Path) -> str:
-  """Of a file's content, in hexadecimal."""
+  """SHA-256 of a file, in hexadecimal."""
   with pathlib.Path(path).open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_name(names: Collection[str]) -> str | None:
-  """Which file of a network's folder holds its weights, or the index of their shards; None where none does."""
+  """The name of the weights of a network, or of their shard index, among file names; None if there is none."""
   known = (name for suffix in SUFFIXES for stem in STEMS for name in (stem + suffix, *indices(stem, suffix)))
   return next((name for name in known if name in names), None)
 
 
 def indices(stem: str, suffix: str) -> tuple[str, ...]:
-  """What the list of shards of a divided file may be called: "model.safetensors.index.fp16.json", or the older form."""
+  """Possible names of a shard index: "model.safetensors.index.fp16.json", or the older form."""
   variant, _, form = suffix.removeprefix(".").rpartition(".")
   older = f"{stem}{suffix}.index.json"
   return (f"{stem}.{form}.index.{variant}.json", older) if variant else (older,)
 
 
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The file of weights of one network, or its shards."""
-  held = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-  name = weights_name(held)
+  """The weight file of a network, or its shards."""
+  names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+  name = weights_name(names)
   if name is None:
-    found = held if folder.is_dir() else "nothing: it does not exist"
+    content = names if folder.is_dir() else "nothing: it does not exist"
     raise UserError(
-      f"{folder} holds no weights ({found}); complete it with a {STEMS[0]}{SUFFIXES[0]} or one of the other files "
+      f"{folder} holds no weights ({content}); complete it with a {STEMS[0]}{SUFFIXES[0]} or one of the other files "
       "that diffusers saves."
     )
   return [folder / shard for shard in shards(folder / name)] if INDEX.search(name) else [folder / name]
 
 
 def shards(index: epath.Path | pathlib.Path) -> list[str]:
-  """File names in the index of a divided file of weights.
+  """File names in a shard index.
 
   Raises:
-    ValueError: a damaged index; one line.
+    ValueError: for a damaged index; one line.
   """
   content = reading.read_json(index)
   try:
@@ -166,30 +166,32 @@ def shards(index: epath.Path | pathlib.Path) -> list[str]:
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, LazyTensor]:
-  """The library reads the header and checks it against the file; the numbers lie behind it without gaps."""
+  """The library reads and validates the header; the values follow without gaps."""
   try:
     with safetensors.safe_open(path, framework="numpy") as file:
-      found = {name: file.get_slice(name) for name in file.offset_keys()}
-      kinds = {name: tensor.get_dtype() for name, tensor in found.items()}
-      shapes = {name: tuple(tensor.get_shape()) for name, tensor in found.items()}
-      shared = file.metadata() or {}
+      slices = {name: file.get_slice(name) for name in file.offset_keys()}
+      dtype_names = {name: tensor.get_dtype() for name, tensor in slices.items()}
+      shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+      aliases = file.metadata() or {}
   except safetensors.SafetensorError as error:
-    _check_kinds(path, _kinds(path))
+    _check_dtypes(path, _header_dtypes(path))
     raise UserError(f"{path} is damaged or not a safetensors file ({error}); fetch it again.") from error
-  _check_kinds(path, kinds)
-  dtypes = {name: np.dtype(SAFETENSORS[kind]) for name, kind in kinds.items()}
+  _check_dtypes(path, dtype_names)
+  dtypes = {name: np.dtype(SAFETENSORS[dtype_name]) for name, dtype_name in dtype_names.items()}
   sizes = [math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()]
   starts = itertools.accumulate(sizes, initial=path.stat().st_size - sum(sizes))
   tensors = {
     name: LazyTensor(path, start, dtypes[name], shape, contiguous(shape))
     for (name, shape), start in zip(shapes.items(), starts, strict=False)
   }
-  # Of several names of one tensor save_model keeps one, and tells the others: {other: kept}.
-  return tensors | {name: tensors[kept] for name, kept in shared.items() if kept in tensors and name not in tensors}
+  # For tensors with several names, save_model stores one and lists the others in the metadata: {other: stored}.
+  return tensors | {
+    name: tensors[stored] for name, stored in aliases.items() if stored in tensors and name not in tensors
+  }
 
 
-def _kinds(path: pathlib.Path) -> dict[str, str]:
-  """{name: type} in a header that the library refuses: types that it does not know are no damage."""
+def _header_dtypes(path: pathlib.Path) -> dict[str, str]:
+  """{name: dtype} in a header that the library rejects, to tell unknown dtypes from damage."""
   try:
     with path.open("rb") as file:
       header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -198,25 +200,25 @@ def _kinds(path: pathlib.Path) -> dict[str, str]:
     return {}
 
 
-def _check_kinds(path: pathlib.Path, kinds: Mapping[str, str]) -> None:
-  if strange := {name: kind for name, kind in kinds.items() if kind not in SAFETENSORS}:
-    raise NotRead(path, strange)
+def _check_dtypes(path: pathlib.Path, dtype_names: Mapping[str, str]) -> None:
+  if unsupported := {name: dtype_name for name, dtype_name in dtype_names.items() if dtype_name not in SAFETENSORS}:
+    raise NotRead(path, unsupported)
 
 
 def _unwrap(content: object, path: pathlib.Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-  """(tensors, other entries) of a state dict, bare or under one of the usual keys."""
-  found = content
+  """(tensors, types of other entries) of a state dict, bare or below a key of WRAPPERS."""
+  state = content
   if isinstance(content, dict):
-    found = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
-  entries = found if isinstance(found, dict) else {}
-  strange = {str(name): value.kind for name, value in entries.items() if isinstance(value, pickles.Strange)}
-  if strange:
-    raise NotRead(path, strange)
+    state = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
+  entries = state if isinstance(state, dict) else {}
+  unsupported = {str(name): value.dtype for name, value in entries.items() if isinstance(value, pickles.Unsupported)}
+  if unsupported:
+    raise NotRead(path, unsupported)
   tensors = {str(name): value for name, value in entries.items() if isinstance(value, LazyTensor)}
   if not tensors:
-    held = list(entries)[:5] if entries else type(content).__name__
+    content_hint = list(entries)[:5] if entries else type(content).__name__
     raise UserError(
-      f"{path} holds no weights by name, but {held}; save it with torch.save(model.state_dict(), ...), "
+      f"{path} holds no weights by name, but {content_hint}; save it with torch.save(model.state_dict(), ...), "
       f"bare or under one of {list(WRAPPERS)}."
     )
   others = {str(name): type(value).__name__ for name, value in entries.items() if str(name) not in tensors}
@@ -224,16 +226,16 @@ def _unwrap(content: object, path: pathlib.Path) -> tuple[dict[str, LazyTensor],
 
 
 def _unwrapped(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-  """Names without the `module.` that DistributedDataParallel puts before every one, and without WRAPPING anywhere."""
+  """Removes the `module.` of DistributedDataParallel from all names, and WRAPPER_PREFIXES anywhere in them."""
   plain = {_plain(name): tensor for name, tensor in tensors.items()}
   if len(plain) < len(tensors):
-    return tensors  # two names would become one
+    return tensors  # two names would collide
   if all(name.startswith("module.") for name in plain):
     return {name.removeprefix("module."): tensor for name, tensor in plain.items()}
   return plain
 
 
 def _plain(name: str) -> str:
-  for word in WRAPPING:
-    name = name.replace(word, "")
+  for prefix in WRAPPER_PREFIXES:
+    name = name.replace(prefix, "")
   return name

@@ -1,4 +1,4 @@
-"""A state dict written as PyTorch's .pth, tensor by tensor and in the order given, or as .safetensors; no PyTorch."""
+"""Writes a state dict without PyTorch, as a .pth, tensor by tensor and in order, or as .safetensors."""
 
 import functools
 import pathlib
@@ -19,15 +19,15 @@ ENDINGS = (".pth", ".safetensors")
 
 
 def write(path: str | pathlib.Path, state: Mapping[str, np.ndarray], *, wrapper: str = "model") -> None:
-  """Writes a state dict; the file appears under its name only when it is complete.
+  """Writes a state dict atomically.
 
   Args:
-    path: ends in .pth or .safetensors, in which tensors have no order: the library sorts them.
+    path: ends in .pth or .safetensors; the latter sorts the tensors.
     state: arrays in PyTorch's names and layouts.
     wrapper: key of the state dict in a .pth, as the authors save: "model", or mmsegmentation's "state_dict".
 
   Raises:
-    ValueError: for another ending, or a dtype the format does not know.
+    ValueError: for another suffix, or a dtype that the format does not support.
   """
   check_name(path)
   path = pathlib.Path(path)
@@ -36,13 +36,13 @@ def write(path: str | pathlib.Path, state: Mapping[str, np.ndarray], *, wrapper:
 
 
 def check_name(path: str | pathlib.Path) -> None:
-  """Raises ValueError where a path does not end as `write` needs it."""
+  """Raises ValueError if the suffix of a path is not one that `write` supports."""
   if pathlib.Path(path).suffix.lower() not in ENDINGS:
     raise UserError(f"output={str(path)!r} must end in one of {ENDINGS}; rename it.")
 
 
 def _write_safetensors(path: pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
-  """The library scrambles arrays that are not contiguous, in silence."""
+  """Makes arrays contiguous, since the library silently corrupts others."""
   names = {np.dtype(dtype): name for name, dtype in SAFETENSORS.items()}
   for name, array in state.items():
     _known(names, name, array)
@@ -61,7 +61,7 @@ def _write_pth(path: pathlib.Path, state: Mapping[str, np.ndarray], *, wrapper: 
 
 
 def _pickle(state: Mapping[str, np.ndarray], wrapper: str) -> bytes:
-  """{wrapper: OrderedDict of tensors} in pickle protocol 2, spelled out: its classes are PyTorch's."""
+  """{wrapper: OrderedDict of tensors} in pickle protocol 2, opcode by opcode, because its classes are PyTorch's."""
   storages = {np.dtype(dtype): name for name, dtype in STORAGES.items() if name != "UntypedStorage"}
   ordered = b"ccollections\nOrderedDict\n)R"  # GLOBAL, EMPTY_TUPLE, REDUCE
   parts = [b"\x80\x02}", _value(wrapper), ordered, b"("]
@@ -79,7 +79,7 @@ def _value(value: object) -> bytes:
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-  """The numbers in row-major order, without a further copy of what lies so already."""
+  """The elements in row-major order, without a copy if the array is contiguous."""
   return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 

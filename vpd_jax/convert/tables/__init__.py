@@ -1,1 +1,1 @@
-"""Tables of names: one per kind of checkpoint."""
+"""Conversion tables, one per checkpoint format."""

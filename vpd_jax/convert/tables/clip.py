@@ -1,7 +1,7 @@
-"""CLIP's two towers in Hugging Face's names: tables, sizes, reading.
+"""CLIP's two towers in Hugging Face's names: tables, sizes and loading.
 
-Our names are theirs with '/' for '.'. The text encoder also comes inside Stable Diffusion files, in those of SD 2.x in
-OpenCLIP's names.
+Our names are theirs with '/' for '.'. The text encoder is also part of Stable Diffusion files, with OpenCLIP's names in
+SD 2.x.
 """
 
 import pathlib
@@ -19,7 +19,7 @@ from vpd_jax.errors import UserError
 from vpd_jax.models.backbones.clip_text import ACTIVATIONS
 from vpd_jax.types import Fields, Options
 
-# Longest first. In a diffusers folder and in SD 1.x files the names go on with `text_model.`; some files leave it out.
+# Longest first. Diffusers folders and SD 1.x files have the prefix `text_model.`, which some files omit.
 PREFIXES = ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.", "text_model.", "")
 OPENCLIP = "cond_stage_model.model."  # in SD 2.x files
 OPENCLIP_LAYER = {
@@ -29,24 +29,24 @@ OPENCLIP_LAYER = {
   "mlp.c_fc": "mlp/fc1",
   "mlp.c_proj": "mlp/fc2",
 }
-THIRDS = ("q_proj", "k_proj", "v_proj")  # of OpenCLIP's in_proj, along its first axis
+THIRDS = ("q_proj", "k_proj", "v_proj")  # the parts of OpenCLIP's in_proj along its first axis
 IMAGE_PREFIXES = ("vision_model.", "")
 OTHER_PARTS = r"(vision_model|visual_projection)\..*|logit_scale"
 TEXT_PARTS = r"(text_model|text_projection)\..*|logit_scale"
-TEXT_FOLDER = "text_encoder"  # of a diffusers folder
-WANTED = "the folder of a whole CLIP in Hugging Face's names, such as openai/clip-vit-large-patch14"
+TEXT_FOLDER = "text_encoder"  # in a diffusers folder
+EXPECTED = "the folder of a whole CLIP in Hugging Face's names, such as openai/clip-vit-large-patch14"
 
 
 def text(source: Iterable[str], targets: Iterable[str] = (), *, projected: bool = False) -> list[Rule | Drop]:
-  """Table of the text encoder for the spelling that the source's names are in.
+  """Table of the text encoder for the naming scheme of the source.
 
   Args:
-    source: its names; those of OpenCLIP after `apart`.
-    targets: arrays of the encoder by our names; only read for OpenCLIP, see `openclip`.
-    projected: with the projection into the space shared with images.
+    source: names of the source; those of OpenCLIP after `split_in_proj`.
+    targets: our names of the encoder's arrays; only read for OpenCLIP, see `openclip`.
+    projected: whether to include the projection into the space shared with images.
 
   Raises:
-    ValueError: names of no known spelling; no projection.
+    ValueError: for an unknown naming scheme or a missing projection.
   """
   names = set(source)
   if any(name.startswith(OPENCLIP) for name in names) and not projected:
@@ -57,7 +57,7 @@ def text(source: Iterable[str], targets: Iterable[str] = (), *, projected: bool 
       "no text encoder: no name ends in 'final_layer_norm.weight'; give a CLIP or Stable Diffusion source."
     )
   if projected and "text_projection.weight" not in names:
-    raise UserError(f"no 'text_projection.weight': a text encoder alone; give {WANTED}.")
+    raise UserError(f"no 'text_projection.weight': a text encoder alone; give {EXPECTED}.")
   embeddings = [
     Rule(f"{prefix}embeddings.{table}", f"text_model/embeddings/{table}", (embedding,))
     for table in ("token_embedding", "position_embedding")
@@ -76,13 +76,13 @@ def text(source: Iterable[str], targets: Iterable[str] = (), *, projected: bool 
 
 
 def openclip(targets: Iterable[str]) -> list[Rule | Drop]:
-  """Table of the text encoder in a single file of Stable Diffusion 2.x; `apart` comes before it, `stacked` after.
+  """Table of the text encoder in a file of Stable Diffusion 2.x, after `split_in_proj`; see also `join_in_proj`.
 
-  The last layer is left out: the context are the states before it, which pass the last norm all the same. Files that
-  were made from a diffusers folder lack that layer.
+  The last layer is dropped: the context is its input, followed by the final norm. Files that were converted from a
+  diffusers folder do not have this layer.
 
   Args:
-    targets: arrays of the encoder by our names, which say how many layers there are.
+    targets: our names of the encoder's arrays, which determine the number of layers.
 
   Source: Stability-AI/stablediffusion ldm/modules/encoders/modules.py FrozenOpenCLIPEmbedder, layer "penultimate".
   """
@@ -104,8 +104,8 @@ def openclip(targets: Iterable[str]) -> list[Rule | Drop]:
   ]
 
 
-def apart(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-  """Tensors by name, OpenCLIP's stacked projections of query, key and value as three: q_proj.weight, q_proj.bias, .."""
+def split_in_proj(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+  """Splits OpenCLIP's stacked projections of query, key and value into q_proj.weight, q_proj.bias, .."""
   result = {}
   for name, tensor in tensors.items():
     match = re.fullmatch(rf"({re.escape(OPENCLIP)}.*)\.in_proj_(weight|bias)", name)
@@ -118,32 +118,32 @@ def apart(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
   return result
 
 
-def stacked(named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The way back of `apart`, for the arrays of rules.to_source."""
+def join_in_proj(named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The inverse of `split_in_proj`, for the arrays of rules.to_source."""
   first = re.compile(rf"({re.escape(OPENCLIP)}.*)\.{THIRDS[0]}\.(weight|bias)")
   starts = [match for name in named if (match := first.fullmatch(name))]
   parts = {f"{m[1]}.in_proj_{m[2]}": [f"{m[1]}.{part}.{m[2]}" for part in THIRDS] for m in starts}
-  gone = {name for names in parts.values() for name in names}
+  split_names = {name for names in parts.values() for name in names}
   joined = {name: np.concatenate([named[part] for part in names]) for name, names in parts.items()}
-  return {name: x for name, x in named.items() if name not in gone} | joined
+  return {name: x for name, x in named.items() if name not in split_names} | joined
 
 
 def image(source: Iterable[str], *, projected: bool) -> list[Rule | Drop]:
-  """Table of the image encoder, out of a whole CLIP or of a vision model alone.
+  """Table of the image encoder, from a complete CLIP or a vision model alone.
 
   Args:
-    source: its names.
-    projected: with the last norm and the projection into the space shared with texts.
+    source: names of the source.
+    projected: whether to include the last norm and the projection into the space shared with texts.
 
   Raises:
-    ValueError: names of no known spelling; no projection.
+    ValueError: for an unknown naming scheme or a missing projection.
   """
   names = set(source)
   prefix = next((p for p in IMAGE_PREFIXES if f"{p}embeddings.patch_embedding.weight" in names), None)
   if prefix is None:
-    raise UserError(f"no image encoder: no name ends in 'embeddings.patch_embedding.weight'; give {WANTED}.")
+    raise UserError(f"no image encoder: no name ends in 'embeddings.patch_embedding.weight'; give {EXPECTED}.")
   if projected and "visual_projection.weight" not in names:
-    raise UserError(f"no 'visual_projection.weight': an image encoder alone; give {WANTED}.")
+    raise UserError(f"no 'visual_projection.weight': an image encoder alone; give {EXPECTED}.")
   start, why_not = f"{prefix}embeddings", "the states before it are used"
   last = rf"{re.escape(prefix)}post_layernorm\..*|visual_projection\..*"
   return [
@@ -166,7 +166,7 @@ def image(source: Iterable[str], *, projected: bool) -> list[Rule | Drop]:
 
 
 def load_image(path: str | epath.PathLike, targets: Mapping[str, Shaped], *, projected: bool) -> dict[str, np.ndarray]:
-  """The image encoder of a folder of CLIP or of a single file, on the host.
+  """Loads the image encoder from a CLIP folder or a single file, on the host.
 
   Args:
     path: a folder with model.safetensors or pytorch_model.bin, or a file.
@@ -174,7 +174,7 @@ def load_image(path: str | epath.PathLike, targets: Mapping[str, Shaped], *, pro
     projected: as in `image`.
 
   Raises:
-    ValueError: a source that cannot be read, is none, or does not fit; everything at once.
+    ValueError: for a source that cannot be read, has no encoder or does not fit; lists all problems.
   """
   return _load(path, fetch.local(path), lambda names: image(names, projected=projected), targets, which="image")
 
@@ -182,37 +182,36 @@ def load_image(path: str | epath.PathLike, targets: Mapping[str, Shaped], *, pro
 def load_text(
   path: str | epath.PathLike, targets: Mapping[str, Shaped], *, projected: bool = False
 ) -> dict[str, np.ndarray]:
-  """The text encoder of a folder of CLIP or of a single file; as `load_image`.
+  """Loads the text encoder from a CLIP folder or a single file, as `load_image`.
 
-  Without the projection also of a diffusers folder, as which one on the hub or in a bucket is taken, or of a CompVis
-  file.
+  Without the projection, also from a CompVis file or a diffusers folder, which remote folders are assumed to be.
   """
-  place = fetch.local(path, () if projected else (TEXT_FOLDER,))
-  inner = place / TEXT_FOLDER
+  local_path = fetch.local(path, () if projected else (TEXT_FOLDER,))
+  subfolder = local_path / TEXT_FOLDER
   table = lambda names: text(names, targets, projected=projected)
-  return _load(path, inner if inner.is_dir() else place, table, targets, which="text")
+  return _load(path, subfolder if subfolder.is_dir() else local_path, table, targets, which="text")
 
 
 def _load(
   path: str | epath.PathLike,
-  place: pathlib.Path,
+  local_path: pathlib.Path,
   table: Callable[[Iterable[str]], list[Rule | Drop]],
   targets: Mapping[str, Shaped],
   *,
   which: str,
 ) -> dict[str, np.ndarray]:
-  """One of the encoders, out of what lies at `place`; messages name `path`."""
-  if not place.exists():
-    raise UserError(f"{str(path)!r} does not exist; give {WANTED}.")
-  weights = weight_files.open_folder(place, ("",)) if place.is_dir() else weight_files.open_file(place)
+  """Loads one of the encoders from `local_path`; `path` is for messages."""
+  if not local_path.exists():
+    raise UserError(f"{str(path)!r} does not exist; give {EXPECTED}.")
+  weights = weight_files.open_folder(local_path, ("",)) if local_path.is_dir() else weight_files.open_file(local_path)
   try:
-    tensors = apart(weights.tensors)
+    tensors = split_in_proj(weights.tensors)
     rules = table(tensors)
   except UserError as error:
     raise UserError(f"{path}: {error}") from error
-  words = ("token_embedding.weight", "token_embedding/embedding")
-  of_words = lambda named: {x.shape[-1] for n, x in named.items() if n.endswith(words) and len(x.shape) == 2}
-  given, needed = of_words(tensors), of_words(targets)
+  suffixes = ("token_embedding.weight", "token_embedding/embedding")
+  widths = lambda named: {x.shape[-1] for n, x in named.items() if n.endswith(suffixes) and len(x.shape) == 2}
+  given, needed = widths(tensors), widths(targets)
   if given and needed and given != needed:
     raise UserError(
       f"the text encoder of {path} is {min(given)} wide, that of config.backbone.text {min(needed)}; give "
@@ -222,7 +221,7 @@ def _load(
 
 
 def holds_text(path: str | epath.PathLike) -> bool:
-  """Whether a Stable Diffusion source, a diffusers folder or a single file, has a text encoder that can be read."""
+  """Whether a Stable Diffusion source, a diffusers folder or a single file, contains a text encoder."""
   path = fetch.local(path)
   if path.is_dir():
     return (path / TEXT_FOLDER).is_dir()
@@ -233,31 +232,31 @@ def holds_text(path: str | epath.PathLike) -> bool:
 
 
 def sizes(path: str | epath.PathLike) -> dict[str, Fields]:
-  """Sizes of the towers as the config.json of a folder states them; nothing where there is none.
+  """Sizes of the towers by the config.json of a folder; empty if there is none.
 
   Returns:
-    {"image": ..., "text": ...}: keyword arguments of ImageSizes and TextSizes, what it describes of them.
+    {"image": ..., "text": ...}: keyword arguments of ImageSizes and TextSizes, for the towers in the config.
 
   Raises:
-    ValueError: a config that cannot be read, or asks for what our networks do not do; one line.
+    ValueError: for a config that cannot be read or describes an unsupported network; one line.
   """
   path = fetch.local(path)
   if not (path / "config.json").is_file():
     return {}
   config = weight_files.read_config(path)
-  kind = str(config.get("model_type", "clip"))
-  vision = config.get("vision_config") if kind == "clip" else config if kind == "clip_vision_model" else None
-  words = config.get("text_config") if kind == "clip" else config if kind == "clip_text_model" else None
+  model = str(config.get("model_type", "clip"))
+  vision = config.get("vision_config") if model == "clip" else config if model == "clip_vision_model" else None
+  language = config.get("text_config") if model == "clip" else config if model == "clip_text_model" else None
   result = {}
   if vision is not None:
     result["image"] = _image_sizes(path, vision, config)
-  if words is not None:
-    result["text"] = _text_sizes(path, words)
+  if language is not None:
+    result["text"] = _text_sizes(path, language)
   return result
 
 
 def _image_sizes(path: pathlib.Path, vision: Options, config: Options) -> Fields:
-  """Absent fields have transformers' defaults, those of ViT-B/32."""
+  """Missing fields have the defaults of transformers, those of ViT-B/32."""
   side, patch = vision.get("image_size", 224), vision.get("patch_size", 32)
   if side % patch:
     raise UserError(f"{path / 'config.json'} asks for patches of {patch} in {side} pixels, which do not divide them.")
@@ -269,11 +268,11 @@ def _image_sizes(path: pathlib.Path, vision: Options, config: Options) -> Fields
   }
 
 
-def _text_sizes(path: pathlib.Path, words: Options) -> Fields:
+def _text_sizes(path: pathlib.Path, config: Options) -> Fields:
   return {
-    **_transformer(path, words, (512, 12, 8, 2048)),
-    "vocab_size": words.get("vocab_size", 49408),
-    "positions": words.get("max_position_embeddings", 77),
+    **_transformer(path, config, (512, 12, 8, 2048)),
+    "vocab_size": config.get("vocab_size", 49408),
+    "positions": config.get("max_position_embeddings", 77),
   }
 
 

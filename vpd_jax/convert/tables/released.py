@@ -33,12 +33,12 @@ AnyShaped = TypeVar("AnyShaped", bound=Shaped)
 _UNET = "encoder.unet.unet.diffusion_model"
 _BARE_UNET = "encoder.unet"
 _CIDE = "encoder.cide_module"
-_LAST_BLOCK = "encoder.cross_unet_conv2"  # of MetaPrompts' UNet: its first name
-MOST_STEPS = released_segmentation.MOST_STEPS  # of refinement; each has rules of its own
+_LAST_BLOCK = "encoder.cross_unet_conv2"  # the first name of the last block of MetaPrompts' UNet
+MAX_STEPS = released_segmentation.MAX_STEPS
 
 
-def _raised(source: str, target: str) -> list[Rule]:
-  """Transposed convolutions and the convolutions after them, both with batch normalization."""
+def _deconvolutions(source: str, target: str) -> list[Rule]:
+  """Transposed convolutions followed by convolutions, all with batch normalization."""
   return [
     Rule(f"{source}.deconv_layers", f"{target}/deconv_layers", (deconv, norm, bias, *BATCH_NORM)),
     Rule(f"{source}.conv_layers", f"{target}/conv_layers", (conv, norm, bias, *BATCH_NORM)),
@@ -46,7 +46,7 @@ def _raised(source: str, target: str) -> list[Rule]:
 
 
 def _depth_head() -> list[Rule]:
-  return [*_raised("decoder", "head"), Rule("last_layer_depth", "head/last_layer_depth")]
+  return [*_deconvolutions("decoder", "head"), Rule("last_layer_depth", "head/last_layer_depth")]
 
 
 def vpd_depth() -> list[Rule | Drop]:
@@ -66,7 +66,7 @@ def vpd_depth() -> list[Rule | Drop]:
 
 
 def tadp_depth() -> list[Rule | Drop]:
-  """TADP on NYU Depth v2: VPD's without what makes its context, and Stable Diffusion whole."""
+  """TADP on NYU Depth v2: VPD's table without its context, and the complete Stable Diffusion."""
   context = ("encoder.gamma", "encoder.class_embeddings", "encoder.text_adapter")
   rest = [rule for rule in vpd_depth() if isinstance(rule, Drop) or rule.source not in context]
   return [*rest, *released_tadp.depth_alone()]
@@ -83,7 +83,7 @@ def eco_depth_depth(unet: str = _UNET) -> list[Rule | Drop]:
   return [
     *(Rule(f"{_CIDE}.{name}", f"method/{name}", (plain,), optional=True) for name in ("embeddings", "gamma")),
     *vit.classifier(f"{_CIDE}.vit_model.", "method/vit_model/"),
-    # Not in a file whose context is the class token.
+    # Missing from files whose context is the class token.
     Rule(f"{_CIDE}.fc", "method/fc", optional=True),
     Rule(f"{_CIDE}.embedding_adapter", "method/text_adapter", optional=True),
     Rule("encoder.layer1", "neck/layer1"),
@@ -97,27 +97,27 @@ def eco_depth_depth(unet: str = _UNET) -> list[Rule | Drop]:
 
 
 def eco_depth_v2_depth() -> list[Rule | Drop]:
-  """EcoDepth's later files, whose UNet stands there without a wrapper. Source: EcoDepth model.py (v2.0.0)."""
+  """EcoDepth's later files, whose UNet has no wrapper. Source: EcoDepth model.py (v2.0.0)."""
   return eco_depth_depth(unet=_BARE_UNET)
 
 
 def meta_prompts_depth() -> list[Rule | Drop]:
   """MetaPrompts on NYU Depth v2 and KITTI. Source: MetaPrompts depth/models_depth/model.py, class VPDDepth.
 
-  The steps are numbered from 1, and their parts may be absent from the second on. The UNet's last block is one module
-  with several names: "cross_unet_conv2", under which it is registered first, is the one that is read and that its
-  gradients have; an export repeats it, see `manifest`.
+  The steps are numbered from 1; the parts of later ones are optional. The UNet's last block is one module with several
+  names. Its first registered name, "cross_unet_conv2", is the one that is read and that its gradients have; an export
+  repeats it under all names, see `manifest`.
   """
   steps = [
     Rule(f"encoder.{name}{i}", f"method/{name}/{i - 1}", leaves, optional=i > 1)
-    for i in range(1, MOST_STEPS + 1)
+    for i in range(1, MAX_STEPS + 1)
     for name, leaves in (("t", (plain,)), ("meta_prompts", (plain,)), ("text_adapter", LAYER))
   ]
   repeated = "the same module as cross_unet_conv2"
   return [
     *steps,
     Rule("encoder.layer1", "neck/layer1"),
-    *(rule for name in ("layer2", "layer3", "layer4") for rule in _raised(f"encoder.{name}", f"neck/{name}")),
+    *(rule for name in ("layer2", "layer3", "layer4") for rule in _deconvolutions(f"encoder.{name}", f"neck/{name}")),
     Rule("encoder.out_layer", "neck/out_layer"),
     *stable_diffusion.first_stage("encoder.encoder_vq"),
     *(Rule(f"{_UNET}.{part}", f"method/unet/{part}") for part in ("input_blocks", "middle_block", "output_blocks")),
@@ -129,7 +129,7 @@ def meta_prompts_depth() -> list[Rule | Drop]:
   ]
 
 
-# Of one module with several names, the one that the table reads, and the others. A file may hold any of them alone.
+# For modules with several names: the name in the table, and a pattern of the others. A file may have any one of them.
 SHARED = {
   "meta_prompts_depth": (_LAST_BLOCK, rf"encoder\.cross_unet_conv\d+|{re.escape(_UNET)}\.out"),
   "meta_prompts_segmentation": released_segmentation.SHARED,
@@ -145,10 +145,10 @@ TABLES = {
   "tadp_depth": tadp_depth,
   "tadp_segmentation": released_tadp.tadp_segmentation,
 }
-TASKS = {"referring": "refer"}  # Names of tasks in TABLES where they differ from ours.
-# A prefix by which a release is known; the first that is found decides.
+TASKS = {"referring": "refer"}  # Task names in TABLES that differ from ours.
+# A name prefix that identifies a release; the first match counts.
 SIGNATURES = {
-  **released_tadp.SIGNATURES,  # before VPD's, whose sign the one for depth has too
+  **released_tadp.SIGNATURES,  # before VPD's, whose prefix the one for depth also has
   "eco_depth_v2_depth": f"{_BARE_UNET}.input_blocks.",
   "eco_depth_depth": f"{_CIDE}.",
   "meta_prompts_depth": "encoder.meta_prompts1",
@@ -156,19 +156,19 @@ SIGNATURES = {
   **released_segmentation.SIGNATURES,
   "vpd_refer": released_referring.SIGN,
 }
-# What of a model a file of a release need not hold, found in "/" + name: CLIP's towers, which come from CLIP.
+# Arrays that a released file need not contain, as patterns for "/" + name: CLIP's towers, which are loaded from CLIP.
 CLIP = (r"^/method/text_encoder/", r"^/method/class_predictor/")
-# Under which key of a .pth the authors' code looks for weights, where not under "model".
+# The key of the weights in a .pth of the authors, if it is not "model".
 WRAPPERS = dict.fromkeys(
   (*released_segmentation.SIGNATURES, "tadp_segmentation", "eco_depth_v2_depth"), released_segmentation.WRAPPER
 )
 
-# The order in which the authors' modules register their children, one list for all modules: no two of them disagree.
+# The registration order of the children of the authors' modules. One list suffices, because no two modules conflict.
 _ORDER = (
   "embeddings gamma vit_model fc embedding_adapter vit encoder decoder last_layer_depth "
-  + "".join(f"t{i} meta_prompts{i} " for i in range(1, MOST_STEPS + 1))
+  + "".join(f"t{i} meta_prompts{i} " for i in range(1, MAX_STEPS + 1))
   + "meta_prompts class_embeddings layer1 layer2 layer3 layer4 out_layer cide_module text_adapter1 "
-  + "".join(f"cross_unet_conv{i} text_adapter{i} " for i in range(2, MOST_STEPS + 1))
+  + "".join(f"cross_unet_conv{i} text_adapter{i} " for i in range(2, MAX_STEPS + 1))
   + f"encoder_vq unet {released_segmentation.ORDER} "
   "conv_in down mid norm_out conv_out quant_conv post_quant_conv "
   "block attn downsample block_1 attn_1 block_2 "
@@ -186,14 +186,14 @@ _RANK = {word: rank for rank, word in enumerate(_ORDER.split())}
 
 
 def of(method: str, task: str, version: str = "") -> str:
-  """The key of TABLES for the names of a config.
+  """The key of TABLES for a config.
 
   Args:
     method, task: of the config.
-    version: of the release, such as "v2"; "": the first.
+    version: of the release, such as "v2"; empty for the first.
 
   Raises:
-    ValueError: there is no release of this method on this task.
+    ValueError: if the method has no release for this task.
   """
   release = "_".join(filter(None, (method, version, TASKS.get(task, task))))
   if release not in TABLES:
@@ -202,36 +202,36 @@ def of(method: str, task: str, version: str = "") -> str:
 
 
 def inside(named: Mapping[str, AnyShaped], rules: list[Rule | Drop]) -> dict[str, AnyShaped]:
-  """The arrays of a model, or their shapes, that the file of a release holds, by its table."""
+  """The arrays of a model, or their shapes, that a released file contains according to its table."""
   clip = lambda name: any(re.search(pattern, "/" + name) for pattern in CLIP)
-  held = lambda name, x: any(isinstance(rule, Rule) and rule.to_source(name, len(x.shape)) for rule in rules)
-  return {name: x for name, x in named.items() if not clip(name) or held(name, x)}
+  in_table = lambda name, x: any(isinstance(rule, Rule) and rule.to_source(name, len(x.shape)) for rule in rules)
+  return {name: x for name, x in named.items() if not clip(name) or in_table(name, x)}
 
 
 def named_for(release: str, source: Mapping[str, LazyTensor], targets: Iterable[str]) -> dict[str, LazyTensor]:
-  """The tensors of a file, those of a module with several names also under the name that the table reads.
+  """The tensors of a file, with the name in the table added for modules with several names.
 
   Args:
     release: key of TABLES.
     source: tensors by name.
-    targets: arrays of the model by our names: one without the module needs no name for it.
+    targets: our names of the model's arrays; a model without the module needs no such name.
   """
   name, others = SHARED.get(release, ("", ""))
   if not name or not any(target.startswith("method/unet/out/") for target in targets):
     return dict(source)
-  found = {f"{name}.{match[2]}": x for n, x in source.items() if (match := re.fullmatch(rf"({others})\.(.+)", n))}
-  return found | dict(source)
+  renamed = {f"{name}.{match[2]}": x for n, x in source.items() if (match := re.fullmatch(rf"({others})\.(.+)", n))}
+  return renamed | dict(source)
 
 
 def manifest(shapes: Mapping[str, Shaped], rules: list[Rule | Drop]) -> list[Fields]:
-  """Entries {name, shape, dtype} of the authors' state dict, in its order, for a model of these shapes.
+  """Entries {name, shape, dtype} of the authors' state dict, in its order, for a model of the given shapes.
 
   Args:
     shapes: all arrays of the model by our names; anything with `.shape`.
     rules: the table.
 
   Returns:
-    The entries; one that repeats another has its name as {alias_of}.
+    The entries; one that repeats another has its name in "alias_of".
   """
   phantoms = {name: np.broadcast_to(np.float32(0), tuple(value.shape)) for name, value in shapes.items()}
   entries = {
@@ -239,7 +239,7 @@ def manifest(shapes: Mapping[str, Shaped], rules: list[Rule | Drop]) -> list[Fie
   }
   for name in [name for name in entries if name.endswith(".running_var")]:
     entries[f"{name.removesuffix('running_var')}{COUNTER}"] = {"shape": [], "dtype": "int64"}
-  steps = sum(f"encoder.t{i}" in entries or f"encoder.meta_prompts{i}" in entries for i in range(1, MOST_STEPS + 1))
+  steps = sum(f"encoder.t{i}" in entries or f"encoder.meta_prompts{i}" in entries for i in range(1, MAX_STEPS + 1))
   others = (*(f"encoder.cross_unet_conv{i}" for i in range(3, steps + 1)), f"{_UNET}.out")
   for name in [name for name in entries if name.startswith(f"{_LAST_BLOCK}.")]:
     entries |= {name.replace(_LAST_BLOCK, other): entries[name] | {"alias_of": name} for other in others}
@@ -250,26 +250,28 @@ def manifest(shapes: Mapping[str, Shaped], rules: list[Rule | Drop]) -> list[Fie
 def state_dict(
   named: Mapping[str, npt.ArrayLike], rules: list[Rule | Drop], entries: Sequence[Options], step: int
 ) -> dict[str, np.ndarray]:
-  """The authors' state dict of our arrays: `rules.export`, with the constants that some releases hold beside them.
+  """The authors' state dict of our arrays: `rules.export`, with the constants that some releases also contain.
 
   Args:
     named: all arrays of the model by our names: trained, frozen and statistics.
     rules: the table.
-    entries: of `manifest`, or of a file's own list.
+    entries: of `manifest`, or of another list in this format.
     step: number of finished steps.
 
   Raises:
-    ConversionError: entries that nothing fills, arrays without an entry, wrong shapes; all at once.
+    ConversionError: for unfilled entries, arrays without an entry and wrong shapes; lists all problems.
   """
   constants = released_segmentation.constants() | released_tadp.constants()
-  held = {e["name"] for e in entries if e["name"] in constants and constants[e["name"]].shape == tuple(e["shape"])}
+  constant_names = {
+    e["name"] for e in entries if e["name"] in constants and constants[e["name"]].shape == tuple(e["shape"])
+  }
   resolved = lambda entry: released_segmentation.resolved(released_tadp.resolved(entry))
-  rest = [resolved(entry) for entry in entries if entry["name"] not in held]
-  exported = export(named, rules, rest, step)
+  other_entries = [resolved(entry) for entry in entries if entry["name"] not in constant_names]
+  exported = export(named, rules, other_entries, step)
   value = lambda entry: constants[entry["name"]].astype(entry["dtype"], copy=False)
-  return {e["name"]: value(e) if e["name"] in held else exported[e["name"]] for e in entries}
+  return {e["name"]: value(e) if e["name"] in constant_names else exported[e["name"]] for e in entries}
 
 
 def _place(name: str) -> list[tuple[int, int]]:
-  """Sort key of a name: numbers by value, words by the order above, unlisted ones as they come."""
+  """Sort key of a name: numbers by value, words by _RANK, unlisted words last."""
   return [(0, int(part)) if part.isdigit() else (1, _RANK.get(part, len(_RANK))) for part in name.split(".")]

@@ -1,8 +1,8 @@
 """The authors' checkpoints of TADP: on NYU Depth v2, and on ADE20K.
 
-Both hold Stable Diffusion whole, as "sd_model": the frozen text encoder, and the constants of its noise schedule, which
-no computation uses: they are left out on reading and written anew on export. In the file for depth VAE and UNet stand
-there a second time.
+Both contain the complete Stable Diffusion as "sd_model", including the frozen text encoder and the unused constants of
+the noise schedule, which are dropped on loading and recomputed on export. The file for depth contains VAE and UNet
+twice.
 
 Source: TADP TADP/tadp_depth.py, TADP/tadp_seg_mm.py.
 """
@@ -20,20 +20,20 @@ _DEPTH = "encoder.sd_model"
 _SEGMENTATION = "sd_model"
 # Prefixes that no other release has.
 SIGNATURES = {"tadp_depth": f"{_DEPTH}.cond_stage_model.", "tadp_segmentation": f"{_SEGMENTATION}.cond_stage_model."}
-# In the file for depth: what repeats, and what is repeated.
+# In the file for depth: {repeated prefix: original prefix}.
 REPEATED = {
   f"{_DEPTH}.model.diffusion_model": "encoder.unet.unet.diffusion_model",
   f"{_DEPTH}.first_stage_model": "encoder.encoder_vq",
 }
-# The order in which Stable Diffusion and the text encoder register their children, behind that of "sd_model".
+# The registration order of the children of Stable Diffusion and the text encoder, after that of "sd_model".
 ORDER = (
   "model first_stage_model cond_stage_model token_embedding position_embedding self_attn k_proj v_proj q_proj out_proj "
   "layer_norm1 mlp fc1 fc2 layer_norm2 final_layer_norm"
 )
 
 
-def stable_diffusion_whole(source: str) -> list[Rule | Drop]:
-  """What both files hold below `source` but for VAE and UNet."""
+def _sd_model(source: str) -> list[Rule | Drop]:
+  """What both files contain below `source`, except for VAE and UNet."""
   target = "method/text_encoder/text_model"
   return [
     *(
@@ -50,9 +50,9 @@ def stable_diffusion_whole(source: str) -> list[Rule | Drop]:
 
 
 def depth_alone() -> list[Rule | Drop]:
-  """What the file for depth holds and VPD's does not."""
+  """What the file for depth contains in addition to VPD's."""
   return [
-    *stable_diffusion_whole(_DEPTH),
+    *_sd_model(_DEPTH),
     *(
       Drop(rf"{re.escape(repeated)}\.(.+)", f"repeated of {name}", optional=True, repeats=name)
       for repeated, name in REPEATED.items()
@@ -62,11 +62,11 @@ def depth_alone() -> list[Rule | Drop]:
 
 
 def tadp_segmentation() -> list[Rule | Drop]:
-  """TADP on ADE20K. The UNet's last block is in the files and used by nothing."""
+  """TADP on ADE20K. The UNet's last block is in the files, but unused."""
   return [
     *stable_diffusion.unet("unet.unet.diffusion_model", out=True),
     *stable_diffusion.first_stage(f"{_SEGMENTATION}.first_stage_model"),
-    *stable_diffusion_whole(_SEGMENTATION),
+    *_sd_model(_SEGMENTATION),
     Rule("neck", "neck"),
     Rule("decode_head", "head/decode_head", (*LAYER, *BATCH_NORM)),
     DROP_COUNTERS,
@@ -74,22 +74,22 @@ def tadp_segmentation() -> list[Rule | Drop]:
 
 
 def repeated(entries: Options) -> dict[str, Fields]:
-  """Entries of the release for depth that stand for no array of ours: repeated ones, and the constants.
+  """Entries of the depth release that correspond to no array of ours: repeated tensors and constants.
 
   Args:
-    entries: {shape, dtype} by name of all that do; of any release, there are none for the others.
+    entries: {shape, dtype} by name of the other entries; the result is empty for other releases.
   """
   if not any(name.startswith(SIGNATURES["tadp_depth"]) for name in entries):
     return {}
-  found = {name: {"shape": list(value.shape), "dtype": value.dtype.name} for name, value in constants().items()}
+  result = {name: {"shape": list(value.shape), "dtype": value.dtype.name} for name, value in constants().items()}
   for prefix, original in REPEATED.items():
     for name in [name for name in entries if name.startswith(f"{original}.")]:
-      found[prefix + name.removeprefix(original)] = entries[name] | {"alias_of": name}
-  return found
+      result[prefix + name.removeprefix(original)] = entries[name] | {"alias_of": name}
+  return result
 
 
 def resolved(entry: Options) -> Options:
-  """An entry of a list of names, shapes and dtypes, told of which array of ours it is, whatever the list says."""
+  """An entry {name, shape, dtype} with the correct "alias_of", independent of the one in the list."""
   for prefix, original in REPEATED.items():
     if entry["name"].startswith(f"{prefix}."):
       return {**entry, "alias_of": original + entry["name"].removeprefix(prefix)}
@@ -97,5 +97,5 @@ def resolved(entry: Options) -> Options:
 
 
 def constants() -> dict[str, np.ndarray]:
-  """Those of Stable Diffusion's noise schedule, by the names in the file for depth; see released_segmentation."""
+  """The noise schedule of Stable Diffusion by the names in the file for depth; see released_segmentation."""
   return {f"encoder.{name}": value for name, value in released_segmentation.constants().items()}

@@ -1,7 +1,7 @@
 """Stable Diffusion 1.x and 2.x: the single CompVis file and the diffusers folder -> method/unet, method/vae.
 
-Our names are CompVis' own, so its table is four prefixes. diffusers numbers blocks per level; the numbers of CompVis
-count through all levels, hence the loops.
+Our names are those of CompVis, so its table has only four prefixes. diffusers numbers blocks per level, CompVis across
+all levels, hence the loops.
 """
 
 import pathlib
@@ -18,7 +18,7 @@ from vpd_jax.types import Fields, Options
 
 DECODER = "the VAE's decoder is not used"
 NOT_IN_ALL = {"time_embed": "the model learns its time vectors", "out": "the model ends at the features"}
-ENDS = {  # of a diffusers UNet: words by ours
+ENDS = {  # first and last layers of a diffusers UNet, by our part
   "time_embed": {"time_embedding.linear_1": "0", "time_embedding.linear_2": "2"},
   "out": {"conv_norm_out": "0", "conv_out": "2"},
 }
@@ -37,26 +37,26 @@ SCHEDULE = (
 
 
 def unet(source: str, *, time_embed: bool = True, out: bool) -> list[Rule]:
-  """CompVis names below `source`, with the layers for the timestep and the last block where a model has them."""
-  held = {"time_embed": time_embed, "out": out}
-  return [Rule(f"{source}.{part}", f"method/unet/{part}") for part in UNET_PARTS if held.get(part, True)]
+  """CompVis names below `source`, optionally with the time embedding and the last block."""
+  included = {"time_embed": time_embed, "out": out}
+  return [Rule(f"{source}.{part}", f"method/unet/{part}") for part in UNET_PARTS if included.get(part, True)]
 
 
 def first_stage(source: str) -> list[Rule]:
-  """The encoder's half of the autoencoder, CompVis names below `source`."""
+  """The encoder of the VAE, CompVis names below `source`."""
   return [Rule(f"{source}.{part}", f"method/vae/{part}") for part in ("encoder", "quant_conv", "post_quant_conv")]
 
 
 def compvis(targets: Iterable[str]) -> list[Rule | Drop]:
   """Table of a single file, e.g. v1-5-pruned-emaonly.ckpt."""
-  held = {part: _has(part, targets) for part in NOT_IN_ALL}
+  included = {part: _has(part, targets) for part in NOT_IN_ALL}
   return [
-    *unet("model.diffusion_model", **held),
+    *unet("model.diffusion_model", **included),
     *first_stage("first_stage_model"),
     *(
       drop(rf"model\.diffusion_model\.{part}\..*", why, optional=True)
       for part, why in NOT_IN_ALL.items()
-      if not held[part]
+      if not included[part]
     ),
     drop(r"first_stage_model\.decoder\..*", DECODER, optional=True),
     drop(r"first_stage_model\.loss\..*", "the VAE is not trained", optional=True),
@@ -67,7 +67,7 @@ def compvis(targets: Iterable[str]) -> list[Rule | Drop]:
 
 
 def diffusers(source: Iterable[str], targets: Iterable[str]) -> list[Rule | Drop]:
-  """Table of a folder's unet/ and vae/, whose numbers of levels and blocks are read off the names."""
+  """Table of a folder's unet/ and vae/; the number of levels and blocks follows from the names."""
   names = list(source)
   return [
     *_diffusers_unet(names),
@@ -84,10 +84,10 @@ def diffusers(source: Iterable[str], targets: Iterable[str]) -> list[Rule | Drop
 
 
 def unet_of(sizes: Options) -> list[Rule]:
-  """Table of a diffusers UNet by its sizes alone, config.backbone.unet."""
-  levels, blocks, attended = len(sizes["channel_mult"]), sizes["num_res_blocks"], sizes["attention_levels"]
+  """Table of a diffusers UNet from its sizes, config.backbone.unet."""
+  levels, blocks, attention_levels = len(sizes["channel_mult"]), sizes["num_res_blocks"], sizes["attention_levels"]
   names = [f"unet.down_blocks.{i}.resnets.{j}." for i in range(levels) for j in range(blocks)]
-  for i in attended:
+  for i in attention_levels:
     names += [f"unet.down_blocks.{i}.attentions.{j}.transformer_blocks." for j in range(blocks)]
     names += [f"unet.up_blocks.{levels - 1 - i}.attentions.{j}.transformer_blocks." for j in range(blocks + 1)]
   ends = [(old, f"{part}/{new}") for part, pairs in ENDS.items() for old, new in pairs.items()]
@@ -109,7 +109,7 @@ def _residual(source: str, target: str) -> list[Rule]:
   pairs |= {"norm2": "out_layers/0", "conv2": "out_layers/3"}
   return [
     *(Rule(f"{source}.{old}", f"{target}/{new}") for old, new in pairs.items()),
-    Rule(f"{source}.conv_shortcut", f"{target}/skip_connection", optional=True),  # Where the width changes.
+    Rule(f"{source}.conv_shortcut", f"{target}/skip_connection", optional=True),  # If the width changes.
   ]
 
 
@@ -124,23 +124,23 @@ def _diffusers_unet(names: list[str]) -> list[Rule]:
     Rule("unet.mid_block.attentions.0", "method/unet/middle_block/1"),
     *_residual("unet.mid_block.resnets.1", "method/unet/middle_block/2"),
   ]
-  attended = {name.rpartition(".transformer_blocks.")[0] for name in names}
+  with_attention = {name.rpartition(".transformer_blocks.")[0] for name in names}
   for level in range(levels):
-    # Down: input block 0 is conv_in, then per level the residual blocks and, but for the last level, one that shrinks.
-    # Up: output blocks per level one more residual block; the last one of a level also enlarges, as its last module.
+    # Down: input block 0 is conv_in, then each level has its residual blocks and, except for the last, a downsampler.
+    # Up: each level has one more residual block; its last output block also has the upsampler, as the last module.
     down, up = f"unet.down_blocks.{level}", f"unet.up_blocks.{level}"
     first_in, first_out = 1 + level * (blocks + 1), level * (blocks + 1)
     for source, target, count in ((down, "input_blocks", blocks), (up, "output_blocks", blocks + 1)):
       first = first_in if source == down else first_out
       for i in range(count):
         rules += _residual(f"{source}.resnets.{i}", f"method/unet/{target}/{first + i}/0")
-        if f"{source}.attentions.{i}" in attended:
+        if f"{source}.attentions.{i}" in with_attention:
           rules.append(Rule(f"{source}.attentions.{i}", f"method/unet/{target}/{first + i}/1"))
     if level < levels - 1:
-      place = 2 if f"{up}.attentions.{blocks}" in attended else 1
+      position = 2 if f"{up}.attentions.{blocks}" in with_attention else 1
       rules += [
         Rule(f"{down}.downsamplers.0.conv", f"method/unet/input_blocks/{first_in + blocks}/0/op"),
-        Rule(f"{up}.upsamplers.0.conv", f"method/unet/output_blocks/{first_out + blocks}/{place}/conv"),
+        Rule(f"{up}.upsamplers.0.conv", f"method/unet/output_blocks/{first_out + blocks}/{position}/conv"),
       ]
   return rules
 
@@ -163,25 +163,25 @@ def _diffusers_vae(names: list[str]) -> list[Rule]:
     )
   source, target = "vae.encoder.mid_block.attentions.0", "method/vae/encoder/mid/attn_1"
   rules.append(Rule(f"{source}.group_norm", f"{target}/norm"))
-  # Files before diffusers 0.18 use the older words; either way most are matrices, in CompVis 1x1 convolutions.
-  words = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-  words |= {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
+  # Files before diffusers 0.18 use older names. Most tensors are matrices, which are 1x1 convolutions in CompVis.
+  pairs = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+  pairs |= {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
   attention = (linear_as_conv, conv, bias)
-  return rules + [Rule(f"{source}.{old}", f"{target}/{new}", attention, optional=True) for old, new in words.items()]
+  return rules + [Rule(f"{source}.{old}", f"{target}/{new}", attention, optional=True) for old, new in pairs.items()]
 
 
 def sizes(path: str | epath.PathLike) -> dict[str, Fields] | None:
-  """Sizes of the three networks, from the config files of a diffusers folder; None for a single file.
+  """Sizes of the three networks from the config files of a diffusers folder; None for a single file.
 
   Args:
-    path: any source of weights, see fetch.py. Flax folders and those of PyTorch have the same config files.
+    path: any source of weights, see fetch.py. Flax and PyTorch folders have the same config files.
 
   Returns:
     {"unet": ..., "vae": ..., "text": ...}: keyword arguments of UNetSizes, VaeSizes and TextSizes. A network whose
-    folder is missing is left out.
+    folder is missing is omitted.
 
   Raises:
-    ValueError: a config that cannot be read, or asks for what our networks do not do; one line.
+    ValueError: for a config that cannot be read or describes an unsupported network; one line.
   """
   path = fetch.local(path)
   if not path.is_dir():
@@ -203,29 +203,29 @@ def sizes(path: str | epath.PathLike) -> dict[str, Fields] | None:
 
 
 def predicts_v(path: str | epath.PathLike) -> bool:
-  """Whether a diffusers folder says that its UNet was trained to predict v, as that of SD 2.1 (768 pixels) was."""
+  """Whether the UNet of a diffusers folder was trained for v-prediction, as that of SD 2.1 (768 pixels)."""
   folder, name = fetch.local(path) / "scheduler", "scheduler_config.json"
   return (folder / name).is_file() and weight_files.read_config(folder, name).get("prediction_type") == "v_prediction"
 
 
-def _check_latents(path: pathlib.Path, found: Mapping[str, Options]) -> None:
-  """Raises where the UNet reads something else than the latents of the VAE, and says which model that is."""
-  if not {"unet", "vae"} <= found.keys():
+def _check_latents(path: pathlib.Path, networks: Mapping[str, Options]) -> None:
+  """Raises if the UNet's input is not only the latents of the VAE; names the probable model."""
+  if not {"unet", "vae"} <= networks.keys():
     return
-  taken, given = found["unet"]["in_channels"], found["vae"]["z_channels"]
-  if taken == given:
+  unet_channels, vae_channels = networks["unet"]["in_channels"], networks["vae"]["z_channels"]
+  if unet_channels == vae_channels:
     return
-  named = OTHER_INPUTS.get((taken, given), "another model")
+  model = OTHER_INPUTS.get((unet_channels, vae_channels), "another model")
   if (path / "model_index.json").is_file():
-    named += f" ({weight_files.read_config(path, 'model_index.json').get('_class_name')})"
+    model += f" ({weight_files.read_config(path, 'model_index.json').get('_class_name')})"
   raise UserError(
-    f"{path}: its UNet takes {taken} channels, its VAE gives {given}: this is {named}; give a Stable Diffusion 1.x or "
-    "2.x that makes pictures from text alone."
+    f"{path}: its UNet takes {unet_channels} channels, its VAE gives {vae_channels}: this is {model}; give a "
+    "Stable Diffusion 1.x or 2.x that makes pictures from text alone."
   )
 
 
-def _refuse(config: Options, allowed: Mapping[str, tuple[object, ...]]) -> None:
-  """Raises where an option has a value that would change the network; an absent one counts as the first."""
+def _check_options(config: Options, allowed: Mapping[str, tuple[object, ...]]) -> None:
+  """Raises if an option has an unsupported value; a missing one counts as the first of `allowed`."""
   wrong = [f"{key}={config[key]!r}" for key, values in allowed.items() if config.get(key, values[0]) not in values]
   if wrong:
     raise UserError(f"asks for {', '.join(wrong)}, which is not Stable Diffusion 1.x or 2.x; use one of those.")
@@ -238,8 +238,8 @@ def _multiples(widths: list[int]) -> tuple[int, ...]:
 
 
 def _unet_sizes(config: Options) -> Fields:
-  kinds = config["down_block_types"]
-  _refuse(
+  block_types = config["down_block_types"]
+  _check_options(
     config,
     {
       "mid_block_type": ("UNetMidBlock2DCrossAttn", None),
@@ -247,7 +247,7 @@ def _unet_sizes(config: Options) -> Fields:
       "addition_embed_type": (None,),
       "num_class_embeds": (None,),
       "encoder_hid_dim": (None,),
-      "transformer_layers_per_block": (1, [1] * len(kinds)),
+      "transformer_layers_per_block": (1, [1] * len(block_types)),
       "resnet_time_scale_shift": ("default",),
       "dual_cross_attention": (False,),
       "only_cross_attention": (False,),
@@ -255,9 +255,9 @@ def _unet_sizes(config: Options) -> Fields:
       "norm_num_groups": (32,),
     },
   )
-  strange = sorted(set(kinds) - {"CrossAttnDownBlock2D", "DownBlock2D"})
-  if strange:
-    raise UserError(f"asks for blocks {strange}, which Stable Diffusion 1.x and 2.x do not have; use one of those.")
+  unknown = sorted(set(block_types) - {"CrossAttnDownBlock2D", "DownBlock2D"})
+  if unknown:
+    raise UserError(f"asks for blocks {unknown}, which Stable Diffusion 1.x and 2.x do not have; use one of those.")
   widths = config["block_out_channels"]
   # diffusers calls the number of heads attention_head_dim: one for all levels in SD 1.x, one per level in SD 2.x.
   heads = config.get("num_attention_heads") or config["attention_head_dim"]
@@ -271,7 +271,7 @@ def _unet_sizes(config: Options) -> Fields:
     "model_channels": widths[0],
     "channel_mult": _multiples(widths),
     "num_res_blocks": config["layers_per_block"],
-    "attention_levels": tuple(i for i, kind in enumerate(kinds) if kind == "CrossAttnDownBlock2D"),
+    "attention_levels": tuple(i for i, block_type in enumerate(block_types) if block_type == "CrossAttnDownBlock2D"),
     "num_heads": per_level[0] if len(set(per_level)) == 1 else None,
     "head_width": None if len(set(per_level)) == 1 else head_widths.pop(),
     "context_dim": config["cross_attention_dim"],
@@ -280,7 +280,7 @@ def _unet_sizes(config: Options) -> Fields:
 
 
 def _vae_sizes(config: Options) -> Fields:
-  _refuse(config, {"act_fn": ("silu",), "norm_num_groups": (32,), "in_channels": (3,)})
+  _check_options(config, {"act_fn": ("silu",), "norm_num_groups": (32,), "in_channels": (3,)})
   widths = config["block_out_channels"]
   return {
     "channels": widths[0],
@@ -292,7 +292,7 @@ def _vae_sizes(config: Options) -> Fields:
 
 
 def _text_sizes(config: Options) -> Fields:
-  _refuse(config, {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,)})
+  _check_options(config, {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,)})
   return {
     "vocab_size": config["vocab_size"],
     "width": config["hidden_size"],
@@ -301,6 +301,6 @@ def _text_sizes(config: Options) -> Fields:
     "mlp_width": config["intermediate_size"],
     "positions": config["max_position_embeddings"],
     "activation": config["hidden_act"],
-    # OpenCLIP's; the tokenizers of SD 2.x say so too. (pad_token_id of this file is not used, and wrong.)
+    # As in OpenCLIP and in the tokenizers of SD 2.x. (pad_token_id of this file is unused and wrong.)
     "padding": 0 if config["hidden_act"] == "gelu" else -1,
   }

@@ -1,1 +1,1 @@
-"""One file per data set; `DATASETS` in vpd_jax/experiment.py gives them their names in configs."""
+"""Data sets, one module each; `DATASETS` in vpd_jax/experiment.py maps config names to them."""

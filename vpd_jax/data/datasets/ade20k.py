@@ -3,7 +3,7 @@
 Files, below `root` (the folder ADEChallengeData2016):
   images/training/ADE_train_<8 digits>.jpg      annotations/training/ADE_train_<8 digits>.png
   images/validation/ADE_val_<8 digits>.jpg      annotations/validation/ADE_val_<8 digits>.png
-In an annotation 0 is no class, and 1 to 150 are the classes 0 to 149.
+In annotations, 0 is unlabeled, and 1 to 150 are the classes 0 to 149.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ LIST = label_maps.read_class_list("ade20k_classes.json")
 SPLITS = {"train": "training", "eval": "validation"}
 COUNTS = {"train": 20_210, "eval": 2_000}
 SOURCE = "it comes from ADEChallengeData2016.zip of sceneparsing.csail.mit.edu."
-KINDS = {
-  "": label_maps.values(
+LABEL_MAPPINGS = {
+  "": label_maps.make_mapping(
     {index + 1: index for index in range(len(LIST.names))},
     (0, label_maps.IGNORE),
     "those of ADEChallengeData2016 hold no others, those of the full ADE20K do.",
@@ -32,7 +32,7 @@ class Ade20k(SegmentationDataset):
 
   Args:
     root: the folder ADEChallengeData2016, or with format="tfds" the one that prepare_data.py wrote.
-    complete: whether the published 20 210 and 2 000 pictures must be there; False takes what there is.
+    complete: whether the published 20 210 and 2 000 images are required; False accepts any number.
 
   Source: mmseg/datasets/ade.py (reduce_zero_label); VPD segmentation/configs/_base_/datasets/ade20k.py.
   """
@@ -40,7 +40,7 @@ class Ade20k(SegmentationDataset):
   complete: bool = True
 
   name, title = "ade20k", "ADE20K"
-  classes, palette, kinds = LIST.names, LIST.palette, KINDS
+  classes, palette, label_mappings = LIST.names, LIST.palette, LABEL_MAPPINGS
 
   def __post_init__(self):
     super().__post_init__()
@@ -48,7 +48,7 @@ class Ade20k(SegmentationDataset):
     if self.format == "files":
       image_files.require_folder(self.root, f"ADEChallengeData2016: {SOURCE}")
 
-  def pictures(self, split: str) -> label_maps.Pictures:
+  def labeled_images(self, split: str) -> label_maps.LabeledImages:
     folder = Path(self.root).expanduser()
     pairs = label_maps.pair_files(folder, f"images/{SPLITS[split]}", f"annotations/{SPLITS[split]}", SOURCE)
-    return label_maps.Pictures(folder, pairs, KINDS)
+    return label_maps.LabeledImages(folder, pairs, LABEL_MAPPINGS)

@@ -1,4 +1,4 @@
-"""COCO keypoints: people with 17 joints, in boxes of the annotators or of a detector.
+"""COCO keypoints: people with 17 joints, in annotated or detected boxes.
 
 Files, below `root`:
   annotations/person_keypoints_train2017.json and person_keypoints_val2017.json
@@ -18,7 +18,7 @@ from vpd_jax.types import Fields, Published, Source
 
 BOXES = ("detections", "annotated")
 YEARS = {"train": "train2017", "eval": "val2017"}
-# People that the releases train on and score; the last by the boxes they are scored in.
+# Number of people in training and evaluation of the releases; evaluation by the boxes used.
 COUNTS = {"train": 149_813, ("eval", "detections"): 104_125, ("eval", "annotated"): 6_352}
 PICTURES = "they come from train2017.zip and val2017.zip of cocodataset.org."
 ANNOTATIONS = "they come from annotations_trainval2017.zip of cocodataset.org."
@@ -33,17 +33,17 @@ class CocoPose(PoseDataset):
   """COCO keypoints.
 
   Args:
-    root: folder of all others, or with format="tfds" the one that prepare_data.py wrote.
-    boxes: in which people are scored: "detections" of a detector (as published), or "annotated".
-    detections: the detector's file, from here or below `root`. Scores with boxes of another file cannot be compared.
-    box_threshold: detections whose score is not above it are left out. Release: 0.
+    root: the parent folder, or with format="tfds" the one that prepare_data.py wrote.
+    boxes: the boxes for evaluation: "detections" of a detector (as published), or "annotated".
+    detections: the detection file, an existing path or relative to `root`. Scores with other files are not comparable.
+    box_threshold: detections with scores at or below it are dropped. Release: 0.
     person_category: the category_id of people in the detections; -1: as in the annotations. Many programs count from 0.
-    annotations: folder of the annotation files, from here or below `root`. Evaluation reads its file with
-      format="tfds" too: it is the ground truth of pictures in which nobody was detected.
-    train_images, eval_images: folders of the pictures, below `root`.
+    annotations: folder of the annotation files, an existing path or relative to `root`. Evaluation also reads them with
+      format="tfds", because they include images without detections.
+    train_images, eval_images: folders of the images, below `root`.
     upper_share: see top_down.Augmentation.
-    complete: whether the published numbers of people must be there; False takes what there is, and leaves detections
-      of pictures that the annotations do not list out.
+    complete: whether the published numbers of people are required; False accepts any number, and drops detections of
+      images that are not in the annotations.
 
   Source: ViTPose configs/body/2d_kpt_sview_rgb_img/topdown_heatmap/coco; mmpose 0.x
   datasets/datasets/top_down/topdown_coco_dataset.py.
@@ -63,10 +63,10 @@ class CocoPose(PoseDataset):
   stored = persons.STORED
 
   def __post_init__(self):
-    """Checks the options; files are looked for by `source`.
+    """Checks the options; `source` checks the files.
 
     Raises:
-      ValueError: an unknown word, a number out of its range, no such folder.
+      ValueError: for an unknown word, a number out of range or a missing folder.
     """
     if self.boxes not in BOXES:
       raise UserError(f"data.boxes={self.boxes!r} is unknown; choose one of {BOXES}.")
@@ -74,24 +74,24 @@ class CocoPose(PoseDataset):
     self.augmentation = self._augmentation(top_down_transforms.COCO, upper_share=self.upper_share)
     self.folders = {"train": self.train_images, "eval": self.eval_images}
     self.made_with = {"boxes": self.boxes, "box_threshold": self.box_threshold}
-    # A threshold of one's own leaves fewer.
-    whole = {"train": COUNTS["train"]} | ({} if self.box_threshold else {"eval": COUNTS["eval", self.boxes]})
-    self.published = Published(whole if self.complete else {}, None, {})
+    # A threshold above 0 changes the number of detections.
+    counts = {"train": COUNTS["train"]} | ({} if self.box_threshold else {"eval": COUNTS["eval", self.boxes]})
+    self.published = Published(counts if self.complete else {}, None, {})
     if self.format == "files":
       image_files.require_folder(self.root, "of COCO that holds annotations/, train2017/ and val2017/.")
 
   @reader.read_once
   def source(self, split: str) -> Source:
-    """The people of "train" or "eval", in the order of their pictures, whose pictures are all there.
+    """The people of "train" or "eval", in the order of their images.
 
     Raises:
-      ValueError: files are missing or damaged, detections of other pictures, or another number of people than the
-        published one. With format="tfds", the shards are not there or not whole.
+      ValueError: for missing or damaged files, detections of other images, or another number of people than published;
+        with format="tfds", for missing or incomplete shards.
     """
     if split not in YEARS:
       raise UserError(f"split={split!r} is unknown; choose one of {sorted(YEARS)}.")
     if self.format == "tfds":
-      found: Source = reader.Shards(self.root, "coco_pose", split, decode=persons.decode, made_with=self.made_with)
+      people: Source = reader.Shards(self.root, "coco_pose", split, decode=persons.decode, made_with=self.made_with)
     else:
       annotations = self._annotations(split)
       chosen = range(len(annotations.images))
@@ -103,16 +103,16 @@ class CocoPose(PoseDataset):
       else:
         samples = coco_json.annotated(annotations, chosen)
       folder = Path(self.root).expanduser() / self.folders[split]
-      found = persons.open_split(folder, annotations, chosen, samples, PICTURES)
-    return label_maps.check_count(found, split, self.published.counts.get(split), "COCO keypoints")
+      people = persons.open_split(folder, annotations, chosen, samples, PICTURES)
+    return label_maps.check_count(people, split, self.published.counts.get(split), "COCO keypoints")
 
   def truth(self, split: str) -> Fields:
-    """What is scored against, for pycocotools: all pictures of the split with all their people.
+    """The ground truth for pycocotools: all images of the split with all their people.
 
-    "image_index" of an Example counts in its "images".
+    "image_index" of an Example is an index into its "images".
 
     Raises:
-      ValueError: the annotation file is missing or damaged.
+      ValueError: if the annotation file is missing or damaged.
     """
     annotations = self._annotations(split)
     return coco_json.truth(annotations, range(len(annotations.images)))

@@ -1,4 +1,4 @@
-"""What the depth data sets share: options, augmentation."""
+"""Base class of the depth data sets: options and augmentation."""
 
 import dataclasses
 
@@ -12,20 +12,20 @@ from vpd_jax.types import Dataset, Example
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class DepthDataset(Dataset):
-  """Pictures with a depth map each, with the augmentation of the depth release.
+  """Images with depth maps, with the augmentation of the depth release.
 
-  A data set gives `depth_scale`, `max_depth`, `info` and `source`, and calls `__post_init__`.
+  Subclasses define `depth_scale`, `max_depth`, `info` and `source`, and call `__post_init__`.
 
   Args:
     crop: (height, width) of a training example.
-    resize: (height, width) that images and depth get before anything else; () keeps the files' sizes. Scores of
-      resized data are not the published ones.
+    resize: (height, width) to which images and depth are resized first; () keeps the files' sizes. Scores on resized
+      data are not comparable to published ones.
     cut_depth: "released", "scaled" or "off", see transforms.vertical_cut_depth.
-    color_jitter: False trains without the changes of color.
+    color_jitter: whether to apply color augmentation.
 
   Attributes:
-    provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "depth" float32 [H, W] meters (0 is no measurement),
-      "index" int32 [], position in the list file, and where there are classes "class_id" int32 [] into `classes`.
+    provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "depth" float32 [H, W] meters (0 is missing),
+      "index" int32 [], position in the list file, and for data sets with classes "class_id" int32 [] into `classes`.
     depth_scale: units per meter in the files.
     max_depth: meters, the range of the data set.
   """
@@ -45,10 +45,10 @@ class DepthDataset(Dataset):
     self.crop = validation.check_size("crop", self.crop)
     self.resize = validation.check_size("resize", self.resize) if self.resize else ()
 
-  def check_crop(self, option: str, whole: tuple[int, ...]) -> None:
-    """Raises ValueError where the crop does not fit into the size `whole` of this option, unless that is ()."""
-    if whole and (self.crop[0] > whole[0] or self.crop[1] > whole[1]):
-      raise UserError(f"crop={self.crop} does not fit into {option}={whole}; make data.crop smaller.")
+  def check_crop(self, option: str, size: tuple[int, ...]) -> None:
+    """Raises ValueError if the crop is larger than `size`, the value of the given option, unless that is ()."""
+    if size and (self.crop[0] > size[0] or self.crop[1] > size[1]):
+      raise UserError(f"crop={self.crop} does not fit into {option}={size}; make data.crop smaller.")
 
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
     """The released augmentation of one frame, see transforms.depth_training."""
@@ -64,5 +64,5 @@ class DepthDataset(Dataset):
     )
 
   def eval_transform(self, example: Example) -> Example:
-    """The whole frame, resized where asked."""
+    """The full frame, resized if `resize` is set."""
     return depth_transforms.resize(example, size=self.resize) if self.resize else example

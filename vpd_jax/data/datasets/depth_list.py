@@ -1,14 +1,14 @@
-"""Depth data of the user's own: a list file, the units of the depth files, a largest depth.
+"""Custom depth data: list files, the units of the depth files, and a maximum depth.
 
 Files, below `root`:
-  train_list.txt   one picture a line: the image and its depth, relative to `root`, separated by a tab or by spaces
+  train_list.txt   one image per line: the image and its depth, relative to `root`, separated by a tab or by spaces
   eval_list.txt    the same for evaluation; without it the last lines of the training list are held out
-Images are of any kind OpenCV reads and of any size; a depth file has the size of its image and one channel:
+Images have any format that OpenCV reads and any size; a depth file has the size of its image and one channel:
   .png             16 bits
   .tif, .tiff      16 bits, or 32-bit floats
-  .pfm             floats as stored: of the number in the header only the sign counts, which is the byte order
-  .npy             floats, or whole numbers
-Depth in meters is the file's value / `factor`. What is not finite, not above 0 or beyond `max_depth` is no measurement.
+  .pfm             floats as stored; only the sign of the scale in the header is used, for the byte order
+  .npy             floats or integers
+Depth in meters is the file's value / `factor`. Values that are not finite or not in (0, `max_depth`] are missing.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from vpd_jax.files import image_decoding, reading
 from vpd_jax.types import DatasetInfo, Example, Options, Source
 
 SUFFIXES = (".png", ".tif", ".tiff", ".pfm", ".npy")
-_SPACE = rb"(?:\s|#[^\n]*\n)+"  # between the words of a header, comments too
+_SPACE = rb"(?:\s|#[^\n]*\n)+"  # separator in a header, including comments
 _PFM = re.compile(
   rb"(?P<kind>P[Ff])%b(?P<width>[1-9]\d{0,8})%b(?P<height>[1-9]\d{0,8})%b"
   rb"(?P<scale>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?=\s)(?P<line>[^\S\n]*(?:#[^\n]*)?\n)?" % ((_SPACE,) * 3)
@@ -38,25 +38,23 @@ _PFM = re.compile(
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class DepthList(DepthDataset):
-  """Pictures with depth, named by list files.
+  """Images with depth from list files.
 
   Args:
-    root: folder the lists' names start from.
+    root: folder that the names in the lists are relative to.
     factor: units of the depth files per meter: 1000 for millimeters, 256 for KITTI's, 1 for meters.
-    max_depth: meters; a larger value counts as no measurement, for the head cannot reach it.
-    train_list: list of the training pictures, from here or below `root`.
-    eval_list: the same for evaluation; empty holds out the last `holdout` of the training list, which are then not
-      trained on. They are the last ones, and not every tenth, because neighbors in a list are often frames of one
-      video.
-    holdout: share of the training list, rounded, at least one line.
-    scene: the one class of all pictures, for methods that are told a class: lower-case words joined by '_'. Empty: no
-      class is provided.
-    resize: (height, width) to which all pictures are brought, aspect kept and what is over cut off evenly at both
-      sides; scores are those at this size, for a batch has one size. () keeps the files' sizes: all must be the same.
+    max_depth: in meters; larger values are missing, because the head cannot predict them.
+    train_list: list of the training images, an existing path or relative to `root`.
+    eval_list: the same for evaluation. Empty holds out the last `holdout` of the training list; the last ones, because
+      neighbors are often frames of one video.
+    holdout: fraction of the training list, rounded, at least one line.
+    scene: the class of all images, for methods that use a class: lower-case words joined by '_'. Empty: no class.
+    resize: (height, width) of all images, by scaling with fixed aspect ratio and a center crop; scores are computed at
+      this size, because all images of a batch have one size. () keeps the files' sizes, which must then be equal.
     exif: "stored" or "turned", see image_files.EXIF.
 
   Attributes:
-    classes: the scene, or nothing.
+    classes: the scene, or empty.
   """
 
   root: str
@@ -72,23 +70,23 @@ class DepthList(DepthDataset):
   classes = ("scene",)
 
   def __post_init__(self):
-    """Checks the options; files are looked for by `source`.
+    """Checks the options; `source` checks the files.
 
     Raises:
-      ValueError: in one line, for everything that is wrong with them.
+      ValueError: one line that lists all problems.
     """
     super().__post_init__()
     self.depth_scale, self._root = self.factor, Path(self.root).expanduser()
     positive = {"factor": self.factor, "max_depth": self.max_depth}
-    wrong = [f"{name}={value} must be above 0" for name, value in positive.items() if value <= 0]
+    problems = [f"{name}={value} must be above 0" for name, value in positive.items() if value <= 0]
     if not self.root or not self._root.is_dir():
-      wrong.append(f"root={self.root!r} is not a folder, set data.root to the one the names in the lists start from")
+      problems.append(f"root={self.root!r} is not a folder, set data.root to the one the names in the lists start from")
     if not 0 < self.holdout < 1:
-      wrong.append(f"holdout={self.holdout} must lie between 0 and 1, both excluded")
+      problems.append(f"holdout={self.holdout} must lie between 0 and 1, both excluded")
     if self.resize and (self.crop[0] > self.resize[0] or self.crop[1] > self.resize[1]):
-      wrong.append(f"crop={self.crop} does not fit into resize={self.resize}, make data.crop smaller")
-    if wrong:
-      raise UserError(f"data: {'; '.join(wrong)}.")
+      problems.append(f"crop={self.crop} does not fit into resize={self.resize}, make data.crop smaller")
+    if problems:
+      raise UserError(f"data: {'; '.join(problems)}.")
     image_files.check_exif(self.exif)
     self.classes, self.provides = one_scene(self.scene, DepthList.provides)
 
@@ -99,11 +97,11 @@ class DepthList(DepthDataset):
 
   @reader.read_once
   def source(self, split: str) -> "Frames":
-    """The pictures of "train" or "eval", in the order of their list, whose files are all there.
+    """The images of "train" or "eval", in the order of their list.
 
     Raises:
-      ValueError: the list or listed files are missing (all are counted), a line of another number of columns, a depth
-        file of an unknown kind, or nothing left to train on.
+      ValueError: if the list or listed files are missing (all are counted), or for lines with another number of
+        columns, depth files of an unknown format, or an empty split.
     """
     if split not in ("train", "eval"):
       raise UserError(f"split={split!r} is unknown; choose one of ['eval', 'train'].")
@@ -113,10 +111,10 @@ class DepthList(DepthDataset):
       path = image_files.find_list(self._root, self.train_list, (), "name it in data.train_list.")
     records = [(image, depth) for image, depth in read_columns(path, columns=(2,))]
     if not self.eval_list:
-      kept = len(records) - max(1, round(self.holdout * len(records)))
-      if kept < 1:
+      num_train = len(records) - max(1, round(self.holdout * len(records)))
+      if num_train < 1:
         raise UserError(f"list file {path} has {len(records)} picture and one is held out; add more, or an eval_list.")
-      records = records[:kept] if split == "train" else records[kept:]
+      records = records[:num_train] if split == "train" else records[num_train:]
     image_files.require_files(self._root, (name for pair in records for name in pair), f"they are named in {path}.")
     unknown = sorted({suffix for _, depth in records if (suffix := Path(depth).suffix).lower() not in SUFFIXES})
     if unknown:
@@ -126,12 +124,12 @@ class DepthList(DepthDataset):
     return Frames(pairs, read, self.provides, self.exif)
 
   def eval_transform(self, example: Example) -> Example:
-    """The picture at the one size of all."""
+    """The image, resized if `resize` is set."""
     return depth_transforms.resize_to_cover(example, size=self.resize) if self.resize else example
 
 
 class Frames(Source):
-  """Random access to images with a depth file each; reading starts with `[]`."""
+  """Random access to images with depth files; files are read by `[]`."""
 
   def __init__(
     self, records: Sequence[tuple[Path, Path]], read: Callable[[Path], np.ndarray], provides: frozenset[str], exif: str
@@ -139,9 +137,9 @@ class Frames(Source):
     """
     Args:
       records: (image, depth) files.
-      read: depth file to float32 [H, W] meters; it travels to the data workers.
+      read: reads a depth file as float32 [H, W] meters; must be picklable.
       provides: keys of an Example, among "image", "depth", "class_id" and "index".
-      exif: see files.EXIF.
+      exif: see image_files.EXIF.
     """
     self.records, self.read, self.provides, self.exif = records, read, provides, exif
     self.notes = image_files.exif_notes((image for image, _ in records), exif)
@@ -154,11 +152,11 @@ class Frames(Source):
     return self.records[index][0].as_posix()
 
   def __getitem__(self, index: int) -> Example:
-    """The whole picture.
+    """The full image and its depth.
 
     Raises:
-      ValueError: a file is missing, damaged or of the wrong kind, without any measurement, or not of the image's size;
-        the message names it.
+      ValueError: for a file that is missing, damaged, in the wrong format, without valid depth, or not of the image's
+        size; names it.
     """
     image_path, depth_path = self.records[index]
     image, depth = image_files.read_image(image_path, self.exif), self.read(depth_path)
@@ -173,10 +171,10 @@ class Frames(Source):
 
 
 def one_scene(scene: str, provides: frozenset[str]) -> tuple[tuple[str, ...], frozenset[str]]:
-  """(classes, provides) of a data set whose pictures all show one scene; no class where it has no name.
+  """(classes, provides) of a data set with a single scene class; no class if `scene` is empty.
 
   Raises:
-    ValueError: not lower-case words joined by '_', by which a class is looked up.
+    ValueError: if `scene` is not lower-case words joined by '_'.
   """
   if not scene:
     return (), provides - {"class_id"}
@@ -186,30 +184,30 @@ def one_scene(scene: str, provides: frozenset[str]) -> tuple[tuple[str, ...], fr
 
 
 def read_columns(path: str | Path, *, columns: tuple[int, ...]) -> list[list[str]]:
-  """The columns of every line of a list file, separated by tabs where a line has one, else by white space.
+  """The columns of every line of a list file, separated by tabs if the line has one, or else by white space.
 
-  Plain or gzip-compressed text; a missing last newline, empty lines, other line ends and slashes at the start of a name
-  do not matter.
+  The file may be gzip-compressed. A missing final newline, empty lines, other line endings and leading slashes of names
+  are accepted.
 
   Args:
     path: of the file.
-    columns: numbers of columns a line may have.
+    columns: valid numbers of columns.
 
   Raises:
-    ValueError: the file cannot be read, is empty, or has lines of another number of columns (named).
+    ValueError: if the file cannot be read, is empty, or has lines with another number of columns (named).
   """
   text = reading.read_text(path, called=f"list file {path}")
   lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
   table = [
     (number, [name.strip() for name in (line.split("\t") if "\t" in line else line.split())]) for number, line in lines
   ]
-  wanted = " or ".join(map(str, columns))
+  expected = " or ".join(map(str, columns))
   wrong = [f"{number} ({len(names)})" for number, names in table if len(names) not in columns or not all(names)]
   if wrong:
-    shown = ", ".join(wrong[: image_files.SHOWN]) + (", ..." if len(wrong) > image_files.SHOWN else "")
     raise UserError(
-      f"list file {path}: {len(wrong)} lines do not have {wanted} columns: {shown}; put the image and its depth in a "
-      "line, with a tab between where names hold spaces."
+      f"list file {path}: {len(wrong)} lines do not have {expected} columns: "
+      f"{image_files.first_items(wrong)}; put the image and its depth in a line, with a tab between where names hold "
+      "spaces."
     )
   if not table:
     raise UserError(f"list file {path} is empty; put the image and its depth in a line.")
@@ -217,11 +215,11 @@ def read_columns(path: str | Path, *, columns: tuple[int, ...]) -> list[list[str
 
 
 def read_depth(path: Path, *, factor: float, max_depth: float) -> np.ndarray:
-  """Reads a depth file of any of SUFFIXES as float32 [H, W] meters; 0 where nothing valid was measured.
+  """Reads a depth file of any of SUFFIXES as float32 [H, W] meters; 0 is missing.
 
   Raises:
-    ValueError: missing, damaged, of 8 bits, of more than one channel, or without a value in (0, max_depth] meters; the
-      message names the file.
+    ValueError: for a file that is missing, damaged, has 8 bits or more than one channel, or has no value in
+      (0, max_depth] meters; names the file.
   """
   suffix = path.suffix.lower()
   if suffix == ".png":
@@ -235,11 +233,11 @@ def read_depth(path: Path, *, factor: float, max_depth: float) -> np.ndarray:
     meters = values.astype(np.float32) / np.float32(factor)
   depth = np.where(np.isfinite(meters) & (meters > 0) & (meters <= max_depth), meters, np.float32(0))
   if not depth.any():
-    found = meters[np.isfinite(meters)]
-    seen = f"from {found.min():g} to {found.max():g} m" if found.size else "not finite"
+    finite = meters[np.isfinite(meters)]
+    value_range = f"from {finite.min():g} to {finite.max():g} m" if finite.size else "not finite"
     raise UserError(
       f"depth file {path} has no value in (0, {max_depth:g}] meters: at {factor:g} units per meter its values are "
-      f"{seen}; check data.factor and data.max_depth, or leave the picture out."
+      f"{value_range}; check data.factor and data.max_depth, or leave the picture out."
     )
   return depth
 
@@ -248,13 +246,15 @@ def _read_npy(path: Path) -> np.ndarray:
   if not path.is_file():
     raise UserError(f"depth file {path} cannot be read: it is not a file.")
   with image_decoding.faults(f"depth file {path}", "an array", "write it with numpy.save"):
-    return np.array(np.lib.format.open_memmap(path, mode="r"))  # compares the size that a header claims with the file's
+    return np.array(np.lib.format.open_memmap(path, mode="r"))  # checks the size in the header against that of the file
 
 
 def _read_pfm(path: Path) -> np.ndarray:
   """A portable float map, float32 [H, W] as stored, or [H, W, 3].
 
-  Not by OpenCV, which divides by the header's number and knows no comments. Source: Debevec's HDRShop, Netpbm's pfm(5).
+  OpenCV is not used, because it divides by the scale in the header and does not support comments.
+
+  Source: Debevec's HDRShop, Netpbm's pfm(5).
   """
   raw = image_files.read_bytes(path)
   header = _PFM.match(raw)
@@ -262,7 +262,7 @@ def _read_pfm(path: Path) -> np.ndarray:
     raise UserError(f"depth file {path} does not begin as a PFM: Pf, width and height, a number not 0; write it again.")
   width, height, channels = int(header["width"]), int(header["height"]), 3 if header["kind"] == b"PF" else 1
   size, begin = 4 * width * height * channels, header.end("scale") + 1
-  if len(raw) - begin != size and header["line"]:  # more than one byte ends the header
+  if len(raw) - begin != size and header["line"]:  # the header ends with more than one byte
     begin = header.end("line")
   content = raw[begin:]
   if len(content) < size or content[size:].strip():
@@ -272,7 +272,7 @@ def _read_pfm(path: Path) -> np.ndarray:
     )
   order = "<" if float(header["scale"]) < 0 else ">"
   values = np.frombuffer(content, f"{order}f4", size // 4).reshape(height, width, *(3,) * (channels == 3))
-  return values[::-1].astype(np.float32)  # rows come from the lowest to the highest
+  return values[::-1].astype(np.float32)  # rows are stored from bottom to top
 
 
 def _read_tiff(path: Path) -> np.ndarray:

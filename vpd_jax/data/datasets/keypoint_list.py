@@ -1,9 +1,9 @@
-"""Keypoints of the user's own, of people or of anything else, in files of COCO's format.
+"""Custom keypoint data, of people or other objects, in COCO format.
 
 Files, below `root`:
   train.json   annotations in COCO's format, see coco_json.py; one category names the keypoints
-  eval.json    the same for evaluation; without it the last pictures of the training file are held out
-  images/      the pictures that they name, of any kind OpenCV reads and of any sizes
+  eval.json    the same for evaluation; without it the last images of the training file are held out
+  images/      the annotated images, in any format that OpenCV reads and of any size
 """
 
 import dataclasses
@@ -20,22 +20,21 @@ from vpd_jax.types import Fields, Keypoints, Options, Source
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class KeypointList(PoseDataset):
-  """Pictures with annotated keypoints.
+  """Images with annotated keypoints.
 
   Args:
-    root: folder of all others, or with format="tfds" the one that prepare_data.py wrote.
-    train_json, eval_json: annotation files, from here or below `root`; an empty eval_json holds out the last `holdout`
-      of the training file's pictures, which are then not trained on. They are the last ones because neighbors are
-      often frames of one video.
-    json_root: folder below which JSON files are looked for; empty: `root`. With format="tfds" it is that of the files,
-      whose annotations are the ground truth of evaluation.
-    images: folder of the pictures, below `root`.
-    holdout: share that is held out, rounded, at least one picture.
-    detections: boxes of a detector in which people are scored, a file of COCO's format from here or below `root`;
-      empty: the annotated boxes.
+    root: the parent folder, or with format="tfds" the one that prepare_data.py wrote.
+    train_json, eval_json: annotation files, existing paths or relative to `root`. An empty eval_json holds out the last
+      `holdout` of the training images; the last ones, because neighbors are often frames of one video.
+    json_root: folder of the JSON files; empty for `root`. Also needed with format="tfds", since the annotations are the
+      ground truth of evaluation.
+    images: folder of the images, below `root`.
+    holdout: fraction to hold out, rounded, at least one image.
+    detections: detected boxes for evaluation, a file in COCO format, an existing path or relative to `root`; empty for
+      the annotated boxes.
     person_category: the category_id of people in the detections; -1: as in the annotations. Many programs count from 0.
-    keypoints: the names, in the order of the files; empty: as the training file names them, which must then be there.
-    pairs, skeleton, sigmas, upper: see top_down.described.
+    keypoints: the names, in the order of the files; empty for those of the training file, which must then exist.
+    pairs, skeleton, sigmas, upper: see top_down.keypoints_from_names.
     exif: "stored" or "turned", see image_files.EXIF.
   """
 
@@ -57,13 +56,13 @@ class KeypointList(PoseDataset):
   stored = persons.STORED
 
   def __post_init__(self):
-    """Checks the options; pictures are looked for by `source`.
+    """Checks the options; `source` checks the images.
 
     Raises:
-      ValueError: in one line, for everything that is wrong with them.
+      ValueError: one line that lists all problems.
     """
-    found = self.keypoints_of(vars(self))
-    self.augmentation, self.classes = self._augmentation(found), found.names
+    keypoints = self.keypoints_of(vars(self))
+    self.augmentation, self.classes = self._augmentation(keypoints), keypoints.names
     if not 0 < self.holdout < 1:
       raise UserError(f"data.holdout={self.holdout} must lie between 0 and 1, both excluded.")
     reader.check_format(self.format)
@@ -77,59 +76,61 @@ class KeypointList(PoseDataset):
 
   @classmethod
   def keypoints_of(cls, options: Options) -> Keypoints:
-    """The keypoints of a data set with these options, which may exist without its files if they name them.
+    """The keypoints of a data set with these options; if they include the names, no file is read.
 
     Raises:
-      ValueError: no names and no file with them, or names that do not fit each other.
+      ValueError: if neither the options nor the file name them, or for inconsistent options.
     """
     names = tuple(options.get("keypoints", ()))
     if not names:
       root = Path(options.get("json_root", "") or options.get("root", "")).expanduser()
-      hint = "it tells the names of the keypoints where data.keypoints does not."
+      hint = "it names the keypoints if data.keypoints does not."
       names = coco_json.keypoint_names(image_files.find_list(root, options.get("train_json", "train.json"), (), hint))
-    return top_down_transforms.described(
+    return top_down_transforms.keypoints_from_names(
       names, **{key: tuple(options.get(key, ())) for key in ("pairs", "skeleton", "sigmas", "upper")}
     )
 
   @reader.read_once
   def source(self, split: str) -> Source:
-    """The people of "train" or "eval", in the order of their pictures, whose pictures are all there.
+    """The people of "train" or "eval", in the order of their images.
 
     Raises:
-      ValueError: files are missing or damaged, nobody is left, detections of other pictures. With format="tfds", the
-        shards are not there or not whole.
+      ValueError: for missing or damaged files, an empty split, or detections of other images; with format="tfds", for
+        missing or incomplete shards.
     """
     if self.format == "tfds":
       decode = functools.partial(persons.decode, exif=self.exif)
       return reader.Shards(self.root, "keypoint_list", split, decode=decode, made_with=self.made_with)
-    found, chosen = self._chosen(split)
+    annotations, chosen = self._chosen(split)
     if split == "eval" and self.detections:
       path = image_files.find_list(self._json_root, self.detections, (), "name it in data.detections.")
-      # With a part held out, one file of detections may be of all pictures.
-      others = "skip" if (not self.eval_json) else "error"
-      samples = coco_json.detected(path, found, chosen, others=others, threshold=0.0, category=self.person_category)
+      # Without an eval_json, the detections may include the training images.
+      others = "error" if self.eval_json else "skip"
+      samples = coco_json.detected(
+        path, annotations, chosen, others=others, threshold=0.0, category=self.person_category
+      )
     else:
-      samples = coco_json.annotated(found, chosen)
+      samples = coco_json.annotated(annotations, chosen)
     folder = Path(self.root).expanduser() / self.images
-    source = f"{found.path} names them, data.images their folder."
-    return persons.open_split(folder, found, chosen, samples, source, self.exif)
+    source = f"{annotations.path} names them, data.images their folder."
+    return persons.open_split(folder, annotations, chosen, samples, source, self.exif)
 
   def truth(self, split: str) -> Fields:
-    """What is scored against, see coco_pose.CocoPose.truth."""
+    """The ground truth, see coco_pose.CocoPose.truth."""
     return coco_json.truth(*self._chosen(split))
 
   @reader.read_once
   def _chosen(self, split: str) -> tuple[coco_json.Annotations, range]:
-    """The annotations of a split and the numbers of its images in them."""
+    """The annotations of a split and the indices of its images in them."""
     if split not in self._files:
       raise UserError(f"split={split!r} is unknown; choose one of {sorted(self._files)}.")
     option = "eval_json" if split == "eval" and self.eval_json else "train_json"
     path = image_files.find_list(self._json_root, self._files[split], (), f"name it in data.{option}.")
-    found = coco_json.annotations(path, self.classes)
-    count = len(found.images)
+    annotations = coco_json.annotations(path, self.classes)
+    count = len(annotations.images)
     if self.eval_json:
-      return found, range(count)
-    kept = count - max(1, round(self.holdout * count))
-    if kept < 1:
+      return annotations, range(count)
+    num_train = count - max(1, round(self.holdout * count))
+    if num_train < 1:
       raise UserError(f"{path} has {count} picture and one is held out; add more, or an eval_json.")
-    return found, range(kept) if split == "train" else range(kept, count)
+    return annotations, range(num_train) if split == "train" else range(num_train, count)

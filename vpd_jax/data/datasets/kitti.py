@@ -4,9 +4,9 @@ Files, below `root`, as the lists of VPD and MetaPrompts name them:
   raw_data/<date>/<drive>_sync/image_02/data/<10 digits>.png
   data_depth_annotated/{train,val}/<drive>_sync/proj_depth/groundtruth/image_02/<10 digits>.png
   train_list.txt and test_list.txt (or eigen_benchmark_train_list.txt, eigen_train_files_with_gt.txt, ..., or .gz)
-The dates may also lie in `root` itself, the drives with depth in `root`, in `train` and `val`, or below a `depth_root`
-of their own: what counts is the end of a name, from the date or the drive on. So lists of BTS and of VPD both serve.
-Depth is a 16-bit PNG in 1/256 meter, 0 where no LiDAR point fell.
+The dates may also be in `root` itself, and the drives with depth in `root`, in `train` and `val`, or below a separate
+`depth_root`: only the suffix of a name, from the date or the drive on, is used. Lists of BTS and of VPD both work.
+Depth is a 16-bit PNG in 1/256 meter, 0 without LiDAR point.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ FILES_SOURCE = (
   "images come from the raw data of cvlibs.net/datasets/kitti, depth from its data_depth_annotated.zip; "
   "set data.root and data.depth_root to where they are."
 )
-NO_DEPTH = "None"  # in place of a name in the lists of BTS
-# The part of a name that is the same in all layouts, and the folders it is looked for in.
+NO_DEPTH = "None"  # instead of a file name in the lists of BTS
+# The part of a file name that all layouts have in common, and the folders to search.
 IMAGE = re.compile(r"(\d{4}_\d\d_\d\d/[^/]+/image_0[23]/data/[^/]+)$")
 DEPTH = re.compile(r"([^/]+/proj_depth/groundtruth/image_0[23]/[^/]+)$")
 IMAGE_FOLDERS = ("raw_data", "", "raw")
@@ -55,18 +55,18 @@ class Kitti(DepthDataset):
   Args:
     root: folder of the images, and of the depth where `depth_root` is empty.
     depth_root: folder of the annotated depth.
-    train_list: list file of the training frames; empty looks for the usual names in `root` and beside it. A line holds
-      the image, its depth or "None", and maybe the focal length, which is not used. Frames without depth are left out.
+    train_list: list file of the training frames; empty searches for the usual names in `root` and its parent. A line
+      has the image, its depth or "None", and optionally the focal length, which is not used. Frames without depth are
+      skipped.
     test_list: the same for evaluation.
-    kb_crop: (height, width) of the part that is trained on and scored, before `resize`, see transforms.kb_crop; ()
-      keeps whole frames, which differ in size by a few pixels.
-    scene: KITTI states no scene classes. The one class given to all frames, for methods that are told a class; empty:
-      no class is provided.
+    kb_crop: (height, width) of the crop for training and evaluation, before `resize`, see transforms.kb_crop; () keeps
+      full frames, which differ in size by a few pixels.
+    scene: the class of all frames, for methods that use a class, since KITTI has no scene classes; empty: no class.
     cut_depth: "released" wraps 1/256 meters.
-    format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same whole frames in the same order.
+    format: "files", or "tfds" for prepared ArrayRecord shards, which contain the same full frames in the same order.
 
   Attributes:
-    classes: the scene, or nothing.
+    classes: the scene, or empty.
     published: 652 test frames, which are Eigen's 697 without the 45 that have no annotated depth.
 
   Source: MetaPrompts depth/dataset/kitti.py and base_dataset.py.
@@ -95,10 +95,10 @@ class Kitti(DepthDataset):
     self.lists = {"train": self.train_list or None, "eval": self.test_list or None}
     self.check_crop("resize" if self.resize else "kb_crop", self.resize or self.kb_crop)
     if self.format == "tfds":
-      given = {"train_list": self.train_list, "test_list": self.test_list, "depth_root": self.depth_root}
-      if any(given.values()):
-        idle = ", ".join(f"data.{name}" for name, value in given.items() if value)
-        raise UserError(f"{idle} has no effect with data.format='tfds': the shards were made from the files.")
+      options = {"train_list": self.train_list, "test_list": self.test_list, "depth_root": self.depth_root}
+      if any(options.values()):
+        unused = ", ".join(f"data.{name}" for name, value in options.items() if value)
+        raise UserError(f"{unused} has no effect with data.format='tfds': the shards were made from the files.")
     else:
       image_files.require_folder(self.root, f"that holds raw_data/ and data_depth_annotated/ of KITTI: {FILES_SOURCE}")
       if not Path(self._depth_root).expanduser().is_dir():
@@ -112,11 +112,11 @@ class Kitti(DepthDataset):
 
   @reader.read_once
   def source(self, split: str) -> "Frames | reader.Shards":
-    """The frames of "train" or "eval" that have depth, in the order of the list file, whose files are all there.
+    """The frames of "train" or "eval" that have depth, in the order of the list file.
 
     Raises:
-      ValueError: the list file or listed files are missing (all are counted), or lines of the wrong number of columns.
-        With format="tfds", the shards are not there or not whole.
+      ValueError: if the list file or listed files are missing (all are counted), or for lines with the wrong number of
+        columns; with format="tfds", for missing or incomplete shards.
     """
     if split not in LISTS:
       raise UserError(f"split={split!r} is unknown; choose one of {sorted(LISTS)}.")
@@ -131,24 +131,25 @@ class Kitti(DepthDataset):
       raise UserError(f"list file {path} names no frame with depth; {hint}")
     named = [line[0] for line in lines], [line[1] for line in lines]
     images, depths = place(root, IMAGE_FOLDERS, IMAGE, named[0]), place(depth_root, DEPTH_FOLDERS, DEPTH, named[1])
-    listed, found = (*named[0], *named[1]), (*images, *depths)
-    missing = [name for name, file in zip(listed, found, strict=True) if file is None]
+    listed, files = (*named[0], *named[1]), (*images, *depths)
+    missing = [name for name, file in zip(listed, files, strict=True) if file is None]
     if missing:
-      shown = ", ".join(missing[: image_files.SHOWN]) + (", ..." if len(missing) > image_files.SHOWN else "")
-      where = self.root if self._depth_root == self.root else f"{self.root} and {self._depth_root}"
-      raise UserError(f"{len(missing)} files are missing in {where}: {shown}; {FILES_SOURCE}")
+      folders = self.root if self._depth_root == self.root else f"{self.root} and {self._depth_root}"
+      raise UserError(
+        f"{len(missing)} files are missing in {folders}: {image_files.first_items(missing)}; {FILES_SOURCE}"
+      )
     pairs = [(image, depth) for image, depth in zip(images, depths, strict=True) if image and depth]
     if depth_root != root:
       pairs = [(image, str(depth_root.absolute() / depth)) for image, depth in pairs]
     return Frames(root, pairs, example)
 
   def eval_transform(self, example: Example) -> Example:
-    """The benchmark's part of the frame, resized where asked."""
+    """The crop of the benchmark, resized if `resize` is set."""
     return super().eval_transform(depth_transforms.kb_crop(example, size=self.kb_crop) if self.kb_crop else example)
 
 
 class Frames(Source):
-  """Random access to the frames of one split, whole; reading starts with `[]`."""
+  """Random access to the full frames of one split; files are read by `[]`."""
 
   def __init__(
     self, folder: Path, pairs: list[tuple[str, str]], example: Callable[[image_files.Record, Path], Example]
@@ -163,7 +164,7 @@ class Frames(Source):
     return self.pairs[index][0]
 
   def record(self, index: int) -> image_files.Record:
-    """What is stored of a frame, see Kitti.stored: the files as they are."""
+    """The record of a frame, see Kitti.stored, with the unmodified files."""
     return {**image_files.read_frame(self.folder, *self.pairs[index]), "index": np.int32(index)}
 
   def __getitem__(self, index: int) -> Example:
@@ -173,17 +174,17 @@ class Frames(Source):
 def decode(
   record: image_files.Record, folder: Path | None = None, *, provides: frozenset[str], least: tuple[int, int]
 ) -> Example:
-  """The Example of a record, be it from files or from shards.
+  """Decodes a record, from files or shards, to an Example.
 
   Args:
     record: see Kitti.stored.
     folder: for messages.
     provides: keys of an Example.
-    least: (height, width) a frame must have.
+    least: minimum (height, width) of a frame.
 
   Raises:
-    ValueError: a picture is damaged or of the wrong kind, the two differ in size, the frame is smaller than `least`, or
-      not one LiDAR point is in it; names the file.
+    ValueError: for a damaged image or wrong format, images of different size, a frame smaller than `least`, or one
+      without depth; names the file.
   """
   frame = image_files.decode_frame(record, folder, scale=DEPTH_SCALE)
   names = [name if folder is None else folder / name for name in (record["image_path"], record["depth_path"])]
@@ -200,14 +201,14 @@ def decode(
 
 
 def place(root: Path, folders: tuple[str, ...], ending: re.Pattern, names: list[str]) -> list[str | None]:
-  """Where in `root` each listed file is: under its name as listed, or under the part that `ending` matches in a folder.
+  """The path of each listed file below `root`: its name, or the part that `ending` matches in one of the folders.
 
-  Every directory is read once. None for a file that is nowhere.
+  Every directory is read once. None for a file that does not exist.
   """
   entries = functools.cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
-  found: list[str | None] = []
+  paths: list[str | None] = []
   for name in names:
     match = ending.search(name)
-    places = [name, *(os.path.join(folder, match[1]) for folder in folders)] if match else [name]
-    found.append(next((p for p in places if os.path.basename(p) in entries(root / os.path.dirname(p))), None))
-  return found
+    candidates = [name, *(os.path.join(folder, match[1]) for folder in folders)] if match else [name]
+    paths.append(next((p for p in candidates if os.path.basename(p) in entries(root / os.path.dirname(p))), None))
+  return paths

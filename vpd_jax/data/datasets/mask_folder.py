@@ -1,9 +1,9 @@
-"""Segmentation data of the user's own: a folder of pictures, a folder of masks, a list of classes.
+"""Custom segmentation data: a folder of images, a folder of masks, a list of classes.
 
 Files, below `root`:
-  images/<name>.jpg    of any kind OpenCV reads, of any sizes, also in folders of their own
-  masks/<name>.png     of the size of its picture, one channel: gray, or with a palette whose indices count
-By default the number in a mask is the class, in the order of `classes`, and 255 is no class.
+  images/<name>.jpg    in any format that OpenCV reads, of any size, also in subfolders
+  masks/<name>.png     of the size of the image, one channel: gray, or with a palette, whose indices are the values
+By default, the values in a mask are indices into `classes`, and 255 is unlabeled.
 """
 
 import dataclasses
@@ -23,19 +23,19 @@ REMEDY = "correct data.classes, data.values or data.ignored."
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class MaskFolder(SegmentationDataset):
-  """Pictures and masks of a user.
+  """Custom images and masks.
 
   Args:
-    root: folder of all others, or with format="tfds" the one that prepare_data.py wrote.
-    classes: their names, in the order of the numbers in the masks.
-    images, masks: folders of the training pictures and masks, below `root`.
-    eval_images, eval_masks: the same for evaluation; empty holds out the last `holdout` of the sorted pictures, which
-      are then not trained on. They are the last ones because neighbors are often frames of one video.
-    holdout: share that is held out, rounded, at least one picture.
-    mask_ending: of a mask's name after its picture's name without suffix; the suffix in either case.
-    values: number in the masks by class, such as (0, 255) for black and white masks or (1, 2, 3) where 0 is nothing;
-      () takes 0, 1, 2 and so on.
-    ignored: numbers of no class, neither learned nor scored. Those that are of a class are not ignored.
+    root: the parent folder, or with format="tfds" the one that prepare_data.py wrote.
+    classes: class names, in the order of the values in the masks.
+    images, masks: folders of the training images and masks, below `root`.
+    eval_images, eval_masks: the same for evaluation. Empty holds out the last `holdout` of the sorted images; the last
+      ones, because neighbors are often frames of one video.
+    holdout: fraction to hold out, rounded, at least one image.
+    mask_ending: suffix of a mask after the image name without suffix; the file type is case-insensitive.
+    values: value in the masks by class, such as (0, 255) for black and white masks or (1, 2, 3) if 0 is unlabeled;
+      () for 0, 1, 2 and so on.
+    ignored: unlabeled values, which are neither trained on nor scored, unless they are in `values`.
     exif: "stored" or "turned", see image_files.EXIF.
   """
 
@@ -53,27 +53,29 @@ class MaskFolder(SegmentationDataset):
   name = "mask_folder"
 
   def __post_init__(self):
-    """Checks the options; files are looked for by `source`.
+    """Checks the options; `source` checks the files.
 
     Raises:
-      ValueError: in one line, for everything that is wrong with them.
+      ValueError: one line that lists all problems.
     """
-    self.classes, wrong = self.info({"classes": self.classes}).classes, []
+    self.classes, problems = self.info({"classes": self.classes}).classes, []
     reader.check_format(self.format)
     image_files.check_exif(self.exif)
-    numbers = tuple(self.values) or tuple(range(len(self.classes)))
-    if len(numbers) != len(self.classes) or len(set(numbers)) != len(numbers):
-      wrong.append(f"values={self.values} must be {len(self.classes)} different numbers, one for each of data.classes")
+    values = tuple(self.values) or tuple(range(len(self.classes)))
+    if len(values) != len(self.classes) or len(set(values)) != len(values):
+      problems.append(
+        f"values={self.values} must be {len(self.classes)} different numbers, one for each of data.classes"
+      )
     if bool(self.eval_images) != bool(self.eval_masks):
-      wrong.append("eval_images and eval_masks must be given together, or neither")
+      problems.append("eval_images and eval_masks must be given together, or neither")
     if not 0 < self.holdout < 1:
-      wrong.append(f"holdout={self.holdout} must lie between 0 and 1, both excluded")
+      problems.append(f"holdout={self.holdout} must lie between 0 and 1, both excluded")
     if not self.mask_ending.lower().endswith(".png"):
-      wrong.append(f"mask_ending={self.mask_ending!r} must end in '.png', the kind of file that keeps numbers")
-    if wrong:
-      raise UserError(f"data: {'; '.join(wrong)}.")
-    mapped = {number: index for index, number in enumerate(numbers)}
-    self.kinds = {"": label_maps.values(mapped, set(self.ignored) - mapped.keys(), REMEDY)}
+      problems.append(f"mask_ending={self.mask_ending!r} must end in '.png', the kind of file that keeps numbers")
+    if problems:
+      raise UserError(f"data: {'; '.join(problems)}.")
+    mapped = {number: index for index, number in enumerate(values)}
+    self.label_mappings = {"": label_maps.make_mapping(mapped, set(self.ignored) - mapped.keys(), REMEDY)}
     super().__post_init__()
     self.made_with = {
       **{"images": self.images, "masks": self.masks, "eval_images": self.eval_images, "eval_masks": self.eval_masks},
@@ -87,31 +89,33 @@ class MaskFolder(SegmentationDataset):
     """See types.Dataset.
 
     Raises:
-      ValueError: none, too many, not a list of names, or a name twice.
+      ValueError: if the classes are not a list of names, are too many, or have duplicates.
     """
     names = options.get("classes", ())
-    given = tuple(names) if isinstance(names, tuple | list) else ()
-    if not given or not all(isinstance(name, str) and name.strip() for name in given):
+    classes = tuple(names) if isinstance(names, tuple | list) else ()
+    if not classes or not all(isinstance(name, str) and name.strip() for name in classes):
       raise UserError(f"data.classes={names!r} must be names, in the order of the masks' numbers: ('road', 'car').")
-    twice = sorted({name for name in given if given.count(name) > 1})
-    if twice or len(given) > label_maps.MOST_CLASSES:
-      what = f"names {', '.join(twice)} twice" if twice else f"has {len(given)} names"
-      raise UserError(f"data.classes {what}; give at most {label_maps.MOST_CLASSES} different ones.")
-    return DatasetInfo(classes=given)
+    duplicates = sorted({name for name in classes if classes.count(name) > 1})
+    if duplicates or len(classes) > label_maps.MAX_CLASSES:
+      what = f"names {', '.join(duplicates)} twice" if duplicates else f"has {len(classes)} names"
+      raise UserError(f"data.classes {what}; give at most {label_maps.MAX_CLASSES} different ones.")
+    return DatasetInfo(classes=classes)
 
-  def pictures(self, split: str) -> label_maps.Pictures:
-    root, own = Path(self.root).expanduser(), split == "eval" and bool(self.eval_images)
-    prefix, folders = ("eval_", (self.eval_images, self.eval_masks)) if own else ("", (self.images, self.masks))
+  def labeled_images(self, split: str) -> label_maps.LabeledImages:
+    root, has_eval_folder = Path(self.root).expanduser(), split == "eval" and bool(self.eval_images)
+    prefix, folders = (
+      ("eval_", (self.eval_images, self.eval_masks)) if has_eval_folder else ("", (self.images, self.masks))
+    )
     hint = SOURCE.format(images=f"{prefix}images", masks=f"{prefix}masks")
     pairs = label_maps.pair_files(root, *folders, hint, ending=self.mask_ending, nested=True)
     if not self.eval_images:
-      kept = len(pairs) - max(1, round(self.holdout * len(pairs)))
-      if kept < 1:
+      num_train = len(pairs) - max(1, round(self.holdout * len(pairs)))
+      if num_train < 1:
         raise UserError(f"{root / self.images} has {len(pairs)} picture and one is held out; add more.")
-      pairs = pairs[:kept] if split == "train" else pairs[kept:]
-    found = label_maps.Pictures(root, pairs, self.kinds, self.exif)
-    found.notes = image_files.exif_notes((root / image for image, _ in pairs), self.exif)
-    return found
+      pairs = pairs[:num_train] if split == "train" else pairs[num_train:]
+    images = label_maps.LabeledImages(root, pairs, self.label_mappings, self.exif)
+    images.notes = image_files.exif_notes((root / image for image, _ in pairs), self.exif)
+    return images
 
   def decode(self) -> Callable[..., Example]:
-    return functools.partial(label_maps.decode, kinds=self.kinds, exif=self.exif)
+    return functools.partial(label_maps.decode, label_mappings=self.label_mappings, exif=self.exif)

@@ -3,8 +3,8 @@
 Files, below `root`:
   sync/<scene>_<nnnn>/rgb_<nnnnn>.jpg and sync_depth_<nnnnn>.png
   official_splits/test/<scene>/rgb_<nnnnn>.jpg and sync_depth_<nnnnn>.png
-  train_list.txt and test_list.txt (or nyudepthv2_train_list.txt ..., or .gz; in `root` or beside it)
-Depth is a 16-bit PNG in millimeters, 0 where nothing was measured.
+  train_list.txt and test_list.txt (or nyudepthv2_train_list.txt ..., or .gz; in `root` or its parent)
+Depth is a 16-bit PNG in millimeters, 0 if missing.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from vpd_jax.data.shards import reader
 from vpd_jax.errors import UserError
 from vpd_jax.types import DatasetInfo, Example, Options, Published, Source
 
-# The order is that of the class vectors in the released checkpoints; 'excercise_room' is spelt as in the data.
+# In the order of the class vectors in the released checkpoints; 'excercise_room' is spelled as in the data.
 # Source: VPD depth/nyu_class_list.json.
 CLASSES = (
   *("printer_room", "bathroom", "living_room", "study", "conference_room", "study_room", "kitchen", "home_office"),
@@ -27,7 +27,7 @@ CLASSES = (
   *("computer_lab", "classroom", "office", "bookstore"),
 )
 DEPTH_SCALE = 1000.0  # millimeters in the files
-MAX_DEPTH = 10.0  # meters, the range of the data set's sensor as all papers take it
+MAX_DEPTH = 10.0  # meters, the sensor range assumed by all papers
 FOLDERS = {"train": "sync", "eval": "official_splits/test"}
 LISTS = {
   "train": ("train_list.txt", "nyudepthv2_train_list.txt"),
@@ -42,13 +42,13 @@ FILES_SOURCE = {
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Nyu(DepthDataset):
-  """NYU Depth v2 with VPD's scene classes; the files' pictures are 480x640.
+  """NYU Depth v2 with VPD's scene classes; images are 480x640.
 
   Args:
     root: folder that holds sync/ and official_splits/, or with format="tfds" the one that prepare_data.py wrote.
-    train_list: list file of the training frames; empty looks for the usual names in `root` and beside it.
+    train_list: list file of the training frames; empty searches for the usual names in `root` and its parent.
     test_list: the same for evaluation.
-    format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
+    format: "files", or "tfds" for prepared ArrayRecord shards, which contain the same records in the same order.
 
   Attributes:
     classes: names of the 27 scene classes.
@@ -73,9 +73,9 @@ class Nyu(DepthDataset):
     self.check_crop("resize", self.resize)
     self.lists = {"train": self.train_list or None, "eval": self.test_list or None}
     if self.format == "tfds":
-      given = [f"{split}_list" for split, name in (("train", self.train_list), ("test", self.test_list)) if name]
-      if given:
-        raise UserError(f"data.{given[0]} has no effect with data.format='tfds': the shards were made from a list.")
+      options = [f"{split}_list" for split, name in (("train", self.train_list), ("test", self.test_list)) if name]
+      if options:
+        raise UserError(f"data.{options[0]} has no effect with data.format='tfds': the shards were made from a list.")
     else:
       image_files.require_folder(
         self.root, f"that holds sync/ and official_splits/ of NYU Depth v2: {FILES_SOURCE['train']}"
@@ -89,11 +89,11 @@ class Nyu(DepthDataset):
 
   @reader.read_once
   def source(self, split: str) -> "Frames | reader.Shards":
-    """The frames of "train" or "eval", in the order of the list file, whose files are all there.
+    """The frames of "train" or "eval", in the order of the list file.
 
     Raises:
-      ValueError: the list file or listed files are missing (all are counted), or a folder belongs to no scene class.
-        With format="tfds", the shards are not there or not whole.
+      ValueError: if the list file or listed files are missing (all are counted), or a folder matches no scene class;
+        with format="tfds", for missing or incomplete shards.
     """
     if split not in FOLDERS:
       raise UserError(f"split={split!r} is unknown; choose one of {sorted(FOLDERS)}.")
@@ -108,7 +108,7 @@ class Nyu(DepthDataset):
 
 
 class Frames(Source):
-  """Random access to the frames of one split; reading starts with `[]`."""
+  """Random access to the frames of one split; files are read by `[]`."""
 
   def __init__(self, folder: Path, pairs: list[tuple[str, str]], class_ids: list[int]):
     self.folder, self.pairs, self.class_ids = folder, pairs, class_ids
@@ -121,7 +121,7 @@ class Frames(Source):
     return self.pairs[index][0]
 
   def record(self, index: int) -> image_files.Record:
-    """What is stored of a frame, see Nyu.stored: the files as they are."""
+    """The record of a frame, see Nyu.stored, with the unmodified files."""
     frame = image_files.read_frame(self.folder, *self.pairs[index])
     return {**frame, "class_id": np.int32(self.class_ids[index]), "index": np.int32(index)}
 
@@ -130,10 +130,10 @@ class Frames(Source):
 
 
 def decode(record: image_files.Record, folder: Path | None = None) -> Example:
-  """The Example of a record, be it from files or from shards; `folder` is for messages.
+  """Decodes a record, from files or shards, to an Example; `folder` is for messages.
 
   Raises:
-    ValueError: a picture is damaged or of the wrong kind, or the two differ in size; names the file.
+    ValueError: for a damaged image or wrong format, or images of different size; names the file.
   """
   numbers = {key: np.asarray(record[key], np.int32) for key in ("class_id", "index")}
   return {**image_files.decode_frame(record, folder, scale=DEPTH_SCALE), **numbers}
@@ -142,10 +142,10 @@ def decode(record: image_files.Record, folder: Path | None = None) -> Example:
 def scene_classes(names: list[str]) -> list[int]:
   """Class of each frame: the lowest index whose class name is a substring of '<folder>_<file>'.
 
-  So 'study_room' becomes 'study' and 'office_kitchen' becomes 'kitchen': classes 5 and 19 never occur.
+  Therefore 'study_room' becomes 'study' and 'office_kitchen' becomes 'kitchen': classes 5 and 19 never occur.
 
   Raises:
-    ValueError: frames of no class, the first ten and their number.
+    ValueError: for frames without class; states their number and the first ten.
 
   Source: VPD depth/dataset/nyudepthv2.py, `__getitem__`.
   """

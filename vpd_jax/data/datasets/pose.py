@@ -1,4 +1,4 @@
-"""What the pose data sets share: options, augmentation, keypoints."""
+"""Base class of the pose data sets: options, augmentation, keypoints."""
 
 import dataclasses
 
@@ -11,14 +11,14 @@ from vpd_jax.types import Dataset, DatasetInfo, Example, Keypoints, Options
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class PoseDataset(Dataset):
-  """People in pictures, a crop for each, with the augmentation of the release.
+  """Crops of people in images, with the augmentation of the release.
 
-  A data set gives `keypoints_of`, `source` and `truth`, and calls `__post_init__`.
+  Subclasses define `keypoints_of`, `source` and `truth`, and call `__post_init__`.
 
   Args:
     crop: (H, W).
     udp, padding, center_jitter, flip, half_body, scale, rotation, rotation_chance: see top_down.Augmentation.
-    format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
+    format: "files", or "tfds" for prepared ArrayRecord shards, which contain the same records in the same order.
 
   Attributes:
     provides: keys of an Example, see top_down.Augmentation.
@@ -56,7 +56,7 @@ class PoseDataset(Dataset):
     return DatasetInfo(classes=keypoints.names, keypoints=keypoints, udp=options.get("udp", True))
 
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
-    """The augmentation of the options."""
+    """The training augmentation."""
     del position
     return self.augmentation.training(example, rng)
 
@@ -67,7 +67,7 @@ class PoseDataset(Dataset):
   def _augmentation(
     self, keypoints: Keypoints, *, upper_share: float = top_down_transforms.UPPER_SHARE
   ) -> top_down_transforms.Augmentation:
-    """The options of the augmentation, checked."""
+    """The augmentation with the options of the data set, which it checks."""
     return top_down_transforms.Augmentation(
       self.crop,
       keypoints,

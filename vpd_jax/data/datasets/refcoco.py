@@ -1,11 +1,11 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg: sentences about objects in pictures of COCO.
+"""RefCOCO, RefCOCO+ and RefCOCOg: sentences about objects in COCO images.
 
 Files, below `root`:
   refcoco/instances.json     refcoco/refs(unc).p     refcoco/refs(google).p
   refcoco+/instances.json    refcoco+/refs(unc).p
   refcocog/instances.json    refcocog/refs(umd).p    refcocog/refs(google).p
   images/mscoco/images/train2014/COCO_train2014_<12 digits>.jpg, or images/train2014/..., or data.images/...
-A reference is one object with several sentences. Its mask is that of its annotation in instances.json.
+A reference is an object with several sentences. Its mask is that of its annotation in instances.json.
 
 Source: Yu et al. 2016, https://arxiv.org/abs/1608.00272; VPD refer/data/dataset_refer_clip.py; REFER's refer.py.
 """
@@ -26,7 +26,7 @@ from vpd_jax.errors import UserError
 from vpd_jax.files import reading
 from vpd_jax.types import Fields, Published, Source
 
-# (references, pictures) by split, as published; None where no published number is known to us.
+# Published (references, images) by split; None if unknown.
 Counts = dict[str, tuple[int, int] | None]
 UNKNOWN: Counts = {"train": None, "val": None, "test": None}
 PUBLISHED: dict[tuple[str, str], Counts] = {
@@ -49,15 +49,15 @@ class RefCoco(ReferringDataset):
   Args:
     root: the folder with refcoco/, refcoco+/ and refcocog/, or with format="tfds" the one that prepare_data.py wrote.
     variant: "refcoco", "refcoco+" or "refcocog".
-    split_by: who divided it: "unc" for the first two, "umd" for the third, "google" for the first and the third.
+    split_by: author of the split: "unc" for the first two, "umd" for the third, "google" for the first and the third.
     eval_split: "val"; "testA" or "testB" of unc; "test" of umd and google.
-    images: folder of the pictures, below `root` or anywhere; empty: the first of PICTURES that is there.
-    overlap: of polygons of one object, "released" or "union", see coco_masks.decode.
-    on_empty: "stop" where a sentence has no words or an annotation no outline, or "leave_out" these.
-    complete: whether the published numbers of references and pictures must be there; False takes what there is.
+    images: image folder, an existing path or relative to `root`; empty for the first of PICTURES that exists.
+    overlap: how to merge polygons of one object, "released" or "union", see coco_masks.decode.
+    on_empty: "stop" raises for empty sentences and annotations without outline, "leave_out" skips them.
+    complete: whether the published numbers of references and images are required; False accepts any number.
 
   Attributes:
-    provides: see ReferringDataset; "image_id" is COCO's number of the picture.
+    provides: see ReferringDataset; "image_id" is COCO's id of the image.
   """
 
   variant: str = "refcoco"
@@ -69,24 +69,24 @@ class RefCoco(ReferringDataset):
   complete: bool = True
 
   def __post_init__(self):
-    """Checks the options; files are looked for by `source`.
+    """Checks the options; `source` checks the files.
 
     Raises:
-      ValueError: in one line, for everything that is wrong with them.
+      ValueError: one line that lists all problems.
     """
-    words = {"overlap": (self.overlap, coco_masks.OVERLAPS), "on_empty": (self.on_empty, ON_EMPTY)}
-    wrong = [f"{name}={word!r} is unknown, choose one of {known}" for name, (word, known) in words.items() if
+    choices = {"overlap": (self.overlap, coco_masks.OVERLAPS), "on_empty": (self.on_empty, ON_EMPTY)}
+    problems = [f"{name}={word!r} is unknown, choose one of {known}" for name, (word, known) in choices.items() if
              word not in known]  # fmt: skip
     counts = PUBLISHED.get((self.variant, self.split_by), UNKNOWN)
     if (self.variant, self.split_by) not in PUBLISHED:
       known = ", ".join(f"{name} by {who}" for name, who in PUBLISHED)
-      wrong.append(f"variant={self.variant!r} by split_by={self.split_by!r} does not exist, there are {known}")
+      problems.append(f"variant={self.variant!r} by split_by={self.split_by!r} does not exist, there are {known}")
     elif self.eval_split not in (splits := tuple(counts)[1:]):
-      wrong.append(
+      problems.append(
         f"eval_split={self.eval_split!r} is none of {self.variant} by {self.split_by}, choose one of {splits}"
       )
-    if wrong:
-      raise UserError(f"data: {'; '.join(wrong)}.")
+    if problems:
+      raise UserError(f"data: {'; '.join(problems)}.")
     super().__post_init__()
     self.splits = {"train": "train", "eval": self.eval_split}
     self.published = Published({"train": counts["train"][0]} if self.complete and counts["train"] else {}, None, {})
@@ -97,12 +97,12 @@ class RefCoco(ReferringDataset):
 
   @reader.read_once
   def source(self, split: str) -> Source:
-    """The objects of "train", in the order of the file, or the sentences of "eval", those of a picture together.
+    """The objects of "train", in the order of the file, or the sentences of "eval", grouped by image.
 
     Raises:
-      ValueError: files or pictures are missing (all are counted), references whose picture or annotation is not in
-        instances.json, sentences without words, annotations without an outline, or with `complete` other numbers than
-        the published ones. With format="tfds", the shards are not there or not whole.
+      ValueError: for missing files or images (all are counted), references to unknown images or annotations, empty
+        sentences, annotations without outline, and with `complete` other numbers than published; with format="tfds",
+        for missing or incomplete shards.
     """
     if split not in self.splits:
       raise UserError(f"split={split!r} is unknown; choose one of {sorted(self.splits)}.")
@@ -115,87 +115,90 @@ class RefCoco(ReferringDataset):
     refs = [ref for ref in read_refs(path) if ref["split"] == name]
     self._check_count(refs, name, path)
     items = self._items(refs, read_instances(folder / "instances.json"), path)
-    pictures = self._pictures(root)
-    image_files.require_files(pictures, sorted({item.image for item in items}), "they are COCO's train2014 pictures.")
-    items = [item._replace(image=_below(root, pictures / item.image)) for item in items]
+    image_folder = self._pictures(root)
+    image_files.require_files(
+      image_folder, sorted({item.image for item in items}), "they are COCO's train2014 pictures."
+    )
+    items = [item._replace(image=_below(root, image_folder / item.image)) for item in items]
     read_mask = functools.partial(_read_mask, overlap=self.overlap)
     return referring.ReferringSource(root, items if split == "train" else referring.by_sentence(items), read_mask)
 
   def _items(self, refs: Sequence[Fields], instances: tuple[Mapping, Mapping], path: Path) -> list[Item]:
-    """The references as items; everything that is wrong with them is reported together."""
-    pictures, annotations = instances
-    ids = lambda found: (
-      f"{', '.join(map(str, found[: image_files.SHOWN]))}{', ...' if len(found) > image_files.SHOWN else ''}"
-    )
-    fatal = []
-    no_picture = [ref["image_id"] for ref in refs if ref["image_id"] not in pictures]
-    no_outline = [ref["ann_id"] for ref in refs if ref["ann_id"] not in annotations]
-    for lost, what in ((no_picture, "a picture"), (no_outline, "an annotation")):
-      if lost:
-        fatal.append(f"{len(lost)} references name {what} that instances.json has not ({ids(lost)})")
-    known = [ref for ref in refs if ref["image_id"] in pictures and ref["ann_id"] in annotations]
-    outlines = {ref["ann_id"]: coco_masks.problem(annotations[ref["ann_id"]]) for ref in known}
-    empty = [ann for ann, what in outlines.items() if what]
-    wordless = [s.get("sent_id", "?") for ref in known for s in ref["sentences"] if not s["sent"].strip()]
-    unspoken = [ref["ann_id"] for ref in known if not ref["sentences"]]
+    """Converts references to items; all problems are reported together."""
+    images, annotations = instances
+    ids = image_files.first_items
+    problems = []
+    unknown_images = [ref["image_id"] for ref in refs if ref["image_id"] not in images]
+    unknown_annotations = [ref["ann_id"] for ref in refs if ref["ann_id"] not in annotations]
+    for unknown, problem in ((unknown_images, "a picture"), (unknown_annotations, "an annotation")):
+      if unknown:
+        problems.append(f"{len(unknown)} references name {problem} that instances.json lacks ({ids(unknown)})")
+    valid = [ref for ref in refs if ref["image_id"] in images and ref["ann_id"] in annotations]
+    outlines = {ref["ann_id"]: coco_masks.problem(annotations[ref["ann_id"]]) for ref in valid}
+    without_outline = [ann for ann, problem in outlines.items() if problem]
+    empty_sentences = [s.get("sent_id", "?") for ref in valid for s in ref["sentences"] if not s["sent"].strip()]
+    without_sentence = [ref["ann_id"] for ref in valid if not ref["sentences"]]
+    reasons = ids([f"{ann} {outlines[ann]}" for ann in without_outline])
     missing = {
-      f"{len(empty)} annotations have no usable outline: {ids([f'{ann} {outlines[ann]}' for ann in empty])}": empty,
-      f"{len(wordless)} sentences have no words: sent_id {ids(wordless)}": wordless,
-      f"{len(unspoken)} references have no sentence: ann_id {ids(unspoken)}": unspoken,
+      f"{len(without_outline)} annotations have no usable outline: {reasons}": without_outline,
+      f"{len(empty_sentences)} sentences have no words: sent_id {ids(empty_sentences)}": empty_sentences,
+      f"{len(without_sentence)} references have no sentence: ann_id {ids(without_sentence)}": without_sentence,
     }
     if self.on_empty == "stop":
-      fatal += [f"{line}; data.on_empty='leave_out' goes on without them" for line, found in missing.items() if found]
-    if fatal:
-      raise UserError(f"{path}: {'; '.join(fatal)}; complete the copy: {SOURCE}")
+      problems += [
+        f"{line}; data.on_empty='leave_out' goes on without them" for line, entries in missing.items() if entries
+      ]
+    if problems:
+      raise UserError(f"{path}: {'; '.join(problems)}; complete the copy: {SOURCE}")
     items = []
-    for ref in known:
+    for ref in valid:
       texts = tuple(" ".join(s["sent"].split()) for s in ref["sentences"] if s["sent"].strip())
       if texts and not outlines[ref["ann_id"]]:
-        name, *size = pictures[ref["image_id"]]
+        name, *size = images[ref["image_id"]]
         items.append(Item(name, ref["image_id"], (annotations[ref["ann_id"]], *size), texts))
     return items
 
   def _check_count(self, refs: Sequence[Fields], split: str, path: Path) -> None:
-    """Raises where the references and pictures of a split are not as many as published."""
-    found = (len(refs), len({ref["image_id"] for ref in refs}))
+    """Raises if a split has other numbers of references and images than published."""
+    counts = (len(refs), len({ref["image_id"] for ref in refs}))
     expected = PUBLISHED[self.variant, self.split_by][split] if self.complete else None
-    if not refs or (expected and found != expected):
+    if not refs or (expected and counts != expected):
       published = f", published are {expected[0]} in {expected[1]}" if expected else ""
       raise UserError(
-        f"{path}: {found[0]} references in {found[1]} pictures are of {split!r}{published}; fetch the file again, "
+        f"{path}: {counts[0]} references in {counts[1]} pictures are of {split!r}{published}; fetch the file again, "
         "or set data.complete=False, and scores are not comparable."
       )
 
   def _pictures(self, root: Path) -> Path:
-    """The folder of the pictures."""
-    given = (
-      [Path(self.images).expanduser(), root / self.images] if self.images else [root / place for place in PICTURES]
+    """The image folder."""
+    candidates = (
+      [Path(self.images).expanduser(), root / self.images] if self.images else [root / path for path in PICTURES]
     )
-    for place in given:
-      if place.is_dir():
-        return place
+    for path in candidates:
+      if path.is_dir():
+        return path
     raise UserError(
-      f"{root} holds no pictures: none of {', '.join(map(str, given))} is a folder; set data.images to that of COCO's "
-      "train2014 pictures."
+      f"{root} holds no pictures: none of {', '.join(map(str, candidates))} is a folder; set data.images to that of "
+      "COCO's train2014 pictures."
     )
 
 
 def read_refs(path: Path) -> list[Fields]:
-  """The references of a refs(...).p.
+  """Reads the references of a refs(...).p.
 
   Raises:
-    ValueError: it asks for more than plain data (nothing of it is run), or does not hold references; one line.
+    ValueError: if it contains more than plain data (no code is executed), or is not a list of references; one line.
   """
-  found = safe_pickle.read(path)
-  if not isinstance(found, list) or not found:
-    raise UserError(f"{path} holds {type(found).__name__} in place of a list of references; {SOURCE}")
-  wrong = [place for place, ref in enumerate(found) if not _is_reference(ref)]
-  if wrong:
+  refs = safe_pickle.read(path)
+  if not isinstance(refs, list) or not refs:
+    raise UserError(f"{path} holds {type(refs).__name__} in place of a list of references; {SOURCE}")
+  invalid = [index for index, ref in enumerate(refs) if not _is_reference(ref)]
+  if invalid:
     raise UserError(
-      f"{path}: {len(wrong)} of {len(found)} entries, the first is number {wrong[0]}, have not the fields "
+      f"{path}: {len(invalid)} of {len(refs)} entries, the first is number {invalid[0]}, lack the fields "
       f"{', '.join(KEYS)}, and a text 'sent' in every sentence; {SOURCE}"
     )
-  return found
+  return refs
 
 
 def _is_reference(ref: object) -> bool:
@@ -205,16 +208,16 @@ def _is_reference(ref: object) -> bool:
 
 
 def read_instances(path: Path) -> tuple[dict[int, tuple[str, int, int]], dict[int, Outline]]:
-  """(File name, height, width) by picture and outlines by annotation of an instances.json.
+  """Reads an instances.json: ({image id: (file name, height, width)}, {annotation id: outline}).
 
   Raises:
-    ValueError: it is damaged or another file; one line.
+    ValueError: for a damaged or another file; one line.
   """
   content = reading.read_json(path)
   try:
     facts = lambda entry: (str(entry["file_name"]), int(entry["height"]), int(entry["width"]))
-    pictures = {int(entry["id"]): facts(entry) for entry in content["images"]}
-    return pictures, {int(entry["id"]): entry.get("segmentation") for entry in content["annotations"]}
+    images = {int(entry["id"]): facts(entry) for entry in content["images"]}
+    return images, {int(entry["id"]): entry.get("segmentation") for entry in content["annotations"]}
   except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
     reason = " ".join(str(error).split())
     raise UserError(f"{path} is damaged or not COCO's instances ({type(error).__name__} {reason}); {SOURCE}") from None
@@ -230,5 +233,5 @@ def _read_mask(annotated: tuple[Outline, int, int], folder: Path, size: tuple[in
 
 
 def _below(root: Path, path: Path) -> str:
-  """The path from `root` on, or the whole of it where it lies elsewhere."""
+  """The path relative to `root`, or unchanged if it is elsewhere."""
   return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)

@@ -1,11 +1,11 @@
-"""Sentences, pictures and masks of the user's own, in one JSON file.
+"""Custom referring segmentation data, listed in a JSON file.
 
-The file holds a list, one entry per object:
+The file contains a list with one entry per object:
   {"image": "street/1.jpg", "mask": "street/1.png", "sentences": ["the red car", "car on the left"]}
-Names start from data.root. A mask is a PNG of one channel, gray or with a palette, of the size of its picture: the
-object is where it is not 0. Where one file holds several objects, "value" says which number is this one:
+Paths are relative to data.root. A mask is a PNG of one channel, gray or with a palette, of the size of the image; the
+object is where it is not 0. If a mask has several objects, "value" selects one:
   {"image": "street/2.jpg", "mask": "street/2.png", "value": 3, "sentences": ["the bus"]}
-"split": "train" or "eval" says what an entry is for. Without any "eval" the last pictures are held out.
+"split" of an entry is "train" or "eval". If no entry has the split "eval", the last images are held out.
 """
 
 import dataclasses
@@ -25,25 +25,25 @@ from vpd_jax.types import Fields, Source
 
 EXAMPLE = '{"image": "1.jpg", "mask": "1.png", "sentences": ["the red car"]}'
 KNOWN = frozenset({"image", "mask", "sentences", "value", "split"})
-EVERY_NUMBER = label_maps.values(
-  {n: n for n in range(label_maps.MOST_CLASSES)}, (255,), "number objects from 1 to 253."
+ALL_VALUES = label_maps.make_mapping(
+  {n: n for n in range(label_maps.MAX_CLASSES)}, (255,), "number objects from 1 to 253."
 )
 SPLITS = ("train", "eval")
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class ReferList(ReferringDataset):
-  """Referring expressions of a user.
+  """Custom referring expressions.
 
   Args:
-    root: folder of all others, or with format="tfds" the one that prepare_data.py wrote.
-    file: the JSON file, from here or below `root`.
-    holdout: share of the pictures, rounded, at least one, that is evaluated on where no entry says "split": "eval".
-      They are the last ones in the file, because neighbors are often frames of one video.
+    root: the parent folder, or with format="tfds" the one that prepare_data.py wrote.
+    file: the JSON file, an existing path or relative to `root`.
+    holdout: fraction of the images, rounded, at least one, for evaluation if no entry has the split "eval". The last
+      ones of the file are used, because neighbors are often frames of one video.
     exif: "stored" or "turned", see image_files.EXIF.
 
   Attributes:
-    provides: see ReferringDataset; "image_id" counts the pictures in the order of the file.
+    provides: see ReferringDataset; "image_id" numbers the images in the order of the file.
   """
 
   file: str = "sentences.json"
@@ -51,10 +51,10 @@ class ReferList(ReferringDataset):
   exif: str = "stored"
 
   def __post_init__(self):
-    """Checks the options; files are looked for by `source`.
+    """Checks the options; `source` checks the files.
 
     Raises:
-      ValueError: one that cannot be.
+      ValueError: for an invalid option.
     """
     if not 0 < self.holdout < 1:
       raise UserError(f"data.holdout={self.holdout} must lie between 0 and 1, both excluded.")
@@ -66,11 +66,11 @@ class ReferList(ReferringDataset):
 
   @reader.read_once
   def source(self, split: str) -> Source:
-    """The objects of "train" in the order of the file, or the sentences of "eval", those of a picture together.
+    """The objects of "train" in the order of the file, or the sentences of "eval", grouped by image.
 
     Raises:
-      ValueError: the JSON file is missing or damaged, entries are wrong (all are counted), pictures or masks are
-        missing, or nothing is left to train on. With format="tfds", the shards are not there or not whole.
+      ValueError: if the JSON file is missing or damaged, entries are wrong (all are counted), images or masks are
+        missing, or a split is empty; with format="tfds", for missing or incomplete shards.
     """
     if split not in SPLITS:
       raise UserError(f"split={split!r} is unknown; choose one of {sorted(SPLITS)}.")
@@ -80,34 +80,34 @@ class ReferList(ReferringDataset):
     root = Path(self.root).expanduser()
     path = image_files.find_list(root, self.file, (), "name it in data.file.")
     entries = read_entries(path)
-    numbers: dict[str, int] = {}
+    image_ids: dict[str, int] = {}
     for entry in entries:
-      numbers.setdefault(entry["image"], len(numbers))
+      image_ids.setdefault(entry["image"], len(image_ids))
     if any(entry.get("split") == "eval" for entry in entries):
       chosen = [entry for entry in entries if entry.get("split", "train") == split]
     else:
-      kept = len(numbers) - max(1, round(self.holdout * len(numbers)))
-      chosen = [entry for entry in entries if (numbers[entry["image"]] < kept) == (split == "train")]
+      num_train = len(image_ids) - max(1, round(self.holdout * len(image_ids)))
+      chosen = [entry for entry in entries if (image_ids[entry["image"]] < num_train) == (split == "train")]
     if not chosen:
       raise UserError(f'{path} has nothing for {split!r}; add pictures, or entries of that "split".')
     image_files.require_files(
       root, (name for e in chosen for name in (e["image"], e["mask"])), f"they are named in {path}."
     )
     items = [
-      Item(entry["image"], numbers[entry["image"]], (entry["mask"], entry.get("value")), tuple(entry["sentences"]))
+      Item(entry["image"], image_ids[entry["image"]], (entry["mask"], entry.get("value")), tuple(entry["sentences"]))
       for entry in chosen
     ]
     items = items if split == "train" else referring.by_sentence(items)
-    found = referring.ReferringSource(root, items, functools.partial(_read_mask, exif=self.exif), self.exif)
-    found.notes = image_files.exif_notes((root / item.image for item in items), self.exif)
-    return found
+    source = referring.ReferringSource(root, items, functools.partial(_read_mask, exif=self.exif), self.exif)
+    source.notes = image_files.exif_notes((root / item.image for item in items), self.exif)
+    return source
 
 
 def read_entries(path: Path) -> list[Fields]:
-  """The entries of a JSON file, sentences without line breaks.
+  """Reads the entries of a JSON file, with line breaks removed from sentences.
 
   Raises:
-    ValueError: it cannot be read, or entries are wrong: how many, and for the first ones what.
+    ValueError: if it cannot be read or entries are wrong; states their number and the first problems.
   """
   content = reading.read_json(path)
   if not isinstance(content, list) or not content:
@@ -120,7 +120,7 @@ def read_entries(path: Path) -> list[Fields]:
 
 
 def _problem(entry: object) -> str:
-  """What is wrong with an entry, or an empty text."""
+  """Describes what is wrong with an entry; empty if it is valid."""
   if not isinstance(entry, dict):
     return "is not an object with names and values"
   if unknown := sorted(entry.keys() - KNOWN):
@@ -133,25 +133,25 @@ def _problem(entry: object) -> str:
     return "has no list of sentences"
   if not all(text.strip() for text in texts):
     return "has an empty sentence"
-  if "value" in entry and entry["value"] not in (*range(1, label_maps.MOST_CLASSES), 255):
-    return f"has the value {entry['value']!r}, not a number from 1 to {label_maps.MOST_CLASSES - 1}, or 255"
+  if "value" in entry and entry["value"] not in (*range(1, label_maps.MAX_CLASSES), 255):
+    return f"has the value {entry['value']!r}, not a number from 1 to {label_maps.MAX_CLASSES - 1}, or 255"
   return "" if entry.get("split", "train") in SPLITS else f"has the split {entry['split']!r}, not one of {SPLITS}"
 
 
 def _read_mask(outline: tuple[str, int | None], folder: Path, size: tuple[int, int], *, exif: str) -> np.ndarray:
-  """The mask of (file, number of the object)."""
-  name, value = outline
+  """The mask of (file, value of the object)."""
+  name, object_value = outline
   path = folder / name
-  numbers = label_maps.decode_labels(image_files.read_bytes(path), path, EVERY_NUMBER)
-  if numbers.shape != size:
-    hint = image_files.turned_hint(np.empty(size), numbers, exif)
-    raise UserError(f"mask {path} is {numbers.shape[0]}x{numbers.shape[1]}, its picture {size[0]}x{size[1]}{hint}.")
-  found: Sequence[int] = [int(n) for n in np.unique(numbers) if n]
-  if value is None and len(found) > 1:
+  mask = label_maps.decode_labels(image_files.read_bytes(path), path, ALL_VALUES)
+  if mask.shape != size:
+    hint = image_files.turned_hint(np.empty(size), mask, exif)
+    raise UserError(f"mask {path} is {mask.shape[0]}x{mask.shape[1]}, its picture {size[0]}x{size[1]}{hint}.")
+  values: Sequence[int] = [int(n) for n in np.unique(mask) if n]
+  if object_value is None and len(values) > 1:
     raise UserError(
-      f'mask {path} holds the numbers {found[: image_files.SHOWN]}; say which one in the entry\'s "value".'
+      f'mask {path} holds the numbers {values[: image_files.SHOWN]}; say which one in the entry\'s "value".'
     )
-  if not found or value not in (None, *found):
-    what = f"has no pixel of the number {value}" if found else "is empty"
+  if not values or object_value not in (None, *values):
+    what = f"has no pixel of the number {object_value}" if values else "is empty"
     raise UserError(f"mask {path} {what}.")
-  return (numbers == (found[0] if value is None else value)).astype(np.uint8)
+  return (mask == (values[0] if object_value is None else object_value)).astype(np.uint8)

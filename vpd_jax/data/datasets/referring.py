@@ -1,4 +1,4 @@
-"""What the data sets for referring segmentation share: options, resizing, what is kept of encoded pictures."""
+"""Base class of the referring segmentation data sets: options, resizing, encoder cache."""
 
 import dataclasses
 
@@ -11,22 +11,22 @@ from vpd_jax.types import Dataset, DatasetInfo, Example, Options
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class ReferringDataset(Dataset):
-  """Pictures, objects in them and sentences about the objects, resized as in the release.
+  """Images with objects and sentences about them, resized as in the release.
 
-  A data set gives `source`, and calls `__post_init__`.
+  Subclasses define `source`, and call `__post_init__`.
 
   Args:
     root: folder of the files, or with format="tfds" the one that prepare_data.py wrote.
-    crop: (height, width) of the network's input, to which pictures are resized whole, aspect not kept. Release:
+    crop: (height, width) of the network's input, to which full images are resized, ignoring the aspect ratio. Release:
       (512, 512).
     canvas: see referring.Transforms.
-    cache, cache_folder: what is kept of the VAE's and the text encoder's work: "off", "memory", or "disk" with a
-      folder; see evaluation/encoder_cache.py.
-    format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
+    cache, cache_folder: cache for outputs of the VAE and the text encoder: "off", "memory", or "disk" with a folder;
+      see evaluation/encoder_cache.py.
+    format: "files", or "tfds" for prepared ArrayRecord shards, which contain the same records in the same order.
 
   Attributes:
     provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "mask" uint8 [H, W], 1 on the object, "sentence" str,
-      "image_id" int32 [], number of the picture, "index" int32 [], place in the split; "full_mask" and "full_size",
+      "image_id" int32 [], id of the image, "index" int32 [], position in the split; "full_mask" and "full_size",
       see referring.Transforms.evaluation.
   """
 
@@ -52,10 +52,10 @@ class ReferringDataset(Dataset):
     return DatasetInfo(only_resizes=True)
 
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
-    """One sentence of the object; picture and mask resized."""
+    """One sentence of the object, resized image and mask."""
     del position
     return self.transforms.training(example, rng)
 
   def eval_transform(self, example: Example) -> Example:
-    """Picture and mask resized, and the mask as it is."""
+    """Resized image and mask, and the mask in its original size."""
     return self.transforms.evaluation(example)

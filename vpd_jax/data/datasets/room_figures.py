@@ -1,8 +1,8 @@
-"""The figures of the embedded rooms: one person a room, 17 COCO keypoints in view or hidden; no files.
+"""Figures in procedural rooms: one person per room, 17 COCO keypoints, visible or hidden; no files.
 
-A record is the first room that shows enough of a figure among those numbered index, index + count, index + 2 count and
-so on, so that no room is taken twice. Figures have no face: only those seen from the front are taken, for from behind
-nobody could tell their left from their right.
+A record is the first of the rooms index, index + count, index + 2 count, ... that shows enough of a figure, so no room
+is used twice. Figures have no face, so only those seen from the front are used: from behind, left and right would be
+ambiguous.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from vpd_jax.data.transforms import top_down as top_down_transforms
 from vpd_jax.errors import UserError
 from vpd_jax.types import Example, Fields, Source
 
-MINIMUM = 6  # keypoints inside the picture
-NARROWEST = 16  # pixels of the box's shorter side, in a picture of 120 rows
+MINIMUM = 6  # keypoints inside the image
+NARROWEST = 16  # shorter side of the box in pixels, for an image of 120 rows
 TRIES = 64
 LEFT, RIGHT = (top_down_transforms.COCO.names.index(f"{side}_shoulder") for side in ("left", "right"))
 
@@ -31,10 +31,10 @@ class RoomFigures(PoseDataset):
   """Crops of figures in procedural rooms.
 
   Args:
-    size: (height, width) of a room's picture.
-    train_count, eval_count: figures in each split.
-    seed: another seed is another data set.
-    format: "files" draws each room when it is asked for, "tfds" reads drawn ones from prepared shards.
+    size: (height, width) of an image.
+    train_count, eval_count: number of figures in each split.
+    seed: of the data set.
+    format: "files" renders rooms on demand, "tfds" reads them from prepared shards.
     root: folder of the shards, with format="tfds".
   """
 
@@ -53,11 +53,11 @@ class RoomFigures(PoseDataset):
     self.made_with = {"size": self.size, "seed": self.seed, **self.counts}
 
   def describe(self) -> list[str]:
-    """Nothing: see rooms.Rooms."""
+    """Empty, see rooms.Rooms."""
     return []
 
   def source(self, split: str) -> "Figures | reader.Shards":
-    """The figures of "train" or "eval", drawn at `[]`, or read from shards."""
+    """The figures of "train" or "eval", rendered by `[]`, or read from shards."""
     if self.format == "tfds":
       return reader.Shards(self.root, "room_figures", split, made_with=self.made_with)
     return self._figures(split)
@@ -68,19 +68,19 @@ class RoomFigures(PoseDataset):
     return Figures(self.seed, split, self.counts[split], self.size)
 
   def truth(self, split: str) -> Fields:
-    """What is scored against, see coco_pose.CocoPose.truth: every room is drawn once."""
+    """The ground truth, see coco_pose.CocoPose.truth; renders every room once."""
     source, height, width = self._figures(split), *self.size
     people = [source.person(index) for index in range(len(source))]
     images = [{"id": i, "file_name": f"room {i}", "height": height, "width": width} for i in range(len(people))]
     category = {"id": 1, "name": "person", "keypoints": list(self.classes)}
     for i, entry in enumerate(people):
       entry["image_id"] = i
-    found = coco_json.Annotations(None, images, [[entry] for entry in people], category)
-    return coco_json.truth(found, range(len(people)))
+    annotations = coco_json.Annotations(None, images, [[entry] for entry in people], category)
+    return coco_json.truth(annotations, range(len(people)))
 
 
 class Figures(Source):
-  """Random access to the figures of one split; holds nothing but what defines them."""
+  """Random access to the figures of one split, rendered on demand."""
 
   def __init__(self, seed: int, split: str, count: int, size: tuple[int, int]):
     self.seed, self.split, self.count, self.size = seed, split, count, size
@@ -89,10 +89,10 @@ class Figures(Source):
     return self.count
 
   def __getitem__(self, index: int) -> Example:
-    """What keypoints.Augmentation begins with."""
+    """The input of top_down.Augmentation."""
     if not 0 <= index < self.count:
       raise IndexError(f"index={index} is outside the {self.count} figures of {self.split!r}.")
-    room, points, box = self._found(int(index))
+    room, points, box = self._draw(int(index))
     return {
       "image": room.image,
       "keypoints": points,
@@ -103,8 +103,8 @@ class Figures(Source):
     }
 
   def person(self, index: int) -> Fields:
-    """The figure as an annotation of COCO's form; its area is what is seen of it."""
-    room, points, box = self._found(index)
+    """The figure as an annotation in COCO format; its area is the visible one."""
+    room, points, box = self._draw(index)
     return {
       "bbox": box.tolist(),
       "area": float(np.sum(room.labels == rooms.CLASSES.index("person"))),
@@ -113,8 +113,8 @@ class Figures(Source):
       "num_keypoints": int(np.sum(points[:, 2] > 0)),
     }
 
-  def _found(self, index: int) -> tuple[rooms.Room, np.ndarray, np.ndarray]:
-    """Room, keypoints and box of a figure."""
+  def _draw(self, index: int) -> tuple[rooms.Room, np.ndarray, np.ndarray]:
+    """Renders the room of a figure; returns the room, keypoints and box."""
     for number in range(index, index + TRIES * self.count, self.count):
       if not self._shows_front(number):
         continue
@@ -127,7 +127,7 @@ class Figures(Source):
     )
 
   def _shows_front(self, number: int) -> bool:
-    """Whether somebody is in a room, the left shoulder right of the other in the picture; before it is drawn."""
+    """Whether a room has a person facing the camera, by the order of the shoulders, without rendering it."""
     rng = np.random.default_rng((self.seed, rooms.SPLITS.index(self.split), number))
     kind = room_scene.SCENES[rng.integers(len(room_scene.SCENES))]
     scene = room_scene.build(rng, kind)

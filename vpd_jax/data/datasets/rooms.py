@@ -1,8 +1,8 @@
-"""The embedded data set: procedural rooms with metric depth, drawn when asked for; no files.
+"""Procedural rooms with metric depth, rendered on demand; no files.
 
-Everything follows from (seed, split, index), so that any process draws the same room. Depth is planar depth, measured
-along the optical axis as in NYU Depth v2, at most 10 m; 0 marks what a sensor would miss: window panes and small holes.
-The camera has NYU's field of view and is placed, raised, tilted and turned at random in rooms of random size.
+A room depends only on (seed, split, index), so all processes render the same room. Depth is planar depth along the
+optical axis, as in NYU Depth v2, at most 10 m; 0 marks missing values, as of a sensor: window panes and small holes.
+The camera has NYU's field of view and a random position and orientation in a room of random size.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from vpd_jax.data.transforms import segmentation as segmentation_transforms
 from vpd_jax.errors import UserError
 from vpd_jax.types import Dataset, DatasetInfo, Example, Options, Source
 
-CLASSES = room_scene.CLASSES  # of "labels"; all pixels have one
-SPLITS = ("train", "eval")  # position is part of the random seed: no room is in both
-KEYS = {  # of an Example, by task; those of a record are without segmentation_transforms.ADDED
+CLASSES = room_scene.CLASSES  # of "label"; all pixels are labeled
+SPLITS = ("train", "eval")  # the index is part of the random seed: no room is in both
+KEYS = {  # of an Example, by task; records lack segmentation_transforms.ADDED
   "depth": frozenset({"image", "depth", "class_id", "index"}),
   "segmentation": frozenset({"image", "label", "index"}) | segmentation_transforms.ADDED,
   "referring": referring.PROVIDES,
@@ -33,8 +33,8 @@ TASKS = tuple(KEYS)
 MAX_DEPTH = 10.0  # meters
 DEPTH_SCALE = 1000.0  # units per meter that `cut_depth="released"` wraps, as in NYU's files
 GAMMA = 1 / 2.2
-MENTIONED = 0.004  # share of the picture from which on an object gets a sentence
-LIMB = 0.2  # meters a keypoint may lie behind the surface that shows it
+MENTIONED = 0.004  # minimum area of an object with a sentence, as a fraction of the image
+LIMB = 0.2  # meters that a visible keypoint may be behind the surface
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -43,26 +43,26 @@ class Rooms(Dataset):
 
   Args:
     task: "depth", "segmentation" into the 19 classes of what is drawn, or "referring": sentences about its objects.
-    size: (height, width) of a picture.
-    crop: (height, width) of a training example; for "referring" that to which all pictures are resized.
+    size: (height, width) of an image.
+    crop: (height, width) of a training example; for "referring" the size to which all images are resized.
     train_count: rooms in the training split.
     eval_count: rooms in the evaluation split; for "referring" with all their sentences.
-    seed: another seed is another data set.
+    seed: of the data set.
     cut_depth: for depth, "released", "scaled" or "off", see transforms.vertical_cut_depth.
     ratio_range: for segmentation, (lowest, highest) factor of the random rescaling; () is (1, 1).
-    color_jitter: False trains without the changes of color; "referring" has none.
+    color_jitter: whether to apply color augmentation; "referring" has none.
     cache, cache_folder: for "referring", see referring.ReferringDataset.
-    format: "files" draws each room when it is asked for, "tfds" reads drawn ones from prepared shards.
+    format: "files" renders rooms on demand, "tfds" reads them from prepared shards.
     root: folder of the shards, with format="tfds".
 
   Attributes:
     provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "index" int32 []; for depth "depth" float32 [H, W]
-      meters (0 is no measurement) and "class_id" int32 [] into `classes`; for segmentation "label" uint8 [H, W] into
-      `classes`, "valid_size" int32 [2], see segmentation_transforms.Augmentation; for referring what
-      referring.PROVIDES names, see ReferringDataset.
-    classes: for depth NYU's 27 scene classes in VPD's order; the five of room_scene.SCENES occur, each with furniture
-      of its own. For segmentation CLASSES, for referring none.
-    made_with: the options on which the records depend; shards must have been made with the same.
+      meters (0 is missing) and "class_id" int32 [] into `classes`; for segmentation "label" uint8 [H, W] into
+      `classes`, "valid_size" int32 [2], see segmentation_transforms.Augmentation; for referring the
+      keys of referring.PROVIDES, see ReferringDataset.
+    classes: for depth NYU's 27 scene classes in VPD's order; the five of room_scene.SCENES occur, each with its own
+      furniture. For segmentation CLASSES, for referring empty.
+    made_with: the options that the records depend on; those of shards must be equal.
   """
 
   task: str = "depth"
@@ -110,7 +110,7 @@ class Rooms(Dataset):
     """See types.Dataset.
 
     Raises:
-      ValueError: unknown task.
+      ValueError: for an unknown task.
     """
     task = options.get("task", "depth")
     if task not in TASKS:
@@ -119,11 +119,11 @@ class Rooms(Dataset):
     return DatasetInfo(classes=classes, only_resizes=task == "referring")
 
   def describe(self) -> list[str]:
-    """Nothing: the rooms of "eval" would be drawn once more."""
+    """Empty, since it would render all rooms of "eval"."""
     return []
 
   def source(self, split: str) -> "DrawnRooms | expressions.RoomExpressions | reader.Shards":
-    """The rooms of "train" or "eval", drawn at `[]`, or read from shards; for "referring" the sentences of "eval"."""
+    """The rooms of "train" or "eval", rendered by `[]` or read from shards; for "referring" the sentences of "eval"."""
     if split not in SPLITS:
       raise UserError(f"split={split!r} is unknown; choose one of {SPLITS}.")
     if self.format == "tfds":
@@ -151,28 +151,28 @@ class Rooms(Dataset):
     )
 
   def eval_transform(self, example: Example) -> Example:
-    """The whole picture; for "referring" resized, with the mask of one sentence."""
+    """The full image; for "referring" resized, with the mask of one sentence."""
     if self.task == "referring":
       return expressions.evaluation(example, self.resizing)
     return self.augmentation.evaluation(example) if self.task == "segmentation" else example
 
 
 def check_root(root: str, format: str) -> None:
-  """Raises ValueError where the format is unknown, or a folder is named though rooms are drawn."""
+  """Raises ValueError for an unknown format, or a folder without effect."""
   if reader.check_format(format) == "files" and root:
     raise UserError(f"root={str(root)!r} has no effect: rooms are drawn; leave it empty, or set data.format='tfds'.")
 
 
 def check_counts(train: int, evaluation: int, seed: int) -> dict[str, int]:
-  """Records by split; raises ValueError where these or the seed are no whole numbers of the right range."""
-  for option, number, least in (("train_count", train, 1), ("eval_count", evaluation, 1), ("seed", seed, 0)):
-    if int(number) != number or number < least:
-      raise UserError(f"{option}={number} must be a whole number of at least {least}.")
+  """Records by split; raises ValueError if these or the seed are not integers in the valid range."""
+  for option, number, minimum in (("train_count", train, 1), ("eval_count", evaluation, 1), ("seed", seed, 0)):
+    if int(number) != number or number < minimum:
+      raise UserError(f"{option}={number} must be a whole number of at least {minimum}.")
   return {"train": int(train), "eval": int(evaluation)}
 
 
 class DrawnRooms(Source):
-  """Random access to the rooms of one split; holds nothing but what defines them."""
+  """Random access to the rooms of one split, rendered on demand."""
 
   def __init__(self, seed: int, split: str, count: int, size: tuple[int, int], keys: frozenset[str]):
     self.seed, self.split, self.count, self.size, self.keys = seed, split, count, size, keys
@@ -190,20 +190,20 @@ class DrawnRooms(Source):
     return {key: value for key, value in example.items() if key in self.keys}
 
   def picture(self, index: int) -> str:
-    """Such as "train/12": there is no file."""
+    """A name such as "train/12", since there is no file."""
     return f"{self.split}/{index}"
 
 
 class Room(NamedTuple):
-  """One drawn room.
+  """A rendered room.
 
   Attributes:
     scene: one of room_scene.SCENES.
     image: uint8 [H, W, 3], RGB.
-    depth: float32 [H, W], meters along the optical axis as a sensor gives it; 0 is no measurement.
+    depth: float32 [H, W], meters along the optical axis, as from a sensor; 0 is missing.
     labels: uint8 [H, W] into CLASSES.
     instances: int32 [H, W], number of the object, 0 for walls, floor and ceiling.
-    names: (color, class) of each object, number 1 first, whether or not it is seen.
+    names: (color, class) of each object, number 1 first, visible or not.
     joints: float32 [17, 3], (x, y) in pixels and planar depth in meters of the COCO keypoints, or None.
     surface: float32 [H, W], depth without gaps, meters.
   """
@@ -224,7 +224,7 @@ def drawn(seed: int, split: str, size: tuple[int, int], index: int) -> Room:
 
 
 def draw(seed: int, split: str, index: int, size: tuple[int, int]) -> Room:
-  """The room of (seed, split, index) as a picture of `size` = (height, width)."""
+  """Renders the room (seed, split, index) at `size` = (height, width)."""
   rng = np.random.default_rng((seed, SPLITS.index(split), index))
   kind = room_scene.SCENES[rng.integers(len(room_scene.SCENES))]
   scene = room_scene.build(rng, kind)
@@ -241,7 +241,7 @@ def draw(seed: int, split: str, index: int, size: tuple[int, int]) -> Room:
 
 
 def photograph(rng: np.random.Generator, radiance: np.ndarray) -> np.ndarray:
-  """An eight-bit picture of linear light [H, W, 3]: a little blur, gamma and noise."""
+  """Converts linear radiance [H, W, 3] to uint8, with slight blur, gamma and noise."""
   soft = radiance.copy()
   soft[:, 1:-1] += 0.2 * (radiance[:, 2:] + radiance[:, :-2] - 2 * radiance[:, 1:-1])
   image = np.clip(soft, 0, 1) ** np.float32(GAMMA)
@@ -250,7 +250,7 @@ def photograph(rng: np.random.Generator, radiance: np.ndarray) -> np.ndarray:
 
 
 def holes(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
-  """Where the depth sensor has no measurement, bool [H, W]: window panes, single pixels and a few small patches."""
+  """Mask bool [H, W] of missing depth: window panes, single pixels and a few small patches."""
   missing = (labels == CLASSES.index("window")) | (rng.random(labels.shape, np.float32) < 0.005)
   height, width = labels.shape
   for _ in range(rng.integers(0, 4)):
@@ -260,9 +260,9 @@ def holes(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
 
 
 def sentences(room: Room) -> list[tuple[str, int]]:
-  """Referring expressions (text, instance), each true of one visible object only.
+  """Referring expressions (text, instance), each of which describes exactly one visible object.
 
-  "the red box" where no other red box is seen, else "the red box on the left" and "... on the right" for the outermost.
+  "the red box" if no other red box is visible, else "the red box on the left" and "... on the right" for the outermost.
   """
   columns, numbers = np.broadcast_to(np.arange(room.image.shape[1]), room.labels.shape), room.instances.ravel()
   areas = np.bincount(numbers, minlength=len(room.names) + 1)
@@ -294,7 +294,7 @@ def keypoints(room: Room) -> np.ndarray:
 
 
 def person_box(room: Room) -> np.ndarray:
-  """Box float32 [4] around the visible part of the figure: x, y, width, height in pixels; zeros where none is seen."""
+  """Box float32 [4] around the visible part of the figure: x, y, width, height in pixels; zeros if none is visible."""
   rows, columns = np.nonzero(room.labels == CLASSES.index("person"))
   if not len(rows):
     return np.zeros(4, np.float32)

@@ -1,4 +1,4 @@
-"""What the segmentation data sets share: options, augmentation, files or shards, the histogram of labels."""
+"""Base class of the segmentation data sets: options, augmentation, files or shards, label histogram."""
 
 import dataclasses
 import functools
@@ -16,9 +16,9 @@ from vpd_jax.types import Dataset, DatasetInfo, Example, Options, Source
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class SegmentationDataset(Dataset):
-  """Pictures with a label map each, with mmsegmentation's augmentation.
+  """Images with label maps, with mmsegmentation's augmentation.
 
-  A data set gives `name`, `classes`, `kinds` and `pictures`, and calls `__post_init__`.
+  Subclasses define `name`, `classes`, `label_mappings` and `labeled_images`, and call `__post_init__`.
 
   Args:
     root: folder of the files, or with format="tfds" the one that prepare_data.py wrote.
@@ -26,11 +26,11 @@ class SegmentationDataset(Dataset):
     format: "files", or "tfds" for prepared ArrayRecord shards, which hold the same records in the same order.
 
   Attributes:
-    provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "label" uint8 [H, W] into `classes`, 255 for none,
-      "index" int32 [], place in the sorted folder, "valid_size" int32 [2], see Augmentation.
+    provides: keys of an Example: "image" uint8 [H, W, 3] RGB, "label" uint8 [H, W] into `classes`, 255 if unlabeled,
+      "index" int32 [], position in the sorted folder, "valid_size" int32 [2], see Augmentation.
     name, title: of the data set, in configs and in messages.
     palette, label_ids: see DatasetInfo.
-    kinds: meaning of the numbers in label files, see label_maps.decode.
+    label_mappings: classes of the values in label files, see label_maps.decode.
   """
 
   root: str
@@ -45,7 +45,7 @@ class SegmentationDataset(Dataset):
   title: ClassVar[str] = ""
   palette: ClassVar[tuple[tuple[int, int, int], ...]] = ()
   label_ids: ClassVar[tuple[int, ...]] = ()
-  kinds: Mapping[str, label_maps.Values] = dataclasses.field(init=False, repr=False)
+  label_mappings: Mapping[str, label_maps.LabelMapping] = dataclasses.field(init=False, repr=False)
 
   provides = frozenset({"image", "label", "index"}) | segmentation_transforms.ADDED
   stored = label_maps.STORED
@@ -64,34 +64,34 @@ class SegmentationDataset(Dataset):
 
   @reader.read_once
   def source(self, split: str) -> Source:
-    """The pictures of "train" or "eval", sorted by name, whose label files are all there.
+    """The images of "train" or "eval" with their label files, sorted by name.
 
     Raises:
-      ValueError: as `pictures`, or with `complete` pictures are missing. With format="tfds", the shards are not there
-        or not whole.
+      ValueError: as `labeled_images`; with `complete`, for missing images; with format="tfds", for missing or truncated
+        shards.
     """
     if split not in ("train", "eval"):
       raise UserError(f"split={split!r} is unknown; choose one of ['eval', 'train'].")
     if self.format == "tfds":
-      found: Source = reader.Shards(self.root, self.name, split, decode=self.decode(), made_with=self.made_with)
+      source: Source = reader.Shards(self.root, self.name, split, decode=self.decode(), made_with=self.made_with)
     else:
-      found = self.pictures(split)
-    return label_maps.check_count(found, split, self.published.counts.get(split), self.title)
+      source = self.labeled_images(split)
+    return label_maps.check_count(source, split, self.published.counts.get(split), self.title)
 
-  def pictures(self, split: str) -> label_maps.Pictures:
+  def labeled_images(self, split: str) -> label_maps.LabeledImages:
     """The files of "train" or "eval".
 
     Raises:
-      ValueError: no such folder or no pictures, or label files are missing (all are counted).
+      ValueError: if the folder, its images or label files are missing (all are counted).
     """
     raise NotImplementedError
 
   def decode(self) -> Callable[..., Example]:
-    """From a record to an Example, see label_maps.decode."""
-    return functools.partial(label_maps.decode, kinds=self.kinds)
+    """The function from a record to an Example, see label_maps.decode."""
+    return functools.partial(label_maps.decode, label_mappings=self.label_mappings)
 
   def describe(self) -> list[str]:
-    """Which labels occur in training, for the start of a run; see label_maps.histogram."""
+    """The label histogram of the training split, for the start of a run; see label_maps.histogram."""
     return [*label_maps.histogram(self.source("train"), self.classes), *super().describe()]
 
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
@@ -100,5 +100,5 @@ class SegmentationDataset(Dataset):
     return self.augmentation.training(example, rng)
 
   def eval_transform(self, example: Example) -> Example:
-    """The whole picture, see Augmentation.evaluation."""
+    """The full image, see Augmentation.evaluation."""
     return self.augmentation.evaluation(example)

@@ -1,1 +1,1 @@
-"""What several data sets read: image files, label maps, sentences, persons, COCO JSON."""
+"""Readers shared by data sets: image files, label maps, sentences, people, COCO JSON."""

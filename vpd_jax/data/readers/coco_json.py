@@ -1,8 +1,8 @@
-"""COCO's JSON files of people: annotations with keypoints, and boxes of a detector.
+"""COCO's JSON files of people: keypoint annotations and detections.
 
-An annotation file holds "images" (id, file_name, width, height), "annotations" (image_id, bbox as x, y, width, height,
-keypoints as x, y, visibility for each, area, iscrowd), and "categories", one of which names the keypoints. A detection
-file is a list of image_id, category_id, bbox, score.
+An annotation file contains "images" (id, file_name, width, height), "annotations" (image_id, bbox as x, y, width,
+height, keypoints as x, y, visibility for each, area, iscrowd), and "categories", one of which names the keypoints. A
+detection file is a list of image_id, category_id, bbox, score.
 """
 
 import collections
@@ -17,19 +17,19 @@ from vpd_jax.errors import UserError
 from vpd_jax.files import reading
 from vpd_jax.types import Fields
 
-LARGEST = 1e9  # beyond which no number is a place in a picture
+LARGEST = 1e9  # the upper bound of valid coordinates
 
 
 class Annotations(NamedTuple):
-  """The content of an annotation file, checked.
+  """The validated content of an annotation file.
 
   Attributes:
-    path: of the file, for messages; None where there is none.
+    path: of the file, for messages; None if there is none.
     images: {"id", "file_name", "width", "height"} each, in the order of the file.
     people: annotations by image, in the order of the file; each has "bbox", "keypoints", "area", "iscrowd" and
-      "num_keypoints", filled in where the file leaves the last three out.
+      "num_keypoints"; the last three are added if they are missing.
     category: {"id", "name", "keypoints"}.
-    others: number of annotations of other categories, which are left out.
+    others: number of annotations of other categories, which are skipped.
   """
 
   path: Path | None
@@ -43,11 +43,11 @@ class Samples(NamedTuple):
   """The people of a split, one row each.
 
   Attributes:
-    image: int32 [N], number of the picture.
+    image: int32 [N], index of the image.
     box: float32 [N, 4], x, y, width, height.
     box_score: float32 [N], 1 for an annotated box.
-    keypoints: float32 [N, K, 3], x, y, and 2 visible, 1 hidden, 0 without label; all 0 for a detected box.
-    notes: lines on what was left out.
+    keypoints: float32 [N, K, 3], x, y, and 2 visible, 1 hidden, 0 unlabeled; all 0 for a detected box.
+    notes: lines on what was skipped.
   """
 
   image: np.ndarray
@@ -58,10 +58,10 @@ class Samples(NamedTuple):
 
 
 def keypoint_names(path: str | Path) -> tuple[str, ...]:
-  """The names that the annotation file gives its keypoints.
+  """The keypoint names of an annotation file.
 
   Raises:
-    ValueError: no such file; no category with keypoints, or several.
+    ValueError: for a missing file, or if not exactly one category has keypoints.
   """
   return tuple(_category(reading.read_json(path), path)["keypoints"])
 
@@ -70,8 +70,8 @@ def annotations(path: str | Path, names: Sequence[str]) -> Annotations:
   """Reads an annotation file.
 
   Raises:
-    ValueError: in one line, everything that is wrong: not an annotation file, other keypoints than `names`, entries
-      without what is needed or of images that are not there (counted, the first ten named).
+    ValueError: for another type of file, other keypoints than `names`, and incomplete entries or entries of unknown
+      images (counted, the first ten named); one line.
   """
   path, content = Path(path).expanduser(), reading.read_json(path)
   category = _category(content, path)
@@ -80,31 +80,31 @@ def annotations(path: str | Path, names: Sequence[str]) -> Annotations:
       f"{path} has the keypoints {', '.join(category['keypoints'])}, but the config {', '.join(names)}; make them "
       "agree in number and order, or leave data.keypoints empty, which takes those of the file."
     )
-  listed = [image if isinstance(image, dict) else {} for image in content["images"]]
-  images: list[Fields] = [{key: image.get(key) for key in ("id", "file_name", "width", "height")} for image in listed]
-  named = lambda image: _whole(image["id"]) and isinstance(image["file_name"], str) and image["file_name"]
-  sized = lambda image: all(_whole(image[side]) and 0 < image[side] < LARGEST for side in ("width", "height"))
-  wrong = [f"image {i}" for i, image in enumerate(images) if not (named(image) and sized(image))]
-  ids = [image["id"] for image in images if _whole(image["id"])]
+  entries = [image if isinstance(image, dict) else {} for image in content["images"]]
+  images: list[Fields] = [{key: image.get(key) for key in ("id", "file_name", "width", "height")} for image in entries]
+  has_name = lambda image: _is_int(image["id"]) and isinstance(image["file_name"], str) and image["file_name"]
+  has_size = lambda image: all(_is_int(image[side]) and 0 < image[side] < LARGEST for side in ("width", "height"))
+  invalid = [f"image {i}" for i, image in enumerate(images) if not (has_name(image) and has_size(image))]
+  ids = [image["id"] for image in images if _is_int(image["id"])]
   if len(set(ids)) < len(ids):
     raise UserError(f"{path} lists {len(ids)} images with {len(set(ids))} different ids; each needs its own.")
-  number = {image["id"]: i for i, image in enumerate(images) if _whole(image["id"])}
+  index_of = {image["id"]: i for i, image in enumerate(images) if _is_int(image["id"])}
   people: list[list[Fields]] = [[] for _ in images]
   others = 0
   for i, entry in enumerate(content["annotations"]):
     if not isinstance(entry, dict):
-      wrong.append(f"annotation {i}")
+      invalid.append(f"annotation {i}")
     elif entry.get("category_id", category["id"]) != category["id"]:
       others += 1
-    elif _known(entry, number) and _numbers(entry.get("bbox"), 4) and _described(entry, len(names)):
-      people[number[entry["image_id"]]].append(_completed(entry, len(names)))
+    elif _has_image(entry, index_of) and _numbers(entry.get("bbox"), 4) and _is_usable(entry, len(names)):
+      people[index_of[entry["image_id"]]].append(_completed(entry, len(names)))
     else:
-      wrong.append(f"annotation {str(entry.get('id', i))[:50]}")
-  if wrong:
+      invalid.append(f"annotation {str(entry.get('id', i))[:50]}")
+  if invalid:
     raise UserError(
-      f"{path}: {len(wrong)} entries cannot be used: {_first(wrong)}; an image needs id, file_name, width and height, "
-      f"an annotation the image_id of a listed image, a bbox of 4 and keypoints of {3 * len(names)} finite numbers; "
-      "its area, if it says one, is a number, and iscrowd 0 or 1."
+      f"{path}: {len(invalid)} entries cannot be used: {image_files.first_items(invalid)}; an image needs id, "
+      "file_name, width and height, an annotation the image_id of a listed image, a bbox of 4 and keypoints of "
+      f"{3 * len(names)} finite numbers; its area, if any, is a number, and iscrowd 0 or 1."
     )
   if others and others == len(content["annotations"]):
     raise UserError(
@@ -114,41 +114,41 @@ def annotations(path: str | Path, names: Sequence[str]) -> Annotations:
   return Annotations(path, images, people, category, others)
 
 
-def truth(found: Annotations, chosen: Sequence[int]) -> Fields:
-  """What pycocotools scores against: a COCO file's content of the chosen images, without outlines of people."""
-  entries = [entry for i in chosen for entry in found.people[i]]
-  # Numbered anew, from 1: pycocotools takes an annotation of id 0 for none.
-  own = lambda number: {"id": number + 1, "category_id": found.category["id"]}
+def truth(coco: Annotations, chosen: Sequence[int]) -> Fields:
+  """The ground truth for pycocotools: the content of a COCO file for the chosen images, without outlines."""
+  entries = [entry for i in chosen for entry in coco.people[i]]
+  # Renumbered from 1, because pycocotools treats the annotation id 0 as missing.
+  numbered = lambda number: {"id": number + 1, "category_id": coco.category["id"]}
   return {
-    "images": [found.images[i] for i in chosen],
-    "annotations": [entry | own(number) for number, entry in enumerate(entries)],
-    "categories": [found.category],
+    "images": [coco.images[i] for i in chosen],
+    "annotations": [entry | numbered(number) for number, entry in enumerate(entries)],
+    "categories": [coco.category],
   }
 
 
-def annotated(found: Annotations, chosen: Sequence[int]) -> Samples:
-  """The people of the chosen images who are no crowd, have a labeled keypoint and a box inside the image.
+def annotated(coco: Annotations, chosen: Sequence[int]) -> Samples:
+  """The people of the chosen images, without crowds, unlabeled people and boxes outside the image.
 
-  `image` counts within `chosen`.
+  `image` is an index into `chosen`.
 
   Source: mmpose 0.x datasets/datasets/top_down/topdown_coco_dataset.py _load_coco_keypoint_annotation_kernel.
   """
-  rows, without, empty = [], 0, 0
-  for place, i in enumerate(chosen):
-    for entry in found.people[i]:
-      box = clipped(entry["bbox"], found.images[i]["width"], found.images[i]["height"])
+  rows, unlabeled, empty = [], 0, 0
+  for index, i in enumerate(chosen):
+    for entry in coco.people[i]:
+      box = clipped(entry["bbox"], coco.images[i]["width"], coco.images[i]["height"])
       if entry["iscrowd"]:
         continue
       if not entry["num_keypoints"]:
-        without += 1
+        unlabeled += 1
       elif box is None or entry["area"] <= 0:
         empty += 1
       else:
-        rows.append((place, box, entry["keypoints"]))
-  notes = [f"{found.others} annotations of other categories are left out"] if found.others else []
-  notes += [f"{without} people without a labeled keypoint are left out"] if without else []
+        rows.append((index, box, entry["keypoints"]))
+  notes = [f"{coco.others} annotations of other categories are left out"] if coco.others else []
+  notes += [f"{unlabeled} people without a labeled keypoint are left out"] if unlabeled else []
   notes += [f"{empty} boxes without an area inside their image are left out"] if empty else []
-  count = len(found.category["keypoints"])
+  count = len(coco.category["keypoints"])
   return Samples(
     np.array([row[0] for row in rows], np.int32),
     np.array([row[1] for row in rows], np.float32).reshape(-1, 4),
@@ -159,87 +159,93 @@ def annotated(found: Annotations, chosen: Sequence[int]) -> Samples:
 
 
 def detected(
-  path: str | Path, found: Annotations, chosen: Sequence[int], *, others: str, threshold: float, category: int = -1
+  path: str | Path, coco: Annotations, chosen: Sequence[int], *, others: str, threshold: float, category: int = -1
 ) -> Samples:
-  """The boxes of a detector in the chosen images. `image` counts within `chosen`.
+  """The detected boxes in the chosen images. `image` is an index into `chosen`.
 
   Args:
     path: of the detection file.
-    found: the annotations; only their images and category count.
-    chosen: numbers of images.
-    others: what boxes of images that are not chosen do: "error", or "skip".
-    threshold: boxes whose score is not above it are left out.
+    coco: the annotations; only their images and category are used.
+    chosen: indices of images.
+    others: what to do with boxes of other images: "error", or "skip".
+    threshold: boxes with scores at or below it are skipped.
     category: the category_id of people in that file; -1: as in the annotations.
 
   Raises:
-    ValueError: no detection file, entries without what is needed, boxes of other images, or none of people.
+    ValueError: for another type of file, incomplete entries, boxes of other images, or no boxes of people.
 
   Source: mmpose 0.x topdown_coco_dataset.py _load_coco_person_detection_results.
   """
   content = reading.read_json(path)
   if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
     raise UserError(f"{path} must be a list of detections: image_id, category_id, bbox, score.")
-  number = {found.images[i]["id"]: place for place, i in enumerate(chosen)}
-  category = found.category["id"] if category < 0 else category
-  foreign = [entry for entry in content if entry.get("category_id") != category]
-  if foreign and len(foreign) == len(content):
+  index_of = {coco.images[i]["id"]: index for index, i in enumerate(chosen)}
+  category = coco.category["id"] if category < 0 else category
+  other_categories = [entry for entry in content if entry.get("category_id") != category]
+  if other_categories and len(other_categories) == len(content):
     raise UserError(
-      f"{path}: none of {len(content)} detections is of category {category}; their category_id is {_counted(foreign)}. "
-      "Set data.person_category to the one of people: many programs count from 0."
+      f"{path}: none of {len(content)} detections is of category {category}; their category_id is "
+      f"{_counted(other_categories)}. Set data.person_category to the one of people: many programs count from 0."
     )
-  rows, wrong, unknown, low, empty = [], [], [], 0, 0
+  rows, invalid, unknown, below_threshold, empty = [], [], [], 0, 0
   for i, entry in enumerate(content):
     if entry.get("category_id") != category:
       continue
-    if not (_numbers(entry.get("bbox"), 4) and _numbers([entry.get("score")], 1) and _whole(entry.get("image_id"))):
-      wrong.append(str(i))
-    elif entry["image_id"] not in number:
+    if not (_numbers(entry.get("bbox"), 4) and _numbers([entry.get("score")], 1) and _is_int(entry.get("image_id"))):
+      invalid.append(str(i))
+    elif entry["image_id"] not in index_of:
       unknown.append(entry["image_id"])
     elif entry["score"] <= threshold:
-      low += 1
+      below_threshold += 1
     else:
-      image = found.images[chosen[number[entry["image_id"]]]]
-      inside = touches(entry["bbox"], image["width"], image["height"])
-      empty += not inside
-      rows += [(number[entry["image_id"]], entry["bbox"], entry["score"])] if inside else []
-  if wrong:
+      image = coco.images[chosen[index_of[entry["image_id"]]]]
+      is_visible = touches(entry["bbox"], image["width"], image["height"])
+      empty += not is_visible
+      rows += [(index_of[entry["image_id"]], entry["bbox"], entry["score"])] if is_visible else []
+  if invalid:
     raise UserError(
-      f"{path}: {len(wrong)} detections cannot be used: numbers {_first(wrong)}; each needs image_id, a whole number, "
-      "a bbox of 4 finite numbers and a score."
+      f"{path}: {len(invalid)} detections cannot be used: numbers {image_files.first_items(invalid)}; each needs "
+      "image_id, a whole number, a bbox of 4 finite numbers and a score."
     )
   if unknown and others == "error":
     raise UserError(
-      f"{path}: {len(unknown)} detections are of {len(set(unknown))} images that {found.path} does not list: "
-      f"{_first(sorted(set(unknown), key=str))}; take the detections of this split, or set data.complete=False to "
-      "leave them out."
+      f"{path}: {len(unknown)} detections are of {len(set(unknown))} images that {coco.path} does not list: "
+      f"{image_files.first_items(sorted(set(unknown), key=str))}; take the detections of this split, or set "
+      "data.complete=False to leave them out."
     )
   choice = f"people are category {category}, see data.person_category"
-  notes = [f"{len(foreign)} detections of categories {_counted(foreign)} are left out, {choice}"] if foreign else []
+  notes = (
+    [f"{len(other_categories)} detections of categories {_counted(other_categories)} are left out, {choice}"]
+    if other_categories
+    else []
+  )
   notes += [f"{len(unknown)} detections of images outside the split are left out"] if unknown else []
-  notes += [f"{low} detections with a score of {threshold:g} or below are left out"] if low else []
+  notes += (
+    [f"{below_threshold} detections with a score of {threshold:g} or below are left out"] if below_threshold else []
+  )
   notes += [f"{empty} detected boxes without an area inside their image are left out"] if empty else []
-  empties = sorted(set(range(len(chosen))) - {row[0] for row in rows})
-  notes += [f"{len(empties)} images have no detection and count as such"] if empties else []
+  without_detection = sorted(set(range(len(chosen))) - {row[0] for row in rows})
+  notes += [f"{len(without_detection)} images have no detection and count as such"] if without_detection else []
   return Samples(
     np.array([row[0] for row in rows], np.int32),
     np.array([row[1] for row in rows], np.float32).reshape(-1, 4),
     np.array([row[2] for row in rows], np.float32),
-    np.zeros((len(rows), len(found.category["keypoints"]), 3), np.float32),
+    np.zeros((len(rows), len(coco.category["keypoints"]), 3), np.float32),
     notes,
   )
 
 
 def touches(box: Sequence[float], width: int, height: int) -> bool:
-  """Whether a box has an area and some of it lies inside its image."""
+  """Whether a box has an area and overlaps its image."""
   x, y, w, h = box
   return w > 0 and h > 0 and x < width and y < height and x + w > 0 and y + h > 0
 
 
 def clipped(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float] | None:
-  """A box cut to its image; None where nothing of it is inside.
+  """Clips a box to its image; None if nothing is left.
 
-  Source: mmpose 0.x topdown_coco_dataset.py, where a box of w pixels reaches from x to x + w - 1, and one that begins
-  before the image is moved in before it is cut.
+  Source: mmpose 0.x topdown_coco_dataset.py, where a box of w pixels extends from x to x + w - 1, and one that starts
+  outside the image is shifted inside before it is clipped.
   """
   if not touches(box, width, height):
     return None
@@ -250,31 +256,33 @@ def clipped(box: Sequence[float], width: int, height: int) -> tuple[float, float
 
 
 def _category(content: object, path: str | Path) -> Fields:
-  """The one category that has keypoints."""
+  """The category with keypoints, which must be unique."""
   parts = ("images", "annotations", "categories")
   if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in parts):
-    raise UserError(f"{path} is no annotation file: it needs the lists {', '.join(parts)}.")
-  named = [category for category in content["categories"] if isinstance(category, dict) and category.get("keypoints")]
-  if len(named) != 1:
+    raise UserError(f"{path} is not an annotation file: it needs the lists {', '.join(parts)}.")
+  categories = [
+    category for category in content["categories"] if isinstance(category, dict) and category.get("keypoints")
+  ]
+  if len(categories) != 1:
     raise UserError(
-      f"{path} has {len(named)} categories with keypoints; one is needed, whose 'keypoints' are their names "
-      "(person_keypoints_*.json has it, instances_*.json has not)."
+      f"{path} has {len(categories)} categories with keypoints; one is needed, whose 'keypoints' are their names "
+      "(person_keypoints_*.json has it, instances_*.json does not)."
     )
-  names = named[0]["keypoints"]
-  if not _whole(named[0].get("id")) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+  names = categories[0]["keypoints"]
+  if not _is_int(categories[0].get("id")) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
     raise UserError(
       f"{path}: the category with keypoints needs an id, a whole number, and 'keypoints', a list of names."
     )
-  return {key: named[0][key] for key in ("id", "name", "keypoints", "skeleton") if key in named[0]}
+  return {key: categories[0][key] for key in ("id", "name", "keypoints", "skeleton") if key in categories[0]}
 
 
-def _known(entry: Fields, number: dict[int, int]) -> bool:
-  """Whether an entry is of an image that is there."""
-  return _whole(entry.get("image_id")) and entry["image_id"] in number
+def _has_image(entry: Fields, index_of: dict[int, int]) -> bool:
+  """Whether an entry is of a listed image."""
+  return _is_int(entry.get("image_id")) and entry["image_id"] in index_of
 
 
-def _described(entry: Fields, count: int) -> bool:
-  """Whether the annotation's keypoints can be used, which a crowd may leave out, its area, its iscrowd."""
+def _is_usable(entry: Fields, count: int) -> bool:
+  """Whether the keypoints (optional for a crowd), the area and the iscrowd of an annotation are valid."""
   crowd, area = entry.get("iscrowd"), entry.get("area")
   if crowd not in (None, 0, 1) or not (area is None or _numbers([area], 1)):
     return False
@@ -282,7 +290,7 @@ def _described(entry: Fields, count: int) -> bool:
 
 
 def _completed(entry: Fields, count: int) -> Fields:
-  """The annotation with what files may leave out: the area of the box, the number of labeled keypoints."""
+  """The annotation with optional fields added: the area of the box, the number of labeled keypoints."""
   points = entry.get("keypoints", [0] * 3 * count)
   return {
     "image_id": entry["image_id"],
@@ -295,23 +303,19 @@ def _completed(entry: Fields, count: int) -> Fields:
 
 
 def _numbers(values: object, count: int) -> bool:
-  """Whether this is a list of that many numbers that float32 holds."""
+  """Whether this is a list of `count` numbers in the valid range."""
   if not isinstance(values, list | tuple) or len(values) != count:
     return False
-  number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
-  return all(number(value) and -LARGEST < value < LARGEST for value in values)  # NaN is not
+  is_number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
+  return all(is_number(value) and -LARGEST < value < LARGEST for value in values)  # False for NaN
 
 
-def _whole(value: object) -> bool:
-  """Whether this is a whole number, as ids are."""
+def _is_int(value: object) -> bool:
+  """Whether this is an integer, as an id."""
   return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _counted(entries: Sequence[Fields]) -> str:
-  """Their category_id and how often, as in "0 (5), 3 (1)", the most frequent first."""
+  """The category ids with their counts, as in "0 (5), 3 (1)", the most frequent first."""
   counts = collections.Counter(str(entry.get("category_id"))[:20] for entry in entries)
-  return _first([f"{name} ({count})" for name, count in counts.most_common()])
-
-
-def _first(items: Sequence[object]) -> str:
-  return ", ".join(map(str, items[: image_files.SHOWN])) + (", ..." if len(items) > image_files.SHOWN else "")
+  return image_files.first_items([f"{name} ({count})" for name, count in counts.most_common()])

@@ -1,4 +1,4 @@
-"""Outlines of objects as COCO stores them, as masks: polygons and run-length codes.
+"""Masks from COCO's outlines of objects: polygons and run-length codes.
 
 Source: pycocotools/mask.py; REFER's refer.py getMask.
 """
@@ -11,12 +11,12 @@ from pycocotools import mask as coco
 from vpd_jax.errors import UserError
 
 OVERLAPS = ("released", "union")
-FARTHEST = 1e5  # pixels
+MAX_COORDINATE = 1e5  # pixels
 Outline = Any  # [[x, y, x, y, ...], ...], or {"size": [H, W], "counts": [...] or text}, or a list of such
 
 
 def problem(outline: Outline) -> str:
-  """What is wrong with an outline, or an empty text; looks at its form only."""
+  """Describes what is wrong with the format of an outline; empty if it is valid."""
   if isinstance(outline, dict):
     return _problem_of_runs(outline)
   if not isinstance(outline, list):
@@ -25,10 +25,10 @@ def problem(outline: Outline) -> str:
   if not parts:
     return "is empty"
   if all(isinstance(part, dict) for part in parts):
-    return next((found for part in parts if (found := _problem_of_runs(part))), "")
+    return next((text for part in parts if (text := _problem_of_runs(part))), "")
   if any(not isinstance(part, list) or len(part) < 6 or len(part) % 2 for part in parts):
     return "has a polygon of less than three points"
-  if not all(isinstance(x, int | float) and -FARTHEST < x < FARTHEST for part in parts for x in part):
+  if not all(isinstance(x, int | float) and -MAX_COORDINATE < x < MAX_COORDINATE for part in parts for x in part):
     return "has a polygon of what are no places in a picture"
   return ""
 
@@ -46,18 +46,18 @@ def decode(outline: Outline, size: tuple[int, int], *, overlap: str = "released"
   """The mask of an outline, uint8 [H, W], 1 on the object.
 
   Args:
-    outline: see Outline; one that `problem` has nothing against.
+    outline: see Outline; must be valid, see `problem`.
     size: (height, width) of the picture.
-    overlap: of several parts of one object: "released" leaves out what two or more of them share, for it keeps only
-      where their sum is 1; "union" keeps that too.
+    overlap: how to merge several parts of one object: "released" excludes pixels in two or more of them, because it
+      only keeps pixels where their sum is 1; "union" includes them.
 
   Raises:
-    ValueError: a run-length code of another size, or one that is damaged.
+    ValueError: for a run-length code that is damaged or has another size.
 
   Source: VPD refer/data/dataset_refer_clip.py, `annot[ref_mask == 1] = 1`.
   """
-  if what := problem(outline):
-    raise UserError(f"the outline of an object {what}; fetch the annotations again.")
+  if reason := problem(outline):
+    raise UserError(f"the outline of an object {reason}; fetch the annotations again.")
   parts = [part for part in outline if part] if isinstance(outline, list) else [outline]
   height, width = size
   for other in (part["size"] for part in parts if isinstance(part, dict)):
@@ -70,15 +70,15 @@ def decode(outline: Outline, size: tuple[int, int], *, overlap: str = "released"
       counts = coco.decode(coco.frPyObjects(polygons, height, width)).sum(axis=2, dtype=np.int64)
     else:
       counts = cast(np.ndarray, sum(_of_runs(part) for part in parts))
-  except Exception as error:  # pycocotools raises whatever Python does
+  except Exception as error:  # pycocotools raises any type of error
     raise UserError(f"the outline of an object cannot be read ({error}); fetch the annotations again.") from None
   return (counts == 1 if overlap == "released" else counts > 0).astype(np.uint8)
 
 
 def _of_runs(code: dict) -> np.ndarray:
-  """int64 [H, W], 0 or 1, of a run-length code: columns first, beginning with zeros.
+  """int64 [H, W], 0 or 1, of a run-length code in column-major order, starting with zeros.
 
-  Not by pycocotools 2.0.11, which leaves what the runs do not reach as the memory happens to be.
+  pycocotools 2.0.11 is not used, because it leaves pixels after the last run uninitialized.
 
   Source: pycocotools common/maskApi.c rleDecode, rleFrString.
   """
@@ -90,7 +90,7 @@ def _of_runs(code: dict) -> np.ndarray:
 
 
 def _runs_of_text(text: str) -> list[int]:
-  """The counts of a compressed code: groups of five bits, lowest first; from the fourth on less the one but last."""
+  """The counts of a compressed code: groups of five bits, lowest first; from the fourth on, relative to two before."""
   runs, value, shift = [], 0, 0
   for letter in text.encode("ascii"):
     bits = letter - 48

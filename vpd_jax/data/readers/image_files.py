@@ -1,11 +1,11 @@
-"""Files as users have them: list files, and pictures whose faults are reported by name.
+"""List files and image files of users; errors name the file.
 
-A record is what is stored of an Example: the bytes of its files as they are, their names, and small numbers. Folders
-and prepared shards (data/shards/) give the same records, and one function makes Examples of them.
+A record is the stored form of an Example: the unmodified bytes of its files, their names, and numbers. Folders and
+prepared shards (data/shards/) yield the same records, which one function decodes to Examples.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent import futures
 from pathlib import Path
 
@@ -18,57 +18,56 @@ from vpd_jax.types import Fields
 
 SHOWN = 10  # names per error message
 Record = Fields
-# What is done with pictures that EXIF data turn. What belongs to a picture, be it a label map, a mask, depth, keypoints
-# or outlines, is never turned: it was made on the picture as it is stored, or as a program shows it, turned. Data sets
-# that are published are read as they are stored.
+# Whether to apply the EXIF orientation of images. Annotations (label maps, masks, depth, keypoints, outlines) are never
+# rotated: they were made either on the stored image or on the rotated one. Published data sets are read as stored.
 EXIF = ("stored", "turned")
-# What a picture and its depth map are in a record, by key; the kinds are those of builders.KINDS.
+# Features of an image and its depth map in a record, see shards/writer.py:FEATURES.
 FRAME = {"image": "picture", "depth": "depth16", "image_path": "text", "depth_path": "text"}
 
 
 def read_list(path: str | Path) -> list[tuple[str, str]]:
   """Reads a list file: one record per line, the image and its ground truth, separated by white space.
 
-  Plain or gzip-compressed text; a missing last newline, empty lines, other line ends, leading slashes and a third
-  column (the focal length in BTS's lists) do not matter.
+  The file may be gzip-compressed. A missing final newline, empty lines, other line endings, leading slashes and a third
+  column (the focal length in BTS's lists) are accepted.
 
   Returns:
     pairs of relative paths, in the order of the file.
 
   Raises:
-    ValueError: the file cannot be read, is empty, or has lines of fewer than two columns (named).
+    ValueError: if the file cannot be read, is empty, or has lines with fewer than two columns (named).
   """
   text = reading.read_text(path, called=f"list file {path}")
   lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-  wrong = [number for number, columns in lines if len(columns) < 2]
-  if wrong or not lines:
-    what = f"lines {_first(wrong)} do not hold" if wrong else "it is empty instead of holding"
+  invalid = [number for number, columns in lines if len(columns) < 2]
+  if invalid or not lines:
+    what = f"lines {first_items(invalid)} do not hold" if invalid else "it is empty instead of holding"
     raise UserError(f"list file {path}: {what} the image and the ground truth, separated by a space.")
   return [(columns[0].lstrip("/"), columns[1].lstrip("/")) for _, columns in lines]
 
 
-def find_list(root: Path, given: str | None, names: Iterable[str], source: str) -> Path:
-  """Finds a list file: `given`, from here or below `root`, else the first of `names` in `root` or beside it.
+def find_list(root: Path, path: str | None, names: Iterable[str], source: str) -> Path:
+  """Finds a list file: `path`, as given or relative to `root`, or else the first of `names` in `root` or its parent.
 
   Raises:
-    ValueError: nothing there, with what was looked for and `source`, where such a file is obtained.
+    ValueError: if there is none; states the candidates and `source`, where to obtain such a file.
   """
-  if given is not None:
-    places = [Path(given).expanduser(), root / given]
+  if path is not None:
+    candidates = [Path(path).expanduser(), root / path]
   else:
-    places = [folder / (name + end) for folder in (root, root.parent) for name in names for end in ("", ".gz")]
-  for place in places:
-    if place.is_file():
-      return place
-  wanted = f"list file {given!r}" if given is not None else f"list file {' or '.join(names)} (plain or .gz)"
-  raise UserError(f"{wanted} is neither in {root} nor in {root.parent}; {source}")
+    candidates = [folder / (name + end) for folder in (root, root.parent) for name in names for end in ("", ".gz")]
+  for candidate in candidates:
+    if candidate.is_file():
+      return candidate
+  description = f"list file {path!r}" if path is not None else f"list file {' or '.join(names)} (plain or .gz)"
+  raise UserError(f"{description} is neither in {root} nor in {root.parent}; {source}")
 
 
 def require_folder(root: str, what: str) -> None:
-  """Checks that `root` is a folder of files; `what` says which, as in "that holds sync/ of NYU Depth v2".
+  """Checks that `root` is a folder of files; `what` describes it, as in "that holds sync/ of NYU Depth v2".
 
   Raises:
-    ValueError: it is empty, is not there, or holds prepared shards.
+    ValueError: if it is empty, does not exist, or contains prepared shards.
   """
   if not root:
     raise UserError(f"data.root is empty; set it to the folder {what}")
@@ -83,7 +82,7 @@ def require_files(folder: Path, names: Iterable[str], source: str) -> None:
   """Checks that all files exist below `folder`, reading each directory once.
 
   Raises:
-    ValueError: with the number of missing files, the first ten, and `source`, where they are obtained.
+    ValueError: for missing files; states their number, the first ten, and `source`, where to obtain them.
   """
   present: dict[str, set[str]] = {}
   missing = []
@@ -94,14 +93,14 @@ def require_files(folder: Path, names: Iterable[str], source: str) -> None:
     if file not in present[directory]:
       missing.append(name)
   if missing:
-    raise UserError(f"{len(missing)} files are missing in {folder}: {_first(missing)}; {source}")
+    raise UserError(f"{len(missing)} files are missing in {folder}: {first_items(missing)}; {source}")
 
 
 def read_bytes(path: str | Path) -> bytes:
-  """A whole file.
+  """Reads a file.
 
   Raises:
-    ValueError: it is missing or cannot be read; the message names it.
+    ValueError: if it is missing or cannot be read; names it.
   """
   try:
     return Path(path).read_bytes()
@@ -110,10 +109,10 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def read_image(path: str | Path, exif: str | None = None) -> np.ndarray:
-  """Reads a picture as uint8 [H, W, 3], RGB, whatever its own channels.
+  """Reads an image as uint8 [H, W, 3], RGB, regardless of its channels.
 
   Raises:
-    ValueError: the file is missing, truncated or not a picture; the message names it.
+    ValueError: if the file is missing, truncated or not an image; names it.
   """
   return decode_image(read_bytes(path), path, exif)
 
@@ -122,28 +121,28 @@ def read_depth(path: str | Path, *, scale: float) -> np.ndarray:
   """Reads a 16-bit depth map, see decode_depth.
 
   Raises:
-    ValueError: the file is missing, or as for decode_depth.
+    ValueError: if the file is missing, or as for decode_depth.
   """
   return decode_depth(read_bytes(path), path, scale=scale)
 
 
 def decode_image(raw: bytes, path: str | Path, exif: str | None = None) -> np.ndarray:
-  """A picture file's bytes as uint8 [H, W, 3], RGB; `path` is for the message of the ValueError, `exif` see EXIF."""
+  """Decodes an image file as uint8 [H, W, 3], RGB; `path` is for the message of the ValueError, `exif` see EXIF."""
   return cv2.cvtColor(image_decoding.decode(raw, path, turned=exif == "turned"), cv2.COLOR_BGR2RGB)
 
 
 def check_exif(exif: str) -> str:
-  """The given one of EXIF, or a ValueError with the list of them."""
+  """Returns `exif` if it is one of EXIF, or else raises ValueError."""
   if exif not in EXIF:
     raise UserError(f"data.exif={exif!r} is unknown; choose one of {EXIF}.")
   return exif
 
 
 def exif_notes(paths: Iterable[Path], exif: str) -> list[str]:
-  """A warning, for the start of a run, of pictures that EXIF data turn; nothing where there are none."""
+  """A warning, for the start of a run, about images with EXIF rotation; empty if there are none."""
   paths = list(dict.fromkeys(paths))
   with futures.ThreadPoolExecutor(8) as pool:
-    count = sum(found > 1 for found in pool.map(image_decoding.orientation, paths))
+    count = sum(orientation > 1 for orientation in pool.map(image_decoding.orientation, paths))
   if not count:
     return []
   done, other = {"stored": ("are read as they are stored", "turned"), "turned": ("are turned", "stored")}[exif]
@@ -155,7 +154,7 @@ def exif_notes(paths: Iterable[Path], exif: str) -> list[str]:
 
 
 def turned_hint(image: np.ndarray, other: np.ndarray, exif: str | None) -> str:
-  """What to try where a picture and what belongs to it differ in height and width."""
+  """A hint for an image whose annotation has transposed height and width; else empty."""
   if image.shape[:2] != other.shape[1::-1]:
     return ""
   remedy = "" if exif is None else f": try data.exif={'stored' if exif == 'turned' else 'turned'!r}"
@@ -163,7 +162,7 @@ def turned_hint(image: np.ndarray, other: np.ndarray, exif: str | None) -> str:
 
 
 def decode_depth(raw: bytes, path: str | Path, *, scale: float) -> np.ndarray:
-  """A 16-bit depth map's bytes as float32 [H, W], meters; 0 where nothing was measured.
+  """Decodes a 16-bit depth map as float32 [H, W], meters; 0 is missing.
 
   Args:
     raw: PNG with one channel.
@@ -171,7 +170,7 @@ def decode_depth(raw: bytes, path: str | Path, *, scale: float) -> np.ndarray:
     scale: file units per meter, 1000 for millimeters.
 
   Raises:
-    ValueError: truncated, not a picture, or not of one channel and 16 bits; the message names the file.
+    ValueError: if the file is truncated, not an image, or not of one channel and 16 bits; names it.
   """
   values = image_decoding.decode(raw, path, cv2.IMREAD_UNCHANGED)
   if values.dtype != np.uint16 or values.ndim != 2:
@@ -184,7 +183,7 @@ def decode_depth(raw: bytes, path: str | Path, *, scale: float) -> np.ndarray:
 
 
 def read_frame(folder: Path, image: str, depth: str) -> Record:
-  """The record (see FRAME) of a picture and its depth map, two files below `folder`."""
+  """The record (see FRAME) of an image and its depth map, two files below `folder`."""
   return {
     "image": read_bytes(folder / image),
     "depth": read_bytes(folder / depth),
@@ -194,15 +193,15 @@ def read_frame(folder: Path, image: str, depth: str) -> Record:
 
 
 def decode_frame(record: Record, folder: Path | None = None, *, scale: float) -> dict[str, np.ndarray]:
-  """ "image" uint8 [H, W, 3] RGB and "depth" float32 [H, W] meters of a record that holds FRAME.
+  """ "image" uint8 [H, W, 3] RGB and "depth" float32 [H, W] meters of a record with FRAME.
 
   Args:
     record: see read_frame.
-    folder: where the files lie, for messages.
+    folder: of the files, for messages.
     scale: units of the depth file per meter.
 
   Raises:
-    ValueError: as for the two files, or they are of different size; names them.
+    ValueError: as for the two files, or if their sizes differ; names them.
   """
   paths = [name if folder is None else folder / name for name in (record["image_path"], record["depth_path"])]
   image, depth = decode_image(record["image"], paths[0]), decode_depth(record["depth"], paths[1], scale=scale)
@@ -215,13 +214,13 @@ def decode_frame(record: Record, folder: Path | None = None, *, scale: float) ->
 
 
 def entries(folder: Path) -> set[str]:
-  """Names in a directory; none where it does not exist."""
+  """Names in a directory; empty if it does not exist."""
   try:
     return set(os.listdir(folder))
   except OSError:
     return set()
 
 
-def _first(items: list) -> str:
-  """The first ten, comma-separated."""
+def first_items(items: Sequence[object]) -> str:
+  """The first SHOWN items, comma-separated, for messages."""
   return ", ".join(str(item) for item in items[:SHOWN]) + (", ..." if len(items) > SHOWN else "")

@@ -1,7 +1,7 @@
-"""Pictures with a label map each: which number in a file is which class, and what is wrong where a number is none.
+"""Images with label maps: mapping of the values in label files to classes, and errors for unknown values.
 
-A label map is a PNG of one channel, gray or with a palette (then the index counts, not the color), of the size of its
-picture. Examples hold it as uint8: the class from 0, and IGNORE where there is none.
+A label map is a PNG of one channel, gray or with a palette (the index is the value, not the color), of the size of its
+image. Examples contain it as uint8: the class index, or IGNORE for unlabeled pixels.
 """
 
 import collections
@@ -23,31 +23,31 @@ from vpd_jax.errors import UserError
 from vpd_jax.files import image_decoding, reading
 from vpd_jax.types import Example, Fields, Source
 
-IGNORE = 255  # in an Example: a pixel of no class, neither learned nor scored
-_WRONG = 254  # in a table: a number that may not occur
-MOST_CLASSES = 254
-SAMPLES = 64  # label maps that a histogram looks at
-SHOWN_CLASSES = 12  # in a histogram
+IGNORE = 255  # label of an unlabeled pixel in an Example, neither trained on nor scored
+_INVALID = 254  # table entry of an invalid value
+MAX_CLASSES = 254
+SAMPLES = 64  # label maps per histogram
+SHOWN_CLASSES = 12  # classes per histogram
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-# What a picture and its label map are in a record; the kinds are those of builders.KINDS.
+# Features of a record, see shards/writer.py:FEATURES.
 STORED = {"image": "picture", "label": "labels8", "image_path": "text", "label_path": "text", "index": "int32"}
 
 
 class ClassList(NamedTuple):
-  """Names and colors (red, green, blue) by class; `rows` are the entries of the file, with all they hold."""
+  """Names and colors (red, green, blue) by class; `rows` are the complete entries of the file."""
 
   names: tuple[str, ...]
   palette: tuple[tuple[int, int, int], ...]
   rows: tuple[Fields, ...]
 
 
-class Values(NamedTuple):
-  """What the numbers of a label file mean.
+class LabelMapping(NamedTuple):
+  """The mapping from values of a label file to classes.
 
   Attributes:
-    table: uint8 [256], class or IGNORE by number.
-    allowed: the numbers that may occur, in words.
-    remedy: what to do where another one does.
+    table: uint8 [256], class or IGNORE by value.
+    allowed: description of the valid values.
+    remedy: what to do about other values, for messages.
   """
 
   table: np.ndarray
@@ -56,79 +56,83 @@ class Values(NamedTuple):
 
 
 def read_class_list(name: str) -> ClassList:
-  """The class list that the package ships under that file name."""
+  """Reads a class list of the package by file name."""
   rows = json.loads((importlib.resources.files("vpd_jax") / "data" / "assets" / name).read_text(encoding="utf-8"))[
     "classes"
   ]
   return ClassList(tuple(row["name"] for row in rows), tuple(tuple(row["rgb"]) for row in rows), tuple(rows))
 
 
-def values(classes: Mapping[int, int], ignored: Iterable[int], remedy: str) -> Values:
-  """The meaning of numbers: `classes` by number, `ignored` numbers of no class; all others may not occur.
+def make_mapping(classes: Mapping[int, int], ignored: Iterable[int], remedy: str) -> LabelMapping:
+  """Makes a mapping from {value: class} and the `ignored` values, which are unlabeled; all others are invalid.
 
   Raises:
-    ValueError: a number outside 0 to 255, or one that is both.
+    ValueError: for a value outside 0 to 255, or one that is in both.
   """
   ignored = sorted(set(ignored))
-  wrong = sorted(number for number in {*classes, *ignored} if not 0 <= number <= 255)
+  out_of_range = sorted(number for number in {*classes, *ignored} if not 0 <= number <= 255)
   both = sorted(set(classes) & set(ignored))
-  if wrong or both:
-    what = f"{wrong} lie outside 0 to 255" if wrong else f"{both} are both of a class and ignored"
+  if out_of_range or both:
+    what = f"{out_of_range} lie outside 0 to 255" if out_of_range else f"{both} are both of a class and ignored"
     raise UserError(f"numbers of label files: {what}; a label file has 8 bits and each number one meaning.")
-  table = np.full(256, _WRONG, np.uint8)
+  table = np.full(256, _INVALID, np.uint8)
   table[list(classes)] = list(classes.values())
   table[ignored] = IGNORE
-  nothing = _ranges(ignored) if len(ignored) <= image_files.SHOWN else str(len(ignored))
-  of_none = f", of which {nothing} mean no class" if ignored else ""
-  return Values(table, f"{_ranges(sorted({*classes, *ignored}))}{of_none}", remedy)
+  unlabeled = _ranges(ignored) if len(ignored) <= image_files.SHOWN else str(len(ignored))
+  note = f", of which {unlabeled} mean no class" if ignored else ""
+  return LabelMapping(table, f"{_ranges(sorted({*classes, *ignored}))}{note}", remedy)
 
 
-def decode_labels(raw: bytes, path: str | Path, meaning: Values) -> np.ndarray:
-  """A label file's bytes as uint8 [H, W]: the class, or IGNORE.
+def decode_labels(raw: bytes, path: str | Path, mapping: LabelMapping) -> np.ndarray:
+  """Decodes a label file as uint8 [H, W]: the class, or IGNORE.
 
   Args:
-    raw: a PNG of one channel, gray of 1 to 16 bits or with a palette, whose indices are the numbers.
+    raw: a PNG of one channel, gray of 1 to 16 bits or with a palette, whose indices are the values.
     path: for messages.
-    meaning: of the numbers.
+    mapping: from values to classes.
 
   Raises:
-    ValueError: damaged, no PNG, of several channels, or with numbers that may not occur; names the file, the numbers,
-      how often they occur, and the allowed ones.
+    ValueError: for a damaged file, another format, several channels, or invalid values; names the file, the values and
+      their counts, and the valid ones.
   """
   numbers = _decode_png(raw, path)
   if numbers.dtype == np.uint8:
-    found = cv2.LUT(numbers, meaning.table)
+    labels = cv2.LUT(numbers, mapping.table)
   else:
-    found = np.where(numbers < 256, meaning.table[numbers & 255], np.uint8(_WRONG))
-  wrong = found == _WRONG
-  if wrong.any():
-    seen, counts = np.unique(numbers[wrong], return_counts=True)
-    listed = [f"{number} ({count} pixels)" for number, count in zip(seen, counts, strict=True)]
-    shown = ", ".join(listed[: image_files.SHOWN]) + (", ..." if len(listed) > image_files.SHOWN else "")
-    raise UserError(f"label file {path} holds {shown}; allowed are {meaning.allowed}; {meaning.remedy}")
-  return found
+    labels = np.where(numbers < 256, mapping.table[numbers & 255], np.uint8(_INVALID))
+  invalid = labels == _INVALID
+  if invalid.any():
+    unknown, counts = np.unique(numbers[invalid], return_counts=True)
+    listed = [f"{number} ({count} pixels)" for number, count in zip(unknown, counts, strict=True)]
+    shown = image_files.first_items(listed)
+    raise UserError(f"label file {path} holds {shown}; allowed are {mapping.allowed}; {mapping.remedy}")
+  return labels
 
 
 def decode(
-  record: image_files.Record, folder: Path | None = None, *, kinds: Mapping[str, Values], exif: str | None = None
+  record: image_files.Record,
+  folder: Path | None = None,
+  *,
+  label_mappings: Mapping[str, LabelMapping],
+  exif: str | None = None,
 ) -> Example:
-  """The Example of a record, be it from files or from shards.
+  """Decodes a record, from files or shards, to an Example.
 
   Args:
     record: see STORED.
-    folder: where the files lie, for messages.
-    kinds: meaning of the numbers by the end of the label file's name; the first that fits counts, "" fits all.
-    exif: see files.EXIF; None for published data.
+    folder: of the files, for messages.
+    label_mappings: mappings by suffix of the label file; the first match counts, "" matches all.
+    exif: see image_files.EXIF; None for published data.
 
   Returns:
     "image" uint8 [H, W, 3] RGB, "label" uint8 [H, W], "index" int32 [].
 
   Raises:
-    ValueError: as for the two files, or they are of different size; names them.
+    ValueError: as for the two files, or if their sizes differ; names them.
   """
   image_path, label_path = (record[key] if folder is None else folder / record[key] for key in _PATHS)
   image = image_files.decode_image(record["image"], image_path, exif)
-  label = decode_labels(record["label"], label_path, _meaning(label_path, kinds))
+  label = decode_labels(record["label"], label_path, _mapping_of(label_path, label_mappings))
   if image.shape[:2] != label.shape:
     sizes = ["{}x{}".format(*array.shape[:2]) for array in (label, image)]
     raise UserError(
@@ -138,19 +142,23 @@ def decode(
   return {"image": image, "label": label, "index": np.asarray(record["index"], np.int32)}
 
 
-class Pictures(Source):
-  """Random access to pictures with a label map each; reading starts with `[]`."""
+class LabeledImages(Source):
+  """Random access to images with label maps; files are read by `[]`."""
 
   def __init__(
-    self, folder: Path, pairs: Sequence[tuple[str, str]], kinds: Mapping[str, Values], exif: str | None = None
+    self,
+    folder: Path,
+    pairs: Sequence[tuple[str, str]],
+    label_mappings: Mapping[str, LabelMapping],
+    exif: str | None = None,
   ):
     """
     Args:
-      folder: the names start from.
+      folder: that the names are relative to.
       pairs: (image, label) files.
-      kinds, exif: see `decode`.
+      label_mappings, exif: see `decode`.
     """
-    self.folder, self.pairs, self.kinds, self.exif = folder, list(pairs), dict(kinds), exif
+    self.folder, self.pairs, self.label_mappings, self.exif = folder, list(pairs), dict(label_mappings), exif
     self.notes: Sequence[str] = ()  # for the start of a run
 
   def __len__(self) -> int:
@@ -161,7 +169,7 @@ class Pictures(Source):
     return self.pairs[index][0]
 
   def record(self, index: int) -> image_files.Record:
-    """What is stored of a picture, see STORED: the files as they are."""
+    """The record of an image, see STORED, with the unmodified files."""
     paths = self.pairs[index]
     read = {
       key: image_files.read_bytes(self.folder / path) for key, path in zip(("image", "label"), paths, strict=True)
@@ -169,63 +177,66 @@ class Pictures(Source):
     return {**read, **dict(zip(_PATHS, paths, strict=True)), "index": np.int32(index)}
 
   def __getitem__(self, index: int) -> Example:
-    return decode(self.record(index), self.folder, kinds=self.kinds, exif=self.exif)
+    return decode(self.record(index), self.folder, label_mappings=self.label_mappings, exif=self.exif)
 
   def label(self, index: int) -> np.ndarray:
     """The label map alone, uint8 [H, W]."""
     path = self.folder / self.pairs[index][1]
-    return decode_labels(image_files.read_bytes(path), path, _meaning(path, self.kinds))
+    return decode_labels(image_files.read_bytes(path), path, _mapping_of(path, self.label_mappings))
 
 
 def pair_files(
   root: Path, images: str, labels: str, source: str, *, ending: str = ".png", nested: bool = False
 ) -> list[tuple[str, str]]:
-  """Pictures in folder `images` below `root` and their label files, sorted by name.
+  """Images in folder `images` below `root` and their label files, sorted by name.
 
   Args:
-    root: of both folders.
-    images: folder of pictures, of IMAGE_SUFFIXES.
-    labels: folder of label files, named as the picture but for `ending`.
-    source: where the files are obtained, for messages.
-    ending: of a label file, after the picture's name without suffix; those of the suffix in either case.
-    nested: whether folders in `images` are looked through too.
+    root: parent of both folders.
+    images: folder of images with IMAGE_SUFFIXES.
+    labels: folder of label files, named as the image except for `ending`.
+    source: where to obtain the files, for messages.
+    ending: suffix of a label file after the image name without its suffix; the file type is case-insensitive.
+    nested: whether to search subfolders of `images`.
 
   Raises:
-    ValueError: no folder, no pictures, two pictures of one label file, or label files that are missing (all counted).
+    ValueError: for a missing folder, no images, two images with the same label file, or missing label files (counted).
   """
   folder = root / images
   if not folder.is_dir():
     raise UserError(f"{folder} is not a folder; {source}")
-  found = []
-  for place, inner, names in os.walk(folder):
-    inner[:] = reading.visible(inner) if nested else []
-    within = Path(place).relative_to(folder)
-    found += [
-      (within / name).as_posix() for name in reading.visible(names) if Path(name).suffix.lower() in IMAGE_SUFFIXES
+  image_names = []
+  for parent, subfolders, file_names in os.walk(folder):
+    subfolders[:] = reading.visible(subfolders) if nested else []
+    relative = Path(parent).relative_to(folder)
+    image_names += [
+      (relative / name).as_posix()
+      for name in reading.visible(file_names)
+      if Path(name).suffix.lower() in IMAGE_SUFFIXES
     ]
-  if not found:
+  if not image_names:
     raise UserError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)}); {source}")
-  entries = functools.cache(lambda directory: image_files.entries(root / labels / directory))
+  entries = functools.cache(lambda subfolder: image_files.entries(root / labels / subfolder))
 
   def label(name: str) -> str:
     stem = Path(name).with_suffix("").as_posix()
-    directory, file = os.path.split(stem)
-    spelt = (ending, f"{ending[:-4]}{ending[-4:].swapcase()}")
-    return f"{labels}/{stem}{next((end for end in spelt if f'{file}{end}' in entries(directory)), ending)}"
+    subfolder, file = os.path.split(stem)
+    endings = (ending, f"{ending[:-4]}{ending[-4:].swapcase()}")
+    return f"{labels}/{stem}{next((end for end in endings if f'{file}{end}' in entries(subfolder)), ending)}"
 
-  pairs = [(f"{images}/{name}", label(name)) for name in sorted(found)]
-  twice = [label for label, count in collections.Counter(label for _, label in pairs).items() if count > 1]
-  if twice:
-    raise UserError(f"{len(twice)} label files belong to two pictures each: {', '.join(twice[: image_files.SHOWN])}.")
+  pairs = [(f"{images}/{name}", label(name)) for name in sorted(image_names)]
+  duplicates = [label for label, count in collections.Counter(label for _, label in pairs).items() if count > 1]
+  if duplicates:
+    shown = ", ".join(duplicates[: image_files.SHOWN])
+    raise UserError(f"{len(duplicates)} label files belong to two pictures each: {shown}.")
   image_files.require_files(root, (label for _, label in pairs), source)
   return pairs
 
 
 def check_count(source: Source, split: str, expected: int | None, what: str) -> Source:
-  """The source, if it has the published number of records; None expects nothing.
+  """Returns the source if it has the expected number of records; None accepts any number.
 
   Raises:
-    ValueError: it has not.
+    ValueError: if it has another number of records.
   """
   if expected is not None and len(source) != expected:
     raise UserError(
@@ -236,15 +247,15 @@ def check_count(source: Source, split: str, expected: int | None, what: str) -> 
 
 
 def histogram(source: Source, classes: Sequence[str], *, samples: int = SAMPLES) -> list[str]:
-  """Lines on which labels occur, for the start of a run; wrong class numbers show here before hours are spent.
+  """Lines with the label frequencies, for the start of a run, to reveal wrong class indices before training.
 
   Args:
     source: of Examples with "label".
-    classes: names by class.
-    samples: label maps that are looked at, evenly over the source.
+    classes: class names.
+    samples: number of label maps to count, evenly spaced over the source.
 
   Raises:
-    ValueError: a label map cannot be read, or has a class beyond `classes`.
+    ValueError: if a label map cannot be read or has a class beyond `classes`.
   """
   chosen = sorted({len(source) * step // samples for step in range(samples)})
   counts = np.zeros(256, np.int64)
@@ -273,20 +284,20 @@ def histogram(source: Source, classes: Sequence[str], *, samples: int = SAMPLES)
 _PATHS = ("image_path", "label_path")
 
 
-def _meaning(path: str | Path, kinds: Mapping[str, Values]) -> Values:
-  return next(meaning for ending, meaning in kinds.items() if str(path).endswith(ending))
+def _mapping_of(path: str | Path, label_mappings: Mapping[str, LabelMapping]) -> LabelMapping:
+  return next(mapping for ending, mapping in label_mappings.items() if str(path).endswith(ending))
 
 
 def _decode_png(raw: bytes, path: str | Path) -> np.ndarray:
-  """The numbers of a PNG of one channel, uint8 or wider [H, W]; OpenCV would turn a palette into colors."""
+  """The values of a PNG of one channel, uint8 or wider [H, W]; OpenCV would convert palettes to colors."""
   if not raw.startswith(b"\x89PNG") or len(raw) < 33:
-    kind = "a JPEG, which changes class numbers" if raw.startswith(b"\xff\xd8") else "no PNG, or damaged"
-    raise UserError(f"label file {path} is {kind}; a PNG of one channel is needed.")
-  depth, color = raw[24], raw[25]  # of the header chunk, which comes first
+    hint = "a JPEG, which changes class numbers" if raw.startswith(b"\xff\xd8") else "no PNG, or damaged"
+    raise UserError(f"label file {path} is {hint}; a PNG of one channel is needed.")
+  depth, color = raw[24], raw[25]  # in the header chunk, which comes first
   if color not in (0, 3):
-    names = {2: "three channels (RGB)", 4: "two channels (gray and alpha)", 6: "four channels (RGBA)"}
+    channels = {2: "three channels (RGB)", 4: "two channels (gray and alpha)", 6: "four channels (RGBA)"}
     raise UserError(
-      f"label file {path} has {names.get(color, 'unknown channels')}; one is needed, gray or with a palette, whose "
+      f"label file {path} has {channels.get(color, 'unknown channels')}; one is needed, gray or with a palette, whose "
       "numbers are classes: replace each color by the number of its class."
     )
   image_decoding.check_whole(raw, path)
@@ -301,7 +312,7 @@ def _decode_png(raw: bytes, path: str | Path) -> np.ndarray:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-  """Sorted numbers in words: "0 to 149, 255"."""
+  """Describes sorted numbers: "0 to 149, 255"."""
   runs: list[list[int]] = []
   for number in numbers:
     if runs and number == runs[-1][1] + 1:

@@ -1,6 +1,6 @@
-"""People in pictures as records: a picture file and one person of it, from files or from prepared shards.
+"""Records of people: an image file and one person, from files or from prepared shards.
 
-Pictures with several people are read once for each of them.
+Images with several people are read once per person.
 """
 
 import json
@@ -13,24 +13,24 @@ from vpd_jax.data.readers import coco_json, image_files
 from vpd_jax.errors import UserError
 from vpd_jax.types import Example, Fields, Source
 
-# Of a record, by key; the kinds are those of builders.KINDS. "person" is JSON: numbers in text lose nothing.
+# Features of a record, see shards/writer.py:FEATURES. "person" is JSON, which preserves the numbers exactly.
 STORED = {"image": "picture", "image_path": "text", "person": "text", "image_index": "int32", "index": "int32"}
 
 
 class PersonSource(Source):
-  """Random access to the people of a split; a picture is read with `[]`.
+  """Random access to the people of a split; images are read by `[]`.
 
   Attributes:
-    notes: lines on what was left out, for the start of a run.
+    notes: lines on what was skipped, for the start of a run.
   """
 
   def __init__(self, folder: Path, images: Sequence[Fields], samples: coco_json.Samples, exif: str | None = None):
     """
     Args:
-      folder: the pictures' names start from.
-      images: {"file_name", "width", "height"} of the split's pictures.
+      folder: that the image names are relative to.
+      images: {"file_name", "width", "height"} of the images of the split.
       samples: the people.
-      exif: see files.EXIF; None for published data.
+      exif: see image_files.EXIF; None for published data.
     """
     self.folder, self.notes, self.exif = folder, samples.notes, exif
     self.names = [image["file_name"] for image in images]
@@ -45,19 +45,19 @@ class PersonSource(Source):
     return self.names[self.image[index]]
 
   def record(self, index: int) -> image_files.Record:
-    """What is stored of a person, see STORED: the picture's file as it is."""
-    picture = int(self.image[index])
+    """The record of a person, see STORED, with the unmodified image file."""
+    image_index = int(self.image[index])
     person = {
       "box": self.box[index].tolist(),
       "box_score": float(self.box_score[index]),
       "keypoints": self.keypoints[index].tolist(),
-      "size": self.sizes[picture].tolist(),
+      "size": self.sizes[image_index].tolist(),
     }
     return {
-      "image": image_files.read_bytes(self.folder / self.names[picture]),
-      "image_path": self.names[picture],
+      "image": image_files.read_bytes(self.folder / self.names[image_index]),
+      "image_path": self.names[image_index],
       "person": json.dumps(person),
-      "image_index": np.int32(picture),
+      "image_index": np.int32(image_index),
       "index": np.int32(index),
     }
 
@@ -65,15 +65,15 @@ class PersonSource(Source):
     return decode(self.record(index), self.folder, exif=self.exif)
 
   def summary(self) -> str:
-    """How many people there are."""
+    """The number of people."""
     return f"{len(self)} people"
 
 
 def decode(record: image_files.Record, folder: Path | None = None, *, exif: str | None = None) -> Example:
-  """The Example of a record, what keypoints.Augmentation begins with; `exif` see files.EXIF.
+  """Decodes a record to an Example, the input of top_down.Augmentation; `exif` see image_files.EXIF.
 
   Raises:
-    ValueError: the picture is missing, damaged, or of another size than the annotations say; names it.
+    ValueError: if the image is missing, damaged, or of another size than annotated; names it.
   """
   path = record["image_path"] if folder is None else folder / record["image_path"]
   image, person = image_files.decode_image(record["image"], path, exif), json.loads(record["person"])
@@ -96,33 +96,33 @@ def decode(record: image_files.Record, folder: Path | None = None, *, exif: str 
 
 def open_split(
   folder: Path,
-  found: coco_json.Annotations,
+  annotations: coco_json.Annotations,
   chosen: Sequence[int],
   samples: coco_json.Samples,
   source: str,
   exif: str | None = None,
 ) -> PersonSource:
-  """The people of the chosen images, whose files are all there.
+  """The people of the chosen images, after a check that all image files exist.
 
   Args:
-    folder: of the pictures.
-    found: the annotations.
-    chosen: numbers of images.
+    folder: of the images.
+    annotations: of the split.
+    chosen: indices of images.
     samples: their people.
-    source: where pictures are obtained, for messages.
-    exif: see files.EXIF; None for published data.
+    source: where to obtain the images, for messages.
+    exif: see image_files.EXIF; None for published data.
 
   Raises:
-    ValueError: nobody is left, or pictures are missing (all are counted).
+    ValueError: if there are no people, or images are missing (all are counted).
   """
   if not len(samples.image):
     left_out = "; ".join(samples.notes) or "there are no annotations"
-    raise UserError(f"{found.path} gives no person to look at in {len(chosen)} images: {left_out}.")
-  images = [found.images[i] for i in chosen]
-  needed = sorted({images[picture]["file_name"] for picture in samples.image.tolist()})
-  image_files.require_files(folder, needed, source)
+    raise UserError(f"{annotations.path} gives no person to look at in {len(chosen)} images: {left_out}.")
+  images = [annotations.images[i] for i in chosen]
+  file_names = sorted({images[index]["file_name"] for index in samples.image.tolist()})
+  image_files.require_files(folder, file_names, source)
   if exif is not None:
     samples = samples._replace(
-      notes=[*samples.notes, *image_files.exif_notes((folder / name for name in needed), exif)]
+      notes=[*samples.notes, *image_files.exif_notes((folder / name for name in file_names), exif)]
     )
   return PersonSource(folder, images, samples, exif)

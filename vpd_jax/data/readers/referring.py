@@ -1,7 +1,7 @@
-"""Pictures, objects in them and sentences about the objects: what all such data sets share.
+"""Sources and transforms for images with objects and sentences about them.
 
-In training an example is an object with all its sentences, of which one is drawn each time; in evaluation it is one
-sentence, and those of one picture stand together.
+In training, an example is an object with all its sentences, of which one is sampled each time; in evaluation, it is one
+sentence, and the sentences of an image are consecutive.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from vpd_jax.errors import UserError
 from vpd_jax.files import image_decoding
 from vpd_jax.types import Cache, Example, Source
 
-# What an object and its sentences are in a record; the kinds are those of builders.KINDS.
+# Features of a record, see shards/writer.py:FEATURES.
 STORED = {
   **{"image": "picture", "mask": "labels8", "sentences": "text", "image_path": "text"},
   **{"image_id": "int32", "index": "int32"},
@@ -32,27 +32,27 @@ PROVIDES = frozenset({"image", "mask", "image_id", "index"}) | ADDED
 CACHES = ("off", "memory", "disk")
 
 
-def check_cache(kind: str, folder: str) -> Cache:
-  """The two options of a config together.
+def check_cache(cache: str, folder: str) -> Cache:
+  """Checks the two cache options of a config.
 
   Raises:
-    ValueError: an unknown word, "disk" without a folder, a folder without "disk".
+    ValueError: for an unknown word, "disk" without a folder, or a folder without "disk".
   """
-  if kind not in CACHES:
-    raise UserError(f"data.cache={kind!r} is unknown; choose one of {CACHES}.")
-  if (kind == "disk") != bool(folder):
+  if cache not in CACHES:
+    raise UserError(f"data.cache={cache!r} is unknown; choose one of {CACHES}.")
+  if (cache == "disk") != bool(folder):
     remedy = "name a folder that may grow" if not folder else "leave it empty, or set data.cache='disk'"
-    raise UserError(f"data.cache={kind!r} with data.cache_folder={folder!r}: {remedy}.")
-  return Cache(kind, folder)
+    raise UserError(f"data.cache={cache!r} with data.cache_folder={folder!r}: {remedy}.")
+  return Cache(cache, folder)
 
 
 class Item(NamedTuple):
   """One object, or one sentence about it.
 
   Attributes:
-    image: file of the picture, below the source's folder.
-    image_id: number of the picture in the data set.
-    outline: what `ReferringSource.read_mask` makes the mask of.
+    image: the image file, relative to the folder of the source.
+    image_id: id of the image in the data set.
+    outline: the input of `ReferringSource.read_mask`.
     sentences: about the object.
   """
 
@@ -63,7 +63,7 @@ class Item(NamedTuple):
 
 
 class ReferringSource(Source):
-  """Random access to objects or sentences; reading starts with `[]`.
+  """Random access to objects or sentences; files are read by `[]`.
 
   Attributes:
     notes: lines for the start of a run.
@@ -78,10 +78,10 @@ class ReferringSource(Source):
   ):
     """
     Args:
-      folder: the pictures' names start from.
+      folder: that the image names are relative to.
       items: see Item.
-      read_mask: (outline, folder, (height, width)) to uint8 [H, W], 1 on the object; a plain function or a partial.
-      exif: see files.EXIF; None for published data.
+      read_mask: (outline, folder, (height, width)) to uint8 [H, W], 1 on the object; must be picklable.
+      exif: see image_files.EXIF; None for published data.
     """
     self.folder, self.items, self.read_mask, self.exif = folder, list(items), read_mask, exif
 
@@ -93,7 +93,7 @@ class ReferringSource(Source):
     return self._example(index, image_files.read_bytes(self.folder / self.items[index].image))
 
   def record(self, index: int) -> image_files.Record:
-    """What is stored of an item, see STORED: the picture's file as it is, its mask as a PNG."""
+    """The record of an item, see STORED, with the unmodified image file and the mask as a PNG."""
     item = self.items[index]
     raw = image_files.read_bytes(self.folder / item.image)
     mask = cv2.imencode(".png", self._example(index, raw)["mask"])[1].tobytes()
@@ -107,11 +107,11 @@ class ReferringSource(Source):
     return [sentence for item in self.items for sentence in item.sentences]
 
   def summary(self) -> str:
-    """How much there is, for the start of a run."""
-    pictures = len({item.image_id for item in self.items})
-    said = sum(len(item.sentences) for item in self.items)
-    objects = "" if said == len(self.items) else f"{len(self.items)} objects with "
-    return f"{objects}{said} sentences in {pictures} pictures"
+    """The number of objects, sentences and images, for the start of a run."""
+    images = len({item.image_id for item in self.items})
+    count = sum(len(item.sentences) for item in self.items)
+    objects = "" if count == len(self.items) else f"{len(self.items)} objects with "
+    return f"{objects}{count} sentences in {images} pictures"
 
   def _example(self, index: int, raw: bytes) -> Example:
     item = self.items[index]
@@ -125,11 +125,11 @@ class ReferringSource(Source):
 
 
 def decode(record: image_files.Record, *, exif: str | None = None) -> Example:
-  """The Example of a stored record; `exif` see files.EXIF.
+  """Decodes a record to an Example; `exif` see image_files.EXIF.
 
   Returns:
-    "image" uint8 [H, W, 3] RGB; "mask" uint8 [H, W], 1 on the object; "sentences" str, one a line; "image_id" and
-    "index" int32 [], numbers of the picture and of the item.
+    "image" uint8 [H, W, 3] RGB; "mask" uint8 [H, W], 1 on the object; "sentences" str, one per line; "image_id" and
+    "index" int32 [], of the image and of the item.
   """
   image = image_files.decode_image(record["image"], record["image_path"], exif)
   mask = image_decoding.decode(record["mask"], f"the mask of {record['image_path']}", cv2.IMREAD_GRAYSCALE)
@@ -146,7 +146,7 @@ def _example(image: np.ndarray, mask: np.ndarray, sentences: str, image_id: int,
 
 
 def by_sentence(items: Iterable[Item]) -> list[Item]:
-  """An item per sentence, those of one picture together, in the order in which the pictures come first."""
+  """One item per sentence, grouped by image, in the order of the first item of each image."""
   of_picture: dict[int, list[Item]] = {}
   for item in items:
     of_picture.setdefault(item.image_id, []).extend(item._replace(sentences=(text,)) for text in item.sentences)
@@ -155,14 +155,14 @@ def by_sentence(items: Iterable[Item]) -> list[Item]:
 
 @dataclasses.dataclass(frozen=True)
 class Transforms:
-  """The resizing of the release, which has no other augmentation, and the draw of a sentence.
+  """The resizing of the release, which has no other augmentation, and the sampling of a sentence.
 
   Args:
-    size: (height, width) of the network's input; the aspect is not kept. Release: (512, 512).
-    canvas: (height, width) that holds any picture of the evaluation split, for scores at the pictures' own size.
+    size: (height, width) of the network's input; the aspect ratio is ignored. Release: (512, 512).
+    canvas: upper bound of the (height, width) of evaluation images, for scores at the original size.
 
   Raises:
-    ValueError: a size that is none.
+    ValueError: for an invalid size.
   """
 
   size: tuple[int, int] = (512, 512)
@@ -173,19 +173,19 @@ class Transforms:
     validation.check_size("canvas", self.canvas)
 
   def training(self, example: Example, rng: np.random.Generator) -> Example:
-    """One of the sentences, uniformly; picture and mask resized. Source: VPD refer/data/dataset_refer_clip.py."""
+    """A random sentence, resized image and mask. Source: VPD refer/data/dataset_refer_clip.py."""
     lines = example["sentences"].split("\n")
     return self._resized(example) | {"sentence": lines[int(rng.integers(len(lines)))]}
 
   def evaluation(self, example: Example) -> Example:
-    """The first sentence; picture and mask resized, and the mask as it is too.
+    """The first sentence, resized image and mask, and the mask in its original size.
 
     Returns:
-      the Example with "sentence" str, "full_mask" uint8 [*canvas], whose top left holds the mask, and "full_size" int32
+      the Example with "sentence" str, "full_mask" uint8 [*canvas], with the mask at the top left, and "full_size" int32
       [2], its (height, width).
 
     Raises:
-      ValueError: the picture is larger than the canvas.
+      ValueError: if the image is larger than the canvas.
     """
     height, width = example["mask"].shape
     if height > self.canvas[0] or width > self.canvas[1]:
@@ -198,11 +198,11 @@ class Transforms:
     return self._resized(example) | {"sentence": example["sentences"].split("\n")[0], **added}
 
   def _resized(self, example: Example) -> Example:
-    """Image and mask at the size of the network's input, the mask by the nearest pixel."""
+    """Resizes image and mask to the network's input size, the mask by nearest neighbor."""
     mask = Image.fromarray(example["mask"]).resize((self.size[1], self.size[0]), Image.Resampling.NEAREST)
     return dict(example, image=resized_image(example["image"], self.size), mask=np.asarray(mask))
 
 
 def resized_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """uint8 [H, W, 3] at another size, bilinear by PIL as in the release, which averages where it shrinks."""
+  """Resizes uint8 [H, W, 3] with PIL's bilinear filter, as in the release, with antialiasing."""
   return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))

@@ -1,7 +1,7 @@
-"""Pickles of plain data, read without running anything they ask for.
+"""Reads pickles of plain data without executing code.
 
-The references of RefCOCO come as a pickle of Python 2. A pickle can call any function it names; this unpickler knows
-none, so that a file can hold dicts, lists, texts and numbers, and nothing else.
+The references of RefCOCO are a Python 2 pickle. A pickle can call any function by name; this unpickler rejects all of
+them, so that files can only contain dicts, lists, strings and numbers.
 """
 
 import pickle
@@ -11,7 +11,7 @@ from vpd_jax.errors import UserError
 
 
 class _Plain(pickle.Unpickler):
-  """Every class and function is refused before it is looked up."""
+  """Rejects classes and functions before they are imported."""
 
   def find_class(self, module: str, name: str) -> object:
     raise _Refused(f"asks for {module}.{name}")
@@ -21,14 +21,14 @@ class _Plain(pickle.Unpickler):
 
 
 class _Refused(Exception):
-  """The file holds more than plain data."""
+  """The file contains more than plain data."""
 
 
 def read(path: str | Path) -> object:
-  """What a pickle of plain data holds; texts of Python 2 are read byte by byte as Latin-1.
+  """Reads a pickle of plain data; Python 2 strings are decoded as Latin-1.
 
   Raises:
-    ValueError: it asks for a class or function (nothing of it is run), is damaged, or cannot be read; one line.
+    ValueError: if it refers to a class or function (which is not executed), is damaged, or cannot be read; one line.
   """
   try:
     with Path(path).open("rb") as file:
@@ -40,6 +40,6 @@ def read(path: str | Path) -> object:
     ) from None
   except OSError as error:
     raise UserError(f"{path} cannot be read ({error.strerror}).") from None
-  except Exception as error:  # a damaged pickle can fail anywhere
+  except Exception as error:  # a damaged pickle can raise any error
     reason = " ".join(str(error).split()) or type(error).__name__
-    raise UserError(f"{path} is damaged or no pickle ({reason}); fetch it again.") from None
+    raise UserError(f"{path} is damaged or not a pickle ({reason}); fetch it again.") from None

@@ -1,1 +1,1 @@
-"""The procedural rooms: scene, furniture, figure, ray caster, sentences."""
+"""Procedural rooms: scene, furniture, figure, ray caster, sentences."""

@@ -1,4 +1,4 @@
-"""A jointed human figure: 17 COCO keypoints in a random standing pose, and the ellipsoids that draw it."""
+"""A human figure: 17 COCO keypoints in a random standing pose, and the ellipsoids to render it."""
 
 import numpy as np
 
@@ -14,7 +14,7 @@ SKIN, SHIRT, TROUSERS, HAIR = range(4)
 def pose(rng: np.random.Generator) -> np.ndarray:
   """Joints float32 [17, 3] of a standing or walking figure, meters, feet at z = 0, facing +y, its left at -x.
 
-  Limb lengths are those of an adult 1.7 m tall, times a factor between 0.88 and 1.1.
+  Limb lengths are those of an adult of 1.7 m, scaled by a random factor between 0.88 and 1.1.
   """
   joints = {}
   lean = rng.normal(0, 0.06, 2)
@@ -43,26 +43,29 @@ def pose(rng: np.random.Generator) -> np.ndarray:
 
 
 def direction(forward: float, aside: float) -> np.ndarray:
-  """Unit vector that hangs down, swung towards +y by `forward` and towards +x by `aside`; radians."""
+  """The unit vector -z, rotated towards +y by `forward` and towards +x by `aside`, in radians."""
   return np.array([np.sin(aside), np.sin(forward) * np.cos(aside), -np.cos(forward) * np.cos(aside)])
 
 
 def bodies(joints: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, float, int]]:
-  """Limbs of a figure: (one end, other end, radius, kind of surface) each, ends [3] in meters."""
-  at = dict(zip(KEYPOINTS, joints, strict=True))
-  shoulders, hips = (at["left_shoulder"] + at["right_shoulder"]) / 2, (at["left_hip"] + at["right_hip"]) / 2
-  head = (at["left_ear"] + at["right_ear"]) / 2
+  """Limbs of a figure: (start, end, radius, material) each, start and end [3] in meters."""
+  position = dict(zip(KEYPOINTS, joints, strict=True))
+  shoulders, hips = (
+    (position["left_shoulder"] + position["right_shoulder"]) / 2,
+    (position["left_hip"] + position["right_hip"]) / 2,
+  )
+  head = (position["left_ear"] + position["right_ear"]) / 2
   up = np.array([0, 0, 0.11], np.float32)
   limbs = [
     (head - up, head + up, 0.095, SKIN),
     (head + 0.1 * up, head + 1.2 * up, 0.1, HAIR),
     (shoulders - 0.5 * up, head, 0.055, SKIN),
-    (at["left_shoulder"], at["right_shoulder"], 0.08, SHIRT),
+    (position["left_shoulder"], position["right_shoulder"], 0.08, SHIRT),
     (shoulders, hips, 0.16, SHIRT),
-    (at["left_hip"], at["right_hip"], 0.12, TROUSERS),
+    (position["left_hip"], position["right_hip"], 0.12, TROUSERS),
   ]
   for side in ("left", "right"):
-    joint = {name: at[f"{side}_{name}"] for name in ("shoulder", "elbow", "wrist", "hip", "knee", "ankle")}
+    joint = {name: position[f"{side}_{name}"] for name in ("shoulder", "elbow", "wrist", "hip", "knee", "ankle")}
     limbs += [
       (joint["shoulder"], joint["elbow"], 0.055, SHIRT),
       (joint["elbow"], joint["wrist"], 0.045, SKIN),

@@ -1,6 +1,6 @@
 """Furniture of the procedural rooms, as lists of solids in the object's own coordinates.
 
-An object stands on z = 0; its back is at negative y. Each function draws its measures from `rng` and returns an Object.
+An object stands on z = 0; its back is at negative y. Each function samples its dimensions from `rng`.
 """
 
 from typing import NamedTuple
@@ -9,11 +9,11 @@ import numpy as np
 
 from vpd_jax.data.rooms.render import BOOKS, BOX, CYLINDER, ELLIPSOID, NOISE, PANELS, PLAIN, STRIPES
 
-FIRST, SECOND, PALE, DARK = range(4)  # whose color a solid has: the object's two, or one common to all objects
+FIRST, SECOND, PALE, DARK = range(4)  # colors of a solid: two of the object, two common to all objects
 
 
 class Solid(NamedTuple):
-  """One solid: kind of shape, center and half extent in meters, color, texture and size of its cells."""
+  """A solid: shape, center and half extent in meters, color, texture and size of its cells."""
 
   shape: int
   center: tuple[float, float, float]
@@ -24,7 +24,7 @@ class Solid(NamedTuple):
 
 
 class Object(NamedTuple):
-  """One piece of furniture: class name, half width and half depth in meters, solids, height of a free top or 0."""
+  """A piece of furniture: class name, half width and half depth in meters, solids, height of a free top or 0."""
 
   name: str
   half_width: float
@@ -155,7 +155,7 @@ def plant(rng: np.random.Generator) -> Object:
   return Object("plant", r, r, [Solid(CYLINDER, (0, 0, 0.15), (0.14, 0.14, 0.15), SECOND), *leaves])
 
 
-# For each scene: what stands against the walls, what stands free, what lies on tops and on the floor.
+# By scene: furniture along the walls, free-standing furniture, small objects on tops.
 MIXES = {
   "bedroom": ((bed, cabinet, shelf, cabinet), (chair, floor_lamp, plant), (table_lamp, carton, vase)),
   "kitchen": ((counter, counter, cabinet), (table, chair, chair, chair), (vase, carton, vase)),

@@ -1,8 +1,8 @@
 """Ray caster for the procedural rooms: boxes, cylinders and ellipsoids, in numpy and float32.
 
-A part is a unit solid under an affine map, so one ray in its coordinates is all that an intersection needs. Parts are
-drawn one after another into a depth buffer, each only within the rectangle of pixels that it can cover; colors are
-computed afterwards, once per pixel. World coordinates are meters, z upwards. Camera axes are right, down, forward.
+A part is a unit solid under an affine map, so intersections are computed in its local coordinates. Parts are rendered
+one by one into a depth buffer, each only within its bounding rectangle of pixels; colors are computed afterwards, once
+per pixel. World coordinates are meters, z upwards. Camera axes are right, down, forward.
 """
 
 from typing import NamedTuple
@@ -13,19 +13,19 @@ BOX, CYLINDER, ELLIPSOID = range(3)
 PLAIN, CHECKER, STRIPES, PLANKS, TILES, NOISE, PANELS, SKY, PAINTING, BOOKS = range(10)
 FOCAL = 0.81  # focal length over image width: that of NYU's camera (519 of 640), 63 degrees
 HAZE_COLOR = np.array([0.1, 0.15, 0.25], np.float32)
-NEAR = 0.05  # meters; nothing nearer is drawn
+NEAR = 0.05  # meters, the near plane
 CORNERS = np.stack(np.meshgrid([-1, 1], [-1, 1], [-1, 1]), -1).reshape(8, 3).astype(np.float32)
 
 
 class Parts(NamedTuple):
-  """N solids. `frames @ (point - centers) / halves` are the coordinates in which the solid is a unit one.
+  """N solids. `frames @ (point - centers) / halves` are the local coordinates, in which the solid is the unit solid.
 
   Attributes:
     shapes: [N], BOX, CYLINDER (axis z) or ELLIPSOID.
     centers: float32 [N, 3], meters.
     halves: float32 [N, 3], half of the extent along each axis of the frame, meters.
     frames: float32 [N, 3, 3], rows are the solid's axes.
-    colors: float32 [N, 2, 3], in [0, 1], light reflected; the texture mixes the two.
+    colors: float32 [N, 2, 3], reflectances in [0, 1]; the texture mixes the two.
     textures: [N], PLAIN, CHECKER, ...
     pitches: float32 [N], meters, size of the texture's cells.
     labels: uint8 [N], class.
@@ -51,15 +51,15 @@ class Camera(NamedTuple):
 
 
 class Light(NamedTuple):
-  """One lamp and what dims it.
+  """A lamp, with haze and shadows.
 
   Attributes:
     position: float32 [3], meters.
-    ambient: share of the light that comes from everywhere, in [0, 1].
-    tint: float32 [3], color and strength.
-    haze: 1/meter, part of the light lost per meter on the way to the camera.
+    ambient: fraction of ambient light, in [0, 1].
+    tint: float32 [3], color and intensity.
+    haze: 1/meter, attenuation per meter on the way to the camera.
     room: float32 [3], size of the room, whose corners are darker.
-    footprints: float32 [F, 4], (x, y, half width, half depth) of what stands on the floor and shades it.
+    footprints: float32 [F, 4], (x, y, half width, half depth) of objects on the floor, for contact shadows.
   """
 
   position: np.ndarray
@@ -71,7 +71,7 @@ class Light(NamedTuple):
 
 
 def look(origin: np.ndarray, yaw: float, pitch: float, roll: float) -> Camera:
-  """Camera at `origin` looking along `yaw` (from x towards y), `pitch` upwards, turned by `roll`; radians."""
+  """Camera at `origin` with `yaw` (from x towards y), `pitch` (upwards) and `roll` in radians."""
   forward = np.array([np.cos(pitch) * np.cos(yaw), np.cos(pitch) * np.sin(yaw), np.sin(pitch)])
   right = np.array([np.sin(yaw), -np.cos(yaw), 0.0])
   down = np.cross(forward, right)
@@ -90,7 +90,7 @@ def project(points: np.ndarray, camera: Camera, size: tuple[int, int]) -> tuple[
 def cast_rays(camera: Camera, size: tuple[int, int]) -> np.ndarray:
   """Directions float32 [3, H, W] through the pixel centers, of length 1 along the optical axis.
 
-  So the parameter of a ray is the planar depth.
+  Therefore the parameter of a ray is the planar depth.
   """
   height, width = size
   right = (np.arange(width, dtype=np.float32) + 0.5 - width / 2) / np.float32(FOCAL * width)
@@ -100,7 +100,7 @@ def cast_rays(camera: Camera, size: tuple[int, int]) -> np.ndarray:
 
 
 def draw(parts: Parts, camera: Camera, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Depth float32 [H, W], inf where nothing is, and the index of the part seen, [H, W]."""
+  """Depth float32 [H, W], inf for the background, and the index of the visible part, [H, W]."""
   size = rays.shape[1:]
   depth, seen = np.full(size, np.inf, np.float32), np.zeros(size, np.int32)
   maps = parts.frames / parts.halves[:, :, None]
@@ -118,7 +118,7 @@ def draw(parts: Parts, camera: Camera, rays: np.ndarray) -> tuple[np.ndarray, np
 
 
 def cover(parts: Parts, camera: Camera, size: tuple[int, int]) -> list[list[int]]:
-  """Rectangle of pixels (top, bottom, left, right) that each part can cover; all pixels if it reaches the camera."""
+  """Bounding rectangle (top, bottom, left, right) of each part in pixels; the full image if it reaches the camera."""
   corners = np.einsum("nci,nij->ncj", CORNERS * parts.halves[:, None], parts.frames) + parts.centers[:, None]
   pixels, depth = project(corners, camera, size)
   low, high = np.floor(pixels.min(1)), np.ceil(pixels.max(1))
@@ -132,8 +132,7 @@ def cover(parts: Parts, camera: Camera, size: tuple[int, int]) -> list[list[int]
 def intersect(shape: int, origin: np.ndarray, directions: np.ndarray) -> np.ndarray:
   """First hit of the unit solid by rays from `origin` [3] along `directions` [3, P]; inf for a miss.
 
-  Every solid is an intersection of slabs and quadrics, and a convex one: a ray is inside from the last entry to the
-  first exit.
+  Every solid is a convex intersection of slabs and quadrics: a ray is inside from the last entry to the first exit.
   """
   with np.errstate(divide="ignore", invalid="ignore"):
     if shape == BOX:
@@ -149,7 +148,7 @@ def intersect(shape: int, origin: np.ndarray, directions: np.ndarray) -> np.ndar
 
 def slabs(origin: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Entry and exit of |coordinate| <= 1 in all given coordinates."""
-  inverse = 1 / (directions + np.float32(1e-12))  # a ray may run exactly along a face
+  inverse = 1 / (directions + np.float32(1e-12))  # avoids division by 0 for rays parallel to a face
   middle, reach = -origin[:, None] * inverse, np.abs(inverse)
   return (middle - reach).max(0), (middle + reach).min(0)
 
@@ -162,7 +161,7 @@ def quadric(origin: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def shade(parts: Parts, camera: Camera, light: Light, rays: np.ndarray, depth: np.ndarray, seen: np.ndarray):
-  """Color of every pixel, float32 [H, W, 3], unbounded above: texture times Lambert's law, and haze with distance."""
+  """Color of every pixel, float32 [H, W, 3], unbounded above: texture times Lambertian shading, with haze."""
   directions, part, reach = rays.reshape(3, -1).T, seen.ravel(), depth.ravel()[:, None]
   points = camera.origin + reach * directions  # [P, 3]
   frames, halves = parts.frames[part], parts.halves[part]
@@ -178,7 +177,7 @@ def shade(parts: Parts, camera: Camera, light: Light, rays: np.ndarray, depth: n
 
 
 def surface(shapes: np.ndarray, unit: np.ndarray, local: np.ndarray, halves: np.ndarray):
-  """Normals [P, 3] in the frame of the part, and texture coordinates [P, 4]: two in meters, two over the face."""
+  """Normals [P, 3] in the frame of the part, and texture coordinates [P, 4]: two in meters, two face-relative."""
   size = np.abs(unit)
   face = size.argmax(1)
   pick = np.arange(len(face))
@@ -195,13 +194,13 @@ def surface(shapes: np.ndarray, unit: np.ndarray, local: np.ndarray, halves: np.
 
 
 def irradiance(normals: np.ndarray, points: np.ndarray, light: Light) -> np.ndarray:
-  """Light that reaches each point [P]: ambient, darker in corners and near furniture, and the lamp's, by Lambert."""
+  """Irradiance at each point [P]: ambient light with occlusion, and the Lambertian light of the lamp."""
   toward = light.position - points
   distance = np.sqrt(np.einsum("pi,pi->p", toward, toward)) + 1e-3
   cosine = np.maximum(np.einsum("pi,pi->p", normals, toward) / distance, 0)
   lamp = (1 - light.ambient) * 2.2 * cosine / (1 + (distance / 3.5) ** 2)
   x, y, z = np.maximum(np.minimum(points, light.room - points), 0).T
-  gap = np.maximum(np.minimum(x, y), np.minimum(np.maximum(x, y), z))  # to the second nearest of the room's planes
+  gap = np.maximum(np.minimum(x, y), np.minimum(np.maximum(x, y), z))  # to the second nearest plane of the room
   ambient = light.ambient * (1 - 0.45 * np.exp(-gap / 0.25)) * (1 + 0.15 * normals[:, 2])
   shine = ambient + lamp
   floor = np.flatnonzero(points[:, 2] < 0.02)
@@ -210,7 +209,7 @@ def irradiance(normals: np.ndarray, points: np.ndarray, light: Light) -> np.ndar
 
 
 def contact_shadow(points: np.ndarray, footprints: np.ndarray) -> np.ndarray:
-  """Factor [P] that darkens the floor at points [P, 2] below and beside what stands on it."""
+  """Factor [P] that darkens the floor at points [P, 2] below and near objects."""
   if not len(footprints):
     return np.ones(len(points), np.float32)
   beyond = [np.maximum(np.abs(points[:, i, None] - footprints[:, i]) - footprints[:, 2 + i], 0) for i in (0, 1)]
@@ -223,8 +222,8 @@ def reflectance(parts: Parts, part: np.ndarray, cells: np.ndarray, footprint: np
   textures, pitches = parts.textures[part], parts.pitches[part]
   mix, tone = np.zeros(len(part), np.float32), np.ones(len(part), np.float32)
   for texture in np.unique(textures):
-    at = np.flatnonzero(textures == texture)
-    mix[at], tone[at] = pattern(int(texture), cells[at], pitches[at], part[at])
+    pixels = np.flatnonzero(textures == texture)
+    mix[pixels], tone[pixels] = pattern(int(texture), cells[pixels], pitches[pixels], part[pixels])
   sharp = np.clip(1.6 - 2.4 * footprint / pitches, 0, 1)
   flat = np.isin(textures, (SKY, PANELS, PAINTING))
   mix = np.where(flat, mix, mix * sharp + 0.25 * (1 - sharp) * (textures != PLAIN))

@@ -1,4 +1,4 @@
-"""Random rooms: walls, openings, furniture, a figure, a lamp and a camera, as parts for `room_render`."""
+"""Random rooms: walls, openings, furniture, a figure, a lamp and a camera, as parts for `render`."""
 
 from typing import NamedTuple
 
@@ -27,19 +27,19 @@ COLORS = {
 }
 WOODS = ((0.55, 0.36, 0.2), (0.42, 0.26, 0.14), (0.7, 0.52, 0.33), (0.3, 0.2, 0.13), (0.75, 0.7, 0.62))
 SKINS = ((0.9, 0.7, 0.58), (0.76, 0.54, 0.4), (0.5, 0.33, 0.22), (0.33, 0.21, 0.15))
-MAX_DIAGONAL = 9.8  # meters; so no depth reaches 10
+MAX_DIAGONAL = 9.8  # meters; keeps all depths below 10
 FIGURE_CHANCE = 0.5
 HAZE = 0.16  # 1/meter
-CAMERA_CLEARANCE = 1.0  # meters around the camera that stay free
+CAMERA_CLEARANCE = 1.0  # meters of free floor around the camera
 
 
 class Scene(NamedTuple):
-  """One room.
+  """A room.
 
   Attributes:
-    parts, camera, light: what `room_render` draws.
+    parts, camera, light: the input of `render`.
     names: (color, class name) of every instance, number 1 first.
-    joints: float32 [17, 3], COCO keypoints in world coordinates, or None where nobody is in the room.
+    joints: float32 [17, 3], COCO keypoints in world coordinates, or None if the room has no figure.
   """
 
   parts: render.Parts
@@ -50,7 +50,7 @@ class Scene(NamedTuple):
 
 
 def build(rng: np.random.Generator, scene: str) -> Scene:
-  """A random room of the given kind, one of SCENES."""
+  """Builds a random room of a scene of SCENES."""
   room = Builder(rng)
   room.shell()
   room.openings()
@@ -60,15 +60,15 @@ def build(rng: np.random.Generator, scene: str) -> Scene:
 
 
 class Builder:
-  """Grows the list of parts of one room. `taken` holds (x, y, half width, half depth) of occupied floor."""
+  """Builds the list of parts of a room. `occupied` has the (x, y, half width, half depth) of occupied floor."""
 
   def __init__(self, rng: np.random.Generator):
     self.rng = rng
     size = np.array([rng.uniform(2.8, 7.0), rng.uniform(2.8, 8.0), rng.uniform(2.3, 3.1)])
     self.size = size * min(1.0, MAX_DIAGONAL / np.linalg.norm(size))
-    self.rows, self.names, self.taken, self.tops, self.spans = [], [], [], [], {}
+    self.rows, self.names, self.occupied, self.tops, self.spans = [], [], [], [], {}
     self.camera = self._camera()
-    self.taken.append((*self.camera.origin[:2], CAMERA_CLEARANCE, CAMERA_CLEARANCE))
+    self.occupied.append((*self.camera.origin[:2], CAMERA_CLEARANCE, CAMERA_CLEARANCE))
 
   def _camera(self) -> render.Camera:
     """A camera at a random place that looks across the room."""
@@ -82,15 +82,15 @@ class Builder:
     return render.look(origin, yaw, pitch, rng.normal(0, 0.02))
 
   def add(self, solid: Solid, frame: np.ndarray, center: np.ndarray, colors: np.ndarray, name: str, instance: int):
-    """One part from a solid, whose frame and center are already those of the room."""
+    """Adds a solid as a part, with frame and center in room coordinates."""
     self.rows.append(
       (solid.shape, center, solid.half, frame, colors, solid.texture, solid.pitch, CLASSES.index(name), instance)
     )
 
   def parts(self) -> render.Parts:
-    kinds = (np.int8, np.float32, np.float32, np.float32, np.float32, np.int8, np.float32, np.uint8, np.int32)
+    dtypes = (np.int8, np.float32, np.float32, np.float32, np.float32, np.int8, np.float32, np.uint8, np.int32)
     return render.Parts(
-      *(np.array(column, kind) for column, kind in zip(zip(*self.rows, strict=True), kinds, strict=True))
+      *(np.array(column, dtype) for column, dtype in zip(zip(*self.rows, strict=True), dtypes, strict=True))
     )
 
   def color(self) -> tuple[str, np.ndarray]:
@@ -102,7 +102,7 @@ class Builder:
     return np.array(WOODS[self.rng.integers(len(WOODS))]) * self.rng.uniform(0.8, 1.15)
 
   def put(self, thing: Object, place: tuple[float, float, float], yaw: float, color: np.ndarray, instance: int):
-    """The solids of an object at `place`, turned by `yaw` from x towards y."""
+    """Adds the solids of an object at `place`, rotated by `yaw` from x towards y."""
     cos, sin = np.cos(yaw), np.sin(yaw)
     frame = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
     wood = self.wood()
@@ -165,7 +165,7 @@ class Builder:
       self._hang(name, half, (*self.wall_place(wall, along, 0.0), middle), wall * np.pi / 2)
 
   def _hang(self, name: str, half: tuple[float, float, float], place: tuple[float, float, float], yaw: float):
-    """One thing on a wall, with its frame."""
+    """Adds an object on a wall, with its frame."""
     color, first = self.color()
     if name == "window":
       color, first = "bright", np.array([0.75, 0.85, 0.95])
@@ -180,16 +180,16 @@ class Builder:
     width, length = self.size[:2]
     if x - a < 0 or y - b < 0 or x + a > width or y + b > length:
       return False
-    return all(abs(x - u) > a + c or abs(y - v) > b + d for u, v, c, d in self.taken)
+    return all(abs(x - u) > a + c or abs(y - v) > b + d for u, v, c, d in self.occupied)
 
   def place(self, thing: Object, spot, tries: int = 6) -> bool:
-    """Puts an object where `spot` (a function that draws x, y, yaw) finds free floor; False if it never does."""
+    """Places an object on free floor at a sample (x, y, yaw) of `spot`; False if all tries fail."""
     for _ in range(tries):
       x, y, yaw = spot(thing)
       cos, sin = abs(np.cos(yaw)), abs(np.sin(yaw))
       a, b = thing.half_width * cos + thing.half_depth * sin, thing.half_width * sin + thing.half_depth * cos
       if self.free(x, y, a - 1e-3, b - 1e-3):
-        self.taken.append((x, y, a, b))
+        self.occupied.append((x, y, a, b))
         self.put_new(thing, (x, y, 0.0), yaw)
         if thing.top:
           self.tops.append((x, y, thing))
@@ -197,7 +197,7 @@ class Builder:
     return False
 
   def put_new(self, thing: Object, place: tuple[float, float, float], yaw: float):
-    """An object of a random named color; much furniture is of brown wood."""
+    """Adds an object with a random named color; much furniture is wooden."""
     color, rgb = self.color()
     if thing.name in ("table", "cabinet", "shelf") and self.rng.random() < 0.6:
       color, rgb = "wooden", self.wood()
@@ -206,8 +206,8 @@ class Builder:
     self.put(thing, place, yaw, rgb, self.new_instance(color, thing.name))
 
   def furnish(self, at_walls: tuple, free: tuple, small: tuple):
-    """A rug, furniture along the walls, free furniture, small things on tops and on the floor."""
-    rng, pick = self.rng, lambda kinds: kinds[rng.integers(len(kinds))]
+    """A rug, furniture along the walls, free-standing furniture, small objects on tops and on the floor."""
+    rng, pick = self.rng, lambda constructors: constructors[rng.integers(len(constructors))]
     if rng.random() < 0.4:
       half = (*np.minimum(rng.uniform(0.6, 1.3, 2), self.size[:2] / 2 - 0.2), 0.005)
       look = (FIRST, int(rng.choice([render.PLAIN, render.STRIPES, render.CHECKER])), 0.25)
@@ -243,7 +243,7 @@ class Builder:
     return *spot, self.rng.uniform(0, 2 * np.pi)
 
   def stand_figure(self) -> np.ndarray | None:
-    """A figure in front of the camera; its joints in the room, or None where there is no space."""
+    """Adds a figure in front of the camera; returns its joints in the room, or None if there is no space."""
     rng, space = self.rng, Object("person", 0.3, 0.3, [])
     for _ in range(12):
       x, y, yaw = self._in_view(space)
@@ -251,23 +251,23 @@ class Builder:
         break
     else:
       return None
-    self.taken.append((x, y, 0.15, 0.15))
+    self.occupied.append((x, y, 0.15, 0.15))
     cos, sin = np.cos(yaw), np.sin(yaw)
     joints = figure.pose(rng) @ np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]]) + np.array([x, y, 0])
     skin = np.array(SKINS[rng.integers(len(SKINS))])
     colors = (skin, self.color()[1], self.color()[1] * 0.8, self.wood() * 0.5)
     instance = self.new_instance("standing", "person")
-    for start, end, radius, kind in figure.bodies(joints):
+    for start, end, radius, material in figure.bodies(joints):
       center, half, frame = figure.stretch(start, end, radius)
       solid = Solid(render.ELLIPSOID, tuple(center), tuple(half))
-      self.add(solid, frame, center, np.stack([colors[kind]] * 2), "person", instance)
+      self.add(solid, frame, center, np.stack([colors[material]] * 2), "person", instance)
     return joints.astype(np.float32)
 
   def light(self) -> render.Light:
-    """A lamp below the ceiling, its share of the light and its tint."""
+    """A random lamp below the ceiling."""
     rng = self.rng
     position = self.size * [*rng.uniform(0.25, 0.75, 2), 0.93]
     tint = np.clip(1 + rng.normal(0, 0.02, 3), 0.9, 1.1) * rng.uniform(0.94, 1.06)
-    footprints = np.array(self.taken[1:], np.float32).reshape(-1, 4)  # the first is the camera's
+    footprints = np.array(self.occupied[1:], np.float32).reshape(-1, 4)  # the first is the camera's
     position, tint, room = (array.astype(np.float32) for array in (position, tint, self.size))
     return render.Light(position, float(rng.uniform(0.42, 0.55)), tint, HAZE, room, footprints)

@@ -1,6 +1,7 @@
-"""Records on their way to a batch: read from prepared shards, replaced where they cannot be read, stacked.
+"""Reads records from prepared shards, replaces unreadable ones, and collates them to batches.
 
-`writer.py` writes the shards. What stands here runs in worker processes too, so it is light and picklable.
+`writer.py` writes the shards. This module also runs in worker processes, so it is lightweight and its objects are
+picklable.
 """
 
 import dataclasses
@@ -18,58 +19,55 @@ from vpd_jax.errors import UserError
 from vpd_jax.types import Example, Fields, Options, Source
 
 FORMATS = ("files", "tfds")
-INFO = "dataset_info.json"  # written last: a folder that has it is whole
+INFO = "dataset_info.json"  # written last, so a folder with it is complete
 ON_BAD_RECORD = ("stop", "skip")
-SKIPPED = "skipped"  # key of an Example: int32 [2], the record asked for and how many were passed over for it
-MOST = 10  # unreadable records in a row; more than that is a lost disk rather than a bad file
-
+SKIPPED = "skipped"  # key of an Example: int32 [2], the requested record and how many were skipped for it
+MAX_UNREADABLE = 10  # consecutive records; more suggest a failed disk rather than bad files
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-_READ: weakref.WeakKeyDictionary[object, dict[object, object]] = (
-  weakref.WeakKeyDictionary()
-)  # by data set; never pickled
+# Results of `read_once` by data set; never pickled.
+_READ: weakref.WeakKeyDictionary[object, dict[object, object]] = weakref.WeakKeyDictionary()
 
 
 def read_once(method: Method) -> Method:
-  """A method of a data set whose result for a split is kept as long as the data set; what it raises is not."""
+  """Caches the result of a data set's method by split, for the lifetime of the data set; errors are not cached."""
 
   @functools.wraps(method)
   def once(dataset: object, split: str) -> object:
-    held, key = _READ.setdefault(dataset, {}), (method.__qualname__, split)
-    if key not in held:
-      held[key] = method(dataset, split)
-    return held[key]
+    cache, key = _READ.setdefault(dataset, {}), (method.__qualname__, split)
+    if key not in cache:
+      cache[key] = method(dataset, split)
+    return cache[key]
 
   return cast(Method, once)
 
 
 def check_format(format: str) -> str:
-  """The given way of storage, or a ValueError with the list of them."""
+  """Returns `format` if it is one of FORMATS, or else raises ValueError."""
   if format not in FORMATS:
     raise UserError(f"format={format!r} is unknown; choose one of {FORMATS}.")
   return format
 
 
 def check_on_bad_record(word: str) -> None:
-  """A ValueError with the list of them for an unknown way to answer a record that cannot be read."""
+  """Raises ValueError if `word` is not one of ON_BAD_RECORD."""
   if word not in ON_BAD_RECORD:
     raise UserError(f"on_bad_record={word!r} is unknown; choose one of {ON_BAD_RECORD}.")
 
 
 class Shards(Source):
-  """Random access to one split of prepared ArrayRecord shards: the Examples of the files, in their order.
+  """Random access to one split of prepared ArrayRecord shards: the same Examples as from files, in the same order.
 
   Args:
     root: folder that scripts/prepare_data.py wrote, local or gs://.
     name: of the data set.
     split: "train" or "eval".
-    decode: from a stored record to an Example, the same function that serves the files; None where the Examples
-      themselves were stored.
-    made_with: options of the data set on which its records depend, as given to the builder.
+    decode: decodes a stored record to an Example, as for files; None if Examples are stored.
+    made_with: options of the data set that its records depend on, as given to the builder.
 
   Raises:
-    ValueError: no prepared folder, or one of another data set, without that split, made with other options, or with
-      shards missing or cut off.
+    ValueError: if the folder is not prepared, or has another data set, other splits or options, or missing or truncated
+      shards.
   """
 
   def __init__(
@@ -96,10 +94,10 @@ class Shards(Source):
     return len(self._records)
 
   def __getitem__(self, index: int) -> Example:
-    """The Example at that place of the list.
+    """The Example at an index.
 
     Raises:
-      ValueError: the record is damaged; names the folder and the record.
+      ValueError: for a damaged record; names the folder and the record.
     """
     if not 0 <= index < len(self):
       raise IndexError(f"index={index} is outside the {len(self)} records of {self._split!r}.")
@@ -107,12 +105,12 @@ class Shards(Source):
       stored = self._records[int(index)]
       record = {key: self._restore[key](value) for key, value in stored.items()}
       return record if self._decode is None else self._decode(record)
-    except Exception as error:  # a damaged shard: riegeli's, protobuf's and numpy's errors have nothing else in common
+    except Exception as error:  # damaged shards raise many types, of riegeli, protobuf and numpy
       reason = " ".join(str(error).split())
       raise UserError(f"record {index} of split {self._split!r} in {self._root} cannot be read: {reason}") from None
 
   def picture(self, index: int) -> str:
-    """See Source; reads the whole record."""
+    """See Source; reads the full record."""
     if "image_path" not in self._restore:
       return super().picture(index)
     return str(self._restore["image_path"](self._records[int(index)]["image_path"]))
@@ -126,7 +124,7 @@ class Shards(Source):
 
   def _open(self) -> Any:
     """Opens the folder in this process; returns tfds' description of it."""
-    import tensorflow_datasets as tfds  # a second to import, and only shards need it
+    import tensorflow_datasets as tfds  # slow to import, and only needed for shards
 
     builder: Any = tfds.builder_from_directory(epath.Path(self._root).expanduser())
     info, features = builder.info, builder.info.features
@@ -139,7 +137,7 @@ class Shards(Source):
 
 
 def unending(function: Callable[..., Any]) -> Callable[..., Any]:
-  """The function, its StopIteration made a RuntimeError: grain would take it for the end of the data."""
+  """Turns StopIteration into RuntimeError, because grain would treat it as the end of the data."""
 
   @functools.wraps(function)
   def call(*arguments: object) -> object:
@@ -156,7 +154,7 @@ def unending(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Unending(Source):
-  """A source whose records never end an iteration, see `unending`."""
+  """A source whose records never raise StopIteration, see `unending`."""
 
   source: Source
 
@@ -169,9 +167,9 @@ class Unending(Source):
 
 
 class SkipUnreadable(Source):
-  """A source that gives the next readable record in place of one that is not.
+  """A source that replaces unreadable records by the next readable one.
 
-  Which one depends on the files only, so that every process, worker and resumed run sees the same.
+  The replacement depends only on the files, so it is the same for all processes, workers and resumed runs.
   """
 
   def __init__(self, source: Source):
@@ -184,26 +182,26 @@ class SkipUnreadable(Source):
     """The Example with SKIPPED.
 
     Raises:
-      ValueError: MOST records after this one, or all there are, cannot be read either; names the first.
+      ValueError: MAX_UNREADABLE records after this one, or all, cannot be read either; names the first.
     """
     first = None
-    for count in range(min(MOST + 1, len(self))):
+    for count in range(min(MAX_UNREADABLE + 1, len(self))):
       try:
         example = self.source[(index + count) % len(self)]
       except UserError as error:
         first = first or error
       else:
         return {**example, SKIPPED: np.array([index, count], np.int32)}
-    raise UserError(f"{min(MOST + 1, len(self))} records in a row cannot be read, the first: {first}")
+    raise UserError(f"{min(MAX_UNREADABLE + 1, len(self))} records in a row cannot be read, the first: {first}")
 
 
 @dataclasses.dataclass
 class Report:
-  """Takes SKIPPED out of batches, counts, and names each record that was left out once, on stderr.
+  """Removes SKIPPED from batches, counts replaced rows, and reports each skipped record once, on stderr.
 
   Attributes:
-    source: of the records, for the reason why one cannot be read.
-    skipped: rows so far that hold another record than the one whose turn it was.
+    source: of the records, to find out why one cannot be read.
+    skipped: number of rows so far in which a record was replaced.
   """
 
   source: Source
@@ -211,13 +209,13 @@ class Report:
   _named: set[int] = dataclasses.field(default_factory=set)
 
   def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    asked = batch.pop(SKIPPED)  # [B, 2]
-    self.skipped += int(np.count_nonzero(asked[:, 1]))
-    for index, count in asked[asked[:, 1] > 0].tolist():
-      for bad in ((index + step) % len(self.source) for step in range(count)):
-        if bad not in self._named:
-          self._named.add(bad)
-          print(f"left out, the next record takes its place: {self._reason(bad)}", file=sys.stderr, flush=True)
+    skipped = batch.pop(SKIPPED)  # [B, 2]
+    self.skipped += int(np.count_nonzero(skipped[:, 1]))
+    for index, count in skipped[skipped[:, 1] > 0].tolist():
+      for unreadable in ((index + step) % len(self.source) for step in range(count)):
+        if unreadable not in self._named:
+          self._named.add(unreadable)
+          print(f"left out, the next record takes its place: {self._reason(unreadable)}", file=sys.stderr, flush=True)
     return batch
 
   def _reason(self, index: int) -> str:
@@ -230,7 +228,7 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class PadToLength:
-  """A source lengthened by repeating its last record; a row is (Example, whether it is real)."""
+  """A source padded with copies of its last record; a row is (Example, whether it is not padding)."""
 
   source: Source
   length: int
@@ -245,7 +243,7 @@ class PadToLength:
 
 @dataclasses.dataclass(frozen=True)
 class Collate:
-  """Examples to a batch that holds `keys` only."""
+  """Collates Examples to a batch with `keys` only."""
 
   keys: tuple[str, ...]
 
@@ -263,17 +261,19 @@ class Collate:
 
 
 def _check(root: str, info: Any, name: str, split: str, made_with: Options) -> None:
-  """Whether a prepared folder is the one asked for, and whole."""
-  found = dict(info.metadata or {})
-  if found.get("dataset") != name:
-    raise UserError(f"root={root!r} holds shards of {found.get('dataset')!r}, but data.name={name!r}.")
+  """Checks that a prepared folder is the requested one, and complete."""
+  metadata = dict(info.metadata or {})
+  if metadata.get("dataset") != name:
+    raise UserError(f"root={root!r} holds shards of {metadata.get('dataset')!r}, but data.name={name!r}.")
   if split not in info.splits:
     raise UserError(
       f"root={root!r} holds the splits {sorted(info.splits)} only; prepare it again with --splits and {split!r}."
     )
-  old = found.get("made_with", {})
+  stored_options = metadata.get("made_with", {})
   differing = [
-    f"{key}={old.get(key)!r} (here {value!r})" for key, value in plain(made_with).items() if old.get(key) != value
+    f"{key}={stored_options.get(key)!r} (here {value!r})"
+    for key, value in plain(made_with).items()
+    if stored_options.get(key) != value
   ]
   if differing:
     raise UserError(
@@ -285,19 +285,19 @@ def _check(root: str, info: Any, name: str, split: str, made_with: Options) -> N
     raise UserError(
       f"{len(missing)} of {len(paths)} shards are missing in {root}: {', '.join(missing[:10])}; copy again."
     )
-  size, whole = sum(path.stat().length for path in paths), int(info.splits[split].num_bytes)
-  if size != whole:
-    raise UserError(f"the {split} shards in {root} have {size} bytes in place of {whole}; copy them again.")
+  size, expected = sum(path.stat().length for path in paths), int(info.splits[split].num_bytes)
+  if size != expected:
+    raise UserError(f"the {split} shards in {root} have {size} bytes in place of {expected}; copy them again.")
 
 
 def plain(options: Options) -> Fields:
-  """Options as they look after a round through JSON: tuples are lists."""
+  """Options as after a JSON round trip: tuples become lists."""
   return {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
 
 
 def _restorer(feature: Any) -> Callable[[Any], Any]:
-  """From tfds' numpy value back to what was stored."""
+  """The function from a numpy value of tfds to the stored value."""
   if type(feature).__name__ == "Text":
     return lambda value: value.decode() if isinstance(value, bytes) else str(value)
   dtype = feature.np_dtype
-  return lambda value: np.array(value, dtype)  # a copy: what tfds gives is read-only
+  return lambda value: np.array(value, dtype)  # a copy, because arrays of tfds are read-only

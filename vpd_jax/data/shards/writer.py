@@ -1,7 +1,7 @@
-"""tensorflow-datasets builders over our own sources: ArrayRecord shards for machines that read from a bucket.
+"""Writes data sets as ArrayRecord shards with tensorflow-datasets, e.g. to read them from a bucket.
 
-A shard holds what the files hold (a picture's own bytes, never decoded and encoded again), so that Examples from
-shards equal those from files and both pass through one decoder. tensorflow is not needed to write or to read.
+Shards contain the bytes of the files (images are not re-encoded), so Examples from shards equal those from files and
+both use the same decoder. tensorflow is not required for writing or reading.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
 from vpd_jax.types import Dataset, Fields, Source
 
-KINDS: dict[str, Callable[[], object]] = {  # what a data set may name in `stored`
+FEATURES: dict[str, Callable[[], object]] = {  # the valid values of Dataset.stored
   "picture": lambda: tfds.features.Image(shape=(None, None, 3)),
   "depth16": lambda: tfds.features.Image(shape=(None, None, 1), dtype=np.uint16, encoding_format="png"),
   "labels8": lambda: tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
@@ -38,28 +38,28 @@ KINDS: dict[str, Callable[[], object]] = {  # what a data set may name in `store
   "float32": lambda: tfds.features.Scalar(np.float32),
 }
 SHARD_BYTES = 256 * 2**20
-SAMPLES = 32  # records by whose size the number of shards is chosen
+SAMPLES = 32  # records to estimate the number of shards from
 STATE = "state.json"
 
 
 class VpdJax(tfds.core.ShardBasedBuilder):
-  """Builder of any of our data sets.
+  """Builder for all data sets.
 
-  tfds' GeneratorBasedBuilder either orders records by a hash, or, told not to, holds a whole split in memory: its keys
-  all fall into one bucket. This one writes shard by shard, in order.
+  tfds' GeneratorBasedBuilder either orders records by a hash or, with that disabled, holds a full split in memory,
+  since all keys fall into one bucket. This builder writes shard by shard, in order.
 
   Args:
     name: of the data set.
     sources: random access to the records by split.
     features: see `describe`.
-    made_with: options of the data set on which its records depend; kept, and compared when the shards are read.
-    shard_bytes: about the size of a shard.
-    staging: folder of finished shards, which a later run takes over.
+    made_with: options of the data set that its records depend on; stored, and compared when the shards are read.
+    shard_bytes: approximate size of a shard.
+    staging: folder of finished shards, which a later run reuses.
     folder: for tfds.
   """
 
   VERSION = tfds.core.Version("1.0.0")
-  url_infos = None  # nothing is downloaded; tfds 4.9.10 would need importlib_resources to find that out
+  url_infos = None  # no downloads; tfds 4.9.10 would need importlib_resources to determine this
 
   def __init__(
     self,
@@ -93,7 +93,7 @@ class VpdJax(tfds.core.ShardBasedBuilder):
     return {split: self._shards(split, source) for split, source in self._sources.items()}
 
   def _shards(self, split: str, source: Source) -> Sequence[Callable[[], Iterator[object]]]:
-    """One function per shard, that gives (place, record) of a range of records."""
+    """One function per shard, which yields (index, record) for a range of records."""
     count = min(-(-self.size(split) // self._shard_bytes), len(source))
     bounds = [len(source) * number // count for number in range(count + 1)]
     template = self._get_filename_template(split_name=split)
@@ -106,7 +106,7 @@ class VpdJax(tfds.core.ShardBasedBuilder):
       path = self._staging / template.sharded_filepath(shard_index=number, num_shards=count).name
       finished = path.exists()
       for index in range(bounds[number], bounds[number + 1]):
-        # tfds counts the records of every shard; those of a finished one need not be read again.
+        # tfds counts the records of every shard; those of a finished one are not read again.
         yield index, None if finished else source.record(index)
         progress[0].update()
       if number + 1 == count:
@@ -115,7 +115,7 @@ class VpdJax(tfds.core.ShardBasedBuilder):
     return [lambda number=number: shard(number) for number in range(count)]
 
   def size(self, split: str) -> int:
-    """About how many bytes a split takes, by some of its records."""
+    """The approximate size of a split in bytes, from some of its records."""
     if split not in self._sizes:
       source = self._sources[split]
       chosen = sorted({len(source) * step // SAMPLES for step in range(SAMPLES)})
@@ -126,7 +126,7 @@ class VpdJax(tfds.core.ShardBasedBuilder):
 
 
 class _Writer(tfds.core.ExampleWriter):
-  """Writes a shard under a name of its own, renames it when it is whole, and links it to where tfds wants it."""
+  """Writes a shard to a temporary file, renames it on completion, and links it to the path that tfds expects."""
 
   def __init__(self, staging: Path):
     super().__init__(tfds.core.FileFormat.ARRAY_RECORD)
@@ -136,7 +136,7 @@ class _Writer(tfds.core.ExampleWriter):
     finished = self._staging / Path(path).name
     if not finished.exists():
       part = finished.with_name(finished.name + ".part")
-      # Pictures are compressed already; one record per group, since single records are read.
+      # Images are already compressed; one record per group, for random access.
       writer = array_record_module.ArrayRecordWriter(str(part), "group_size:1,uncompressed")
       for _, serialized in examples:
         writer.write(serialized)
@@ -149,18 +149,18 @@ class _Writer(tfds.core.ExampleWriter):
 
 
 def describe(dataset: Dataset, source: Source) -> Fields:
-  """tfds features by key: those of `dataset.stored`, or else of the first Example, its arrays exactly as they are.
+  """tfds features by key: those of `dataset.stored`, or else of the first Example, with its exact dtypes.
 
   Raises:
-    ValueError: `stored` names an unknown kind, or an Example holds what cannot be stored.
+    ValueError: if `stored` has an unknown feature, or an Example contains unsupported values.
   """
   stored = dataset.stored
   if stored is None:
     return {key: _feature(key, value) for key, value in source[0].items()}
-  unknown = sorted(set(stored.values()) - set(KINDS))
+  unknown = sorted(set(stored.values()) - set(FEATURES))
   if unknown:
-    raise UserError(f"stored={stored} names {unknown}; choose among {sorted(KINDS)}.")
-  return {key: KINDS[kind]() for key, kind in stored.items()}
+    raise UserError(f"stored={stored} names {unknown}; choose among {sorted(FEATURES)}.")
+  return {key: FEATURES[feature]() for key, feature in stored.items()}
 
 
 def prepare(
@@ -172,21 +172,21 @@ def prepare(
   shard_bytes: int = SHARD_BYTES,
   say: Callable[[str], None] = print,
 ) -> None:
-  """Writes the shards of a data set; `output` appears when all of them are whole.
+  """Writes the shards of a data set; `output` appears when all of them are complete.
 
-  Until then everything stands in `<output>.partial`. A run that was killed is continued by the same call: finished
-  shards are kept, a half one is written again. The files of the data set are only read.
+  Until then, files are written to `<output>.partial`. The same call resumes an interrupted run: finished shards are
+  kept, others are written again. The files of the data set are not modified.
 
   Args:
     dataset: see types.Dataset.
-    output: local folder that is not there yet, or empty.
+    output: local folder, which must not exist or be empty.
     name: of the data set.
-    splits: what to write.
-    shard_bytes: about the size of a shard.
-    say: gets one line on what is continued.
+    splits: to write.
+    shard_bytes: approximate size of a shard.
+    say: called with one line if a run is resumed.
 
   Raises:
-    ValueError: the output cannot be written, or holds something else; the disk is too small; a record cannot be read.
+    ValueError: if the output cannot be written or has other files, the disk is too small, or a record cannot be read.
   """
   output = check_output(output)
   made_with = reader.plain(dataset.made_with)
@@ -222,7 +222,7 @@ def prepare(
     needed, free = sum(map(builder.size, splits)) - done, shutil.disk_usage(partial).free
     if needed > free:
       raise UserError(f"{output.parent} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed.")
-    # tfds insists on a folder for downloads, and says that it downloads.
+    # tfds requires a folder for downloads, and prints that it downloads.
     with tempfile.TemporaryDirectory(dir=partial) as downloads, contextlib.redirect_stdout(io.StringIO()):
       builder.download_and_prepare(download_dir=downloads)
     if output.is_dir():
@@ -236,10 +236,10 @@ def prepare(
 
 
 def check_output(output: str | Path) -> Path:
-  """The absolute path of a folder that is prepared, or can be written.
+  """The absolute path of a folder that is prepared already, or can be written.
 
   Raises:
-    ValueError: a bucket, or something else is there.
+    ValueError: for a bucket, or a path with other content.
   """
   if "://" in str(output):
     raise UserError(f"output={str(output)!r} must be a local folder; copy it to the bucket when it is whole.")
@@ -251,23 +251,23 @@ def check_output(output: str | Path) -> Path:
 
 
 def _continue(staging: Path, state: Fields, say: Callable[[str], None]) -> None:
-  """Keeps the finished shards of an earlier run of the same state, and nothing else."""
-  noted = staging / STATE
-  if noted.exists():
+  """Keeps the finished shards of an interrupted run with the same state, and removes anything else."""
+  state_file = staging / STATE
+  if state_file.exists():
     finished = sorted(path for path in staging.glob("*array_record*") if path.suffix != ".part")
-    if json.loads(noted.read_text()) == state:
+    if json.loads(state_file.read_text()) == state:
       say(f"continuing: {len(finished)} shards are finished, any other is written again")
     else:
       say(f"starting again: the data set or its options have changed since {len(finished)} shards were written")
       shutil.rmtree(staging)
-  for left in itertools.chain(staging.glob("*.part"), staging.parent.glob("tmp*"), staging.parent.glob("tfds")):
-    left.unlink() if left.is_file() else shutil.rmtree(left)
+  for leftover in itertools.chain(staging.glob("*.part"), staging.parent.glob("tmp*"), staging.parent.glob("tfds")):
+    leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
   staging.mkdir(parents=True, exist_ok=True)
-  atomic.write_json(noted, state)
+  atomic.write_json(state_file, state)
 
 
 def _identity(value: object) -> object:
-  """What a source consists of, as JSON that is the same in every process; a pickle is not."""
+  """The content of a source as JSON, which, unlike a pickle, is the same in every process."""
   if value is None or isinstance(value, bool | int | float | str):
     return value
   if isinstance(value, list | tuple):
@@ -288,12 +288,12 @@ def _identity(value: object) -> object:
 
 
 def _feature(key: str, value: object) -> object:
-  """The tfds feature that stores an array exactly; text as text."""
+  """The tfds feature that stores an array exactly, or a string."""
   if isinstance(value, str):
     return tfds.features.Text()
   array = np.asarray(value)
   if array.dtype.kind not in "biuf":
     raise UserError(f"an Example's {key!r} is of {array.dtype}, which shards cannot hold; numbers and text can.")
-  # Encoded: as plain numbers tfds stores every float as float32, and slowly.
+  # Encoded, because without encoding tfds stores all floats as float32, and slowly.
   encoding = tfds.features.Encoding.ZLIB if array.ndim else tfds.features.Encoding.BYTES
   return tfds.features.Tensor(shape=(None,) * array.ndim, dtype=array.dtype, encoding=encoding)

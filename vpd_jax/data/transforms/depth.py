@@ -1,7 +1,7 @@
-"""Pure functions (Example, random numbers) -> Example, on numpy arrays; only numpy and OpenCV.
+"""Pure functions (Example, rng) -> Example in numpy and OpenCV.
 
-A map is every array of an Example whose first two sizes are those of the image: geometry moves all maps alike, color
-changes the image only. No function writes into the arrays it is given.
+A map is an array of an Example with the height and width of the image. Geometric transforms apply to all maps, color
+transforms only to the image. Inputs are not modified.
 
 The order and the numbers are those of the depth release, which uses albumentations 1.1.0: VPD
 depth/dataset/base_dataset.py, method `augment_training_data`.
@@ -35,17 +35,17 @@ def depth_training(
 
   Args:
     example: "image" uint8 [H, W, 3] RGB, "depth" float32 [H, W] meters, and further maps.
-    rng: random numbers of this record alone.
-    position: place of the record in the shuffled epoch. The release counts the samples of a loader worker, which is no
-      property of the data; every fourth of the epoch is as many.
+    rng: for this record.
+    position: of the record in the shuffled epoch. The release counts the samples of a loader worker, which is not a
+      property of the data; every fourth record of the epoch is the same number.
     crop: (height, width) of the result.
     cut_depth: see `vertical_cut_depth`.
     depth_scale: file units per meter.
-    max_depth: meters that become 255 where `cut_depth="scaled"`.
-    color_jitter: False leaves the colors alone.
+    max_depth: meters, mapped to 255 for `cut_depth="scaled"`.
+    color_jitter: whether to apply color augmentation.
 
   Returns:
-    the Example with its maps of the size of `crop`.
+    the Example with maps of size `crop`.
 
   Source: VPD depth/dataset/base_dataset.py.
   """
@@ -57,7 +57,7 @@ def depth_training(
 
 
 def check_cut_depth(mode: str) -> None:
-  """Raises where `mode` is not a way to cut depth."""
+  """Raises ValueError if `mode` is not one of CUT_DEPTH."""
   if mode not in CUT_DEPTH:
     raise UserError(f"cut_depth={mode!r} is unknown; choose one of {CUT_DEPTH}.")
 
@@ -72,10 +72,10 @@ def vertical_cut_depth(
 
   Args:
     example: "image" uint8 [H, W, 3], "depth" float32 [H, W] meters.
-    rng: random numbers of this record.
-    mode: "released" writes the numbers of the depth file (millimeters for NYU) into eight bits, where they wrap modulo
-      256, so that the band shows contour lines and not depth; "scaled" writes depth / max_depth * 255, clipped, which
-      is what the paper of CutDepth means; "off" changes nothing.
+    rng: for this record.
+    mode: "released" casts the values of the depth file (millimeters for NYU) to 8 bits, modulo 256, so the band shows
+      contour lines instead of depth; "scaled" writes depth / max_depth * 255, clipped, as in the CutDepth paper; "off"
+      changes nothing.
     depth_scale: file units per meter.
     max_depth: meters, for "scaled".
 
@@ -111,16 +111,16 @@ def random_mirror(example: Example, rng: np.random.Generator) -> Example:
   if rng.random() >= 0.5:
     return example
   mirrored = {name: np.ascontiguousarray(example[name][:, ::-1]) for name in _maps(example) if name != "image"}
-  return {**example, **mirrored, "image": cv2.flip(example["image"], 1)}  # 30 times as fast on three bytes per pixel
+  return {**example, **mirrored, "image": cv2.flip(example["image"], 1)}  # 30 times as fast for three bytes per pixel
 
 
 def random_crop(example: Example, rng: np.random.Generator, *, size: tuple[int, int]) -> Example:
   """Cuts a window of `size` = (height, width) out of all maps, its corner at (int((H - h) u), int((W - w) v)).
 
-  With u, v in [0, 1) the last offset of an axis is never drawn.
+  With u, v in [0, 1) the last offset of an axis is never sampled.
 
   Raises:
-    ValueError: the image is smaller than the window.
+    ValueError: if the image is smaller than the window.
 
   Source: albumentations 1.1.0 RandomCrop, `get_random_crop_coords`.
   """
@@ -135,15 +135,15 @@ def random_crop(example: Example, rng: np.random.Generator, *, size: tuple[int, 
 
 
 def kb_crop(example: Example, *, size: tuple[int, int] = (352, 1216)) -> Example:
-  """Cuts the window of the KITTI depth benchmark out of all maps: the lowest rows, the middle columns.
+  """Crops all maps to the window of the KITTI depth benchmark: the bottom rows, the center columns.
 
-  The corner lies at (H - h, int((W - w) / 2)); a frame of 375 x 1242 loses its 23 highest rows, where LiDAR sees
-  nothing, and 13 columns at either side.
+  The corner lies at (H - h, int((W - w) / 2)); a frame of 375 x 1242 loses its 23 top rows, where LiDAR has no
+  points, and 13 columns on each side.
 
   Raises:
-    ValueError: the image is smaller than the window.
+    ValueError: if the image is smaller than the window.
 
-  Source: "do_kb_crop" of BTS, which the loader of MetaPrompts takes over.
+  Source: "do_kb_crop" of BTS, which the loader of MetaPrompts also uses.
   """
   (height, width), (h, w) = example["image"].shape[:2], size
   if h > height or w > width:
@@ -154,38 +154,41 @@ def kb_crop(example: Example, *, size: tuple[int, int] = (352, 1216)) -> Example
 def resize(example: Example, *, size: tuple[int, int]) -> Example:
   """Resizes all maps to `size` = (height, width): the image bilinearly, the others to the nearest pixel.
 
-  Depth is not interpolated, so that no pixel gets a depth between an object and what is behind it, or between a
-  measurement and 0. The release resizes depth bilinearly, in a branch that its published commands do not reach.
+  Depth is not interpolated, which would mix foreground and background, or measurements and 0. The release resizes depth
+  bilinearly, in a branch that its published commands do not use.
 
   Source: VPD depth/dataset/nyudepthv2.py, `scale_size`.
   """
-  ways = {name: cv2.INTER_LINEAR if name == "image" else cv2.INTER_NEAREST for name in _maps(example)}
-  return {**example, **{name: cv2.resize(example[name], size[::-1], interpolation=way) for name, way in ways.items()}}
+  interpolation = {name: cv2.INTER_LINEAR if name == "image" else cv2.INTER_NEAREST for name in _maps(example)}
+  return {
+    **example,
+    **{name: cv2.resize(example[name], size[::-1], interpolation=mode) for name, mode in interpolation.items()},
+  }
 
 
 def resize_to_cover(example: Example, *, size: tuple[int, int]) -> Example:
-  """Resizes all maps by one factor until they just cover `size` = (height, width), and cuts out the middle.
+  """Resizes all maps to cover `size` = (height, width), keeping the aspect ratio, and takes the center crop.
 
-  For pictures of any sizes: their aspect is kept. The image is averaged where it shrinks, else interpolated; the other
-  maps take the pixel nearest to the center of each new one, so that depth is never mixed.
+  The image is area-averaged if it shrinks, or else bilinearly interpolated; the other maps use nearest neighbor, so
+  that depth is never mixed.
   """
   (height, width), (h, w) = example["image"].shape[:2], size
   scale = max(h / height, w / width)
   new = max(h, round(height * scale)), max(w, round(width * scale))
   if new != (height, width):
-    way = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    ways = {name: way if name == "image" else cv2.INTER_NEAREST_EXACT for name in _maps(example)}
-    example = {**example, **{name: cv2.resize(example[name], new[::-1], interpolation=ways[name]) for name in ways}}
+    image_mode = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    modes = {name: image_mode if name == "image" else cv2.INTER_NEAREST_EXACT for name in _maps(example)}
+    example = {**example, **{name: cv2.resize(example[name], new[::-1], interpolation=modes[name]) for name in modes}}
   return _window(example, (new[0] - h) // 2, (new[1] - w) // 2, size)
 
 
 def random_color(example: Example, rng: np.random.Generator) -> Example:
   """Brightness and contrast, gamma, hue saturation and value: in this order, each with probability one half.
 
-  Contrast 1 + U(-0.2, 0.2), brightness U(-0.2, 0.2), gamma a whole number of percent from 80 to 120, hue U(-20, 20),
+  Contrast 1 + U(-0.2, 0.2), brightness U(-0.2, 0.2), gamma an integer percentage from 80 to 120, hue U(-20, 20),
   saturation U(-30, 30), value U(-20, 20).
 
-  Source: the defaults of albumentations 1.1.0, which VPD depth/dataset/base_dataset.py takes.
+  Source: the defaults of albumentations 1.1.0, which VPD depth/dataset/base_dataset.py uses.
   """
   image = example["image"]
   if rng.random() < 0.5:
@@ -233,7 +236,7 @@ def shift_hsv(image: np.ndarray, *, hue: float, saturation: float, value: float)
 
 
 def _window(example: Example, top: int, left: int, size: tuple[int, int]) -> Example:
-  """The part of all maps with its corner at (top, left); no copy is made."""
+  """Crops all maps at (top, left), without a copy."""
   part = np.s_[top : top + size[0], left : left + size[1]]
   return {**example, **{name: example[name][part] for name in _maps(example)}}
 

@@ -1,11 +1,11 @@
 """The augmentation of the segmentation releases.
 
-Pure functions on numpy arrays, as in depth.py, whose notion of a map they share. The order and the numbers are
-those of mmsegmentation 0.30 with mmcv 1.7: rescale, crop, mirror, color, pad. The releases work on BGR, we on RGB: of
-these steps only the change to HSV knows the channels, and OpenCV has it for both.
+Pure functions on numpy arrays and maps, as in depth.py. The order and the parameters are those of mmsegmentation 0.30
+with mmcv 1.7: rescale, crop, mirror, color, pad. The releases use BGR, this module RGB: only the conversion to HSV
+depends on the channel order, and OpenCV has it for both.
 
-The releases pad after they have brought the image to [-1, 1], with 0, which is 127.5 of 255. An image that travels as
-uint8 cannot hold that, so padding is PAD_GRAY there, and "valid_size" says where it begins: the device puts 0.
+The releases pad with 0 after normalizing the image to [-1, 1], which is 127.5 of 255. uint8 images cannot represent
+this, so they are padded with PAD_GRAY, and "valid_size" states where padding begins: the device replaces it by 0.
 
 Source: mmseg/datasets/pipelines/transforms.py (Resize, RandomCrop, RandomFlip, PhotoMetricDistortion, Pad);
 mmcv/image/geometric.py (rescale_size).
@@ -22,24 +22,24 @@ from vpd_jax.data.transforms import depth as depth_transforms
 from vpd_jax.errors import UserError
 from vpd_jax.types import Example
 
-TRIES = 10  # windows that may be refused for their labels
-PAD_GRAY = 128  # 0.004 in place of 0 where a reader does not look at "valid_size"
-ADDED = frozenset({"valid_size"})  # keys that are added to an Example
+TRIES = 10  # maximum number of windows rejected for their labels
+PAD_GRAY = 128  # 0.004 instead of 0 if "valid_size" is ignored
+ADDED = frozenset({"valid_size"})  # keys added to an Example
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-  """The options of the augmentation, checked.
+  """The validated options of the augmentation.
 
   Args:
-    crop: (height, width) of a training example; a smaller picture is padded to it.
-    scale: (long, short) side within which a picture is made as large as possible, aspect kept, in either order.
+    crop: (height, width) of a training example; smaller images are padded.
+    scale: maximum (long, short) side, in either order, to which images are resized with fixed aspect ratio.
     ratio_range: (lowest, highest) factor on `scale` in training.
-    cat_max_ratio: share of the labeled pixels of a window that one class should stay below; 1 takes any window.
-    color_jitter: False trains without the changes of color.
+    cat_max_ratio: maximum fraction of one class among the labeled pixels of a window; 1 accepts any window.
+    color_jitter: whether to apply color augmentation.
 
   Raises:
-    ValueError: in one line, for all that is wrong with them.
+    ValueError: one line that lists all problems.
   """
 
   crop: tuple[int, int] = (512, 512)
@@ -51,27 +51,26 @@ class Augmentation:
   def __post_init__(self):
     validation.check_size("crop", self.crop)
     sides = tuple(self.scale) if isinstance(self.scale, tuple | list) else ()
-    wrong = []
+    problems = []
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-      wrong.append(f"scale={self.scale!r} must be (long side, short side), two positive whole numbers")
+      problems.append(f"scale={self.scale!r} must be (long side, short side), two positive whole numbers")
     ratios = tuple(self.ratio_range) if isinstance(self.ratio_range, tuple | list) else ()
     if len(ratios) != 2 or not 0 < ratios[0] <= ratios[1]:
-      wrong.append(f"ratio_range={self.ratio_range!r} must be (lowest, highest), both above 0")
+      problems.append(f"ratio_range={self.ratio_range!r} must be (lowest, highest), both above 0")
     if not 0 < self.cat_max_ratio <= 1:
-      wrong.append(f"cat_max_ratio={self.cat_max_ratio} must lie above 0 and be at most 1")
-    if wrong:
-      raise UserError(f"data: {'; '.join(wrong)}.")
+      problems.append(f"cat_max_ratio={self.cat_max_ratio} must lie above 0 and be at most 1")
+    if problems:
+      raise UserError(f"data: {'; '.join(problems)}.")
 
   def training(self, example: Example, rng: np.random.Generator) -> Example:
     """One augmented training example.
 
     Args:
       example: "image" uint8 [H, W, 3] RGB, "label" uint8 [H, W], and further maps.
-      rng: random numbers of this record alone.
+      rng: for this record.
 
     Returns:
-      the Example with its maps of the size of `crop`, and "valid_size" int32 [2], the (height, width) from which on it
-      is padding.
+      the Example with maps of size `crop`, and "valid_size" int32 [2], the (height, width) without padding.
     """
     example = random_rescale(example, rng, scale=self.scale, ratio_range=self.ratio_range)
     example = random_crop(example, rng, size=self.crop, cat_max_ratio=self.cat_max_ratio)
@@ -81,15 +80,15 @@ class Augmentation:
     return pad(example, size=self.crop)
 
   def evaluation(self, example: Example) -> Example:
-    """The picture and its labels as they are, "valid_size" int32 [2] all of it.
+    """The unchanged image and labels, with "valid_size" int32 [2] of the full image.
 
-    Rescaling belongs to the test-time procedure, which makes every scale of the picture itself and scores at its size.
+    The test-time protocol rescales the image and computes scores at the original size.
     """
     return dict(example, valid_size=_size(example["image"]))
 
 
 def rescaled_size(size: tuple[int, int], scale: tuple[int, int]) -> tuple[int, int]:
-  """(height, width) of a picture of `size` made as large as fits into `scale`, aspect kept.
+  """(height, width) of an image of `size` scaled to the largest size that fits into `scale`.
 
   With f = min(long / longer side, short / shorter side): int(side f + 0.5), at least 1. `scale` bounds the longer side
   by its larger number and the shorter side by its smaller one, whichever of them is the height.
@@ -106,7 +105,7 @@ def random_rescale(
 ) -> Example:
   """Rescales all maps into (int(long r), int(short r)) with r uniform in `ratio_range`.
 
-  The image is interpolated bilinearly, without averaging where it shrinks; labels take the nearest pixel.
+  The image is interpolated bilinearly, without antialiasing; labels use nearest neighbor.
 
   Source: mmseg Resize, random_sample_ratio.
   """
@@ -119,15 +118,17 @@ def random_rescale(
 def random_crop(
   example: Example, rng: np.random.Generator, *, size: tuple[int, int], cat_max_ratio: float = 1.0
 ) -> Example:
-  """Cuts a window of at most `size` out of all maps, its corner uniform over all places, the last included.
+  """Crops all maps to a window of at most `size`, with a uniform corner, the last position included.
 
-  A window is refused, up to TRIES times, where fewer than two classes occur or the most frequent one has at least the
-  share `cat_max_ratio` of the labeled pixels; what is drawn after that is taken in any case. A side of the picture
-  that is shorter than the window stays whole.
+  A window is rejected, up to TRIES times, if fewer than two classes occur or the most frequent one has at least the
+  fraction `cat_max_ratio` of the labeled pixels; the next window is always accepted. Image sides that are shorter than
+  the window are not cropped.
 
   Source: mmseg RandomCrop.
   """
-  margin_y, margin_x = (max(have - want, 0) for have, want in zip(example["image"].shape[:2], size, strict=True))
+  margin_y, margin_x = (
+    max(side - crop_side, 0) for side, crop_side in zip(example["image"].shape[:2], size, strict=True)
+  )
   for tries in range(TRIES + 1):
     top, left = (int(rng.integers(0, margin + 1)) for margin in (margin_y, margin_x))
     window = np.s_[top : top + size[0], left : left + size[1]]
@@ -138,7 +139,7 @@ def random_crop(
 
 
 def is_varied(label: np.ndarray, cat_max_ratio: float) -> bool:
-  """Whether uint8 [h, w] has two classes and none with the share `cat_max_ratio` of the labeled pixels or more."""
+  """Whether uint8 [h, w] has two classes and none with the fraction `cat_max_ratio` of the labeled pixels or more."""
   counts = np.bincount(label.ravel(), minlength=256)[:IGNORE]
   return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < cat_max_ratio)
 
@@ -147,10 +148,10 @@ def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.nd
   """Brightness, contrast, saturation and hue of uint8 [H, W, 3] RGB, each with probability one half.
 
   Brightness U(-32, 32) first; contrast U(0.5, 1.5) right after it or, with probability one half, last; saturation
-  U(0.5, 1.5); hue a whole number from -18 to 17. Each change truncates to uint8; saturation and hue go to HSV and back
-  one after the other, and round twice.
+  U(0.5, 1.5); hue an integer from -18 to 17. Each change truncates to uint8; saturation and hue convert to HSV and back
+  separately, and round twice.
 
-  Source: mmseg PhotoMetricDistortion. Its documentation speaks of swapped channels, which it does not do.
+  Source: mmseg PhotoMetricDistortion. Its documentation mentions swapped channels, which it does not implement.
   """
   if rng.integers(2):
     image = change_levels(image, shift=rng.uniform(-32, 32))
@@ -184,13 +185,13 @@ def change_hue(image: np.ndarray, *, shift: int) -> np.ndarray:
 
 
 def pad(example: Example, *, size: tuple[int, int]) -> Example:
-  """Grows the maps at the bottom and right to `size`: the image by PAD_GRAY, labels by IGNORE, other maps by 0.
+  """Pads the maps at the bottom and right to `size`: the image with PAD_GRAY, labels with IGNORE, other maps with 0.
 
   Returns:
-    the Example with "valid_size" int32 [2], (height, width) of what was there before.
+    the Example with "valid_size" int32 [2], the (height, width) before padding.
 
   Raises:
-    ValueError: the picture is larger than `size`.
+    ValueError: if the image is larger than `size`.
   """
   height, width = example["image"].shape[:2]
   if height > size[0] or width > size[1]:
@@ -213,7 +214,7 @@ def _levels(factor: float, shift: float) -> np.ndarray:
 
 
 def _in_hsv(image: np.ndarray, tables: tuple[np.ndarray, ...]) -> np.ndarray:
-  """Looks hue, saturation and value up in one table each."""
+  """Applies look-up tables to hue, saturation and value."""
   changed = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), np.stack(tables, axis=-1)[None])
   return cv2.cvtColor(changed, cv2.COLOR_HSV2RGB)
 
