@@ -1,10 +1,11 @@
-"""The table of docs/rooms.md: all methods of a task, from pretrained weights and from random initialization, at equal steps.
+"""The table of docs/rooms.md: all methods of a task, from pretrained weights and from random initialization.
 
 python scripts/rooms_table.py                            # all rows missing in benchmarks/rooms_table.json
 python scripts/rooms_table.py --methods vpd --seeds 0    # one run of each start
 python scripts/rooms_table.py --write                    # the table from that file, without runs
 
-Each run is a process of its own, below runs/rooms_table. After an interruption the same command continues.
+All runs of a task take the same number of steps, each in a process of its own, below runs/rooms_table. After an
+interruption the same command continues.
 """
 
 import argparse

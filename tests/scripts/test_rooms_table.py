@@ -21,7 +21,7 @@ def script():
 
 
 def results(rows, seeds=(0, 1), **changes):
-  """Made-up results of every method; a score is the method's number plus a tenth of the seed, from random initialization 5 more."""
+  """Made-up results of every method; a score is the method's number plus a tenth of the seed; 5 more untrained."""
   common = {"task": rows.task, "device": "some CPU, 2 cores"}
   trivial = {name: 1.5 for name in rows.baselines}
   networks = [
@@ -42,7 +42,8 @@ def test_the_table_has_a_row_per_method_and_per_trivial_predictor(script):
   rows = script.TASKS[0]
   lines = script.table(results(rows), rows).splitlines()
   assert lines[0] == (
-    "| depth | RMSE, m, from the weights | RMSE, m, from random initialization | parameters | GFLOP | ms | peak memory |"
+    "| depth | RMSE, m, from the weights | RMSE, m, from random initialization "
+    "| parameters | GFLOP | ms | peak memory |"
   )
   scores = "1.050 (1.000 to 1.100, 2 seeds) | 6.050 (6.000 to 6.100, 2 seeds)"
   assert lines[3] == f"| MetaPrompts | {scores} | 12.3 M | 7.2 | 42 | 2.2 GiB, step 0.5 |"
