@@ -1,14 +1,27 @@
 """Writes images of procedural rooms that no training has seen, as input for --mode=predict.
 
 python scripts/make_rooms_pictures.py --output=runs/quickstart/pictures
+python scripts/make_rooms_pictures.py --output=clips --count=1 --frames=48   # a video in which the camera turns
 """
 
 import argparse
 import pathlib
 
 import cv2
+import numpy as np
 
 from vpd_jax.data.datasets import rooms
+
+RATE = 12  # frames a second
+TURN = 0.6  # radians in a video
+
+
+def write_clip(file: pathlib.Path, index: int, size: tuple[int, int], frames: int) -> None:
+  """Writes a room of `rooms.Rooms` as a video in which the camera turns by TURN around its own direction."""
+  writer = cv2.VideoWriter(str(file), cv2.VideoWriter.fourcc(*"mp4v"), RATE, size[::-1])
+  for turn in np.linspace(-TURN / 2, TURN / 2, frames):
+    writer.write(np.ascontiguousarray(rooms.draw(0, "eval", index, size, turn=float(turn)).image[..., ::-1]))
+  writer.release()
 
 
 def main() -> None:
@@ -16,6 +29,7 @@ def main() -> None:
   parser.add_argument("--output", type=pathlib.Path, required=True, help="folder, made where it does not exist")
   parser.add_argument("--count", type=int, default=4, help="images")
   parser.add_argument("--size", type=int, nargs=2, default=(192, 256), metavar=("HEIGHT", "WIDTH"))
+  parser.add_argument("--frames", type=int, default=0, help="of a video in place of an image, with even sides")
   options = parser.parse_args()
   data = rooms.Rooms(size=tuple(options.size), crop=tuple(options.size), eval_count=options.count)
   source = data.source("eval")
@@ -23,7 +37,11 @@ def main() -> None:
   for index in range(len(source)):
     example = source[index]
     file = options.output / f"room_{index:02d}_{data.classes[int(example['class_id'])]}.png"
-    cv2.imwrite(str(file), example["image"][..., ::-1])
+    if options.frames:
+      file = file.with_suffix(".mp4")
+      write_clip(file, index, tuple(options.size), options.frames)
+    else:
+      cv2.imwrite(str(file), example["image"][..., ::-1])
     print(file)
 
 

@@ -178,3 +178,14 @@ def test_a_figure_stands_on_the_floor_with_its_left_on_its_left():
     ankles = joints["left_ankle"][2], joints["right_ankle"][2]
     assert 0.05 < min(ankles) < 0.1 and 1.2 < joints["nose"][2] < 2.0
     assert joints["left_shoulder"][0] < joints["right_shoulder"][0] and joints["left_hip"][0] < joints["right_hip"][0]
+
+
+def test_a_camera_that_turns_sees_the_room_around_it():
+  still, once_around, aside = (rooms.draw(0, "eval", 3, SIZE, turn=turn) for turn in (0.0, 2 * np.pi, 0.2))
+  np.testing.assert_allclose(once_around.surface, still.surface, rtol=1e-4)
+  assert np.median(np.abs(aside.surface - still.surface)) > 0.01
+  # What is ahead after a turn to the left, towards y, was 0.2 radians left of the middle: the same ray, another axis.
+  height, width = SIZE
+  column = round(width / 2 - render.FOCAL * width * np.tan(0.2))
+  ray = aside.surface[height // 2, width // 2] * np.cos(0.2)
+  np.testing.assert_allclose(still.surface[height // 2, column], ray, rtol=0.1)

@@ -223,11 +223,12 @@ def drawn(seed: int, split: str, size: tuple[int, int], index: int) -> Room:
   return draw(seed, split, index, size)
 
 
-def draw(seed: int, split: str, index: int, size: tuple[int, int]) -> Room:
-  """Renders the room (seed, split, index) at `size` = (height, width)."""
+def draw(seed: int, split: str, index: int, size: tuple[int, int], *, turn: float = 0.0) -> Room:
+  """Renders the room (seed, split, index) at `size` = (height, width); `turn` moves the camera around, in radians."""
   rng = np.random.default_rng((seed, SPLITS.index(split), index))
   kind = room_scene.SCENES[rng.integers(len(room_scene.SCENES))]
   scene = room_scene.build(rng, kind)
+  scene = scene._replace(camera=render.turned(scene.camera, turn)) if turn else scene
   rays = render.cast_rays(scene.camera, size)
   surface, seen = render.draw(scene.parts, scene.camera, rays)
   radiance = render.shade(scene.parts, scene.camera, scene.light, rays, surface, seen)

@@ -79,6 +79,13 @@ def look(origin: np.ndarray, yaw: float, pitch: float, roll: float) -> Camera:
   return Camera(np.asarray(origin, np.float32), np.asarray(axes, np.float32))
 
 
+def turned(camera: Camera, angle: float) -> Camera:
+  """The camera after a turn around the vertical axis, `angle` radians from x towards y."""
+  cosine, sine = np.cos(angle), np.sin(angle)
+  rotation = np.array([[cosine, sine, 0.0], [-sine, cosine, 0.0], [0.0, 0.0, 1.0]])
+  return camera._replace(axes=np.asarray(camera.axes @ rotation, np.float32))
+
+
 def project(points: np.ndarray, camera: Camera, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
   """Pixel coordinates (x, y) [..., 2] of world points [..., 3], and their planar depth [...] in meters."""
   local = (points - camera.origin) @ camera.axes.T
