@@ -151,7 +151,7 @@ def test_sigterm_in_an_evaluation_saves_at_once_and_the_scores_are_made_up_for(
     assert "stopped by SIGTERM at step 3" in capsys.readouterr().out
   (tmp_path / "checkpoints" / "3" / "metrics.orbax-checkpoint-tmp").mkdir()  # as after a kill in add_scores
   scores = train.run(config(keep=10), str(tmp_path))
-  assert "step 3 was saved without its scores" in capsys.readouterr().out
+  assert "step 3 was saved without scores" in capsys.readouterr().out
   assert scores == undisturbed[1]
   assert_final(tmp_path, undisturbed[0])
   with Checkpoints(tmp_path, best_metric="eval/rooms/rmse", read_only=True) as held:

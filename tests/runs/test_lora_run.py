@@ -163,7 +163,7 @@ def test_the_plan_counts_no_gradient_state_of_the_base(products):
     ({"lora.alpha": 0.0}, r"^config\.lora\.alpha=0\.0 must be above 0\.$"),
     (
       {"optim.lr_groups": ((r"/unet/", None), (r"", 1.0))},
-      r"^config\.lora trains .*; give it a rate there, or set",
+      r"^config\.lora adapts .*; give it a learning rate there, or set",
     ),
   ],
 )
