@@ -256,10 +256,7 @@ class Source(Protocol):
 
   def picture(self, index: int) -> str:
     """The file name of a record's image, relative to the data set, used to look up captions."""
-    raise UserError(
-      "the images of this data set have no file names to look up captions; choose another data set, or leave "
-      "data.captions out."
-    )
+    raise UserError("images of this data set have no file names; choose another one, or leave data.captions out.")
 
   def label(self, index: int) -> np.ndarray:
     """The label map only, uint8 [H, W]; sources of files can avoid reading the image."""

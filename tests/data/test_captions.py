@@ -115,7 +115,7 @@ def test_data_without_names_or_with_sentences_is_refused(tmp_path):
   path = written(tmp_path, {"a": "b"})
   drawn = {"train_count": 2, "eval_count": 1, "size": (32, 32), "crop": (32, 32)}
   figures = captions.Captioned(room_figures.RoomFigures(**drawn), path)
-  check_message("the images of this data set have no file names", lambda: figures.source("train"))
+  check_message("images of this data set have no file names", lambda: figures.source("train"))
   speaking = rooms.Rooms(task="referring", **drawn)
   check_message("no effect on a data set with sentences", lambda: captions.Captioned(speaking, path))
 

@@ -263,7 +263,7 @@ def test_evaluation_and_prediction_cut_windows_as_the_config_says(small, monkeyp
   exp = types.SimpleNamespace(task=task)
   monkeypatch.setattr(initialize, "gather", lambda *_: None)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  made = (evaluate._Pictures(config, exp, None, mesh), protocols.SlidingWindowProtocol(config, exp))
+  made = (evaluate._Images(config, exp, None, mesh), protocols.SlidingWindowProtocol(config, exp))
   assert [made[0]._labeling.small_images, made[1]._inference.small_images] == [small, small]
 
 
