@@ -11,16 +11,18 @@ import cv2
 import numpy as np
 
 from vpd_jax.data.datasets import rooms
+from vpd_jax.prediction import predict_video
 
 RATE = 12  # frames a second
 TURN = 0.6  # radians in a video
 
 
-def write_clip(file: pathlib.Path, index: int, size: tuple[int, int], frames: int) -> None:
-  """Writes a room of `rooms.Rooms` as a video in which the camera turns by TURN around its own direction."""
-  writer = cv2.VideoWriter(str(file), cv2.VideoWriter.fourcc(*"mp4v"), RATE, size[::-1])
+def write_clip(file: pathlib.Path, data: rooms.Rooms, index: int, frames: int) -> None:
+  """Writes an evaluation room as a video in which the camera turns by TURN, centered on its direction in the image."""
+  writer = predict_video.open_writer(file, RATE, data.size)
   for turn in np.linspace(-TURN / 2, TURN / 2, frames):
-    writer.write(np.ascontiguousarray(rooms.draw(0, "eval", index, size, turn=float(turn)).image[..., ::-1]))
+    frame = rooms.draw(data.seed, "eval", index, data.size, turn=float(turn)).image
+    writer.write(np.ascontiguousarray(frame[..., ::-1]))
   writer.release()
 
 
@@ -31,6 +33,8 @@ def main() -> None:
   parser.add_argument("--size", type=int, nargs=2, default=(192, 256), metavar=("HEIGHT", "WIDTH"))
   parser.add_argument("--frames", type=int, default=0, help="of a video in place of an image, with even sides")
   options = parser.parse_args()
+  if options.frames and any(side % 2 for side in options.size):
+    parser.error(f"--size {options.size[0]} {options.size[1]}: a video needs even sides")
   data = rooms.Rooms(size=tuple(options.size), crop=tuple(options.size), eval_count=options.count)
   source = data.source("eval")
   options.output.mkdir(parents=True, exist_ok=True)
@@ -39,7 +43,7 @@ def main() -> None:
     file = options.output / f"room_{index:02d}_{data.classes[int(example['class_id'])]}.png"
     if options.frames:
       file = file.with_suffix(".mp4")
-      write_clip(file, index, tuple(options.size), options.frames)
+      write_clip(file, data, index, options.frames)
     else:
       cv2.imwrite(str(file), example["image"][..., ::-1])
     print(file)

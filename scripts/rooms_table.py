@@ -30,10 +30,8 @@ RESULTS = ROOT / "benchmarks" / "rooms_table.json"
 PAGE = ROOT / "docs" / "rooms.md"
 BEGIN, END = "<!-- rooms_table.py: begin -->", "<!-- rooms_table.py: end -->"
 NAMES = {"vpd": "VPD", "meta_prompts": "MetaPrompts", "iedp": "IEDP", "eco_depth": "EcoDepth"}
-STARTS = {
-  "small": "from the weights",
-  "small_scratch": "from random initialization",
-}  # sizes of configs/rooms.py: where they begin
+# Initial weights, by size of configs/rooms.py.
+STARTS = {"small": "from the weights", "small_scratch": "from random initialization"}
 SEEDS = (0, 1, 2)
 CALLS = 20  # of the network, of which the fastest is reported
 Record = dict[str, Any]

@@ -15,8 +15,7 @@ if [ "${VPD_TEST_REFERENCE:-0}" = 1 ]; then extras=test,reference; fi
 make_environment "$extras"
 
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
-# glibc gives memory back after every compiled program and takes it again for the next: up to a seventh of the CPU seconds.
-export MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=67108864 MALLOC_MMAP_MAX_=0 MALLOC_ARENA_MAX=1
+keep_freed_memory
 cores=$("$PYTHON" -c 'import os; print(min(os.cpu_count() or 1, 4))')
 workers=${VPD_TEST_WORKERS:-$cores}
 scratch=$(mktemp -d)

@@ -60,7 +60,7 @@ def test_a_video_becomes_one_of_equal_length_and_rate(tmp_path, config, capsys):
 
 def test_an_odd_row_and_column_are_left_out(tmp_path, config):
   clip = write_video(tmp_path / "clip.avi", [np.zeros((64, 96, 3), np.uint8)] * 2)
-  writer = predict_video._writer(tmp_path / "odd.mp4", 5.0, (63, 95))
+  writer = predict_video.open_writer(tmp_path / "odd.mp4", 5.0, (63, 95))
   writer.write(np.zeros((62, 94, 3), np.uint8))
   writer.release()
   assert read_video(tmp_path / "odd.mp4")[0].shape == (1, 62, 94, 3)

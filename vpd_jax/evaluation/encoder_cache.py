@@ -158,9 +158,8 @@ class EncoderCache:
     """Creates the encoder with these weights unless it already exists."""
     if jax.process_count() > 1:
       arrays = sharding.on_devices_of_one_process(arrays, self._mesh, self._local)
-    arrays = {
-      n: np.array(x) for n, x in sorted(arrays.items())
-    }  # copies, since the training step donates the arrays of its state
+    # Copies, since the training step donates the arrays of its state.
+    arrays = {n: np.array(x) for n, x in sorted(arrays.items())}
     digest = _digest()
     for n, x in arrays.items():
       digest.update(f"{n} {x.dtype} {x.shape}".encode())

@@ -70,7 +70,7 @@ def run(config: ConfigDict, workdir: str, *, source: str, output: str, class_nam
           predicted.advance()
     buffer.seek(0)
     with atomic.beside(target / f"{path.stem}.depth.mp4") as unfinished:
-      writer = _writer(unfinished, rate, size)
+      writer = open_writer(unfinished, rate, size)
       for _ in range(frame_count):
         depth = np.frombuffer(buffer.read(2 * math.prod(size)), np.float16).reshape(size).astype(np.float32)
         colors = task.colored(depth, float(nearest), float(farthest))[: size[0] // 2 * 2, : size[1] // 2 * 2]
@@ -113,7 +113,12 @@ def _frames(path: Path) -> Iterator[np.ndarray]:
     yield np.ascontiguousarray(frame[..., ::-1])
 
 
-def _writer(path: Path, rate: float, size: tuple[int, int]) -> cv2.VideoWriter:
+def open_writer(path: Path, rate: float, size: tuple[int, int]) -> cv2.VideoWriter:
+  """A writer of BGR frames of `size` = (height, width), without the last row or column of odd sizes.
+
+  Raises:
+    ValueError: if the video cannot be written.
+  """
   even = size[1] // 2 * 2, size[0] // 2 * 2
   writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*CODEC), rate, even)
   if not writer.isOpened():

@@ -228,7 +228,7 @@ def draw(seed: int, split: str, index: int, size: tuple[int, int], *, turn: floa
   rng = np.random.default_rng((seed, SPLITS.index(split), index))
   kind = room_scene.SCENES[rng.integers(len(room_scene.SCENES))]
   scene = room_scene.build(rng, kind)
-  scene = scene._replace(camera=render.turned(scene.camera, turn)) if turn else scene
+  scene = scene._replace(camera=render.turned(scene.camera, turn))
   rays = render.cast_rays(scene.camera, size)
   surface, seen = render.draw(scene.parts, scene.camera, rays)
   radiance = render.shade(scene.parts, scene.camera, scene.light, rays, surface, seen)

@@ -110,7 +110,7 @@ def random_mirror(example: Example, rng: np.random.Generator) -> Example:
   """
   if rng.random() >= 0.5:
     return example
-  mirrored = {name: np.ascontiguousarray(example[name][:, ::-1]) for name in _maps(example) if name != "image"}
+  mirrored = {name: np.ascontiguousarray(example[name][:, ::-1]) for name in map_names(example) if name != "image"}
   return {**example, **mirrored, "image": cv2.flip(example["image"], 1)}  # 30 times as fast for three bytes per pixel
 
 
@@ -131,7 +131,7 @@ def random_crop(example: Example, rng: np.random.Generator, *, size: tuple[int, 
     )
   u, v = rng.random(2)
   example = _window(example, int((height - h) * u), int((width - w) * v), size)
-  return {**example, **{name: np.ascontiguousarray(example[name]) for name in _maps(example)}}
+  return {**example, **{name: np.ascontiguousarray(example[name]) for name in map_names(example)}}
 
 
 def kb_crop(example: Example, *, size: tuple[int, int] = (352, 1216)) -> Example:
@@ -159,7 +159,7 @@ def resize(example: Example, *, size: tuple[int, int]) -> Example:
 
   Source: VPD depth/dataset/nyudepthv2.py, `scale_size`.
   """
-  interpolation = {name: cv2.INTER_LINEAR if name == "image" else cv2.INTER_NEAREST for name in _maps(example)}
+  interpolation = {name: cv2.INTER_LINEAR if name == "image" else cv2.INTER_NEAREST for name in map_names(example)}
   return {
     **example,
     **{name: cv2.resize(example[name], size[::-1], interpolation=mode) for name, mode in interpolation.items()},
@@ -177,7 +177,7 @@ def resize_to_cover(example: Example, *, size: tuple[int, int]) -> Example:
   new = max(h, round(height * scale)), max(w, round(width * scale))
   if new != (height, width):
     image_mode = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    modes = {name: image_mode if name == "image" else cv2.INTER_NEAREST_EXACT for name in _maps(example)}
+    modes = {name: image_mode if name == "image" else cv2.INTER_NEAREST_EXACT for name in map_names(example)}
     example = {**example, **{name: cv2.resize(example[name], new[::-1], interpolation=modes[name]) for name in modes}}
   return _window(example, (new[0] - h) // 2, (new[1] - w) // 2, size)
 
@@ -238,10 +238,10 @@ def shift_hsv(image: np.ndarray, *, hue: float, saturation: float, value: float)
 def _window(example: Example, top: int, left: int, size: tuple[int, int]) -> Example:
   """Crops all maps at (top, left), without a copy."""
   part = np.s_[top : top + size[0], left : left + size[1]]
-  return {**example, **{name: example[name][part] for name in _maps(example)}}
+  return {**example, **{name: example[name][part] for name in map_names(example)}}
 
 
-def _maps(example: Example) -> list[str]:
+def map_names(example: Example) -> list[str]:
   """Names of the arrays that have the image's height and width."""
   shape = example["image"].shape[:2]
   return [name for name, array in example.items() if np.shape(array)[:2] == shape]

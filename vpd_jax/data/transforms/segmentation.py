@@ -134,7 +134,7 @@ def random_crop(
     window = np.s_[top : top + size[0], left : left + size[1]]
     if cat_max_ratio >= 1 or tries == TRIES or is_varied(example["label"][window], cat_max_ratio):
       break
-  maps = {name: np.ascontiguousarray(example[name][window]) for name in _maps(example)}
+  maps = {name: np.ascontiguousarray(example[name][window]) for name in depth_transforms.map_names(example)}
   return {**example, **maps}
 
 
@@ -200,7 +200,7 @@ def pad(example: Example, *, size: tuple[int, int]) -> Example:
   if (height, width) == tuple(size):
     return dict(example, valid_size=valid)
   maps = {}
-  for name in _maps(example):
+  for name in depth_transforms.map_names(example):
     fill = {"image": PAD_GRAY, "label": IGNORE}.get(name, 0)
     array = example[name]
     maps[name] = np.full((*size, *array.shape[2:]), fill, array.dtype)
@@ -222,9 +222,3 @@ def _in_hsv(image: np.ndarray, tables: tuple[np.ndarray, ...]) -> np.ndarray:
 def _size(image: np.ndarray) -> np.ndarray:
   """(height, width) as int32 [2]."""
   return np.array(image.shape[:2], np.int32)
-
-
-def _maps(example: Example) -> list[str]:
-  """Names of the arrays that have the image's height and width."""
-  shape = example["image"].shape[:2]
-  return [name for name, array in example.items() if np.shape(array)[:2] == shape]
