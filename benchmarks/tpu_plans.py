@@ -87,6 +87,7 @@ SCALING = (
 LORA = ("--config.lora.rank=16", "--config.frozen_dtype=bfloat16")
 WAYS = {"LoRA, frozen in bfloat16": LORA, "every array, moments in int8": ("--config.optim.moments=int8",)}
 PARTS = {**dict.fromkeys(("vpd", "meta_prompts", "iedp"), 24), "ade20k": 8}
+REMAT_TEXTS = {False: [], "minimal": ["remat, policy minimal"], "full": ["remat"]}
 ONE_IMAGE = ("--config.backbone.remat=True", "--config.optim.norm_group=1", "--config.optim.loss_group=1")
 BEFORE = 26.52  # GiB for VPD in parts of one image before there were these settings, commit 880ccdc, otherwise the same
 SMALL = tuple(
@@ -182,7 +183,7 @@ def _row(title: str, at: str, report: Report) -> str:
     return f"| {title} | {at} | | | not finished after {report['unfinished_minutes']:g} minutes | | | | |"
   gib = lambda value: f"{value / 2**30:.2f}"
   peak = "?" if report.get("peak") is None else gib(report["peak"])
-  settings = [f"{report['mesh']['data']} x {report['mesh']['fsdp']}"] + ["remat"] * bool(report["remat"])
+  settings = [f"{report['mesh']['data']} x {report['mesh']['fsdp']}"] + REMAT_TEXTS[report["remat"]]
   settings += [f"accumulation {report['accumulation']}"] * (report["accumulation"] > 1)
   cells = [
     f"{title}, {report['step']}, {report['batch']}",

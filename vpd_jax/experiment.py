@@ -41,7 +41,7 @@ from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones.attention import IMPLEMENTATIONS
 from vpd_jax.models.backbones.clip_image import ImageSizes
 from vpd_jax.models.backbones.clip_text import TextSizes
-from vpd_jax.models.backbones.unet import UNetSizes
+from vpd_jax.models.backbones.unet import REMAT_POLICIES, UNetSizes
 from vpd_jax.models.backbones.vae import VaeSizes
 from vpd_jax.models.backbones.vit import VitSizes
 from vpd_jax.models.heads import deconv, fpn, keypoints, lavt, upernet
@@ -170,6 +170,12 @@ def _method_setup(config: ConfigDict, classes: tuple[str, ...], training: bool) 
     raise UserError(
       f"config.backbone.attention={config.backbone.attention!r} is unknown; choose one of {IMPLEMENTATIONS}."
     )
+  if (policy := config.backbone.remat_policy) not in REMAT_POLICIES:
+    raise UserError(f"config.backbone.remat_policy={policy!r} is unknown; choose one of {tuple(REMAT_POLICIES)}.")
+  if not config.backbone.remat and policy != "full":
+    raise UserError(
+      f"config.backbone.remat_policy={policy!r} has no effect without config.backbone.remat=True; set it."
+    )
   sources = (config.method.get("tokenizer", ""), config.init.pretrained, config.init.get("clip", ""))
   # One additional token shows whether a sentence is truncated.
   length = config.method.get("token_length", text.positions - 1) + 1
@@ -184,7 +190,7 @@ def _method_setup(config: ConfigDict, classes: tuple[str, ...], training: bool) 
     tokenize=Tokenize(sources, text.vocab_size, length, text.padding),
     training=training,
     attention=config.backbone.attention,
-    remat=config.backbone.remat,
+    remat=policy if config.backbone.remat else None,
   )
 
 

@@ -6,8 +6,10 @@ import numpy as np
 
 from vpd_jax.convert import rules
 from vpd_jax.convert.tables import released
-from vpd_jax.tasks.depth.task import SCORES
 from vpd_jax.training import step as training_step
+
+# The columns of the authors' metrics.
+SCORES = ("d1", "d2", "d3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
 
 
 def batch_of(arrays, dtype=jnp.float32):

@@ -7,8 +7,9 @@ import pytest
 
 from tests.helpers import fill, oracle
 from tests.helpers.depth_truth import truth_of
+from tests.helpers.vpd_depth import SCORES
 from vpd_jax.inference import tta
-from vpd_jax.tasks.depth.task import SCORES, Depth
+from vpd_jax.tasks.depth.task import Depth
 
 # case: words of eval.test_time, size of the image, largest depth, crop
 CASES = {

@@ -24,7 +24,7 @@ def state(config):
 
 
 class Compiler:
-  """Peaks as they might come out: 1 GB of activations an image, `left` of it with recomputation."""
+  """Peaks as they might come out: 1 GB of activations an image, of which recomputation leaves a part."""
 
   def __init__(self, limit, left=0.35, told=True):
     self.limit, self.left, self.told, self.seen = limit, left, told, []
@@ -35,8 +35,10 @@ class Compiler:
     images = config.data.batch_size / config.optim.accumulation / DEVICES
     parts = state(config)
     gradients = parts["params"] * (2 if config.optim.accumulation > 1 else 1)
-    peak = sum(parts.values()) + gradients + images * GB * (self.left if config.backbone.remat else 1)
-    self.seen.append((config.mesh.fsdp, config.backbone.remat, config.optim.accumulation, config.data.batch_size))
+    remat = config.backbone.remat and config.backbone.remat_policy
+    share = {False: 1, "minimal": max(0.6, self.left), "full": self.left}[remat]
+    peak = sum(parts.values()) + gradients + images * GB * share
+    self.seen.append((config.mesh.fsdp, remat, config.optim.accumulation, config.data.batch_size))
     known = peak if self.told or peak <= self.limit else None
     return {"peak": known, "limit": self.limit, "fits": peak <= self.limit}
 
@@ -51,10 +53,12 @@ def search(compiler, **changes):
 
 def test_candidates_come_in_the_documented_order():
   made = list(plan_search.candidates(config_of(), DEVICES))
-  names = ("mesh.fsdp", "backbone.remat", "optim.accumulation", "data.batch_size")
-  found = [tuple(fields[name] for name in names) for fields in made]
-  assert found[:5] == [(1, False, 1, 48), (2, False, 1, 48), (4, False, 1, 48), (8, False, 1, 48), (1, True, 1, 48)]
-  assert found[8] == (1, False, 2, 48) and found[16] == (1, False, 3, 48)
+  names = ("mesh.fsdp", "optim.accumulation", "data.batch_size")
+  found = [
+    (fields["backbone.remat"] and fields["backbone.remat_policy"], *(fields[n] for n in names)) for fields in made
+  ]
+  assert found[:12] == [(remat, n, 1, 48) for remat in (False, "minimal", "full") for n in (1, 2, 4, 8)]
+  assert found[12] == (False, 1, 2, 48) and found[24] == (False, 1, 3, 48)
   halved = [fields for fields in found if fields[3] != 48]
   assert found.index(halved[0]) == len(found) - len(halved) and {fields[3] for fields in halved} == {24}  # 12 < 8 x 2
   assert all(batch % (accumulation * DEVICES) == 0 for _, _, accumulation, batch in found)
@@ -69,15 +73,15 @@ def test_candidates_come_in_the_documented_order():
 
 def test_stored_scores_are_given_up_after_recomputation():
   found = list(plan_search.candidates(config_of(**{"backbone.attention": "xla"}), 1))
-  assert [(f["backbone.attention"], f["backbone.remat"]) for f in found[:4]] == [
-    *(("xla", False), ("xla", True), ("auto", False), ("auto", True))
+  assert [(f["backbone.attention"], f["backbone.remat"]) for f in found[:6]] == [
+    (kernel, remat) for kernel in ("xla", "auto") for remat in (False, True, True)
   ]
 
 
 def test_what_is_on_stays_on():
   found = list(plan_search.candidates(config_of(**{"backbone.remat": True, "mesh.fsdp": 2}), DEVICES))
   assert {fields["mesh.fsdp"] for fields in found} == {2, 4, 8}
-  assert {fields["backbone.remat"] for fields in found} == {True}
+  assert {(fields["backbone.remat"], fields["backbone.remat_policy"]) for fields in found} == {(True, "full")}
   small = config_of(**{"optim.moments": "int8", "frozen_dtype": "bfloat16", "lora.rank": 4})
   assert plan_search.less_memory(small) == [{"optim.moments": "int8", "frozen_dtype": "bfloat16", "lora.rank": 4}]
 
@@ -87,8 +91,9 @@ def test_what_is_on_stays_on():
   [
     (16, (2, False, 1, 48)),  # 1 + 8 + 6
     (9, (8, False, 1, 48)),  # 1 + 2 + 6
-    (6, (8, True, 1, 48)),  # 1 + 2 + 2.1
-    (4, (8, True, 3, 48)),  # 1 + 2.5 + 0.7; with 2 parts 4.55
+    (7, (8, "minimal", 1, 48)),  # 1 + 2 + 3.6
+    (6, (8, "full", 1, 48)),  # 1 + 2 + 2.1
+    (4, (8, "full", 3, 48)),  # 1 + 2.5 + 0.7; with 2 parts 4.55
   ],
 )
 def test_the_first_candidate_that_fits_is_found_at_once(limit, expected):
@@ -100,6 +105,8 @@ def test_the_first_candidate_that_fits_is_found_at_once(limit, expected):
 def test_the_settings_are_given_as_flags():
   found = search(Compiler(6 * GB))
   assert found.flags == "--config.mesh.fsdp=8 --config.backbone.remat=True"
+  found = search(Compiler(7 * GB))
+  assert found.flags == "--config.mesh.fsdp=8 --config.backbone.remat=True --config.backbone.remat_policy=minimal"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +125,8 @@ def test_one_device_gives_up_results_last_and_is_told_what_changes(limit, expect
 def test_a_compilation_corrects_the_estimate():
   compiler = Compiler(6 * GB, left=0.8)  # recomputation saves less than it is expected to
   found = search(compiler)
-  assert compiler.seen[0] == (8, True, 1, 48) and compiler.seen[1:] == [(8, True, 2, 48)]
+  # That recomputation of all saves little is also learned of less recomputation.
+  assert compiler.seen[0] == (8, "full", 1, 48) and compiler.seen[1:] == [(8, "minimal", 2, 48)]
   assert found.report["fits"] and len(found.tried) == 2
 
 

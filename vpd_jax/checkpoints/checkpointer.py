@@ -24,7 +24,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from vpd_jax.errors import UserError
-from vpd_jax.files import damage, paths
+from vpd_jax.files import paths, read_errors
 from vpd_jax.models import lora
 from vpd_jax.types import Fields, Options, ParamDict, PyTree
 
@@ -282,10 +282,10 @@ class Checkpoints:
       return ocp.StandardCheckpointHandler().metadata(self._directory / str(step) / "state").tree
 
   def _read(self, step: int) -> contextlib.AbstractContextManager:
-    """A context that converts read errors, see damage.explained."""
+    """A context that converts read errors, see read_errors.explained."""
     older = max((other for other in self.steps() if other < step), default=None)
     consequence = "start in another workdir" if older is None else f"step {older} is then used"
-    return damage.explained(f"checkpoint {step} of {self._directory}", self._directory / str(step), consequence)
+    return read_errors.explained(f"checkpoint {step} of {self._directory}", self._directory / str(step), consequence)
 
   def _check_same(self, step: int, state: PyTree) -> None:
     """Raises if the arrays on disk differ from `state`: orbax would silently cast, truncate or pad them."""

@@ -19,7 +19,7 @@ FIELDS = {
        "profile", "writer", "lora"),
   "optim": ("lr", "decay", "b1", "b2", "epsilon", "clip_norm", "schedule", "lr_groups", "decay_groups", "norm_group",
             "loss_group", "accumulation", "ema_decay", "moments"),
-  "backbone": ("unet", "vae", "text", "image", "vit", "attention", "remat"),
+  "backbone": ("unet", "vae", "text", "image", "vit", "attention", "remat", "remat_policy"),
   "eval": ("batch_size", "test_time", "coverage", "small_images", "blend", "checkpoint", "baselines", "panels"),
   "init": ("pretrained", "run", "clip", "lora", "vit"),
   "mesh": ("data", "fsdp", "rules"),
@@ -46,6 +46,7 @@ ADDED = {
   "lora.targets": (),
   "frozen_dtype": "float32",
   "eval.blend": "mean",
+  "backbone.remat_policy": "full",
 }
 
 

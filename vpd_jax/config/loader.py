@@ -43,6 +43,7 @@ RESUME_IGNORED = (
   "data.cache_folder",
   "backbone.attention",
   "backbone.remat",
+  "backbone.remat_policy",
   "method.class_vectors",
   "method.tokenizer",
   "task.contours",

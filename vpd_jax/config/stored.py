@@ -52,9 +52,20 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     section, name = old.split(".")
     if name in values.get(section, {}):
       values[section][new.removeprefix(f"{section}.")] = values[section].pop(name)
-  if isinstance(values.get("eval"), dict):
-    values["eval"].setdefault("blend", fields.ADDED["eval.blend"])
+  for field, value in fields.ADDED.items():
+    if not field.startswith("data."):  # not every data set has the option, and those that do have the default
+      _fill_in(values, field.split("."), value)
   return ml_collections.ConfigDict({key: loader.as_tuples(value) for key, value in values.items()})
+
+
+def _fill_in(section: object, path: list[str], value: object) -> None:
+  """Sets a field, given by the names of its sections and its own, if it is missing."""
+  if isinstance(section, dict):
+    first, *rest = path
+    if rest:
+      _fill_in(section.setdefault(first, {}), rest, value)
+    else:
+      section.setdefault(first, value)
 
 
 def differing(trained: Section, config: ml_collections.ConfigDict) -> str:

@@ -20,7 +20,7 @@ from vpd_jax.convert.formats.lazy_tensor import LazyTensor
 from vpd_jax.convert.rules import COUNTER, ConversionError, NotFinite, Report, Same, Shaped, convert
 from vpd_jax.convert.tables import released, stable_diffusion
 from vpd_jax.errors import UserError
-from vpd_jax.files import atomic, damage, paths, reading
+from vpd_jax.files import atomic, paths, read_errors, reading
 from vpd_jax.types import Fields
 
 ACCEPTED = (
@@ -200,7 +200,7 @@ def _restore(path: str | epath.PathLike) -> dict[str, np.ndarray]:
   named = {}
   folder = _absolute(path)
   paths.check_name(folder, "weights")
-  errors = damage.explained(f"weights {path}", folder, "and convert them again")
+  errors = read_errors.explained(f"weights {path}", folder, "and convert them again")
   with errors, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     arrays = folder / "arrays"
     for part in (arrays / name for name in reading.visible(part.name for part in arrays.iterdir())):

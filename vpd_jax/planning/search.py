@@ -14,13 +14,19 @@ from vpd_jax.errors import UserError
 from vpd_jax.types import Fields
 
 ATTEMPTS = 3  # compilations; each takes minutes
-# Assumed share of the activations with recomputation, and without stored attention scores, before any measurement.
-REMAT_LEAVES, ATTENTION_LEAVES = 0.35, 0.5
+# Recomputation, in ascending order of operations, and the assumed share of the activations that it keeps before any
+# measurement.
+REMAT = (
+  ({"backbone.remat": False, "backbone.remat_policy": "full"}, 1.0),
+  ({"backbone.remat": True, "backbone.remat_policy": "minimal"}, 0.6),
+  ({"backbone.remat": True, "backbone.remat_policy": "full"}, 0.35),
+)
+ATTENTION_LEAVES = 0.5  # the same without stored attention scores
 RANK = 16  # of LoRA
 # Effects of a setting besides memory, for the report.
 COSTS = {
   "mesh.fsdp": "the same result; devices exchange parameters",
-  "backbone.remat": "the same result; a quarter more operations",
+  "backbone.remat": "the same result; a quarter more operations, a few percent with remat_policy=minimal",
   "backbone.attention": "the same result but for rounding; scores are computed again",
   "optim.accumulation": "the same batch and loss; batch normalization takes its running statistics part by part",
   "optim.moments": "Adam's moments are rounded between steps; every array is trained",
@@ -51,11 +57,12 @@ class SearchResult(NamedTuple):
 def candidates(config: ConfigDict, devices: int) -> Iterator[Fields]:
   """Changes of the config by field, from the least to the most invasive.
 
-  First settings that do not change the result: `mesh.fsdp`, in ascending order, then `backbone.remat`, which adds a
-  quarter more operations, with every fsdp again, then attention without stored scores if the config has "xla". Then
-  `optim.accumulation` in ascending order, which keeps the batch and its loss but updates the running statistics of
-  batch normalization part by part; each with all of the above. Then the settings of `less_memory`, and last
-  `data.batch_size`, halved repeatedly, which changes the training recipe; each with all of the above.
+  First settings that do not change the result: `mesh.fsdp`, in ascending order, then `backbone.remat`, which adds a few
+  percent more operations with remat_policy "minimal" and a quarter with "full", each with every fsdp again, then
+  attention without stored scores if the config has "xla". Then `optim.accumulation` in ascending order, which keeps the
+  batch and its loss but updates the running statistics of batch normalization part by part; each with all of the above.
+  Then the settings of `less_memory`, and last `data.batch_size`, halved repeatedly, which changes the training recipe;
+  each with all of the above.
   """
   smallest = max(config.mesh.fsdp, 1) if config.mesh.fsdp != -1 else devices
   shard_counts = [n for n in range(smallest, devices + 1) if devices % n == 0]
@@ -68,10 +75,10 @@ def candidates(config: ConfigDict, devices: int) -> Iterator[Fields]:
     for memory in less_memory(config):
       for accumulation in parts:
         for attention in kernels:
-          for remat in sorted({bool(config.backbone.remat), True}):
+          for remat, _ in REMAT[_remat(config) :]:
             for fsdp in shard_counts:
               yield {
-                **{"mesh.data": -1, "mesh.fsdp": fsdp, "backbone.remat": remat, "backbone.attention": attention},
+                **{"mesh.data": -1, "mesh.fsdp": fsdp, **remat, "backbone.attention": attention},
                 **{"optim.accumulation": accumulation, "data.batch_size": batch, **memory},
               }
 
@@ -128,7 +135,7 @@ def find_fitting_settings(
     devices: total number of devices.
   """
   remaining, tried = [fields for fields in candidates(config, devices) if as_flags(config, fields)], []
-  share: dict[tuple[bool, bool], float] = {}  # activations of one image, by `_saves`
+  share: dict[tuple[int, bool], float] = {}  # activations of one image, by `_saves`
   _learn(share, config, report, state(config), devices)
   while remaining and len(tried) < attempts:
     expected = [_expected(share, loader.changed(config, fields), state, devices) for fields in remaining]
@@ -161,13 +168,18 @@ def _stores_scores(config: ConfigDict) -> bool:
   return config.backbone.attention == "xla"
 
 
-def _saves(config: ConfigDict) -> tuple[bool, bool]:
-  """Whether activations are recomputed, and whether attention does not store scores."""
-  return bool(config.backbone.remat), not _stores_scores(config)
+def _remat(config: ConfigDict) -> int:
+  """The index in REMAT."""
+  return next(i for i, (fields, _) in enumerate(REMAT) if not changed_fields(config, fields))
+
+
+def _saves(config: ConfigDict) -> tuple[int, bool]:
+  """What is recomputed, an index in REMAT, and whether attention does not store scores."""
+  return _remat(config), not _stores_scores(config)
 
 
 def _learn(
-  share: dict[tuple[bool, bool], float], config: ConfigDict, report: Report, state: dict[str, int], devices: int
+  share: dict[tuple[int, bool], float], config: ConfigDict, report: Report, state: dict[str, int], devices: int
 ) -> None:
   """Updates the estimated activations per image from a compilation, also for settings that save more memory.
 
@@ -176,15 +188,18 @@ def _learn(
   peak = report.get("peak") or 2 * report["limit"]
   per_image = max(peak - _fixed(config, state), 0) / _images(config, devices)
   remat, attention = _saves(config)
-  for saves_activations in {remat, True}:
+  for i in range(remat, len(REMAT)):
     for saves_scores in {attention, True}:
-      share[saves_activations, saves_scores] = (
-        per_image * REMAT_LEAVES ** (saves_activations - remat) * ATTENTION_LEAVES ** (saves_scores - attention)
+      share[i, saves_scores] = (
+        per_image * REMAT[i][1] / REMAT[remat][1] * ATTENTION_LEAVES ** (saves_scores - attention)
       )
+  for i, saves_scores in share:
+    if i < remat:  # keeps no less
+      share[i, saves_scores] = max(share[i, saves_scores], per_image)
 
 
 def _expected(
-  share: dict[tuple[bool, bool], float],
+  share: dict[tuple[int, bool], float],
   config: ConfigDict,
   state: Callable[[ConfigDict], dict[str, int]],
   devices: int,

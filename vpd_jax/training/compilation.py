@@ -46,7 +46,12 @@ def model_flops(config: ConfigDict, batch: Batch) -> float:
     config: of the run.
     batch: of a step, arrays or ShapeDtypeStructs.
   """
-  plain = {"backbone.attention": "xla", "backbone.remat": False, "optim.accumulation": 1}
+  plain = {
+    "backbone.attention": "xla",
+    "backbone.remat": False,
+    "backbone.remat_policy": "full",
+    "optim.accumulation": 1,
+  }
   config = loader.changed(config, plain)
   exp = experiment.assemble(config)
   step = make_step(exp, loss_group=config.optim.loss_group)

@@ -10,9 +10,10 @@ import pytest
 
 from tests.helpers import fill, oracle
 from tests.helpers.depth_truth import truth_of
+from tests.helpers.vpd_depth import SCORES
 from vpd_jax.data.readers import image_files
 from vpd_jax.tasks.depth import task as depth_task
-from vpd_jax.tasks.depth.task import SCORES, Depth, silog
+from vpd_jax.tasks.depth.task import Depth, silog
 
 # case: size of the image, largest depth, crop
 CASES = {

@@ -38,6 +38,7 @@ def sd_v1() -> Section:
     "image": clip_image(tiny=False),
     "attention": "auto",
     "remat": False,
+    "remat_policy": "full",
   }
 
 

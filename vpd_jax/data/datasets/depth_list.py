@@ -93,7 +93,7 @@ class DepthList(DepthDataset):
   @classmethod
   def info(cls, options: Options) -> DatasetInfo:
     """See types.Dataset; raises as `one_scene`."""
-    return DatasetInfo(classes=one_scene(options.get("scene", "scene"), frozenset())[0])
+    return DatasetInfo(classes=one_scene(options.get("scene", cls.scene), frozenset())[0])
 
   @reader.read_once
   def source(self, split: str) -> "Frames":

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
 from vpd_jax.errors import UserError
@@ -16,6 +17,7 @@ from vpd_jax.types import Array, Fields
 Implementation = Literal["auto", "xla", "chunked", "cudnn", "splash"]
 IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn", "splash")
 BY_PLATFORM: dict[str, Implementation] = {"cpu": "chunked", "gpu": "cudnn", "tpu": "splash", "any": "chunked"}
+RESULT = "attention"  # name of the result for policies of jax.checkpoint
 CHUNK = 256  # queries per scan step: 8 heads x 256 x 4096 float32 scores are 32 MiB per image
 CUDNN_WIDTH = 128  # widest head that the fused kernel supports on every GPU; SD's coarsest levels and its VAE are wider
 CUDNN_FROM = 8.0  # compute capability: Ampere
@@ -47,12 +49,14 @@ def attention(query: Array, key: Array, value: Array, *, implementation: Impleme
   if implementation == "auto":
     implementation = _best(query, key)
   if implementation == "chunked":
-    return _chunked(query, key, value)
-  if implementation == "splash":
-    return _splash(query, key, value)
-  if implementation == "cudnn" and query.shape[-1] <= CUDNN_WIDTH:
-    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-  return _weighted(_probabilities(query, key), value)
+    out = _chunked(query, key, value)
+  elif implementation == "splash":
+    out = _splash(query, key, value)
+  elif implementation == "cudnn" and query.shape[-1] <= CUDNN_WIDTH:
+    out = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+  else:
+    out = _weighted(_probabilities(query, key), value)
+  return checkpoint_name(out, RESULT)
 
 
 def _best(query: Array, key: Array) -> Implementation:
@@ -87,7 +91,7 @@ def attention_with_map(query: Array, key: Array, value: Array) -> tuple[Array, A
   Source: VPD vpd/models.py register_attention_control (the mean over heads).
   """
   probabilities = _probabilities(query, key)
-  return _weighted(probabilities, value), probabilities.mean(axis=1).astype(query.dtype)
+  return checkpoint_name(_weighted(probabilities, value), RESULT), probabilities.mean(axis=1).astype(query.dtype)
 
 
 def masked_attention(query: Array, key: Array, value: Array, mask: np.ndarray) -> Array:

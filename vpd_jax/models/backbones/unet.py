@@ -7,18 +7,43 @@ Source: Rombach et al. 2022, https://arxiv.org/abs/2112.10752; CompVis ldm/modul
 """
 
 import dataclasses
-from typing import NamedTuple, Unpack, cast
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Unpack, cast
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import Primitive
 
 from vpd_jax.errors import UserError
 from vpd_jax.models import initializers
+from vpd_jax.models.backbones import attention as attention_lib
 from vpd_jax.models.backbones import layers, normalization
 from vpd_jax.models.backbones.attention import Implementation
 from vpd_jax.models.backbones.transformer import SpatialTransformer
 from vpd_jax.models.layer_options import LayerOptions
 from vpd_jax.types import Array
+
+RematPolicy = Literal["full", "minimal"]
+
+
+def _saves_products(primitive: Primitive, *args: Any, **params: Any) -> bool:
+  """A policy of jax.checkpoint: keeps results of convolutions, of matrix products with weights, and of attention.
+
+  Scores and other products of activations have batch dimensions and are recomputed.
+  """
+  return primitive.name == "conv_general_dilated" or _SAVED_PRODUCTS(primitive, *args, **params)
+
+
+_POLICIES = jax.checkpoint_policies
+_SAVED_PRODUCTS = _POLICIES.save_from_both_policies(
+  _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(attention_lib.RESULT)
+)
+# What a block keeps for the backward pass besides its input; the rest is recomputed.
+REMAT_POLICIES: dict[RematPolicy, Callable[..., bool]] = {
+  "full": _POLICIES.nothing_saveable,
+  "minimal": _saves_products,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +155,7 @@ class UNet(nnx.Module):
     with_time_embed: bool = True,
     with_out: bool = True,
     attention: Implementation = "auto",
-    remat: bool = False,
+    remat: RematPolicy | None = None,
     **common: Unpack[LayerOptions],
   ):
     """Builds the blocks.
@@ -140,7 +165,8 @@ class UNet(nnx.Module):
       with_time_embed: include the two layers that embed the timestep; MetaPrompts depth removes them.
       with_out: include the last convolution, which predicts the noise; VPD depth removes it.
       attention: implementation of the self-attentions.
-      remat: recompute every block in the backward pass instead of keeping its activations.
+      remat: activations of a block that are recomputed in the backward pass: "full" all, "minimal" all but the results
+        of convolutions, of matrix products with weights, and of attention; None: none.
       dtype, param_dtype: of computation and of parameters.
       rngs: for the initial parameters.
     """
@@ -244,7 +270,7 @@ class UNet(nnx.Module):
     return UNetOutput(tuple(features[::-1]), maps, layers.chain(self.out, h) if predict_noise else None)
 
   def _run(self, block: nnx.List, x: Array, embedding: Array, context: Array, max_positions: int) -> tuple[Array, list]:
-    """Applies the modules of one block; with `remat`, keeps only its input for the backward pass."""
+    """Applies the modules of one block; with `remat`, recomputes a part of its activations in the backward pass."""
 
     def call(block: nnx.List, x: Array, embedding: Array, context: Array) -> tuple[Array, list]:
       maps = []
@@ -257,4 +283,5 @@ class UNet(nnx.Module):
           x = layers.traced_once(module, x, embedding) if isinstance(module, ResBlock) else module(x)
       return x, maps
 
-    return (nnx.remat(call) if self.remat else call)(block, x, embedding, context)
+    run = nnx.remat(call, policy=REMAT_POLICIES[self.remat]) if self.remat else call
+    return run(block, x, embedding, context)

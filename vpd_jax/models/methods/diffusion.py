@@ -19,7 +19,7 @@ from vpd_jax.models import initializers
 from vpd_jax.models.backbones.attention import Implementation
 from vpd_jax.models.backbones.clip_image import ImageSizes
 from vpd_jax.models.backbones.clip_text import TextSizes
-from vpd_jax.models.backbones.unet import UNet, UNetSizes
+from vpd_jax.models.backbones.unet import RematPolicy, UNet, UNetSizes
 from vpd_jax.models.backbones.vae import VaeEncoder, VaeSizes
 from vpd_jax.models.backbones.vit import VitSizes
 from vpd_jax.models.context.context import Context
@@ -59,7 +59,7 @@ class MethodSetup:
   tokenize: Callable[[tuple[str, ...]], np.ndarray] = no_tokenizer
   training: bool = True
   attention: Implementation = "auto"
-  remat: bool = False
+  remat: RematPolicy | None = None
 
 
 @dataclasses.dataclass(frozen=True)

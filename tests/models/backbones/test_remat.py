@@ -1,0 +1,49 @@
+"""What a block of the UNet recomputes in the backward pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.helpers import tiny
+from vpd_jax.models import parameters as params_lib
+from vpd_jax.models.backbones import unet
+from vpd_jax.monitoring import xla_cost
+
+SIZES = unet.UNetSizes(
+  model_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(0, 1), context_dim=16
+)
+SIDE = 32  # 1024 positions at the finest level, from which on attention is chunked on CPU
+
+
+def gradients(remat):
+  """The function (arrays, latents, context) -> gradients of the features' mean, and shapes or values of its inputs."""
+  kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+  spec = params_lib.describe(lambda: unet.UNet(SIZES, remat=remat, with_out=False, rngs=nnx.Rngs(0), **kinds))
+
+  def loss(named, latents, context):
+    out = spec.merge(named)(latents, context, timesteps=3, map_max_positions=SIDE**2 // 4)
+    return sum(x.mean() for x in (*out.features, *out.maps.values()))
+
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+  return jax.grad(loss), (tiny.filled(spec.shapes), draw(1, SIDE, SIDE, 4), draw(1, 5, 16))
+
+
+def test_minimal_repeats_no_convolution_and_no_product_with_weights():
+  count = {remat: xla_cost.model_flops(*_flat(remat)) for remat in (None, "minimal", "full")}
+  assert count["full"] > 1.25 * count[None]  # a second forward pass
+  assert count[None] < count["minimal"] < 1.06 * count[None]  # scores of attention with few positions or few keys
+
+
+def _flat(remat):
+  function, arguments = gradients(remat)
+  return function, *arguments
+
+
+@pytest.mark.parametrize("remat", unet.REMAT_POLICIES)
+def test_recomputation_changes_no_gradient(remat):
+  plain, again = (jax.jit(function)(*arguments) for function, arguments in (gradients(None), gradients(remat)))
+  for name, value in plain.items():
+    np.testing.assert_allclose(again[name], value, rtol=1e-4, atol=1e-4 * np.abs(value).max(), err_msg=name)
