@@ -1,5 +1,6 @@
-"""docs/first_session.md: its program runs, on the smallest networks."""
+"""docs/first_session.md: its program runs, on the smallest networks, and its commands as they stand."""
 
+import re
 import runpy
 
 import cv2
@@ -13,6 +14,8 @@ from vpd_jax.checkpoints import initialize
 from vpd_jax.config import loader
 
 script = loaded_scripts.load("scripts/first_session.py")
+PHASE = re.compile(r"[\w ]+: .*\d ?s")  # a line of progress: fewer appear on a faster machine
+NUMBER = re.compile(r"\d[\d.,]*(m\d+s|s\b)?")
 
 
 def write_run(folder, config):
@@ -53,6 +56,19 @@ def test_ten_lines_of_python_lead_to_depth_mask_and_key_points(folder, monkeypat
 def test_the_page_is_the_output_of_its_commands(tmp_path):
   page = 'a\n```console\n$ echo "new"\nold\n$ ls\n```\n```python\nx = 1\n```\n'
   assert script.again(page, tmp_path) == page.replace("old", "new").replace("ls\n", "ls\nsession.py\n")
+
+
+def without_numbers(page):
+  """The lines of the sessions on a page, except progress; numbers and spaces vary from run to run."""
+  lines = [line for kind, text in script.BLOCK.findall(page) if kind == "console" for line in text.splitlines()]
+  return [" ".join(NUMBER.sub("N", line).split()) for line in lines if not PHASE.fullmatch(line)]
+
+
+@pytest.mark.slow
+def test_every_command_prints_what_the_page_says(tmp_path, monkeypatch):
+  monkeypatch.setenv("PYTHONPATH", str(ROOT))
+  page = script.PAGE.read_text()
+  assert without_numbers(script.again(page, tmp_path)) == without_numbers(page)
 
 
 def test_the_readme_leads_to_the_page():
