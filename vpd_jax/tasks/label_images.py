@@ -107,9 +107,7 @@ def attention(maps: list[tuple[str, np.ndarray]], label: np.ndarray, image: np.n
   for name, values in (maps[k] for k in np.argsort(-counts, kind="stable")[:MAX_MAPS] if counts[k]):
     large = cv2.resize(values.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
     heat = colormaps.paint(large, float(large.min()), float(large.max()), "magma")
-    title = np.full((LINE, width, 3), 255, np.uint8)
-    cv2.putText(title, name, (2, SWATCH), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
-    tiles.append(np.concatenate([title, cv2.addWeighted(image, 0.3, heat, 0.7, 0)]))
+    tiles.append(np.concatenate([drawing.text_line(name, width), cv2.addWeighted(image, 0.3, heat, 0.7, 0)]))
   columns = math.ceil(math.sqrt(len(tiles) * (height + LINE) / width))
   tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
   rows = (tiles[i : i + columns] for i in range(0, len(tiles), columns))
