@@ -70,7 +70,7 @@ class EcoDepth(DiffusionMethod):
       class_scores: of the classifier, "logits" or "probabilities". Release: "logits".
       residual_scale: initial gamma in x + gamma * adapter(x). Release: 1e-4.
       timestep: the diffusion timestep of all images. Release: 1.
-      latent_scale: scaling factor of the latents; 0: that of the backbone's training. Release: 0, which is 0.18215.
+      latent_scale: see DiffusionMethod. Release: 0, which is 0.18215.
       pad_multiple: the image is padded at right and bottom to the next multiple. Release: 64.
       pad_value: of the padding, after scaling to [-1, 1]. Release: -1, black; from v2.0.0 on 0, gray.
 

@@ -69,7 +69,7 @@ class MetaPrompts(DiffusionMethod):
         for the time embedding, which are omitted (release); "timestep:N", these two layers at the diffusion timestep N.
       resize_scale: s in ((side // 64 + s) * 64), the sides to which the image is resized bilinearly; -1: not resized.
         Release: 1 on NYU (480 -> 512), 2 on KITTI (352 -> 448); segmentation does not resize.
-      latent_scale: scaling factor of the latents. Release: 1.0; 0: that of the backbone's training.
+      latent_scale: see DiffusionMethod. Release: 1.0.
       refine_init: initializer of the convolution that converts the finest feature to latents, if it is not loaded.
         "released": zeros, as in Stable Diffusion, so that initially the second step has no information about the image;
         "fan_in": scaled by its inputs, for training from scratch.

@@ -44,7 +44,7 @@ class Tadp(DiffusionMethod):
       token_length: tokens of a caption; longer ones are truncated. Release: 77, the maximum of CLIP.
       latents: "sample" of the VAE's posterior, see DiffusionMethod.latents; or "mode", which is deterministic.
         Release: "sample", a new one in every call, also in evaluation.
-      latent_scale: scaling factor of the latents; 0: that of the backbone's training. Release: 0, which is 0.18215.
+      latent_scale: see DiffusionMethod. Release: 0, which is 0.18215.
       timestep, pad_multiple, pad_value, attention_maps, attention_max_size, attention_gradient, keep_unused: see Vpd.
 
     Raises:

@@ -55,7 +55,7 @@ class Vpd(DiffusionMethod):
       token_length: tokens of a sentence. Release: 40 on RefCOCO and RefCOCO+, 77 on RefCOCOg.
       residual_scale: initial gamma in text + gamma * adapter(text). Release: 1e-4.
       timestep: the diffusion timestep of all images. Release: 1 (the paper says 0).
-      latent_scale: scaling factor of the latents. Release: 1.0; 0: that of the backbone's training.
+      latent_scale: see DiffusionMethod. Release: 1.0.
       pad_multiple: the image is padded at right and bottom to the next multiple. Release: 64, e.g. 480 -> 512.
       pad_value: of the padding, after scaling to [-1, 1]. Release: 0, mid gray.
       attention_maps: concatenate the cross-attention maps to the features. Release: in segmentation and referring.
