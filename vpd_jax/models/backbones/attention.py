@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import check_choice
 from vpd_jax.models.backbones.platform import platform
 from vpd_jax.types import Array, Fields
 
@@ -42,8 +42,7 @@ def attention(query: Array, key: Array, value: Array, *, implementation: Impleme
   Raises:
     ValueError: unknown implementation.
   """
-  if implementation not in IMPLEMENTATIONS:
-    raise UserError(f"attention={implementation!r} is unknown; choose one of {IMPLEMENTATIONS}.")
+  check_choice("attention", implementation, IMPLEMENTATIONS)
   if implementation == "auto":
     implementation = _best(query, key)
   if implementation == "chunked":

@@ -11,7 +11,7 @@ Source: Patni et al. 2024, https://arxiv.org/abs/2403.18807; EcoDepth depth/mode
 
 import dataclasses
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.models.backbones import layers
 from vpd_jax.models.context.adapters import ResidualAdapter
 from vpd_jax.models.context.class_mixture import ClassMixture, ClassToken
@@ -78,8 +78,7 @@ class EcoDepth(DiffusionMethod):
       ValueError: an unknown option, a padding that the UNet does not support, a transformer whose width does not match
         the UNet, or an option of the mixture without a mixture.
     """
-    if prompt not in PROMPTS:
-      raise UserError(f"method.prompt={prompt!r} is unknown to eco_depth; choose one of {PROMPTS}.")
+    check_choice("method.prompt", prompt, PROMPTS, owner="eco_depth")
     width, layer = setup.unet.context_dim, setup.common.layer
     input_options = {"vit_bytes": vit_bytes, "padding": (pad_multiple, pad_value) if vit_padding else None}
     context: Context

@@ -9,7 +9,7 @@ and head are "fpn".
 Source: Kondapaneni et al. 2024, https://arxiv.org/abs/2310.00031; TADP TADP/tadp_depth.py, TADP/tadp_seg_mm.py.
 """
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import check_choice
 from vpd_jax.models.backbones import layers
 from vpd_jax.models.backbones.clip_text import as_buffers
 from vpd_jax.models.context.sentences import Sentence
@@ -50,8 +50,7 @@ class Tadp(DiffusionMethod):
     Raises:
       ValueError: unknown `latents`; a padding that the UNet does not support; an incompatible text encoder.
     """
-    if latents not in LATENTS:
-      raise UserError(f"method.latents={latents!r} is unknown to tadp; choose one of {LATENTS}.")
+    check_choice("method.latents", latents, LATENTS, owner="tadp")
     unet, layer = setup.unet, setup.common.layer
     super().__init__(
       setup,

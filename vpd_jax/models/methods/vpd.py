@@ -11,7 +11,7 @@ all tokens of a sentence, and their maps; no neck, head "lavt".
 Source: Zhao et al. 2023, https://arxiv.org/abs/2303.02153; VPD depth/models_depth/model.py, vpd/models.py.
 """
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.models.backbones.clip_text import as_buffers
 from vpd_jax.models.context.adapters import ResidualAdapter
 from vpd_jax.models.context.class_vectors import AllClasses, PredictedClass, SceneClass
@@ -84,8 +84,7 @@ class Vpd(DiffusionMethod):
 
 def _context(setup: MethodSetup, prompt: str, token_length: int, residual_scale: float) -> Context:
   """The source of the tokens."""
-  if prompt not in PROMPTS:
-    raise UserError(f"method.prompt={prompt!r} is unknown to vpd; choose one of {PROMPTS}.")
+  check_choice("method.prompt", prompt, PROMPTS, owner="vpd")
   classes, width, layer = len(setup.class_names), setup.unet.context_dim, setup.common.layer
   if classes < 1 and prompt != "sentence":
     raise UserError(
