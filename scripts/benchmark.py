@@ -34,7 +34,7 @@ from vpd_jax.checkpoints import initialize
 from vpd_jax.config import loader
 from vpd_jax.data import pipeline
 from vpd_jax.distributed import sharding
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, one_line
 from vpd_jax.evaluation import encoder_cache, evaluate
 from vpd_jax.experiment import Experiment
 from vpd_jax.files import atomic
@@ -277,7 +277,7 @@ def parse(arguments: list[str]) -> None:
     if REPORT.value:
       benchmark_page.check_work(REPORT.value)
   except (flags.Error, ValueError, AttributeError, KeyError, TypeError) as error:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
     sys.exit(2)
 
 

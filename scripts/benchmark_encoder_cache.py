@@ -81,7 +81,7 @@ def measure(config: Any) -> dict[str, dict[str, float]]:
       dataset.encoder_cache = Cache("memory" if mode == "cached in memory" else "off", "")
       encodings = encoder_cache.EncoderCache(config, exp, dataset, mesh)
       encode = (lambda local: local) if mode == "inside the network" else lambda local: encodings(local, frozen)  # noqa: B023
-      passed = lambda: pipeline.prefetch(encode(pipeline.HostBatches(rows)), spread)  # noqa: B023
+      passed = lambda: pipeline.Prefetch(encode(pipeline.HostBatches(rows)), spread)  # noqa: B023
       found[split][mode] = seconds(runs[split], passed) / count
     images = len({int(i) for batch in rows for i in batch["image_id"]}) if split == "evaluation" else None
     print(f"{split}: {count} sentences" + (f" about {images} images" if images else ""), flush=True)

@@ -6,19 +6,21 @@ python scripts/contact_sheet.py --workdirs runs/quickstart/depth runs/quickstart
 import argparse
 import pathlib
 
+import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from vpd_jax import experiment
 from vpd_jax.errors import Parser, UserError, one_line
 from vpd_jax.files import atomic
 from vpd_jax.prediction.predictor import Predictor
-from vpd_jax.tasks import colormaps, label_images
+from vpd_jax.tasks import colormaps, drawing, label_images
+from vpd_jax.tasks.depth import visualize
 
 TASKS = ("depth", "segmentation")
 WRONG, RIGHT = (200, 30, 30), (235, 235, 235)
 LARGEST_ERROR = 1.0  # meters, the last color
-MARGIN, TITLE = 6, 22  # pixels
+MARGIN = 6  # pixels
 
 
 def rows(workdir: str, count: int) -> tuple[list[str], list[list[np.ndarray]]]:
@@ -43,34 +45,28 @@ def rows(workdir: str, count: int) -> tuple[list[str], list[list[np.ndarray]]]:
 
 
 def _depth(image: np.ndarray, truth: np.ndarray, depth: np.ndarray) -> list[np.ndarray]:
-  known = truth > 0
-  low, high = float(truth[known].min()), float(truth.max())
-  error = colormaps.paint(np.where(known, np.abs(depth - truth), np.nan), 0, LARGEST_ERROR, colormaps.ERROR)
-  return [image, *(colormaps.color_depth(x, high, min_depth=low) for x in (truth, depth)), error]
+  span = colormaps.depth_span([truth]) or (0.0, 1.0)
+  predicted, known, error = visualize.painted(depth, truth, span, LARGEST_ERROR)
+  return [image, known, predicted, error]
 
 
 def _wrong(truth: np.ndarray, label: np.ndarray) -> np.ndarray:
   return np.where((truth != label)[..., None], np.uint8(WRONG), np.uint8(RIGHT))
 
 
-def sheet(parts: list[tuple[list[str], list[list[np.ndarray]]]], scale: int) -> Image.Image:
-  """The pictures of all parts, each enlarged `scale` times, with a line of titles above every part."""
+def sheet(parts: list[tuple[list[str], list[list[np.ndarray]]]], scale: int) -> np.ndarray:
+  """The pictures of all parts, each enlarged `scale` times, below a line of titles for every part: uint8 [H, W, 3]."""
   height, width = parts[0][1][0][0].shape[:2]
-  cell = scale * width + MARGIN, scale * height + MARGIN
-  columns = max(len(titles) for titles, _ in parts)
-  total = sum(TITLE + cell[1] * len(pictures) for _, pictures in parts)
-  result = Image.new("RGB", (columns * cell[0] + MARGIN, total + MARGIN), "white")
-  draw, font, top = ImageDraw.Draw(result), ImageFont.load_default(14), 0
-  for titles, pictures in parts:
-    for column, title in enumerate(titles):
-      draw.text((MARGIN + column * cell[0], top + 4), title, "black", font)
-    top += TITLE
-    for row in pictures:
-      for column, picture in enumerate(row):
-        enlarged = Image.fromarray(picture).resize((scale * width, scale * height), Image.Resampling.NEAREST)
-        result.paste(enlarged, (MARGIN + column * cell[0], top))
-      top += cell[1]
-  return result
+
+  def cell(picture: np.ndarray) -> np.ndarray:
+    enlarged = cv2.resize(picture, (scale * width, scale * height), interpolation=cv2.INTER_NEAREST)
+    return np.pad(enlarged, ((0, MARGIN), (MARGIN // 2, MARGIN // 2), (0, 0)), constant_values=255)
+
+  lines = []
+  for titles, rooms in parts:
+    columns = [np.concatenate([cell(picture) for picture in column]) for column in zip(*rooms, strict=True)]
+    lines.append(drawing.row(list(zip(titles, columns, strict=True))))
+  return np.concatenate(lines)
 
 
 def main() -> None:
@@ -84,7 +80,7 @@ def main() -> None:
     made = sheet([rows(workdir, options.count) for workdir in options.workdirs], options.scale)
   except UserError as error:
     raise SystemExit(f"contact_sheet: {one_line(error)}") from error
-  atomic.write(options.output, lambda path: made.save(path, "PNG"))
+  atomic.write(options.output, lambda path: Image.fromarray(made).save(path, "PNG"))
   print(options.output)
 
 

@@ -33,6 +33,7 @@ NAMES = {"vpd": "VPD", "meta_prompts": "MetaPrompts", "iedp": "IEDP", "eco_depth
 # Initial weights, by size of configs/rooms.py.
 STARTS = {"small": "from the weights", "small_scratch": "from random initialization"}
 SEEDS = (0, 1, 2)
+STEPS = 80  # of every run
 CALLS = 20  # of the network, of which the fastest is reported
 Record = dict[str, Any]
 
@@ -41,8 +42,7 @@ class Rows(NamedTuple):
   """The rows of one task.
 
   Attributes:
-    task, methods: words of configs/rooms.py.
-    steps: of every run.
+    task: word of configs/rooms.py.
     score: name of the score below eval/<data>/.
     heading: name and unit of the score in the table.
     baselines: trivial predictors below eval/trivial/, and their names in the table.
@@ -50,8 +50,6 @@ class Rows(NamedTuple):
   """
 
   task: str
-  methods: tuple[str, ...]
-  steps: int
   score: str
   heading: str
   baselines: dict[str, str]
@@ -61,8 +59,6 @@ class Rows(NamedTuple):
 TASKS = (
   Rows(
     "depth",
-    tuple(NAMES),
-    80,
     "rmse",
     "RMSE, m",
     {
@@ -73,8 +69,6 @@ TASKS = (
   ),
   Rows(
     "segmentation",
-    tuple(NAMES),
-    80,
     "mIoU",
     "mIoU",
     {
@@ -85,16 +79,12 @@ TASKS = (
   ),
   Rows(
     "referring",
-    tuple(NAMES),
-    80,
     "oIoU",
     "oIoU",
     {"constant_mask": "best constant mask", "everything": "all pixels"},
   ),
   Rows(
     "pose",
-    tuple(NAMES),
-    80,
     "AP",
     "AP",
     {"mean_pose": "mean pose", "linear_crop": "linear regression on the crop"},
@@ -108,9 +98,9 @@ def config_string(rows: Rows, method: str, start: str) -> str:
   return f"configs/rooms.py:{rows.task},{method},{start}"
 
 
-def fields(rows: Rows, seed: int) -> dict[str, Any]:
+def fields(seed: int) -> dict[str, Any]:
   """Config fields set by a run."""
-  lengths = {"num_steps": rows.steps, "eval_every": rows.steps, "save_every": max(rows.steps // 4, 1), "log_every": 10}
+  lengths = {"num_steps": STEPS, "eval_every": STEPS, "save_every": STEPS // 4, "log_every": 10}
   return lengths | {"keep": 1, "keep_best": 0, "seed": seed}
 
 
@@ -119,7 +109,7 @@ def digest(rows: Rows, method: str, start: str, seed: int) -> str:
   from vpd_jax.config import loader
 
   config = loader.load(config_string(rows, method, start)).unlock()
-  config.update(fields(rows, seed))
+  config.update(fields(seed))
   return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -160,7 +150,7 @@ def train(rows: Rows, method: str, start: str, seed: int) -> Record:
   folder = ROOT / "runs" / "rooms_table" / f"{rows.task}-{method}-{start}-{seed}-{config}"
   command = [sys.executable, "-m", "vpd_jax.main", f"--config={config_string(rows, method, start)}"]
   command += [f"--workdir={folder}"]
-  command += [f"--config.{name}={value}" for name, value in fields(rows, seed).items()]
+  command += [f"--config.{name}={value}" for name, value in fields(seed).items()]
   printed, seconds, peak = child(command, folder / "printed.txt")
   step = re.search(r"compiled;.* ([\d.]+) GiB", printed)
   lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -169,7 +159,7 @@ def train(rows: Rows, method: str, start: str, seed: int) -> Record:
     "method": method,
     "start": start,
     "seed": seed,
-    "steps": rows.steps,
+    "steps": STEPS,
     "config": config,
     "device": device(),
     "minutes": round(seconds / 60, 2),
@@ -252,15 +242,15 @@ def table(results: dict[str, list[Record]], rows: Rows) -> str:
   Raises:
     ValueError: the runs differ in steps, or the records in the device.
   """
-  runs = {m: [r for r in results["runs"] if (r["task"], r["method"]) == (rows.task, m)] for m in rows.methods}
+  runs = {m: [r for r in results["runs"] if (r["task"], r["method"]) == (rows.task, m)] for m in NAMES}
   networks = {r["method"]: r for r in results["networks"] if r["task"] == rows.task}
-  every = [run for method in rows.methods for run in runs[method]]
+  every = [run for method in NAMES for run in runs[method]]
   alike = {"steps": {r["steps"] for r in every}, "device": {r["device"] for r in [*every, *networks.values()]}}
   if unlike := [f"{name} {sorted(values)}" for name, values in alike.items() if len(values) > 1]:
     raise UserError(f"the rows of {rows.task} differ in {'; '.join(unlike)}: take the others out of {RESULTS.name}.")
   heading = " | ".join(f"{rows.heading}, {words}" for words in STARTS.values())
   lines = [f"| {rows.task} | {heading} | parameters | GFLOP | ms | peak memory |", "|---|---|---|---|---|---|---|"]
-  lines += [_row(NAMES[method], runs[method], networks.get(method)) for method in rows.methods]
+  lines += [_row(NAMES[method], runs[method], networks.get(method)) for method in NAMES]
   if not every:
     return "\n".join(lines)
   for name, words in rows.baselines.items():
@@ -348,7 +338,7 @@ def main() -> None:
     atomic.write(PAGE, write(PAGE.read_text(), load()))
     return
   for rows in (known[task] for task in options.tasks or known):
-    for method in (m for m in rows.methods if m in (options.methods or rows.methods)):
+    for method in options.methods or NAMES:
       there = {(r["task"], r["method"], r.get("start"), r.get("seed")) for kind in load().values() for r in kind}
       if options.again or (rows.task, method, None, None) not in there:
         log = ROOT / "runs" / "rooms_table" / f"measured-{rows.task}-{method}.txt"

@@ -1,6 +1,7 @@
 """User-facing errors: one line that states the invalid input, what is required and how to fix it."""
 
 import argparse
+from collections.abc import Collection
 from typing import NoReturn
 
 
@@ -19,6 +20,20 @@ class Parser(argparse.ArgumentParser):
     self.exit(2, f"{self.prog.removesuffix('.py')}: {' '.join(message.split())}; see --help\n")
 
 
-def one_line(error: Exception) -> str:
-  """The message of an error without line breaks."""
-  return " ".join(str(error).split())
+def one_line(error: BaseException) -> str:
+  """The message of an error without line breaks, or the name of its type if it has none."""
+  return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_choice(option: str, value: object, choices: Collection[object], *, owner: str = "") -> None:
+  """Raises a UserError if the value of an option is not one of the choices.
+
+  Args:
+    option: its name in the message.
+    value: of the option.
+    choices: all valid values.
+    owner: what the choices belong to, if they depend on it.
+  """
+  if value not in choices:
+    where = f" to {owner}" if owner else ""
+    raise UserError(f"{option}={value!r} is unknown{where}; choose one of {choices}.")

@@ -34,7 +34,7 @@ from vpd_jax.data.datasets import (
   room_figures,
   rooms,
 )
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.inference import sliding_window, tiles, tta
 from vpd_jax.models import lora
 from vpd_jax.models import parameters as params_lib
@@ -139,8 +139,7 @@ def dtype(config: ConfigDict, field: str) -> DTypeLike:
     ValueError: unknown dtype; float64 without JAX_ENABLE_X64, or for only one of the two.
   """
   name = config[field]
-  if name not in DTYPES:
-    raise UserError(f"config.{field}={name!r} is unknown; choose one of {sorted(DTYPES)}.")
+  check_choice(f"config.{field}", name, sorted(DTYPES))
   if "float64" in (config.dtype, config.param_dtype):
     if config.dtype != config.param_dtype:
       raise UserError(
@@ -166,16 +165,11 @@ def sizes(config: ConfigDict) -> tuple[UNetSizes, VaeSizes, TextSizes, ImageSize
 def _method_setup(config: ConfigDict, classes: tuple[str, ...], training: bool) -> MethodSetup:
   """The constructor argument shared by all methods."""
   unet, vae, text, image, vit = sizes(config)
-  if config.backbone.attention not in IMPLEMENTATIONS:
-    raise UserError(
-      f"config.backbone.attention={config.backbone.attention!r} is unknown; choose one of {IMPLEMENTATIONS}."
-    )
-  if (policy := config.backbone.remat_policy) not in REMAT_POLICIES:
-    raise UserError(f"config.backbone.remat_policy={policy!r} is unknown; choose one of {tuple(REMAT_POLICIES)}.")
+  policy = config.backbone.remat_policy
+  check_choice("config.backbone.attention", config.backbone.attention, IMPLEMENTATIONS)
+  check_choice("config.backbone.remat_policy", policy, tuple(REMAT_POLICIES))
   if not config.backbone.remat and policy != "full":
-    raise UserError(
-      f"config.backbone.remat_policy={policy!r} has no effect without config.backbone.remat=True; set it."
-    )
+    raise UserError(f"config.backbone.remat_policy={policy!r} has no effect with backbone.remat=False; set it to True.")
   sources = (config.method.get("tokenizer", ""), config.init.pretrained, config.init.get("clip", ""))
   # One additional token shows whether a sentence is truncated.
   length = config.method.get("token_length", text.positions - 1) + 1
@@ -260,8 +254,7 @@ def _with_frozen_dtype(
 
   Kernels into which LoRA is merged are excluded: most of the LoRA update would be lost by rounding.
   """
-  if config.frozen_dtype not in FROZEN_DTYPES:
-    raise UserError(f"config.frozen_dtype={config.frozen_dtype!r} is unknown; choose one of {FROZEN_DTYPES}.")
+  check_choice("config.frozen_dtype", config.frozen_dtype, FROZEN_DTYPES)
   if config.frozen_dtype == FROZEN_DTYPES[0]:
     return spec
   frozen = spec.shapes.keys() - groups.lr.keys() - spec.stats - set(excluded)
@@ -303,10 +296,8 @@ def _check_test_time(config: ConfigDict, task: Task) -> None:
   else:
     tta.parse(config.eval.test_time, task.test_time_protocol)
     option, choices = "coverage", tta.COVERAGES
-  if config.eval.get(option) not in choices:
-    raise UserError(f"eval.{option}={config.eval.get(option)!r} is unknown; choose one of {choices}.")
-  if config.eval.get("blend") not in tiles.BLENDS:
-    raise UserError(f"eval.blend={config.eval.get('blend')!r} is unknown; choose one of {tiles.BLENDS}.")
+  check_choice(f"eval.{option}", config.eval.get(option), choices)
+  check_choice("eval.blend", config.eval.get("blend"), tiles.BLENDS)
   if config.eval.blend != "mean" and task.test_time_protocol not in ("windows", "sliding"):
     raise UserError(f"eval.blend={config.eval.blend!r} has no effect with task {config.task.name!r}; leave it out.")
   if unused := [other for other in ("coverage", "small_images") if other != option and other in config.eval]:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from vpd_jax import moments as moments_lib
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.types import Array, Fields, PyTree
 
@@ -95,8 +95,7 @@ def schedule(name: str, **options: Any) -> Schedule:
   Raises:
     ValueError: unknown name.
   """
-  if name not in SCHEDULES:
-    raise UserError(f"optim.schedule.name={name!r} is unknown; choose one of {sorted(SCHEDULES)}.")
+  check_choice("optim.schedule.name", name, sorted(SCHEDULES))
   return SCHEDULES[name](**options)
 
 
@@ -211,8 +210,7 @@ def optimizer(
   Raises:
     ValueError: unknown `moments`.
   """
-  if moments not in moments_lib.KINDS:
-    raise UserError(f"config.optim.moments={moments!r} is unknown; choose one of {moments_lib.KINDS}.")
+  check_choice("config.optim.moments", moments, moments_lib.KINDS)
   clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
   chain = optax.chain(
     clip,

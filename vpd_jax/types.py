@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 
 Array = jax.Array
 Device = Any  # jax.Device, which type checkers do not accept as a type
@@ -64,8 +64,7 @@ class MapInfo:
   map_extent: str = "padded"
 
   def __post_init__(self):
-    if self.map_extent not in MAP_EXTENTS:
-      raise UserError(f"map_extent={self.map_extent!r} is unknown; choose one of {MAP_EXTENTS}.")
+    check_choice("map_extent", self.map_extent, MAP_EXTENTS)
 
 
 class Branch(NamedTuple):

@@ -1,7 +1,6 @@
 """Kinds of sources, our own directory, and the script."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import sys
@@ -13,8 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tests.helpers import oracle, released_states, tiny
-from tests.helpers.paths import ROOT
+from tests.helpers import loaded_scripts, oracle, released_states, tiny
 from vpd_jax import experiment
 from vpd_jax.checkpoints import checkpointer, initialize
 from vpd_jax.config import loader
@@ -22,8 +20,6 @@ from vpd_jax.convert import load, rules
 from vpd_jax.convert.formats import weight_files, write
 from vpd_jax.convert.tables import released
 from vpd_jax.models import lora
-
-SCRIPT = ROOT / "scripts" / "convert_checkpoint.py"
 
 
 def named_arrays():
@@ -139,10 +135,7 @@ def run(monkeypatch, *arguments):
   monkeypatch.setattr(
     sys, "argv", ["convert_checkpoint.py", "--config=configs/nyu_depth.py:tiny", *map(str, arguments)]
   )
-  spec = importlib.util.spec_from_file_location("convert_checkpoint", SCRIPT)
-  script = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(script)
-  script.main()
+  loaded_scripts.load("scripts/convert_checkpoint.py").main()
 
 
 def test_the_script_goes_there_and_back_bit_for_bit(tmp_path, release, monkeypatch, capsys):

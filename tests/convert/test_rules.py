@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 
 from vpd_jax.convert import rules
-from vpd_jax.convert.rules import Rule, drop
+from vpd_jax.convert.rules import Drop, Rule
 
 TABLE = [
   Rule("net.blocks", "method/blocks"),
   Rule("net.up", "method/up", (rules.deconv, rules.norm, rules.bias, *rules.BATCH_NORM)),
   Rule("net.gamma", "method/gamma", (rules.plain,)),
   Rule("net.words", "method/words", (rules.embedding,), optional=True),
-  drop(r".*\.num_batches_tracked", "counted elsewhere"),
+  Drop(r".*\.num_batches_tracked", "counted elsewhere"),
 ]
 
 
@@ -97,7 +97,7 @@ def test_matrices_may_become_1x1_convolutions_and_back():
 def test_every_problem_is_reported_at_once():
   given = source() | {"extra.weight": np.ones(2), "net.blocks.9.weight": np.ones((2, 2))}
   del given["net.gamma"]
-  table = [*TABLE, Rule("net.up.1", "method/up/1", (rules.norm,)), drop("never", "absent")]
+  table = [*TABLE, Rule("net.up.1", "method/up/1", (rules.norm,)), Drop("never", "absent")]
   wanted = targets(**{"method/up/0/kernel": (2, 2, 4, 8), "head/kernel": (1, 1)})
   with pytest.raises(rules.ConversionError) as caught:
     rules.convert(given, table, wanted, table="test")

@@ -200,7 +200,7 @@ def test_a_stop_inside_a_record_is_an_error_and_no_end(where):
 
 def test_prefetch_counts_what_the_batches_it_has_given_left_out(capsys):
   iterator = pipeline.train_batches(Squares(10, 4), batch_size=10, seed=0, keys=("index",), on_bad_record="skip")
-  ahead = pipeline.prefetch(iterator, replicated())
+  ahead = pipeline.Prefetch(iterator, replicated())
   counts = []
   for _ in range(4):
     next(ahead)
@@ -304,7 +304,7 @@ def test_prefetch_hands_on_all_batches_and_measures_the_wait():
       time.sleep(0.05)
       yield {"index": np.full(8, step)}
 
-  with_waits = pipeline.prefetch(pipeline.HostBatches(slow()), sharding())
+  with_waits = pipeline.Prefetch(pipeline.HostBatches(slow()), sharding())
   batches = list(with_waits)
   assert [int(batch["index"][0]) for batch in batches] == [0, 1, 2]
   assert 10 < with_waits.mean_wait_ms() < 1000
@@ -318,11 +318,11 @@ def test_prefetch_raises_what_the_input_raised_and_closes_when_full():
     yield {"index": np.zeros(8)}
     raise ValueError("a bad record")
 
-  iterator = pipeline.prefetch(pipeline.HostBatches(failing()), sharding())
+  iterator = pipeline.Prefetch(pipeline.HostBatches(failing()), sharding())
   next(iterator)
   with pytest.raises(ValueError, match="a bad record"):
     next(iterator)
-  endless = pipeline.prefetch(
+  endless = pipeline.Prefetch(
     pipeline.train_batches(Squares(), batch_size=8, seed=0, keys=("index",)), sharding(), size=1
   )
   next(endless)
@@ -338,7 +338,7 @@ from vpd_jax.data import pipeline
 
 if __name__ == "__main__":
   workers = pipeline.train_batches(squares.Squares(), batch_size=6, seed=0, workers=1, keys=("image",))
-  ahead = pipeline.prefetch(workers, squares.sharding())
+  ahead = pipeline.Prefetch(workers, squares.sharding())
   kept = [next(ahead) for _ in range(3)]
 """
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import loaded_scripts
+from vpd_jax.tasks import drawing
 
 
 @pytest.fixture(scope="module")
@@ -13,13 +14,14 @@ def script():
 
 def test_every_picture_has_its_place_below_its_title(script):
   pictures = [[np.full((8, 10, 3), 10 * row + column, np.uint8) for column in range(4)] for row in range(2)]
-  found = np.asarray(script.sheet([(["a", "b", "c", "d"], pictures), (["e", "f", "g", "h"], pictures)], scale=2))
-  margin, title, height, width = script.MARGIN, script.TITLE, 2 * 8 + script.MARGIN, 2 * 10 + script.MARGIN
+  found = script.sheet([(["a", "b", "c", "d"], pictures), (["e", "f", "g", "h"], pictures)], scale=2)
+  height, width = 2 * 8 + script.MARGIN, 2 * 10 + script.MARGIN
+  title = len(drawing.text_line("", width))
   for part in range(2):
     top = part * (title + 2 * height) + title
     assert (found[top - title : top] < 128).any()
     for row, column in np.ndindex(2, 4):
-      y, x = top + row * height, margin + column * width
+      y, x = top + row * height, script.MARGIN // 2 + column * width
       assert (found[y : y + 16, x : x + 20] == 10 * row + column).all()
 
 

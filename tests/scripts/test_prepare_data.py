@@ -1,6 +1,5 @@
 """The script that checks a data set and writes its shards."""
 
-import importlib.util
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.depth_frames import TEST, TRAIN, write_frames
+from tests.helpers.loaded_scripts import load
 from tests.helpers.messages import check_message
 from tests.helpers.paths import ROOT
 from vpd_jax.data.datasets import nyu, rooms
@@ -18,10 +18,7 @@ SCRIPT = ROOT / "scripts" / "prepare_data.py"
 
 @pytest.fixture(scope="module")
 def script():
-  spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  return load("scripts/prepare_data.py")
 
 
 @pytest.fixture

@@ -1,23 +1,19 @@
 """The script of the rooms' table: reading a run, writing the table; no training."""
 
-import importlib.util
 import json
 import os
 import sys
 
 import pytest
 
-from tests.helpers.paths import ROOT
+from tests.helpers.loaded_scripts import load
 
-SCRIPT = ROOT / "scripts" / "rooms_table.py"
+METHODS = ("vpd", "meta_prompts", "iedp", "eco_depth")
 
 
 @pytest.fixture(scope="module")
 def script():
-  spec = importlib.util.spec_from_file_location("rooms_table", SCRIPT)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  return load("scripts/rooms_table.py")
 
 
 def results(rows, seeds=(0, 1), **changes):
@@ -26,12 +22,12 @@ def results(rows, seeds=(0, 1), **changes):
   trivial = {name: 1.5 for name in rows.baselines}
   networks = [
     {"method": m, "parameters": 12_345_678, "gflop": 7.25, "seconds": 0.0421, "crop": [96, 96], "batch_size": 6}
-    for m in rows.methods
+    for m in METHODS
   ]
   runs = [
     {"method": m, "seed": s, "steps": 40, "score": i + s / 10 + more, "trivial": trivial, "config": "", "minutes": 4.6}
     | {"start": start, "peak_gib": 1.25 + s, "step_gib": 0.5}
-    for i, m in enumerate(rows.methods)
+    for i, m in enumerate(METHODS)
     for start, more in (("small", 0), ("small_scratch", 5))
     for s in seeds
   ]

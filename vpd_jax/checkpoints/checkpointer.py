@@ -23,7 +23,7 @@ from absl import logging as absl_logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice, one_line
 from vpd_jax.files import paths, read_errors
 from vpd_jax.models import lora
 from vpd_jax.types import Fields, Options, ParamDict, PyTree
@@ -70,8 +70,7 @@ class Checkpoints:
     best_mode: str = "min",
     read_only: bool = False,
   ):
-    if best_mode not in ("min", "max"):
-      raise UserError(f"best_mode={best_mode!r} is unknown; choose one of ['max', 'min'].")
+    check_choice("best_mode", best_mode, ["max", "min"])
     if keep < 1 or keep_best < 0:
       raise UserError(f"keep={keep} and keep_best={keep_best}: keep at least one checkpoint, and no fewer than 0 best.")
     self._best_metric, self._keep, self._keep_best = best_metric, keep, keep_best
@@ -253,7 +252,7 @@ class Checkpoints:
         with contextlib.suppress(OSError):
           part.rmtree()
       code = error.errno if isinstance(error, OSError) else None
-      text = " ".join(str(error).split())
+      text = one_line(error)
       full = [os.strerror(number) for number in _FULL if number == code or os.strerror(number) in text]
       cause, remedy = (
         (full[0], f"Free up to {self._bytes / 2**20:,.0f} MiB of disk space") if full else (text, "Fix that")

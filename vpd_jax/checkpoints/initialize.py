@@ -19,7 +19,7 @@ from vpd_jax.convert import finite, load, lora_files
 from vpd_jax.convert.tables import clip, stable_diffusion, vit
 from vpd_jax.data.shards import reader
 from vpd_jax.distributed import sharding
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.experiment import Experiment
 from vpd_jax.types import ParamDict, PyTree, TrainState
 
@@ -166,7 +166,7 @@ def check_training(config: ConfigDict) -> None:
   These are an unknown data.on_bad_record, a schedule that ends before the run, and parameters in bfloat16: with 8 bits
   of precision, most updates of parameters, moments and the moving average would be lost by rounding.
   """
-  reader.check_on_bad_record(config.data.on_bad_record)
+  check_choice("on_bad_record", config.data.on_bad_record, reader.ON_BAD_RECORD)
   optim.check_length(config.num_steps, **loader.schedule(config))
   if config.param_dtype == "bfloat16":
     raise UserError(
@@ -317,7 +317,7 @@ def resume_or_start(
   if step is None:
     return new_state(config, exp, mesh)
   saved_config = checkpoints.restore_config(step)
-  changed = loader.differences(saved_config, json.loads(to_json(config)))
+  changed = loader.differences(saved_config, config)
   if changed and not accept_changes:
     raise UserError(
       f"the workdir was made with another config: {'; '.join(changed)}. Choose another --workdir, or "

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from absl import flags
 
 from vpd_jax.config import loader
+from vpd_jax.errors import one_line
 
 
 def parse(values: flags.FlagValues, arguments: list[str], complete: Callable[[list[str]], list[str]]) -> list[str]:
@@ -22,5 +23,5 @@ def parse(values: flags.FlagValues, arguments: list[str], complete: Callable[[li
     # config_flags raises AttributeError for a misspelled field, and TypeError for a value of another type.
     if "--debug" in arguments:
       raise
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
     sys.exit(2)

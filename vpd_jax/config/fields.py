@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 
 Section = dict[str, Any]  # a section of a config
 
@@ -130,8 +130,7 @@ def look_up(
     ValueError: for an unknown name, unknown fields or missing required fields.
   """
   name = section.get("name") if isinstance(section, Mapping | ConfigDict) else None
-  if name not in table:
-    raise UserError(f"config.{field}.name={name!r} is unknown; choose one of {sorted(table)}.")
+  check_choice(f"config.{field}.name", name, sorted(table))
   where = f"config.{field} of name {name!r}"
   if unsupported := [key for key in required if key not in arguments(table[name])]:
     raise UserError(f"{where} is not made for what config.task gives, {unsupported}; choose one that takes it.")

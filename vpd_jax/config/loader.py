@@ -18,7 +18,7 @@ import ml_collections
 
 from vpd_jax.config import fields
 from vpd_jax.config.fields import Section
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, one_line
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 PROJECT = PACKAGE.parent  # root of a checkout; in a wheel, configs/ is part of the package
@@ -352,6 +352,4 @@ def _failure(path: str, error: Exception) -> UserError:
   """A one-line error for an exception in a config file, with the number of the failing line."""
   lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
   where = f", line {lines[-1]}," if lines else ""
-  return UserError(
-    f"config file {path!r}{where} fails with {type(error).__name__}: {' '.join(str(error).split())}; fix the file."
-  )
+  return UserError(f"config file {path!r}{where} fails with {type(error).__name__}: {one_line(error)}; fix the file.")

@@ -11,7 +11,7 @@ from etils import epath
 
 from vpd_jax.config import fields, loader
 from vpd_jax.config.fields import Section
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, one_line
 
 FILE = "config.json"  # in a workdir, written by training
 SECTIONS = ("method", "backbone", "head", "neck", "task", "data")  # which affect arrays or predictions
@@ -41,7 +41,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   try:
     values = json.loads(path.read_text())
   except (OSError, ValueError) as error:
-    why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({' '.join(str(error).split())})"
+    why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({one_line(error)})"
     raise UserError(
       f"without --config the config of the run is taken, but {FILE} of --workdir={argument!r} {why}; "
       "give the workdir of a run, or --config=FILE."

@@ -26,7 +26,7 @@ from etils import epath
 
 from vpd_jax.convert import known_weights
 from vpd_jax.convert.formats import weight_files
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, one_line
 from vpd_jax.files import atomic
 from vpd_jax.monitoring import progress
 
@@ -95,7 +95,7 @@ def bucket(url: str) -> epath.Path:
     raise UserError(f"{url}: {error.args[0]} is not known; give gs://, s3://, az://, hf:// or a local path.") from error
   except ImportError as error:
     raise UserError(
-      f"{url} needs a package that is not installed ({_line(error)}); for gs:// run pip install 'vpd_jax[gcs]'."
+      f"{url} needs a package that is not installed ({one_line(error)}); for gs:// run pip install 'vpd_jax[gcs]'."
     ) from error
   except Exception as error:  # Every filesystem raises its own errors.
     raise _unreachable(url, error) from error
@@ -130,7 +130,7 @@ def _from_bucket(url: str, parts: tuple[str, ...]) -> pathlib.Path:
           fetched.advance()
   except OSError as error:
     raise UserError(
-      f"{url} cannot be copied to {copy} ({_line(error)}); if that disk is full or read-only, make room or set "
+      f"{url} cannot be copied to {copy} ({one_line(error)}); if that disk is full or read-only, make room or set "
       "XDG_CACHE_HOME to another folder."
     ) from error
   except Exception as error:  # Every filesystem raises its own errors.
@@ -180,7 +180,7 @@ def _from_hub(source: str, hub: HubId, parts: tuple[str, ...]) -> pathlib.Path:
       )
     except Exception as error:  # The hub client and its transports raise many types.
       raise UserError(
-        f"{source!r} is no local path, and as a hub id it cannot be fetched ({_line(_root(error))}); "
+        f"{source!r} is no local path, and as a hub id it cannot be fetched ({one_line(_root(error))[:300]}); "
         f"{known_weights.near(source)}check the name, "
         "the network and HF_HUB_OFFLINE, or give a local folder."
       ) from error
@@ -210,13 +210,9 @@ def _has_weights(folder: pathlib.Path) -> bool:
 
 def _unreachable(url: str, error: Exception) -> UserError:
   return UserError(
-    f"{url} cannot be reached ({_line(error)}); check the name, the network and your credentials, or give a local path."
+    f"{url} cannot be reached ({one_line(error)[:300]}); check the name, the network and your credentials, or give a "
+    "local path."
   )
-
-
-def _line(error: BaseException) -> str:
-  """The message of an error in one line."""
-  return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _root(error: BaseException) -> BaseException:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from etils import epath
 
 from vpd_jax.convert.formats import weight_files
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, one_line
 from vpd_jax.monitoring import progress
 
 NOT_KNOWN = "not known"
@@ -227,10 +227,10 @@ def _download(name: str, known: Known) -> None:
     folder().mkdir(parents=True, exist_ok=True)
     hf_hub_download(known.hub, known.file, local_dir=folder())
   except Exception as error:  # The hub client and its transports raise many types.
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
     raise UserError(
-      f"{name} cannot be fetched ({reason}); see to the network, HF_HUB_OFFLINE and the room in {folder()}, and give "
-      f"the same command again, which goes on where this one ended, or put {known.file} there yourself."
+      f"{name} cannot be fetched ({one_line(error)[:300]}); see to the network, HF_HUB_OFFLINE and the room in "
+      f"{folder()}, and give the same command again, which goes on where this one ended, or put {known.file} there "
+      "yourself."
     ) from error
 
 

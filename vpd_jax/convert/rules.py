@@ -136,12 +136,7 @@ class Drop:
   repeats: str = ""
 
 
-def drop(pattern: str, why: str, *, optional: bool = False) -> Drop:
-  """A row of a table that drops tensors for the given reason."""
-  return Drop(pattern, why, optional)
-
-
-DROP_COUNTERS = drop(rf".*\.{COUNTER}", "our state counts the steps once", optional=True)
+DROP_COUNTERS = Drop(rf".*\.{COUNTER}", "our state counts the steps once", optional=True)
 
 
 class ConversionError(UserError):

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from vpd_jax.convert import fetch
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, one_line
 
 FILES = ("vocab.json", "merges.txt")
 CHARACTERS, WORDS = "characters", "words"
@@ -106,8 +106,7 @@ def _read(folder: pathlib.Path) -> Tokenizer:
       str(folder), local_files_only=True, padding_side="right", truncation_side="right"
     )
   except Exception as error:  # A damaged vocabulary can fail anywhere.
-    reason = " ".join(str(error).split())
-    raise UserError(f"the tokenizer in {folder} cannot be read ({reason}); fetch its files again.") from error
+    raise UserError(f"the tokenizer in {folder} cannot be read ({one_line(error)}); fetch its files again.") from error
 
 
 def tokenize(sentences: Sequence[str], tokenizer: Tokenizer, *, vocabulary: int, length: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from absl import flags
 from vpd_jax.data import worker_failures
 from vpd_jax.data.shards import reader
 from vpd_jax.data.shards.reader import unending
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.types import Batch, Dataset, Example, Source
 
 NumpyBatch = dict[str, np.ndarray]
@@ -69,7 +69,7 @@ def train_batches(
   Raises:
     ValueError: if batch_size is not a multiple of process_count, the split is empty, or on_bad_record is unknown.
   """
-  reader.check_on_bad_record(on_bad_record)
+  check_choice("on_bad_record", on_bad_record, reader.ON_BAD_RECORD)
   source, report = _source(dataset, "train", batch_size, process_count), None
   if on_bad_record == "skip":
     source, report, keys = reader.SkipUnreadable(source), reader.Report(source), (*keys, reader.SKIPPED)
@@ -203,20 +203,15 @@ def to_mesh(batch: NumpyBatch, sharding: jax.sharding.NamedSharding) -> Batch:
   return jax.make_array_from_process_local_data(sharding, batch)
 
 
-def prefetch(iterator: HostBatches, sharding: jax.sharding.NamedSharding, size: int = 2) -> "Prefetch":
-  """Puts batches on the mesh in a background thread, up to `size` batches ahead."""
-  return Prefetch(iterator, sharding, size)
-
-
 class Prefetch:
-  """Iterator of batches on the mesh that measures the time spent waiting for input.
+  """Puts batches on the mesh in a background thread, up to `size` batches ahead, and measures the wait for input.
 
   Attributes:
     wait_ms: milliseconds that the last `next` waited for the host; about 0 if the input is fast enough.
     skipped: number of rows of this process so far in which a record that cannot be read was replaced.
   """
 
-  def __init__(self, iterator: HostBatches, sharding: jax.sharding.NamedSharding, size: int):
+  def __init__(self, iterator: HostBatches, sharding: jax.sharding.NamedSharding, size: int = 2):
     self.wait_ms, self.skipped = 0.0, 0
     self._waits: list[float] = []
     self._iterator, self._sharding = iterator, sharding

@@ -49,6 +49,7 @@ class Network:
   Attributes:
     task: its name.
     notice: a remark on the weights, may be empty.
+    draws: whether the data are the rooms, so that an input can be drawn.
   """
 
   def __init__(self, config: ConfigDict, workdir: str = ""):
@@ -58,8 +59,8 @@ class Network:
       ValueError: if there are no weights, and the data are not the rooms.
     """
     self.task, self._config, self._lock = config.task.name, config, threading.Lock()
-    self._room = config.data.name in ("rooms", "room_figures")
-    random = self._room and not (is_workdir(workdir) or config.init.run or config.init.pretrained)
+    self.draws = config.data.name in ("rooms", "room_figures")
+    random = self.draws and not (is_workdir(workdir) or config.init.run or config.init.pretrained)
     self._weights = "" if random else trained_weights(config, workdir)
     self.notice = UNTRAINED.format(string=ROOMS[self.task]) if random else ""
 
@@ -71,11 +72,6 @@ class Network:
   @functools.cached_property
   def _loaded(self) -> Predictor:
     return Predictor.load(self._config, weights=self._weights, random_init=bool(self.notice))
-
-  @property
-  def draws(self) -> bool:
-    """Whether the data are the rooms, so that an input can be drawn."""
-    return self._room
 
 
 def networks(config: ConfigDict | None, workdir: str = "") -> dict[str, Network]:

@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, one_line
 
 if TYPE_CHECKING:  # it imports jax, for which the first line of a command does not wait
   from vpd_jax.types import Fields
@@ -49,7 +49,7 @@ def report_errors(debug: bool = False) -> Iterator[None]:
     known = isinstance(error, (UserError, OSError)) and not debug
     if alone and not known:
       raise
-    text = " ".join(str(error).split())
+    text = one_line(error)
     line = f"error: {text}" if known else traceback.format_exc()
     if not alone and isinstance(error, _jax().errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in text:
       time.sleep(_TIMEOUT + 2 * _HEARTBEAT)  # the watcher ends this process if another one is dead, and names it
@@ -250,7 +250,7 @@ def connect(address: str | None, count: int | None, index: int | None, seconds: 
   try:
     _jax().distributed.initialize(**options, initialization_timeout=seconds + 60)
   except (RuntimeError, ValueError, OSError) as error:
-    raise UserError(f"{failure}{' '.join(str(error).split())[:300]}. {remedy}") from error
+    raise UserError(f"{failure}{one_line(error)[:300]}. {remedy}") from error
   finally:
     timer.cancel()
   # A collective with a dead process may wait forever, or until JAX aborts without stating the cause.

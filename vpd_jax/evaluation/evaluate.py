@@ -23,7 +23,7 @@ from vpd_jax.experiment import Experiment
 from vpd_jax.files import atomic
 from vpd_jax.inference import sliding_window, tiles, tta
 from vpd_jax.monitoring import progress, writers
-from vpd_jax.tasks import colormaps as panels_lib
+from vpd_jax.tasks import colormaps
 from vpd_jax.types import Array, Batch, Dataset, Example, Fields, PyTree, Rows, Task, Weights, WindowedTask
 
 Step = Callable[[Weights, Batch], PyTree]
@@ -130,7 +130,7 @@ class _Batches:
       process_count=jax.process_count(),
     )
     shown, local = 0, self._encodings(local, weights[1])
-    with contextlib.closing(pipeline.prefetch(local, self._sharding)) as batches:
+    with contextlib.closing(pipeline.Prefetch(local, self._sharding)) as batches:
       for batch in batches:
         measured, prediction = self._step(weights, batch)
         predictions = _gathered({"prediction": prediction})["prediction"] if shown < panels else ()
@@ -297,7 +297,7 @@ class Evaluator:
     shown = predictions[: self.config.eval.panels]
     examples = itertools.islice(self._examples("eval"), 0, step * len(shown), step)
     pairs = list(zip(examples, shown, strict=False))  # the last batch also contains predictions of padding rows
-    return panels_lib.stacked(self.experiment.task.panels([pair[0] for pair in pairs], [pair[1] for pair in pairs]))
+    return colormaps.stacked(self.experiment.task.panels([pair[0] for pair in pairs], [pair[1] for pair in pairs]))
 
 
 def class_scores(task: Task, rows: Rows) -> list[Fields]:

@@ -54,9 +54,9 @@ def write(path: AnyPath, content: str | bytes | Callable[[AnyPath], object]) -> 
   return path
 
 
-def write_json(path: AnyPath, content: object, *, indent: int | None = 1) -> AnyPath:
+def write_json(path: AnyPath, content: object) -> AnyPath:
   """Writes JSON atomically, with a final newline; see `to_json`."""
-  return write(path, to_json(content, indent=indent) + "\n")
+  return write(path, to_json(content, indent=1) + "\n")
 
 
 def to_json(content: object, *, indent: int | None = None) -> str:

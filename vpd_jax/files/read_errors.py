@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, one_line
 
 # Prefixes of tensorstore errors, which are raised as ValueError, for missing or corrupted data.
 _STATUS = re.compile(r"(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND|FAILED_PRECONDITION: .*Invalid JSON)", re.DOTALL)
@@ -26,7 +26,7 @@ def explained(name: str, folder: epath.Path, remedy: str) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    text = " ".join(str(error).split())[:200] or type(error).__name__
+    text = one_line(error)[:200]
     if is_damage(error) and folder.is_dir():
       raise UserError(f"{name} is damaged ({text}); remove {folder}, {remedy}.") from error
     # Buckets raise any type of error.

@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, one_line
 
 
 def read_text(path: str | os.PathLike, *, called: str = "") -> str:
@@ -48,9 +48,8 @@ def read_json(path: str | os.PathLike, *, called: str = "") -> Any:
   try:
     return json.loads(text)
   except (ValueError, RecursionError) as error:
-    reason = " ".join(str(error).split())
     raise UserError(
-      f"{called} cannot be read: it is not valid JSON or truncated ({reason}); correct or copy it."
+      f"{called} cannot be read: it is not valid JSON or truncated ({one_line(error)}); correct or copy it."
     ) from None
 
 

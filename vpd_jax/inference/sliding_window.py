@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.inference import tiles
 from vpd_jax.inference.tiles import TILE, bilinear_indices, corners, scaled_size, window_of
 from vpd_jax.types import Array, Example, Fields, Weights
@@ -226,8 +226,7 @@ class SlidingWindowInference:
     Raises:
       ValueError: unknown `small_images`, or a batch size below 1.
     """
-    if small_images not in SMALL_IMAGE_MODES:
-      raise UserError(f"eval.small_images={small_images!r} is unknown; choose one of {SMALL_IMAGE_MODES}.")
+    check_choice("eval.small_images", small_images, SMALL_IMAGE_MODES)
     if batch_size < 1:
       raise UserError(f"batch_size={batch_size} must be at least 1.")
     self.options, self.batch_size, self.small_images, self.place = options, batch_size, small_images, place

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import jax.numpy as jnp
 import numpy as np
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.inference import tiles
 from vpd_jax.types import Array, Batch
 
@@ -43,8 +43,7 @@ def offsets(size: Sequence[int], count: int, *, coverage: str = "released") -> l
 
   Source: VPD depth/test.py, shift_window_test.
   """
-  if coverage not in COVERAGES:
-    raise UserError(f"eval.coverage={coverage!r} is unknown; choose one of {COVERAGES}.")
+  check_choice("eval.coverage", coverage, COVERAGES)
   short, long = min(size), max(size)
   if short == long:
     return [(0, 0)]

@@ -185,12 +185,7 @@ def first_rules(names: Iterable[str], rules: Sequence[tuple[str, Any]], *, field
 
 
 def match_rules(names: Iterable[str], rules: Sequence[tuple[str, Any]], *, field: str) -> Fields:
-  """The value of each name: that of the first rule whose pattern matches in "/" + name (re.search).
-
-  Args:
-    names: full names; due to the leading slash, a pattern such as "/unet/" matches complete path components.
-    rules: ordered (regular expression, value) pairs.
-    field: name of the config option of the rules, for messages.
+  """The value of each name: that of its first rule; for the arguments see `first_rules`.
 
   Raises:
     ValueError: names that match no rule, or unused rules; lists all of them.

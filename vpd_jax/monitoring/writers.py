@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.files import atomic
 from vpd_jax.monitoring import progress
 from vpd_jax.types import Fields, ParamDict
@@ -51,8 +51,7 @@ def create(workdir: str | epath.PathLike, *, just_logging: bool = False, backend
   Raises:
     ValueError: an unknown backend, or clu without TensorFlow.
   """
-  if backend not in BACKENDS:
-    raise UserError(f"config.writer={backend!r} is unknown; choose one of {BACKENDS}.")
+  check_choice("config.writer", backend, BACKENDS)
   if just_logging:
     return Writer(_Log())
   has_tensorflow = importlib.util.find_spec("tensorflow") is not None
@@ -208,11 +207,11 @@ def class_table(rows: Sequence[Mapping[str, object]]) -> str:
   return table([tuple(rows[0]), *(tuple(map(text, row.values())) for row in rows)]) + "\n" if rows else ""
 
 
-def parameter_overview(arrays: ParamDict, max_lines: int | None = None) -> str:
+def parameter_overview(arrays: ParamDict) -> str:
   """Name, shape, dtype and size of every array of a ParamDict (or of its shapes), and their total, as a table."""
   from clu import parameter_overview as overview
 
-  return overview.get_parameter_overview(dict(arrays), include_stats=False, max_lines=max_lines)
+  return overview.get_parameter_overview(dict(arrays), include_stats=False, max_lines=None)
 
 
 def _flat(section: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:

@@ -24,14 +24,14 @@ from vpd_jax.config import loader
 from vpd_jax.data import pipeline
 from vpd_jax.data.readers import referring
 from vpd_jax.distributed import sharding
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.evaluation import encoder_cache, evaluate
 from vpd_jax.files import atomic
 from vpd_jax.monitoring import chips, progress, writers, xla_cost
 from vpd_jax.planning import report as plan_report
 from vpd_jax.planning import search as plan_search
 from vpd_jax.planning import topologies
-from vpd_jax.planning.report import Report
+from vpd_jax.planning.search import Report
 from vpd_jax.training import compilation
 from vpd_jax.types import Batch, Device
 
@@ -77,8 +77,7 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
     ValueError: in one line, for errors that training raises too (except for missing data files), batches that do not
       divide, an unknown topology, or a missing compiler.
   """
-  if effort not in topologies.EFFORTS:
-    raise UserError(f"--effort={effort!r} is unknown; choose one of {sorted(topologies.EFFORTS)}.")
+  check_choice("--effort", effort, sorted(topologies.EFFORTS))
   effort = topologies.effort(topology, effort)
   config = initialize.with_backbone_sizes(config, config.init.run or config.init.pretrained)
   initialize.check_training(config)

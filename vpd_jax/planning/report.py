@@ -10,8 +10,6 @@ from vpd_jax.monitoring import writers
 from vpd_jax.planning import search
 from vpd_jax.types import Fields
 
-Report = Fields  # of plan.compiled_report
-
 
 def amount(count: float) -> str:
   """Formats a number of bytes."""
@@ -19,7 +17,7 @@ def amount(count: float) -> str:
   return f"{count / 2**power:.2f} {({30: 'GiB', 20: 'MiB', 10: 'KiB'})[power]}"
 
 
-def in_short(report: Report) -> str:
+def in_short(report: search.Report) -> str:
   """Peak memory and whether it fits, in one phrase."""
   peak = "more than available" if report.get("peak") is None else amount(report["peak"])
   verdict = {True: "fits", False: "does not fit", None: "no limit known"}[report["fits"]]
@@ -42,7 +40,7 @@ def describe_states(config: ConfigDict, levels: list[Fields], state: Callable[[C
   return writers.table(rows)
 
 
-def describe(report: Report) -> str:
+def describe(report: search.Report) -> str:
   """A report as a table."""
   where = report["topology"] or "local devices"
   mesh = report["mesh"]

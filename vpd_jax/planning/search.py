@@ -35,7 +35,7 @@ COSTS = {
   "data.batch_size": "another recipe",
 }
 
-Report = Fields
+Report = Fields  # of plan.compiled_report
 
 
 class SearchResult(NamedTuple):

@@ -8,7 +8,7 @@ import re
 from jax.experimental import topologies
 
 from vpd_jax.distributed import sharding
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, one_line
 from vpd_jax.types import Device, Fields, Options
 
 EFFORTS = ("low", "default")
@@ -108,8 +108,7 @@ def topology_devices(topology: str) -> list[Device]:
     devices = _gpus(*gpu) if gpu else _tpus(topology)
     sharding.make_mesh(devices=devices)
   except Exception as error:
-    reason = " ".join(str(error).split())[:200]
-    raise UserError(f"--topology={topology!r} cannot be planned for ({reason}); {KNOWN}.") from error
+    raise UserError(f"--topology={topology!r} cannot be planned for ({one_line(error)[:200]}); {KNOWN}.") from error
   return devices
 
 

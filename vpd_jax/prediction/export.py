@@ -6,7 +6,6 @@ describes inputs and outputs; load.py runs it.
 
 import importlib.metadata
 import importlib.util
-import json
 import platform as python_platform
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import numpy as np
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from vpd_jax.checkpoints import initialize
 from vpd_jax.errors import UserError, one_line
 from vpd_jax.files import atomic
 from vpd_jax.files.paths import is_writable, nearest_existing
@@ -144,7 +142,7 @@ def _facts(predictor: Predictor, exported: jax.export.Exported, fixed: str) -> F
     "weights": predictor.origin,
     "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
     | {"python": python_platform.python_version(), "calling convention": exported.calling_convention_version},
-    "config": json.loads(initialize.to_json(config)),
+    "config": config.to_dict(),
   }
 
 

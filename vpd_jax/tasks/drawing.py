@@ -11,13 +11,14 @@ from vpd_jax.tasks import colormaps
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 LINE = 45  # pixels of a line of text at scale 1
+SMALLEST_SCALE = 0.4  # of the font
 LARGEST = 512  # side in pixels of the label map in which positions for names are searched
 SMALLEST_REGION = 0.004  # share of the image below which a region gets no name
 
 
 def text_scale(size: Sequence[int]) -> float:
   """The font scale for an image of (height, width): legible on small images, proportional on large ones."""
-  return float(np.clip(min(size) / 1000, 0.4, 4))
+  return float(np.clip(min(size) / 1000, SMALLEST_SCALE, 4))
 
 
 def text(picture: np.ndarray, string: str, origin: tuple[int, int], scale: float, *, outlined: bool = False) -> None:
@@ -41,6 +42,13 @@ def text(picture: np.ndarray, string: str, origin: tuple[int, int], scale: float
   write((255,) * 3 if outlined else (0,) * 3, *origin)
 
 
+def text_line(string: str, width: int, scale: float = SMALLEST_SCALE) -> np.ndarray:
+  """Black text on a white line of the given width, clipped to it: uint8 [h, width, 3]."""
+  picture = np.full((round(LINE * scale), width, 3), 255, np.uint8)
+  text(picture, string, (round(8 * scale), round(0.7 * LINE * scale)), scale)
+  return picture
+
+
 def row(parts: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
   """Images side by side, each below its title; titles that do not fit are clipped.
 
@@ -51,11 +59,7 @@ def row(parts: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
     uint8 [H + h, sum of W, 3].
   """
   scale = text_scale(min((picture.shape[:2] for _, picture in parts), key=lambda size: size[0]))
-  columns = []
-  for title, picture in parts:
-    line = np.full((round(LINE * scale), picture.shape[1], 3), 255, np.uint8)
-    text(line, title, (round(8 * scale), round(0.7 * LINE * scale)), scale)
-    columns.append(np.concatenate([line, picture]))
+  columns = [np.concatenate([text_line(title, picture.shape[1], scale), picture]) for title, picture in parts]
   return np.concatenate(columns, axis=1)
 
 

@@ -40,9 +40,7 @@ class TrainingSession:
     """Assembles the run and finds its files; nothing is written yet.
 
     Args:
-      config: of the run.
-      workdir: a local folder or a bucket.
-      accept_changes: resume even if the config differs from that of the checkpoint.
+      config, workdir, accept_changes: see train.run.
 
     Raises:
       ValueError: in one line, for anything that cannot be assembled or found.
@@ -217,4 +215,4 @@ def training_batches(
     process_count=jax.process_count(),
     on_bad_record=config.data.on_bad_record,
   )
-  return pipeline.prefetch(encode(local), sharding.batch_sharding(mesh))
+  return pipeline.Prefetch(encode(local), sharding.batch_sharding(mesh))

@@ -1,14 +1,12 @@
 """Every released table against the real model of its config, in both directions."""
 
-import importlib.util
 import sys
 
 import jax
 import numpy as np
 import pytest
 
-from tests.helpers import oracle, tiny
-from tests.helpers.paths import ROOT
+from tests.helpers import loaded_scripts, oracle, tiny
 from vpd_jax import experiment
 from vpd_jax.checkpoints import initialize
 from vpd_jax.config import loader
@@ -17,7 +15,6 @@ from vpd_jax.convert.formats import weight_files
 from vpd_jax.convert.tables import released
 from vpd_jax.models import lora
 
-SCRIPT = ROOT / "scripts" / "convert_checkpoint.py"
 # (release, config, fields that change it: the prompt, the version of the release) to the setup in tests/golden with the
 # authors' own list of names and shapes.
 CASES = {
@@ -103,9 +100,7 @@ def test_a_run_is_exported_and_read_back(tmp_path, monkeypatch, string, prompt, 
   expected = lora.merged(expected, config.lora.alpha)
   assert (expected.keys() < named.keys()) == bool(rank)
   monkeypatch.setattr(loader, "load", lambda _: config)
-  spec = importlib.util.spec_from_file_location("convert_checkpoint", SCRIPT)
-  script = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(script)
+  script = loaded_scripts.load("scripts/convert_checkpoint.py")
   output = tmp_path / "out.pth"
   words = [f"--config={string}", f"--source={tmp_path / 'run'}", f"--output={output}", "--reverse"]
   monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *words])

@@ -1,4 +1,3 @@
-import importlib.util
 import pickle
 
 import cv2
@@ -6,14 +5,12 @@ import numpy as np
 import pytest
 
 from tests.helpers.label_files import add_companions, write_pairs
+from tests.helpers.loaded_scripts import load
 from tests.helpers.messages import check_message
-from tests.helpers.paths import ROOT
 from vpd_jax.data import pipeline
 from vpd_jax.data.datasets import ade20k
 from vpd_jax.data.readers import label_maps
 from vpd_jax.data.shards import writer
-
-SCRIPT = ROOT / "scripts" / "prepare_data.py"
 
 
 @pytest.fixture
@@ -92,9 +89,7 @@ def test_shards_hold_the_same_examples(root, small, tmp_path):
 
 
 def test_prepare_data_reports_all_faults(root, small, tmp_path):
-  spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
-  script = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(script)
+  script = load("scripts/prepare_data.py")
   annotation = root / "annotations/training/ADE_train_00000001.png"
   cv2.imwrite(str(annotation), np.full((40, 60), 151, np.uint8))
   (root / "annotations/validation/ADE_val_00000002.png").unlink()

@@ -6,7 +6,7 @@ leave open is an assumption, and each assumption is an option.
 
 from vpd_jax.config.fields import Section
 from vpd_jax.config.presets.depth import eco_depth, iedp_depth, meta_prompts_depth, vpd_depth
-from vpd_jax.config.presets.recipe import adamw
+from vpd_jax.config.presets.recipe import adamw, no_decay_for_vectors
 
 
 def pose_task(*, sigma: int) -> Section:
@@ -103,6 +103,6 @@ def pose_optimizer(*, lr: float, drops: tuple[int, ...], warmup: int = 500) -> S
     decay=0.1,
     schedule={"name": "step", "drops": drops, "factor": 0.1, "warmup": warmup, "warmup_ratio": 1e-3},
     lr_groups=((r"/vae/", None), (r"/unet/", 0.1), (r"", 1.0)),
-    decay_groups=((r"/(bias|scale|gamma)$", 0.0), (r"", 1.0)),
+    decay_groups=no_decay_for_vectors(),
   )
   return section | {"clip_norm": 1.0}

@@ -6,7 +6,7 @@ Only VPD's is published. For the other methods, appending their context to the s
 from vpd_jax.config.fields import Section
 from vpd_jax.config.presets.depth import eco_depth, iedp_depth, vpd_depth
 from vpd_jax.config.presets.recipe import adamw
-from vpd_jax.config.presets.segmentation import meta_prompts_segmentation
+from vpd_jax.config.presets.segmentation import ATTENTION_MAPS, meta_prompts_segmentation
 
 
 def vpd_referring(*, tiny: bool, token_length: int = 40) -> Section:
@@ -26,9 +26,7 @@ def vpd_referring(*, tiny: bool, token_length: int = 40) -> Section:
       "prompt": "sentence",
       "token_length": token_length,
       "tokenizer": "characters" if tiny else "",  # a folder, if the weights have none; "words" for smoke tests
-      "attention_maps": True,
-      "attention_max_size": 32,  # as for an image of 512: strides 16 and 32
-      "attention_gradient": False,
+      **ATTENTION_MAPS,
       "keep_unused": True,  # the released files hold the UNet's last block
     },
     "neck": {"name": "none"},
@@ -53,12 +51,12 @@ def meta_prompts_referring(*, tiny: bool, token_length: int = 40) -> Section:
 def iedp_referring(*, tiny: bool, token_length: int = 40) -> Section:
   """As `vpd_referring`, for IEDP: one branch, with the implicit tokens of the image after the sentence."""
   vpd, depth = vpd_referring(tiny=tiny, token_length=token_length), iedp_depth(tiny=tiny, head_init="released")
-  names = ("token_length", "tokenizer", "attention_maps", "attention_max_size", "attention_gradient")
-  text_options = {name: vpd["method"][name] for name in names}
+  text_options = {name: vpd["method"][name] for name in ("token_length", "tokenizer")}
+  branch = {"prompt": "sentence+image", "branch_mode": "implicit"}
   return {
     **vpd,
     "init": depth["init"],
-    "method": depth["method"] | text_options | {"prompt": "sentence+image", "branch_mode": "implicit"},
+    "method": depth["method"] | text_options | ATTENTION_MAPS | branch,
   }
 
 

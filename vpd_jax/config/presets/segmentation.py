@@ -4,6 +4,12 @@ from vpd_jax.config.fields import Section
 from vpd_jax.config.presets.depth import eco_depth, iedp_depth, meta_prompts_depth, tadp_depth, vpd_depth
 from vpd_jax.config.presets.recipe import adamw
 
+ATTENTION_MAPS = {  # fields of the section method
+  "attention_maps": True,
+  "attention_max_size": 32,  # as for an image of 512: strides 16 and 32
+  "attention_gradient": False,
+}
+
 
 def vpd_segmentation(*, tiny: bool, dropout: float = 0.1) -> Section:
   """The sections method, neck, head and task of VPD's segmentation, as released for ADE20K.
@@ -19,9 +25,7 @@ def vpd_segmentation(*, tiny: bool, dropout: float = 0.1) -> Section:
     | {
       "prompt": "all_classes",
       "templates": "a photo of a {}",  # for class vectors encoded from the names; "imagenet_80"
-      "attention_maps": True,
-      "attention_max_size": 32,  # as for an image of 512: strides 16 and 32
-      "attention_gradient": False,
+      **ATTENTION_MAPS,
       "keep_unused": True,  # the released files hold the UNet's last block
     },
     "neck": {"name": "fpn", "width": width},
@@ -62,10 +66,9 @@ def iedp_segmentation(*, tiny: bool, dropout: float = 0.1) -> Section:
     dropout: see heads/fpn.py.
   """
   depth, vpd = iedp_depth(tiny=tiny, head_init="released"), vpd_segmentation(tiny=tiny, dropout=dropout)
-  maps = {name: vpd["method"][name] for name in ("attention_maps", "attention_max_size", "attention_gradient")}
   return {
     "init": depth["init"],
-    "method": depth["method"] | {"sentence": "names"} | maps,  # the names of the classes in the label map
+    "method": depth["method"] | {"sentence": "names"} | ATTENTION_MAPS,  # the names of the classes in the label map
     "neck": vpd["neck"],
     "head": vpd["head"],
     "task": vpd["task"] | {"avg_non_ignore": True},
@@ -80,9 +83,7 @@ def tadp_segmentation(*, tiny: bool, dropout: float = 0.1) -> Section:
     dropout: see heads/fpn.py.
   """
   depth, vpd = tadp_depth(tiny=tiny, head_init="released"), vpd_segmentation(tiny=tiny, dropout=dropout)
-  names = ("attention_maps", "attention_max_size", "attention_gradient", "keep_unused")
-  text_options = {name: vpd["method"][name] for name in names}
-  return {**vpd, "init": depth["init"], "method": depth["method"] | text_options}
+  return {**vpd, "init": depth["init"], "method": depth["method"] | ATTENTION_MAPS | {"keep_unused": True}}
 
 
 def eco_depth_segmentation(*, tiny: bool, dropout: float = 0.1) -> Section:

@@ -14,7 +14,7 @@ from etils import epath
 from vpd_jax.convert import fetch
 from vpd_jax.convert.formats import weight_files
 from vpd_jax.convert.formats.lazy_tensor import LazyTensor
-from vpd_jax.convert.rules import Drop, Rule, Shaped, bare_embedding, convert, drop, embedding, plain
+from vpd_jax.convert.rules import Drop, Rule, Shaped, bare_embedding, convert, embedding, plain
 from vpd_jax.errors import UserError
 from vpd_jax.models.backbones.clip_text import ACTIVATIONS
 from vpd_jax.types import Fields, Options
@@ -67,9 +67,9 @@ def text(source: Iterable[str], targets: Iterable[str] = (), *, projected: bool 
     *embeddings,
     Rule(f"{prefix}encoder.layers", "text_model/encoder/layers"),
     Rule(f"{prefix}final_layer_norm", "text_model/final_layer_norm"),
-    drop(rf"{re.escape(prefix)}embeddings\.position_ids", "counts from 0, stored by older versions", optional=True),
-    Rule("text_projection", "text_projection") if projected else drop(r"text_projection\..*", why_not, optional=True),
-    drop(
+    Drop(rf"{re.escape(prefix)}embeddings\.position_ids", "counts from 0, stored by older versions", optional=True),
+    Rule("text_projection", "text_projection") if projected else Drop(r"text_projection\..*", why_not, optional=True),
+    Drop(
       r"(?!cond_stage_model\.).*" if prefix.startswith("cond_") else OTHER_PARTS, "not the text encoder", optional=True
     ),
   ]
@@ -97,10 +97,10 @@ def openclip(targets: Iterable[str]) -> list[Rule | Drop]:
       for old, new in OPENCLIP_LAYER.items()
     ),
     Rule(f"{OPENCLIP}ln_final", "text_model/final_layer_norm"),
-    drop(rf"{re.escape(blocks)}\.{len(layers)}\..*", "the states before the last layer are used", optional=True),
-    drop(rf"{re.escape(OPENCLIP)}(text_projection|logit_scale)", "only compares texts with images", optional=True),
-    drop(rf"{re.escape(OPENCLIP)}attn_mask", "causal, as ours", optional=True),
-    drop(r"(?!cond_stage_model\.).*", "not the text encoder", optional=True),
+    Drop(rf"{re.escape(blocks)}\.{len(layers)}\..*", "the states before the last layer are used", optional=True),
+    Drop(rf"{re.escape(OPENCLIP)}(text_projection|logit_scale)", "only compares texts with images", optional=True),
+    Drop(rf"{re.escape(OPENCLIP)}attn_mask", "causal, as ours", optional=True),
+    Drop(r"(?!cond_stage_model\.).*", "not the text encoder", optional=True),
   ]
 
 
@@ -152,15 +152,15 @@ def image(source: Iterable[str], *, projected: bool) -> list[Rule | Drop]:
     Rule(f"{start}.position_embedding", "vision_model/embeddings/position_embedding", (embedding,)),
     Rule(f"{prefix}pre_layrnorm", "vision_model/pre_layrnorm"),
     Rule(f"{prefix}encoder.layers", "vision_model/encoder/layers"),
-    drop(rf"{re.escape(start)}\.position_ids", "counts from 0, stored by older versions", optional=True),
-    drop(TEXT_PARTS, "not the image encoder", optional=True),
+    Drop(rf"{re.escape(start)}\.position_ids", "counts from 0, stored by older versions", optional=True),
+    Drop(TEXT_PARTS, "not the image encoder", optional=True),
     *(
       [
         Rule(f"{prefix}post_layernorm", "vision_model/post_layernorm"),
         Rule("visual_projection", "visual_projection"),
       ]
       if projected
-      else [drop(last, why_not, optional=True)]
+      else [Drop(last, why_not, optional=True)]
     ),
   ]
 

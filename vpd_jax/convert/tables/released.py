@@ -19,7 +19,6 @@ from vpd_jax.convert.rules import (
   bias,
   conv,
   deconv,
-  drop,
   export,
   norm,
   plain,
@@ -122,8 +121,8 @@ def meta_prompts_depth() -> list[Rule | Drop]:
     *stable_diffusion.first_stage("encoder.encoder_vq"),
     *(Rule(f"{_UNET}.{part}", f"method/unet/{part}") for part in ("input_blocks", "middle_block", "output_blocks")),
     Rule(_LAST_BLOCK, "method/unet/out", optional=True),
-    drop(r"encoder\.cross_unet_conv([3-9]|[1-9]\d+)\..*", repeated, optional=True),
-    drop(rf"{re.escape(_UNET)}\.out\..*", repeated, optional=True),
+    Drop(r"encoder\.cross_unet_conv([3-9]|[1-9]\d+)\..*", repeated, optional=True),
+    Drop(rf"{re.escape(_UNET)}\.out\..*", repeated, optional=True),
     *_depth_head(),
     DROP_COUNTERS,
   ]

@@ -13,7 +13,7 @@ import re
 
 import numpy as np
 
-from vpd_jax.convert.rules import BATCH_NORM, DROP_COUNTERS, LAYER, Drop, Rule, drop, plain
+from vpd_jax.convert.rules import BATCH_NORM, DROP_COUNTERS, LAYER, Drop, Rule, plain
 from vpd_jax.convert.tables import stable_diffusion
 from vpd_jax.types import Fields, Options
 
@@ -44,7 +44,7 @@ def _mmseg_head(name: str) -> Rule:
 
 def _dropped() -> list[Drop]:
   return [
-    drop(rf"{_SD_MODEL}\..*", "constants of the noise schedule", optional=True),
+    Drop(rf"{_SD_MODEL}\..*", "constants of the noise schedule", optional=True),
     DROP_COUNTERS,
   ]
 
@@ -73,7 +73,7 @@ def meta_prompts_segmentation() -> list[Rule | Drop]:
   return [
     *(Rule(f"t{i}", f"method/t/{i - 1}", (plain,), optional=i > 1) for i in range(1, MAX_STEPS + 1)),
     Rule("meta_prompts", "method/meta_prompts/0", (plain,)),
-    drop(r"cross_unet_conv\d+\..*", "the same module as the UNet's last block", optional=True),
+    Drop(r"cross_unet_conv\d+\..*", "the same module as the UNet's last block", optional=True),
     *stable_diffusion.first_stage("encoder_vq"),
     *stable_diffusion.unet(_UNET, out=True),
     *(Rule(f"upconv{i}", f"neck/upconv{i}") for i in range(1, 5)),

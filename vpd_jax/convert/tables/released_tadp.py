@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-from vpd_jax.convert.rules import BATCH_NORM, DROP_COUNTERS, LAYER, Drop, Rule, drop, embedding
+from vpd_jax.convert.rules import BATCH_NORM, DROP_COUNTERS, LAYER, Drop, Rule, embedding
 from vpd_jax.convert.tables import released_segmentation, stable_diffusion
 from vpd_jax.types import Fields, Options
 
@@ -44,8 +44,8 @@ def _sd_model(source: str) -> list[Rule | Drop]:
       Rule(f"{source}.{_TEXT}.{part.replace('/', '.')}", f"{target}/{part}")
       for part in ("encoder/layers", "final_layer_norm")
     ),
-    drop(rf"{re.escape(f'{source}.{_TEXT}')}\.embeddings\.position_ids", "counts from 0", optional=True),
-    drop(rf"{re.escape(source)}\.({stable_diffusion.SCHEDULE})", "constants of the noise schedule", optional=True),
+    Drop(rf"{re.escape(f'{source}.{_TEXT}')}\.embeddings\.position_ids", "counts from 0", optional=True),
+    Drop(rf"{re.escape(source)}\.({stable_diffusion.SCHEDULE})", "constants of the noise schedule", optional=True),
   ]
 
 
@@ -57,7 +57,7 @@ def depth_alone() -> list[Rule | Drop]:
       Drop(rf"{re.escape(repeated)}\.(.+)", f"repeated of {name}", optional=True, repeats=name)
       for repeated, name in REPEATED.items()
     ),
-    drop(r"encoder\.(gamma|class_embeddings)", "a context of class vectors, which captions replace", optional=True),
+    Drop(r"encoder\.(gamma|class_embeddings)", "a context of class vectors, which captions replace", optional=True),
   ]
 
 

@@ -12,7 +12,7 @@ from etils import epath
 
 from vpd_jax.convert import fetch
 from vpd_jax.convert.formats import weight_files
-from vpd_jax.convert.rules import Drop, Rule, bias, conv, drop, linear_as_conv
+from vpd_jax.convert.rules import Drop, Rule, bias, conv, linear_as_conv
 from vpd_jax.errors import UserError
 from vpd_jax.types import Fields, Options
 
@@ -54,15 +54,15 @@ def compvis(targets: Iterable[str]) -> list[Rule | Drop]:
     *unet("model.diffusion_model", **included),
     *first_stage("first_stage_model"),
     *(
-      drop(rf"model\.diffusion_model\.{part}\..*", why, optional=True)
+      Drop(rf"model\.diffusion_model\.{part}\..*", why, optional=True)
       for part, why in NOT_IN_ALL.items()
       if not included[part]
     ),
-    drop(r"first_stage_model\.decoder\..*", DECODER, optional=True),
-    drop(r"first_stage_model\.loss\..*", "the VAE is not trained", optional=True),
-    drop(r"model_ema\..*", "the plain weights are used", optional=True),
-    drop(r"cond_stage_model\..*", "the text encoder is loaded by itself", optional=True),
-    drop(SCHEDULE, "constants of the noise schedule", optional=True),
+    Drop(r"first_stage_model\.decoder\..*", DECODER, optional=True),
+    Drop(r"first_stage_model\.loss\..*", "the VAE is not trained", optional=True),
+    Drop(r"model_ema\..*", "the plain weights are used", optional=True),
+    Drop(r"cond_stage_model\..*", "the text encoder is loaded by itself", optional=True),
+    Drop(SCHEDULE, "constants of the noise schedule", optional=True),
   ]
 
 
@@ -75,11 +75,11 @@ def diffusers(source: Iterable[str], targets: Iterable[str]) -> list[Rule | Drop
     *(
       Rule(f"unet.{old}", f"method/unet/{part}/{new}")
       if _has(part, targets)
-      else drop(rf"unet\.{re.escape(old)}\..*", NOT_IN_ALL[part], optional=True)
+      else Drop(rf"unet\.{re.escape(old)}\..*", NOT_IN_ALL[part], optional=True)
       for part, pairs in ENDS.items()
       for old, new in pairs.items()
     ),
-    drop(r"vae\.decoder\..*", DECODER, optional=True),
+    Drop(r"vae\.decoder\..*", DECODER, optional=True),
   ]
 
 

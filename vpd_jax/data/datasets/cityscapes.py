@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vpd_jax.data.datasets.segmentation import SegmentationDataset
 from vpd_jax.data.readers import image_files, label_maps
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.files import reading
 from vpd_jax.types import Published
 
@@ -73,8 +73,7 @@ class Cityscapes(SegmentationDataset):
   label_ids = tuple(sorted(LABEL_IDS, key=LABEL_IDS.__getitem__))  # as the test server expects them
 
   def __post_init__(self):
-    if self.extra not in EXTRA:
-      raise UserError(f"extra={self.extra!r} is unknown; choose one of {EXTRA}.")
+    check_choice("extra", self.extra, EXTRA)
     if isinstance(self.cities, str):
       raise UserError(f"cities={self.cities!r} must be a tuple of names; write ({self.cities!r},).")
     super().__post_init__()

@@ -13,7 +13,7 @@ from vpd_jax.data.datasets.pose import PoseDataset
 from vpd_jax.data.readers import coco_json, image_files, label_maps, persons
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import top_down as top_down_transforms
-from vpd_jax.errors import UserError
+from vpd_jax.errors import check_choice
 from vpd_jax.types import Fields, Published, Source
 
 BOXES = ("detections", "annotated")
@@ -68,8 +68,7 @@ class CocoPose(PoseDataset):
     Raises:
       ValueError: for an unknown word, a number out of range or a missing folder.
     """
-    if self.boxes not in BOXES:
-      raise UserError(f"data.boxes={self.boxes!r} is unknown; choose one of {BOXES}.")
+    check_choice("data.boxes", self.boxes, BOXES)
     super().__post_init__()
     self.augmentation = self._augmentation(top_down_transforms.COCO, upper_share=self.upper_share)
     self.folders = {"train": self.train_images, "eval": self.eval_images}
@@ -88,8 +87,7 @@ class CocoPose(PoseDataset):
       ValueError: for missing or damaged files, detections of other images, or another number of people than published;
         with format="tfds", for missing or incomplete shards.
     """
-    if split not in YEARS:
-      raise UserError(f"split={split!r} is unknown; choose one of {sorted(YEARS)}.")
+    check_choice("split", split, sorted(YEARS))
     if self.format == "tfds":
       people: Source = reader.Shards(self.root, "coco_pose", split, decode=persons.decode, made_with=self.made_with)
     else:

@@ -6,7 +6,7 @@ import numpy as np
 
 from vpd_jax.data import validation
 from vpd_jax.data.transforms import depth as depth_transforms
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.types import Dataset, Example
 
 
@@ -41,7 +41,7 @@ class DepthDataset(Dataset):
   provides = frozenset({"image", "depth", "class_id", "index"})
 
   def __post_init__(self):
-    depth_transforms.check_cut_depth(self.cut_depth)
+    check_choice("cut_depth", self.cut_depth, depth_transforms.CUT_DEPTH)
     self.crop = validation.check_size("crop", self.crop)
     self.resize = validation.check_size("resize", self.resize) if self.resize else ()
 

@@ -24,7 +24,7 @@ from vpd_jax.data.datasets.depth import DepthDataset
 from vpd_jax.data.readers import image_files
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import depth as depth_transforms
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.files import image_decoding, reading
 from vpd_jax.types import DatasetInfo, Example, Options, Source
 
@@ -87,7 +87,7 @@ class DepthList(DepthDataset):
       problems.append(f"crop={self.crop} does not fit into resize={self.resize}, make data.crop smaller")
     if problems:
       raise UserError(f"data: {'; '.join(problems)}.")
-    image_files.check_exif(self.exif)
+    check_choice("data.exif", self.exif, image_files.EXIF)
     self.classes, self.provides = one_scene(self.scene, DepthList.provides)
 
   @classmethod
@@ -103,8 +103,7 @@ class DepthList(DepthDataset):
       ValueError: if the list or listed files are missing (all are counted), or for lines with another number of
         columns, depth files of an unknown format, or an empty split.
     """
-    if split not in ("train", "eval"):
-      raise UserError(f"split={split!r} is unknown; choose one of ['eval', 'train'].")
+    check_choice("split", split, ["eval", "train"])
     if split == "eval" and self.eval_list:
       path = image_files.find_list(self._root, self.eval_list, (), "name it in data.eval_list.")
     else:
@@ -160,12 +159,7 @@ class Frames(Source):
     """
     image_path, depth_path = self.records[index]
     image, depth = image_files.read_image(image_path, self.exif), self.read(depth_path)
-    if image.shape[:2] != depth.shape:
-      sizes = ["{}x{}".format(*array.shape[:2]) for array in (depth, image)]
-      raise UserError(
-        f"depth file {depth_path} is {sizes[0]}, but its image {image_path} is {sizes[1]}; bring both to one size"
-        f"{image_files.turned_hint(image, depth, self.exif)}."
-      )
+    image_files.check_same_size(image, depth, image_path, f"depth file {depth_path}", self.exif)
     example = {"image": image, "depth": depth, "class_id": np.zeros((), np.int32), "index": np.asarray(index, np.int32)}
     return {name: value for name, value in example.items() if name in self.provides}
 

@@ -14,7 +14,7 @@ from vpd_jax.data.datasets.pose import PoseDataset
 from vpd_jax.data.readers import coco_json, image_files, persons
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import top_down as top_down_transforms
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.types import Fields, Keypoints, Options, Source
 
 
@@ -65,8 +65,8 @@ class KeypointList(PoseDataset):
     self.augmentation, self.classes = self._augmentation(keypoints), keypoints.names
     if not 0 < self.holdout < 1:
       raise UserError(f"data.holdout={self.holdout} must lie between 0 and 1, both excluded.")
-    reader.check_format(self.format)
-    image_files.check_exif(self.exif)
+    check_choice("format", self.format, reader.FORMATS)
+    check_choice("data.exif", self.exif, image_files.EXIF)
     self._json_root = Path(self.json_root or self.root).expanduser()
     self._files = {"train": self.train_json, "eval": self.eval_json or self.train_json}
     self.made_with = {"train_json": self.train_json, "eval_json": self.eval_json}
@@ -122,8 +122,7 @@ class KeypointList(PoseDataset):
   @reader.read_once
   def _chosen(self, split: str) -> tuple[coco_json.Annotations, range]:
     """The annotations of a split and the indices of its images in them."""
-    if split not in self._files:
-      raise UserError(f"split={split!r} is unknown; choose one of {sorted(self._files)}.")
+    check_choice("split", split, sorted(self._files))
     option = "eval_json" if split == "eval" and self.eval_json else "train_json"
     path = image_files.find_list(self._json_root, self._files[split], (), f"name it in data.{option}.")
     annotations = coco_json.annotations(path, self.classes)

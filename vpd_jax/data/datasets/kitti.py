@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from vpd_jax.data.datasets.depth import DepthDataset
 from vpd_jax.data.readers import image_files
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import depth as depth_transforms
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.types import DatasetInfo, Example, Options, Published, Source
 
 DEPTH_SCALE = 256.0  # units per meter in the files
@@ -90,7 +89,7 @@ class Kitti(DepthDataset):
     super().__post_init__()
     self.kb_crop = validation.check_size("kb_crop", self.kb_crop) if self.kb_crop else ()
     self.classes, self.provides = depth_list.one_scene(self.scene, Kitti.provides)
-    reader.check_format(self.format)
+    check_choice("format", self.format, reader.FORMATS)
     self._depth_root = self.depth_root or self.root
     self.lists = {"train": self.train_list or None, "eval": self.test_list or None}
     self.check_crop("resize" if self.resize else "kb_crop", self.resize or self.kb_crop)
@@ -111,15 +110,14 @@ class Kitti(DepthDataset):
     return DatasetInfo(classes=classes, window=tuple(options.get("kb_crop", ())) or None)
 
   @reader.read_once
-  def source(self, split: str) -> "Frames | reader.Shards":
+  def source(self, split: str) -> Source:
     """The frames of "train" or "eval" that have depth, in the order of the list file.
 
     Raises:
       ValueError: if the list file or listed files are missing (all are counted), or for lines with the wrong number of
         columns; with format="tfds", for missing or incomplete shards.
     """
-    if split not in LISTS:
-      raise UserError(f"split={split!r} is unknown; choose one of {sorted(LISTS)}.")
+    check_choice("split", split, sorted(LISTS))
     example = functools.partial(decode, provides=self.provides, least=self.kb_crop or (1, 1))
     if self.format == "tfds":
       return reader.Shards(self.root, "kitti", split, decode=example)
@@ -141,34 +139,11 @@ class Kitti(DepthDataset):
     pairs = [(image, depth) for image, depth in zip(images, depths, strict=True) if image and depth]
     if depth_root != root:
       pairs = [(image, str(depth_root.absolute() / depth)) for image, depth in pairs]
-    return Frames(root, pairs, example)
+    return image_files.Frames(root, pairs, example)
 
   def eval_transform(self, example: Example) -> Example:
     """The crop of the benchmark, resized if `resize` is set."""
     return super().eval_transform(depth_transforms.kb_crop(example, size=self.kb_crop) if self.kb_crop else example)
-
-
-class Frames(Source):
-  """Random access to the full frames of one split; files are read by `[]`."""
-
-  def __init__(
-    self, folder: Path, pairs: list[tuple[str, str]], example: Callable[[image_files.Record, Path], Example]
-  ):
-    self.folder, self.pairs, self.example = folder, pairs, example
-
-  def __len__(self) -> int:
-    return len(self.pairs)
-
-  def picture(self, index: int) -> str:
-    """See Source."""
-    return self.pairs[index][0]
-
-  def record(self, index: int) -> image_files.Record:
-    """The record of a frame, see Kitti.stored, with the unmodified files."""
-    return {**image_files.read_frame(self.folder, *self.pairs[index]), "index": np.int32(index)}
-
-  def __getitem__(self, index: int) -> Example:
-    return self.example(self.record(index), self.folder)
 
 
 def decode(

@@ -14,7 +14,7 @@ from pathlib import Path
 from vpd_jax.data.datasets.segmentation import SegmentationDataset
 from vpd_jax.data.readers import image_files, label_maps
 from vpd_jax.data.shards import reader
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.types import DatasetInfo, Example, Options
 
 SOURCE = "the options data.{images} and data.{masks} name the folders of pictures and of PNGs of the same names."
@@ -59,8 +59,8 @@ class MaskFolder(SegmentationDataset):
       ValueError: one line that lists all problems.
     """
     self.classes, problems = self.info({"classes": self.classes}).classes, []
-    reader.check_format(self.format)
-    image_files.check_exif(self.exif)
+    check_choice("format", self.format, reader.FORMATS)
+    check_choice("data.exif", self.exif, image_files.EXIF)
     values = tuple(self.values) or tuple(range(len(self.classes)))
     if len(values) != len(self.classes) or len(set(values)) != len(values):
       problems.append(

@@ -15,7 +15,7 @@ import numpy as np
 from vpd_jax.data.datasets.depth import DepthDataset
 from vpd_jax.data.readers import image_files
 from vpd_jax.data.shards import reader
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.types import DatasetInfo, Example, Options, Published, Source
 
 # In the order of the class vectors in the released checkpoints; 'excercise_room' is spelled as in the data.
@@ -68,7 +68,7 @@ class Nyu(DepthDataset):
   stored = {**image_files.FRAME, "class_id": "int32", "index": "int32"}  # noqa: RUF012 (never changed)
 
   def __post_init__(self):
-    reader.check_format(self.format)
+    check_choice("format", self.format, reader.FORMATS)
     super().__post_init__()
     self.check_crop("resize", self.resize)
     self.lists = {"train": self.train_list or None, "eval": self.test_list or None}
@@ -88,15 +88,14 @@ class Nyu(DepthDataset):
     return DatasetInfo(classes=cls.classes)
 
   @reader.read_once
-  def source(self, split: str) -> "Frames | reader.Shards":
+  def source(self, split: str) -> Source:
     """The frames of "train" or "eval", in the order of the list file.
 
     Raises:
       ValueError: if the list file or listed files are missing (all are counted), or a folder matches no scene class;
         with format="tfds", for missing or incomplete shards.
     """
-    if split not in FOLDERS:
-      raise UserError(f"split={split!r} is unknown; choose one of {sorted(FOLDERS)}.")
+    check_choice("split", split, sorted(FOLDERS))
     if self.format == "tfds":
       return reader.Shards(self.root, "nyu", split, decode=decode)
     root = Path(self.root).expanduser()
@@ -104,29 +103,7 @@ class Nyu(DepthDataset):
     pairs = image_files.read_list(image_files.find_list(root, self.lists[split], LISTS[split], hint))
     folder = root / FOLDERS[split]
     image_files.require_files(folder, (name for pair in pairs for name in pair), FILES_SOURCE[split])
-    return Frames(folder, pairs, scene_classes([image for image, _ in pairs]))
-
-
-class Frames(Source):
-  """Random access to the frames of one split; files are read by `[]`."""
-
-  def __init__(self, folder: Path, pairs: list[tuple[str, str]], class_ids: list[int]):
-    self.folder, self.pairs, self.class_ids = folder, pairs, class_ids
-
-  def __len__(self) -> int:
-    return len(self.pairs)
-
-  def picture(self, index: int) -> str:
-    """See Source."""
-    return self.pairs[index][0]
-
-  def record(self, index: int) -> image_files.Record:
-    """The record of a frame, see Nyu.stored, with the unmodified files."""
-    frame = image_files.read_frame(self.folder, *self.pairs[index])
-    return {**frame, "class_id": np.int32(self.class_ids[index]), "index": np.int32(index)}
-
-  def __getitem__(self, index: int) -> Example:
-    return decode(self.record(index), self.folder)
+    return image_files.Frames(folder, pairs, decode, scene_classes([image for image, _ in pairs]))
 
 
 def decode(record: image_files.Record, folder: Path | None = None) -> Example:

@@ -6,6 +6,7 @@ import numpy as np
 
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import top_down as top_down_transforms
+from vpd_jax.errors import check_choice
 from vpd_jax.types import Dataset, DatasetInfo, Example, Keypoints, Options
 
 
@@ -41,7 +42,7 @@ class PoseDataset(Dataset):
 
   def __post_init__(self):
     self.augmentation = self._augmentation(top_down_transforms.COCO)
-    reader.check_format(self.format)
+    check_choice("format", self.format, reader.FORMATS)
 
   @classmethod
   def keypoints_of(cls, options: Options) -> Keypoints:

@@ -22,7 +22,7 @@ from vpd_jax.data.readers import coco_masks, image_files, referring, safe_pickle
 from vpd_jax.data.readers.coco_masks import Outline
 from vpd_jax.data.readers.referring import Item
 from vpd_jax.data.shards import reader
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice, one_line
 from vpd_jax.files import reading
 from vpd_jax.types import Fields, Published, Source
 
@@ -104,8 +104,7 @@ class RefCoco(ReferringDataset):
         sentences, annotations without outline, and with `complete` other numbers than published; with format="tfds",
         for missing or incomplete shards.
     """
-    if split not in self.splits:
-      raise UserError(f"split={split!r} is unknown; choose one of {sorted(self.splits)}.")
+    check_choice("split", split, sorted(self.splits))
     if self.format == "tfds":
       return reader.Shards(self.root, "refcoco", split, decode=referring.decode, made_with=self.made_with)
     root, name = Path(self.root).expanduser(), self.splits[split]
@@ -219,7 +218,7 @@ def read_instances(path: Path) -> tuple[dict[int, tuple[str, int, int]], dict[in
     images = {int(entry["id"]): facts(entry) for entry in content["images"]}
     return images, {int(entry["id"]): entry.get("segmentation") for entry in content["annotations"]}
   except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     raise UserError(f"{path} is damaged or not COCO's instances ({type(error).__name__} {reason}); {SOURCE}") from None
 
 

@@ -19,7 +19,7 @@ from vpd_jax.data.datasets.referring import ReferringDataset
 from vpd_jax.data.readers import image_files, label_maps, referring
 from vpd_jax.data.readers.referring import Item
 from vpd_jax.data.shards import reader
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.files import reading
 from vpd_jax.types import Fields, Source
 
@@ -60,7 +60,7 @@ class ReferList(ReferringDataset):
       raise UserError(f"data.holdout={self.holdout} must lie between 0 and 1, both excluded.")
     super().__post_init__()
     self.made_with = {"file": self.file, "holdout": self.holdout}
-    image_files.check_exif(self.exif)
+    check_choice("data.exif", self.exif, image_files.EXIF)
     if self.format == "files":
       image_files.require_folder(self.root, "that holds the pictures, the masks and the JSON file data.file.")
 
@@ -72,8 +72,7 @@ class ReferList(ReferringDataset):
       ValueError: if the JSON file is missing or damaged, entries are wrong (all are counted), images or masks are
         missing, or a split is empty; with format="tfds", for missing or incomplete shards.
     """
-    if split not in SPLITS:
-      raise UserError(f"split={split!r} is unknown; choose one of {sorted(SPLITS)}.")
+    check_choice("split", split, sorted(SPLITS))
     if self.format == "tfds":
       decode = functools.partial(referring.decode, exif=self.exif)
       return reader.Shards(self.root, "refer_list", split, decode=decode, made_with=self.made_with)

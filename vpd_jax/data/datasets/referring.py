@@ -6,6 +6,7 @@ import numpy as np
 
 from vpd_jax.data.readers import referring
 from vpd_jax.data.shards import reader
+from vpd_jax.errors import check_choice
 from vpd_jax.types import Dataset, DatasetInfo, Example, Options
 
 
@@ -41,7 +42,7 @@ class ReferringDataset(Dataset):
   stored = referring.STORED
 
   def __post_init__(self):
-    reader.check_format(self.format)
+    check_choice("format", self.format, reader.FORMATS)
     self.transforms = referring.Transforms(self.crop, self.canvas)
     self.encoder_cache = referring.check_cache(self.cache, self.cache_folder)
 

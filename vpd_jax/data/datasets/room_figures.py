@@ -17,7 +17,7 @@ from vpd_jax.data.rooms import render
 from vpd_jax.data.rooms import scene as room_scene
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import top_down as top_down_transforms
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.types import Example, Fields, Source
 
 MINIMUM = 6  # keypoints inside the image
@@ -63,8 +63,7 @@ class RoomFigures(PoseDataset):
     return self._figures(split)
 
   def _figures(self, split: str) -> "Figures":
-    if split not in rooms.SPLITS:
-      raise UserError(f"split={split!r} is unknown; choose one of {rooms.SPLITS}.")
+    check_choice("split", split, rooms.SPLITS)
     return Figures(self.seed, split, self.counts[split], self.size)
 
   def truth(self, split: str) -> Fields:

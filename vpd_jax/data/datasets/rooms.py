@@ -19,7 +19,7 @@ from vpd_jax.data.rooms import scene as room_scene
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import depth as depth_transforms
 from vpd_jax.data.transforms import segmentation as segmentation_transforms
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.types import Dataset, DatasetInfo, Example, Options, Source
 
 CLASSES = room_scene.CLASSES  # of "label"; all pixels are labeled
@@ -92,7 +92,7 @@ class Rooms(Dataset):
     if task != "referring" and (self.cache, self.cache_folder) != ("off", ""):
       raise UserError(f"data.cache={self.cache!r} has no effect where data.task={task!r}; set it to 'off'.")
     self.encoder_cache = referring.check_cache(self.cache, self.cache_folder) if task == "referring" else None
-    depth_transforms.check_cut_depth(self.cut_depth)
+    check_choice("cut_depth", self.cut_depth, depth_transforms.CUT_DEPTH)
     check_root(self.root, self.format)
     self.size, self.crop = validation.check_size("size", self.size), validation.check_size("crop", self.crop)
     if task != "referring" and (self.crop[0] > self.size[0] or self.crop[1] > self.size[1]):
@@ -113,8 +113,7 @@ class Rooms(Dataset):
       ValueError: for an unknown task.
     """
     task = options.get("task", "depth")
-    if task not in TASKS:
-      raise UserError(f"task={task!r} is unknown to the rooms; choose one of {TASKS}.")
+    check_choice("task", task, TASKS, owner="the rooms")
     classes = {"depth": nyu.CLASSES, "segmentation": CLASSES, "referring": ()}[task]
     return DatasetInfo(classes=classes, only_resizes=task == "referring")
 
@@ -124,12 +123,11 @@ class Rooms(Dataset):
 
   def source(self, split: str) -> "DrawnRooms | expressions.RoomExpressions | reader.Shards":
     """The rooms of "train" or "eval", rendered by `[]` or read from shards; for "referring" the sentences of "eval"."""
-    if split not in SPLITS:
-      raise UserError(f"split={split!r} is unknown; choose one of {SPLITS}.")
+    check_choice("split", split, SPLITS)
     if self.format == "tfds":
       return reader.Shards(self.root, "rooms", split, made_with=self.made_with)
     if self.task == "referring":
-      drawing = functools.partial(drawn, self.seed, split, self.size)
+      drawing = functools.partial(draw, self.seed, split, size=self.size)
       return expressions.RoomExpressions(drawing, sentences, self.counts[split], single=split == "eval")
     return DrawnRooms(self.seed, split, self.counts[split], self.size, self.provides - segmentation_transforms.ADDED)
 
@@ -159,7 +157,8 @@ class Rooms(Dataset):
 
 def check_root(root: str, format: str) -> None:
   """Raises ValueError for an unknown format, or a folder without effect."""
-  if reader.check_format(format) == "files" and root:
+  check_choice("format", format, reader.FORMATS)
+  if format == "files" and root:
     raise UserError(f"root={str(root)!r} has no effect: rooms are drawn; leave it empty, or set data.format='tfds'.")
 
 
@@ -216,11 +215,6 @@ class Room(NamedTuple):
   names: list[tuple[str, str]]
   joints: np.ndarray | None
   surface: np.ndarray
-
-
-def drawn(seed: int, split: str, size: tuple[int, int], index: int) -> Room:
-  """As `draw`, with the index last."""
-  return draw(seed, split, index, size)
 
 
 def draw(seed: int, split: str, index: int, size: tuple[int, int], *, turn: float = 0.0) -> Room:

@@ -10,7 +10,7 @@ import numpy as np
 from vpd_jax.data.readers import label_maps
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import segmentation as segmentation_transforms
-from vpd_jax.errors import UserError
+from vpd_jax.errors import check_choice
 from vpd_jax.types import Dataset, DatasetInfo, Example, Options, Source
 
 
@@ -51,7 +51,7 @@ class SegmentationDataset(Dataset):
   stored = label_maps.STORED
 
   def __post_init__(self):
-    reader.check_format(self.format)
+    check_choice("format", self.format, reader.FORMATS)
     self.augmentation = segmentation_transforms.Augmentation(
       self.crop, self.scale, self.ratio_range, self.cat_max_ratio, self.color_jitter
     )
@@ -70,8 +70,7 @@ class SegmentationDataset(Dataset):
       ValueError: as `labeled_images`; with `complete`, for missing images; with format="tfds", for missing or truncated
         shards.
     """
-    if split not in ("train", "eval"):
-      raise UserError(f"split={split!r} is unknown; choose one of ['eval', 'train'].")
+    check_choice("split", split, ["eval", "train"])
     if self.format == "tfds":
       source: Source = reader.Shards(self.root, self.name, split, decode=self.decode(), made_with=self.made_with)
     else:

@@ -5,7 +5,7 @@ prepared shards (data/shards/) yield the same records, which one function decode
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from vpd_jax.errors import UserError
 from vpd_jax.files import image_decoding, reading
-from vpd_jax.types import Fields
+from vpd_jax.types import Example, Fields, Source
 
 SHOWN = 10  # names per error message
 Record = Fields
@@ -131,13 +131,6 @@ def decode_image(raw: bytes, path: str | Path, exif: str | None = None) -> np.nd
   return cv2.cvtColor(image_decoding.decode(raw, path, turned=exif == "turned"), cv2.COLOR_BGR2RGB)
 
 
-def check_exif(exif: str) -> str:
-  """Returns `exif` if it is one of EXIF, or else raises ValueError."""
-  if exif not in EXIF:
-    raise UserError(f"data.exif={exif!r} is unknown; choose one of {EXIF}.")
-  return exif
-
-
 def exif_notes(paths: Iterable[Path], exif: str) -> list[str]:
   """A warning, for the start of a run, about images with EXIF rotation; empty if there are none."""
   paths = list(dict.fromkeys(paths))
@@ -161,6 +154,16 @@ def turned_hint(image: np.ndarray, other: np.ndarray, exif: str | None) -> str:
   return f"; EXIF data may turn the image{remedy}"
 
 
+def check_same_size(image: np.ndarray, other: np.ndarray, path: str | Path, what: str, exif: str | None = None) -> None:
+  """Raises ValueError if an image, read from `path`, and its annotation differ in size; `what` names the annotation."""
+  if image.shape[:2] != other.shape[:2]:
+    sizes = ["{}x{}".format(*array.shape[:2]) for array in (other, image)]
+    raise UserError(
+      f"{what} is {sizes[0]}, but its image {path} is {sizes[1]}; bring both to one size"
+      f"{turned_hint(image, other, exif)}."
+    )
+
+
 def decode_depth(raw: bytes, path: str | Path, *, scale: float) -> np.ndarray:
   """Decodes a 16-bit depth map as float32 [H, W], meters; 0 is missing.
 
@@ -182,21 +185,48 @@ def decode_depth(raw: bytes, path: str | Path, *, scale: float) -> np.ndarray:
   return values.astype(np.float32) / np.float32(scale)
 
 
-def read_frame(folder: Path, image: str, depth: str) -> Record:
-  """The record (see FRAME) of an image and its depth map, two files below `folder`."""
-  return {
-    "image": read_bytes(folder / image),
-    "depth": read_bytes(folder / depth),
-    "image_path": image,
-    "depth_path": depth,
-  }
+class Frames(Source):
+  """Random access to images with 16-bit depth maps; files are read by `[]`."""
+
+  def __init__(
+    self,
+    folder: Path,
+    pairs: list[tuple[str, str]],
+    decode: Callable[[Record, Path], Example],
+    class_ids: Sequence[int] | None = None,
+  ):
+    """
+    Args:
+      folder: that the names are relative to.
+      pairs: (image, depth) files.
+      decode: makes an Example of a record; the folder is for messages. Must be picklable.
+      class_ids: of the frames; None: records without "class_id".
+    """
+    self.folder, self.pairs, self.decode, self.class_ids = folder, pairs, decode, class_ids
+
+  def __len__(self) -> int:
+    return len(self.pairs)
+
+  def picture(self, index: int) -> str:
+    """See Source."""
+    return self.pairs[index][0]
+
+  def record(self, index: int) -> Record:
+    """The record of a frame: FRAME with the unmodified files, "index" and maybe "class_id"."""
+    image, depth = self.pairs[index]
+    files = {"image": read_bytes(self.folder / image), "depth": read_bytes(self.folder / depth)}
+    numbers = {} if self.class_ids is None else {"class_id": np.int32(self.class_ids[index])}
+    return {**files, "image_path": image, "depth_path": depth, **numbers, "index": np.int32(index)}
+
+  def __getitem__(self, index: int) -> Example:
+    return self.decode(self.record(index), self.folder)
 
 
 def decode_frame(record: Record, folder: Path | None = None, *, scale: float) -> dict[str, np.ndarray]:
   """ "image" uint8 [H, W, 3] RGB and "depth" float32 [H, W] meters of a record with FRAME.
 
   Args:
-    record: see read_frame.
+    record: with the files of FRAME.
     folder: of the files, for messages.
     scale: units of the depth file per meter.
 
@@ -205,11 +235,7 @@ def decode_frame(record: Record, folder: Path | None = None, *, scale: float) ->
   """
   paths = [name if folder is None else folder / name for name in (record["image_path"], record["depth_path"])]
   image, depth = decode_image(record["image"], paths[0]), decode_depth(record["depth"], paths[1], scale=scale)
-  if image.shape[:2] != depth.shape:
-    sizes = ["{}x{}".format(*array.shape[:2]) for array in (depth, image)]
-    raise UserError(
-      f"depth file {paths[1]} is {sizes[0]}, but its image {paths[0]} is {sizes[1]}; bring both to one size."
-    )
+  check_same_size(image, depth, paths[0], f"depth file {paths[1]}")
   return {"image": image, "depth": depth}
 
 

@@ -133,12 +133,7 @@ def decode(
   image_path, label_path = (record[key] if folder is None else folder / record[key] for key in _PATHS)
   image = image_files.decode_image(record["image"], image_path, exif)
   label = decode_labels(record["label"], label_path, _mapping_of(label_path, label_mappings))
-  if image.shape[:2] != label.shape:
-    sizes = ["{}x{}".format(*array.shape[:2]) for array in (label, image)]
-    raise UserError(
-      f"label file {label_path} is {sizes[0]}, but its image {image_path} is {sizes[1]}; "
-      f"bring both to one size{image_files.turned_hint(image, label, exif)}."
-    )
+  image_files.check_same_size(image, label, image_path, f"label file {label_path}", exif)
   return {"image": image, "label": label, "index": np.asarray(record["index"], np.int32)}
 
 

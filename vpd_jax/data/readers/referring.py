@@ -16,7 +16,7 @@ from PIL import Image
 from vpd_jax.data import validation
 from vpd_jax.data.readers import image_files
 from vpd_jax.data.readers.coco_masks import Outline
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.files import image_decoding
 from vpd_jax.types import Cache, Example, Source
 
@@ -38,8 +38,7 @@ def check_cache(cache: str, folder: str) -> Cache:
   Raises:
     ValueError: for an unknown word, "disk" without a folder, or a folder without "disk".
   """
-  if cache not in CACHES:
-    raise UserError(f"data.cache={cache!r} is unknown; choose one of {CACHES}.")
+  check_choice("data.cache", cache, CACHES)
   if (cache == "disk") != bool(folder):
     remedy = "name a folder that may grow" if not folder else "leave it empty, or set data.cache='disk'"
     raise UserError(f"data.cache={cache!r} with data.cache_folder={folder!r}: {remedy}.")

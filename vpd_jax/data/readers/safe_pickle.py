@@ -7,7 +7,7 @@ them, so that files can only contain dicts, lists, strings and numbers.
 import pickle
 from pathlib import Path
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, one_line
 
 
 class _Plain(pickle.Unpickler):
@@ -41,5 +41,4 @@ def read(path: str | Path) -> object:
   except OSError as error:
     raise UserError(f"{path} cannot be read ({error.strerror}).") from None
   except Exception as error:  # a damaged pickle can raise any error
-    reason = " ".join(str(error).split()) or type(error).__name__
-    raise UserError(f"{path} is damaged or not a pickle ({reason}); fetch it again.") from None
+    raise UserError(f"{path} is damaged or not a pickle ({one_line(error)}); fetch it again.") from None

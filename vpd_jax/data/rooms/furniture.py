@@ -38,9 +38,9 @@ def box(x: float, y: float, z: float, half: tuple[float, float, float], *look) -
   return Solid(BOX, (x, y, z + half[2]), half, *look)
 
 
-def legs(a: float, b: float, height: float, radius: float, color: int = SECOND) -> list[Solid]:
+def legs(a: float, b: float, height: float, radius: float) -> list[Solid]:
   """Four round legs at (+-a, +-b)."""
-  return [Solid(CYLINDER, (x, y, height / 2), (radius, radius, height / 2), color) for x in (-a, a) for y in (-b, b)]
+  return [Solid(CYLINDER, (x, y, height / 2), (radius, radius, height / 2), SECOND) for x in (-a, a) for y in (-b, b)]
 
 
 def bed(rng: np.random.Generator) -> Object:

@@ -21,7 +21,7 @@ COLORS = {
   "purple": (0.42, 0.2, 0.55),
   "pink": (0.85, 0.5, 0.6),
   "brown": (0.4, 0.24, 0.12),
-  "grey": (0.45, 0.45, 0.45),
+  "grey": (0.45, 0.45, 0.45),  # this spelling is in the sentences of published runs and of prepared data
   "black": (0.1, 0.1, 0.11),
   "white": (0.9, 0.9, 0.88),
 }

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from vpd_jax.data.readers.image_files import Record
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, one_line
 from vpd_jax.types import Example, Fields, Options, Source
 
 FORMATS = ("files", "tfds")
@@ -40,19 +40,6 @@ def read_once(method: Method) -> Method:
     return cache[key]
 
   return cast(Method, once)
-
-
-def check_format(format: str) -> str:
-  """Returns `format` if it is one of FORMATS, or else raises ValueError."""
-  if format not in FORMATS:
-    raise UserError(f"format={format!r} is unknown; choose one of {FORMATS}.")
-  return format
-
-
-def check_on_bad_record(word: str) -> None:
-  """Raises ValueError if `word` is not one of ON_BAD_RECORD."""
-  if word not in ON_BAD_RECORD:
-    raise UserError(f"on_bad_record={word!r} is unknown; choose one of {ON_BAD_RECORD}.")
 
 
 class Shards(Source):
@@ -106,7 +93,7 @@ class Shards(Source):
       record = {key: self._restore[key](value) for key, value in stored.items()}
       return record if self._decode is None else self._decode(record)
     except Exception as error:  # damaged shards raise many types, of riegeli, protobuf and numpy
-      reason = " ".join(str(error).split())
+      reason = one_line(error)
       raise UserError(f"record {index} of split {self._split!r} in {self._root} cannot be read: {reason}") from None
 
   def picture(self, index: int) -> str:

@@ -10,7 +10,7 @@ depth/dataset/base_dataset.py, method `augment_training_data`.
 import cv2
 import numpy as np
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.types import Example
 
 CUT_DEPTH = ("released", "scaled", "off")
@@ -56,12 +56,6 @@ def depth_training(
   return random_color(example, rng) if color_jitter else example
 
 
-def check_cut_depth(mode: str) -> None:
-  """Raises ValueError if `mode` is not one of CUT_DEPTH."""
-  if mode not in CUT_DEPTH:
-    raise UserError(f"cut_depth={mode!r} is unknown; choose one of {CUT_DEPTH}.")
-
-
 def vertical_cut_depth(
   example: Example, rng: np.random.Generator, *, mode: str, depth_scale: float, max_depth: float
 ) -> Example:
@@ -84,7 +78,7 @@ def vertical_cut_depth(
 
   Source: CutDepth (Ishii and Yamashita 2021); VPD depth/dataset/base_dataset.py, `augment_training_data`.
   """
-  check_cut_depth(mode)
+  check_choice("cut_depth", mode, CUT_DEPTH)
   if mode == "off":
     return example
   width = example["image"].shape[1]

@@ -10,7 +10,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import check_choice
 from vpd_jax.models.backbones.platform import platform
 from vpd_jax.types import Array, Fields
 
@@ -44,8 +44,7 @@ def attention(query: Array, key: Array, value: Array, *, implementation: Impleme
   Raises:
     ValueError: unknown implementation.
   """
-  if implementation not in IMPLEMENTATIONS:
-    raise UserError(f"attention={implementation!r} is unknown; choose one of {IMPLEMENTATIONS}.")
+  check_choice("attention", implementation, IMPLEMENTATIONS)
   if implementation == "auto":
     implementation = _best(query, key)
   if implementation == "chunked":

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.models import initializers
 from vpd_jax.models.backbones import layers
 from vpd_jax.models.backbones.clip_text import as_buffers
@@ -24,7 +24,8 @@ from vpd_jax.types import Array, Batch
 
 Pixels = TypeVar("Pixels", np.ndarray, Array)
 HIDDEN = 400  # hidden width between class scores and mixture weights
-CHOICES = {"vit_bytes": ("truncated", "rounded"), "class_scores": ("logits", "probabilities")}
+BYTES = ("truncated", "rounded")
+SCORES = ("logits", "probabilities")
 
 
 def to_bytes(image: Array, rounding: str) -> Array:
@@ -74,7 +75,7 @@ class PictureClassifier(Context):
     Raises:
       ValueError: unknown `vit_bytes`.
     """
-    _check("vit_bytes", vit_bytes)
+    check_choice("method.vit_bytes", vit_bytes, BYTES)
     self.dtype, self.vit_bytes, self.padding = common["dtype"], vit_bytes, padding
     self.vit_model = VitClassifier(sizes, **common)
     for part in (self.vit_model.vit.layernorm, self.vit_model.classifier) if trained else (self.vit_model,):
@@ -128,7 +129,7 @@ class ClassMixture(PictureClassifier):
       ValueError: an unknown option, no vectors.
     """
     super().__init__(sizes, vit_bytes=vit_bytes, padding=padding, **common)
-    _check("class_scores", class_scores)
+    check_choice("method.class_scores", class_scores, SCORES)
     if count < 1:
       raise UserError(f"method.embeddings={count} must be at least 1.")
     self.tokens, self.adapt, self.class_scores = (1, width), adapt, class_scores
@@ -178,11 +179,6 @@ class ClassToken(PictureClassifier):
   def __call__(self, batch: Batch, step: int = 0) -> Array:
     """Float [B, 1, D] of "image", uint8 [B, H, W, 3] or float in [0, 1]."""
     return self.states(batch).hidden[-1][:, :1]
-
-
-def _check(name: str, value: str) -> None:
-  if value not in CHOICES[name]:
-    raise UserError(f"method.{name}={value!r} is unknown; choose one of {CHOICES[name]}.")
 
 
 def _padded(image: Array, size: list[int], value: int) -> Array:

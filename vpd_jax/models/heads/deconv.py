@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.models import initializers
 from vpd_jax.models.backbones import layers, normalization
 from vpd_jax.models.layer_options import Common
@@ -17,6 +17,12 @@ from vpd_jax.types import Array, Features, MapInfo, Outputs
 
 INITS = {"released": initializers.normal(0.001), "fan_in": initializers.he_normal}
 CUTS = ("prediction", "features")
+
+
+def kernel_init(init: str) -> initializers.Initializer:
+  """The initializer of a head's kernels; raises ValueError for an unknown name."""
+  check_choice("head.init", init, sorted(INITS))
+  return INITS[init]
 
 
 class Deconv(nnx.Module):
@@ -55,11 +61,8 @@ class Deconv(nnx.Module):
         f"head 'deconv' with {len(filters)} filters cannot read a map of stride {maps.strides[0]}; "
         f"use at most {int(math.log2(maps.strides[0]))} filters."
       )
-    if init not in INITS:
-      raise UserError(f"head.init={init!r} is unknown; choose one of {sorted(INITS)}.")
-    if cut_padding not in CUTS:
-      raise UserError(f"head.cut_padding={cut_padding!r} is unknown; choose one of {CUTS}.")
-    layer = {"kernel_init": INITS[init], **common.layer}
+    check_choice("head.cut_padding", cut_padding, CUTS)
+    layer = {"kernel_init": kernel_init(init), **common.layer}
     self.cut_padding = cut_padding
     self.max_depth, self.doublings = max_depth, int(doublings)
     norm = lambda w: normalization.BatchNorm(w, group=common.norm_group, **common.layer)

@@ -14,13 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vpd_jax.errors import UserError
-from vpd_jax.models import initializers
 from vpd_jax.models.backbones import layers, normalization
+from vpd_jax.models.heads.deconv import kernel_init
 from vpd_jax.models.layer_options import Common
 from vpd_jax.types import Array, Features, MapInfo, Outputs
 
 STRIDE = 4  # of heatmaps
-INITS = {"released": initializers.normal(0.001), "fan_in": initializers.he_normal}
 
 
 def heatmap_size(image_size: tuple[int, int]) -> tuple[int, int]:
@@ -44,12 +43,6 @@ def up_size(x: Array, stride: int) -> tuple[int, int]:
 def up(x: Array, stride: int) -> Array:
   """Bilinearly resizes a map of the given stride to stride 4."""
   return layers.resize(x, up_size(x, stride))
-
-
-def _init(name: str) -> initializers.Initializer:
-  if name not in INITS:
-    raise UserError(f"head.init={name!r} is unknown; choose one of {sorted(INITS)}.")
-  return INITS[name]
 
 
 def _map_index(stride: int, strides: tuple[int, ...], name: str) -> int:
@@ -86,9 +79,9 @@ class FusedHead(nnx.Module):
     """
     layer = common.layer
     self.stride, self.map_extent = maps.strides[0], maps.map_extent
-    self.conv = layers.conv(sum(maps.widths), width, 3, use_bias=False, kernel_init=_init(init), **layer)
+    self.conv = layers.conv(sum(maps.widths), width, 3, use_bias=False, kernel_init=kernel_init(init), **layer)
     self.bn = normalization.BatchNorm(width, group=common.norm_group, **layer)
-    self.final_layer = layers.conv(width, keypoints, 1, kernel_init=_init(init), **layer)
+    self.final_layer = layers.conv(width, keypoints, 1, kernel_init=kernel_init(init), **layer)
 
   def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
     """Returns {"heatmaps": float32 or wider [B, H / 4, W / 4, K]}; `key` is unused."""
@@ -121,7 +114,7 @@ class ViTPoseSimpleHead(nnx.Module):
     """
     layer = common.layer
     self.map, self.stride, self.map_extent = _map_index(stride, maps.strides, "simple"), stride, maps.map_extent
-    self.final_layer = layers.conv(maps.widths[self.map], keypoints, 3, kernel_init=_init(init), **layer)
+    self.final_layer = layers.conv(maps.widths[self.map], keypoints, 3, kernel_init=kernel_init(init), **layer)
 
   def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
     """Returns {"heatmaps": float32 or wider [B, H / 4, W / 4, K]}; `training` and `key` are unused."""
@@ -159,11 +152,11 @@ class DeconvHead(nnx.Module):
     layer = common.layer
     steps, last = [], maps.widths[self.map]
     for _ in range(int(doublings)):
-      steps.append(layers.ConvTranspose(last, width, 4, padding=1, kernel_init=_init(init), **layer))
+      steps.append(layers.ConvTranspose(last, width, 4, padding=1, kernel_init=kernel_init(init), **layer))
       steps += [normalization.BatchNorm(width, group=common.norm_group, **layer), layers.ReLU()]
       last = width
     self.deconv_layers = nnx.List(steps)
-    self.final_layer = layers.conv(last, keypoints, 1, kernel_init=_init(init), **layer)
+    self.final_layer = layers.conv(last, keypoints, 1, kernel_init=kernel_init(init), **layer)
 
   def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
     """Returns {"heatmaps": float32 or wider [B, H / 4, W / 4, K]}; `key` is unused."""

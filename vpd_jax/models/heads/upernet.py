@@ -135,9 +135,7 @@ class UperNet(nnx.Module):
     """Class scores of the main head at the size of the image, of the auxiliary head at that of its map.
 
     Args:
-      features: maps of the neck.
-      training: use batch statistics and dropout.
-      key: random key for dropout, required in training if its rate is above 0.
+      features, training, key: see fpn.SemanticFpn.
 
     Returns:
       {"logits": float32 or wider [B, H, W, K], "aux_logits": float32 or wider [B, h, w, K]}; the second only with

@@ -114,7 +114,8 @@ class DiffusionMethod(nnx.Module):
       fit: pads or resizes the image before the VAE.
       context: source of the tokens.
       time: replaces the diffusion timestep.
-      latent_scale: scaling factor of the latents; 0: that of the backbone, see VaeSizes.
+      latent_scale: factor of the latents. 0, which is no factor, stands for that of the backbone, see VaeSizes; it is
+        a number and not a word since an option of a config has one type.
       samples_latents: use a sample of the VAE's posterior instead of its mode.
       steps: passes of the UNet.
       join: selects the attention maps to concatenate to the features; None: none.

@@ -9,7 +9,9 @@ these combinations are not part of the publication.
 Source: Patni et al. 2024, https://arxiv.org/abs/2403.18807; EcoDepth depth/models/model.py (v1.0.0), model.py (v2.0.0).
 """
 
-from vpd_jax.errors import UserError
+import dataclasses
+
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.models.backbones import layers
 from vpd_jax.models.context.adapters import ResidualAdapter
 from vpd_jax.models.context.class_mixture import ClassMixture, ClassToken
@@ -19,11 +21,19 @@ from vpd_jax.models.methods import image_input
 from vpd_jax.models.methods.diffusion import ConstantTime, DiffusionMethod, MethodSetup
 
 PROMPTS = ("image", "class_token", "sentence+image")
-MIXTURE = {
-  "embeddings": 100,
-  "class_scores": "logits",
-  "residual_scale": 1e-4,
-}  # defaults of the options that "class_token" does not use
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+  """The options of the mixture of learned vectors, see `EcoDepth`, with their defaults."""
+
+  embeddings: int = 100
+  class_scores: str = "logits"
+  residual_scale: float = 1e-4
+
+  def changed(self) -> list[str]:
+    """The options that differ from their defaults, as overrides of a config."""
+    return [f"method.{name}={value!r}" for name, value in vars(self).items() if value != getattr(Mixture, name)]
 
 
 class EcoDepth(DiffusionMethod):
@@ -35,11 +45,11 @@ class EcoDepth(DiffusionMethod):
     *,
     prompt: str = "image",
     token_length: int = 40,
-    embeddings: int = 100,
+    embeddings: int = Mixture.embeddings,
     vit_bytes: str = "truncated",
     vit_padding: bool = True,
-    class_scores: str = "logits",
-    residual_scale: float = 1e-4,
+    class_scores: str = Mixture.class_scores,
+    residual_scale: float = Mixture.residual_scale,
     timestep: int = 1,
     latent_scale: float = 0.0,
     pad_multiple: int = 64,
@@ -60,7 +70,7 @@ class EcoDepth(DiffusionMethod):
       class_scores: of the classifier, "logits" or "probabilities". Release: "logits".
       residual_scale: initial gamma in x + gamma * adapter(x). Release: 1e-4.
       timestep: the diffusion timestep of all images. Release: 1.
-      latent_scale: scaling factor of the latents; 0: that of the backbone's training. Release: 0, which is 0.18215.
+      latent_scale: see DiffusionMethod. Release: 0, which is 0.18215.
       pad_multiple: the image is padded at right and bottom to the next multiple. Release: 64.
       pad_value: of the padding, after scaling to [-1, 1]. Release: -1, black; from v2.0.0 on 0, gray.
 
@@ -68,16 +78,12 @@ class EcoDepth(DiffusionMethod):
       ValueError: an unknown option, a padding that the UNet does not support, a transformer whose width does not match
         the UNet, or an option of the mixture without a mixture.
     """
-    if prompt not in PROMPTS:
-      raise UserError(f"method.prompt={prompt!r} is unknown to eco_depth; choose one of {PROMPTS}.")
+    check_choice("method.prompt", prompt, PROMPTS, owner="eco_depth")
     width, layer = setup.unet.context_dim, setup.common.layer
     input_options = {"vit_bytes": vit_bytes, "padding": (pad_multiple, pad_value) if vit_padding else None}
-    mixture_options = {"embeddings": embeddings, "class_scores": class_scores, "residual_scale": residual_scale}
     context: Context
     if prompt == "class_token":
-      if unused := [
-        f"method.{name}={mixture_options[name]!r}" for name in MIXTURE if mixture_options[name] != MIXTURE[name]
-      ]:
+      if unused := Mixture(embeddings, class_scores, residual_scale).changed():
         raise UserError(
           f"method.prompt='class_token' has no mixture to read {', '.join(unused)}; leave these as they are."
         )

@@ -14,7 +14,7 @@ meta_prompts/models.py.
 
 import re
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.models.backbones import layers
 from vpd_jax.models.backbones.clip_text import as_buffers
 from vpd_jax.models.context.context import Context, SentenceThen
@@ -69,7 +69,7 @@ class MetaPrompts(DiffusionMethod):
         for the time embedding, which are omitted (release); "timestep:N", these two layers at the diffusion timestep N.
       resize_scale: s in ((side // 64 + s) * 64), the sides to which the image is resized bilinearly; -1: not resized.
         Release: 1 on NYU (480 -> 512), 2 on KITTI (352 -> 448); segmentation does not resize.
-      latent_scale: scaling factor of the latents. Release: 1.0; 0: that of the backbone's training.
+      latent_scale: see DiffusionMethod. Release: 1.0.
       refine_init: initializer of the convolution that converts the finest feature to latents, if it is not loaded.
         "released": zeros, as in Stable Diffusion, so that initially the second step has no information about the image;
         "fan_in": scaled by its inputs, for training from scratch.
@@ -80,8 +80,7 @@ class MetaPrompts(DiffusionMethod):
       ValueError: a number out of range; unknown `time_embedding` or `refine_init`.
     """
     timestep = re.fullmatch(r"timestep:(\d+)", time_embedding)
-    if prompt not in PROMPTS:
-      raise UserError(f"method.prompt={prompt!r} is unknown to meta_prompts; choose one of {PROMPTS}.")
+    check_choice("method.prompt", prompt, PROMPTS, owner="meta_prompts")
     if refine_steps < 1:
       raise UserError(f"method.refine_steps={refine_steps} must be at least 1, the number of passes of the UNet.")
     if trained_steps < 0:
@@ -94,8 +93,7 @@ class MetaPrompts(DiffusionMethod):
       )
     if timestep is None and time_embedding != "learned":
       raise UserError(f"method.time_embedding={time_embedding!r} is unknown; use 'learned' or 'timestep:N'.")
-    if refine_init not in REFINE_INITS:
-      raise UserError(f"method.refine_init={refine_init!r} is unknown; choose one of {REFINE_INITS}.")
+    check_choice("method.refine_init", refine_init, REFINE_INITS)
     layer, unet = setup.common.layer, setup.unet
     width = unet.context_dim
     context: Context = LearnedPrompts(prompts, width, num_steps, share=share_prompts, adapt=adapt_prompts, **layer)

@@ -9,7 +9,7 @@ and head are "fpn".
 Source: Kondapaneni et al. 2024, https://arxiv.org/abs/2310.00031; TADP TADP/tadp_depth.py, TADP/tadp_seg_mm.py.
 """
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import check_choice
 from vpd_jax.models.backbones import layers
 from vpd_jax.models.backbones.clip_text import as_buffers
 from vpd_jax.models.context.sentences import Sentence
@@ -44,14 +44,13 @@ class Tadp(DiffusionMethod):
       token_length: tokens of a caption; longer ones are truncated. Release: 77, the maximum of CLIP.
       latents: "sample" of the VAE's posterior, see DiffusionMethod.latents; or "mode", which is deterministic.
         Release: "sample", a new one in every call, also in evaluation.
-      latent_scale: scaling factor of the latents; 0: that of the backbone's training. Release: 0, which is 0.18215.
+      latent_scale: see DiffusionMethod. Release: 0, which is 0.18215.
       timestep, pad_multiple, pad_value, attention_maps, attention_max_size, attention_gradient, keep_unused: see Vpd.
 
     Raises:
       ValueError: unknown `latents`; a padding that the UNet does not support; an incompatible text encoder.
     """
-    if latents not in LATENTS:
-      raise UserError(f"method.latents={latents!r} is unknown to tadp; choose one of {LATENTS}.")
+    check_choice("method.latents", latents, LATENTS, owner="tadp")
     unet, layer = setup.unet, setup.common.layer
     super().__init__(
       setup,

@@ -11,7 +11,7 @@ all tokens of a sentence, and their maps; no neck, head "lavt".
 Source: Zhao et al. 2023, https://arxiv.org/abs/2303.02153; VPD depth/models_depth/model.py, vpd/models.py.
 """
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.models.backbones.clip_text import as_buffers
 from vpd_jax.models.context.adapters import ResidualAdapter
 from vpd_jax.models.context.class_vectors import AllClasses, PredictedClass, SceneClass
@@ -55,7 +55,7 @@ class Vpd(DiffusionMethod):
       token_length: tokens of a sentence. Release: 40 on RefCOCO and RefCOCO+, 77 on RefCOCOg.
       residual_scale: initial gamma in text + gamma * adapter(text). Release: 1e-4.
       timestep: the diffusion timestep of all images. Release: 1 (the paper says 0).
-      latent_scale: scaling factor of the latents. Release: 1.0; 0: that of the backbone's training.
+      latent_scale: see DiffusionMethod. Release: 1.0.
       pad_multiple: the image is padded at right and bottom to the next multiple. Release: 64, e.g. 480 -> 512.
       pad_value: of the padding, after scaling to [-1, 1]. Release: 0, mid gray.
       attention_maps: concatenate the cross-attention maps to the features. Release: in segmentation and referring.
@@ -84,8 +84,7 @@ class Vpd(DiffusionMethod):
 
 def _context(setup: MethodSetup, prompt: str, token_length: int, residual_scale: float) -> Context:
   """The source of the tokens."""
-  if prompt not in PROMPTS:
-    raise UserError(f"method.prompt={prompt!r} is unknown to vpd; choose one of {PROMPTS}.")
+  check_choice("method.prompt", prompt, PROMPTS, owner="vpd")
   classes, width, layer = len(setup.class_names), setup.unet.context_dim, setup.common.layer
   if classes < 1 and prompt != "sentence":
     raise UserError(

@@ -1,7 +1,7 @@
 """Metric depth: scale-invariant loss, the metrics of NYU and KITTI, images and files of the result."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -9,11 +9,11 @@ import cv2
 import jax.numpy as jnp
 import numpy as np
 
-from vpd_jax.errors import UserError
-from vpd_jax.files import atomic
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.tasks import colormaps, drawing, finite
 from vpd_jax.tasks.depth import point_cloud, visualize
 from vpd_jax.tasks.depth.baselines import depth_baselines
+from vpd_jax.tasks.label_images import write_result
 from vpd_jax.types import Array, Batch, Example, Fields, Loss, Outputs, Rows, Task
 
 SCORES = ("d1", "d2", "d3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
@@ -104,8 +104,7 @@ class Depth(Task):
       ValueError: unknown crop, an empty depth range, a negative contour spacing, or a scale for which max_depth does
         not fit 16 bits.
     """
-    if eval_crop not in EVAL_CROPS:
-      raise UserError(f"task.eval_crop={eval_crop!r} is unknown; choose one of {sorted(EVAL_CROPS)}.")
+    check_choice("task.eval_crop", eval_crop, sorted(EVAL_CROPS))
     if not 0 <= min_depth < max_depth:
       raise UserError(f"task.min_depth={min_depth} must be at least 0 and below task.max_depth={max_depth}.")
     if not 0 <= contours < float("inf"):
@@ -257,16 +256,12 @@ class Depth(Task):
       **facts,
     }
     color = visualize.colored(depth, self.contours)
-    return [
-      _write(stem, ".color.png", lambda path: _png(path, color[..., ::-1])),
-      _write(stem, ".depth.png", lambda path: _png(path, stored)),
-      _write(stem, ".npy", lambda path: np.save(path, depth)),
-      _write(stem, ".json", lambda path: path.write_text(atomic.to_json(metadata, indent=1) + "\n")),
-    ]
-
-
-def _write(stem: Path, suffix: str, write: Callable[[Path], object]) -> Path:
-  return atomic.write(stem.with_name(stem.name + suffix), write)
+    parts = {
+      ".color.png": lambda path: _png(path, color[..., ::-1]),
+      ".depth.png": lambda path: _png(path, stored),
+      ".npy": lambda path: np.save(path, depth),
+    }
+    return write_result(stem, parts, metadata)
 
 
 def _png(path: Path, image: np.ndarray) -> None:

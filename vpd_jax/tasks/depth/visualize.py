@@ -27,33 +27,45 @@ def with_bar(picture: np.ndarray, nearest: float, farthest: float) -> np.ndarray
   return np.concatenate([picture, drawing.color_bar(nearest, farthest, colormaps.DEPTH, picture.shape[:2])], axis=1)
 
 
-def panel(
-  image: np.ndarray, prediction: np.ndarray, truth: np.ndarray, span: tuple[float, float], largest_error: float
-) -> np.ndarray:
-  """Input, prediction, truth and error of one image, side by side below their titles, with bars in meters.
+def painted(
+  prediction: np.ndarray, truth: np.ndarray, span: tuple[float, float], largest_error: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Prediction, truth and error of one image in color: uint8 [H, W, 3] each.
 
   Prediction and truth share one scale, near red to far blue. The error |prediction - truth| runs from black (0) to
   light yellow at `largest_error` and beyond. Pixels without a value are gray.
 
   Args:
-    image: uint8 [H, W, 3].
     prediction: float [H, W], meters.
     truth: float [H, W], meters; 0 or NaN marks a pixel without ground truth.
     span: depth of the first and of the last color, meters.
     largest_error: meters.
+  """
+  truth = np.where(np.isfinite(truth) & (truth > 0), truth, np.nan)
+  paint = lambda depth: colormaps.color_depth(depth, span[1], min_depth=span[0])
+  error = colormaps.paint(np.abs(prediction - truth), 0.0, largest_error, colormaps.ERROR)
+  return paint(prediction), paint(truth), error
+
+
+def panel(
+  image: np.ndarray, prediction: np.ndarray, truth: np.ndarray, span: tuple[float, float], largest_error: float
+) -> np.ndarray:
+  """Input, prediction, truth and error of one image, side by side below their titles, with bars in meters.
+
+  Args:
+    image: uint8 [H, W, 3].
+    prediction, truth, span, largest_error: see `painted`.
 
   Returns:
     uint8 [H + h, W', 3], W' above 4 W.
   """
   size = truth.shape
-  truth = np.where(np.isfinite(truth) & (truth > 0), truth, np.nan)
-  paint = lambda depth: colormaps.color_depth(depth, span[1], min_depth=span[0])
-  error = colormaps.paint(np.abs(prediction - truth), 0.0, largest_error, colormaps.ERROR)
+  prediction, truth, error = painted(prediction, truth, span, largest_error)
   return drawing.row(
     [
       ("input", image),
-      ("prediction", paint(prediction)),
-      ("truth", paint(truth)),
+      ("prediction", prediction),
+      ("truth", truth),
       ("", drawing.color_bar(*span, colormaps.DEPTH, size)),
       ("error", error),
       ("", drawing.color_bar(0.0, largest_error, colormaps.ERROR, size)),

@@ -15,7 +15,7 @@ from etils import epath
 from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
 from vpd_jax.tasks import drawing, finite
-from vpd_jax.tasks.label_images import write, write_colors
+from vpd_jax.tasks.label_images import as_bytes, write_colors, write_result
 from vpd_jax.tasks.pose import baselines, heatmaps, oks, visualize
 from vpd_jax.types import Array, Batch, DatasetInfo, Example, Fields, Keypoints, Loss, Outputs, Rows, Task
 
@@ -255,12 +255,11 @@ class Pose(Task):
     metadata = facts | {"people": people} | ({finite.KEY: invalid} if invalid else {})
     parts = {}
     if image is not None:
-      image = image if image.dtype == np.uint8 else np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
+      image = as_bytes(image)
       unsure = [person for person, points in zip(persons, prediction, strict=True) if not (points[:, 2] > DRAWN).any()]
       image = visualize.boxes(image, [person["box"] for person in unsure if "box" in person])
       parts[".skeleton.png"] = lambda path: write_colors(path, self._drawn(image, prediction))
-    parts[".json"] = lambda path: path.write_text(atomic.to_json(metadata, indent=1) + "\n")
-    return [write(stem, suffix, content) for suffix, content in parts.items()]
+    return write_result(stem, parts, metadata)
 
   def _drawn(self, image: np.ndarray, people: Iterable[np.ndarray]) -> np.ndarray:
     info = self.keypoints

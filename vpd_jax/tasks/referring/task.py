@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpd_jax.errors import UserError
-from vpd_jax.files import atomic
+from vpd_jax.errors import UserError, check_choice
 from vpd_jax.tasks import drawing, finite, label_images
 from vpd_jax.tasks.referring import baselines, visualize
 from vpd_jax.types import Array, Batch, Example, Fields, Loss, Outputs, Rows, Task
@@ -104,8 +103,7 @@ class Referring(Task):
       raise UserError(
         f"task.class_weights={class_weights} must be two numbers above 0, of background and object, such as (0.9, 1.1)."
       )
-    if eval_at not in EVAL_AT:
-      raise UserError(f"task.eval_at={eval_at!r} is unknown; choose one of {EVAL_AT}.")
+    check_choice("task.eval_at", eval_at, EVAL_AT)
     self.class_weights, self.eval_at = tuple(map(float, class_weights)), eval_at
     self.output = {"classes": 2}
     self.eval_needs = frozenset({"full_mask", "full_size"} if eval_at == "original" else ())
@@ -215,9 +213,8 @@ class Referring(Task):
     parts = {
       ".mask.png": lambda path: label_images.write_colors(path, mask.astype(np.uint8) * 255),
       ".overlay.png": lambda path: label_images.write_colors(path, picture),
-      ".json": lambda path: path.write_text(atomic.to_json({**metadata, **facts}, indent=1) + "\n"),
     }
-    return [label_images.write(stem, suffix, write) for suffix, write in parts.items()]
+    return label_images.write_result(stem, parts, {**metadata, **facts})
 
 
 def _overlap(prediction: Array, mask: Array) -> dict[str, Array]:

@@ -3,12 +3,11 @@
 import cv2
 import numpy as np
 
+from vpd_jax.tasks import drawing
 from vpd_jax.tasks.label_images import as_bytes
 
 COLOR = (255, 40, 40)
 OPACITY = 0.5
-LINE = 18  # height of the sentence in pixels
-SCALE = 0.4  # of the font
 
 
 def overlay(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
@@ -26,11 +25,8 @@ def overlay(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 
 def titled(picture: np.ndarray, sentence: str) -> np.ndarray:
-  """The image above a line with the sentence, clipped to its width: uint8 [H + LINE, W, 3]."""
-  line = np.full((LINE, picture.shape[1], 3), 255, np.uint8)
-  readable = sentence.encode("ascii", "replace").decode()  # OpenCV's fonts support ASCII only
-  cv2.putText(line, readable, (4, LINE - 5), cv2.FONT_HERSHEY_SIMPLEX, SCALE, (0, 0, 0), 1, cv2.LINE_AA)
-  return np.concatenate([picture, line])
+  """The image above a line with the sentence, clipped to its width: uint8 [H + h, W, 3]."""
+  return np.concatenate([picture, drawing.text_line(sentence, picture.shape[1])])
 
 
 def box(mask: np.ndarray) -> list[int] | None:

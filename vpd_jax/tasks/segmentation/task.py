@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpd_jax.errors import UserError
-from vpd_jax.files import atomic
 from vpd_jax.tasks import drawing, finite, label_images
 from vpd_jax.tasks.segmentation import baselines
 from vpd_jax.tasks.segmentation.lovasz import lovasz_softmax
@@ -341,5 +340,4 @@ class Segmentation(Task):
     }
     if self.label_ids.size:
       parts[".label_ids.png"] = lambda path: label_images.write_colors(path, self.label_ids[label])
-    parts[".json"] = lambda path: path.write_text(atomic.to_json(metadata, indent=1) + "\n")
-    return [label_images.write(stem, suffix, write) for suffix, write in parts.items()]
+    return label_images.write_result(stem, parts, metadata)
