@@ -105,7 +105,7 @@ def add_onnx(predictor, folder: pathlib.Path) -> dict:
         output_names=outputs,
       )
   except Exception as error:  # A primitive that is not known is told in many ways.
-    why = f"{type(error).__name__}: {one_line(error)[:300]}"
+    why = one_line(error, with_type=True)[:300]
     raise UserError(f"{JAX2ONNX} does not convert this network ({why}).") from None
   options = onnxruntime.SessionOptions()
   options.log_severity_level = 3  # errors; it warns of every constant that the conversion left unused

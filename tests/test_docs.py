@@ -58,7 +58,6 @@ SESSION = {
 }
 # Pages and commands that something else runs.
 ELSEWHERE = {
-  "CONTRIBUTING.md": ".ci/run",
   "first_session.md": "tests/scripts/test_first_session.py::test_every_command_prints_what_the_page_says",
   "bash scripts/test.sh": ".ci/run",
 }
@@ -96,7 +95,8 @@ def faults(page):
   if len(re.findall(rf"(?m)^\s*{MARK.strip()}", page.read_text())) != sum(bool(reason) for reason, _, _ in found):
     yield f"{page.name}: a mark has no reason, or is not directly above a block"
   for reason, language, lines in found:
-    run = [line for line in lines if {page.name, line} & (SESSION.keys() | ELSEWHERE.keys())]
+    names = {page.name} if language == "console" else set()  # a session on a page is run as a whole
+    run = [line for line in lines if (names | {line}) & (SESSION.keys() | ELSEWHERE.keys())]
     known = [line for line in lines if program(line) in PROGRAMS]
     place = f"{page.name}, ```{language} {lines[0] if lines else ''}"
     if language in SHELL and not (lines and known == lines):

@@ -20,9 +20,10 @@ class Parser(argparse.ArgumentParser):
     self.exit(2, f"{self.prog.removesuffix('.py')}: {' '.join(message.split())}; see --help\n")
 
 
-def one_line(error: BaseException) -> str:
-  """The message of an error without line breaks, or the name of its type if it has none."""
-  return " ".join(str(error).split()) or type(error).__name__
+def one_line(error: BaseException, *, with_type: bool = False) -> str:
+  """The message of an error without line breaks, behind its type if wanted; the type alone if there is no message."""
+  name, text = type(error).__name__, " ".join(str(error).split())
+  return f"{name}: {text}" if text and with_type else text or name
 
 
 def check_choice(option: str, value: object, choices: Collection[object], *, owner: str = "") -> None:

@@ -169,7 +169,9 @@ def _method_setup(config: ConfigDict, classes: tuple[str, ...], training: bool) 
   check_choice("config.backbone.attention", config.backbone.attention, IMPLEMENTATIONS)
   check_choice("config.backbone.remat_policy", policy, tuple(REMAT_POLICIES))
   if not config.backbone.remat and policy != "full":
-    raise UserError(f"config.backbone.remat_policy={policy!r} has no effect with backbone.remat=False; set it to True.")
+    raise UserError(
+      f"config.backbone.remat_policy={policy!r} has no effect with backbone.remat=False; set one or the other."
+    )
   sources = (config.method.get("tokenizer", ""), config.init.pretrained, config.init.get("clip", ""))
   # One additional token shows whether a sentence is truncated.
   length = config.method.get("token_length", text.positions - 1) + 1

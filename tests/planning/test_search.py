@@ -82,6 +82,12 @@ def test_what_is_on_stays_on():
   found = list(plan_search.candidates(config_of(**{"backbone.remat": True, "mesh.fsdp": 2}), DEVICES))
   assert {fields["mesh.fsdp"] for fields in found} == {2, 4, 8}
   assert {(fields["backbone.remat"], fields["backbone.remat_policy"]) for fields in found} == {(True, "full")}
+  minimal = config_of(**{"backbone.remat": True, "backbone.remat_policy": "minimal"})
+  policies = [fields["backbone.remat_policy"] for fields in plan_search.candidates(minimal, 1)]
+  assert policies[:2] == ["minimal", "full"]
+  assert [text for text, _ in plan_search.costs(minimal, {"backbone.remat_policy": "full"})] == [
+    "backbone.remat_policy=full"
+  ]
   small = config_of(**{"optim.moments": "int8", "frozen_dtype": "bfloat16", "lora.rank": 4})
   assert plan_search.less_memory(small) == [{"optim.moments": "int8", "frozen_dtype": "bfloat16", "lora.rank": 4}]
 

@@ -352,4 +352,4 @@ def _failure(path: str, error: Exception) -> UserError:
   """A one-line error for an exception in a config file, with the number of the failing line."""
   lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
   where = f", line {lines[-1]}," if lines else ""
-  return UserError(f"config file {path!r}{where} fails with {type(error).__name__}: {one_line(error)}; fix the file.")
+  return UserError(f"config file {path!r}{where} fails with {one_line(error, with_type=True)}; fix the file.")

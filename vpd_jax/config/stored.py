@@ -3,6 +3,7 @@
 `--mode=eval|predict --workdir=RUN` without --config, and `Predictor.load(weights=RUN)`, use it.
 """
 
+import functools
 import json
 import textwrap
 
@@ -52,20 +53,13 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     section, name = old.split(".")
     if name in values.get(section, {}):
       values[section][new.removeprefix(f"{section}.")] = values[section].pop(name)
+  values.setdefault("lora", {})
   for field, value in fields.ADDED.items():
-    if not field.startswith("data."):  # not every data set has the option, and those that do have the default
-      _fill_in(values, field.split("."), value)
+    *sections, name = field.split(".")
+    section = functools.reduce(lambda x, part: x.get(part) if isinstance(x, dict) else None, sections, values)
+    if isinstance(section, dict) and sections[:1] != ["data"]:  # the data sets with such an option have its default
+      section.setdefault(name, value)
   return ml_collections.ConfigDict({key: loader.as_tuples(value) for key, value in values.items()})
-
-
-def _fill_in(section: object, path: list[str], value: object) -> None:
-  """Sets a field, given by the names of its sections and its own, if it is missing."""
-  if isinstance(section, dict):
-    first, *rest = path
-    if rest:
-      _fill_in(section.setdefault(first, {}), rest, value)
-    else:
-      section.setdefault(first, value)
 
 
 def differing(trained: Section, config: ml_collections.ConfigDict) -> str:

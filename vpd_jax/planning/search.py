@@ -26,7 +26,8 @@ RANK = 16  # of LoRA
 # Effects of a setting besides memory, for the report.
 COSTS = {
   "mesh.fsdp": "the same result; devices exchange parameters",
-  "backbone.remat": "the same result; a quarter more operations, a few percent with remat_policy=minimal",
+  "backbone.remat": "the same result; a quarter more operations, or with remat_policy=minimal a few percent",
+  "backbone.remat_policy": "the same result; minimal repeats no product with weights, full repeats the forward pass",
   "backbone.attention": "the same result but for rounding; scores are computed again",
   "optim.accumulation": "the same batch and loss; batch normalization takes its running statistics part by part",
   "optim.moments": "Adam's moments are rounded between steps; every array is trained",
@@ -194,7 +195,7 @@ def _learn(
         per_image * REMAT[i][1] / REMAT[remat][1] * ATTENTION_LEAVES ** (saves_scores - attention)
       )
   for i, saves_scores in share:
-    if i < remat:  # keeps no less
+    if i < remat and saves_scores <= attention:  # which keep no less
       share[i, saves_scores] = max(share[i, saves_scores], per_image)
 
 

@@ -17,7 +17,9 @@ from vpd_jax.types import Array, Fields
 Implementation = Literal["auto", "xla", "chunked", "cudnn", "splash"]
 IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn", "splash")
 BY_PLATFORM: dict[str, Implementation] = {"cpu": "chunked", "gpu": "cudnn", "tpu": "splash", "any": "chunked"}
-RESULT = "attention"  # name of the result for policies of jax.checkpoint
+# Name of results, and of what the backward pass of "splash" needs, and the primitive of "cudnn", for policies of
+# jax.checkpoint.
+RESULT, CUDNN_PRIMITIVE = "attention", "dot_product_attention_fwd_wrapper"
 CHUNK = 256  # queries per scan step: 8 heads x 256 x 4096 float32 scores are 32 MiB per image
 CUDNN_WIDTH = 128  # widest head that the fused kernel supports on every GPU; SD's coarsest levels and its VAE are wider
 CUDNN_FROM = 8.0  # compute capability: Ampere
@@ -48,14 +50,12 @@ def attention(query: Array, key: Array, value: Array, *, implementation: Impleme
   if implementation == "auto":
     implementation = _best(query, key)
   if implementation == "chunked":
-    out = _chunked(query, key, value)
-  elif implementation == "splash":
-    out = _splash(query, key, value)
-  elif implementation == "cudnn" and query.shape[-1] <= CUDNN_WIDTH:
-    out = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-  else:
-    out = _weighted(_probabilities(query, key), value)
-  return checkpoint_name(out, RESULT)
+    return checkpoint_name(_chunked(query, key, value), RESULT)
+  if implementation == "splash":
+    return _splash(query, key, value)
+  if implementation == "cudnn" and query.shape[-1] <= CUDNN_WIDTH:
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+  return checkpoint_name(_weighted(_probabilities(query, key), value), RESULT)
 
 
 def _best(query: Array, key: Array) -> Implementation:
@@ -153,8 +153,9 @@ def _splash_here(query: Array, key: Array, value: Array, *, interpret: bool) -> 
   q = fill(query * width**-0.5, q_block)  # [B, heads, N, lanes]
   k, v = fill(key, kv_block), fill(value, kv_block)
   full = masks.MultiHeadMask([masks.FullMask((q.shape[2], k.shape[2])) for _ in range(heads)])
+  options: Fields = {"residual_checkpoint_name": RESULT, "interpret": interpret}
   sizes: Fields = {name: q_block if name.startswith("block_q") else kv_block for name in _BLOCKS}
-  attend = kernel.make_splash_mha_single_device(mask=full, block_sizes=kernel.BlockSizes(**sizes), interpret=interpret)
+  attend = kernel.make_splash_mha_single_device(mask=full, block_sizes=kernel.BlockSizes(**sizes), **options)
   # Queries attend to the keys of their segment. Padding queries share that of the real keys: no softmax is empty.
   segments: Any = None
   if k.shape[2] > key.shape[1]:

@@ -30,9 +30,10 @@ RematPolicy = Literal["full", "minimal"]
 def _saves_products(primitive: Primitive, *args: Any, **params: Any) -> bool:
   """A policy of jax.checkpoint: keeps results of convolutions, of matrix products with weights, and of attention.
 
-  Scores and other products of activations have batch dimensions and are recomputed.
+  Scores and other products of activations have batch dimensions and are recomputed, unless a fused kernel has them.
   """
-  return primitive.name == "conv_general_dilated" or _SAVED_PRODUCTS(primitive, *args, **params)
+  kept = ("conv_general_dilated", attention_lib.CUDNN_PRIMITIVE)
+  return primitive.name in kept or _SAVED_PRODUCTS(primitive, *args, **params)
 
 
 _POLICIES = jax.checkpoint_policies
