@@ -15,9 +15,7 @@ from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones import attention, unet
 from vpd_jax.monitoring import xla_cost
 
-SIZES = unet.UNetSizes(
-  model_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(0, 1), context_dim=16
-)
+SIZES = unet.UNetSizes(model_channels=64, channel_mult=(1,), num_res_blocks=1, attention_levels=(0,), context_dim=16)
 SIDE = 32  # 1024 positions at the finest level, from which on attention is chunked on CPU
 
 
@@ -27,7 +25,7 @@ def gradients(remat):
   spec = params_lib.describe(lambda: unet.UNet(SIZES, remat=remat, with_out=False, rngs=nnx.Rngs(0), **kinds))
 
   def loss(named, latents, context):
-    out = spec.merge(named)(latents, context, timesteps=3, map_max_positions=SIDE**2 // 4)
+    out = spec.merge(named)(latents, context, timesteps=3, map_max_positions=SIDE**2)
     return sum(x.mean() for x in (*out.features, *out.maps.values()))
 
   rng = np.random.default_rng(0)
@@ -66,8 +64,7 @@ def _flat(remat):
   return function, *arguments
 
 
-@pytest.mark.parametrize("remat", unet.REMAT_POLICIES)
-def test_recomputation_changes_no_gradient(remat):
-  plain, again = (jax.jit(function)(*arguments) for function, arguments in (gradients(None), gradients(remat)))
+def test_minimal_changes_no_gradient():
+  plain, again = (jax.jit(function)(*arguments) for function, arguments in map(gradients, (None, "minimal")))
   for name, value in plain.items():
     np.testing.assert_allclose(again[name], value, rtol=1e-4, atol=1e-4 * np.abs(value).max(), err_msg=name)
