@@ -137,7 +137,7 @@ def _against(results: dict[str, Result]) -> str:
 
 
 def _tasks(results: dict[str, Result]) -> str:
-  lines = _head("work", "batch", "wanted of an H200, images/s", "images/s", "share of the peak", "memory")
+  lines = _head("work", "batch", "target on an H200, images/s", "images/s", "share of the peak", "memory")
   for name, cell in TASKS.items():
     wanted, ours = f"{cell.goal:g}" if cell.goal else "-", results.get(name, {}).get("ours")
     if ours is None:

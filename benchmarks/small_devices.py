@@ -62,8 +62,9 @@ def table(results: dict[str, float]) -> str:
       found = [x for name, x in results.items() if name.rpartition("/")[0] == f"{begin}/{words}"]
       numbers = [f"{f(found):.3f}" for f in (statistics.fmean, min, max)] if found else ["not yet run", "", ""]
       lines.append(f"| {begin} | {words} | {' | '.join(numbers)} | {len(found)} |")
-  first = f": {results[FIRST]:.3f} m" if FIRST in results else ""
-  return "\n".join([*lines, "", f"{STEPS} steps of 6 images each; the first run as long, of seed 100{first}."])
+  first = f" and reaches {results[FIRST]:.3f} m" if FIRST in results else ""
+  words = f"{STEPS} steps of 6 images each. The first run (seed 100) has the same length{first}."
+  return "\n".join([*lines, "", words])
 
 
 def main() -> None:

@@ -23,4 +23,4 @@ def test_the_page_holds_what_was_measured(small_devices):
 def test_each_setting_is_a_line_of_its_seeds(small_devices):
   lines = small_devices.table({"first run": 0.9, "first run/LoRA of rank 4/0": 0.5, "first run/LoRA of rank 4/1": 0.6})
   assert "| first run | LoRA of rank 4 | 0.550 | 0.500 | 0.600 | 2 |" in lines
-  assert lines.count("not yet run") == 5 and "of seed 100: 0.900 m" in lines
+  assert lines.count("not yet run") == 5 and "(seed 100) has the same length and reaches 0.900 m." in lines
