@@ -91,7 +91,6 @@ def test_hidden_names_are_no_data():
 # Files of our own making, or of the package itself.
 OWN = {
   "plan.py",
-  "initialize.py",
   "writer.py",
   "persons.py",
   "label_maps.py",
@@ -100,7 +99,7 @@ OWN = {
   "checkpointer.py",
   "reading.py",
 }
-OWN |= {"export.py", "exported_loader.py"}  # what --mode=export writes itself; the latter runs without this package
+OWN |= {"exported_loader.py"}  # which runs without this package
 OWN |= {"weight_files.py", "lora_files.py"}  # the header and the metadata of safetensors
 OWN |= {"results.py", "export_onnx.py", "compare_runs.py"}  # the files of predict, export and a run
 

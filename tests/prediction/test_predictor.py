@@ -128,7 +128,8 @@ def save(path, image):
 def test_arrays_with_four_axes_and_lists_are_several_images(small):
   results = small.predict(np.stack([IMAGE, GRAY]))
   assert len(results) == 2 and small.forward([IMAGE, GRAY, IMAGE])["depth"].shape == (3, 64, 64)
-  np.testing.assert_array_equal(results[1]["depth"], small.predict((GRAY,))[0]["depth"])
+  # XLA on CPU sums in another order for another batch size, on processors without AVX-512 even here.
+  np.testing.assert_allclose(results[1]["depth"], small.predict((GRAY,))[0]["depth"], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,9 @@ from vpd_jax.inference import sliding_window
 
 # The authors' own distance between float32 and float64 is 4e-6 and 1.7e-5 of the largest value.
 LIMIT = {"vpd_seg": 1e-5, "meta_seg_ade": 5e-5, "meta_seg_cityscapes": 5e-5}
+# Twice the authors' distance of statistics between float32 and float64, see test_segmentation_float64.py: ours may lie
+# as far on the other side. With MetaPrompts, 7.1e-5 was seen on a processor without AVX-512.
+STATISTICS = {"vpd_seg": 2e-5, "meta_seg_ade": 8e-5, "meta_seg_cityscapes": 8e-5}
 STRIDE = {"vpd_seg": 85, "meta_seg_ade": 85, "meta_seg_cityscapes": 64}
 
 
@@ -75,7 +78,7 @@ def test_losses_logs_and_statistics_in_training_are_the_authors(forward, setup, 
   after = setups.named_as_by_the_authors(setup, after)
   assert len(after) == sum(key.startswith("train/bn_after/") for key in arrays) > 0
   for name, value in after.items():
-    np.testing.assert_allclose(value, arrays[f"train/bn_after/{name}"], rtol=1e-5, atol=LIMIT[setup], err_msg=name)
+    np.testing.assert_allclose(value, arrays[f"train/bn_after/{name}"], rtol=0, atol=STATISTICS[setup], err_msg=name)
 
 
 def labeled(forward, images, arrays, words, softmax=True):
