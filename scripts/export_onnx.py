@@ -85,7 +85,8 @@ def add_onnx(predictor, folder: pathlib.Path) -> dict:
 
   given = pictures(predictor)
   weights = {name: np.asarray(x) for part in predictor.weights for name, x in part.items()}
-  expected = [jax.device_get(jax.jit(predictor.network)((weights,), batch)) for batch in given]
+  compiled = jax.jit(predictor.network)
+  expected = [jax.device_get(compiled((weights,), batch)) for batch in given]
   inputs, outputs = list(given[0]), list(expected[0])
 
   def network(*arrays):

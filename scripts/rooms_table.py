@@ -240,12 +240,12 @@ def table(results: dict[str, list[Record]], rows: Rows) -> str:
   """The Markdown of one task; a method without a run is "not yet run".
 
   Raises:
-    ValueError: the runs differ in steps, or the records in the device.
+    ValueError: the runs differ in steps, or the networks in the device on which they were timed.
   """
   runs = {m: [r for r in results["runs"] if (r["task"], r["method"]) == (rows.task, m)] for m in NAMES}
   networks = {r["method"]: r for r in results["networks"] if r["task"] == rows.task}
   every = [run for method in NAMES for run in runs[method]]
-  alike = {"steps": {r["steps"] for r in every}, "device": {r["device"] for r in [*every, *networks.values()]}}
+  alike = {"steps": {r["steps"] for r in every}, "device": {r["device"] for r in networks.values()}}
   if unlike := [f"{name} {sorted(values)}" for name, values in alike.items() if len(values) > 1]:
     raise UserError(f"the rows of {rows.task} differ in {'; '.join(unlike)}: take the others out of {RESULTS.name}.")
   heading = " | ".join(f"{rows.heading}, {words}" for words in STARTS.values())
@@ -262,11 +262,11 @@ def table(results: dict[str, list[Record]], rows: Rows) -> str:
     [
       *lines,
       "",
-      f"{every[0]['steps']} steps of {first['batch_size']} images, small network, float32, "
-      f"{every[0]['device']}; a run took up to {max(run['minutes'] for run in every):.0f} minutes. With several seeds: "
-      "mean, least and most. Parameters, operations (XLA's count) and milliseconds (fastest of "
-      f"{CALLS}) are those of the bare network on one image of {size}; memory is that of the training process, "
-      "beside XLA's count of its step. "
+      f"{every[0]['steps']} steps of {first['batch_size']} images, small network, float32, trained on "
+      f"{' and '.join(sorted({run['device'] for run in every}))}; a run took up to "
+      f"{max(run['minutes'] for run in every):.0f} minutes. With several seeds: mean, least and most. Parameters, "
+      f"operations (XLA's count) and milliseconds (fastest of {CALLS}, {first['device']}) are those of the bare network "
+      f"on one image of {size}; memory is that of the training process, beside XLA's count of its step. "
       f"`python scripts/rooms_table.py --tasks {rows.task} --seeds {seeds}`, then `--write`.",
     ]
   )

@@ -58,6 +58,12 @@ def test_a_row_that_is_not_there_yet_is_not_yet_run(script):
   assert len(script.table({"networks": [], "runs": []}, rows).splitlines()) == 6
 
 
+def test_runs_may_come_from_several_processors(script):
+  rows, made = script.TASKS[0], results(script.TASKS[0])
+  made["runs"][0]["device"] = "another CPU, 4 cores"
+  assert "trained on another CPU, 4 cores and some CPU, 2 cores;" in script.table(made, rows).splitlines()[10]
+
+
 def test_rows_that_cannot_be_compared_are_refused(script):
   rows, made = script.TASKS[0], results(script.TASKS[0])
   made["runs"][0]["steps"] = 41

@@ -8,7 +8,7 @@ Source: Rombach et al. 2022, https://arxiv.org/abs/2112.10752; CompVis ldm/modul
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Unpack, cast
+from typing import Literal, NamedTuple, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from vpd_jax.types import Array
 RematPolicy = Literal["full", "minimal"]
 
 
-def _saves_products(primitive: Primitive, *args: Any, **params: Any) -> bool:
+def _saves_products(primitive: Primitive, *args: object, **params: object) -> bool:
   """A policy of jax.checkpoint: keeps results of convolutions, of matrix products with weights, and of attention.
 
   Scores and other products of activations have batch dimensions and are recomputed, unless a fused kernel has them.
