@@ -61,6 +61,8 @@ def test_bfloat16_computes_in_it_and_keeps_parameters_in_float32():
     ("dtype", "float16", r"config\.dtype='float16' is unknown"),
     ("dtype", "float64", "float64 is for both or neither"),
     ("backbone.attention", "flash", r"config\.backbone\.attention='flash' is unknown"),
+    ("backbone.remat_policy", "dots", r"config\.backbone\.remat_policy='dots' is unknown; choose one of \('full', "),
+    ("backbone.remat_policy", "minimal", r"remat_policy='minimal' has no effect with backbone\.remat=False"),
     ("optim.accumulation", 5, r"config\.optim\.accumulation=5 must divide"),
     ("optim.norm_group", 4, r"config\.optim\.norm_group=4 must divide"),
     ("eval.test_time", ("flop",), "eval.test_time has 'flop'"),

@@ -171,7 +171,8 @@ class UNet(nnx.Module):
       dtype, param_dtype: of computation and of parameters.
       rngs: for the initial parameters.
     """
-    self.sizes, self.remat, self.dtype = sizes, remat, common["dtype"]
+    self.sizes, self.dtype = sizes, common["dtype"]
+    self.remat: RematPolicy | None = remat
     width, levels = sizes.model_channels, len(sizes.channel_mult)
     embedding_width = 4 * width
     res = lambda i, o: ResBlock(i, o, embedding_width, **common)
