@@ -44,7 +44,7 @@ def stub_network(classes: int, shapes: list[tuple[int, int]]) -> types.SimpleNam
     return {"logits": batch["image"] @ weights}
 
   merge = lambda weights: lambda batch, training: network(weights, batch, training)
-  return types.SimpleNamespace(parts=types.SimpleNamespace(merge=merge), task=Segmentation(classes=classes))
+  return types.SimpleNamespace(spec=types.SimpleNamespace(merge=merge), task=Segmentation(classes=classes))
 
 
 def peak() -> float:

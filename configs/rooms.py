@@ -43,7 +43,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   config.update(presets.sections(task, method, tiny=tiny, **OPTIONS[task]))
   if task == "depth":
     if small:
-      config.head.update({"filters": (24,), "width": 16})
+      config.head.update({"filters": (24,), "width": 16, "init": "fan_in_nearest"})
       if config.neck.name == "fusion":
         config.neck = {"name": "none"}  # fusion's map would have 8 x 8 cells, the UNet's finest has 32 x 32
     config.task = {"name": "depth", "max_depth": 10.0, "min_depth": 1e-3, "eval_crop": "none", "variance_focus": 0.5}

@@ -57,6 +57,16 @@ def test_with_a_jax_key_the_values_are_jaxs_own(name):
   np.testing.assert_array_equal(ours(key, (4, 6), jnp.float32), reference(key, (4, 6), jnp.float32))
 
 
+def test_one_matrix_serves_all_taps():
+  nearest = initializers.nearest(initializers.he_normal)
+  shape = (2, 2, 4, 6)
+  ours = drawn(nearest, shape=shape)
+  reference = nearest(jax.random.key(0), shape, jnp.float32)
+  for values in (ours, reference):
+    assert values.shape == shape and np.std(values) > 0
+    np.testing.assert_array_equal(values, np.broadcast_to(values[:1, :1], shape))
+
+
 def test_values_depend_on_the_seed_and_the_name_alone():
   first = drawn(initializers.normal(1.0), "a", 0)
   np.testing.assert_array_equal(first, drawn(initializers.normal(1.0), "a", 0))

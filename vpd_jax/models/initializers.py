@@ -148,6 +148,21 @@ def variance_scaling(
   return Initializer(jax.nn.initializers.variance_scaling(scale, mode, distribution), sample)
 
 
+def nearest(initializer: Initializer) -> Initializer:
+  """One matrix of `initializer` for all taps of a kernel [s, s, in, out].
+
+  A transposed convolution of stride s with it upsamples to the nearest neighbor: no tap differs from the others, which
+  would be seen as a checkerboard.
+  """
+  one = lambda shape: (1, 1, *shape[2:])
+  return Initializer(
+    lambda key, shape, dtype, **options: jnp.tile(
+      initializer.reference(key, one(shape), dtype, **options), (*shape[:2], 1, 1)
+    ),
+    lambda generator, shape: np.tile(initializer.sample(generator, one(shape)), (*shape[:2], 1, 1)),
+  )
+
+
 def _truncated(generator: np.random.Generator, shape: Sequence[int], stddev: float) -> np.ndarray:
   """float32; values beyond two standard deviations are sampled again."""
   values = generator.standard_normal(shape, np.float32)

@@ -135,3 +135,15 @@ def test_fresh_kernels_are_narrow():
   x = jnp.asarray(fill.normal("x", (1, 2, 2, 16), 0))
   depth = evaluated(parts, (64, 64))(named, x)
   np.testing.assert_allclose(depth, 5.0, atol=1e-3)
+
+
+def test_transposed_convolutions_may_begin_as_upsampling_to_the_nearest_neighbor():
+  parts = parameters.describe(head(init="fan_in_nearest"))
+  named = parts.initialize(parts.params)
+  for name in ("deconv_layers/0", "deconv_layers/3", "deconv_layers/6"):
+    kernel = named[f"{name}/kernel"]  # [2, 2, in, out]
+    np.testing.assert_array_equal(kernel, np.broadcast_to(kernel[:1, :1], kernel.shape))
+    np.testing.assert_allclose(kernel.std(), (2 / kernel.shape[2]) ** 0.5, rtol=0.3)
+  plain = parameters.describe(head(init="fan_in"))
+  same = "conv_layers/0/kernel"
+  np.testing.assert_array_equal(named[same], plain.initialize([same])[same])

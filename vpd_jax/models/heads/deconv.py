@@ -16,6 +16,7 @@ from vpd_jax.models.layer_options import Common
 from vpd_jax.types import Array, Features, MapInfo, Outputs
 
 INITS = {"released": initializers.normal(0.001), "fan_in": initializers.he_normal}
+NEAREST = "fan_in_nearest"
 CUTS = ("prediction", "features")
 
 
@@ -48,7 +49,9 @@ class Deconv(nnx.Module):
       filters: widths of the transposed convolutions, kernel 2 and stride 2 each.
       width: of the convolutions after them.
       init: initializer of all kernels: "released", normal with standard deviation 0.001, which initially passes almost
-        no gradient to the backbone and suits a pretrained one; "fan_in", He normal, for training from scratch.
+        no gradient to the backbone and suits a pretrained one; "fan_in", He normal, for training from scratch;
+        "fan_in_nearest", the same, where the transposed convolutions begin as upsampling to the nearest neighbor and
+        leave no checkerboard in the maps of a short training.
       cut_padding: where padding is cropped: "prediction", as released; "features", the input of the last two
         convolutions, which then see zeros outside the image. EcoDepth v2: "features".
 
@@ -62,13 +65,15 @@ class Deconv(nnx.Module):
         f"use at most {int(math.log2(maps.strides[0]))} filters."
       )
     check_choice("head.cut_padding", cut_padding, CUTS)
-    layer = {"kernel_init": kernel_init(init), **common.layer}
+    check_choice("head.init", init, sorted((*INITS, NEAREST)))
+    layer = {"kernel_init": kernel_init("fan_in" if init == NEAREST else init), **common.layer}
     self.cut_padding = cut_padding
     self.max_depth, self.doublings = max_depth, int(doublings)
     norm = lambda w: normalization.BatchNorm(w, group=common.norm_group, **common.layer)
+    upsampling = {**layer, "kernel_init": initializers.nearest(layer["kernel_init"])} if init == NEAREST else layer
     deconvs, last = [], maps.widths[0]
     for filter_width in filters:
-      deconvs += [layers.ConvTranspose(last, filter_width, 2, **layer), norm(filter_width), layers.ReLU()]
+      deconvs += [layers.ConvTranspose(last, filter_width, 2, **upsampling), norm(filter_width), layers.ReLU()]
       last = filter_width
     self.deconv_layers = nnx.List(deconvs)
     self.conv_layers = nnx.List([layers.conv(last, width, 3, **layer), norm(width), layers.ReLU()])
