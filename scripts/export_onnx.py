@@ -72,7 +72,7 @@ def add_onnx(predictor, folder: pathlib.Path) -> dict:
   """Writes NETWORK into a folder of an exported network, and returns what is known of it.
 
   Raises:
-    ValueError: jax2onnx does not convert the network; says why.
+    ValueError: jax2onnx does not convert the network, or ONNX Runtime does not run it; says why.
   """
   import importlib.metadata
 
@@ -105,12 +105,12 @@ def add_onnx(predictor, folder: pathlib.Path) -> dict:
         input_names=inputs,
         output_names=outputs,
       )
-  except Exception as error:  # A primitive that is not known is told in many ways.
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; it warns of every constant that the conversion left unused
+    session = onnxruntime.InferenceSession(str(folder / NETWORK), options, providers=["CPUExecutionProvider"])
+  except Exception as error:  # Both report operations that they do not know in many ways.
     why = one_line(error, with_type=True)[:300]
-    raise UserError(f"{JAX2ONNX} does not convert this network ({why}).") from None
-  options = onnxruntime.SessionOptions()
-  options.log_severity_level = 3  # errors; it warns of every constant that the conversion left unused
-  session = onnxruntime.InferenceSession(str(folder / NETWORK), options, providers=["CPUExecutionProvider"])
+    raise UserError(f"{JAX2ONNX} does not convert this network for ONNX Runtime ({why}).") from None
   difference, largest = dict.fromkeys(outputs, 0.0), dict.fromkeys(outputs, 0.0)
   for batch, here in zip(given, expected, strict=True):
     for name, found in zip(outputs, session.run(outputs, batch), strict=True):
