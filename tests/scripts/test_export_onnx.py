@@ -19,8 +19,7 @@ from vpd_jax.errors import UserError
 FILES = {"depth": "nyu_depth", "segmentation": "ade20k_seg", "referring": "refcoco_refer", "pose": "coco_pose"}
 NETWORKS = [(task, method) for task in FILES for method in ("vpd", "meta_prompts", "iedp", "eco_depth", "tadp")]
 NETWORKS = [(task, method) for task, method in NETWORKS if method != "tadp" or task in ("depth", "segmentation")]
-# What is not converted, and why: IEDP resizes the image for CLIP with antialiasing; TADP samples its latents.
-REFUSED = {"iedp": "resize with antialias=True is not supported", "tadp": "RandomNormal"}
+REFUSED = {"tadp": "RandomNormal"}  # it samples its latents, for which ONNX Runtime has no operation
 
 
 @pytest.fixture(scope="module")

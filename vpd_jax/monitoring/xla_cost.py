@@ -11,7 +11,7 @@ from vpd_jax.monitoring import chips
 from vpd_jax.types import Fields
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_NO_MODEL = ("_resize",)  # jax.image.resize, which interpolates with matrix products
+_NO_MODEL = ("_resize",)  # jax.image.resize and that of clip_image.py, which interpolate with matrix products
 _BYTES = {"pred": 1, "s4": 1, "u4": 1, "c64": 8, "c128": 16}  # other sizes are part of the name
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")

@@ -4,6 +4,7 @@ Source: Radford et al. 2021, https://arxiv.org/abs/2103.00020; transformers mode
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple, Unpack
 
 import jax
@@ -82,10 +83,17 @@ def pixels(image: Array, size: int, *, dtype: DTypeLike, resize: str = "bicubic"
   """
   high = jnp.promote_types(dtype, jnp.float32)
   image = image.astype(high) / 255 if jnp.issubdtype(image.dtype, jnp.integer) else image.astype(high)
-  shape = (image.shape[0], size, size, image.shape[3])
-  image = jnp.clip(jax.image.resize(image, shape, RESIZES[resize], antialias=True), 0, 1)  # cubic overshoots
+  image = jnp.clip(_resize(image, size, RESIZES[resize]), 0, 1)  # cubic overshoots
   mean, std = (jnp.asarray(x, high)[None, None, None] for x in (MEAN, STD))
   return ((image - mean) / std).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _resize(image: Array, size: int, method: str) -> Array:
+  """What jax.image.resize gives with antialiasing, in which form jax2onnx does not convert it."""
+  scale = jnp.asarray([size / side for side in image.shape[1:3]], image.dtype)
+  shape, offset = (image.shape[0], size, size, image.shape[3]), jnp.zeros(2, image.dtype)
+  return jax.image.scale_and_translate(image, shape, (1, 2), scale, offset, method, antialias=True)
 
 
 class ImageEmbeddings(nnx.Module):
