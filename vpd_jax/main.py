@@ -25,7 +25,7 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<config name>.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "predict", "export", "plan", "weights"], "What to run.")
-INPUT = flags.DEFINE_string("input", "", "--mode=predict: folder of images; of depth also a video.")
+INPUT = flags.DEFINE_string("input", "", "--mode=predict: an image or a folder of images; of depth also a video.")
 OUTPUT = flags.DEFINE_string("output", "", "--mode=predict|export: folder for the results.")
 CLASS = flags.DEFINE_string("class", "", "--mode=predict: class of all images; default: the mean of all classes.")
 SENTENCE = flags.DEFINE_string("sentence", "", "--mode=predict: sentence about all images.")

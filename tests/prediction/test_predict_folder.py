@@ -81,6 +81,18 @@ def test_as_many_results_are_written_as_are_told(tmp_path, monkeypatch, capsys):
   assert "5 images written" in capsys.readouterr().out
 
 
+def test_a_single_image_may_be_given(tmp_path, monkeypatch, capsys):
+  for name in ("a.png", "b.png"):
+    Image.new("RGB", (8, 8)).save(tmp_path / name)
+  monkeypatch.setattr(predict_folder.Predictor, "load", lambda *_, **__: Labels())
+  config = loader.load("configs/my_refer.py").unlock()
+  config.init.pretrained = "made-up"
+  options = {"source": str(tmp_path / "b.png"), "output": str(tmp_path / "out"), "sentence": "it"}
+  assert predict_folder.run(config, "", **options) == 1
+  assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["b.png: it"]
+  assert "1 images written" in capsys.readouterr().out
+
+
 def test_damaged_images_are_counted_and_may_be_allowed(tmp_path, monkeypatch, capsys):
   source, options = tmp_path / "in", {"source": str(tmp_path / "in"), "output": str(tmp_path / "out")}
   source.mkdir()
@@ -106,10 +118,11 @@ def test_damaged_images_are_counted_and_may_be_allowed(tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
   "source, output, message",
   [
-    ("", "out", "^--mode=predict needs the images: give --input=FOLDER"),
+    ("", "out", "^--mode=predict needs the images: give --input=FOLDER, or a single image"),
     ("in", "", "^--mode=predict needs a place for the results: give --output=FOLDER"),
-    ("in/a.png", "out", "a.png' is a file; give the folder that contains it"),
-    ("none", "out", "none' is not a folder; give one that contains images"),
+    ("texts/notes.txt", "out", "notes.txt' is not an image in a supported format; give one, or a folder of images"),
+    ("in/a.png", "in", "in' is the folder of the images; give another, or results become images"),
+    ("none", "out", "none' does not exist; give an image, or a folder that contains images"),
     ("empty", "out", "contains no image, it is empty; give a folder that does"),
     ("texts", "out", "contains no image, only 1 other files, like notes.txt; give a folder that does"),
   ],

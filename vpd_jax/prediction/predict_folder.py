@@ -1,4 +1,4 @@
-"""--mode=predict: writes the predictions of a folder of images as files."""
+"""--mode=predict: writes the predictions of an image, or of a folder of images, as files."""
 
 import collections
 import itertools
@@ -54,14 +54,15 @@ def run(
   ply: bool = False,
   focal: float | None = None,
 ) -> int:
-  """--mode=predict: writes the prediction of every image of a folder, and returns their number.
+  """--mode=predict: writes the prediction of an image, or of every image of a folder, and returns their number.
 
   Files that are not images, by name and by content, are listed and skipped.
 
   Args:
     config: of the run.
     workdir: whose checkpoint is read.
-    source, output: folders.
+    source: an image or a folder.
+    output: a folder.
     class_name: class of all images.
     sentence: sentence for all images.
     sentences: a file with sentences for each image, see `read_sentences`.
@@ -72,21 +73,23 @@ def run(
     focal: focal length of all images, in pixels; None to determine it by image, see inference/camera.py.
 
   Raises:
-    ValueError: for a missing folder or one without images, an unknown class, files in another format or with unknown
+    ValueError: for a missing file or folder or one without images, an unknown class, files in another format or with unknown
       image names, and options without effect. Unless `allow_damaged`, also for images that cannot be read or whose
       boxes have no area inside them, after all others have been written.
   """
-  folder = Path(source).expanduser()
+  given = Path(source).expanduser()
   if not source:
-    raise UserError("--mode=predict needs the images: give --input=FOLDER.")
-  if folder.is_file():
-    raise UserError(f"--input={source!r} is a file; give the folder that contains it.")
-  if not folder.is_dir():
-    raise UserError(f"--input={source!r} is not a folder; give one that contains images.")
+    raise UserError("--mode=predict needs the images: give --input=FOLDER, or a single image.")
+  if not given.exists():
+    raise UserError(f"--input={source!r} does not exist; give an image, or a folder that contains images.")
+  single = given.is_file()
+  folder, names = (given.parent, [given.name]) if single else (given, reading.visible(os.listdir(given)))
   target = check_output(output, folder)
   weights = trained_weights(config, workdir)
-  files = [p for name in reading.visible(os.listdir(folder)) if (p := folder / name).is_file()]
+  files = [path for name in names if (path := folder / name).is_file()]
   paths = [path for path in files if images_lib.is_image(path)]
+  if single and not paths:
+    raise UserError(f"--input={source!r} is not an image in a supported format; give one, or a folder of images.")
   if not paths:
     hint = f"only {len(files)} other files, like {files[0].name}" if files else "it is empty"
     raise UserError(f"--input={source!r} contains no image, {hint}; give a folder that does.")
