@@ -254,7 +254,7 @@ CASES = {
   "prediction with nothing": Case(
     PREDICT + "/out --workdir={here}/no", "no' holds no checkpoint", "give one of them", pictures
   ),
-  "prediction of no folder": Case(PREDICT + "/out --input={here}/no", "--input=", "give one that contains images"),
+  "prediction of nothing": Case(PREDICT + "/out --input={here}/no", "does not exist", "give an image, or a folder"),
   "prediction of an empty folder": Case(
     PREDICT + "/out", "contains no image", "give a folder that does", lambda here: (here / "pictures").mkdir()
   ),

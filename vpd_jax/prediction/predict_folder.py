@@ -73,9 +73,9 @@ def run(
     focal: focal length of all images, in pixels; None to determine it by image, see inference/camera.py.
 
   Raises:
-    ValueError: for a missing file or folder or one without images, an unknown class, files in another format or with unknown
-      image names, and options without effect. Unless `allow_damaged`, also for images that cannot be read or whose
-      boxes have no area inside them, after all others have been written.
+    ValueError: for a missing file or folder, or one without images, an unknown class, files in another format or with
+      unknown image names, and options without effect. Unless `allow_damaged`, also for images that cannot be read or
+      whose boxes have no area inside them, after all others have been written.
   """
   given = Path(source).expanduser()
   if not source:
