@@ -80,9 +80,10 @@ def run(
   given = Path(source).expanduser()
   if not source:
     raise UserError("--mode=predict needs the images: give --input=FOLDER, or a single image.")
-  if not given.exists():
-    raise UserError(f"--input={source!r} does not exist; give an image, or a folder that contains images.")
   single = given.is_file()
+  if not (single or given.is_dir()):
+    problem = "is neither a file nor a folder" if given.exists() else "does not exist"
+    raise UserError(f"--input={source!r} {problem}; give an image, or a folder that contains images.")
   folder, names = (given.parent, [given.name]) if single else (given, reading.visible(os.listdir(given)))
   target = check_output(output, folder)
   weights = trained_weights(config, workdir)

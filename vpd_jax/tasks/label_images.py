@@ -1,16 +1,14 @@
 """Labels as images and files: palette, overlay, legend."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from vpd_jax.files import atomic
 from vpd_jax.tasks import colormaps, drawing
-from vpd_jax.types import Fields
 
 UNLABELED = (128, 128, 128)  # gray, not used by the palettes of the supported data sets
 OPACITY = 0.5
@@ -100,7 +98,7 @@ def attention(maps: list[tuple[str, np.ndarray]], label: np.ndarray, image: np.n
     image: uint8 [H, W, 3].
 
   Returns:
-    uint8 [rows * (H + LINE), columns * W, 3], approximately square.
+    uint8 [rows * (H + h), columns * W, 3] with titles of height h, approximately square.
   """
   height, width = image.shape[:2]
   counts = np.bincount(label.ravel(), minlength=len(maps))
@@ -109,27 +107,10 @@ def attention(maps: list[tuple[str, np.ndarray]], label: np.ndarray, image: np.n
     large = cv2.resize(values.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
     heat = colormaps.paint(large, float(large.min()), float(large.max()), "magma")
     tiles.append(np.concatenate([drawing.text_line(name, width), cv2.addWeighted(image, 0.3, heat, 0.7, 0)]))
-  columns = math.ceil(math.sqrt(len(tiles) * (height + LINE) / width))
+  columns = math.ceil(math.sqrt(len(tiles) * tiles[0].shape[0] / width))
   tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
   rows = (tiles[i : i + columns] for i in range(0, len(tiles), columns))
   return np.concatenate([np.concatenate(row, axis=1) for row in rows])
-
-
-def write(stem: Path, suffix: str, content: Callable[[Path], object]) -> Path:
-  """Writes a file stem + suffix, see atomic.write."""
-  return atomic.write(stem.with_name(stem.name + suffix), content)
-
-
-def write_result(stem: Path, parts: Mapping[str, Callable[[Path], object]], metadata: Fields) -> list[Path]:
-  """Writes the files of a result, whose paths are returned; each appears when it is complete, the JSON last.
-
-  Args:
-    stem: path without suffix.
-    parts: what writes a file, by its suffix.
-    metadata: content of stem.json.
-  """
-  paths = [write(stem, suffix, content) for suffix, content in parts.items()]
-  return [*paths, atomic.write_json(stem.with_name(f"{stem.name}.json"), metadata)]
 
 
 def write_indexed(path: Path, label: np.ndarray, palette: np.ndarray) -> None:

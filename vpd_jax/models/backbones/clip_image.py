@@ -90,7 +90,7 @@ def pixels(image: Array, size: int, *, dtype: DTypeLike, resize: str = "bicubic"
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _resize(image: Array, size: int, method: str) -> Array:
-  """What jax.image.resize gives with antialiasing, in which form jax2onnx does not convert it."""
+  """The same as jax.image.resize with antialiasing, which jax2onnx cannot convert."""
   scale = jnp.asarray([size / side for side in image.shape[1:3]], image.dtype)
   shape, offset = (image.shape[0], size, size, image.shape[3]), jnp.zeros(2, image.dtype)
   return jax.image.scale_and_translate(image, shape, (1, 2), scale, offset, method, antialias=True)

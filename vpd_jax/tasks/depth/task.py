@@ -13,7 +13,7 @@ from vpd_jax.errors import UserError, check_choice
 from vpd_jax.tasks import colormaps, drawing, finite
 from vpd_jax.tasks.depth import point_cloud, visualize
 from vpd_jax.tasks.depth.baselines import depth_baselines
-from vpd_jax.tasks.label_images import write_result
+from vpd_jax.tasks.result_files import write_result
 from vpd_jax.types import Array, Batch, Example, Fields, Loss, Outputs, Rows, Task
 
 SCORES = ("d1", "d2", "d3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")

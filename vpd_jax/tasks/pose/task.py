@@ -15,8 +15,9 @@ from etils import epath
 from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
 from vpd_jax.tasks import drawing, finite
-from vpd_jax.tasks.label_images import as_bytes, write_colors, write_result
+from vpd_jax.tasks.label_images import as_bytes, write_colors
 from vpd_jax.tasks.pose import baselines, heatmaps, oks, visualize
+from vpd_jax.tasks.result_files import write_result
 from vpd_jax.types import Array, Batch, DatasetInfo, Example, Fields, Keypoints, Loss, Outputs, Rows, Task
 
 STRIDE = 4  # pixels of the crop per pixel of a heatmap

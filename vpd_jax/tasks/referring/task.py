@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpd_jax.errors import UserError, check_choice
-from vpd_jax.tasks import drawing, finite, label_images
+from vpd_jax.tasks import drawing, finite, label_images, result_files
 from vpd_jax.tasks.referring import baselines, visualize
 from vpd_jax.types import Array, Batch, Example, Fields, Loss, Outputs, Rows, Task
 
@@ -214,7 +214,7 @@ class Referring(Task):
       ".mask.png": lambda path: label_images.write_colors(path, mask.astype(np.uint8) * 255),
       ".overlay.png": lambda path: label_images.write_colors(path, picture),
     }
-    return label_images.write_result(stem, parts, {**metadata, **facts})
+    return result_files.write_result(stem, parts, {**metadata, **facts})
 
 
 def _overlap(prediction: Array, mask: Array) -> dict[str, Array]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpd_jax.errors import UserError
-from vpd_jax.tasks import drawing, finite, label_images
+from vpd_jax.tasks import drawing, finite, label_images, result_files
 from vpd_jax.tasks.segmentation import baselines
 from vpd_jax.tasks.segmentation.lovasz import lovasz_softmax
 from vpd_jax.types import Array, Batch, DatasetInfo, Example, Fields, Loss, Outputs, Rows, Task
@@ -312,7 +312,7 @@ class Segmentation(Task):
     """Writes stem.attention.png: maps float [h, w, K] of the classes in int [H, W] of `decide`, over the image."""
     maps = [(name, cast(np.ndarray, sum(attention[..., part] for part in parts))) for name, parts in self.merge]
     picture = label_images.attention(maps, prediction, image)
-    return label_images.write(stem, ".attention.png", lambda path: label_images.write_colors(path, picture))
+    return result_files.write(stem, ".attention.png", lambda path: label_images.write_colors(path, picture))
 
   def save(self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None) -> list[Path]:
     """Writes the labels of one image; files appear only when complete, the JSON last.
@@ -340,4 +340,4 @@ class Segmentation(Task):
     }
     if self.label_ids.size:
       parts[".label_ids.png"] = lambda path: label_images.write_colors(path, self.label_ids[label])
-    return label_images.write_result(stem, parts, metadata)
+    return result_files.write_result(stem, parts, metadata)
