@@ -70,10 +70,10 @@ def _run() -> None:
     return
   if MODE.value == "plan" and TOPOLOGY.value:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # compiles only, and needs no device
-  workdir = WORKDIR.value or loader.workdir(config_string())
+  workdir = os.path.expanduser(WORKDIR.value or loader.workdir(config_string()))
   if multiprocess.may_be_first(INDEX.value, os.environ):
     progress.show()
-  is_run_config = config_string() == stored.config_string(workdir)
+  is_run_config = config_string() == stored.config_string(WORKDIR.value or workdir)
   config_name = "of the run" if is_run_config else os.path.basename(config_string())
   progress.say(f"--mode={MODE.value}, config {config_name}, workdir {workdir}")
   multiprocess.connect(COORDINATOR.value, COUNT.value, INDEX.value, TIMEOUT.value)

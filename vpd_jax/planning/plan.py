@@ -294,7 +294,7 @@ class _ReportCache:
   """Reports of finished compilations in plan.json of a workdir, keyed by config, devices, options and compiler."""
 
   def __init__(self, workdir: str):
-    self._path = epath.Path(workdir) / "plan.json" if workdir else None
+    self._path = epath.Path(workdir).expanduser() / "plan.json" if workdir else None
     self._reports = _read(self._path) if self._path and self._path.exists() else {}
 
   def report(

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -47,7 +48,7 @@ class TrainingSession:
     """
     with progress.phase("assemble"):
       config = initialize.with_backbone_sizes(config, config.init.run or config.init.pretrained)
-      self._config, self._workdir, self._accept_changes = config, workdir, accept_changes
+      self._config, self._workdir, self._accept_changes = config, os.path.expanduser(workdir), accept_changes
       self._experiment = experiment.assemble(config)
     initialize.check_training(config)
     self._mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
