@@ -205,7 +205,8 @@ def _cluster(environment: Mapping[str, str]) -> bool:
   if "SLURM_STEP_NODELIST" in environment:  # set by srun, not in a batch script or on a login node
     return int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
   chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")
-  if not chips or not importlib.util.find_spec("libtpu") or environment.get("JAX_PLATFORMS", "tpu") != "tpu":
+  platforms = (environment.get("JAX_PLATFORMS") or "tpu").split(",")
+  if not chips or not importlib.util.find_spec("libtpu") or "tpu" not in platforms:
     return False
   hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
   slices = re.search(r"MEGASCALE_NUM_SLICES: '(\d+)'", "" if hosts else _metadata("tpu-env"))
