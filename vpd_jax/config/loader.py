@@ -53,7 +53,7 @@ REQUIRED = (*RESUME_CHECKED, "eval", "init", "mesh", "param_dtype")  # in every 
 MINIMUM = {
   **dict.fromkeys(("num_steps", "log_every", "eval_every", "save_every", "keep", "optim.accumulation"), 1),
   **dict.fromkeys(("data.batch_size", "eval.batch_size"), 1),
-  **dict.fromkeys(("keep_best", "profile", "data.workers", "eval.panels", "eval.baselines"), 0),
+  **dict.fromkeys(("seed", "keep_best", "profile", "data.workers", "eval.panels", "eval.baselines"), 0),
   **dict.fromkeys(("optim.norm_group", "optim.loss_group", "optim.clip_norm", "optim.decay", "optim.ema_decay"), 0),
   **dict.fromkeys(("lora.rank", "lora.lr"), 0),
 }
