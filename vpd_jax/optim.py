@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterable
@@ -108,9 +109,10 @@ def check_length(run_steps: int, name: str, **options: Any) -> None:
       last of 25 epochs of the release. step has no end.
   """
   if name == "triangular_poly":
-    end, longest, remedy = 2 * options["half"], 9 * options["half"] // 4, f"half={run_steps // 2}"
+    end, longest, remedy = 2 * options["half"], 9 * options["half"] // 4, f"half={math.ceil(run_steps / 2)}"
   elif name in ("cosine", "poly"):
-    end, longest, remedy = *(options["num_steps"],) * 2, "num_steps=0, which is as long as the run"
+    end = longest = options["num_steps"]
+    remedy = "num_steps=0, which is as long as the run"
   else:
     return
   if longest < run_steps:
