@@ -62,10 +62,10 @@ def main(arguments: list[str]) -> None:
 
 
 def _run() -> None:
+  _check_modes()
   if MODE.value == "weights":
     from vpd_jax.convert import known_weights
 
-    _check_modes()
     progress.write("\n".join(known_weights.listing()))
     return
   if MODE.value == "plan" and TOPOLOGY.value:
@@ -92,9 +92,9 @@ def _run() -> None:
     progress.hide()
   if warning := accelerators.unused():
     print(warning, file=sys.stderr, flush=True)
-  _check_modes()
   overrides = vars(config_flags)["get_override_values"](flags.FLAGS["config"])  # missing from the type stubs
   config = experiment.with_chosen_parts(CONFIG.value, overrides)
+  loader.check(config)
   if not cast(Any, jax.config).jax_compilation_cache_dir and MODE.value != "plan":
     # The next command in this workdir reuses the compiled programs.
     jax.config.update("jax_compilation_cache_dir", f"{workdir}/compiled")
