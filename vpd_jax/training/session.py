@@ -67,13 +67,13 @@ class TrainingSession:
       self._stack = stack.pop_all()
     return self
 
-  def __exit__(self, *error: Any) -> bool | None:
-    if isinstance(error[1], KeyboardInterrupt):
+  def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool | None:
+    if isinstance(error, KeyboardInterrupt):
       saved = self._checkpoints.latest_step()
-      error[1].add_note(
+      error.add_note(
         "nothing is saved" if saved is None else f"step {saved} is saved, the same command continues from there"
       )
-    return self._stack.__exit__(*error)
+    return self._stack.__exit__(kind, error, trace)
 
   def _resume(self, stack: contextlib.ExitStack) -> None:
     """Locks the workdir, restores the state and writes the start-up report."""
