@@ -125,8 +125,7 @@ def assemble(lr: float) -> experiment.Experiment:
   name = initialize.CLASS_VECTORS
   vectors = {task: initialize.weights(config[task], exps[task])[0][name] for task in exps}
   common = Common(jnp.float32, jnp.float32, InitKeys(0))
-  unet, vae, text, image, vit = experiment.sizes(config["depth"])
-  setup = MethodSetup(unet=unet, vae=vae, text=text, image=image, vit=vit, common=common)
+  setup = MethodSetup(**experiment.sizes(config["depth"])._asdict(), common=common)
   options = {task: {k: v for k, v in config[task].head.items() if k != "name"} for task in config}
   heads = {task: options[task] | dict(exps[task].task.output) for task in config}
   neck = {k: v for k, v in config["segmentation"].neck.items() if k != "name"}

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,13 @@ def test_a_schedule_that_ends_before_the_run_is_refused_with_both_numbers(config
   ) as told:
     optim.check_length(steps, **loader.schedule(longer))
   assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5, 100])
+def test_the_length_that_a_message_proposes_is_accepted(steps):
+  with pytest.raises(ValueError, match=r"schedule\.half=(\d+)\.$") as told:
+    optim.check_length(steps, "triangular_poly", half=0)
+  optim.check_length(steps, "triangular_poly", half=int(re.search(r"half=(\d+)", str(told.value))[1]))
 
 
 @pytest.mark.parametrize("path", sorted((loader.PROJECT / "configs").glob("*.py")), ids=lambda path: path.stem)

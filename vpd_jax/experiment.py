@@ -101,6 +101,16 @@ FROZEN_DTYPES = ("float32", "bfloat16")  # the first one means param_dtype
 NOT_OF_THE_DATASET = ("name", "batch_size", "workers", "on_bad_record", "captions")
 
 
+class BackboneSizes(NamedTuple):
+  """Sizes of the backbones, by section of `config.backbone`."""
+
+  unet: UNetSizes
+  vae: VaeSizes
+  text: TextSizes
+  image: ImageSizes
+  vit: VitSizes
+
+
 class Experiment(NamedTuple):
   """The objects described by a config, before any array is allocated.
 
@@ -150,8 +160,8 @@ def dtype(config: ConfigDict, field: str) -> DTypeLike:
   return DTYPES[name]
 
 
-def sizes(config: ConfigDict) -> tuple[UNetSizes, VaeSizes, TextSizes, ImageSizes, VitSizes]:
-  """Sizes of the five backbones; the number of heads and the head width are None where the config has 0."""
+def sizes(config: ConfigDict) -> BackboneSizes:
+  """The sizes in the config; the number of heads and the head width are None where the config has 0."""
   classes = {"unet": UNetSizes, "vae": VaeSizes, "text": TextSizes, "image": ImageSizes, "vit": VitSizes}
   sections = {part: config.backbone.get(part, {}) for part in classes}
   problems = [fields.misfit(cls, sections[part], f"config.backbone.{part}") for part, cls in classes.items()]
@@ -159,12 +169,12 @@ def sizes(config: ConfigDict) -> tuple[UNetSizes, VaeSizes, TextSizes, ImageSize
     raise UserError("; ".join(problems) + ".")
   arguments = {part: dict(section) for part, section in sections.items()}
   arguments["unet"] |= {key: arguments["unet"].get(key) or None for key in ("num_heads", "head_width")}
-  return tuple(cls(**arguments[part]) for part, cls in classes.items())
+  return BackboneSizes(**{part: cls(**arguments[part]) for part, cls in classes.items()})
 
 
 def _method_setup(config: ConfigDict, classes: tuple[str, ...], training: bool) -> MethodSetup:
   """The constructor argument shared by all methods."""
-  unet, vae, text, image, vit = sizes(config)
+  backbones = sizes(config)
   policy = config.backbone.remat_policy
   check_choice("config.backbone.attention", config.backbone.attention, IMPLEMENTATIONS)
   check_choice("config.backbone.remat_policy", policy, tuple(REMAT_POLICIES))
@@ -174,16 +184,12 @@ def _method_setup(config: ConfigDict, classes: tuple[str, ...], training: bool) 
     )
   sources = (config.method.get("tokenizer", ""), config.init.pretrained, config.init.get("clip", ""))
   # One additional token shows whether a sentence is truncated.
-  length = config.method.get("token_length", text.positions - 1) + 1
+  length = config.method.get("token_length", backbones.text.positions - 1) + 1
   return MethodSetup(
-    unet=unet,
-    vae=vae,
-    text=text,
-    image=image,
-    vit=vit,
+    **backbones._asdict(),
     common=Common(dtype(config, "dtype"), dtype(config, "param_dtype"), InitKeys(config.seed), config.optim.norm_group),
     class_names=tuple(classes),
-    tokenize=Tokenize(sources, text.vocab_size, length, text.padding),
+    tokenize=Tokenize(sources, backbones.text.vocab_size, length, backbones.text.padding),
     training=training,
     attention=config.backbone.attention,
     remat=policy if config.backbone.remat else None,

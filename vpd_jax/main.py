@@ -62,18 +62,18 @@ def main(arguments: list[str]) -> None:
 
 
 def _run() -> None:
+  _check_modes()
   if MODE.value == "weights":
     from vpd_jax.convert import known_weights
 
-    _check_modes()
     progress.write("\n".join(known_weights.listing()))
     return
   if MODE.value == "plan" and TOPOLOGY.value:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # compiles only, and needs no device
-  workdir = WORKDIR.value or loader.workdir(config_string())
+  workdir = os.path.expanduser(WORKDIR.value or loader.workdir(config_string()))
   if multiprocess.may_be_first(INDEX.value, os.environ):
     progress.show()
-  is_run_config = config_string() == stored.config_string(workdir)
+  is_run_config = config_string() == stored.config_string(WORKDIR.value or workdir)
   config_name = "of the run" if is_run_config else os.path.basename(config_string())
   progress.say(f"--mode={MODE.value}, config {config_name}, workdir {workdir}")
   multiprocess.connect(COORDINATOR.value, COUNT.value, INDEX.value, TIMEOUT.value)
@@ -92,9 +92,9 @@ def _run() -> None:
     progress.hide()
   if warning := accelerators.unused():
     print(warning, file=sys.stderr, flush=True)
-  _check_modes()
   overrides = vars(config_flags)["get_override_values"](flags.FLAGS["config"])  # missing from the type stubs
   config = experiment.with_chosen_parts(CONFIG.value, overrides)
+  loader.check(config)
   if not cast(Any, jax.config).jax_compilation_cache_dir and MODE.value != "plan":
     # The next command in this workdir reuses the compiled programs.
     jax.config.update("jax_compilation_cache_dir", f"{workdir}/compiled")

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterable
@@ -108,9 +109,10 @@ def check_length(run_steps: int, name: str, **options: Any) -> None:
       last of 25 epochs of the release. step has no end.
   """
   if name == "triangular_poly":
-    end, longest, remedy = 2 * options["half"], 9 * options["half"] // 4, f"half={run_steps // 2}"
+    end, longest, remedy = 2 * options["half"], 9 * options["half"] // 4, f"half={math.ceil(run_steps / 2)}"
   elif name in ("cosine", "poly"):
-    end, longest, remedy = *(options["num_steps"],) * 2, "num_steps=0, which is as long as the run"
+    end = longest = options["num_steps"]
+    remedy = "num_steps=0, which is as long as the run"
   else:
     return
   if longest < run_steps:
@@ -232,15 +234,15 @@ def optimizer(
       noise = moments_lib.noise(step_bits, array_bits, g.shape)
     mu, nu = (moments_lib.restored(x, g.dtype) for x in stored)
     mu, nu = (1 - b1) * g + b1 * mu, (1 - b2) * jnp.square(g) + b2 * nu
-    scales = [scale.astype(g.dtype) for scale in scales]
-    u = (mu / scales[0]) / (jnp.sqrt(nu / scales[1]) + epsilon)
+    mu_scale, nu_scale, step_size = (scale.astype(g.dtype) for scale in scales)
+    u = (mu / mu_scale) / (jnp.sqrt(nu / nu_scale) + epsilon)
     u = u + decay * p if decay else u
     mu, nu = (moments_lib.stored(x, stored[i], second=i == 1, noise=noise[i]) for i, x in enumerate((mu, nu)))
-    return (u if lr == 1 else u * lr) * scales[2], mu, nu
+    return (u if lr == 1 else u * lr) * step_size, mu, nu
 
   def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
-    adam, schedule = state[1], state[4]
-    clipped, clip_state = clip.update(updates, state[0], params)
+    clip_state, adam, *empty, schedule = state
+    clipped, clip_state = clip.update(updates, clip_state, params)
     count = optax.safe_increment(adam.count)
     scales = (1 - b1**count, 1 - b2**count, -rate(schedule.count))
     random = moments != "float32"
@@ -256,7 +258,7 @@ def optimizer(
     updates, mu, nu = ({n: result[i] for n, result in results.items()} for i in range(3))
     adam = optax.ScaleByAdamState(count, mu, nu)
     schedule_state = optax.ScaleByScheduleState(optax.safe_increment(schedule.count))
-    return updates, (clip_state, adam, *state[2:4], schedule_state)
+    return updates, (clip_state, adam, *empty, schedule_state)
 
   return optax.GradientTransformation(init, update)
 

@@ -170,6 +170,11 @@ def test_test_time_that_is_no_words_is_refused(words):
     loader.check(config)
 
 
+def test_a_negative_seed_is_refused():
+  with pytest.raises(ValueError, match=r"config\.seed=-1 must be at least 0"):
+    loader.check(loader.changed(loader.load("configs/nyu_depth.py:tiny"), {"seed": -1}))
+
+
 @pytest.mark.parametrize("field", ["data.batch_size", "eval.batch_size"])
 def test_a_batch_of_nothing_is_refused(field):
   with pytest.raises(ValueError, match=rf"config\.{re.escape(field)}=0 must be at least 1"):

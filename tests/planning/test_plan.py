@@ -184,6 +184,13 @@ def test_options_that_do_not_go_together_are_refused_as_in_training():
     plan.run(config.lock())
 
 
+def test_an_incomplete_schedule_is_refused_as_in_training():
+  config = config_of().copy_and_resolve_references().unlock()
+  config.optim.schedule = {"name": "triangular_poly", "min_lr": 0.0}
+  with pytest.raises(ValueError, match=r"config\.optim\.schedule of name 'triangular_poly' needs \['half'\]"):
+    plan.run(config.lock())
+
+
 def test_keys_without_a_shape_are_named():
   with pytest.raises(ValueError, match=r"shapes of \['sound'\] in a batch are not known"):
     plan.batch_shapes(config_of(), ("image", "sound"), "train")

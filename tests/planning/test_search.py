@@ -3,6 +3,7 @@
 import pytest
 
 from vpd_jax.config import loader
+from vpd_jax.errors import UserError
 from vpd_jax.planning import search as plan_search
 
 DEVICES = 8
@@ -27,11 +28,12 @@ class Compiler:
   """Peaks as they might come out: 1 GB of activations an image, of which recomputation leaves a part."""
 
   def __init__(self, limit, left=0.35, told=True):
-    self.limit, self.left, self.told, self.seen = limit, left, told, []
+    self.limit, self.left, self.told, self.seen, self.refused = limit, left, told, [], 0
 
   def __call__(self, config):
     if config.optim.accumulation == 4:
-      raise ValueError("groups of 3 do not cut 12 images")
+      self.refused += 1
+      raise UserError("groups of 3 do not cut 12 images")
     images = config.data.batch_size / config.optim.accumulation / DEVICES
     parts = state(config)
     gradients = parts["params"] * (2 if config.optim.accumulation > 1 else 1)
@@ -137,8 +139,9 @@ def test_a_compilation_corrects_the_estimate():
 
 
 def test_settings_that_do_not_go_together_are_no_attempt():
-  found = search(Compiler(6 * GB, left=0.8), **{"data.batch_size": 32})  # 4 parts of 8 images
-  assert all("accumulation=4" not in words for words, _ in found.tried)
+  compiler = Compiler(5 * GB, left=0.8)
+  found = search(compiler, **{"data.batch_size": 32})  # 4 parts of 8 images
+  assert compiler.refused and all("accumulation=4" not in words for words, _ in found.tried)
 
 
 def test_it_gives_up():

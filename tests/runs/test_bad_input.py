@@ -95,6 +95,7 @@ CASES = {
   "an unknown mode": Case("--mode=test", "--mode=test", "train|eval|predict"),
   "a word without a flag": Case("eval", "['eval']", "write --flag=value"),
   "a section left out": Case(MINE, "config.neck is left out", "copy it from", config("del config['neck']")),
+  "initial weights left out": Case(MINE, "config.init is left out", "copy it from", config("del config['init']")),
   "a field that a part does not take": Case(
     MINE, "does not take ['depth']", "remove or correct", config("config.head.depth = 3")
   ),

@@ -240,7 +240,9 @@ def test_a_tpu_with_several_hosts_is_known_by_its_environment(monkeypatch):
   assert multiprocess.arguments(*nobody, {"TPU_WORKER_HOSTNAMES": "t0,t1"}) == {}
   assert multiprocess.arguments(*nobody, {"TPU_WORKER_HOSTNAMES": "t0"}) is None
   assert multiprocess.arguments(*nobody, {"TPU_WORKER_HOSTNAMES": "t0", "MEGASCALE_NUM_SLICES": "2"}) == {}
-  assert multiprocess.arguments(*nobody, {"TPU_WORKER_HOSTNAMES": "t0,t1", "JAX_PLATFORMS": "cpu"}) is None
+  for platforms, expected in (("tpu", {}), ("tpu,cpu", {}), ("", {}), ("cpu", None)):
+    environment = {"TPU_WORKER_HOSTNAMES": "t0,t1", "JAX_PLATFORMS": platforms}
+    assert multiprocess.arguments(*nobody, environment) == expected
   monkeypatch.setattr(
     multiprocess, "_metadata", lambda key: {"worker-network-endpoints": "a:0:10.0.0.1,b:1:10.0.0.2"}.get(key, "")
   )

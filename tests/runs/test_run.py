@@ -167,6 +167,18 @@ def test_a_second_run_in_a_workdir_is_refused_and_an_evaluation_is_not(run):
     assert evaluate.run(small(), str(workdir)) == pytest.approx(scores, rel=1e-6)
 
 
+def test_a_workdir_below_the_home_folder_is_one_folder(run, tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  shutil.copytree(run[0], tmp_path / "run")
+  written = [tmp_path / "run" / name for name in ("config.json", "eval.json")]
+  for path in written:
+    path.unlink(missing_ok=True)
+  train.run(small(), "~/run")
+  evaluate.run(small(), "~/run")
+  assert all(path.exists() for path in written) and not (tmp_path / "~").exists()
+
+
 def test_evaluation_of_nothing_is_refused(tmp_path):
   with pytest.raises(ValueError, match="no trained weights to evaluate"):
     evaluate.run(small(), str(tmp_path))

@@ -162,11 +162,11 @@ class Checkpoints:
       writer.save(self._directory / str(step) / "metrics", args=ocp.args.JsonSave(_floats(metrics)))
     self._manager.reload()
     if self._best_metric is not None:
-      scored = sorted((s for s in self.steps() if self.scores(s)), key=lambda s: self._score(self.scores(s)))
-      steps_to_keep = {*self.steps()[-self._keep :], *scored[len(scored) - min(self._keep_best, len(scored)) :]}
-      for other in (
-        set(self.steps()) - steps_to_keep
-      ):  # earlier best checkpoints, which would remain until the next save
+      steps = self.steps()
+      scored = sorted((s for s in steps if self.scores(s)), key=lambda s: self._score(self.scores(s)))
+      steps_to_keep = {*steps[-self._keep :], *scored[max(len(scored) - self._keep_best, 0) :]}
+      # Earlier best checkpoints would remain until the next save.
+      for other in set(steps) - steps_to_keep:
         self._manager.delete(other)
 
   def steps(self) -> list[int]:
@@ -337,8 +337,7 @@ def _floats(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def _described(tree: PyTree) -> dict[str, str]:
   """{path: 'dtype [shape]'} of arrays, or of orbax's metadata of them."""
+  # A simple path, because fields of named tuples are stored as keys.
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  name = lambda path: jax.tree_util.keystr(
-    path, simple=True, separator="."
-  )  # fields of named tuples are stored as keys
   return {name(path): f"{np.dtype(leaf.dtype).name} {list(leaf.shape)}" for path, leaf in leaves}

@@ -20,12 +20,11 @@ from vpd_jax.convert.tables import clip, stable_diffusion, vit
 from vpd_jax.data.shards import reader
 from vpd_jax.distributed import sharding
 from vpd_jax.errors import UserError, check_choice
-from vpd_jax.experiment import Experiment
+from vpd_jax.experiment import BackboneSizes, Experiment
 from vpd_jax.types import ParamDict, PyTree, TrainState
 
 Gather = Callable[[ParamDict], ParamDict]
 
-BACKBONES = ("unet", "vae", "text", "image", "vit")  # their sizes are stored in the config of a workdir
 CLASS_VECTORS = "method/class_vectors"
 TEXT_ENCODER, IMAGE_ENCODER = "method/text_encoder/", "method/image_encoder/"
 LAST_BLOCK = "method/unet/out/"
@@ -82,7 +81,7 @@ def _prompt_arrays(
   config: ConfigDict, exp: Experiment, named: ParamDict, source: str
 ) -> Iterator[tuple[ParamDict, str]]:
   """Arrays for prompts that the weights do not contain, by name, and a line that states their source."""
-  shapes, classes, text = exp.spec.shapes, exp.classes, experiment.sizes(config)[2]
+  shapes, classes, text = exp.spec.shapes, exp.classes, experiment.sizes(config).text
   pretrained, clip_source = "" if source and is_workdir(source) else source, config.init.get("clip", "")
   missing = shapes.keys() - named.keys()
   if CLASS_VECTORS in missing:
@@ -139,7 +138,7 @@ def with_backbone_sizes(config: ConfigDict, source: str) -> ConfigDict:
   if source and is_workdir(source):
     with Checkpoints(source, read_only=True) as saved:
       run_config = saved.restore_config(cast(int, saved.latest_step()))
-    stated = {part: run_config["backbone"][part] for part in BACKBONES if part in run_config["backbone"]}
+    stated = {part: run_config["backbone"][part] for part in BackboneSizes._fields if part in run_config["backbone"]}
     steps = run_config["method"].get("trained_steps") or run_config["method"].get("refine_steps", 0)
   else:
     stated = (stable_diffusion.sizes(source) if source else None) or {}

@@ -12,7 +12,7 @@ import re
 import traceback
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -53,7 +53,7 @@ REQUIRED = (*RESUME_CHECKED, "eval", "init", "mesh", "param_dtype")  # in every 
 MINIMUM = {
   **dict.fromkeys(("num_steps", "log_every", "eval_every", "save_every", "keep", "optim.accumulation"), 1),
   **dict.fromkeys(("data.batch_size", "eval.batch_size"), 1),
-  **dict.fromkeys(("keep_best", "profile", "data.workers", "eval.panels", "eval.baselines"), 0),
+  **dict.fromkeys(("seed", "keep_best", "profile", "data.workers", "eval.panels", "eval.baselines"), 0),
   **dict.fromkeys(("optim.norm_group", "optim.loss_group", "optim.clip_norm", "optim.decay", "optim.ema_decay"), 0),
   **dict.fromkeys(("lora.rank", "lora.lr"), 0),
 }
@@ -253,16 +253,24 @@ def differences(
     prefixes: sections or top-level fields to compare.
     ignored: fields among them that may change, because they do not affect results.
   """
-  return [f"{field}: {before!r} -> {after!r}" for field, before, after in changes(old, new, prefixes, ignored)]
+  return [f"{x.field}: {x.before!r} -> {x.after!r}" for x in changes(old, new, prefixes, ignored)]
+
+
+class Change(NamedTuple):
+  """A difference between two configs: a dotted field and its values."""
+
+  field: str
+  before: object
+  after: object
 
 
 def changes(
   old: Section | ml_collections.ConfigDict,
   new: Section | ml_collections.ConfigDict,
   prefixes: Sequence[str] = RESUME_CHECKED,
-  indifferent: Sequence[str] = RESUME_IGNORED,
-) -> list[tuple[str, object, object]]:
-  """The (dotted field, old value, new value) triples behind `differences`, sorted by field."""
+  ignored: Sequence[str] = RESUME_IGNORED,
+) -> list[Change]:
+  """The changes behind `differences`, sorted by field."""
   old_fields, new_fields = (
     fields.with_new_names(_flat(config))
     | {f"optim.schedule.{name}": as_tuples(value) for name, value in schedule(config).items()}
@@ -274,8 +282,8 @@ def changes(
   result = []
   for field in sorted(old_fields.keys() | new_fields.keys()):
     before, after = old_fields.get(field, _ABSENT), new_fields.get(field, _ABSENT)
-    if field.split(".", 1)[0] in prefixes and field not in indifferent and before != after:
-      result.append((field, before, after))
+    if field.split(".", 1)[0] in prefixes and field not in ignored and before != after:
+      result.append(Change(field, before, after))
   return result
 
 

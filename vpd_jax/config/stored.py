@@ -77,13 +77,13 @@ def differing(trained: Section, config: ml_collections.ConfigDict) -> str:
     (i for i, prefix in enumerate(ARRAY_OPTIONS) if field.startswith(prefix)), len(ARRAY_OPTIONS)
   )
   changes = loader.changes(trained, config, SECTIONS, IGNORED)
-  changes = [change for change in changes if not change[0].startswith("data.") or rank(change[0]) < len(ARRAY_OPTIONS)]
+  changes = [x for x in changes if not x.field.startswith("data.") or rank(x.field) < len(ARRAY_OPTIONS)]
   # Sections with another constructor, whose other options are then not comparable.
-  replaced = {field.removesuffix(".name") for field, *_ in changes if field.endswith(".name")}
-  changes = [change for change in changes if change[0].endswith(".name") or change[0].split(".")[0] not in replaced]
+  replaced = {x.field.removesuffix(".name") for x in changes if x.field.endswith(".name")}
+  changes = [x for x in changes if x.field.endswith(".name") or x.field.split(".")[0] not in replaced]
   short = lambda value: textwrap.shorten(repr(value), WIDTH, placeholder=" ..")
   texts = [
-    f"{field} is {short(before)} in the run and {short(after)} here"
-    for field, before, after in sorted(changes, key=lambda change: rank(change[0]))
+    f"{x.field} is {short(x.before)} in the run and {short(x.after)} here"
+    for x in sorted(changes, key=lambda x: rank(x.field))
   ]
   return ", ".join([*texts[:SHOWN], *([f"{len(texts) - SHOWN} more options"] if len(texts) > SHOWN else [])])

@@ -1,6 +1,6 @@
 """Detection of NaN and infinity in weights and in training."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,7 +41,7 @@ def check(named: Options, origin: str) -> None:
 
 
 def check_finite(
-  pending: list[tuple[int, Any, Any]], state: object = None, batch_of: Callable[[int], Any] | None = None
+  pending: Sequence[tuple[int, Any, Any]], state: object = None, batch_of: Callable[[int], Any] | None = None
 ) -> list:
   """Returns an empty list if all steps are finite.
 

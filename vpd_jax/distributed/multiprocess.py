@@ -12,7 +12,7 @@ import time
 import traceback
 import urllib.request
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vpd_jax.errors import UserError, one_line
 
@@ -74,22 +74,29 @@ def _abort_all(line: str) -> None:
   _exit(f"process {index}: {line}")
 
 
+class _Heartbeat(NamedTuple):
+  """The last heartbeat of a process, and when it was first read."""
+
+  value: str
+  time: float
+
+
 def _watch_others() -> None:
   """Body of a thread that ends this process when another one fails or has no heartbeat.
 
   Every process publishes heartbeats, which process 0 checks. JAX would notice too, but later, and abort.
   """
   index, beats, next_beat = _jax().process_index(), 0, 0.0
-  seen: dict[str, tuple[str, float]] = {}  # by key of a process: its last heartbeat, and when it changed
+  seen: dict[str, _Heartbeat] = {}  # by key of a process
   while not _finished.wait(_POLL):
     now = time.monotonic()
     try:
       if now >= next_beat:
         next_beat, beats = now + _HEARTBEAT, beats + 1
         _client().key_value_set(f"{_ALIVE}/{index}", str(beats), allow_overwrite=True)
-        signs = _client().key_value_dir_get(_ALIVE) if index == 0 else []
-        seen |= {key: (sign, now) for key, sign in signs if seen.get(key, ("",))[0] != sign}
-      late = [key for key, (sign, when) in seen.items() if sign != _DONE and now - when > _TIMEOUT]
+        values = _client().key_value_dir_get(_ALIVE) if index == 0 else []
+        seen |= {key: _Heartbeat(value, now) for key, value in values if key not in seen or seen[key].value != value}
+      late = [key for key, last in seen.items() if last.value != _DONE and now - last.time > _TIMEOUT]
       if late:
         lost = ", ".join(sorted(key.split("/")[-1] for key in late))
         _abort_all(f"error: process {lost}: no heartbeat for {_TIMEOUT:.0f} s; assuming it died. {_REMEDY}")
@@ -205,7 +212,8 @@ def _cluster(environment: Mapping[str, str]) -> bool:
   if "SLURM_STEP_NODELIST" in environment:  # set by srun, not in a batch script or on a login node
     return int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
   chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")
-  if not chips or not importlib.util.find_spec("libtpu") or environment.get("JAX_PLATFORMS", "tpu") != "tpu":
+  platforms = (environment.get("JAX_PLATFORMS") or "tpu").split(",")
+  if not chips or not importlib.util.find_spec("libtpu") or "tpu" not in platforms:
     return False
   hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
   slices = re.search(r"MEGASCALE_NUM_SLICES: '(\d+)'", "" if hosts else _metadata("tpu-env"))

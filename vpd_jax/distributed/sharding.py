@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -65,11 +66,8 @@ def array_spec(shape: Sequence[int], itemsize: int, fsdp_size: int, *, min_bytes
     fsdp_size: size of the mesh axis 'fsdp'.
     min_bytes: smaller arrays cost more time to gather than they save memory.
   """
-  elements = 1
-  for size in shape:
-    elements *= size
   divisible = [axis for axis, size in enumerate(shape) if size and size % fsdp_size == 0]
-  if fsdp_size == 1 or elements * itemsize < min_bytes or not divisible:
+  if fsdp_size == 1 or math.prod(shape) * itemsize < min_bytes or not divisible:
     return P()
   chosen = max(divisible, key=lambda axis: (shape[axis], axis))
   return P(*(None,) * chosen, "fsdp")

@@ -341,7 +341,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, float]:
   result = cast(Evaluation, evaluator.run(weights))  # never stopped
   if is_first:
     progress.write(evaluator.report(result.scores, result.rows))
-    folder = epath.Path(workdir)
+    folder = epath.Path(workdir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     content = {"weights": lines, "scores": result.scores, "trivial predictors": evaluator.baselines()}
     content |= {"classes": classes} if (classes := class_scores(exp.task, result.rows)) else {}

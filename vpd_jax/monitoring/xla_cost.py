@@ -35,11 +35,13 @@ class Memory(NamedTuple):
 
   Attributes:
     arguments: state and batch.
+    aliased: donated arguments, whose memory the results reuse.
     temporaries: activations, gradients, workspace.
-    peak: at any time; if the compiler does not report it, arguments + results - donated arguments + temporaries.
+    peak: at any time; at least arguments + temporaries + results - aliased.
   """
 
   arguments: int
+  aliased: int
   temporaries: int
   peak: int
 
@@ -50,10 +52,11 @@ def memory(compiled: jax.stages.Compiled) -> Memory | None:
   if analysis is None:
     return None
   arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-  total = arguments + analysis.output_size_in_bytes - analysis.alias_size_in_bytes + temporaries
+  aliased = analysis.alias_size_in_bytes
+  total = arguments + temporaries + analysis.output_size_in_bytes - aliased
   # On CPU the reported peak does not include the temporaries.
-  peak = max(getattr(analysis, "peak_memory_in_bytes", 0), arguments + temporaries) or total
-  return Memory(arguments, temporaries, max(peak, total))
+  peak = max(getattr(analysis, "peak_memory_in_bytes", 0), arguments + temporaries, total)
+  return Memory(arguments, aliased, temporaries, peak)
 
 
 def memory_summary(compiled: jax.stages.Compiled) -> str:

@@ -11,7 +11,6 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -80,8 +79,9 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
   check_choice("--effort", effort, sorted(topologies.EFFORTS))
   effort = topologies.effort(topology, effort)
   config = initialize.with_backbone_sizes(config, config.init.run or config.init.pretrained)
+  exp = experiment.assemble(config)
   initialize.check_training(config)
-  check_data(config, experiment.assemble(config))
+  check_data(config, exp)
   devices = topologies.topology_devices(topology) if topology else jax.devices()
   limit = limit or memory_of(devices[0])
   cache = _ReportCache(workdir)
@@ -291,19 +291,21 @@ def requested_bytes(message: str, arguments: int) -> int | None:
 
 
 class _ReportCache:
-  """Reports of finished compilations in plan.json of a workdir, keyed by everything they depend on."""
+  """Reports of finished compilations in plan.json of a workdir, keyed by config, devices, options and compiler."""
 
   def __init__(self, workdir: str):
-    self._path = epath.Path(workdir) / "plan.json" if workdir else None
+    self._path = epath.Path(workdir).expanduser() / "plan.json" if workdir else None
     self._reports = _read(self._path) if self._path and self._path.exists() else {}
 
-  def report(self, config: ConfigDict, step: str, devices: list[Device], *options: Any) -> Report:
-    """Returns the stored report of an earlier command, or compiles and stores a new one."""
-    inputs = [initialize.to_json(config), step, devices[0].device_kind, len(devices), jax.__version__, *options]
-    inputs.append(topologies.compiler(options[0]))
+  def report(
+    self, config: ConfigDict, step: str, devices: list[Device], topology: str, effort: str, limit: int
+  ) -> Report:
+    """Returns the stored report of an earlier command, or compiles and stores a new one; see `compiled_report`."""
+    inputs = [initialize.to_json(config), step, devices[0].device_kind, len(devices), jax.__version__]
+    inputs += [topology, effort, limit, topologies.compiler(topology)]
     key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
     if key not in self._reports:
-      self._reports[key] = compiled_report(config, step, devices, *options)
+      self._reports[key] = compiled_report(config, step, devices, topology, effort, limit)
       if self._path is not None:
         atomic.write_json(self._path, self._reports)
     return self._reports[key]

@@ -14,14 +14,7 @@ from vpd_jax.errors import UserError
 from vpd_jax.types import Fields
 
 ATTEMPTS = 3  # compilations; each takes minutes
-# Recomputation, in ascending order of operations, and the assumed share of the activations that it keeps before any
-# measurement.
-REMAT = (
-  ({"backbone.remat": False, "backbone.remat_policy": "full"}, 1.0),
-  ({"backbone.remat": True, "backbone.remat_policy": "minimal"}, 0.6),
-  ({"backbone.remat": True, "backbone.remat_policy": "full"}, 0.35),
-)
-ATTENTION_LEAVES = 0.5  # the same without stored attention scores
+UNSTORED_SCORES = 0.5  # assumed share of the activations that is stored if attention does not store its scores
 RANK = 16  # of LoRA
 # Effects of a setting besides memory, for the report.
 COSTS = {
@@ -37,6 +30,40 @@ COSTS = {
 }
 
 Report = Fields  # of plan.compiled_report
+
+
+class Remat(NamedTuple):
+  """A level of recomputation.
+
+  Attributes:
+    fields: of the config.
+    stored: assumed share of the activations that is stored, before any measurement.
+  """
+
+  fields: Fields
+  stored: float
+
+
+REMAT = (  # in ascending order of operations
+  Remat({"backbone.remat": False, "backbone.remat_policy": "full"}, 1.0),
+  Remat({"backbone.remat": True, "backbone.remat_policy": "minimal"}, 0.6),
+  Remat({"backbone.remat": True, "backbone.remat_policy": "full"}, 0.35),
+)
+
+
+class Recomputed(NamedTuple):
+  """What a step computes again instead of storing it.
+
+  Attributes:
+    remat: index in REMAT.
+    scores: whether these include the scores of attention.
+  """
+
+  remat: int
+  scores: bool
+
+
+Activations = dict[Recomputed, float]  # estimated bytes of one image
 
 
 class SearchResult(NamedTuple):
@@ -76,10 +103,10 @@ def candidates(config: ConfigDict, devices: int) -> Iterator[Fields]:
     for memory in less_memory(config):
       for accumulation in parts:
         for attention in kernels:
-          for remat, _ in REMAT[_remat(config) :]:
+          for remat in REMAT[_remat(config) :]:
             for fsdp in shard_counts:
               yield {
-                **{"mesh.data": -1, "mesh.fsdp": fsdp, **remat, "backbone.attention": attention},
+                **{"mesh.data": -1, "mesh.fsdp": fsdp, **remat.fields, "backbone.attention": attention},
                 **{"optim.accumulation": accumulation, "data.batch_size": batch, **memory},
               }
 
@@ -131,15 +158,15 @@ def find_fitting_settings(
   Args:
     config: that does not fit.
     report: of its compilation: "peak", None if unknown, and "limit", bytes.
-    measure: config to such a report, with "fits"; raises ValueError if the settings are incompatible.
-    state: config to the bytes of the parts of its state on one device; raises ValueError likewise.
+    measure: config to such a report, with "fits"; raises UserError if the settings are incompatible.
+    state: config to the bytes of the parts of its state on one device; raises UserError likewise.
     devices: total number of devices.
   """
   remaining, tried = [fields for fields in candidates(config, devices) if as_flags(config, fields)], []
-  share: dict[tuple[int, bool], float] = {}  # activations of one image, by `_saves`
-  _learn(share, config, report, state(config), devices)
+  activations: Activations = {}
+  _learn(activations, config, report, state(config), devices)
   while remaining and len(tried) < attempts:
-    expected = [_expected(share, loader.changed(config, fields), state, devices) for fields in remaining]
+    expected = [_expected(activations, loader.changed(config, fields), state, devices) for fields in remaining]
     chosen = next((i for i, peak in enumerate(expected) if peak <= report["limit"]), expected.index(min(expected)))
     fields, settings = remaining[chosen], loader.changed(config, remaining[chosen])
     remaining = remaining[chosen + 1 :]
@@ -151,7 +178,7 @@ def find_fitting_settings(
     tried.append((flags, measured))
     if measured["fits"]:
       return SearchResult(fields, flags, measured, tried)
-    _learn(share, settings, measured, state(settings), devices)
+    _learn(activations, settings, measured, state(settings), devices)
   return SearchResult({}, "", None, tried)
 
 
@@ -171,42 +198,35 @@ def _stores_scores(config: ConfigDict) -> bool:
 
 def _remat(config: ConfigDict) -> int:
   """The index in REMAT."""
-  return next(i for i, (fields, _) in enumerate(REMAT) if not changed_fields(config, fields))
+  return next(i for i, level in enumerate(REMAT) if not changed_fields(config, level.fields))
 
 
-def _saves(config: ConfigDict) -> tuple[int, bool]:
-  """What is recomputed, an index in REMAT, and whether attention does not store scores."""
-  return _remat(config), not _stores_scores(config)
+def _recomputed(config: ConfigDict) -> Recomputed:
+  return Recomputed(_remat(config), scores=not _stores_scores(config))
 
 
-def _learn(
-  share: dict[tuple[int, bool], float], config: ConfigDict, report: Report, state: dict[str, int], devices: int
-) -> None:
-  """Updates the estimated activations per image from a compilation, also for settings that save more memory.
+def _learn(activations: Activations, config: ConfigDict, report: Report, state: dict[str, int], devices: int) -> None:
+  """Updates the estimated activations from a compilation, also for settings that save more memory.
 
   If the compiler did not report the requested memory, it is assumed to be twice the limit.
   """
   peak = report.get("peak") or 2 * report["limit"]
   per_image = max(peak - _fixed(config, state), 0) / _images(config, devices)
-  remat, attention = _saves(config)
-  for i in range(remat, len(REMAT)):
-    for saves_scores in {attention, True}:
-      share[i, saves_scores] = (
-        per_image * REMAT[i][1] / REMAT[remat][1] * ATTENTION_LEAVES ** (saves_scores - attention)
-      )
-  for i, saves_scores in share:
-    if i < remat and saves_scores <= attention:  # which keep no less
-      share[i, saves_scores] = max(share[i, saves_scores], per_image)
+  measured = _recomputed(config)
+  for remat in range(measured.remat, len(REMAT)):
+    for scores in {measured.scores, True}:
+      by_remat = per_image * REMAT[remat].stored / REMAT[measured.remat].stored
+      activations[Recomputed(remat, scores)] = by_remat * UNSTORED_SCORES ** (scores - measured.scores)
+  for other in activations:
+    if other.remat < measured.remat and other.scores <= measured.scores:  # which store no less
+      activations[other] = max(activations[other], per_image)
 
 
 def _expected(
-  share: dict[tuple[int, bool], float],
-  config: ConfigDict,
-  state: Callable[[ConfigDict], dict[str, int]],
-  devices: int,
+  activations: Activations, config: ConfigDict, state: Callable[[ConfigDict], dict[str, int]], devices: int
 ) -> float:
   """Estimated peak memory in bytes; infinite if the settings are incompatible."""
   try:
-    return _fixed(config, state(config)) + share[_saves(config)] * _images(config, devices)
+    return _fixed(config, state(config)) + activations[_recomputed(config)] * _images(config, devices)
   except UserError:
     return math.inf

@@ -39,15 +39,14 @@ class TrainingEvents:
     after that step.
     """
     due = lambda every: step % every == 0
-    final = step == self._config.num_steps
-    last = self._guard.should_stop() or final
+    last = self._guard.should_stop() or step == self._config.num_steps
     if last or due(self._config.log_every):
       yield Event.LOG
     if last:
       yield Event.SAVE_AND_WAIT
     elif due(self._config.eval_every) or due(self._config.save_every):
       yield Event.SAVE
-    if (final or due(self._config.eval_every)) and not self._guard.requested:
+    if self.evaluates(step) and not self._guard.requested:
       yield Event.EVALUATE
       last = last or self._guard.requested
     if last:

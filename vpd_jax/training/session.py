@@ -3,9 +3,10 @@
 import contextlib
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -23,7 +24,15 @@ from vpd_jax.monitoring import chips, progress, writers, xla_cost
 from vpd_jax.monitoring.profiler import Profiler
 from vpd_jax.monitoring.writers import log
 from vpd_jax.training import compilation, startup_report
-from vpd_jax.types import Batch
+from vpd_jax.types import Array, Batch
+
+
+class _Dispatched(NamedTuple):
+  """A step that has not been checked for NaN and infinity, and that the devices may not have finished."""
+
+  step: int
+  loss: Any  # an Array, whose type stub lacks is_ready
+  gradient_norm: Array
 
 
 class TrainingSession:
@@ -47,7 +56,7 @@ class TrainingSession:
     """
     with progress.phase("assemble"):
       config = initialize.with_backbone_sizes(config, config.init.run or config.init.pretrained)
-      self._config, self._workdir, self._accept_changes = config, workdir, accept_changes
+      self._config, self._workdir, self._accept_changes = config, os.path.expanduser(workdir), accept_changes
       self._experiment = experiment.assemble(config)
     initialize.check_training(config)
     self._mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -57,7 +66,8 @@ class TrainingSession:
       self._dataset.source("train")  # raises for a missing file before anything is written
       self._evaluator = evaluate.Evaluator(config, self._experiment, self._dataset, self._mesh)
     self._scored_step: int | None = None
-    self._unchecked, self._logs = [], {}  # the former: (step, loss, norm of the gradients)
+    self._unchecked: list[_Dispatched] = []
+    self._logs: dict[str, Array] = {}
     self.scores: dict[str, float] = {}
 
   def __enter__(self) -> "TrainingSession":
@@ -66,13 +76,13 @@ class TrainingSession:
       self._stack = stack.pop_all()
     return self
 
-  def __exit__(self, *error: Any) -> bool | None:
-    if isinstance(error[1], KeyboardInterrupt):
+  def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool | None:
+    if isinstance(error, KeyboardInterrupt):
       saved = self._checkpoints.latest_step()
-      error[1].add_note(
+      error.add_note(
         "nothing is saved" if saved is None else f"step {saved} is saved, the same command continues from there"
       )
-    return self._stack.__exit__(*error)
+    return self._stack.__exit__(kind, error, trace)
 
   def _resume(self, stack: contextlib.ExitStack) -> None:
     """Locks the workdir, restores the state and writes the start-up report."""
@@ -129,11 +139,11 @@ class TrainingSession:
       self.state, self._logs = self._compiled(self.state, batch)
       if self.step == self._begin + 1:
         jax.block_until_ready(self._logs)
-    self._unchecked.append((self.step, self._logs["train/loss"], self._logs["norm/gradients"]))
+    self._unchecked.append(_Dispatched(self.step, self._logs["train/loss"], self._logs["norm/gradients"]))
 
   def finished_steps(self) -> int:
     """Steps that the devices have finished, including earlier runs; `step` counts the dispatched ones."""
-    return self.step - sum(not loss.is_ready() for _, loss, _ in [*self._unchecked])
+    return self.step - sum(not dispatched.loss.is_ready() for dispatched in [*self._unchecked])
 
   def write_logs(self) -> None:
     """Writes the logs of the step and the speed of the run.
