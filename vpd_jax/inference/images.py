@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from jax.typing import DTypeLike
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vpd_jax.errors import UserError
 from vpd_jax.files import image_decoding
@@ -107,12 +107,14 @@ def read_image(path: Path) -> np.ndarray:
 
 def _rgb(image: Image.Image) -> np.ndarray:
   """uint8 [H, W, 3] of a PIL image of any mode, rotated as its EXIF orientation says."""
-  rotated = ImageOps.exif_transpose(image)
-  if rotated.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
-    gray = np.asarray(rotated, np.float64)
-    largest = 65535.0 if rotated.mode != "F" else max(gray.max(), 1e-12)
-    rotated = Image.fromarray(np.clip(gray / largest * 255, 0, 255).astype(np.uint8))
-  return np.asarray(rotated.convert("RGB"))
+  image.load()  # a PNG may have EXIF data behind its pixels
+  # Not ImageOps.exif_transpose, which also writes the EXIF data again, and fails at damaged ones.
+  orientation = image_decoding.orientation_of(image)
+  if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
+    gray = np.asarray(image, np.float64)
+    largest = 65535.0 if image.mode != "F" else max(gray.max(), 1e-12)
+    image = Image.fromarray(np.clip(gray / largest * 255, 0, 255).astype(np.uint8))
+  return image_decoding.oriented(np.asarray(image.convert("RGB")), orientation)
 
 
 def is_image(path: Path) -> bool:
