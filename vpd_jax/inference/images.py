@@ -43,8 +43,10 @@ def as_image(image: object) -> np.ndarray:
     raise UserError(f"an image has shape {shape}; give [H, W, 3], [H, W] or [H, W, 4]{hint}.")
   array = np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array[..., :3]
   if np.issubdtype(array.dtype, np.floating):
-    if array.max() > 1.5:  # somewhat more than 1 comes from resizing
-      raise UserError(f"an image of dtype {array.dtype} has values up to {array.max():.6g}; give float in [0, 1].")
+    low, high = array.min(), array.max()
+    if not (low >= -0.5 and high <= 1.5):  # resizing may leave [0, 1] somewhat; NaN fails both comparisons
+      span = f"down to {low:.6g}" if low < -0.5 else f"up to {high:.6g}"
+      raise UserError(f"an image of dtype {array.dtype} has values {span}; give float in [0, 1].")
     return array
   if array.dtype == np.bool_ or array.dtype == np.uint16:
     return (array * (255.0 if array.dtype == np.bool_ else 255 / 65535)).astype(np.uint8)
