@@ -63,3 +63,10 @@ def test_photos_are_turned_even_if_other_exif_data_are_damaged(tmp_path, tag, ki
   photo_with_tag(tmp_path / "a.jpg", tag, kind, content)
   read = images_lib.read_image(tmp_path / "a.jpg")
   assert read.shape == (32, 16, 3) and read[:14].max() < 10 and read[18:].min() > 245
+
+
+@pytest.mark.parametrize("gap", [np.nan, np.inf])
+def test_gaps_in_float_images_are_black(tmp_path, gap):
+  values = np.float32([[0, 1], [2, gap]])
+  Image.fromarray(values).save(tmp_path / "a.tif")
+  assert images_lib.read_image(tmp_path / "a.tif")[..., 0].tolist() == [[0, 127], [255, 0]]

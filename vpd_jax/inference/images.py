@@ -113,7 +113,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
   # Not ImageOps.exif_transpose, which also writes the EXIF data again, and fails at damaged ones.
   orientation = image_decoding.orientation_of(image)
   if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
-    gray = np.asarray(image, np.float64)
+    gray = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)  # float files may hold gaps
     largest = 65535.0 if image.mode != "F" else max(gray.max(), 1e-12)
     image = Image.fromarray(np.clip(gray / largest * 255, 0, 255).astype(np.uint8))
   return image_decoding.oriented(np.asarray(image.convert("RGB")), orientation)
