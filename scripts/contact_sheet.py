@@ -76,6 +76,8 @@ def main() -> None:
   parser.add_argument("--count", type=int, default=3, help="rooms of each run")
   parser.add_argument("--scale", type=int, default=2, help="pixels of the sheet for one of the image")
   options = parser.parse_args()
+  if min(options.count, options.scale) < 1:
+    parser.error(f"--count={options.count} and --scale={options.scale} must be at least 1")
   try:
     made = sheet([rows(workdir, options.count) for workdir in options.workdirs], options.scale)
   except UserError as error:

@@ -27,11 +27,17 @@ NETWORK = "network.onnx"
 PICTURES = 3
 
 
+def has_jax2onnx(python: pathlib.Path) -> bool:
+  """Whether an environment is complete: jax2onnx is installed last."""
+  look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('jax2onnx') is None)"
+  return python.exists() and not subprocess.run([python, "-c", look], check=False).returncode
+
+
 def environment() -> pathlib.Path:
-  """The Python of the environment that has jax2onnx, which is made where it is not there."""
+  """The Python of the environment that has jax2onnx, which is made, or completed after an interruption."""
   folder = pathlib.Path(os.environ.get("VPD_ONNX_VENV") or ROOT / ".venv-onnx").absolute()
   python = folder / "bin" / "python"
-  if not python.exists():
+  if not has_jax2onnx(python):
     print(f"making {folder} with jax2onnx, once", flush=True)
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     commands = (

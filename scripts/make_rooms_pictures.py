@@ -7,10 +7,11 @@ python scripts/make_rooms_pictures.py --output=clips --count=1 --frames=48   # a
 import argparse
 import pathlib
 
-import cv2
 import numpy as np
+from PIL import Image
 
 from vpd_jax.data.datasets import rooms
+from vpd_jax.errors import Parser, UserError, one_line
 from vpd_jax.prediction import predict_video
 
 RATE = 12  # frames a second
@@ -26,8 +27,8 @@ def write_clip(file: pathlib.Path, data: rooms.Rooms, index: int, frames: int) -
   writer.release()
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(description="Write images of procedural rooms, as input for --mode=predict.")
+def parse() -> argparse.Namespace:
+  parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--output", type=pathlib.Path, required=True, help="folder, made where it does not exist")
   parser.add_argument("--count", type=int, default=4, help="images")
   parser.add_argument("--size", type=int, nargs=2, default=(192, 256), metavar=("HEIGHT", "WIDTH"))
@@ -35,6 +36,11 @@ def main() -> None:
   options = parser.parse_args()
   if options.frames and any(side % 2 for side in options.size):
     parser.error(f"--size {options.size[0]} {options.size[1]}: a video needs even sides")
+  return options
+
+
+def write(options: argparse.Namespace) -> None:
+  """Writes the images or videos, and prints their names."""
   data = rooms.Rooms(size=tuple(options.size), crop=tuple(options.size), eval_count=options.count)
   source = data.source("eval")
   options.output.mkdir(parents=True, exist_ok=True)
@@ -45,8 +51,15 @@ def main() -> None:
       file = file.with_suffix(".mp4")
       write_clip(file, data, index, options.frames)
     else:
-      cv2.imwrite(str(file), example["image"][..., ::-1])
+      Image.fromarray(example["image"]).save(file)
     print(file)
+
+
+def main() -> None:
+  try:
+    write(parse())
+  except UserError as error:
+    raise SystemExit(f"make_rooms_pictures: {one_line(error)}") from error
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from vpd_jax.data.datasets import (
   rooms,
 )
 from vpd_jax.errors import UserError, check_choice
-from vpd_jax.inference import sliding_window, tiles, tta
+from vpd_jax.inference import blending, sliding_window, tta
 from vpd_jax.models import lora
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones.attention import IMPLEMENTATIONS
@@ -305,7 +305,7 @@ def _check_test_time(config: ConfigDict, task: Task) -> None:
     tta.parse(config.eval.test_time, task.test_time_protocol)
     option, choices = "coverage", tta.COVERAGES
   check_choice(f"eval.{option}", config.eval.get(option), choices)
-  check_choice("eval.blend", config.eval.get("blend"), tiles.BLENDS)
+  check_choice("eval.blend", config.eval.get("blend"), blending.BLENDS)
   if config.eval.blend != "mean" and task.test_time_protocol not in ("windows", "sliding"):
     raise UserError(f"eval.blend={config.eval.blend!r} has no effect with task {config.task.name!r}; leave it out.")
   if unused := [other for other in ("coverage", "small_images") if other != option and other in config.eval]:

@@ -1,6 +1,7 @@
-"""Which files of a folder are pictures."""
+"""Which files of a folder are pictures, and how their pixels are read."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -40,3 +41,32 @@ def content(kind):
 def test_pictures_are_told_by_their_ending_or_by_how_they_begin(tmp_path, name, raw, expected):
   (tmp_path / name).write_bytes(raw)
   assert images_lib.is_image(tmp_path / name) == expected
+
+
+def photo_with_tag(path, tag, kind, content):
+  """A JPEG that is to be turned by 90 degrees, with one more EXIF tag."""
+  turned = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+  tags = turned + struct.pack("<HHI", tag, kind, len(content) if kind == 2 else 1)
+  tags += content if kind == 2 else struct.pack("<I", 38)  # the place behind the tags
+  exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4) + (content if kind != 2 else b"")
+  pixels = np.zeros((16, 32, 3), np.uint8)
+  pixels[:, 16:] = 255
+  Image.fromarray(pixels).save(path, exif=exif)
+
+
+@pytest.mark.parametrize(
+  "tag, kind, content",
+  [(0x0131, 2, b"abc\0"), (0x0100, 2, b"abc\0"), (0x011A, 5, bytes(8))],
+  ids=["valid", "width that is text", "resolution of 0/0"],
+)
+def test_photos_are_turned_even_if_other_exif_data_are_damaged(tmp_path, tag, kind, content):
+  photo_with_tag(tmp_path / "a.jpg", tag, kind, content)
+  read = images_lib.read_image(tmp_path / "a.jpg")
+  assert read.shape == (32, 16, 3) and read[:14].max() < 10 and read[18:].min() > 245
+
+
+@pytest.mark.parametrize("gap", [np.nan, np.inf])
+def test_gaps_in_float_images_are_black(tmp_path, gap):
+  values = np.float32([[0, 1], [2, gap]])
+  Image.fromarray(values).save(tmp_path / "a.tif")
+  assert images_lib.read_image(tmp_path / "a.tif")[..., 0].tolist() == [[0, 127], [255, 0]]

@@ -14,7 +14,7 @@ from vpd_jax.checkpoints import initialize
 from vpd_jax.config import loader
 from vpd_jax.distributed import sharding
 from vpd_jax.evaluation import evaluate
-from vpd_jax.inference import sliding_window, tiles
+from vpd_jax.inference import blending, sliding_window, tiles
 from vpd_jax.inference.sliding_window import SlidingWindowInference, SlidingWindowOptions, Views
 from vpd_jax.prediction import protocols
 
@@ -116,15 +116,15 @@ def test_smooth_windows_are_those_of_the_plain_loops(case, weights):
 )
 def test_smooth_weights_are_positive_everywhere_and_keep_a_constant(length, stride, side):
   starts, _, (length, _) = tiles.corners((side, side), length, stride)
-  total, over = np.zeros(side), tiles.overlap_weights(starts, length, side, smooth=True)
+  total, over = np.zeros(side), blending.overlap_weights(starts, length, side, smooth=True)
   for start in starts:
-    weight = tiles.smooth_profile(jnp.arange(length), length)
+    weight = blending.smooth_profile(jnp.arange(length), length)
     np.testing.assert_allclose(weight, np.sin(np.pi * (np.arange(length) + 0.5) / length) ** 2, rtol=1e-6)
     assert (weight > 0).all()
     total[start : start + length] += weight
   assert (total > 0).all()
   np.testing.assert_allclose(total * over[:side], 1, rtol=1e-6)
-  plain = tiles.overlap_weights(starts, length, side)
+  plain = blending.overlap_weights(starts, length, side)
   np.testing.assert_array_equal(1 / plain[:side], [sum(s <= x < s + length for s in starts) for x in range(side)])
 
 

@@ -124,12 +124,14 @@ def test_damaged_images_are_counted_and_may_be_allowed(tmp_path, monkeypatch, ca
     ("in/a.png", "in", "in' is the folder of the images; give another, or results become images"),
     ("none", "out", "none' does not exist; give an image, or a folder that contains images"),
     ("empty", "out", "contains no image, it is empty; give a folder that does"),
+    ("nested", "out", "contains no image, only folders, like 2024, which are not searched; give a folder that does"),
     ("texts", "out", "contains no image, only 1 other files, like notes.txt; give a folder that does"),
   ],
 )
 def test_folders_that_will_not_do_are_one_line(tmp_path, source, output, message):
   for name in ("in", "empty", "texts"):
     (tmp_path / name).mkdir()
+  (tmp_path / "nested" / "2024").mkdir(parents=True)
   Image.new("RGB", (8, 8)).save(tmp_path / "in" / "a.png")
   (tmp_path / "texts" / "notes.txt").write_text("no image")
   config = loader.changed(loader.load("configs/my_depth.py"), {"init.pretrained": "made-up"})

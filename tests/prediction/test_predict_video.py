@@ -87,6 +87,15 @@ def test_what_cannot_be_predicted_is_one_line(tmp_path, config, content, options
   assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
+def test_a_method_that_reads_sentences_needs_one(tmp_path, config, monkeypatch):
+  monkeypatch.setattr(one_convolution.OneConvolution, "prepare_inputs", frozenset({"sentence"}))
+  clip = write_video(tmp_path / "clip.mp4", [np.zeros((64, 96, 3), np.uint8)])
+  with pytest.raises(
+    ValueError, match=r'needs a sentence about each image: give --sentence="the red car" about all\.$'
+  ):
+    predict_video.run(config, "", source=str(clip), output=str(tmp_path / "out"))
+
+
 def test_a_task_without_depth_takes_no_video(tmp_path, config, monkeypatch):
   predictor = predict_folder.Predictor.load()
   monkeypatch.setattr(predictor.experiment.task, "measures_depth", False)

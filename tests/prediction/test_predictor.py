@@ -140,6 +140,8 @@ def test_arrays_with_four_axes_and_lists_are_several_images(small):
       r"shape \(3, 64, 64\); give .*; its channels come first, which np\.moveaxis\(image, 0, -1\)",
     ),
     (IMAGE.astype(np.float32), r"float32 has values up to 255; give float in \[0, 1\]"),
+    (IMAGE / 127.5 - 1, r"float64 has values down to -1; give float in \[0, 1\]"),
+    (np.full((64, 64, 3), np.nan, np.float32), r"float32 has values up to nan; give float in \[0, 1\]"),
     (IMAGE.astype(np.int32) * 10, r"dtype int32 and values of 0 to 2550; give uint8"),
     (IMAGE[..., :2], r"shape \(64, 64, 2\); give"),
     (np.zeros((0, 4, 3)), r"shape \(0, 4, 3\); give"),

@@ -38,3 +38,10 @@ def test_a_folder_that_is_no_run_is_refused(script, monkeypatch, tmp_path):
   with pytest.raises(SystemExit, match="holds no checkpoint; give the workdir of a run"):
     script.main()
   assert not (tmp_path / "sheet.png").exists()
+
+
+def test_a_sheet_has_at_least_one_room(script, monkeypatch, capsys):
+  monkeypatch.setattr("sys.argv", ["contact_sheet", "--workdirs", "run", "--output=sheet.png", "--count=0"])
+  with pytest.raises(SystemExit, match="2"):
+    script.main()
+  assert capsys.readouterr().err.endswith(": --count=0 and --scale=2 must be at least 1; see --help\n")

@@ -7,6 +7,8 @@ It needs an environment of its own, which the script makes in VPD_ONNX_VENV. The
 import contextlib
 import importlib.util
 import json
+import sys
+import types
 
 import jax
 import pytest
@@ -40,6 +42,23 @@ def test_an_environment_that_cannot_be_made_is_one_line(script, tmp_path, monkey
   monkeypatch.setenv("VPD_ONNX_VENV", str(tmp_path / "file" / "env"))
   with pytest.raises(ValueError, match="file/env could not be made, see above; remove it and try again"):
     script.environment()
+
+
+def test_an_environment_whose_making_was_interrupted_is_completed(script, tmp_path, monkeypatch):
+  python, installed = tmp_path / "bin" / "python", []
+  python.parent.mkdir()
+  python.symlink_to(sys.executable)
+
+  def run(command, check):
+    installed.append(command[-1])
+    return types.SimpleNamespace(returncode=1 if command[1] == "-c" else 0)  # jax2onnx is not there
+
+  monkeypatch.setenv("VPD_ONNX_VENV", str(tmp_path))
+  monkeypatch.setattr(script.subprocess, "run", run)
+  assert script.environment() == python and installed[-1] == script.JAX2ONNX
+  installed.clear()
+  monkeypatch.setattr(script, "has_jax2onnx", lambda python: True)
+  assert script.environment() == python and not installed
 
 
 @pytest.mark.slow

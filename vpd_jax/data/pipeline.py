@@ -308,7 +308,8 @@ class _EvalTransform:
 
   @unending
   def __call__(self, row: tuple[Example, bool]) -> Example:
-    example, real = self.dataset.eval_transform(row[0]), row[1]
+    example, real = row
+    example = self.dataset.eval_transform(example)
     return dict(self.prepare(example) if self.prepare else example, real=np.asarray(real))
 
 

@@ -1,4 +1,4 @@
-"""Checks of options that several data sets and transforms share."""
+"""Options that several data sets and transforms share: checks, and the share that is held out for evaluation."""
 
 from vpd_jax.errors import UserError
 
@@ -9,3 +9,8 @@ def check_size(option: str, size: tuple[int, int]) -> tuple[int, int]:
   if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
     raise UserError(f"{option}={size!r} must be (height, width), two positive whole numbers.")
   return sides
+
+
+def train_count(count: int, holdout: float) -> int:
+  """Number of records for training where the last `holdout` of `count`, a fraction, at least one, are held out."""
+  return count - max(1, round(holdout * count))

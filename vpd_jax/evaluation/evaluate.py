@@ -295,9 +295,9 @@ class Evaluator:
     # With several processes, the first one evaluates every `step`-th image of the split.
     step = jax.process_count() if self.experiment.task.test_time_protocol == "sliding" else 1
     shown = predictions[: self.config.eval.panels]
-    examples = itertools.islice(self._examples("eval"), 0, step * len(shown), step)
-    pairs = list(zip(examples, shown, strict=False))  # the last batch also contains predictions of padding rows
-    return colormaps.stacked(self.experiment.task.panels([pair[0] for pair in pairs], [pair[1] for pair in pairs]))
+    examples = list(itertools.islice(self._examples("eval"), 0, step * len(shown), step))
+    # The last batch also contains predictions of padding rows.
+    return colormaps.stacked(self.experiment.task.panels(examples, shown[: len(examples)]))
 
 
 def class_scores(task: Task, rows: Rows) -> list[Fields]:

@@ -35,7 +35,7 @@ def decode(raw: bytes, path: str | Path, mode: int = cv2.IMREAD_COLOR, *, turned
     image = cv2.imdecode(np.frombuffer(_without_orientation(raw), np.uint8), mode)
   if image is None:
     raise UserError(f"{path} is not a picture that can be read, or damaged; {AGAIN}.")
-  return _oriented(image, orientation(io.BytesIO(raw))) if turned else image
+  return oriented(image, orientation(io.BytesIO(raw))) if turned else image
 
 
 def orientation(file: Path | io.BytesIO) -> int:
@@ -44,16 +44,24 @@ def orientation(file: Path | io.BytesIO) -> int:
     with Image.open(file) as image:
       if image.format == "PNG" and "exif" not in image.info:
         return 1  # Pillow would decode the pixels to look for EXIF data after them
-      value = image.getexif().get(_ORIENTATION, 1)
+      return orientation_of(image)
   except Exception:  # damaged images are reported when they are decoded
     return 1
-  return int(value) if value in range(2, 9) else 1
 
 
 _ORIENTATION = 0x0112  # tag of EXIF and TIFF
 
 
-def _oriented(image: np.ndarray, orientation: int) -> np.ndarray:
+def orientation_of(image: Image.Image) -> int:
+  """As `orientation`, of an image in Pillow."""
+  try:
+    value = image.getexif().get(_ORIENTATION, 1)
+  except Exception:  # damaged EXIF data
+    return 1
+  return int(value) if value in range(2, 9) else 1
+
+
+def oriented(image: np.ndarray, orientation: int) -> np.ndarray:
   """Applies an EXIF orientation to [H, W, ...]."""
   if orientation >= 5:
     image = image.swapaxes(0, 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from jax.typing import DTypeLike
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vpd_jax.errors import UserError
 from vpd_jax.files import image_decoding
@@ -43,8 +43,10 @@ def as_image(image: object) -> np.ndarray:
     raise UserError(f"an image has shape {shape}; give [H, W, 3], [H, W] or [H, W, 4]{hint}.")
   array = np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array[..., :3]
   if np.issubdtype(array.dtype, np.floating):
-    if array.max() > 1.5:  # somewhat more than 1 comes from resizing
-      raise UserError(f"an image of dtype {array.dtype} has values up to {array.max():.6g}; give float in [0, 1].")
+    low, high = array.min(), array.max()
+    if not (low >= -0.5 and high <= 1.5):  # resizing may leave [0, 1] somewhat; NaN fails both comparisons
+      span = f"down to {low:.6g}" if low < -0.5 else f"up to {high:.6g}"
+      raise UserError(f"an image of dtype {array.dtype} has values {span}; give float in [0, 1].")
     return array
   if array.dtype == np.bool_ or array.dtype == np.uint16:
     return (array * (255.0 if array.dtype == np.bool_ else 255 / 65535)).astype(np.uint8)
@@ -107,12 +109,14 @@ def read_image(path: Path) -> np.ndarray:
 
 def _rgb(image: Image.Image) -> np.ndarray:
   """uint8 [H, W, 3] of a PIL image of any mode, rotated as its EXIF orientation says."""
-  rotated = ImageOps.exif_transpose(image)
-  if rotated.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
-    gray = np.asarray(rotated, np.float64)
-    largest = 65535.0 if rotated.mode != "F" else max(gray.max(), 1e-12)
-    rotated = Image.fromarray(np.clip(gray / largest * 255, 0, 255).astype(np.uint8))
-  return np.asarray(rotated.convert("RGB"))
+  image.load()  # a PNG may have EXIF data behind its pixels
+  # Not ImageOps.exif_transpose, which also writes the EXIF data again, and fails at damaged ones.
+  orientation = image_decoding.orientation_of(image)
+  if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
+    gray = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)  # float files may hold gaps
+    largest = 65535.0 if image.mode != "F" else max(gray.max(), 1e-12)
+    image = Image.fromarray(np.clip(gray / largest * 255, 0, 255).astype(np.uint8))
+  return image_decoding.oriented(np.asarray(image.convert("RGB")), orientation)
 
 
 def is_image(path: Path) -> bool:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpd_jax.errors import UserError, check_choice
-from vpd_jax.inference import tiles
+from vpd_jax.inference import blending, tiles
 from vpd_jax.inference.tiles import TILE, bilinear_indices, corners, scaled_size, window_of
 from vpd_jax.types import Array, Example, Fields, Weights
 
@@ -128,7 +128,7 @@ class _View:
     reads = [bilinear_indices(old, new, mirrored=mirrored) for old, new, mirrored in sides]
     starts = zip((self.rows, self.columns), self.window, self._grown, strict=True)
     return [
-      (*read, tiles.overlap_weights(*start, smooth=self.smooth)) for read, start in zip(reads, starts, strict=True)
+      (*read, blending.overlap_weights(*start, smooth=self.smooth)) for read, start in zip(reads, starts, strict=True)
     ]
 
 
@@ -216,8 +216,8 @@ class SlidingWindowInference:
         the window, which compiles another program; "few_shapes" chooses among at most nine shapes the largest that fits
         into the view, and covers it; "padded" pads with mid gray at right and bottom, so that all windows have one
         size. The last two give other scores than "whole" there.
-      smooth: overlapping windows are weighed by `tiles.smooth_profile`, so that no seam shows; False averages them, as
-        published.
+      smooth: overlapping windows are weighed by `blending.smooth_profile`, so that no seam shows; False averages
+        them, as published.
       softmax: sums probabilities; False sums scores.
       postprocess: sum of scores [.., K] to the result of each pixel, such as `most_probable`; traced.
       place: transfers an array [n, ...] to the devices.

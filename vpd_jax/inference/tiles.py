@@ -1,22 +1,17 @@
 """Positions of windows and tiles in an image, and sums of scores over tiles; see inference/sliding_window.py."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vpd_jax.inference import blending
 from vpd_jax.types import Array
-
-Positions = TypeVar("Positions", np.ndarray, Array)
 
 TILE = 256  # side in pixels of the tiles of scores on the device
 CANVAS = 128
 SQUARES = 16
-# How overlapping windows are joined: their plain mean, as published, or with weights that fade toward a window's
-# borders, which shows no seam.
-BLENDS = ("mean", "smooth")
 OUTSIDE_LABEL = 255  # label of a canvas outside the image, which is not scored
 # Windows of "few_shapes": quarters of the window's side along rows and columns.
 QUARTERS = ((4, 4), (3, 4), (4, 3), (2, 4), (4, 2), (1, 4), (4, 1), (3, 3), (2, 2))
@@ -111,34 +106,6 @@ def bilinear_indices(old: int, new: int, *, mirrored: bool = False) -> tuple[np.
   return (low[::-1], high[::-1], weight[::-1]) if mirrored else (low, high, weight)
 
 
-def smooth_profile(positions: Positions, length: int | Array) -> Positions:
-  """Weights along one axis of a window whose prediction fades out toward both ends: sin^2, never 0 inside.
-
-  Args:
-    positions: 0 .. length - 1, an array; weights of positions outside are undefined.
-    length: of the window.
-  """
-  xp = cast(Any, np if isinstance(positions, np.ndarray) else jnp)
-  # Measured from the nearer end: near pi the sine of a float32 is inaccurate.
-  nearer = xp.minimum(positions, length - 1 - positions)
-  return xp.sin(np.pi / 2 * (2 * nearer + 1) / length) ** 2
-
-
-def overlap_weights(starts: list[int], length: int, side: int, *, smooth: bool = False) -> np.ndarray:
-  """1 / sum of the windows' weights at each position of an axis: float32, padded to full tiles and one more.
-
-  Args:
-    starts: first positions of the windows.
-    length: of a window.
-    side: of the axis.
-    smooth: the weights are those of `smooth_profile`, else 1, and the sum is the number of windows.
-  """
-  total = np.zeros((-(-side // TILE) + 1) * TILE)
-  for start in starts:
-    total[start : start + length] += smooth_profile(np.arange(length), length) if smooth else 1
-  return (1 / np.where(total > 0, total, 1)).astype(np.float32)
-
-
 def tile_indices(
   low: np.ndarray, high: np.ndarray, share: np.ndarray, over: np.ndarray, begin: int, step: int
 ) -> tuple[int, tuple[np.ndarray, ...]]:
@@ -146,14 +113,15 @@ def tile_indices(
 
   Args:
     low, high, share: of `bilinear_indices`.
-    over: of `overlap_weights`.
+    over: of `blending.overlap_weights`.
     begin, step: first position of the tile, and its length, at most TILE.
   """
   part = slice(begin, begin + step)
   tile = int(low[part].min()) // TILE
   pad = lambda values: np.pad(values, (0, TILE - len(values)), mode="edge")
   positions = pad(low[part] - tile * TILE), pad(high[part] - tile * TILE), pad(share[part])
-  return tile, (*positions, over[tile * TILE : (tile + 2) * TILE])
+  weights = over[tile * TILE : (tile + 2) * TILE]
+  return tile, (*positions, np.pad(weights, (0, 2 * TILE - len(weights)), constant_values=1))
 
 
 def add(tile: Array, scores: Array, where: Array, *, smooth: bool = False) -> Array:
@@ -164,7 +132,7 @@ def add(tile: Array, scores: Array, where: Array, *, smooth: bool = False) -> Ar
     scores: float [n, h, w, K].
     where: int32: i; of the tile in the window, the first row and column; rows and columns of the window; 1 for the
       first window of this tile, which overwrites it.
-    smooth: see `overlap_weights`.
+    smooth: see `blending.overlap_weights`.
   """
   i, top, left, height, width, first = where
   rows, columns = (begin + jnp.arange(TILE) for begin in (top, left))
@@ -172,7 +140,7 @@ def add(tile: Array, scores: Array, where: Array, *, smooth: bool = False) -> Ar
   part = window.take(jnp.clip(rows, 0, height - 1), 0).take(jnp.clip(columns, 0, width - 1), 1)
   inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))[None, :]
   if smooth:
-    fade = smooth_profile(rows, height)[:, None] * smooth_profile(columns, width)[None, :]
+    fade = blending.smooth_profile(rows, height)[:, None] * blending.smooth_profile(columns, width)[None, :]
     part = part * fade[..., None].astype(part.dtype)
   return jnp.where(first > 0, 0, tile) + jnp.where(inside[..., None], part, 0)
 
@@ -197,7 +165,7 @@ def fold(
     total: float [TILE, TILE, K], the sum so far.
     tiles: four tiles of the view: upper left, upper right, lower left, lower right.
     steps: for rows and for columns, of the four tiles joined: `bilinear_indices` [TILE] and
-      `overlap_weights` [2 TILE].
+      `blending.overlap_weights` [2 TILE].
     flags: bool: whether this is the first view, which overwrites the sum; whether it is the last one.
     weight: of the view.
     softmax, postprocess: see `SlidingWindowInference`.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpd_jax.errors import UserError, check_choice
-from vpd_jax.inference import tiles
+from vpd_jax.inference import blending
 from vpd_jax.types import Array, Batch
 
 Images = TypeVar("Images", np.ndarray, Array)
@@ -90,7 +90,7 @@ def cut(images: Images, corners: list[tuple[int, int]]) -> Images:
 
 
 def merge(windows: Images, corners: list[tuple[int, int]], size: Sequence[int], *, smooth: bool = False) -> Images:
-  """Inverse of `cut`: overlaps are averaged, with `smooth` by `tiles.smooth_profile`; without a window it is NaN."""
+  """Inverse of `cut`: overlaps are averaged, with `smooth` by `blending.smooth_profile`; without a window it is NaN."""
   xp = cast(Any, np if isinstance(windows, np.ndarray) else jnp)
   side = windows.shape[1]
   parts = windows.reshape(len(corners), -1, *windows.shape[1:])  # [n, B, S, S, ...]
@@ -98,7 +98,7 @@ def merge(windows: Images, corners: list[tuple[int, int]], size: Sequence[int], 
   total, count = 0, np.zeros((1, *size, *(1,) * len(trailing)), windows.dtype)
   weight = np.ones((side, side), windows.dtype)
   if smooth:  # along the longer side only; along the other one all windows weigh the same
-    fade = tiles.smooth_profile(np.arange(side), side).astype(windows.dtype)
+    fade = blending.smooth_profile(np.arange(side), side).astype(windows.dtype)
     weight = weight * (fade[:, None] if size[0] > size[1] else fade)
     parts = parts * weight.reshape(1, 1, side, side, *(1,) * len(trailing))
   for part, (y, x) in zip(parts, corners, strict=True):

@@ -92,7 +92,10 @@ def run(
   if single and not paths:
     raise UserError(f"--input={source!r} is not an image in a supported format; give one, or a folder of images.")
   if not paths:
-    hint = f"only {len(files)} other files, like {files[0].name}" if files else "it is empty"
+    if files:
+      hint = f"only {len(files)} other files, like {files[0].name}"
+    else:
+      hint = f"only folders, like {names[0]}, which are not searched" if names else "it is empty"
     raise UserError(f"--input={source!r} contains no image, {hint}; give a folder that does.")
   if sentence and sentences:
     raise UserError("--sentence and --sentences are given; give one of them.")
@@ -218,8 +221,8 @@ def check_flags(config: ConfigDict, predictor: Predictor, flags: Mapping[str, st
     raise UserError(f"--attention has no effect: {config.method.name!r} has no map for each class; leave it out.")
   if ply and not predictor.experiment.task.measures_depth:
     raise UserError(f"--ply has no effect: task {config.task.name!r} predicts no depth; leave it out.")
-  if predictor.takes_sentence and not (flags["sentence"] or flags["sentences"]):
-    remedy = 'give --sentence="the red car" about all, or --sentences=FILE.json'
+  if predictor.takes_sentence and not (flags["sentence"] or flags.get("sentences")):
+    remedy = 'give --sentence="the red car" about all' + ", or --sentences=FILE.json" * ("sentences" in flags)
     raise UserError(f"the method needs a sentence about each image: {remedy}.")
 
 

@@ -115,7 +115,7 @@ def attention(maps: list[tuple[str, np.ndarray]], label: np.ndarray, image: np.n
 
 def write_indexed(path: Path, label: np.ndarray, palette: np.ndarray) -> None:
   """Writes an indexed PNG of labels uint8 [H, W] with their palette."""
-  picture = Image.fromarray(label, "L")
+  picture = Image.fromarray(label)
   picture.putpalette(paint(np.arange(256, dtype=np.uint8)[None], palette).tobytes())
   picture.save(path, "PNG")
 

@@ -52,6 +52,15 @@ def test_folders_endings_and_inner_folders_may_be_named(root):
   assert data.source("eval").pairs[0] == ("val/pictures/day/a.jpg", "val/truth/day/a_mask.png")
 
 
+def test_linked_folders_are_searched_like_others(root):
+  for folder in ("images", "masks"):
+    (root.parent / folder).mkdir()
+    (root / folder).rename(root.parent / folder / "elsewhere")
+    (root / folder).mkdir()
+    (root / folder / "day").symlink_to(root.parent / folder / "elsewhere")
+  assert made(root).source("eval").pairs == [("images/day/09.jpg", "masks/day/09.png")]
+
+
 @pytest.mark.parametrize("ending", [".png", ".PNG", "_mask.PNG", "_mask.png"])
 def test_endings_in_capitals_are_found(root, ending):
   for index, path in enumerate(sorted((root / "masks").iterdir())):

@@ -27,6 +27,13 @@ def test_evaluation_has_every_sentence_of_every_room_once():
     assert int(example["index"]) == index
 
 
+def test_rooms_are_drawn_once_to_find_their_sentences(monkeypatch):
+  drawn, draw = [], rooms.draw
+  monkeypatch.setattr(rooms, "draw", lambda *given, **options: drawn.append(given) or draw(*given, **options))
+  data = dataset()
+  assert data.source("eval") is data.source("eval") and len(drawn) == 4
+
+
 def test_the_mask_is_that_of_the_object_the_sentence_is_about():
   data = dataset(crop=(48, 64))
   example = data.source("train")[2]

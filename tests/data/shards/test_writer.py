@@ -183,6 +183,14 @@ def test_a_damaged_record_is_named_and_the_others_are_read(shards, tmp_path):
   )
 
 
+def test_a_lack_of_memory_is_not_taken_for_a_damaged_record(shards):
+  def decode(record):
+    raise MemoryError("a.png: no memory")
+
+  with pytest.raises(MemoryError, match=r"a\.png: no memory"):
+    reader.SkipUnreadable(reader.Shards(str(shards), "nyu", "train", decode=decode))[0]
+
+
 def test_shards_are_those_that_were_asked_for(root, shards, tmp_path):
   drawn = tmp_path / "drawn"
   options = dict(size=(24, 32), crop=(24, 24), train_count=3, eval_count=2)

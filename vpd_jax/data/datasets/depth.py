@@ -20,7 +20,7 @@ class DepthDataset(Dataset):
     crop: (height, width) of a training example.
     resize: (height, width) to which images and depth are resized first; () keeps the files' sizes. Scores on resized
       data are not comparable to published ones.
-    cut_depth: "released", "scaled" or "off", see transforms.vertical_cut_depth.
+    cut_depth: "released", "scaled" or "off", see depth_transforms.vertical_cut_depth.
     color_jitter: whether to apply color augmentation.
 
   Attributes:
@@ -51,7 +51,7 @@ class DepthDataset(Dataset):
       raise UserError(f"crop={self.crop} does not fit into {option}={size}; make data.crop smaller.")
 
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
-    """The released augmentation of one frame, see transforms.depth_training."""
+    """The released augmentation of one frame, see depth_transforms.depth_training."""
     return depth_transforms.depth_training(
       self.eval_transform(example),
       rng,

@@ -20,6 +20,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from vpd_jax.data import validation
 from vpd_jax.data.datasets.depth import DepthDataset
 from vpd_jax.data.readers import image_files
 from vpd_jax.data.shards import reader
@@ -110,7 +111,7 @@ class DepthList(DepthDataset):
       path = image_files.find_list(self._root, self.train_list, (), "name it in data.train_list.")
     records = [(image, depth) for image, depth in read_columns(path, columns=(2,))]
     if not self.eval_list:
-      num_train = len(records) - max(1, round(self.holdout * len(records)))
+      num_train = validation.train_count(len(records), self.holdout)
       if num_train < 1:
         raise UserError(f"list file {path} has {len(records)} picture and one is held out; add more, or an eval_list.")
       records = records[:num_train] if split == "train" else records[num_train:]

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
+from vpd_jax.data import validation
 from vpd_jax.data.datasets.pose import PoseDataset
 from vpd_jax.data.readers import coco_json, image_files, persons
 from vpd_jax.data.shards import reader
@@ -129,7 +130,7 @@ class KeypointList(PoseDataset):
     count = len(annotations.images)
     if self.eval_json:
       return annotations, range(count)
-    num_train = count - max(1, round(self.holdout * count))
+    num_train = validation.train_count(count, self.holdout)
     if num_train < 1:
       raise UserError(f"{path} has {count} picture and one is held out; add more, or an eval_json.")
     return annotations, range(num_train) if split == "train" else range(num_train, count)

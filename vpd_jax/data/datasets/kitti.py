@@ -124,12 +124,14 @@ class Kitti(DepthDataset):
     root, depth_root = (Path(folder).expanduser() for folder in (self.root, self._depth_root))
     hint = LISTS_SOURCE.format(option="train_list" if split == "train" else "test_list")
     path = image_files.find_list(root, self.lists[split], LISTS[split], hint)
-    lines = [line for line in depth_list.read_columns(path, columns=(2, 3)) if line[1] != NO_DEPTH]
+    columns = depth_list.read_columns(path, columns=(2, 3))
+    lines = [(image, depth) for image, depth, *_ in columns if depth != NO_DEPTH]
     if not lines:
       raise UserError(f"list file {path} names no frame with depth; {hint}")
-    named = [line[0] for line in lines], [line[1] for line in lines]
-    images, depths = place(root, IMAGE_FOLDERS, IMAGE, named[0]), place(depth_root, DEPTH_FOLDERS, DEPTH, named[1])
-    listed, files = (*named[0], *named[1]), (*images, *depths)
+    image_names, depth_names = [image for image, _ in lines], [depth for _, depth in lines]
+    images = place(root, IMAGE_FOLDERS, IMAGE, image_names)
+    depths = place(depth_root, DEPTH_FOLDERS, DEPTH, depth_names)
+    listed, files = (*image_names, *depth_names), (*images, *depths)
     missing = [name for name, file in zip(listed, files, strict=True) if file is None]
     if missing:
       folders = self.root if self._depth_root == self.root else f"{self.root} and {self._depth_root}"

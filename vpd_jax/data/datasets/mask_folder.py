@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
+from vpd_jax.data import validation
 from vpd_jax.data.datasets.segmentation import SegmentationDataset
 from vpd_jax.data.readers import image_files, label_maps
 from vpd_jax.data.shards import reader
@@ -109,7 +110,7 @@ class MaskFolder(SegmentationDataset):
     hint = SOURCE.format(images=f"{prefix}images", masks=f"{prefix}masks")
     pairs = label_maps.pair_files(root, *folders, hint, ending=self.mask_ending, nested=True)
     if not self.eval_images:
-      num_train = len(pairs) - max(1, round(self.holdout * len(pairs)))
+      num_train = validation.train_count(len(pairs), self.holdout)
       if num_train < 1:
         raise UserError(f"{root / self.images} has {len(pairs)} picture and one is held out; add more.")
       pairs = pairs[:num_train] if split == "train" else pairs[num_train:]

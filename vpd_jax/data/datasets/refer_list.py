@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vpd_jax.data import validation
 from vpd_jax.data.datasets.referring import ReferringDataset
 from vpd_jax.data.readers import image_files, label_maps, referring
 from vpd_jax.data.readers.referring import Item
@@ -85,7 +86,7 @@ class ReferList(ReferringDataset):
     if any(entry.get("split") == "eval" for entry in entries):
       chosen = [entry for entry in entries if entry.get("split", "train") == split]
     else:
-      num_train = len(image_ids) - max(1, round(self.holdout * len(image_ids)))
+      num_train = validation.train_count(len(image_ids), self.holdout)
       chosen = [entry for entry in entries if (image_ids[entry["image"]] < num_train) == (split == "train")]
     if not chosen:
       raise UserError(f'{path} has nothing for {split!r}; add pictures, or entries of that "split".')

@@ -48,7 +48,7 @@ class Rooms(Dataset):
     train_count: rooms in the training split.
     eval_count: rooms in the evaluation split; for "referring" with all their sentences.
     seed: of the data set.
-    cut_depth: for depth, "released", "scaled" or "off", see transforms.vertical_cut_depth.
+    cut_depth: for depth, "released", "scaled" or "off", see depth_transforms.vertical_cut_depth.
     ratio_range: for segmentation, (lowest, highest) factor of the random rescaling; () is (1, 1).
     color_jitter: whether to apply color augmentation; "referring" has none.
     cache, cache_folder: for "referring", see referring.ReferringDataset.
@@ -121,6 +121,7 @@ class Rooms(Dataset):
     """Empty, since it would render all rooms of "eval"."""
     return []
 
+  @reader.read_once
   def source(self, split: str) -> "DrawnRooms | expressions.RoomExpressions | reader.Shards":
     """The rooms of "train" or "eval", rendered by `[]` or read from shards; for "referring" the sentences of "eval"."""
     check_choice("split", split, SPLITS)
@@ -132,7 +133,7 @@ class Rooms(Dataset):
     return DrawnRooms(self.seed, split, self.counts[split], self.size, self.provides - segmentation_transforms.ADDED)
 
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
-    """The augmentation of the task's release, see transforms.depth_training and segmentation_transforms."""
+    """The augmentation of the task's release, see depth_transforms.depth_training and segmentation_transforms."""
     if self.task == "segmentation":
       return self.augmentation.training(example, rng)
     if self.task == "referring":

@@ -150,10 +150,10 @@ def annotated(coco: Annotations, chosen: Sequence[int]) -> Samples:
   notes += [f"{empty} boxes without an area inside their image are left out"] if empty else []
   count = len(coco.category["keypoints"])
   return Samples(
-    np.array([row[0] for row in rows], np.int32),
-    np.array([row[1] for row in rows], np.float32).reshape(-1, 4),
+    np.array([image for image, _, _ in rows], np.int32),
+    np.array([box for _, box, _ in rows], np.float32).reshape(-1, 4),
     np.ones(len(rows), np.float32),
-    np.array([row[2] for row in rows], np.float32).reshape(-1, count, 3),
+    np.array([keypoints for _, _, keypoints in rows], np.float32).reshape(-1, count, 3),
     notes,
   )
 
@@ -224,12 +224,12 @@ def detected(
     [f"{below_threshold} detections with a score of {threshold:g} or below are left out"] if below_threshold else []
   )
   notes += [f"{empty} detected boxes without an area inside their image are left out"] if empty else []
-  without_detection = sorted(set(range(len(chosen))) - {row[0] for row in rows})
+  without_detection = sorted(set(range(len(chosen))) - {image for image, _, _ in rows})
   notes += [f"{len(without_detection)} images have no detection and count as such"] if without_detection else []
   return Samples(
-    np.array([row[0] for row in rows], np.int32),
-    np.array([row[1] for row in rows], np.float32).reshape(-1, 4),
-    np.array([row[2] for row in rows], np.float32),
+    np.array([image for image, _, _ in rows], np.int32),
+    np.array([box for _, box, _ in rows], np.float32).reshape(-1, 4),
+    np.array([score for _, _, score in rows], np.float32),
     np.zeros((len(rows), len(coco.category["keypoints"]), 3), np.float32),
     notes,
   )

@@ -191,7 +191,7 @@ def pair_files(
     labels: folder of label files, named as the image except for `ending`.
     source: where to obtain the files, for messages.
     ending: suffix of a label file after the image name without its suffix; the file type is case-insensitive.
-    nested: whether to search subfolders of `images`.
+    nested: whether to search subfolders of `images`, also linked ones.
 
   Raises:
     ValueError: for a missing folder, no images, two images with the same label file, or missing label files (counted).
@@ -200,7 +200,7 @@ def pair_files(
   if not folder.is_dir():
     raise UserError(f"{folder} is not a folder; {source}")
   image_names = []
-  for parent, subfolders, file_names in os.walk(folder):
+  for parent, subfolders, file_names in os.walk(folder, followlinks=True):
     subfolders[:] = reading.visible(subfolders) if nested else []
     relative = Path(parent).relative_to(folder)
     image_names += [

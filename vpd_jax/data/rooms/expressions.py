@@ -1,6 +1,5 @@
 """Sentences about the objects of procedural rooms: by room in training, one at a time in evaluation."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +23,7 @@ class RoomExpressions(Source):
       single: whether an item is one sentence instead of one room; all rooms are then rendered to count them.
     """
     self.draw, self.say, self.count = draw, say, count
-    self.items = _all_sentences(draw, say, count) if single else None
+    self.items = [(index, *said) for index in range(count) for said in say(draw(index))] if single else None
 
   def __len__(self) -> int:
     return self.count if self.items is None else len(self.items)
@@ -60,11 +59,6 @@ class RoomExpressions(Source):
   def sentences(self) -> list[str]:
     """All sentences of the evaluation; empty for training, where rooms are rendered on demand."""
     return [text for _, text, _ in self.items or ()]
-
-
-@functools.lru_cache(maxsize=4)
-def _all_sentences(draw: Draw, say: Say, count: int) -> tuple[tuple[int, str, int], ...]:
-  return tuple((index, text, number) for index in range(count) for text, number in say(draw(index)))
 
 
 def training(example: Example, rng: np.random.Generator, transforms: referring.Transforms) -> Example:

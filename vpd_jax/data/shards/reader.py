@@ -92,6 +92,8 @@ class Shards(Source):
       stored = self._records[int(index)]
       record = {key: self._restore[key](value) for key, value in stored.items()}
       return record if self._decode is None else self._decode(record)
+    except MemoryError:  # not caused by the record
+      raise
     except Exception as error:  # damaged shards raise many types, of riegeli, protobuf and numpy
       reason = one_line(error)
       raise UserError(f"record {index} of split {self._split!r} in {self._root} cannot be read: {reason}") from None
