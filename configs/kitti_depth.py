@@ -60,6 +60,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     "batch_size": 24,
     "workers": 8,
     "on_bad_record": "stop",  # "skip"
+    "reshuffle_each_epoch": False,  # the release keeps the order of the first epoch
     "captions": "",  # a file of them, for methods that read a sentence; see docs/data.md
   }
   config.optim = presets.adamw(

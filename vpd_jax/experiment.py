@@ -98,7 +98,7 @@ DATASETS: dict[str, type[Dataset]] = {
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 FROZEN_DTYPES = ("float32", "bfloat16")  # the first one means param_dtype
-NOT_OF_THE_DATASET = ("name", "batch_size", "workers", "on_bad_record", "captions")
+NOT_OF_THE_DATASET = ("name", "batch_size", "workers", "on_bad_record", "reshuffle_each_epoch", "captions")
 
 
 class BackboneSizes(NamedTuple):

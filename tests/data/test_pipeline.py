@@ -55,6 +55,17 @@ def test_each_epoch_holds_every_record_once_in_another_order():
   assert len(set(noise)) == 60  # random numbers belong to the place, so that no epoch repeats another's
 
 
+def test_epochs_keep_their_order_where_they_are_not_reshuffled():
+  batches = take(10, reshuffle_each_epoch=False)
+  indices = np.concatenate([batch["index"] for batch in batches]).reshape(6, 10)
+  np.testing.assert_array_equal(indices, np.tile(indices[0], (6, 1)))
+  np.testing.assert_array_equal(indices[0], np.concatenate([batch["index"] for batch in take(2)])[:10])
+  positions = np.concatenate([batch["position"] for batch in batches]).reshape(6, 10)
+  np.testing.assert_array_equal(positions, np.tile(np.arange(10), (6, 1)))
+  assert len(set(np.concatenate([batch["noise"] for batch in batches]))) == 60  # every epoch is augmented anew
+  assert_same(take(3, reshuffle_each_epoch=False, start_step=7), batches[7:])
+
+
 def test_batches_depend_on_seed_and_step_only():
   batches = take(8)
   assert_same(take(8), batches)

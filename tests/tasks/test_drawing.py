@@ -41,6 +41,12 @@ def test_a_bar_runs_from_the_first_color_below_to_the_last_above(size):
     assert (bar[:, -20:] < 100).any()  # the numbers
 
 
+def test_the_bar_of_a_small_image_has_several_numbers():
+  bar = drawing.color_bar(0.5, 9.3, colormaps.DEPTH, (128, 128))
+  dark_lines = (bar == 0).all(-1).sum(axis=0)
+  assert 4 in dark_lines  # 2, 4, 6 and 8 m
+
+
 def test_contours_lie_where_a_multiple_is_passed_and_not_beside_what_is_not_known():
   values = np.broadcast_to(np.linspace(0.55, 3.45, 80), (60, 80)).copy()
   values[:, 30:32] = np.nan

@@ -37,6 +37,7 @@ RENAMED = {
 # Options that earlier versions did not have, with the values that reproduce their behavior.
 ADDED = {
   "data.captions": "",
+  "data.reshuffle_each_epoch": True,
   "backbone.vae.latent_scale": 0.18215,
   "backbone.text.padding": -1,
   "optim.moments": "float32",

@@ -1,10 +1,11 @@
 """The input pipeline, from Examples to batches on the mesh, with grain.
 
-The data of a step depend only on (seed, step). The records of all epochs form one infinite sequence that is reshuffled
-in each epoch. Global batch k of size n has its positions k n to (k + 1) n - 1, so a batch may span two epochs, and
-process p of P has the p-th of P equal parts of each batch. Random numbers depend on the position, not on the worker.
-Therefore no iterator state is saved: an iterator that starts at step k yields the same batches as an uninterrupted one.
-A record that cannot be read stops the run or is replaced by the next one, deterministically on all processes.
+The data of a step depend only on (seed, step). The records of all epochs form one infinite sequence, by default
+reshuffled in each epoch. Global batch k of size n has its positions k n to (k + 1) n - 1, so a batch may span two
+epochs, and process p of P has the p-th of P equal parts of each batch. Random numbers depend on the position, not on
+the worker. Therefore no iterator state is saved: an iterator that starts at step k yields the same batches as an
+uninterrupted one. A record that cannot be read stops the run or is replaced by the next one, deterministically on all
+processes.
 """
 
 import atexit
@@ -46,6 +47,7 @@ def train_batches(
   process_index: int = 0,
   process_count: int = 1,
   on_bad_record: str = "stop",
+  reshuffle_each_epoch: bool = True,
 ) -> "Batches":
   """Infinite batches of the training split, with the rows of this process.
 
@@ -61,6 +63,7 @@ def train_batches(
     process_count: number of processes that share the global batch.
     on_bad_record: "stop" raises the error of a record that cannot be read; "skip" replaces it by the next readable
       record, names the file on stderr once, and counts it in `skipped`.
+    reshuffle_each_epoch: False keeps the shuffled order of the first epoch. The augmentation differs in any case.
 
   Returns:
     an iterator of {key: [batch_size / process_count, ...]}. The original error of a record is raised by `next`, also if
@@ -78,7 +81,7 @@ def train_batches(
     grain.MapDataset.source(source)
     .shuffle(seed=order_seed)
     .map_with_index(_with_position)
-    .repeat(_EPOCHS)
+    .repeat(_EPOCHS, reseed_each_epoch=reshuffle_each_epoch)
     .random_map(_TrainTransform(dataset, len(source), prepare), seed=transform_seed)
   )
   batches = examples.batch(batch_size // process_count, batch_fn=reader.Collate(tuple(sorted(keys))))

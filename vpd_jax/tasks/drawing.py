@@ -64,7 +64,7 @@ def row(parts: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-  """At most `most` round numbers, multiples of 1, 2 or 5 times a power of ten, from `low` to `high`; at least two."""
+  """At most `most` round numbers, multiples of 1, 2 or 5 times a power of ten, from `low` to `high`."""
   magnitude = 10.0 ** math.floor(math.log10(max(high - low, 1e-9) / max(most, 2)))
   for step in (factor * magnitude for factor in (1, 2, 5, 10, 20, 50)):
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
@@ -87,7 +87,7 @@ def color_bar(low: float, high: float, colors: str, size: Sequence[int], unit: s
   """
   height, scale = size[0], text_scale(size)
   margin, bar_width, half = round(8 * scale), max(6, round(30 * scale)), round(LINE * scale / 4)
-  numbers = ticks(low, high, max(2, round(height / (3 * LINE * scale))))
+  numbers = ticks(low, high, max(2, round(height / (2 * LINE * scale))))
   labels = [f"{number:.6g} {unit}" for number in numbers]
   label_width = max((cv2.getTextSize(label, FONT, scale, 1)[0][0] for label in labels), default=0)
   bar = np.full((height, 3 * margin + bar_width + label_width, 3), 255, np.uint8)

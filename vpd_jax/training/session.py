@@ -224,5 +224,6 @@ def training_batches(
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     on_bad_record=config.data.on_bad_record,
+    reshuffle_each_epoch=config.data.get("reshuffle_each_epoch", True),
   )
   return pipeline.Prefetch(encode(local), sharding.batch_sharding(mesh))

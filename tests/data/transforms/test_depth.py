@@ -31,6 +31,11 @@ def test_every_depth_a_16_bit_file_can_hold_wraps_exactly():
     np.testing.assert_array_equal(wrapped, np.arange(65536) % 256)
 
 
+def test_fractions_of_a_file_unit_are_truncated():
+  depth = np.array([[80.7, 80.2, 337.9]], np.float32)
+  np.testing.assert_array_equal(depth_transforms.depth_as_color(depth, "released", 1.0, 1000.0), [[80, 80, 81]])
+
+
 def test_scaled_cut_depth_is_proportional_and_clipped():
   depth = np.array([[0.0, 5.0, 10.0, 20.0]], np.float32)
   np.testing.assert_array_equal(depth_transforms.depth_as_color(depth, "scaled", 1000.0, 10.0), [[0, 127, 255, 255]])

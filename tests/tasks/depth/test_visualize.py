@@ -14,13 +14,13 @@ def large(small):
   return np.kron(small, np.ones((20, 20)))
 
 
-def test_a_panel_shows_input_prediction_truth_and_error_below_titles():
+def test_a_panel_shows_input_truth_prediction_and_error_below_titles():
   image = np.full((40, 60, 3), 7, np.uint8)
   prediction = np.array([[1.0, 3.0, 9.0], [3.0, np.inf, 5.0]])
   panel = visualize.panel(image, large(prediction), large(TRUTH), (1.0, 5.0), 1.0)
   above, bar = panel.shape[0] - 40, (panel.shape[1] - 4 * 60) // 2
   squares = panel[above + 10 :: 20]
-  given, predicted, true = (squares[:, 60 * i + 10 : 60 * i + 60 : 20] for i in range(3))
+  given, true, predicted = (squares[:, 60 * i + 10 : 60 * i + 60 : 20] for i in range(3))
   error = squares[:, 3 * 60 + bar + 10 :: 20][:, :3] if bar else None
   np.testing.assert_array_equal(given, 7)
   np.testing.assert_array_equal(predicted[0, 0], true[0, 0])
@@ -42,13 +42,13 @@ def test_panels_of_several_images_share_one_scale():
   near, far = (np.full((40, 60), depth, np.float32) for depth in (2.0, 8.0))
   panels = task.panels([{"image": image, "depth": near}, {"image": image, "depth": far}], [near, near])
   above = panels[0].shape[0] - 40
-  np.testing.assert_array_equal(panels[0][above, 60], panels[1][above, 60])
+  np.testing.assert_array_equal(panels[0][above, 120], panels[1][above, 120])
   first, last = colormaps.paint(np.array([0.0, 1.0]), 0.0, 1.0, colormaps.DEPTH)
-  np.testing.assert_array_equal(panels[0][above, 120], first)
-  np.testing.assert_array_equal(panels[1][above, 120], last)
+  np.testing.assert_array_equal(panels[0][above, 60], first)
+  np.testing.assert_array_equal(panels[1][above, 60], last)
   empty = task.panel({"image": image, "depth": np.zeros((40, 60))}, np.full((40, 60), 10.0))
-  np.testing.assert_array_equal(empty[above, 60], last)  # without truth the scale ends at max_depth
-  assert (empty[above, 120] == colormaps.INVALID).all()
+  np.testing.assert_array_equal(empty[above, 120], last)  # without truth the scale ends at max_depth
+  assert (empty[above, 60] == colormaps.INVALID).all()
 
 
 def test_colored_depth_has_a_bar_and_on_demand_contours():

@@ -93,7 +93,9 @@ def vertical_cut_depth(
 def depth_as_color(depth: np.ndarray, mode: str, depth_scale: float, max_depth: float) -> np.ndarray:
   """Depth in meters as uint8: file units modulo 256 ("released"), or max_depth as 255 ("scaled")."""
   if mode == "released":
-    return (np.rint(depth.astype(np.float64) * depth_scale).astype(np.int64) % 256).astype(np.uint8)
+    # The release truncates the numbers of the file; the margin restores integers that were divided by depth_scale.
+    units = np.floor(depth.astype(np.float64) * depth_scale + 0.01)
+    return (units.astype(np.int64) % 256).astype(np.uint8)
   return np.clip(depth / max_depth * 255.0, 0, 255).astype(np.uint8)
 
 

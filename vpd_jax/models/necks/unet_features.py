@@ -11,7 +11,7 @@ from vpd_jax.models.backbones import layers, normalization
 from vpd_jax.models.layer_options import Common
 from vpd_jax.types import Array, Features, MapInfo
 
-# The release uses timm's trunc_normal_(std=0.02), which truncates at -2 and 2, i.e. at a hundred standard deviations.
+# The releases use timm's trunc_normal_(std=0.02), which truncates at -2 and 2, i.e. at a hundred standard deviations.
 NORMAL = initializers.normal(0.02)
 
 
@@ -62,14 +62,14 @@ class Fusion(nnx.Module):
       raise UserError(
         f"neck 'fusion' cuts padding off, but the method's image is {maps.map_extent}; use neck 'einsum'."
       )
-    widths, init = maps.widths, initializers.truncated_normal(0.02)
+    widths = maps.widths
     self.cut_padding = cut_padding
     norm = lambda w: normalization.GroupNorm(w, groups=16, epsilon=1e-5, **common.layer)
-    half = lambda w: layers.conv(w, w, 3, stride=2, kernel_init=init, **common.layer)
+    half = lambda w: layers.conv(w, w, 3, stride=2, kernel_init=NORMAL, **common.layer)
     self.map_info = dataclasses.replace(maps, widths=(width,), strides=(maps.strides[2],))
     self.layer1 = nnx.List([half(widths[0]), norm(widths[0]), layers.ReLU(), half(widths[0])])
     self.layer2 = nnx.List([half(widths[1])])
-    mixed = layers.conv(sum(widths), width, 1, kernel_init=init, **common.layer)
+    mixed = layers.conv(sum(widths), width, 1, kernel_init=NORMAL, **common.layer)
     self.out_layer = nnx.List([mixed, norm(width), layers.ReLU()])
 
   def __call__(self, features: Features, *, training: bool = False) -> Features:

@@ -201,7 +201,7 @@ class Depth(Task):
     return self.panels([example], [prediction])[0]
 
   def panels(self, examples: Sequence[Example], predictions: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Input, prediction, truth and error of each image: uint8 [H', W', 3], see `visualize.panel`.
+    """Input, truth, prediction and error of each image: uint8 [H', W', 3], see `visualize.panel`.
 
     The color scale is the range of valid truth of all images, or 0 to `max_depth` without any; that of the error ends
     at a tenth of `max_depth`.

@@ -50,7 +50,7 @@ def painted(
 def panel(
   image: np.ndarray, prediction: np.ndarray, truth: np.ndarray, span: tuple[float, float], largest_error: float
 ) -> np.ndarray:
-  """Input, prediction, truth and error of one image, side by side below their titles, with bars in meters.
+  """Input, truth, prediction and error of one image, side by side below their titles, with bars in meters.
 
   Args:
     image: uint8 [H, W, 3].
@@ -64,8 +64,8 @@ def panel(
   return drawing.row(
     [
       ("input", image),
-      ("prediction", prediction),
       ("truth", truth),
+      ("prediction", prediction),
       ("", drawing.color_bar(*span, colormaps.DEPTH, size)),
       ("error", error),
       ("", drawing.color_bar(0.0, largest_error, colormaps.ERROR, size)),

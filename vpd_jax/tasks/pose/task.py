@@ -227,15 +227,15 @@ class Pose(Task):
     return {name: self.summarize(stacked_rows, truth)["AP"] for name, stacked_rows in stacked.items()}
 
   def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray:
-    """Crop with the predicted skeleton, with the annotated one, and the maximum of heatmaps: uint8 [H + h, 3 W, 3]."""
+    """Crop with the annotated skeleton, with the predicted one, and the maximum of heatmaps: uint8 [H + h, 3 W, 3]."""
     height, width = example["image"].shape[:2]
     offset = 1 if self.udp else 0
     positions, scores = heatmaps.decode(jnp.asarray(prediction)[None], udp=self.udp, kernel=self.blur)
     stride = (np.array([width, height]) - offset) / (np.array(prediction.shape[1::-1]) - offset)
     predicted = np.concatenate([np.asarray(positions[0]) * stride, np.asarray(scores[0])[:, None]], axis=-1)
-    shown = [self._drawn(example["image"], [points]) for points in (predicted, example["keypoints"])]
+    shown = [self._drawn(example["image"], [points]) for points in (example["keypoints"], predicted)]
     shown.append(visualize.heat(example["image"], prediction.max(-1)))
-    return drawing.row(list(zip(("prediction", "truth", "heatmaps"), shown, strict=True)))
+    return drawing.row(list(zip(("truth", "prediction", "heatmaps"), shown, strict=True)))
 
   def save(self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None) -> list[Path]:
     """Writes the people of one image; files appear only when complete, the JSON last.
