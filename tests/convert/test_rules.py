@@ -87,6 +87,16 @@ def test_values_take_the_dtype_of_the_target():
   assert {array.dtype.name for array in named.values()} == {"float32"}
 
 
+def test_what_is_copied_is_aligned_for_a_cpu_device_and_the_rest_is_not_copied():
+  given = source()
+  named, _ = rules.convert(given, TABLE, targets(), aligned=True)
+  plain, _ = rules.convert(given, TABLE, targets())
+  for name, array in named.items():
+    np.testing.assert_array_equal(array, plain[name])
+    shared = any(np.shares_memory(array, value) for value in given.values())
+    assert shared != (jax.device_put(array).unsafe_buffer_pointer() == array.ctypes.data and array.ndim > 1), name
+
+
 def test_matrices_may_become_1x1_convolutions_and_back():
   matrix = np.arange(6.0).reshape(2, 3)
   kernel = rules.linear_as_conv.forward(matrix)

@@ -43,3 +43,12 @@ def test_nothing_is_said_of_a_machine_without_or_of_one_that_is_used(tmp_path, m
   write(tmp_path, "dev/nvidia0")
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   assert accelerators.unused({}, str(tmp_path)) == ""
+
+
+@pytest.mark.parametrize("path, environment, absent", [
+  ("etc/hosts", {}, True), ("etc/hosts", {"JAX_PLATFORMS": "cuda"}, False), ("etc/hosts", {"TPU_NAME": "a"}, False),
+  ("dev/nvidia0", {}, False), ("dev/nvidia0", {"JAX_PLATFORMS": "cpu"}, True),
+])  # fmt: skip
+def test_the_cpu_is_expected_without_a_device_or_where_it_is_asked_for(tmp_path, path, environment, absent):
+  write(tmp_path, path)
+  assert accelerators.is_absent(environment, str(tmp_path)) == absent

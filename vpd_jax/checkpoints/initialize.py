@@ -33,7 +33,9 @@ RANDOM = "randomly initialized"
 CLASS_PREDICTOR = "method/class_predictor/"  # not part of the checkpoint of a network trained without it
 
 
-def weights(config: ConfigDict, exp: Experiment, source: str = "") -> tuple[ParamDict, list[str]]:
+def weights(
+  config: ConfigDict, exp: Experiment, source: str = "", *, aligned: bool = False
+) -> tuple[ParamDict, list[str]]:
   """Loads or initializes every array of the model, and reports the source of each in lines for the log.
 
   Args:
@@ -56,7 +58,7 @@ def weights(config: ConfigDict, exp: Experiment, source: str = "") -> tuple[Para
     named, lines = _load_run(config, exp, source)
   elif source:
     expected = {name: shape for name, shape in shapes.items() if not name.startswith(CLASS_PREDICTOR)}
-    named, report = load.load_pretrained(source, expected)
+    named, report = load.load_pretrained(source, expected, aligned=aligned)
     lines.append(f"weights: {source}: {report.summary()}")
     if any(name.startswith(LAST_BLOCK) for name in named) and stable_diffusion.predicts_v(source):
       lines.append(f"the UNet's last block was trained to predict v, not noise: {source} says so in scheduler/")
@@ -365,7 +367,7 @@ def weights_on_mesh(
   Raises:
     ValueError: as `weights`; arrays are randomly initialized.
   """
-  named, lines = weights(config, exp, source)
+  named, lines = weights(config, exp, source, aligned=True)
   random_lines = [line for line in lines if line.startswith(RANDOM)]
   if complete and random_lines:
     raise UserError(

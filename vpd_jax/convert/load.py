@@ -38,7 +38,11 @@ PART_BYTES = 1 << 28  # Orbax copies what it saves; saving in parts bounds the s
 
 
 def load_pretrained(
-  path: str | epath.PathLike, targets: Mapping[str, Shaped], fresh: Iterable[str] = OUTSIDE_SD
+  path: str | epath.PathLike,
+  targets: Mapping[str, Shaped],
+  fresh: Iterable[str] = OUTSIDE_SD,
+  *,
+  aligned: bool = False,
 ) -> tuple[dict[str, np.ndarray], Report]:
   """Loads weights of any format as arrays by our names, on the host.
 
@@ -47,6 +51,7 @@ def load_pretrained(
     targets: shape and dtype by name of every array of the model: trained, frozen and statistics.
     fresh: regular expressions, searched in "/" + name, of arrays that a Stable Diffusion source need not contain. The
       authors' checkpoints must contain all arrays.
+    aligned: see `rules.convert`.
 
   Returns:
     The loaded arrays, in the dtypes of `targets`, and a report that lists the arrays left at their initial values.
@@ -60,7 +65,9 @@ def load_pretrained(
     saved, arrays = manifest(path), _restore(path)
     _check_model(path, arrays, targets)
     allowed = released.CLIP if saved["table"].startswith("released:") else fresh
-    named, report = convert(arrays, [Same()], targets, fresh=allowed, table=f"ours, from {saved['table']}")
+    named, report = convert(
+      arrays, [Same()], targets, fresh=allowed, aligned=aligned, table=f"ours, from {saved['table']}"
+    )
     return named, dataclasses.replace(report, step=saved["step"])
   _check_model(path, weights.tensors, targets)
   release = kind.removeprefix("released:")
@@ -72,7 +79,7 @@ def load_pretrained(
     rules = stable_diffusion.diffusers(weights.tensors, targets)
   tensors = released.named_for(release, weights.tensors, targets)
   try:
-    named, report = convert(tensors, rules, targets, fresh=fresh, table=kind)
+    named, report = convert(tensors, rules, targets, fresh=fresh, aligned=aligned, table=kind)
   except ConversionError as error:
     raise ConversionError(f"{path}: {error}; give weights of the network that the config describes.") from error
   except NotFinite as error:

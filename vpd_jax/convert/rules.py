@@ -8,6 +8,7 @@ Gradients and moments have the names and shapes of their parameters, so a table 
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -19,6 +20,8 @@ from vpd_jax.convert import finite
 from vpd_jax.convert.formats.lazy_tensor import LazyTensor
 from vpd_jax.errors import UserError
 from vpd_jax.types import Options
+
+XLA_ALIGNMENT = 64  # bytes; XLA's CPU devices take over memory of the host that is aligned to it
 
 
 class Shaped(Protocol):
@@ -179,6 +182,7 @@ def convert(
   *,
   fresh: Iterable[str] = (),
   table: str = "conversion",
+  aligned: bool = False,
 ) -> tuple[dict[str, np.ndarray], Report]:
   """Converts a source to our names, layouts and dtypes, tensor by tensor.
 
@@ -188,6 +192,8 @@ def convert(
     targets: arrays to fill, by our names; anything with `.shape` and `.dtype`.
     fresh: regular expressions, searched in "/" + name, of targets that may keep their initial values.
     table: name of the table, for messages.
+    aligned: align copies in memory such that a CPU device takes them over instead of copying them. For prediction; a
+      program to which such arrays are donated, as in training, has to copy them first.
 
   Returns:
     The filled targets, contiguous, and a report. Targets that keep their initial values are not included.
@@ -222,7 +228,8 @@ def convert(
   named, non_finite = {}, {}
   for name, (target, leaf) in plan.items():
     with np.errstate(over="ignore"):  # overflows are counted below
-      named[target] = np.array(leaf.forward(np.asarray(source[name])), targets[target].dtype, order="C", copy=None)
+      array, dtype = leaf.forward(np.asarray(source[name])), targets[target].dtype
+      named[target] = _aligned(array, dtype) if aligned else np.array(array, dtype, order="C", copy=None)
     if counts := finite.count_non_finite({name: named[target]}):
       non_finite |= {f"{name} as {named[target].dtype}": counts[name]}
   if non_finite:
@@ -348,6 +355,18 @@ def _equal(source: Mapping[str, np.ndarray | LazyTensor], name: str, other: str)
 def phantom(shape: Sequence[int]) -> np.ndarray:
   """An array of the given shape that takes no memory, for shape computations."""
   return np.broadcast_to(np.zeros((), np.int8), tuple(shape))
+
+
+def _aligned(x: np.ndarray, dtype: npt.DTypeLike) -> np.ndarray:
+  """The array in row-major order and this dtype; if that takes a copy, it is aligned to XLA_ALIGNMENT."""
+  if x.flags.c_contiguous and x.dtype == dtype:
+    return x
+  size = math.prod(x.shape) * np.dtype(dtype).itemsize
+  buffer = np.empty(size + XLA_ALIGNMENT, np.uint8)
+  start = -buffer.ctypes.data % XLA_ALIGNMENT
+  array = buffer[start : start + size].view(dtype).reshape(x.shape)
+  np.copyto(array, x, casting="unsafe")
+  return array
 
 
 def _raise_all(problems: Mapping[str, Sequence[str]], heading: str) -> None:

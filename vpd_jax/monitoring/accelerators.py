@@ -6,8 +6,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
-
 # Variables that Cloud TPU VMs, GKE and Colab set on hosts of TPUs.
 _TPU_VARIABLES = ("TPU_NAME", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "COLAB_TPU_ADDR")
 _CUDA_13_DRIVER = 580  # the first driver that runs CUDA 13
@@ -22,6 +20,8 @@ def unused(environment: Mapping[str, str] = os.environ, root: str = "/") -> str:
     environment: a value of JAX_PLATFORMS silences the warning.
     root: of the file system in which devices are looked up.
   """
+  import jax  # late: `is_absent` is asked before JAX is imported
+
   if environment.get("JAX_PLATFORMS") or jax.default_backend() != "cpu":
     return ""
   device, extra = _detect(environment, Path(root))
@@ -31,6 +31,15 @@ def unused(environment: Mapping[str, str] = os.environ, root: str = "/") -> str:
     f"warning: this machine has {device}, but JAX {jax.__version__} found no plugin for it and runs on the CPU. "
     f"Install both together: pip install -U 'vpd_jax[{extra}]'. JAX_PLATFORMS=cpu silences this."
   )
+
+
+def is_absent(environment: Mapping[str, str] = os.environ, root: str = "/") -> bool:
+  """Whether JAX will run on the CPU, since no accelerator is found or JAX_PLATFORMS names the CPU; without JAX.
+
+  Args: as for `unused`.
+  """
+  platforms = environment.get("JAX_PLATFORMS", "")
+  return platforms == "cpu" or (not platforms and not any(_detect(environment, Path(root))))
 
 
 def _detect(environment: Mapping[str, str], root: Path) -> tuple[str, str]:

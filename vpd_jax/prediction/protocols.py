@@ -50,7 +50,7 @@ class ShiftedWindowProtocol:
     self._side, self._result = int(config.data.crop[0]), exp.task.result
     self._smooth = config.eval.blend == "smooth"
     self.input_size = (self._side, self._side)
-    self._batch_size = max(self._windows, config.eval.batch_size)
+    self._batch_size = _batch_size(config)
     self._cut_top = experiment.DATASETS[config.data.name].info(config.data).cut_top
     self._dtype = _dtype(config)
 
@@ -87,7 +87,7 @@ class SlidingWindowProtocol:
     test_time = config.eval.test_time
     window = sliding_window.parse(test_time).window
     self.input_size = (window, window) if window else tuple(config.data.crop)
-    options = {"batch_size": config.eval.batch_size, "small_images": config.eval.small_images}
+    options = {"batch_size": _batch_size(config), "small_images": config.eval.small_images}
     options["smooth"] = config.eval.blend == "smooth"
     options["postprocess"] = cast(DecidingTask, exp.task).decide
     self._inference = sliding_window.SlidingWindowInference(
@@ -111,7 +111,7 @@ class ResizeProtocol:
 
   def __init__(self, config: ConfigDict, exp: Experiment):
     self._predict = jax.jit(evaluate.make_predict(exp, (), "full"))
-    self._size, self._batch_size = tuple(config.data.crop), config.eval.batch_size
+    self._size, self._batch_size = tuple(config.data.crop), _batch_size(config)
     self.input_size = self._size
     task = cast(DecidingTask, exp.task)
     self._decide, self._result = task.decide, task.result
@@ -165,6 +165,11 @@ PROTOCOLS = {
   "squeezed": ResizeProtocol,
   "crops": TopDownProtocol,
 }
+
+
+def _batch_size(config: ConfigDict) -> int:
+  """Windows per call of the network: `eval.batch_size`; on CPUs one, since more take memory and save no time."""
+  return 1 if jax.default_backend() == "cpu" else config.eval.batch_size
 
 
 def _dtype(config: ConfigDict) -> np.dtype:

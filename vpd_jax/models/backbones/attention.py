@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -116,18 +117,34 @@ def _weighted(probabilities: Array, value: Array) -> Array:
 
 
 def _chunked(query: Array, key: Array, value: Array) -> Array:
-  """Processes blocks of queries in a `lax.scan`; the last block is padded with zeros."""
-  batch, tokens, heads, width = query.shape
+  """Processes blocks of queries; on CPUs head by head, since many keys and values of one head stay in the cache."""
+  if platform() == "cpu" and key.shape[1] > CHUNK:
+    by_head = tuple(jnp.moveaxis(x, 2, 0) for x in (query, key, value))  # [heads, B, N, D]
+    return jnp.moveaxis(jax.lax.map(lambda head: _in_blocks(_head, *head), by_head), 0, 2)
+  return _in_blocks(lambda block, key, value: _weighted(_probabilities(block, key), value), query, key, value)
+
+
+def _in_blocks(attend: Callable[..., Array], query: Array, key: Array, value: Array) -> Array:
+  """attend(query, key, value) for blocks of the queries, [B, N, ...], in a loop; the last one is padded with zeros."""
+  batch, tokens, *trailing = query.shape
   count = -(-tokens // CHUNK)
-  padded = jnp.pad(query, ((0, 0), (0, count * CHUNK - tokens), (0, 0), (0, 0)))
-  blocks = padded.reshape(batch, count, CHUNK, heads, width).swapaxes(0, 1)  # [count, B, CHUNK, heads, D]
+  padded = jnp.pad(query, ((0, 0), (0, count * CHUNK - tokens), *((0, 0),) * len(trailing)))
+  blocks = padded.reshape(batch, count, CHUNK, *trailing).swapaxes(0, 1)
+  out = jax.lax.map(jax.checkpoint(lambda block: attend(block, key, value)), blocks)
+  return out.swapaxes(0, 1).reshape(batch, count * CHUNK, *trailing)[:, :tokens]
 
-  @jax.checkpoint
-  def step(_, block):
-    return None, _weighted(_probabilities(block, key), value)
 
-  _, out = jax.lax.scan(step, None, blocks)
-  return out.swapaxes(0, 1).reshape(batch, count * CHUNK, heads, width)[:, :tokens]  # [B, N, heads, D]
+def _head(query: Array, key: Array, value: Array) -> Array:
+  """Attention of one head: [B, N, D], [B, M, D] and [B, M, D] to [B, N, D].
+
+  Not for one key, for which the gradient of the scores is exactly 0 only if the weights are normalized first.
+  """
+  high = jnp.promote_types(query.dtype, jnp.float32)
+  scores = jnp.einsum("bnd,bmd->bnm", query, key, preferred_element_type=high) * query.shape[-1] ** -0.5
+  weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+  # Normalized after the product, which has fewer elements than the weights.
+  product = jnp.einsum("bnm,bmd->bnd", weights.astype(value.dtype), value, preferred_element_type=high)
+  return (product / weights.sum(axis=-1, keepdims=True)).astype(value.dtype)
 
 
 def _splash(query: Array, key: Array, value: Array, *, interpret: bool = False) -> Array:
