@@ -118,7 +118,7 @@ def device() -> str:
   found = pathlib.Path("/proc/cpuinfo")
   match = re.search(r"model name\s*: (.*)", found.read_text()) if found.exists() else None
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-  return f"{match[1].strip() if match else 'CPU'}, {cores} cores"
+  return f"{match[1].strip() if match else 'CPU'}, {cores} core{'s' if cores != 1 else ''}"
 
 
 def child(command: list[str], log: pathlib.Path) -> tuple[str, float, float]:
