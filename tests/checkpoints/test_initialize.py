@@ -299,7 +299,7 @@ def test_the_start_places_all_arrays_in_one_call(iedp_run, monkeypatch):
     return place(arrays, where, **options)
 
   monkeypatch.setattr(sharding, "place", noted)
-  monkeypatch.setattr(initialize, "weights", lambda *_: (named, []))
+  monkeypatch.setattr(initialize, "weights", lambda *_, **options: (named, []))
   state, _ = initialize.new_state(config, exp, mesh)
   (placed,) = calls
   assert {n for field in ("params", "frozen", "stats") for n in placed[field]} == named.keys() and placed["step"] == 0
