@@ -5,10 +5,11 @@ python scripts/rooms_table.py --methods vpd --seeds 0    # one run of each start
 python scripts/rooms_table.py --write                    # the table from that file, without runs
 
 All runs of a task take the same number of steps, each in a process of its own, below runs/rooms_table. After an
-interruption the same command continues.
+interruption the same command continues. Commands for different --tasks may run at the same time.
 """
 
 import argparse
+import fcntl
 import hashlib
 import itertools
 import json
@@ -27,6 +28,7 @@ from vpd_jax.files import atomic
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "rooms_table.json"
+LOCK = ROOT / "runs" / "rooms_table" / "lock"
 PAGE = ROOT / "docs" / "rooms.md"
 BEGIN, END = "<!-- rooms_table.py: begin -->", "<!-- rooms_table.py: end -->"
 NAMES = {"vpd": "VPD", "meta_prompts": "MetaPrompts", "iedp": "IEDP", "eco_depth": "EcoDepth"}
@@ -231,9 +233,12 @@ def load() -> dict[str, list[Record]]:
 def save(kind: str, record: Record) -> None:
   """Adds a record to RESULTS; replaces that of the same task, method, start and seed."""
   key = lambda r: (r["task"], r["method"], r.get("start", ""), r.get("seed", 0))
-  results = load()
-  results[kind] = sorted([r for r in results[kind] if key(r) != key(record)] + [record], key=key)
-  atomic.write_json(RESULTS, results)
+  LOCK.parent.mkdir(parents=True, exist_ok=True)
+  with LOCK.open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)  # another command may save rows of other tasks
+    results = load()
+    results[kind] = sorted([r for r in results[kind] if key(r) != key(record)] + [record], key=key)
+    atomic.write_json(RESULTS, results)
 
 
 def table(results: dict[str, list[Record]], rows: Rows) -> str:

@@ -1,8 +1,10 @@
 """The script of the rooms' table: reading a run, writing the table; no training."""
 
+import concurrent.futures
 import json
 import os
 import sys
+import time
 
 import pytest
 
@@ -99,11 +101,22 @@ def test_scores_and_losses_are_read_from_the_metrics(script):
 
 def test_a_record_replaces_that_of_the_same_run_only(script, tmp_path, monkeypatch):
   monkeypatch.setattr(script, "RESULTS", tmp_path / "table.json")
+  monkeypatch.setattr(script, "LOCK", tmp_path / "lock")
   for seed, score in ((1, 0.9), (0, 0.8), (1, 0.7)):
     script.save("runs", {"task": "depth", "method": "vpd", "seed": seed, "score": score})
   script.save("networks", {"task": "depth", "method": "vpd"})
   assert [(run["seed"], run["score"]) for run in script.load()["runs"]] == [(0, 0.8), (1, 0.7)]
   assert json.loads((tmp_path / "table.json").read_text())["networks"] == [{"task": "depth", "method": "vpd"}]
+
+
+def test_commands_that_save_at_the_same_time_lose_no_record(script, tmp_path, monkeypatch):
+  monkeypatch.setattr(script, "RESULTS", tmp_path / "table.json")
+  monkeypatch.setattr(script, "LOCK", tmp_path / "runs" / "lock")
+  slow = script.load
+  monkeypatch.setattr(script, "load", lambda: (slow(), time.sleep(0.02))[0])
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    list(pool.map(lambda seed: script.save("runs", {"task": "depth", "method": "vpd", "seed": seed}), range(8)))
+  assert [run["seed"] for run in slow()["runs"]] == list(range(8))
 
 
 def test_a_child_that_fails_ends_the_program_with_its_words_and_none_is_left_behind(script, tmp_path, monkeypatch):
