@@ -170,7 +170,7 @@ def test_a_run_can_start_from_a_file(file, tmp_path, monkeypatch):
   shapes = tiny.depth_shapes()
   held = tiny.depth_weights()
   report = load.Report("made up", {}, {}, ())
-  monkeypatch.setattr(load, "load_pretrained", lambda source, shapes: (dict(held), report))
+  monkeypatch.setattr(load, "load_pretrained", lambda source, shapes, **options: (dict(held), report))
 
   class Exp:
     """As far as `weights` asks."""

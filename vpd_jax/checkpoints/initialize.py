@@ -42,6 +42,7 @@ def weights(
     config: of the run; if `source` is empty, uses `init.run`, else `init.pretrained`, and merges `init.lora` into it.
     exp: from `assemble`.
     source: a workdir of this package, or any source that `convert.load.load_pretrained` accepts.
+    aligned: see `convert.rules.convert`.
 
   Returns:
     Arrays by name in the dtypes of the model, on the host.
