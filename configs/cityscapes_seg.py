@@ -3,8 +3,8 @@
 python -m vpd_jax.main --config=configs/cityscapes_seg.py:meta_prompts --config.data.root=/data/cityscapes \
     --config.init.pretrained=/weights/v1-5-pruned-emaonly.ckpt
 
-The argument is a list of words: a method (meta_prompts, vpd, iedp, eco_depth), "extra" for the release's second stage
-(one refinement step, the automatic labels of train_extra too, to be started from a run on Mapillary by
+The argument is a list of words: a method (meta_prompts, vpd, iedp, eco_depth, tadp), "extra" for the release's second
+stage (one refinement step, the automatic labels of train_extra too, to be started from a run on Mapillary by
 config.init.run), and a size (sd21: Stable Diffusion 2.1; tiny: the small network of the tests). --mode=predict writes
 files that the test server takes (.label_ids.png).
 

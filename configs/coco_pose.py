@@ -3,9 +3,9 @@
 python -m vpd_jax.main --config=configs/coco_pose.py:meta_prompts --config.data.root=/data/coco \
     --config.init.pretrained=/weights/v1-5-pruned-emaonly.ckpt
 
-The argument is a list of words: a method (vpd, meta_prompts, iedp, eco_depth), a size of the crop (256x192, 384x288,
-512x384, 1024x768), a length (210epochs, 42epochs), and a size (sd21: Stable Diffusion 2.1; tiny: the small network of
-the tests, with a crop of its own).
+The argument is a list of words: a method (vpd, meta_prompts, iedp, eco_depth, tadp), a size of the crop (256x192,
+384x288, 512x384, 1024x768), a length (210epochs, 42epochs), and a size (sd21: Stable Diffusion 2.1; tiny: the small
+network of the tests, with a crop of its own). TADP reads a caption of every picture: --config.data.captions=FILE.
 
 No paper's code for pose is published: data, loss, decoding and scores are ViTPose's, in mmpose 0.x; prompts, heads and
 the rate of the UNet are assumptions, see presets/pose.py. Scores are with the boxes of

@@ -3,8 +3,8 @@
 python -m vpd_jax.main --config=configs/my_pose.py --config.data.root=/data/mine \
     --config.init.pretrained=/weights/stable-diffusion-v1-5
 
-The argument is a list of words: a method (vpd, meta_prompts, iedp, eco_depth), and a size (sd21: Stable Diffusion 2.1;
-tiny: the small network of the tests).
+The argument is a list of words: a method (vpd, meta_prompts, iedp, eco_depth, tadp), and a size (sd21: Stable Diffusion
+2.1; tiny: the small network of the tests).
 """
 
 import ml_collections

@@ -3,8 +3,8 @@
 python -m vpd_jax.main --config=configs/my_refer.py --config.data.root=/data/mine \
     --config.init.pretrained=/weights/stable-diffusion-v1-5
 
-The argument is a list of words: a method (vpd; as experiments of ours meta_prompts, iedp and eco_depth), and a size
-(sd21: Stable Diffusion 2.1; tiny: the small network of the tests). The file is described in
+The argument is a list of words: a method (vpd; as experiments of ours meta_prompts, iedp, eco_depth and tadp), and a
+size (sd21: Stable Diffusion 2.1; tiny: the small network of the tests). The file is described in
 vpd_jax/data/datasets/refer_list.py.
 """
 

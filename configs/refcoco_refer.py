@@ -4,8 +4,9 @@ python -m vpd_jax.main --config=configs/refcoco_refer.py:refcoco --config.data.r
     --config.init.pretrained=/weights/stable-diffusion-v1-5
 
 The argument is a list of words: a data set (refcoco, refcoco_plus, refcocog), a method (vpd; as experiments of ours
-meta_prompts, iedp and eco_depth, whose contexts stand behind the sentence), "as_intended" for the UNet's rate that the
-release states but does not use, and a size (sd21: Stable Diffusion 2.1; tiny: the small network of the tests).
+meta_prompts, iedp and eco_depth, whose contexts stand behind the sentence, and tadp, whose caption it is),
+"as_intended" for the UNet's rate that the release states but does not use, and a size (sd21: Stable Diffusion 2.1;
+tiny: the small network of the tests).
 --config.data.eval_split=testA scores another split, --config.task.eval_at=original at the pictures' own size.
 
 Expected oIoU / mIoU on val (VPD README): RefCOCO 73.46 / 75.67, RefCOCO+ 63.93 / 67.98, RefCOCOg 63.12 / 66.42.

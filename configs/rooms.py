@@ -3,10 +3,10 @@
 python -m vpd_jax.main --config=configs/rooms.py:depth,tiny
 
 The argument is a list of words: a task (depth, segmentation, referring, pose), a method (vpd, meta_prompts, iedp,
-eco_depth; for depth and segmentation also tadp, with --config.data.captions=FILE), a size (tiny, full, sd21: Stable
-Diffusion 2.1; small, which starts from the weights "rooms/small" of this package, made by scripts/pretrain_rooms.py;
-small_scratch, the same network). All but small start from random weights and train everything at the same rate, the
-VAE included; what the releases freeze or slow down makes no sense here. The scores say that training works, not how
+eco_depth, tadp), a size (tiny, full, sd21: Stable Diffusion 2.1; small, which starts from the weights "rooms/small" of
+this package, made by scripts/pretrain_rooms.py; small_scratch, the same network). All but small start from random
+weights and train everything at the same rate, the VAE included; what the releases freeze or slow down makes no sense
+here. TADP's captions come from the renderer: they list the visible objects. The scores say that training works, not how
 good a method is.
 
 Expected: an RMSE under 0.65 of the best constant depth with tiny, and about 0.34 with small; the evaluation prints it
@@ -65,6 +65,10 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   config.data = figures(tiny=tiny) if task == "pose" else rooms(task, tiny=tiny)
   if small and task != "pose":
     config.data.size, config.data.crop = (128, 128), (128, 128)
+  if method == "tadp" and task != "referring":
+    config.data.captioned = True  # False with a file in data.captions
+    if tiny:  # random states for the up to 28 words of a caption
+      config.method.tokenizer, config.method.token_length = "words", 32
   if task == "referring":
     config.data.update({"cache": "off", "cache_folder": ""})  # others need a VAE that is not trained
   # New parts may learn fast where the backbone is trained already, as in the papers; most of all scores of classes, of

@@ -31,7 +31,7 @@ RESULTS = ROOT / "benchmarks" / "rooms_table.json"
 LOCK = ROOT / "runs" / "rooms_table" / "lock"
 PAGE = ROOT / "docs" / "rooms.md"
 BEGIN, END = "<!-- rooms_table.py: begin -->", "<!-- rooms_table.py: end -->"
-NAMES = {"vpd": "VPD", "meta_prompts": "MetaPrompts", "iedp": "IEDP", "eco_depth": "EcoDepth"}
+NAMES = {"vpd": "VPD", "meta_prompts": "MetaPrompts", "iedp": "IEDP", "eco_depth": "EcoDepth", "tadp": "TADP"}
 # Initial weights, by size of configs/rooms.py.
 STARTS = {"small": "from the weights", "small_scratch": "from random initialization"}
 SEEDS = (0, 1, 2)

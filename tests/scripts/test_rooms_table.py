@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.loaded_scripts import load
 
-METHODS = ("vpd", "meta_prompts", "iedp", "eco_depth")
+METHODS = ("vpd", "meta_prompts", "iedp", "eco_depth", "tadp")
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +45,10 @@ def test_the_table_has_a_row_per_method_and_per_trivial_predictor(script):
   )
   scores = "1.050 (1.000 to 1.100, 2 seeds) | 6.050 (6.000 to 6.100, 2 seeds)"
   assert lines[3] == f"| MetaPrompts | {scores} | 12.3 M | 7.2 | 42 | 2.2 GiB, step 0.5 |"
-  assert [line.split(" | ")[1] for line in lines[6:9]] == ["1.500"] * 3
-  assert len({line.count("|") for line in lines[:9]}) == 1
-  assert lines[9] == "" and "40 steps of 6 images" in lines[10] and "some CPU, 2 cores" in lines[10]
-  assert "--seeds 0 1`" in lines[10]
+  assert [line.split(" | ")[1] for line in lines[7:10]] == ["1.500"] * 3
+  assert len({line.count("|") for line in lines[:10]}) == 1
+  assert lines[10] == "" and "40 steps of 6 images" in lines[11] and "some CPU, 2 cores" in lines[11]
+  assert "--seeds 0 1`" in lines[11]
 
 
 def test_a_row_that_is_not_there_yet_is_not_yet_run(script):
@@ -57,13 +57,13 @@ def test_a_row_that_is_not_there_yet_is_not_yet_run(script):
   lines = script.table(made, rows).splitlines()
   assert lines[2].startswith("| VPD | not yet run | 5.000 (1 seed) | 12.3 M |")
   assert lines[4] == "| IEDP | not yet run | not yet run | | | | |"
-  assert len(script.table({"networks": [], "runs": []}, rows).splitlines()) == 6
+  assert len(script.table({"networks": [], "runs": []}, rows).splitlines()) == 7
 
 
 def test_runs_may_come_from_several_processors(script):
   rows, made = script.TASKS[0], results(script.TASKS[0])
   made["runs"][0]["device"] = "another CPU, 4 cores"
-  assert "trained on another CPU, 4 cores and some CPU, 2 cores;" in script.table(made, rows).splitlines()[10]
+  assert "trained on another CPU, 4 cores and some CPU, 2 cores;" in script.table(made, rows).splitlines()[11]
 
 
 def test_rows_that_cannot_be_compared_are_refused(script):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from vpd_jax.errors import UserError, one_line
 
 FILES = ("vocab.json", "merges.txt")
 CHARACTERS, WORDS = "characters", "words"
+WORD = re.compile(r"[\w'-]+")
 Tokenizer = Any  # transformers.CLIPTokenizer, slow to import
 
 
@@ -147,8 +149,8 @@ def characters(sentences: Sequence[str], *, vocabulary: int, length: int) -> np.
 
 
 def words(sentences: Sequence[str], *, vocabulary: int, length: int) -> np.ndarray:
-  """As `characters`, with one id per word, a hash of its letters; two words may share an id."""
-  numbers = [[zlib.crc32(word.encode()) for word in sentence.lower().split()] for sentence in sentences]
+  """As `characters`, with one id per word without punctuation, a hash of its letters; two words may share an id."""
+  numbers = [[zlib.crc32(word.encode()) for word in WORD.findall(sentence.lower())] for sentence in sentences]
   return _framed(numbers, vocabulary, length)
 
 

@@ -7,6 +7,8 @@ split: as in NYU's list, with or without the leading slash, or the file name alo
 Source: TADP captioning/blip.py, depth/dataset/nyudepthv2.py.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from vpd_jax.data.shards import reader
@@ -29,7 +31,10 @@ class Captioned(Dataset):
       ValueError: for a missing file or another format, or if the data set already has sentences.
     """
     if "sentence" in dataset.provides:
-      raise UserError("data.captions has no effect on a data set with sentences of its own; leave it out.")
+      raise UserError(
+        "data.captions has no effect on a data set with sentences of its own; leave it out, or for the rooms set "
+        "data.captioned=False."
+      )
     self._dataset, self._path, self._captions = dataset, path, read(path)
     self.provides = dataset.provides | {"sentence"}
     self.classes, self.published, self.encoder_cache = dataset.classes, dataset.published, dataset.encoder_cache
@@ -67,11 +72,11 @@ class Captioned(Dataset):
 
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
     """As the wrapped data set."""
-    return _with_caption(self._dataset.train_transform(_without_caption(example), rng, position), example)
+    return keep_sentence(lambda rest: self._dataset.train_transform(rest, rng, position), example)
 
   def eval_transform(self, example: Example) -> Example:
     """As the wrapped data set."""
-    return _with_caption(self._dataset.eval_transform(_without_caption(example)), example)
+    return keep_sentence(self._dataset.eval_transform, example)
 
   def describe(self) -> list[str]:
     """As the wrapped data set."""
@@ -107,6 +112,12 @@ class CaptionedSource(Source):
     return self._source.summary()
 
 
+def keep_sentence(transform: Callable[[Example], Example], example: Example) -> Example:
+  """Transforms everything in an Example but its "sentence", if it has one."""
+  sentence = {key: value for key, value in example.items() if key == "sentence"}
+  return transform({key: value for key, value in example.items() if key not in sentence}) | sentence
+
+
 def read(path: str) -> dict[str, str]:
   """Reads the captions of a file by image name, without leading slashes.
 
@@ -138,11 +149,3 @@ def _key(name: str, captions: dict[str, str]) -> str:
   """The longest suffix of an image path that has a caption; empty if there is none."""
   parts = name.split("/")
   return next((end for i in range(len(parts)) if (end := "/".join(parts[i:])) in captions), "")
-
-
-def _without_caption(example: Example) -> Example:
-  return {key: value for key, value in example.items() if key != "sentence"}
-
-
-def _with_caption(transformed: Example, example: Example) -> Example:
-  return {**transformed, "sentence": example["sentence"]}

@@ -81,6 +81,28 @@ def test_transforms_give_crops(data, examples):
   assert data.info({}) == DatasetInfo(data.classes, keypoints=top_down_transforms.COCO)
 
 
+def test_captioned_figures_are_the_others_with_the_caption_of_their_room(tmp_path):
+  options = {"size": SIZE, "crop": (64, 48), "train_count": 3, "eval_count": 1}
+  plain, captioned = RoomFigures(**options), pickle.loads(pickle.dumps(RoomFigures(**options, captioned=True)))
+  assert captioned.provides == plain.provides | {"sentence"} and "sentence" not in RoomFigures.provides
+  writer.prepare(captioned, tmp_path / "figures", name="room_figures")
+  stored = RoomFigures(**options, captioned=True, format="tfds", root=str(tmp_path / "figures"))
+  expected = rooms.caption(plain.source("train")._draw(2)[0])
+  assert "a standing person" in expected
+  for data in (captioned, stored):
+    example, same = data.source("train")[2], plain.source("train")[2]
+    pairs = [
+      (
+        data.train_transform(example, np.random.default_rng(1), 0),
+        plain.train_transform(same, np.random.default_rng(1), 0),
+      ),
+      (data.eval_transform(example), plain.eval_transform(same)),
+    ]
+    for found, other in pairs:
+      assert found.pop("sentence") == expected
+      assert found.keys() == other.keys() and all((found[key] == other[key]).all() for key in other)
+
+
 @pytest.mark.parametrize("call, message", [
   (lambda: RoomFigures(root="x"), r"^root='x' has no effect: rooms are drawn"),
   (lambda: RoomFigures(train_count=0), r"^train_count=0 must be a whole number of at least 1"),

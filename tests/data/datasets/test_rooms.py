@@ -103,6 +103,8 @@ def test_every_wrong_option_has_its_message():
     rooms.Rooms(train_count=0)
   with pytest.raises(ValueError, match="seed=-1"):
     rooms.Rooms(seed=-1)
+  with pytest.raises(ValueError, match=r"data.captioned=True has no effect where data.task='referring'"):
+    rooms.Rooms(task="referring", captioned=True)
   with pytest.raises(ValueError, match="split='test'"):
     rooms.Rooms().source("test")
   with pytest.raises(IndexError, match="index=64"):
@@ -154,6 +156,56 @@ def test_a_sentence_names_one_visible_object(drawn):
         assert number == max(columns, key=columns.get)
       else:
         assert len(columns) == 1
+
+
+def test_a_caption_names_the_scene_and_what_is_visible_the_largest_first(drawn):
+  for room in drawn:
+    text, areas = rooms.caption(room), np.bincount(room.instances.ravel(), minlength=len(room.names) + 1)[1:]
+    scene, _, listed = text.partition(" with ")
+    assert scene.split(" ")[1] == room.scene and scene.split(" ")[0] == ("an" if room.scene == "office" else "a")
+    named = [phrase.split(" ", 1) for phrase in listed.replace(" and ", ", ").split(", ") if phrase]
+    largest = [max(areas[i] for i, name in enumerate(room.names) if " ".join(name) == phrase) for _, phrase in named]
+    assert largest == sorted(largest, reverse=True) and len(named) <= rooms.MOST_OBJECTS
+    assert all(area >= rooms.MENTIONED * room.labels.size for area in largest)
+    assert all(article == ("an" if phrase[0] in "aeiou" else "a") for article, phrase in named)
+    small = areas < rooms.MENTIONED * room.labels.size
+    unnamed = [i for i, name in enumerate(room.names) if " ".join(name) not in {phrase for _, phrase in named}]
+    assert len(named) == rooms.MOST_OBJECTS or small[unnamed].all()
+  assert max(rooms.caption(room).count(",") for room in drawn) == rooms.MOST_OBJECTS - 2
+
+
+def test_a_room_in_which_nothing_is_visible_has_a_caption(drawn):
+  empty = drawn[0]._replace(instances=np.zeros_like(drawn[0].instances), scene="bedroom")
+  assert rooms.caption(empty) == "a bedroom"
+
+
+@pytest.mark.parametrize("task", ["depth", "segmentation"])
+def test_captioned_examples_are_the_others_with_a_sentence(task, tmp_path):
+  options = dict(task=task, size=SIZE, crop=(32, 32), train_count=2, eval_count=2)
+  plain, captioned = rooms.Rooms(**options), pickle.loads(pickle.dumps(rooms.Rooms(**options, captioned=True)))
+  assert captioned.provides == plain.provides | {"sentence"}
+  writer.prepare(captioned, tmp_path / "rooms", name="rooms")
+  stored = rooms.Rooms(**options, captioned=True, format="tfds", root=str(tmp_path / "rooms"))
+  for split in rooms.SPLITS:
+    for data in (captioned, stored):
+      example, other = data.source(split)[1], plain.source(split)[1]
+      for found, same in (
+        (
+          data.train_transform(example, np.random.default_rng(1), 3),
+          plain.train_transform(other, np.random.default_rng(1), 3),
+        ),
+        (data.eval_transform(example), plain.eval_transform(other)),
+      ):
+        assert found.pop("sentence") == rooms.caption(rooms.draw(0, split, 1, SIZE))
+        assert found.keys() == same.keys() and all((found[key] == same[key]).all() for key in same)
+
+
+def test_shards_without_captions_are_refused_where_they_are_needed(tmp_path):
+  options = dict(size=SIZE, crop=(32, 32), train_count=1, eval_count=1)
+  writer.prepare(rooms.Rooms(**options), tmp_path / "rooms", name="rooms")
+  stored = rooms.Rooms(**options, captioned=True, format="tfds", root=str(tmp_path / "rooms"))
+  with pytest.raises(ValueError, match=r"were made with captioned=None \(here True\); prepare them again"):
+    stored.source("train")
 
 
 def test_visible_keypoints_lie_on_or_beside_the_figure(drawn):

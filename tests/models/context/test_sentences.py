@@ -37,6 +37,12 @@ def test_a_longer_sentence_keeps_its_first_tokens_and_ends():
   assert cut.tolist() == [True, False] and tokens[0, -1] == 99
 
 
+def test_words_have_one_id_each_whatever_punctuation_follows():
+  made = Tokenize(("words",), 100, 12)(("a red box, a T-shirt and Anna's bed.", "a red box a t-shirt and anna's bed"))
+  np.testing.assert_array_equal(made[0], made[1])
+  assert np.argmax(made[0]) == 9  # the end, behind eight words
+
+
 @pytest.mark.parametrize("padding", ["!", "<|endoftext|>"])
 def test_padding_is_that_of_the_tokenizer(tmp_path, padding):
   """Stable Diffusion 2.x pads with "!", id 0, in place of the end."""

@@ -5,7 +5,7 @@ leave open is an assumption, and each assumption is an option.
 """
 
 from vpd_jax.config.fields import Section
-from vpd_jax.config.presets.depth import eco_depth, iedp_depth, meta_prompts_depth, vpd_depth
+from vpd_jax.config.presets.depth import eco_depth, iedp_depth, meta_prompts_depth, tadp_depth, vpd_depth
 from vpd_jax.config.presets.recipe import adamw, no_decay_for_vectors
 
 
@@ -86,6 +86,17 @@ def eco_depth_pose(*, tiny: bool, head_init: str = "released") -> Section:
   """
   vpd = vpd_pose(tiny=tiny, head_init=head_init)
   return {**eco_depth(tiny=tiny, head_init="released"), "neck": vpd["neck"], "head": vpd["head"]}
+
+
+def tadp_pose(*, tiny: bool, head_init: str = "released") -> Section:
+  """TADP's context, a caption of the picture of each person, with VPD's head for pose; see `depth.tadp_depth`.
+
+  Args:
+    tiny: a random text encoder and a placeholder tokenizer.
+    head_init: see `vpd_pose`.
+  """
+  vpd = vpd_pose(tiny=tiny, head_init=head_init)
+  return {**tadp_depth(tiny=tiny, head_init="released"), "neck": vpd["neck"], "head": vpd["head"]}
 
 
 def pose_optimizer(*, lr: float, drops: tuple[int, ...], warmup: int = 500) -> Section:

@@ -1,10 +1,11 @@
 """Method, neck, head, task and optimizer for referring segmentation, by method.
 
-Only VPD's is published. For the other methods, appending their context to the sentence's is our own extension.
+Only VPD's is published. For the other methods, appending their context to the sentence's is our own extension; TADP
+reads the expression in place of a caption.
 """
 
 from vpd_jax.config.fields import Section
-from vpd_jax.config.presets.depth import eco_depth, iedp_depth, vpd_depth
+from vpd_jax.config.presets.depth import eco_depth, iedp_depth, tadp_depth, vpd_depth
 from vpd_jax.config.presets.recipe import adamw
 from vpd_jax.config.presets.segmentation import ATTENTION_MAPS, meta_prompts_segmentation
 
@@ -70,6 +71,13 @@ def eco_depth_referring(*, tiny: bool, token_length: int = 40) -> Section:
     "init": vpd["init"] | depth["init"],
     "method": depth["method"] | text_options | {"prompt": "sentence+image"},
   }
+
+
+def tadp_referring(*, tiny: bool, token_length: int = 40) -> Section:
+  """As `vpd_referring`, for TADP: the expression in place of the caption, which is VPD without the adapter."""
+  vpd, depth = vpd_referring(tiny=tiny, token_length=token_length), tadp_depth(tiny=tiny, head_init="released")
+  text_options = {name: vpd["method"][name] for name in ("token_length", "tokenizer")}
+  return {**vpd, "method": depth["method"] | text_options | ATTENTION_MAPS}
 
 
 def referring_optimizer(*, lr: float = 5e-5, num_steps: int = 0, unet_lr: float = 1.0) -> Section:

@@ -35,12 +35,14 @@ SECTIONS: dict[str, dict[str, Callable[..., Section]]] = {
     "vpd": referring.vpd_referring,
     "meta_prompts": referring.meta_prompts_referring,
     "iedp": referring.iedp_referring,
+    "tadp": referring.tadp_referring,
     "eco_depth": referring.eco_depth_referring,
   },
   "pose": {
     "vpd": pose.vpd_pose,
     "meta_prompts": pose.meta_prompts_pose,
     "iedp": pose.iedp_pose,
+    "tadp": pose.tadp_pose,
     "eco_depth": pose.eco_depth_pose,
   },
 }

@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from vpd_jax.data import validation
+from vpd_jax.data import captions, validation
 from vpd_jax.data.datasets import rooms
 from vpd_jax.data.datasets.pose import PoseDataset
 from vpd_jax.data.readers import coco_json
@@ -34,6 +34,7 @@ class RoomFigures(PoseDataset):
     size: (height, width) of an image.
     train_count, eval_count: number of figures in each split.
     seed: of the data set.
+    captioned: whether Examples also have "sentence", the caption of the room, see rooms.caption.
     format: "files" renders rooms on demand, "tfds" reads them from prepared shards.
     root: folder of the shards, with format="tfds".
   """
@@ -43,6 +44,7 @@ class RoomFigures(PoseDataset):
   train_count: int = 4096
   eval_count: int = 64
   seed: int = 0
+  captioned: bool = False
   root: str = ""
 
   def __post_init__(self):
@@ -51,10 +53,22 @@ class RoomFigures(PoseDataset):
     self.seed, self.counts = int(self.seed), rooms.check_counts(self.train_count, self.eval_count, self.seed)
     super().__post_init__()
     self.made_with = {"size": self.size, "seed": self.seed, **self.counts}
+    if self.captioned:
+      self.provides = self.provides | {"sentence"}
+      self.made_with["captioned"] = True
 
   def describe(self) -> list[str]:
     """Empty, see rooms.Rooms."""
     return []
+
+  def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
+    """See PoseDataset."""
+    augment = super().train_transform
+    return captions.keep_sentence(lambda rest: augment(rest, rng, position), example)
+
+  def eval_transform(self, example: Example) -> Example:
+    """See PoseDataset."""
+    return captions.keep_sentence(super().eval_transform, example)
 
   def source(self, split: str) -> "Figures | reader.Shards":
     """The figures of "train" or "eval", rendered by `[]`, or read from shards."""
@@ -64,7 +78,7 @@ class RoomFigures(PoseDataset):
 
   def _figures(self, split: str) -> "Figures":
     check_choice("split", split, rooms.SPLITS)
-    return Figures(self.seed, split, self.counts[split], self.size)
+    return Figures(self.seed, split, self.counts[split], self.size, captioned=self.captioned)
 
   def truth(self, split: str) -> Fields:
     """The ground truth, see coco_pose.CocoPose.truth; renders every room once."""
@@ -81,14 +95,14 @@ class RoomFigures(PoseDataset):
 class Figures(Source):
   """Random access to the figures of one split, rendered on demand."""
 
-  def __init__(self, seed: int, split: str, count: int, size: tuple[int, int]):
-    self.seed, self.split, self.count, self.size = seed, split, count, size
+  def __init__(self, seed: int, split: str, count: int, size: tuple[int, int], *, captioned: bool = False):
+    self.seed, self.split, self.count, self.size, self.captioned = seed, split, count, size, captioned
 
   def __len__(self) -> int:
     return self.count
 
   def __getitem__(self, index: int) -> Example:
-    """The input of top_down.Augmentation."""
+    """The input of top_down.Augmentation, and "sentence" if the figures are captioned."""
     if not 0 <= index < self.count:
       raise IndexError(f"index={index} is outside the {self.count} figures of {self.split!r}.")
     room, points, box = self._draw(int(index))
@@ -99,6 +113,7 @@ class Figures(Source):
       "box_score": np.asarray(1, np.float32),
       "image_index": np.asarray(index, np.int32),
       "index": np.asarray(index, np.int32),
+      **({"sentence": rooms.caption(room)} if self.captioned else {}),
     }
 
   def person(self, index: int) -> Fields:

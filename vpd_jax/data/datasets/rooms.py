@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from vpd_jax.data import validation
+from vpd_jax.data import captions, validation
 from vpd_jax.data.datasets import nyu
 from vpd_jax.data.readers import referring
 from vpd_jax.data.rooms import expressions, render
@@ -34,6 +34,7 @@ MAX_DEPTH = 10.0  # meters
 DEPTH_SCALE = 1000.0  # units per meter that `cut_depth="released"` wraps, as in NYU's files
 GAMMA = 1 / 2.2
 MENTIONED = 0.004  # minimum area of an object with a sentence, as a fraction of the image
+MOST_OBJECTS = 8  # in a caption
 LIMB = 0.2  # meters that a visible keypoint may be behind the surface
 
 
@@ -51,6 +52,7 @@ class Rooms(Dataset):
     cut_depth: for depth, "released", "scaled" or "off", see depth_transforms.vertical_cut_depth.
     ratio_range: for segmentation, (lowest, highest) factor of the random rescaling; () is (1, 1).
     color_jitter: whether to apply color augmentation; "referring" has none.
+    captioned: for depth and segmentation, whether Examples also have "sentence", see `caption`.
     cache, cache_folder: for "referring", see referring.ReferringDataset.
     format: "files" renders rooms on demand, "tfds" reads them from prepared shards.
     root: folder of the shards, with format="tfds".
@@ -74,6 +76,7 @@ class Rooms(Dataset):
   cut_depth: str = "off"
   ratio_range: tuple[float, float] | tuple[()] = ()
   color_jitter: bool = True
+  captioned: bool = False
   cache: str = "off"
   cache_folder: str = ""
   format: str = "files"
@@ -84,13 +87,16 @@ class Rooms(Dataset):
 
   def __post_init__(self):
     task = self.task
-    self.classes, self.provides = self.info({"task": task}).classes, KEYS[task]
+    self.classes = self.info({"task": task}).classes
+    self.provides = KEYS[task] | ({"sentence"} if self.captioned else frozenset())
     if task != "segmentation" and self.ratio_range:
       raise UserError(f"data.ratio_range={self.ratio_range} has no effect where data.task={task!r}; leave it empty.")
     if task != "depth" and self.cut_depth != "off":
       raise UserError(f"data.cut_depth={self.cut_depth!r} has no effect where data.task={task!r}; set it to 'off'.")
     if task != "referring" and (self.cache, self.cache_folder) != ("off", ""):
       raise UserError(f"data.cache={self.cache!r} has no effect where data.task={task!r}; set it to 'off'.")
+    if task == "referring" and self.captioned:
+      raise UserError("data.captioned=True has no effect where data.task='referring'; set it to False.")
     self.encoder_cache = referring.check_cache(self.cache, self.cache_folder) if task == "referring" else None
     check_choice("cut_depth", self.cut_depth, depth_transforms.CUT_DEPTH)
     check_root(self.root, self.format)
@@ -99,6 +105,8 @@ class Rooms(Dataset):
       raise UserError(f"crop={self.crop} does not fit into size={self.size}; make data.crop smaller.")
     self.counts, self.seed = check_counts(self.train_count, self.eval_count, self.seed), int(self.seed)
     self.made_with = {"task": task, "size": self.size, "seed": self.seed, **self.counts}
+    if self.captioned:
+      self.made_with["captioned"] = True
     ratios = cast(tuple[float, float], tuple(self.ratio_range) or (1.0, 1.0))
     self.augmentation = segmentation_transforms.Augmentation(
       self.crop, self.size, ratios, color_jitter=self.color_jitter
@@ -135,25 +143,26 @@ class Rooms(Dataset):
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
     """The augmentation of the task's release, see depth_transforms.depth_training and segmentation_transforms."""
     if self.task == "segmentation":
-      return self.augmentation.training(example, rng)
+      return captions.keep_sentence(lambda rest: self.augmentation.training(rest, rng), example)
     if self.task == "referring":
       return expressions.training(example, rng, self.resizing)
-    return depth_transforms.depth_training(
-      example,
-      rng,
-      position,
+    augment = functools.partial(
+      depth_transforms.depth_training,
+      rng=rng,
+      position=position,
       crop=self.crop,
       cut_depth=self.cut_depth,
       depth_scale=DEPTH_SCALE,
       max_depth=MAX_DEPTH,
       color_jitter=self.color_jitter,
     )
+    return captions.keep_sentence(augment, example)
 
   def eval_transform(self, example: Example) -> Example:
     """The full image; for "referring" resized, with the mask of one sentence."""
     if self.task == "referring":
       return expressions.evaluation(example, self.resizing)
-    return self.augmentation.evaluation(example) if self.task == "segmentation" else example
+    return captions.keep_sentence(self.augmentation.evaluation, example) if self.task == "segmentation" else example
 
 
 def check_root(root: str, format: str) -> None:
@@ -187,6 +196,8 @@ class DrawnRooms(Source):
     class_id = np.asarray(nyu.CLASSES.index(room.scene), np.int32)
     example = {"image": room.image, "depth": room.depth, "label": room.labels, "class_id": class_id}
     example["index"] = np.asarray(index, np.int32)
+    if "sentence" in self.keys:
+      example["sentence"] = caption(room)
     return {key: value for key, value in example.items() if key in self.keys}
 
   def picture(self, index: int) -> str:
@@ -275,6 +286,23 @@ def sentences(room: Room) -> list[tuple[str, int]]:
     else:
       result += [(f"{text} on the left", order[0]), (f"{text} on the right", order[-1])]
   return [(text, number) for text, number in result if areas[number] >= MENTIONED * room.labels.size]
+
+
+def caption(room: Room) -> str:
+  """A sentence with the scene and the largest visible objects, such as "a bedroom with a red bed and a white lamp".
+
+  It names no positions, so that it stays right when the image is cut or flipped. At most MOST_OBJECTS objects, the
+  largest first; those that are alike are named once.
+  """
+  areas = np.bincount(room.instances.ravel(), minlength=len(room.names) + 1)[1:]
+  visible = [number for number in np.argsort(-areas, kind="stable") if areas[number] >= MENTIONED * room.labels.size]
+  objects = list(dict.fromkeys(_with_article(" ".join(room.names[number])) for number in visible))[:MOST_OBJECTS]
+  listed = " and ".join([", ".join(objects[:-1])] * (len(objects) > 1) + objects[-1:])
+  return _with_article(room.scene) + (f" with {listed}" if listed else "")
+
+
+def _with_article(words: str) -> str:
+  return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def keypoints(room: Room) -> np.ndarray:
