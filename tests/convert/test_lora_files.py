@@ -181,6 +181,7 @@ def test_a_run_can_start_from_a_file(file, tmp_path, monkeypatch):
     classes = ()
 
   Exp.spec.shapes = Exp.spec.paths = {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in shapes.items()}
-  named, lines = initialize.weights(config, Exp)
-  assert any(line.startswith("LoRA: ") for line in lines)
-  assert_merged(named, adapted(held))
+  for source in ("", "given by the user"):
+    named, lines = initialize.weights(config, Exp, source)
+    assert any(line.startswith("LoRA: ") for line in lines)
+    assert_merged(named, adapted(held))

@@ -20,6 +20,7 @@ def write(root, path, text=""):
     ("proc/driver/nvidia/version", DRIVER.format(550), "cuda12"),
     ("dev/nvidia0", "", "cuda12"),
     ("dev/accel0", "", "tpu"),
+    ("dev/vfio/0", "", "tpu"),
   ],
 )
 def test_a_device_is_named_with_its_extra(tmp_path, path, text, extra):
@@ -46,6 +47,7 @@ def test_nothing_is_said_of_a_machine_without_or_of_one_that_is_used(tmp_path, m
 
 
 @pytest.mark.parametrize("path, environment, absent", [
+  ("dev/vfio/vfio", {}, True), ("dev/vfio/3", {}, False),
   ("etc/hosts", {}, True), ("etc/hosts", {"JAX_PLATFORMS": "cuda"}, False), ("etc/hosts", {"TPU_NAME": "a"}, False),
   ("dev/nvidia0", {}, False), ("dev/nvidia0", {"JAX_PLATFORMS": "cpu"}, True),
 ])  # fmt: skip

@@ -38,6 +38,14 @@ def test_weights_must_fill_the_network_unless_the_rest_is_to_be_random(monkeypat
   assert asked == {"source": "", "complete": not random_init}
 
 
+def test_a_command_leaves_the_weights_of_the_config_to_the_config(tmp_path, monkeypatch):
+  """Given as an argument, they would be those of a run, which has merged its LoRA file already."""
+  config = loader.changed(one_convolution.rooms(), {"init.pretrained": "weights.pth"})
+  assert predictor.trained_weights(config, str(tmp_path)) == ""
+  monkeypatch.setattr(predictor, "is_workdir", lambda path: True)
+  assert predictor.trained_weights(config, str(tmp_path)) == str(tmp_path)
+
+
 def known(class_id, *, takes, count=2):
   """`_known` of a predictor with 27 classes and no network."""
   made = object.__new__(predictor.Predictor)

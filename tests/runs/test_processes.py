@@ -232,7 +232,7 @@ def test_a_wrong_set_of_processes_is_refused(flags, environment, message):
 
 
 def test_a_tpu_with_several_hosts_is_known_by_its_environment(monkeypatch):
-  monkeypatch.setattr(multiprocess.glob, "glob", lambda pattern: ["/dev/accel0"])
+  monkeypatch.setattr(multiprocess.accelerators, "tpu_chips", lambda: ["/dev/accel0"])
   monkeypatch.setattr(multiprocess.importlib.util, "find_spec", lambda name: name == "libtpu")
   monkeypatch.setattr(multiprocess, "_metadata", lambda key: {"worker-network-endpoints": "a:0:10.0.0.1"}.get(key, ""))
   nobody = (None, None, None)

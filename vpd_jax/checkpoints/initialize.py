@@ -33,13 +33,22 @@ RANDOM = "randomly initialized"
 CLASS_PREDICTOR = "method/class_predictor/"  # not part of the checkpoint of a network trained without it
 
 
+def source_of(config: ConfigDict, workdir: str = "") -> str:
+  """Where the weights come from: the workdir if it has a checkpoint, else `init.run`, else `init.pretrained`.
+
+  Empty if all initial values are random.
+  """
+  return (workdir if is_workdir(workdir) else "") or config.init.run or config.init.pretrained
+
+
 def weights(
   config: ConfigDict, exp: Experiment, source: str = "", *, aligned: bool = False
 ) -> tuple[ParamDict, list[str]]:
   """Loads or initializes every array of the model, and reports the source of each in lines for the log.
 
   Args:
-    config: of the run; if `source` is empty, uses `init.run`, else `init.pretrained`, and merges `init.lora` into it.
+    config: of the run; if `source` is empty, uses `init.run`, else `init.pretrained`. Merges `init.lora`, unless
+      `source` is a workdir, whose run has done so.
     exp: from `assemble`.
     source: a workdir of this package, or any source that `convert.load.load_pretrained` accepts.
     aligned: see `convert.rules.convert`.
@@ -52,8 +61,8 @@ def weights(
       classifier have no source.
   """
   shapes = {name: exp.spec.shapes[name] for name in exp.spec.paths}
-  extra = "" if source else config.init.get("lora", "")
-  source = source or config.init.run or config.init.pretrained
+  extra = "" if source and is_workdir(source) else config.init.get("lora", "")  # a run has merged it
+  source = source or source_of(config)
   named, lines = {}, []
   if source and is_workdir(source):
     named, lines = _load_run(config, exp, source)

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vpd_jax.checkpoints.checkpointer import is_workdir
+from vpd_jax.checkpoints import initialize
 from vpd_jax.config import loader
 from vpd_jax.data.datasets import rooms
 from vpd_jax.errors import UserError
@@ -60,7 +60,7 @@ class Network:
     """
     self.task, self._config, self._lock = config.task.name, config, threading.Lock()
     self.draws = config.data.name in ("rooms", "room_figures")
-    random = self.draws and not (is_workdir(workdir) or config.init.run or config.init.pretrained)
+    random = self.draws and not initialize.source_of(config, workdir)
     self._weights = "" if random else trained_weights(config, workdir)
     self.notice = UNTRAINED.format(string=ROOMS[self.task]) if random else ""
 

@@ -1,7 +1,6 @@
 """Runs of several processes: connecting them, and ending all of them if one fails."""
 
 import contextlib
-import glob
 import importlib.util
 import os
 import re
@@ -15,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vpd_jax.errors import UserError, one_line
+from vpd_jax.monitoring import accelerators
 
 if TYPE_CHECKING:  # it imports jax, for which the first line of a command does not wait
   from vpd_jax.types import Fields
@@ -211,9 +211,8 @@ def _cluster(environment: Mapping[str, str]) -> bool:
   """Whether SLURM or Cloud TPU started this process as one of several."""
   if "SLURM_STEP_NODELIST" in environment:  # set by srun, not in a batch script or on a login node
     return int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
-  chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")
   platforms = (environment.get("JAX_PLATFORMS") or "tpu").split(",")
-  if not chips or not importlib.util.find_spec("libtpu") or "tpu" not in platforms:
+  if not accelerators.tpu_chips() or not importlib.util.find_spec("libtpu") or "tpu" not in platforms:
     return False
   hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
   slices = re.search(r"MEGASCALE_NUM_SLICES: '(\d+)'", "" if hosts else _metadata("tpu-env"))

@@ -320,13 +320,13 @@ def _gathered(values: Fields) -> Rows:
 def run(config: ConfigDict, workdir: str) -> dict[str, float]:
   """--mode=eval: evaluates a workdir's checkpoint, or `init.pretrained` if it has none, and prints the scores."""
   source = workdir if is_workdir(workdir) else ""
-  if not (source or config.init.run or config.init.pretrained):
+  if not initialize.source_of(config, workdir):
     raise UserError(
       f"no trained weights to evaluate: --workdir={workdir!r} holds no checkpoint and config.init.pretrained "
       "is empty; give one of them."
     )
   with progress.phase("assemble"):
-    config = initialize.with_backbone_sizes(config, source or config.init.run or config.init.pretrained)
+    config = initialize.with_backbone_sizes(config, initialize.source_of(config, workdir))
     exp = experiment.assemble(config, training=False)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   with progress.phase("open data"):

@@ -42,6 +42,12 @@ def is_absent(environment: Mapping[str, str] = os.environ, root: str = "/") -> b
   return platforms == "cpu" or (not platforms and not any(_detect(environment, Path(root))))
 
 
+def tpu_chips(root: str | Path = "/") -> list[str]:
+  """Device files of the TPU chips of this host: of v2 to v4 `accel*`, of newer ones numbers in `vfio`."""
+  devices = Path(root) / "dev"
+  return glob.glob(str(devices / "accel*")) or glob.glob(str(devices / "vfio" / "[0-9]*"))
+
+
 def _detect(environment: Mapping[str, str], root: Path) -> tuple[str, str]:
   """Name of the accelerator, and the pip extra that supports it; two empty strings if there is none."""
   driver = root / "proc/driver/nvidia/version"
@@ -49,6 +55,6 @@ def _detect(environment: Mapping[str, str], root: Path) -> tuple[str, str]:
     version = re.search(r"\b(\d{3,})\.\d+", driver.read_text()) if driver.exists() else None
     new = version is not None and int(version[1]) >= _CUDA_13_DRIVER
     return "an NVIDIA GPU", "cuda13" if new else "cuda12"
-  if glob.glob(str(root / "dev/accel*")) or any(environment.get(name) for name in _TPU_VARIABLES):
+  if tpu_chips(root) or any(environment.get(name) for name in _TPU_VARIABLES):
     return "a TPU", "tpu"
   return "", ""

@@ -78,7 +78,7 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
   """
   check_choice("--effort", effort, sorted(topologies.EFFORTS))
   effort = topologies.effort(topology, effort)
-  config = initialize.with_backbone_sizes(config, config.init.run or config.init.pretrained)
+  config = initialize.with_backbone_sizes(config, initialize.source_of(config))
   exp = experiment.assemble(config)
   initialize.check_training(config)
   check_data(config, exp)

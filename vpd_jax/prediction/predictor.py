@@ -78,7 +78,7 @@ class Predictor:
         "Predictor.load has no config: give one, like 'configs/nyu_depth.py', or workdir=RUN, whose own is taken."
       )
     config = loader.load(stored.config_string(str(weights)) if config is None else config)
-    source = str(weights) or config.init.run or config.init.pretrained
+    source = str(weights) or initialize.source_of(config)
     if not (source or random_init):
       raise UserError(
         "Predictor.load has no weights: give weights=WORKDIR or a released checkpoint, set config.init.pretrained, or "
@@ -348,15 +348,14 @@ class Predictor:
 
 
 def trained_weights(config: ConfigDict, workdir: str) -> str:
-  """The trained weights of a command: the workdir if it has a checkpoint, or else those of the config.
+  """The argument `weights` of Predictor.load for a command: the workdir if it has a checkpoint, or else empty.
 
   Raises:
-    ValueError: if there are none.
+    ValueError: if the config has no weights either.
   """
-  weights = workdir if is_workdir(workdir) else config.init.run or config.init.pretrained
-  if not weights:
+  if not initialize.source_of(config, workdir):
     raise UserError(f"--workdir={workdir!r} holds no checkpoint and config.init.pretrained is empty; give one of them.")
-  return weights
+  return workdir if is_workdir(workdir) else ""
 
 
 def _as_list(images: Images) -> tuple[list[object], bool]:

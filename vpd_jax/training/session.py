@@ -55,7 +55,7 @@ class TrainingSession:
       ValueError: in one line, for anything that cannot be assembled or found.
     """
     with progress.phase("assemble"):
-      config = initialize.with_backbone_sizes(config, config.init.run or config.init.pretrained)
+      config = initialize.with_backbone_sizes(config, initialize.source_of(config))
       self._config, self._workdir, self._accept_changes = config, os.path.expanduser(workdir), accept_changes
       self._experiment = experiment.assemble(config)
     initialize.check_training(config)
