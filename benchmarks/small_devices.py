@@ -55,8 +55,8 @@ def run(name: str, fields: dict[str, object]) -> float:
 
 
 def table(results: dict[str, float]) -> str:
-  """Mean, least and most of each setting, in Markdown; a setting without a run is "not yet run"."""
-  lines = ["| begins with | trains | RMSE, m: mean | least | most | seeds |", "|---" * 6 + "|"]
+  """Mean, minimum and maximum of each setting, in Markdown; a setting without a run is "not yet run"."""
+  lines = ["| starts from | trains | RMSE, m: mean | min | max | seeds |", "|---" * 6 + "|"]
   for begin, settings in SETTINGS.items():
     for words in settings:
       found = [x for name, x in results.items() if name.rpartition("/")[0] == f"{begin}/{words}"]

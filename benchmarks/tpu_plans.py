@@ -118,14 +118,15 @@ def measure(cell: Cell, minutes: float) -> None:
 
 def tables(results: dict[str, list[Report]]) -> str:
   """Both tables in Markdown; a cell without reports is "not yet run"."""
-  head = "| config, images of all chips | slice | settings | state a chip | peak of | operations | collectives | {} |"
-  lines = [head.format("compiler's estimate | compiled in, by libtpu"), "|---" * 9 + "|"]
+  head = "| config, images of all chips | slice | settings | state per chip | peak of available memory | {} |"
+  rest = "operations | collectives | compiler's estimate | compile time, libtpu version"
+  lines = [head.format(rest), "|---" * 9 + "|"]
   for cell in PLANS:
     lines += _rows(cell, results.get(cell.name, []))
   steps = [_train(results.get(cell.name, [])) for cell in SCALING]
   lines += [
     "",
-    "| chips (v6e) | images | mesh | operations a chip | of 1 chip | collectives a chip |",
+    "| chips (v6e) | images | mesh | operations per chip | relative to 1 chip | collectives per chip |",
     "|---" * 6 + "|",
   ]
   one = steps[0]["flops"] if steps[0] else None

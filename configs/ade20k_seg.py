@@ -1,7 +1,7 @@
 """Semantic segmentation on ADE20K, 150 classes, 80 000 steps.
 
 python -m vpd_jax.main --config=configs/ade20k_seg.py --config.data.root=/data/ADEChallengeData2016 \
-    --config.init.pretrained=/weights/v1-5-pruned-emaonly.ckpt
+    --config.init.pretrained=/weights/stable-diffusion-v1-5
 
 The argument is a list of words: a method (vpd, meta_prompts, iedp, eco_depth, tadp), and a size (sd21: Stable Diffusion
 2.1; tiny: the small network of the tests).

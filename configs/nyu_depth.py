@@ -1,7 +1,7 @@
 """Metric depth on NYU Depth v2, 25 epochs at a global batch of 24 (8 GPUs x 3 in the release).
 
 python -m vpd_jax.main --config=configs/nyu_depth.py --config.data.root=/data/nyu_depth_v2 \
-    --config.init.pretrained=/weights/v1-5-pruned-emaonly.ckpt
+    --config.init.pretrained=/weights/stable-diffusion-v1-5
 
 The argument is a list of words: a method (vpd, meta_prompts, iedp, eco_depth, tadp), a size (sd21: Stable Diffusion
 2.1; tiny: the small network of the tests). EcoDepth has a recipe of its own: whole pictures, a global batch of 32 (8

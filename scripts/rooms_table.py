@@ -269,10 +269,10 @@ def table(results: dict[str, list[Record]], rows: Rows) -> str:
       "",
       f"{every[0]['steps']} steps of {first['batch_size']} images, small network, float32, trained on "
       f"{' and '.join(sorted({run['device'] for run in every}))}; a run took up to "
-      f"{max(run['minutes'] for run in every):.0f} minutes. With several seeds: mean, least and most. Parameters, "
-      f"operations (XLA's count) and milliseconds (fastest of {CALLS}, {first['device']}) are of the bare network "
-      f"on one image of {size}; memory is that of the training process, beside XLA's count of its step. "
-      f"`python scripts/rooms_table.py --tasks {rows.task} --seeds {seeds}`, then `--write`.",
+      f"{max(run['minutes'] for run in every):.0f} minutes. With several seeds: mean, minimum, and maximum. "
+      f"Parameters, operations (XLA's count) and milliseconds (fastest of {CALLS}, {first['device']}) are of the bare "
+      f"network on one image of {size}; memory is the peak of the training process, followed by XLA's count for one "
+      f"step. `python scripts/rooms_table.py --tasks {rows.task} --seeds {seeds}`, then `--write`.",
     ]
   )
 

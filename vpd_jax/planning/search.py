@@ -22,7 +22,7 @@ COSTS = {
   "backbone.remat": "the same result; a quarter more operations, or with remat_policy=minimal a few percent",
   "backbone.remat_policy": "the same result; minimal repeats no product with weights, full repeats the forward pass",
   "backbone.attention": "the same result but for rounding; scores are computed again",
-  "optim.accumulation": "the same batch and loss; batch normalization takes its running statistics part by part",
+  "optim.accumulation": "the same result but for rounding and the random numbers of dropout; parts run in sequence",
   "optim.moments": "Adam's moments are rounded between steps; every array is trained",
   "frozen_dtype": "what is not trained is rounded once, when it is loaded",
   "lora.rank": "the UNet is adapted by small factors in place of training it in full",
@@ -88,9 +88,9 @@ def candidates(config: ConfigDict, devices: int) -> Iterator[Fields]:
   First settings that do not change the result: `mesh.fsdp`, in ascending order, then `backbone.remat`, which adds a few
   percent more operations with remat_policy "minimal" and a quarter with "full", each with every fsdp again, then
   attention without stored scores if the config has "xla". Then `optim.accumulation` in ascending order, which keeps the
-  batch and its loss but updates the running statistics of batch normalization part by part; each with all of the above.
-  Then the settings of `less_memory`, and last `data.batch_size`, halved repeatedly, which changes the training recipe;
-  each with all of the above.
+  batch, its loss and the running statistics of batch normalization, but changes rounding and the random numbers of
+  dropout; each with all of the above. Then the settings of `less_memory`, and last `data.batch_size`, halved
+  repeatedly, which changes the training recipe; each with all of the above.
   """
   smallest = max(config.mesh.fsdp, 1) if config.mesh.fsdp != -1 else devices
   shard_counts = [n for n in range(smallest, devices + 1) if devices % n == 0]
