@@ -323,6 +323,12 @@ def is_workdir(path: str | epath.PathLike) -> bool:
     return False
 
 
+def newest_config(workdir: str | epath.PathLike) -> Fields:
+  """The config of the newest checkpoint of a workdir, which must have one; see Checkpoints.restore_config."""
+  with Checkpoints(workdir, read_only=True) as saved:
+    return saved.restore_config(cast(int, saved.latest_step()))
+
+
 def _directory(workdir: str | epath.PathLike) -> epath.Path:
   """The folder of the checkpoints; absolute, as required by orbax."""
   try:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from vpd_jax import experiment, optim
 from vpd_jax.checkpoints import class_name_encoding, clip_towers, vit_tower
-from vpd_jax.checkpoints.checkpointer import Checkpoints, is_workdir
+from vpd_jax.checkpoints.checkpointer import Checkpoints, is_workdir, newest_config
 from vpd_jax.config import loader, stored
 from vpd_jax.convert import finite, load, lora_files
 from vpd_jax.convert.tables import clip, stable_diffusion, vit
@@ -21,7 +21,7 @@ from vpd_jax.data.shards import reader
 from vpd_jax.distributed import sharding
 from vpd_jax.errors import UserError, check_choice
 from vpd_jax.experiment import BackboneSizes, Experiment
-from vpd_jax.types import Fields, Options, ParamDict, PyTree, TrainState
+from vpd_jax.types import Options, ParamDict, PyTree, TrainState
 
 Gather = Callable[[ParamDict], ParamDict]
 
@@ -148,7 +148,7 @@ def with_backbone_sizes(config: ConfigDict, source: str) -> ConfigDict:
   """
   steps = 0
   if source and is_workdir(source):
-    run_config = _run_config(source)
+    run_config = newest_config(source)
     stated = {part: run_config["backbone"][part] for part in BackboneSizes._fields if part in run_config["backbone"]}
     steps = run_config["method"].get("trained_steps") or run_config["method"].get("refine_steps", 0)
   else:
@@ -213,12 +213,6 @@ def checkpoints(config: ConfigDict, exp: Experiment, workdir: str) -> Checkpoint
   )
 
 
-def _run_config(workdir: str) -> Fields:
-  """The config of a run's newest checkpoint, as plain values."""
-  with Checkpoints(workdir, read_only=True) as saved:
-    return saved.restore_config(cast(int, saved.latest_step()))
-
-
 def _load_run(config: ConfigDict, exp: Experiment, workdir: str) -> tuple[dict[str, np.ndarray], list[str]]:
   """Parameters and statistics of a run's newest or best checkpoint; the EMA instead of the parameters if saved.
 
@@ -237,7 +231,7 @@ def _load_run(config: ConfigDict, exp: Experiment, workdir: str) -> tuple[dict[s
     raise UserError(f"config.eval.checkpoint={which!r} is unknown; choose 'newest' or 'best'.")
   parts = tuple(f"method/{part}" for part in exp.method.training_only)
   omitted = tuple(part for part in parts if not any(name.startswith(part) for name in shapes))
-  metric = best_metric(_run_config(workdir), exp) if which == "best" else None
+  metric = best_metric(newest_config(workdir), exp) if which == "best" else None
   with Checkpoints(workdir, best_metric=metric, best_mode=exp.task.best[1], read_only=True) as run_checkpoints:
     step = run_checkpoints.best_step() if metric else run_checkpoints.latest_step()
     if step is None:
