@@ -129,7 +129,7 @@ def _prompt_arrays(
       yield {prefix + name: value for name, value in arrays.items()}, line
 
 
-def best_metric(config: Options, exp: Experiment) -> str:
+def best_metric(config: ConfigDict | Options, exp: Experiment) -> str:
   """Full name of the metric that selects the best checkpoint of a run with this config, e.g. "eval/nyu/rmse"."""
   return f"eval/{config['data']['name']}/{exp.task.best[0]}"
 
