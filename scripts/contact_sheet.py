@@ -32,7 +32,8 @@ def rows(workdir: str, count: int) -> tuple[list[str], list[list[np.ndarray]]]:
   source = experiment.dataset(config, predictor.experiment).source("eval")
   examples = [source[index] for index in range(min(count, len(source)))]
   classes = [int(example["class_id"]) for example in examples] if predictor.takes_class else None
-  found = predictor.predict([example["image"] for example in examples], classes)
+  sentences = [example["sentence"] for example in examples] if predictor.takes_sentence else None
+  found = predictor.predict([example["image"] for example in examples], classes, sentences=sentences)
   if config.task.name == "depth":
     titles = ["image", "depth, truth", "depth, predicted", f"error, 0 to {LARGEST_ERROR:g} m"]
     return titles, [_depth(e["image"], e["depth"], f["depth"]) for e, f in zip(examples, found, strict=True)]

@@ -114,7 +114,7 @@ def _run() -> None:
       predict_folder.run(config, workdir, **options)
       return
     video_options = {name: options.pop(name) for name in ("source", "output", "class_name", "sentence")}
-    if unused := [f"--{name}" for name, value in options.items() if value]:
+    if unused := [f"--{name}" for name in options if _is_set(_prediction_flags()[name])]:
       raise UserError(f"{', '.join(unused)}: no effect on a video, --input={INPUT.value!r}; leave it out.")
     predict_video.run(config, workdir, **video_options)
 
@@ -146,11 +146,16 @@ def _check_modes() -> None:
     raise UserError(f"{', '.join(unused)}: no effect with --mode=weights, which lists what is known; leave it out.")
   flags_by_mode = {"predict": _prediction_flags(), "plan": {"topology": TOPOLOGY}, "train": {"accept_changes": ACCEPT}}
   for mode, mode_flags in flags_by_mode.items():
-    set_flags = [flag for flag in mode_flags.values() if flag.value and not (flag is OUTPUT and MODE.value == "export")]
+    set_flags = [f for f in mode_flags.values() if _is_set(f) and not (f is OUTPUT and MODE.value == "export")]
     if unused := [f"--{flag.name}" for flag in set_flags if MODE.value != mode]:
       raise UserError(f"{', '.join(unused)}: only valid with --mode={mode}, not with --mode={MODE.value}.")
   if EFFORT.value != "low" and not TOPOLOGY.value:
     raise UserError("--effort is only valid with --mode=plan and --topology; leave it out.")
+
+
+def _is_set(flag: flags.FlagHolder) -> bool:
+  """Whether a flag asks for anything but its default; --focal=0 does, although 0 is false."""
+  return flag.value != flag.default
 
 
 def config_string() -> str:

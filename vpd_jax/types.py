@@ -322,6 +322,7 @@ class Task(Protocol):
   test_time_protocol: str  # how images are split and merged at test time, one of prediction/protocols.py
   class_names: tuple[str, ...] = ()  # of `per_class`
   measures_depth: bool = False  # whether it is a DepthTask
+  draws_attention: bool = False  # whether it is a ClassAttentionTask
   described: Mapping[str, str] = MappingProxyType({})  # descriptions of the head's outputs by name, and of "result"
   needs_truth: bool  # `summarize` and `baselines` also take `truth`, see Dataset.truth
 

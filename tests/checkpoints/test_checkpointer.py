@@ -107,6 +107,8 @@ def test_without_scores_nothing_is_best(tmp_path):
     saved.save(1, start(), CONFIG, force=True)
     assert (saved.latest_step(), saved.best_step()) == (1, None)
     assert not saved.save(1, start(), CONFIG)
+    saved.save(2, start(), CONFIG, {"other": 0.0}, force=True)
+    assert (saved.latest_step(), saved.best_step()) == (2, None)
 
 
 def test_weights_are_read_without_the_optimizer(tmp_path):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import oracle, text_folders, tiny
+from tests.helpers import one_convolution, oracle, text_folders, tiny
 from tests.helpers.iedp import iedp_config
 from vpd_jax import experiment
 from vpd_jax.checkpoints import clip_towers, initialize
@@ -91,15 +91,17 @@ def test_a_diffusers_folder_brings_sizes_weights_and_class_vectors(tmp_path):
 
 def test_what_would_not_be_trained_as_it_is_told_is_refused():
   config = loader.load("configs/nyu_depth.py:tiny")
-  initialize.check_training(config)
-  initialize.check_training(loader.changed(config, {"dtype": "bfloat16"}))
+  exp = experiment.assemble(config)
+  check = lambda changed: initialize.check_training(changed, exp)
+  check(config)
+  check(loader.changed(config, {"dtype": "bfloat16"}))
   for changes, message in (
     ({"param_dtype": "bfloat16"}, r"^config\.param_dtype='bfloat16' cannot be trained: .*param_dtype='float32'\.$"),
     ({"param_dtype": "bfloat16", "optim.ema_decay": 0.9999}, "moving average would be rounded away"),
     ({"num_steps": 10**6}, "ends at step"),
   ):
     changed = loader.changed(config, changes)
-    for begin in (initialize.check_training, plan.run, lambda config: train.run(config, "nowhere")):
+    for begin in (check, plan.run, lambda config: train.run(config, "nowhere")):
       with pytest.raises(ValueError, match=message):
         begin(changed)
   for dtype in ("float32", "bfloat16"):  # what is evaluated may be kept in either
@@ -204,6 +206,33 @@ def test_a_text_encoder_inside_stable_diffusion_goes_before_that_of_clip(tmp_pat
   assert line.endswith("sd.safetensors")
   found, line = clip_towers.text_encoder(shapes, pretrained="", source=str(whole_clip))
   np.testing.assert_array_equal(found[name], oracle.weights("clip_text")["text_model.final_layer_norm.weight"])
+
+
+def test_the_best_checkpoint_is_that_of_the_scores_of_the_run(tmp_path):
+  with one_convolution.known():
+    config = one_convolution.rooms(**{"eval.checkpoint": "best"})
+    exp = experiment.assemble(config)
+    state = tiny.train_state(exp, tiny.filled(exp.spec.shapes))
+    for folder, scores in (("scored", (1.0, 2.0)), ("unscored", ())):
+      with initialize.checkpoints(config, exp, str(tmp_path / folder)) as held:
+        for step in (1, 2):
+          metrics = {"eval/rooms/rmse": scores[step - 1]} if scores else {"other": 0.0}
+          held.save(step, state, initialize.to_json(config), metrics, force=True)
+    elsewhere = loader.changed(config, {"data.name": "another"})
+    for evaluated in (config, elsewhere):
+      _, lines = initialize.weights(evaluated, exp, str(tmp_path / "scored"))
+      assert lines[0].endswith("scored, checkpoint of step 1")
+      with pytest.raises(ValueError, match=r"the score eval/rooms/rmse, .*unscored holds none; set .*='newest'\.$"):
+        initialize.weights(evaluated, exp, str(tmp_path / "unscored"))
+
+
+def test_rules_for_arrays_of_training_do_not_prevent_an_evaluation():
+  with one_convolution.known():
+    config = one_convolution.rooms(**{"mesh.rules": (("^/lora/", ()),)})
+    exp = experiment.assemble(config, training=False)
+    initialize.weights_on_mesh(config, exp, sharding.make_mesh(1, 1, devices=jax.devices()[:1]), complete=False)
+    with pytest.raises(ValueError, match=r"mesh\.rules: rules that match no array: \['\^/lora/'\]; remove or correct"):
+      initialize.check_training(config, exp)
 
 
 @pytest.fixture(scope="module")

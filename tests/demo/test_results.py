@@ -112,6 +112,11 @@ def test_a_focal_length_that_is_none_is_refused(tmp_path, predictor, photo, foca
   assert not (tmp_path / "user").exists()
 
 
+def test_inputs_of_another_task_are_ignored(tmp_path, predictor, photo):
+  found = results.predict(predictor, photo, tmp_path / "user", Inputs(attention=True, ply=False, focal=-3.0))
+  assert len(found.files) == 4 and found.cloud is None
+
+
 def test_a_missing_sentence_is_asked_for(tmp_path, predictor, photo, monkeypatch):
   monkeypatch.setattr(type(predictor), "takes_sentence", True)
   with pytest.raises(ValueError, match=r"^the network needs a sentence about the picture"):
@@ -133,8 +138,13 @@ def test_a_config_without_weights_is_refused_unless_it_is_of_the_rooms(tmp_path)
 
 
 def test_a_drawn_room_fits_the_task(tmp_path, predictor, monkeypatch):
-  path, sentence, _ = results.drawn_room(predictor, tmp_path, 0)
-  assert results.read_picture(str(path)).shape == (480, 720, 3) and sentence.startswith("the ")
+  path, caption, _ = results.drawn_room(predictor, tmp_path, 0)
+  assert (
+    results.read_picture(str(path)).shape == (480, 720, 3) and caption.startswith(("a ", "an ")) and " with " in caption
+  )
+  with monkeypatch.context() as patch:
+    patch.setattr(predictor, "config", loader.changed(predictor.config, {"task.name": "referring"}))
+    assert results.drawn_room(predictor, tmp_path, 0)[1].startswith("the ")
   monkeypatch.setattr(type(predictor), "takes_boxes", True)
   _, _, boxes = results.drawn_room(predictor, tmp_path, 0)
   assert len(results.read_boxes(boxes)) == 1

@@ -77,6 +77,21 @@ def test_calls_are_no_larger_than_there_are_people(people, sizes):
   assert seen == sizes and found.keypoints.shape == (people, 17, 3) and found.scores.shape == (people,)
 
 
+def test_the_other_inputs_of_an_image_go_with_each_of_its_crops():
+  task, seen = Pose(keypoints=COCO, sigma=1), []
+
+  def predict(weights, batch):
+    seen.append(batch["tokens"].tolist())
+    return brightest(weights, batch)
+
+  options = {"keypoints": 17, "rescore": task.rescored, "batch_size": 4}
+  made = top_down.TopDownPoseEstimator(predict, Augmentation(CROP, COCO).evaluation, task.locate, **options)
+  boxes = [top_down.check_boxes([(1, 1, 20, 30)] * people, (60, 50), "it") for people in (1, 0, 2)]
+  inputs = [{"tokens": np.int32([i, 7])} for i in range(3)]
+  made(1.0, [picture((60, 50), [(12, 20)])] * 3, boxes, inputs)
+  assert seen == [[[0, 7], [2, 7], [2, 7], [2, 7]]]
+
+
 @pytest.mark.parametrize("boxes, message", [
   ([[1, 2, 3]], r"^boxes of a\.jpg must be lists of x, y, width, height"),
   ([[1, 2, 3, float("nan")]], r"finite numbers"),

@@ -173,6 +173,20 @@ def test_what_training_refuses_of_the_data_is_refused_without_its_files(path, wr
   assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("captions", ["", "/nowhere/captions.json"])
+def test_captions_and_depth_need_not_be_there(captions, tmp_path):
+  config = loader.load("configs/kitti_depth.py:tadp,tiny")
+  given = {"data.root": "/nowhere", "data.depth_root": "/nowhere/depth", "data.captions": captions}
+  method = types.SimpleNamespace(prepare_inputs=frozenset({"sentence"}), prepare_outputs=frozenset({"tokens"}))
+  task = types.SimpleNamespace(eval_needs=frozenset())
+  exp = types.SimpleNamespace(keys=("image", "depth", "tokens"), method=method, task=task)
+  plan.check_data(loader.changed(config, given), exp)
+  (tmp_path / "damaged.json").write_text("{")
+  with pytest.raises(ValueError, match=r"damaged\.json"):
+    plan.check_data(loader.changed(config, given | {"data.captions": str(tmp_path / "damaged.json")}), exp)
+  plan.check_data(loader.load("configs/rooms.py:depth,tadp,tiny"), exp)  # writes its own captions
+
+
 def test_options_that_do_not_go_together_are_refused_as_in_training():
   config = tiny.shrunk(loader.load("configs/nyu_depth.py:tiny")).unlock()
   config.data.crop = (128, 128)

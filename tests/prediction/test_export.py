@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import jax.export
 import numpy as np
@@ -218,3 +219,19 @@ def test_without_flatbuffers_the_extra_is_named(tmp_path, monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r"^--mode=export needs flatbuffers, .* pip install 'vpd_jax\[export\]'\.$"):
     export.run(loader.load("configs/nyu_depth.py:tiny"), "", output=str(tmp_path / "net"))
+
+
+@pytest.mark.parametrize("predicts, meaning", [(True, "the class that CLIP predicts"), (False, "the mean of all")])
+def test_the_class_of_an_image_without_one_is_described(predicts, meaning):
+  predictor = types.SimpleNamespace(predicts_class=predicts, experiment=types.SimpleNamespace(classes=("a", "b")))
+  described = export._input(predictor, "class_id")
+  assert described["range"] == [-1, 1] and f"-1 is {meaning}" in described["meaning"]
+
+
+def test_attention_of_one_platform_is_refused_wherever_a_network_is_written(tmp_path):
+  config = loader.changed(loader.load("configs/nyu_depth.py:tiny"), {"backbone.attention": "cudnn"})
+  with pytest.raises(
+    ValueError, match=r"attention='cudnn' does not run on all of .*; set config\.backbone\.attention="
+  ):
+    export.write(types.SimpleNamespace(config=config), tmp_path / "net")
+  assert not any(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """Names of the results of a folder of pictures: no result is written over another."""
 
+import contextlib
 import json
 import types
 
@@ -12,6 +13,8 @@ from tests.helpers import one_convolution
 from vpd_jax.config import loader
 from vpd_jax.prediction import predict_folder
 from vpd_jax.tasks.depth import point_cloud
+from vpd_jax.tasks.pose.task import Pose
+from vpd_jax.tasks.segmentation.task import Segmentation
 
 FOLDERS = {
   "all different": ([("a.jpg", 1), ("b.PNG", 1)], [["a"], ["b"]]),
@@ -220,3 +223,42 @@ def test_point_clouds_that_cannot_be_are_one_line(tmp_path, monkeypatch, given, 
   with pytest.raises(ValueError, match=message) as caught:
     predict_folder.run(config, "", source=str(tmp_path / "in"), output=str(tmp_path / "out"), **given)
   assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+class Captioned(People):
+  """Stands for a network that takes boxes of people and a caption."""
+
+  takes_sentence = True
+
+  def __init__(self):
+    super().__init__()
+    self.given = []
+
+  def predict_each(self, images, class_id, sentences=None, boxes=None):
+    self.given += zip(sentences, boxes, strict=True)
+    return super().predict_each(images, class_id)
+
+
+def test_boxes_go_with_each_sentence(tmp_path, monkeypatch):
+  (tmp_path / "in").mkdir()
+  Image.new("RGB", (8, 8)).save(tmp_path / "in" / "a.png")
+  (tmp_path / "boxes.json").write_text(json.dumps({"a.png": [[0, 0, 4, 4]]}))
+  (tmp_path / "said.json").write_text(json.dumps([{"image": "a.png", "sentences": ["one", "two"]}]))
+  predictor = Captioned()
+  monkeypatch.setattr(predict_folder.Predictor, "load", lambda *_, **__: predictor)
+  config = loader.changed(loader.load("configs/my_pose.py"), {"init.pretrained": "made-up"})
+  options = {"source": str(tmp_path / "in"), "output": str(tmp_path / "out"), "boxes": str(tmp_path / "boxes.json")}
+  predict_folder.run(config, "", **options, sentences=str(tmp_path / "said.json"))
+  assert predictor.given == [("one", [[0, 0, 4, 4]]), ("two", [[0, 0, 4, 4]])]
+
+
+@pytest.mark.parametrize("task, draws", [(Pose, False), (Segmentation, True)])
+def test_attention_is_for_tasks_that_draw_it(task, draws):
+  predictor = object.__new__(vpd_jax.Predictor)
+  method = types.SimpleNamespace(attends_to_classes=True, needs=frozenset(), prepare_inputs=frozenset())
+  predictor.experiment, predictor._classify = types.SimpleNamespace(method=method, task=task), None
+  config = loader.load("configs/coco_pose.py:vpd,tiny")
+  with (
+    contextlib.nullcontext() if draws else pytest.raises(ValueError, match=r"^--attention has no effect: method 'vpd'")
+  ):
+    predict_folder.check_flags(config, predictor, {}, True, False)

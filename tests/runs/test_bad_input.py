@@ -284,6 +284,12 @@ CASES = {
   "results where nothing can be written": Case(
     PREDICT + " --output=/proc/out", "/proc is not a folder", "another", pictures
   ),
+  "a focal length for a video": Case(
+    VIDEO + " --focal=0", "--focal: no effect on a video", "leave it out", text("clip.mp4", "")
+  ),
+  "a focal length for training": Case(
+    "--mode=train --focal=0", "--focal: only valid with --mode=predict", "--mode=train"
+  ),
   "a video without frames": Case(VIDEO, "clip.mp4' holds no frame", "give another video", text("clip.mp4", "")),
   "flags without effect on a video": Case(
     VIDEO + " --ply --boxes=a.json", "--boxes, --ply: no effect on a video", "leave it out", text("clip.mp4", "")

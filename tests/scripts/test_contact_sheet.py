@@ -1,5 +1,7 @@
 """The contact sheet: where its pictures lie, what it refuses."""
 
+import types
+
 import numpy as np
 import pytest
 
@@ -45,3 +47,21 @@ def test_a_sheet_has_at_least_one_room(script, monkeypatch, capsys):
   with pytest.raises(SystemExit, match="2"):
     script.main()
   assert capsys.readouterr().err.endswith(": --count=0 and --scale=2 must be at least 1; see --help\n")
+
+
+def test_a_method_that_reads_sentences_gets_those_of_the_rooms(script, monkeypatch):
+  image, depth = np.zeros((4, 6, 3), np.uint8), np.ones((4, 6), np.float32)
+  examples = [{"image": image, "depth": depth, "sentence": f"room {i}"} for i in range(3)]
+  asked = []
+  name = lambda name: types.SimpleNamespace(name=name)
+  predictor = types.SimpleNamespace(
+    config=types.SimpleNamespace(data=name("rooms"), task=name("depth")),
+    experiment=types.SimpleNamespace(task=None),
+    takes_class=False,
+    takes_sentence=True,
+    predict=lambda images, classes, sentences: asked.extend(sentences) or [{"depth": depth} for _ in images],
+  )
+  monkeypatch.setattr(script.Predictor, "load", lambda **_: predictor)
+  data = types.SimpleNamespace(source=lambda split: examples)
+  monkeypatch.setattr(script.experiment, "dataset", lambda config, exp: data)
+  assert len(script.rows("run", 2)[1]) == 2 and asked == ["room 0", "room 1"]

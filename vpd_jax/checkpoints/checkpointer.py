@@ -178,8 +178,10 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def best_step(self) -> int | None:
-    """The step with the best metric; None if none has one."""
-    return self._manager.best_step() if self._best_metric is not None else None
+    """The step with the best metric; None if none has one that is a number."""
+    step = self._manager.best_step() if self._best_metric is not None else None
+    # Orbax ranks a step with other metrics, too: below all others, but it may be the only one.
+    return step if step is not None and self._score(self.scores(step)) > -math.inf else None
 
   def restore(self, step: int, state: PyTree) -> PyTree:
     """Restores the state onto the devices of `state`, independent of the mesh it was saved from.
@@ -319,6 +321,12 @@ def is_workdir(path: str | epath.PathLike) -> bool:
     raise UserError(f"{path} cannot be searched for checkpoints ({error}); fix that and try again.") from error
   except Exception:  # other errors of the file system are reported when the source is read
     return False
+
+
+def newest_config(workdir: str | epath.PathLike) -> Fields:
+  """The config of the newest checkpoint of a workdir, which must have one; see Checkpoints.restore_config."""
+  with Checkpoints(workdir, read_only=True) as saved:
+    return saved.restore_config(cast(int, saved.latest_step()))
 
 
 def _directory(workdir: str | epath.PathLike) -> epath.Path:

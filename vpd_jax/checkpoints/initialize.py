@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from vpd_jax import experiment, optim
 from vpd_jax.checkpoints import class_name_encoding, clip_towers, vit_tower
-from vpd_jax.checkpoints.checkpointer import Checkpoints, is_workdir
+from vpd_jax.checkpoints.checkpointer import Checkpoints, is_workdir, newest_config
 from vpd_jax.config import loader, stored
 from vpd_jax.convert import finite, load, lora_files
 from vpd_jax.convert.tables import clip, stable_diffusion, vit
@@ -21,7 +21,7 @@ from vpd_jax.data.shards import reader
 from vpd_jax.distributed import sharding
 from vpd_jax.errors import UserError, check_choice
 from vpd_jax.experiment import BackboneSizes, Experiment
-from vpd_jax.types import ParamDict, PyTree, TrainState
+from vpd_jax.types import Options, ParamDict, PyTree, TrainState
 
 Gather = Callable[[ParamDict], ParamDict]
 
@@ -129,9 +129,9 @@ def _prompt_arrays(
       yield {prefix + name: value for name, value in arrays.items()}, line
 
 
-def best_metric(config: ConfigDict, exp: Experiment) -> str:
-  """Full name of the metric that selects the best checkpoint, e.g. "eval/nyu/rmse"."""
-  return f"eval/{config.data.name}/{exp.task.best[0]}"
+def best_metric(config: ConfigDict | Options, exp: Experiment) -> str:
+  """Full name of the metric that selects the best checkpoint of a run with this config, e.g. "eval/nyu/rmse"."""
+  return f"eval/{config['data']['name']}/{exp.task.best[0]}"
 
 
 def with_backbone_sizes(config: ConfigDict, source: str) -> ConfigDict:
@@ -148,8 +148,7 @@ def with_backbone_sizes(config: ConfigDict, source: str) -> ConfigDict:
   """
   steps = 0
   if source and is_workdir(source):
-    with Checkpoints(source, read_only=True) as saved:
-      run_config = saved.restore_config(cast(int, saved.latest_step()))
+    run_config = newest_config(source)
     stated = {part: run_config["backbone"][part] for part in BackboneSizes._fields if part in run_config["backbone"]}
     steps = run_config["method"].get("trained_steps") or run_config["method"].get("refine_steps", 0)
   else:
@@ -171,11 +170,12 @@ def with_backbone_sizes(config: ConfigDict, source: str) -> ConfigDict:
   return config.lock()
 
 
-def check_training(config: ConfigDict) -> None:
+def check_training(config: ConfigDict, exp: Experiment) -> None:
   """Raises ValueError for options that are valid for evaluation but not for training.
 
-  These are an unknown data.on_bad_record, a schedule that ends before the run, and parameters in bfloat16: with 8 bits
-  of precision, most updates of parameters, moments and the moving average would be lost by rounding.
+  These are an unknown data.on_bad_record, a schedule that ends before the run, parameters in bfloat16, and rules in
+  mesh.rules that match none of the arrays in training, of which an evaluation has only a part. With the 8 bits of
+  bfloat16, most updates of parameters, moments and the moving average would be lost by rounding.
   """
   check_choice("on_bad_record", config.data.on_bad_record, reader.ON_BAD_RECORD)
   optim.check_length(config.num_steps, **loader.schedule(config))
@@ -185,6 +185,8 @@ def check_training(config: ConfigDict) -> None:
       "average would be rounded away. Set config.dtype='bfloat16', which computes in it, and "
       "config.param_dtype='float32'."
     )
+  if config.mesh.rules:  # the shapes are slow to trace
+    sharding.check_rules(state_shapes(config, exp), config.mesh.rules)
 
 
 def with_predicted_class(config: ConfigDict) -> ConfigDict:
@@ -200,7 +202,7 @@ def with_predicted_class(config: ConfigDict) -> ConfigDict:
   return config.lock()
 
 
-def checkpoints(config: ConfigDict, exp: Experiment, workdir: str, *, read_only: bool = False) -> Checkpoints:
+def checkpoints(config: ConfigDict, exp: Experiment, workdir: str) -> Checkpoints:
   """The checkpoints of a workdir, with the options of the config."""
   return Checkpoints(
     workdir,
@@ -208,32 +210,38 @@ def checkpoints(config: ConfigDict, exp: Experiment, workdir: str, *, read_only:
     keep_best=config.keep_best,
     best_metric=best_metric(config, exp),
     best_mode=exp.task.best[1],
-    read_only=read_only,
   )
 
 
 def _load_run(config: ConfigDict, exp: Experiment, workdir: str) -> tuple[dict[str, np.ndarray], list[str]]:
   """Parameters and statistics of a run's newest or best checkpoint; the EMA instead of the parameters if saved.
 
-  Training-only parts are omitted if the model omits them. The class predictor may be missing.
+  The best one is that of the run's own metric, also where the config names another data set. Training-only parts are
+  omitted if the model omits them. The class predictor may be missing.
 
   Returns:
     Arrays by name, and lines: the checkpoint, and the differences of its config that affect predictions.
 
   Raises:
-    ValueError: names or shapes do not match the model (states the differing options); NaN or infinity.
+    ValueError: names or shapes do not match the model (states the differing options); NaN or infinity; no checkpoint
+      has the score that selects the best one.
   """
   which, shapes = config.eval.checkpoint, {n: exp.spec.shapes[n] for n in exp.spec.paths}
   if which not in ("newest", "best"):
     raise UserError(f"config.eval.checkpoint={which!r} is unknown; choose 'newest' or 'best'.")
   parts = tuple(f"method/{part}" for part in exp.method.training_only)
   omitted = tuple(part for part in parts if not any(name.startswith(part) for name in shapes))
-  with checkpoints(config, exp, workdir, read_only=True) as run_checkpoints:
-    best = run_checkpoints.best_step() if which == "best" else None
-    step = run_checkpoints.latest_step() if best is None else best
-    saved = run_checkpoints.restore_weights(cast(int, step), skip=omitted)
-    differing = stored.differing(run_checkpoints.restore_config(cast(int, step)), config)
-    named = run_checkpoints.evaluated(cast(int, step), saved)
+  metric = best_metric(newest_config(workdir), exp) if which == "best" else None
+  with Checkpoints(workdir, best_metric=metric, best_mode=exp.task.best[1], read_only=True) as run_checkpoints:
+    step = run_checkpoints.best_step() if metric else run_checkpoints.latest_step()
+    if step is None:
+      raise UserError(
+        f"config.eval.checkpoint='best' needs a checkpoint with the score {metric}, and {workdir} holds none; set "
+        "config.eval.checkpoint='newest'."
+      )
+    saved = run_checkpoints.restore_weights(step, skip=omitted)
+    differing = stored.differing(run_checkpoints.restore_config(step), config)
+    named = run_checkpoints.evaluated(step, saved)
   required = {n for n in shapes if not n.startswith(CLASS_PREDICTOR)}
   mismatched = sorted(
     n for n in required | named.keys() if n not in named or n not in shapes or named[n].shape != shapes[n].shape
@@ -253,7 +261,7 @@ def _load_run(config: ConfigDict, exp: Experiment, workdir: str) -> tuple[dict[s
 
 def new_state(config: ConfigDict, exp: Experiment, mesh: jax.sharding.Mesh) -> tuple[TrainState, list[str]]:
   """The initial state on the mesh, and lines that state the sources of its arrays."""
-  check_training(config)
+  check_training(config, exp)
   named, lines = weights(config, exp)
   shardings = state_shardings(config, exp, mesh)
   fields = split(exp, named) | {"step": np.zeros((), np.int32)}

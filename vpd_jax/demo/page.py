@@ -150,7 +150,7 @@ class Page:
       gr.Textbox(visible=predictor.takes_sentence),
       gr.Dropdown([("not given", ""), *classes], value="", visible=len(classes) > 1),
       gr.Textbox(visible=predictor.takes_boxes),
-      gr.Checkbox(visible=predictor.experiment.method.attends_to_classes),
+      gr.Checkbox(visible=predictor.draws_attention),
       gr.Checkbox(visible=depth),
       gr.Number(visible=depth),
     ]
@@ -179,10 +179,8 @@ class Page:
     request: gr.Request,
   ) -> list[object]:
     """Updates for a new prediction, in the order of `outputs`."""
-    predictor = self._networks[task].predictor
-    depth = predictor.experiment.task.measures_depth
-    inputs = Inputs(sentence, class_name, boxes, attention, ply=ply and depth, focal=focal or 0.0)
-    result = results.predict(predictor, path, self._session_folder(request), inputs)
+    inputs = Inputs(sentence, class_name, boxes, attention, ply, focal or 0.0)
+    result = results.predict(self._networks[task].predictor, path, self._session_folder(request), inputs)
     nearest, farthest = result.facts.get("min") or 0.0, result.facts.get("max") or 1.0
     slider = lambda value: gr.Slider(0, round(1.2 * farthest, 2), value=round(value, 3), step=0.01)
     return [

@@ -163,6 +163,8 @@ def read_boxes(text: str) -> list[list[float]]:
 def predict(predictor: Predictor, path: str | None, folder: Path, inputs: Inputs) -> Result:
   """Writes the files of a prediction to a new folder inside `folder`.
 
+  Inputs that the network does not take are ignored: the page hides them, with what was entered for another task.
+
   Raises:
     ValueError: as `read_picture`, and for a missing sentence, an unknown class or invalid boxes.
   """
@@ -175,19 +177,20 @@ def predict(predictor: Predictor, path: str | None, folder: Path, inputs: Inputs
   if predictor.takes_boxes and (boxes := read_boxes(inputs.boxes)):
     top_down.check_boxes(boxes, image.shape[:2], "the page")
     extras["boxes"] = boxes
-  if inputs.focal and not (math.isfinite(inputs.focal) and inputs.focal > 0):
-    raise UserError(f"the focal length is {inputs.focal}; {predict_folder.FOCAL}")
+  ply = inputs.ply and predictor.experiment.task.measures_depth
+  focal = inputs.focal if ply else 0.0
+  if focal and not (math.isfinite(focal) and focal > 0):
+    raise UserError(f"the focal length is {focal}; {predict_folder.FOCAL}")
   folder.mkdir(parents=True, exist_ok=True)
   target, source = Path(tempfile.mkdtemp(dir=folder)), Path(cast(str, path))
   request = predict_folder.Request(source, source.stem, extras)
-  options = {"class_name": inputs.class_name, "attention": inputs.attention, "ply": inputs.ply}
-  ((files, _),) = predict_folder.write_results(
-    predictor, [(request, image)], target, focal=inputs.focal or None, **options
-  )
+  options = {"class_name": inputs.class_name, "attention": inputs.attention and predictor.draws_attention}
+  options |= {"ply": ply, "focal": focal or None}
+  ((files, _),) = predict_folder.write_results(predictor, [(request, image)], target, **options)
   facts = json.loads(files[-1].read_text())
   find = lambda *ends: next((file for file in files if file.name.endswith(ends)), None)
   depth, cloud = find(".npy"), None
-  if depth and inputs.ply:
+  if depth and ply:
     cloud = _small_cloud(target / "cloud" / "turned.ply", np.load(depth), image, facts["focal_length_pixels"])
   return Result(find(*SHOWN) or files[0], files, facts, depth, cloud)
 
@@ -220,6 +223,8 @@ def recolored(predictor: Predictor, depth: Path, nearest: float, farthest: float
 def drawn_room(predictor: Predictor, folder: Path, index: int) -> tuple[Path, str, str]:
   """Draws a room as PNG, with a matching sentence and boxes: (path, sentence, boxes).
 
+  The sentence is an expression for the task referring, else the caption.
+
   It is larger than the training images if the network resizes its input.
 
   Args:
@@ -238,5 +243,6 @@ def drawn_room(predictor: Predictor, folder: Path, index: int) -> tuple[Path, st
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / f"room_{index}.png"
   Image.fromarray(room.image).save(path)
-  sentences = [text for text, _ in rooms.sentences(room)] or ["the floor"]
-  return path, sentences[0], ", ".join(f"{side:g}" for side in box) if box[2:].all() else ""
+  expressions = [text for text, _ in rooms.sentences(room)] or ["the floor"]
+  sentence = expressions[0] if predictor.config.task.name == "referring" else rooms.caption(room)
+  return path, sentence, ", ".join(f"{side:g}" for side in box) if box[2:].all() else ""

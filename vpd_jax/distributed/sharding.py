@@ -84,18 +84,15 @@ def state_shardings(mesh: Mesh, state: PyTree, *, rules: Rules = (), min_bytes: 
     mesh: of `make_mesh`.
     state: arrays or ShapeDtypeStructs.
     rules: (pattern, spec) pairs that override the rule. Patterns are searched in "/" + full name, and the first match
-      wins; a spec is a tuple of 'data', 'fsdp' or None per axis. Parameters and their moments share a name.
+      wins; a spec is a tuple of 'data', 'fsdp' or None per axis. Parameters and their moments share a name. Rules may
+      match no name here, see `check_rules`.
     min_bytes: see `array_spec`.
 
   Raises:
-    ValueError: a rule matches no name, or its spec does not fit an array that it matches; moments in int8 would be
-      split inside their blocks.
+    ValueError: the spec of a rule does not fit an array that it matches; moments in int8 would be split inside their
+      blocks.
   """
-  names = {array_name(path) for path, leaf in jax.tree.leaves_with_path(state) if leaf.ndim}
-  first, idle = params_lib.first_rules(names, rules, field="config.mesh.rules")
-  if idle:
-    raise UserError(f"config.mesh.rules: {idle}; remove or correct them.")
-
+  first, _ = _first_rules(state, rules)
   widest: dict[tuple[str, tuple[int, ...]], int] = {}
   for path, leaf in jax.tree.leaves_with_path(state):
     key = array_name(path), leaf.shape
@@ -123,6 +120,22 @@ def state_shardings(mesh: Mesh, state: PyTree, *, rules: Rules = (), min_bytes: 
     return moments.Blocks(NamedSharding(mesh, spec), NamedSharding(mesh, scales))  # pyright: ignore[reportArgumentType]
 
   return jax.tree_util.tree_map_with_path(place, state, is_leaf=lambda x: isinstance(x, moments.Blocks))
+
+
+def check_rules(state: PyTree, rules: Rules) -> None:
+  """Raises ValueError if a rule of `state_shardings` matches no array, or none that earlier rules leave.
+
+  For the state of training: an evaluation has neither the training-only parts of a method nor the factors of LoRA.
+  """
+  _, idle = _first_rules(state, rules)
+  if idle:
+    raise UserError(f"config.mesh.rules: {idle}; remove or correct them.")
+
+
+def _first_rules(state: PyTree, rules: Rules) -> tuple[dict[str, int], str]:
+  """See parameters.first_rules."""
+  names = {array_name(path) for path, leaf in jax.tree.leaves_with_path(state) if leaf.ndim}
+  return params_lib.first_rules(names, rules, field="config.mesh.rules")
 
 
 def abstract(state: PyTree, shardings: PyTree) -> PyTree:

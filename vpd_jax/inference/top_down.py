@@ -106,7 +106,7 @@ class TopDownPoseEstimator:
   ):
     """
     Args:
-      predict: compiled; weights and {"image": uint8 [n, H, W, 3]} to heatmaps.
+      predict: compiled; weights and {"image": uint8 [n, H, W, 3]}, plus the `inputs` of a call by name, to heatmaps.
       crop: an example with "image", "keypoints" [K, 3], "box" and "box_score" to one with "image" uint8 [H, W, 3],
         "center" and "extent", as in evaluation.
       locate: compiled; heatmaps, center [n, 2], extent [n, 2] to keypoints [n, K, 3] in the image.
@@ -117,21 +117,32 @@ class TopDownPoseEstimator:
     self._predict, self._crop, self._locate = predict, crop, locate
     self._keypoints, self._rescore, self._batch_size = keypoints, rescore, batch_size
 
-  def __call__(self, weights: Weights, images: Sequence[np.ndarray], boxes: Sequence[np.ndarray]) -> list[ImagePoses]:
+  def __call__(
+    self,
+    weights: Weights,
+    images: Sequence[np.ndarray],
+    boxes: Sequence[np.ndarray],
+    inputs: Sequence[Fields] | None = None,
+  ) -> list[ImagePoses]:
     """The poses of the people in each image, one per box and in the order of the boxes.
 
     Args:
       weights: for `predict`.
       images: uint8 [H, W, 3] each.
       boxes: of `check_boxes`, float32 [N, 5], for each image.
+      inputs: what the network reads of each image besides its crops, such as "tokens" int32 [T], the same names for
+        all images; None: nothing.
     """
+    inputs = [{} for _ in images] if inputs is None else inputs
     keypoints = [np.zeros((len(image_boxes), self._keypoints, 3), np.float32) for image_boxes in boxes]
     indices = [(i, j) for i, image_boxes in enumerate(boxes) for j in range(len(image_boxes))]
     size = min(self._batch_size, 1 << max(len(indices) - 1, 0).bit_length())  # few sizes, to compile few programs
     for begin in range(0, len(indices), size):
       chosen = indices[begin : begin + size]
       crops = self._crops([(images[i], boxes[i][j]) for i, j in chosen], size)
-      heatmaps = self._predict(weights, {"image": crops["image"]})
+      padded = chosen + chosen[-1:] * (size - len(chosen))
+      others = {name: np.stack([inputs[i][name] for i, _ in padded]) for name in inputs[chosen[0][0]]}
+      heatmaps = self._predict(weights, {"image": crops["image"], **others})
       located = np.asarray(self._locate(heatmaps, crops["center"], crops["extent"]))
       for (i, j), points in zip(chosen, located, strict=False):
         keypoints[i][j] = points

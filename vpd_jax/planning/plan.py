@@ -80,7 +80,7 @@ def run(config: ConfigDict, topology: str = "", *, workdir: str = "", effort: st
   effort = topologies.effort(topology, effort)
   config = initialize.with_backbone_sizes(config, initialize.source_of(config))
   exp = experiment.assemble(config)
-  initialize.check_training(config)
+  initialize.check_training(config, exp)
   check_data(config, exp)
   devices = topologies.topology_devices(topology) if topology else jax.devices()
   limit = limit or memory_of(devices[0])
@@ -112,9 +112,17 @@ def check_data(config: ConfigDict, exp: experiment.Experiment) -> None:
   """Raises ValueError for invalid options of the data set; its files do not have to exist."""
   cls = experiment.DATASETS[config.data.name]
   needs_root = inspect.signature(cls.__init__).parameters["root"].default is inspect.Parameter.empty
+  exists = lambda path: path and epath.Path(path).expanduser().exists()
+  # Only named files of captions are read where a data set, like the rooms, needs no files and may write its own.
+  reads_captions = "sentence" in exp.method.prepare_inputs and "captions" in config.data
+  reads_captions = reads_captions and (needs_root or config.data.captions)
   with tempfile.TemporaryDirectory() as empty:
-    exists = config.data.get("root", "") and epath.Path(config.data.root).expanduser().is_dir()
-    overrides = {"data.root": empty} if needs_root and not exists else {}
+    overrides = {"data.root": empty} if needs_root and not exists(config.data.get("root", "")) else {}
+    if config.data.get("depth_root", "") and not exists(config.data.depth_root):
+      overrides["data.depth_root"] = empty
+    if reads_captions and not exists(config.data.captions):
+      overrides["data.captions"] = f"{empty}/captions.json"
+      atomic.write_json(epath.Path(overrides["data.captions"]), {"image": "caption"})
     encoder_cache.check(exp, experiment.dataset(loader.changed(config, overrides), exp))
 
 

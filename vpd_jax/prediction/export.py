@@ -47,11 +47,7 @@ def run(config: ConfigDict, workdir: str, *, output: str) -> Path:
   target = check_output(output)
   if importlib.util.find_spec("flatbuffers") is None:
     raise UserError("--mode=export needs flatbuffers, which is not installed; run pip install 'vpd_jax[export]'.")
-  if config.backbone.attention not in ANYWHERE:
-    raise UserError(
-      f"config.backbone.attention={config.backbone.attention!r} does not run on all of {', '.join(PLATFORMS)}; give "
-      "--config.backbone.attention=auto."
-    )
+  check_attention(config)  # before the weights are loaded
   predictor = Predictor.load(config, weights=trained_weights(config, workdir))
   progress.write("\n".join(predictor.origin))
   write(predictor, target)
@@ -60,7 +56,8 @@ def run(config: ConfigDict, workdir: str, *, output: str) -> Path:
 
 
 def write(predictor: Predictor, target: Path) -> None:
-  """Writes the network of a predictor atomically, see the module docstring."""
+  """Writes the network of a predictor atomically, see the module docstring; raises as `check_attention`."""
+  check_attention(predictor.config)
   with progress.phase("trace"):
     exported, fixed = _exported(predictor)
   if fixed:
@@ -73,6 +70,15 @@ def write(predictor: Predictor, target: Path) -> None:
     save_file(arrays, unfinished / WEIGHTS)
     atomic.write_json(unfinished / FACTS, facts)
     (unfinished / LOADER).write_text(Path(__file__).with_name("exported_loader.py").read_text())
+
+
+def check_attention(config: ConfigDict) -> None:
+  """Raises ValueError if not all platforms support the attention implementation."""
+  if config.backbone.attention not in ANYWHERE:
+    raise UserError(
+      f"config.backbone.attention={config.backbone.attention!r} does not run on all of {', '.join(PLATFORMS)}; set "
+      "config.backbone.attention='auto'."
+    )
 
 
 def check_output(output: str) -> Path:
@@ -152,7 +158,8 @@ def _input(predictor: Predictor, name: str) -> Fields:
     return {"range": [0, 1], "meaning": "RGB, 0 black and 1 white: a uint8 image divided by 255"}
   if name == "class_id":
     last = len(predictor.experiment.classes) - 1
-    return {"range": [-1, last], "meaning": "number of the image's class in `classes`; -1 is the mean of all"}
+    unknown = "the class that CLIP predicts from the image" if predictor.predicts_class else "the mean of all"
+    return {"range": [-1, last], "meaning": f"number of the image's class in `classes`; -1 is {unknown}"}
   tokens = _batch(predictor)[name][0].tolist()
   return {
     "range": [0, predictor.config.backbone.text.vocab_size - 1],

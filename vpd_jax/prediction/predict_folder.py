@@ -213,12 +213,12 @@ def say_origin(predictor: Predictor, class_name: str) -> None:
 def check_flags(config: ConfigDict, predictor: Predictor, flags: Mapping[str, str], attention: bool, ply: bool) -> None:
   """Raises for flags without effect on this method and task, and for a missing sentence."""
   takes = {"class": predictor.takes_class, "boxes": predictor.takes_boxes}
+  what = f"method {config.method.name!r} with task {config.task.name!r}"
   for flag, value in flags.items():
     if value and not takes.get(flag, predictor.takes_sentence):
-      what = f"method {config.method.name!r} with task {config.task.name!r}"
       raise UserError(f"--{flag}={value!r} has no effect: {what} takes none; leave it out.")
-  if attention and not predictor.experiment.method.attends_to_classes:
-    raise UserError(f"--attention has no effect: {config.method.name!r} has no map for each class; leave it out.")
+  if attention and not predictor.draws_attention:
+    raise UserError(f"--attention has no effect: {what} draws no map for each class; leave it out.")
   if ply and not predictor.experiment.task.measures_depth:
     raise UserError(f"--ply has no effect: task {config.task.name!r} predicts no depth; leave it out.")
   if predictor.takes_sentence and not (flags["sentence"] or flags.get("sentences")):
@@ -233,9 +233,10 @@ def _requests(
   sentences, boxes = listed["sentences"], listed["boxes"]
 
   def inputs(name: str) -> list[Fields]:
+    others = {} if boxes is None else {"boxes": boxes.get(name, [])}
     if predictor.takes_sentence:
-      return [{"sentences": text} for text in ([sentence] if sentences is None else sentences.get(name, []))]
-    return [{} if boxes is None else {"boxes": boxes.get(name, [])}]
+      return [{"sentences": text, **others} for text in ([sentence] if sentences is None else sentences.get(name, []))]
+    return [others]
 
   inputs_of = [inputs(path.name) for path in paths]
   stems = result_names([(path.name, len(each)) for path, each in zip(paths, inputs_of, strict=True)])

@@ -124,6 +124,11 @@ class Predictor:
     return self._classify is not None
 
   @property
+  def draws_attention(self) -> bool:
+    """Whether there is an attention map of each class, and the task draws it."""
+    return self.experiment.method.attends_to_classes and self.experiment.task.draws_attention
+
+  @property
   def takes_sentence(self) -> bool:
     """Whether the method reads a sentence about each image."""
     return "sentence" in self.experiment.method.prepare_inputs
@@ -170,7 +175,8 @@ class Predictor:
 
     Args:
       images: an array [B, H, W, 3], uint8 or float in [0, 1], RGB; or as for `predict`, of equal size.
-      class_id: int or name, or one per image; -1 or None for the mean of all class vectors.
+      class_id: int or name, or one per image; -1 or None for the class that CLIP predicts with `init.clip`, else for
+        the mean of all class vectors.
       sentences: one per image, if the method reads sentences.
       text_states: float [B, N, D], the text encoder's output after its final norm, instead of sentences.
 
@@ -200,7 +206,7 @@ class Predictor:
     """The inputs of the network for the arguments of `forward`; raises the same errors.
 
     Returns:
-      "image" float [B, H, W, 3] in [0, 1]; if the method uses them, "class_id" int32 [B], -1 for the mean, and
+      "image" float [B, H, W, 3] in [0, 1]; if the method uses them, "class_id" int32 [B], -1 if none is given, and
       "tokens" int32 [B, N] or "text_states" float [B, N, D].
     """
     image_list, _ = _as_list(images)
@@ -230,7 +236,8 @@ class Predictor:
     Args:
       images: a path, a PIL image or an array [H, W, 3], uint8 or float in [0, 1], RGB, see images_lib.as_image; or a
         sequence of these.
-      class_id: int or name of a class, or one per image; None for the mean of all class vectors.
+      class_id: int or name of a class, or one per image; -1 or None for the class that CLIP predicts with `init.clip`,
+        else for the mean of all class vectors.
       sentences: one per image, if the method reads sentences.
       boxes: for poses, a list per image of [x, y, width, height] or [x, y, width, height, score]; None: one person
         per image, with the full image as box.
@@ -343,7 +350,7 @@ class Predictor:
       raise UserError(f"class_id is {ids.dtype} {list(ids.shape)}; give one int, or one for each of {count} images.")
     ids = np.broadcast_to(ids.astype(np.int32), (count,))
     if ids.size and (ids.min() < -1 or ids.max() >= len(self.experiment.classes)):
-      raise UserError(f"class_id {ids.tolist()} must lie between -1 (the mean) and {len(self.experiment.classes) - 1}.")
+      raise UserError(f"class_id {ids.tolist()} must lie between -1 (none) and {len(self.experiment.classes) - 1}.")
     return ids
 
 

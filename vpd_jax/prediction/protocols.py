@@ -32,8 +32,9 @@ class ShiftedWindowProtocol:
   """Resizes the shorter side to the training crop, merges square windows along the longer one, and resizes back.
 
   Overlapping windows are averaged, with smooth weights if `eval.blend` is "smooth". The number of windows is that of
-  `eval.test_time`, or as many as are needed to cover the image. Rows that the data set crops off its images (the top of
-  KITTI's) are NaN.
+  `eval.test_time`, or as many as are needed to cover the image. With "halves:N" in `eval.test_time`, the network
+  predicts two halves of the resized image instead, as in evaluation, and is compiled for each size of images. Rows that
+  the data set crops off its images (the top of KITTI's) are NaN.
   """
 
   preprocessing = (
@@ -43,13 +44,22 @@ class ShiftedWindowProtocol:
     "in the window where eval.blend is smooth; mirror images are averaged where eval.test_time says flip; resized back "
     "bilinearly"
   )
+  preprocessing_of_halves = (
+    "cut off the rows that the data set cuts off its own pictures; resize the rest so that its shorter side is the "
+    "input's height (mean of areas where it shrinks, else bilinear); two windows, the left and the right half, share N "
+    "columns where eval.test_time says halves:N, and are as wide as the picture makes them, but the exported input is "
+    "as wide as data.crop; in the shared columns, their predictions are blended linearly; mirror images are averaged "
+    "where eval.test_time says flip; resized back bilinearly"
+  )
 
   def __init__(self, config: ConfigDict, exp: Experiment):
-    flip, self._windows, _ = tta.parse(config.eval.test_time)
-    self._predict = jax.jit(evaluate.make_predict(exp, ("flip",) if flip else (), "full"))
+    flip, self._windows, self._overlap = tta.parse(config.eval.test_time)
+    words = config.eval.test_time if self._overlap else ("flip",) if flip else ()
+    self._predict = jax.jit(evaluate.make_predict(exp, words, "full"))
     self._side, self._result = int(config.data.crop[0]), exp.task.result
     self._smooth = config.eval.blend == "smooth"
-    self.input_size = (self._side, self._side)
+    self.input_size = tuple(config.data.crop) if self._overlap else (self._side, self._side)
+    self.preprocessing = self.preprocessing_of_halves if self._overlap else self.preprocessing
     self._batch_size = _batch_size(config)
     self._cut_top = experiment.DATASETS[config.data.name].info(config.data).cut_top
     self._dtype = _dtype(config)
@@ -58,21 +68,31 @@ class ShiftedWindowProtocol:
     images = [images_lib.to_float(image, self._dtype) for image in images]
     tops = [self._cut_top(image.shape[:2]) for image in images]
     fitted = [images_lib.resize_shorter_side(image[top:], self._side) for image, top in zip(images, tops, strict=True)]
-    corners = [tta.offsets(resized.shape[:2], self._windows, coverage="full") for resized in fitted]
-    rows = [
-      {**row, "image": window}
-      for resized, offsets, row in zip(fitted, corners, inputs, strict=True)
-      for window in tta.cut(resized[None], offsets)
-    ]
-    predicted = iter(_in_batches(self._predict, weights, rows, self._batch_size))
+    rows = [{**row, "image": resized} for resized, row in zip(fitted, inputs, strict=True)]
+    predicted = self._halved(weights, rows) if self._overlap else self._windowed(weights, rows)
     results = []
-    for image, top, resized, offsets in zip(images, tops, fitted, corners, strict=True):
-      windows = np.stack([next(predicted) for _ in offsets])
-      merged = tta.merge(windows, offsets, resized.shape[:2], smooth=self._smooth)[0]
+    for image, top, merged in zip(images, tops, predicted, strict=True):
       full = np.full((*image.shape[:2], *merged.shape[2:]), np.nan, np.float32)
       full[top:] = images_lib.resize(merged, image[top:].shape[:2])
       results.append({self._result: full})
     return results
+
+  def _halved(self, weights: Weights, rows: Sequence[Fields]) -> Iterator[np.ndarray]:
+    """The predictions of resized images from two halves."""
+    return (_in_batches(self._predict, weights, [row], 1)[0] for row in rows)
+
+  def _windowed(self, weights: Weights, rows: Sequence[Fields]) -> Iterator[np.ndarray]:
+    """The predictions of resized images from square windows."""
+    corners = [tta.offsets(row["image"].shape[:2], self._windows, coverage="full") for row in rows]
+    windows = [
+      {**row, "image": window}
+      for row, offsets in zip(rows, corners, strict=True)
+      for window in tta.cut(row["image"][None], offsets)
+    ]
+    predicted = iter(_in_batches(self._predict, weights, windows, self._batch_size))
+    for row, offsets in zip(rows, corners, strict=True):
+      parts = np.stack([next(predicted) for _ in offsets])
+      yield tta.merge(parts, offsets, row["image"].shape[:2], smooth=self._smooth)[0]
 
 
 class SlidingWindowProtocol:
@@ -156,7 +176,8 @@ class TopDownProtocol:
     for i, (image, row) in enumerate(zip(images, inputs, strict=True)):
       boxes = row["boxes"] if "boxes" in row else top_down.full_image_box(image)
       checked.append(top_down.check_boxes(boxes, image.shape[:2], f"image {i}"))
-    return [people._asdict() for people in self._estimator(weights, images, checked)]
+    others = [{name: value for name, value in row.items() if name != "boxes"} for row in inputs]
+    return [people._asdict() for people in self._estimator(weights, images, checked, others)]
 
 
 PROTOCOLS = {

@@ -58,7 +58,7 @@ class TrainingSession:
       config = initialize.with_backbone_sizes(config, initialize.source_of(config))
       self._config, self._workdir, self._accept_changes = config, os.path.expanduser(workdir), accept_changes
       self._experiment = experiment.assemble(config)
-    initialize.check_training(config)
+    initialize.check_training(config, self._experiment)
     self._mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     pipeline.check_batch_size(config.data.batch_size // config.optim.accumulation, self._mesh.size, "devices")
     with progress.phase("open data"):

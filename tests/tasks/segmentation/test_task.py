@@ -301,6 +301,18 @@ def test_files_of_a_result(tmp_path):
   assert {name: c["number"] for name, c in described["classes"].items()} == {n: names.index(n) for n in names}
 
 
+def test_merged_classes_are_described():
+  names = ("wall", "car", "tree", "bus")
+  plain = Segmentation(classes=4, class_names=names)
+  merging = Segmentation(classes=4, class_names=names, merge=("vehicle=car+bus", "plant=tree"))
+  assert plain.described["result"] == "the class of a pixel is the number of its largest score, counted from 0"
+  assert merging.described["result"] == (
+    "after a softmax of the scores, probabilities are added: vehicle = car + bus, plant = tree; the class of a pixel "
+    "is the number of the largest, counted from 0, of wall, vehicle, plant"
+  )
+  assert merging.described["logits"] == plain.described["logits"]
+
+
 def test_the_default_colors_differ():
   palette = Segmentation(classes=255).palette
   assert len({tuple(color) for color in palette.tolist()}) == 255

@@ -107,7 +107,7 @@ class Kitti(DepthDataset):
   def info(cls, options: Options) -> DatasetInfo:
     """See types.Dataset; raises as depth_list.one_scene."""
     classes, _ = depth_list.one_scene(options.get("scene", cls.scene), frozenset())
-    return DatasetInfo(classes=classes, window=tuple(options.get("kb_crop", ())) or None)
+    return DatasetInfo(classes=classes, window=tuple(options.get("kb_crop", cls.kb_crop)) or None)
 
   @reader.read_once
   def source(self, split: str) -> Source:

@@ -120,6 +120,16 @@ def merged(entries: tuple[str, ...], names: tuple[str, ...]) -> tuple[tuple[str,
   return tuple(first.get(k, (name, (k,))) for k, name in enumerate(names) if k in first or k not in used)
 
 
+def described_merge(merge: tuple[tuple[str, tuple[int, ...]], ...], names: tuple[str, ...]) -> str:
+  """Says in words what `Segmentation.decide` does with merged classes, from `merged`, of the classes `names`."""
+  sums = [(name, " + ".join(names[k] for k in parts)) for name, parts in merge]
+  changed = [f"{name} = {parts}" for name, parts in sums if parts != name]
+  return (
+    f"after a softmax of the scores, probabilities are added: {', '.join(changed)}; the class of a pixel is the number "
+    f"of the largest, counted from 0, of {', '.join(name for name, _ in sums)}"
+  )
+
+
 class Segmentation(Task):
   """Predicts the class of every pixel, evaluated by areas over the full data set.
 
@@ -134,6 +144,7 @@ class Segmentation(Task):
   test_time_protocol = "sliding"
   eval_needs = frozenset()
   needs_truth = False
+  draws_attention = True
   described = MappingProxyType(
     {
       "logits": "scores of the classes before the softmax, unitless",
@@ -188,6 +199,8 @@ class Segmentation(Task):
     self.merge = merged(merge, self.class_names)
     self.label_ids = np.asarray(() if merge else label_ids, np.uint8)
     self.output = {"classes": classes}
+    if merge:
+      self.described = {**type(self).described, "result": described_merge(self.merge, self.class_names)}
 
   @classmethod
   def facts(cls, info: DatasetInfo, name: str) -> Fields:
