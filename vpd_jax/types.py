@@ -277,7 +277,8 @@ class Dataset(Protocol):
     provides: keys of an Example after the transforms that a batch may contain.
     classes: names by class id, see DatasetInfo.
     stored: fields of a record of `source`, by key, see shards/writer.py:FEATURES; None: complete Examples.
-    made_with: the options on which the records depend; shards must have been written with the same.
+    made_with: the options on which the records depend; shards must have been written with the same. None stands for the
+      default of an option that older shards do not state.
     published: properties of a complete copy, as far as known.
     encoder_cache: cache of the frozen encoders; None if images are not encoded in advance.
   """
