@@ -131,7 +131,7 @@ def _prompt_arrays(
 
 def best_metric(config: ConfigDict, exp: Experiment) -> str:
   """Full name of the metric that selects the best checkpoint, e.g. "eval/nyu/rmse"."""
-  return f"eval/{config.data.name}/{exp.task.best[0]}"
+  return f"eval/{config.data.name}/{exp.task.best_metric}"
 
 
 def with_backbone_sizes(config: ConfigDict, source: str) -> ConfigDict:
@@ -207,7 +207,7 @@ def checkpoints(config: ConfigDict, exp: Experiment, workdir: str, *, read_only:
     keep=config.keep,
     keep_best=config.keep_best,
     best_metric=best_metric(config, exp),
-    best_mode=exp.task.best[1],
+    best_mode=exp.task.best_mode,
     read_only=read_only,
   )
 
