@@ -224,8 +224,6 @@ def _load_run(config: ConfigDict, exp: Experiment, workdir: str) -> tuple[dict[s
     ValueError: names or shapes do not match the model (states the differing options); NaN or infinity.
   """
   which, shapes = config.eval.checkpoint, {n: exp.spec.shapes[n] for n in exp.spec.paths}
-  if which not in ("newest", "best"):
-    raise UserError(f"config.eval.checkpoint={which!r} is unknown; choose 'newest' or 'best'.")
   parts = tuple(f"method/{part}" for part in exp.method.training_only)
   omitted = tuple(part for part in parts if not any(name.startswith(part) for name in shapes))
   with checkpoints(config, exp, workdir, read_only=True) as run_checkpoints:
