@@ -99,7 +99,7 @@ def random_state(config: ConfigDict, exp: Experiment, mesh: Any) -> Any:
 
 def step_shapes(config: ConfigDict, exp: Experiment) -> dict[str, Any]:
   """The batch of a training step of this config, as ShapeDtypeStructs."""
-  return encoder_cache.encoded_batch_shapes(config, exp, plan.batch_shapes(config, exp.keys, "train"))[0]
+  return encoder_cache.encoded_batch_shapes(config, exp, plan.step_shapes(config, exp, "train"))[0]
 
 
 def synthetic_batch(config: ConfigDict, exp: Experiment, mesh: Any) -> dict[str, Any]:
@@ -239,6 +239,7 @@ def main() -> None:
   config = CONFIG.value.copy_and_resolve_references()
   if BATCH.value:
     config.data.batch_size = BATCH.value
+  config = initialize.with_backbone_sizes(config, initialize.source_of(config))
   groups = {name: config.optim[name] for name in ("loss_group", "norm_group") if config.optim.get(name)}
   if wrong := [f"config.optim.{name}={n}" for name, n in groups.items() if config.data.batch_size % n]:
     print(
@@ -274,6 +275,8 @@ def parse(arguments: list[str]) -> None:
     words = FLAGS(loader.resolve_argv(arguments))[1:]
     if words or CONFIG.value is None:
       raise UserError(f"unexpected positional arguments: {words}" if words else "give a --config=FILE")
+    if FLAGS["torch_compile"].present and not VERSUS.value:
+      raise UserError("--torch_compile has no effect without --versus=torch; leave it out")
     if REPORT.value:
       benchmark_page.check_work(REPORT.value)
   except (flags.Error, ValueError, AttributeError, KeyError, TypeError) as error:

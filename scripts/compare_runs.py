@@ -28,6 +28,7 @@ from vpd_jax.monitoring import writers
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LOSS, SPEED = "train/loss", "perf/step_ms"
 SHOWN = 8  # steps in the table
+REPEATS = 3  # runs of each commit
 
 
 class Run(NamedTuple):
@@ -164,14 +165,17 @@ def main() -> None:
   parser.add_argument("first", help="workdir, or with --train a commit")
   parser.add_argument("second", help="the same")
   parser.add_argument("--train", default="", help="arguments of vpd_jax.main, in one word; both are commits then")
-  parser.add_argument("--repeats", type=int, default=3, help="runs of each commit")
+  parser.add_argument("--repeats", type=int, help=f"with --train: runs of each commit, {REPEATS} by default")
   parser.add_argument("--tolerance", type=float, default=1e-6, help="of the losses, relative")
   options = parser.parse_args()
   try:
+    repeats = REPEATS if options.repeats is None else options.repeats
+    if options.repeats is not None and not options.train:
+      raise UserError("--repeats has no effect without --train; leave it out.")
     if options.train:
-      if options.repeats < 1:
-        raise UserError(f"--repeats={options.repeats} must be at least 1.")
-      first, second = trained((options.first, options.second), shlex.split(options.train), options.repeats)
+      if repeats < 1:
+        raise UserError(f"--repeats={repeats} must be at least 1.")
+      first, second = trained((options.first, options.second), shlex.split(options.train), repeats)
     else:
       first, second = read(pathlib.Path(options.first)), read(pathlib.Path(options.second))
     sentence, good = verdict(first, second, options.tolerance)

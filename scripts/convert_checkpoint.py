@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from vpd_jax import experiment
 from vpd_jax.checkpoints import checkpointer, initialize
 from vpd_jax.config import loader, stored
-from vpd_jax.convert import finite, load, lora_files
+from vpd_jax.convert import fetch, finite, load, lora_files
 from vpd_jax.convert.formats import weight_files, write
 from vpd_jax.convert.tables import released
 from vpd_jax.errors import Parser, UserError, one_line
@@ -44,6 +44,21 @@ def parse() -> argparse.Namespace:
   return parser.parse_args()
 
 
+def check(args: argparse.Namespace) -> None:
+  """Raises ValueError for flags that would have no effect."""
+  if (args.lora and args.reverse) or (args.only_lora and not args.reverse):
+    raise UserError("--lora merges a file when converting to ours, --only_lora writes one with --reverse.")
+  given = [f"--{name}" for name in ("manifest", "version", "step") if getattr(args, name) not in (None, "")]
+  if given and not args.reverse:
+    raise UserError(f"{', '.join(given)}: no effect without --reverse; leave this out.")
+  if args.only_lora and (unused := [flag for flag in given if flag != "--step"]):
+    raise UserError(f"{', '.join(unused)}: no effect with --only_lora; leave this out.")
+  if args.step is not None and not checkpointer.is_workdir(args.source):
+    raise UserError(
+      f"--step={args.step} is of a workdir of a run, which --source={args.source!r} is not; leave it out."
+    )
+
+
 def forward(args: argparse.Namespace) -> None:
   if checkpointer.is_workdir(args.source):
     raise UserError(
@@ -61,7 +76,7 @@ def forward(args: argparse.Namespace) -> None:
     progress.write(line)
   with progress.phase("write"):
     files = load.source_files(args.source)
-    files |= {f"LoRA {pathlib.Path(args.lora).name}": weight_files.sha256(args.lora)} if args.lora else {}
+    files |= {f"LoRA {pathlib.Path(args.lora).name}": weight_files.sha256(fetch.local(args.lora))} if args.lora else {}
     load.save(args.output, named, report, files)
 
 
@@ -130,8 +145,7 @@ def read_manifest(path: str) -> list[dict]:
 def main() -> None:
   args = parse()
   try:
-    if (args.lora and args.reverse) or (args.only_lora and not args.reverse):
-      raise UserError("--lora merges a file when converting to ours, --only_lora writes one with --reverse.")
+    check(args)
     (only_lora if args.only_lora else reverse if args.reverse else forward)(args)
   except UserError as error:
     raise SystemExit(f"convert_checkpoint: {one_line(error)}") from error

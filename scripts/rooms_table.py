@@ -23,7 +23,7 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import Parser, UserError
 from vpd_jax.files import atomic
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -321,17 +321,18 @@ def stale(results: dict[str, list[Record]]) -> list[str]:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-    description="Train every method on the embedded rooms, and write the table of docs/rooms.md."
-  )
+  parser = Parser(description="Train every method on the embedded rooms, and write the table of docs/rooms.md.")
   parser.add_argument("--tasks", nargs="+", choices=[rows.task for rows in TASKS], help="default: all")
   parser.add_argument("--methods", nargs="+", choices=NAMES, help="default: all")
-  parser.add_argument("--starts", nargs="+", choices=STARTS, default=[*STARTS], help="default: both")
-  parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help=f"default: {' '.join(map(str, SEEDS))}")
+  parser.add_argument("--starts", nargs="+", choices=STARTS, help="default: both")
+  parser.add_argument("--seeds", nargs="+", type=int, help=f"default: {' '.join(map(str, SEEDS))}")
   parser.add_argument("--again", action="store_true", help="repeat stored rows")
   parser.add_argument("--write", action="store_true", help="only write the page from the stored rows")
   parser.add_argument("--measure", nargs=2, metavar=("TASK", "METHOD"), help=argparse.SUPPRESS)  # for child processes
   options = parser.parse_args()
+  runs = ("tasks", "methods", "starts", "seeds", "again")
+  if options.write and (given := [f"--{name}" for name in runs if getattr(options, name)]):
+    parser.error(f"{', '.join(given)} choose runs, and --write starts none; leave one or the other out")
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   known = {rows.task: rows for rows in TASKS}
   if options.measure:
@@ -349,7 +350,7 @@ def main() -> None:
         log = ROOT / "runs" / "rooms_table" / f"measured-{rows.task}-{method}.txt"
         command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--measure", rows.task, method]
         save("networks", json.loads(child(command, log)[0].splitlines()[-1]))
-      for seed, start in itertools.product(options.seeds, options.starts):
+      for seed, start in itertools.product(options.seeds or SEEDS, options.starts or STARTS):
         if options.again or (rows.task, method, start, seed) not in there:
           record = train(rows, method, start, seed)
           save("runs", record)

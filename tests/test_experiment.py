@@ -91,12 +91,15 @@ def test_a_head_chosen_on_the_command_line_leaves_fields_of_the_one_before_out()
   assert experiment.with_chosen_parts(config, set()).to_dict() == config.to_dict()
 
 
-@pytest.mark.parametrize("config, blend, message", [
-  ("rooms.py:depth,tiny", "linear", r"^eval\.blend='linear' is unknown; choose one of \('mean', 'smooth'\)"),
-  ("rooms.py:pose,tiny", "smooth", r"^eval\.blend='smooth' has no effect with task 'pose'; leave it out"),
-  ("rooms.py:referring,tiny", "smooth", r"^eval\.blend='smooth' has no effect with task 'referring'"),
+@pytest.mark.parametrize("config, field, value, message", [
+  ("rooms.py:depth,tiny", "blend", "linear", r"^eval\.blend='linear' is unknown; choose one of \('mean', 'smooth'\)"),
+  ("rooms.py:pose,tiny", "blend", "smooth", r"^eval\.blend='smooth': no effect with task 'pose'; leave it at"),
+  ("rooms.py:referring,tiny", "blend", "smooth", r"^eval\.blend='smooth': no effect with task 'referring'"),
+  ("coco_pose.py:tiny", "coverage", "released", r"^eval\.coverage='released': no effect with task 'pose'"),
+  ("rooms.py:referring,tiny", "coverage", "released", r"^eval\.coverage='released': no effect .* default\.$"),
+  ("rooms.py:depth,tiny", "checkpoint", "last", r"^eval\.checkpoint='last' is unknown; choose one of \('newest', '"),
 ])  # fmt: skip
-def test_a_blend_that_does_not_fit_is_refused(config, blend, message):
-  changed = loader.changed(loader.load(f"configs/{config}"), {"eval.blend": blend})
+def test_an_option_of_evaluation_that_does_not_fit_is_refused(config, field, value, message):
+  changed = loader.changed(loader.load(f"configs/{config}"), {f"eval.{field}": value})
   with pytest.raises(ValueError, match=message):
     experiment.assemble(changed)

@@ -97,6 +97,7 @@ DATASETS: dict[str, type[Dataset]] = {
 }
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+CHECKPOINTS = ("newest", "best")  # of a workdir, values of config.eval.checkpoint
 FROZEN_DTYPES = ("float32", "bfloat16")  # the first one means param_dtype
 NOT_OF_THE_DATASET = ("name", "batch_size", "workers", "on_bad_record", "reshuffle_each_epoch", "captions")
 
@@ -297,7 +298,7 @@ def with_chosen_parts(config: ConfigDict, overrides: Collection[str]) -> ConfigD
 
 
 def _check_test_time(config: ConfigDict, task: Task) -> None:
-  """Validates `eval.test_time` and the options that belong to the test-time protocol."""
+  """Validates `eval.test_time`, the options that belong to the test-time protocol, and `eval.checkpoint`."""
   if task.test_time_protocol == "sliding":
     sliding_window.parse(config.eval.test_time)
     option, choices = "small_images", sliding_window.SMALL_IMAGE_MODES
@@ -306,8 +307,10 @@ def _check_test_time(config: ConfigDict, task: Task) -> None:
     option, choices = "coverage", tta.COVERAGES
   check_choice(f"eval.{option}", config.eval.get(option), choices)
   check_choice("eval.blend", config.eval.get("blend"), blending.BLENDS)
-  if config.eval.blend != "mean" and task.test_time_protocol not in ("windows", "sliding"):
-    raise UserError(f"eval.blend={config.eval.blend!r} has no effect with task {config.task.name!r}; leave it out.")
+  check_choice("eval.checkpoint", config.eval.get("checkpoint"), CHECKPOINTS)
+  defaults = {} if task.test_time_protocol in ("windows", "sliding") else {"blend": "mean", "coverage": "full"}
+  if idle := [f"eval.{name}={config.eval[name]!r}" for name, x in defaults.items() if config.eval[name] != x]:
+    raise UserError(f"{', '.join(idle)}: no effect with task {config.task.name!r}; leave it at its default.")
   if unused := [other for other in ("coverage", "small_images") if other != option and other in config.eval]:
     raise UserError(f"config.eval does not take {unused} with task {config.task.name!r}; remove or correct them.")
 

@@ -277,7 +277,8 @@ class Dataset(Protocol):
     provides: keys of an Example after the transforms that a batch may contain.
     classes: names by class id, see DatasetInfo.
     stored: fields of a record of `source`, by key, see shards/writer.py:FEATURES; None: complete Examples.
-    made_with: the options on which the records depend; shards must have been written with the same.
+    made_with: the options on which the records depend; shards must have been written with the same. None stands for the
+      default of an option that older shards do not state.
     published: properties of a complete copy, as far as known.
     encoder_cache: cache of the frozen encoders; None if images are not encoded in advance.
   """
@@ -318,7 +319,8 @@ class Task(Protocol):
   eval_needs: frozenset[str]  # additional ones that only `measure` reads
   output: Fields  # arguments of every head of this task: maximum depth, number of classes
   result: str  # key of a prediction in the Python API
-  best: tuple[str, str]  # the metric that selects the best checkpoint, and "min" or "max"
+  best_metric: str  # which selects the best checkpoint
+  best_mode: str  # "min" or "max"
   test_time_protocol: str  # how images are split and merged at test time, one of prediction/protocols.py
   class_names: tuple[str, ...] = ()  # of `per_class`
   measures_depth: bool = False  # whether it is a DepthTask
@@ -341,7 +343,7 @@ class Task(Protocol):
   def summarize(self, rows: Rows, *args: Any, **kwargs: Any) -> dict[str, float]: ...
   def baselines(
     self, train: Iterable[Example], evaluation: Iterable[Example], *args: Any, **kwargs: Any
-  ) -> dict[str, float]: ...  # of `best`
+  ) -> dict[str, float]: ...  # of `best_metric`
   def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray: ...  # uint8 [H', W', 3]
   def save(self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None) -> list[Path]: ...
 

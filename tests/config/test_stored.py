@@ -8,6 +8,7 @@ import pytest
 
 from tests.helpers.messages import check_message
 from tests.helpers.paths import ROOT
+from vpd_jax import experiment
 from vpd_jax.config import loader, stored
 
 CONFIGS = ["nyu_depth.py:iedp,tiny", "my_segmentation.py", "my_pose.py:meta_prompts", "refcoco_refer.py:refcocog"]
@@ -42,6 +43,20 @@ def test_a_config_of_an_earlier_version_has_the_new_names(tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(config))
   again = loader.load(stored.config_string(str(tmp_path)))
   assert again.data.color_jitter is True and "colour" not in again.data
+
+
+def test_the_tasks_without_windows_are_those_of_the_protocols():
+  tasks = {name for name, task in experiment.TASKS.items() if task.test_time_protocol not in ("windows", "sliding")}
+  assert tasks == {*stored.WITHOUT_WINDOWS}
+
+
+@pytest.mark.parametrize("name", [*stored.WITHOUT_WINDOWS, "depth"])
+def test_a_config_of_an_earlier_version_has_no_coverage_of_windows_that_do_not_exist(tmp_path, name):
+  config = loader.load(f"configs/rooms.py:{name},tiny").to_dict()
+  config["eval"]["coverage"] = "released"
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  again = loader.load(stored.config_string(str(tmp_path)))
+  assert again.eval.coverage == ("released" if name == "depth" else "full")
 
 
 @pytest.mark.parametrize("content", [None, "{", "[1]"])

@@ -211,6 +211,20 @@ def test_the_script_refuses_lora_where_it_has_no_effect(tmp_path, monkeypatch, w
     run(monkeypatch, f"--source={tmp_path}", "--output=x.safetensors", *words)
 
 
+@pytest.mark.parametrize(
+  "words, message",
+  [
+    (("--manifest=m.json", "--version=v2", "--step=0"), "--manifest, --version, --step: no effect without --reverse"),
+    (("--reverse", "--step=3"), r"--step=3 is of a workdir of a run, which --source='.*' is not; leave it out"),
+    (("--reverse", "--only_lora", "--version=v2", "--step=3"), "--version: no effect with --only_lora; leave this out"),
+    (("--reverse", "--only_lora", "--manifest=m.json"), "--manifest: no effect with --only_lora; leave this out"),
+  ],
+)
+def test_the_script_refuses_flags_without_effect(tmp_path, monkeypatch, words, message):
+  with pytest.raises(SystemExit, match=f"^convert_checkpoint: {message}"):
+    run(monkeypatch, f"--source={tmp_path}", "--output=x.safetensors", *words)
+
+
 def test_every_release_has_a_signature():
   assert released.SIGNATURES.keys() == released.TABLES.keys()
 

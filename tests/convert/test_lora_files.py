@@ -1,6 +1,7 @@
 """LoRA files: written and merged, in the three ways of naming; read by diffusers' own loader."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -8,12 +9,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers import tiny
+from tests.helpers.buckets import bucket
 from vpd_jax.checkpoints import initialize
 from vpd_jax.config import loader
 from vpd_jax.convert import load, lora_files
 from vpd_jax.convert.formats import write
 from vpd_jax.convert.tables import stable_diffusion
 from vpd_jax.models import lora
+
+__all__ = ["bucket"]  # a fixture
 
 RANK, ALPHA = 3, 2.0
 QUERY = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -99,6 +103,18 @@ def test_alphas_in_the_metadata_of_peft_are_read(named, file, tmp_path):
   one = next(n for n in kernels(named) if n.endswith("input_blocks/1/1/transformer_blocks/0/attn1/to_q/kernel"))
   for name in kernels(named):
     np.testing.assert_allclose(found[name], (whole if name == one else half)[name], rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+def test_a_file_is_found_as_weights_are(named, file, bucket, tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(file.parent))
+  for source in (f"~/{file.name}", f"gs://bucket/{file.name}"):
+    bucket[0].mkdir(exist_ok=True)
+    shutil.copy(file, bucket[0])
+    found, line = lora_files.merged(base(named), source, SIZES)
+    assert_merged(found, named)
+    assert line.startswith(f"LoRA: {source}: merged into")
+  with pytest.raises(ValueError, match=r"^LoRA ~ is a folder; give its file, from the hub as hf://ORG/NAME/FILE\."):
+    lora_files.merged(base(named), "~", SIZES)
 
 
 @pytest.mark.parametrize(

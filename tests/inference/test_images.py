@@ -70,3 +70,26 @@ def test_gaps_in_float_images_are_black(tmp_path, gap):
   values = np.float32([[0, 1], [2, gap]])
   Image.fromarray(values).save(tmp_path / "a.tif")
   assert images_lib.read_image(tmp_path / "a.tif")[..., 0].tolist() == [[0, 127], [255, 0]]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint32])
+def test_integer_arrays_are_taken_up_to_255_only(dtype):
+  values = np.array([[0, 255]], dtype)
+  assert images_lib.as_image(values)[..., 0].tolist() == [[0, 255]]
+  for largest in (256, 65535, 65536):
+    with pytest.raises(ValueError, match=rf"^an image has dtype \w+ and values of 0 to {largest}; give uint8, uint16"):
+      images_lib.as_image(values + np.array(largest - 255, dtype) * (values > 0))
+
+
+@pytest.mark.parametrize("low, high", [(0, 65536), (-1, 9)])
+def test_integers_of_more_than_16_bits_are_refused_in_one_line(tmp_path, low, high):
+  image = Image.fromarray(np.int32([[low, high]]))
+  image.save(tmp_path / "a.tif")
+  for given, name in ((image, "an image"), (tmp_path / "a.tif", r"a\.tif")):
+    with pytest.raises(ValueError, match=rf"^{name} has integers of {low} to {high}; scale them to 0 to 65535.*\.$"):
+      images_lib.as_image(given)
+
+
+def test_integers_of_16_bits_in_32_are_taken(tmp_path):
+  Image.fromarray(np.int32([[0, 65535]])).save(tmp_path / "a.tif")
+  assert images_lib.read_image(tmp_path / "a.tif")[..., 0].tolist() == [[0, 255]]

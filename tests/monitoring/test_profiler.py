@@ -53,11 +53,20 @@ def test_a_trace_that_is_cut_short_is_written_all_the_same(tmp_path):
   assert lines == [f"a trace of fewer than 2 steps is in {tmp_path}/plugins/profile"]
 
 
+def test_a_run_too_short_for_a_trace_says_so(tmp_path):
+  lines = []
+  with trace_lib.Profiler(2, str(tmp_path), lines.append) as trace:
+    for step in range(1, 10):
+      trace.on_step_start(step)
+  assert lines == ["config.profile=2: no trace, because fewer than 10 steps were left"]
+
+
 def test_no_trace_without_being_asked(tmp_path):
-  with trace_lib.Profiler(0, str(tmp_path), print) as trace:
+  lines = []
+  with trace_lib.Profiler(0, str(tmp_path), lines.append) as trace:
     for step in range(1, 14):
       trace.on_step_start(step)
-  assert not list(tmp_path.iterdir())
+  assert not lines and not list(tmp_path.iterdir())
   with pytest.raises(ValueError, match="there is no trace below"):
     trace_lib.slowest_ops(str(tmp_path), 1)
 

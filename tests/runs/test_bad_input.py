@@ -114,7 +114,7 @@ CASES = {
   "an unknown test time": Case("--config.eval.test_time=('flop',)", "has 'flop'", "known are 'flip'"),
   "test time as a string": Case("--config.eval.test_time=flop", "has 'flop'", "known are 'flip'"),
   "an unknown coverage": Case("--config.eval.coverage=half", "eval.coverage='half'", "choose one of ("),
-  "an unknown checkpoint": Case(EVAL + " --config.eval.checkpoint=last", "eval.checkpoint='last'", "choose 'newest'"),
+  "an unknown checkpoint": Case("--config.eval.checkpoint=last", "eval.checkpoint='last'", "choose one of ("),
   "accumulation that does not divide": Case("--config.optim.accumulation=4", "accumulation=4", "must divide"),
   "groups that do not divide": Case("--config.optim.norm_group=4", "norm_group=4", "must divide the 6 images"),
   "numbers below their least": Case(

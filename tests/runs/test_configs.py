@@ -161,7 +161,7 @@ def test_steps_and_evaluates_in_small(string):
   rows = jax.jit(score).lower(weights, batch).compile(QUICK)(weights, batch)
   truth = {"truth": people(config.data.batch_size)} if exp.task.needs_truth else {}
   scores = exp.task.summarize({name: np.asarray(values) for name, values in rows.items()}, **truth)
-  assert np.isfinite(scores[exp.task.best[0]])
+  assert np.isfinite(scores[exp.task.best_metric])
   assert config.data.batch_size in (scores.get("images"), scores.get("sentences"), scores.get("people"))
 
 

@@ -158,7 +158,11 @@ def test_the_plan_counts_no_gradient_state_of_the_base(products):
     ({"lora.targets": (r"/head/",)}, r"^config\.lora\.targets: \['/head/'\] match no kernel"),
     ({"lora.targets": ()}, r"^config\.lora\.targets: \['/attn\[12\].*match no kernel"),
     ({"lora.targets": (r"(",)}, r"^config\.lora\.targets: '\(' is not a regular expression"),
-    ({"lora.rank": 0}, r"^config\.lora\.targets=\(.*have no effect with config\.lora\.rank=0; give a rank\.$"),
+    ({"lora.rank": 0}, r"^config\.lora\.targets=\(.* has no effect with config\.lora\.rank=0; give a rank, or leave"),
+    (
+      {"lora.rank": 0, "lora.targets": (), "lora.alpha": 8.0, "lora.lr": 0.1},
+      r"^config\.lora\.alpha=8\.0 has no effect .*; config\.lora\.lr=0\.1 has no effect with config\.lora\.rank=0",
+    ),
     ({"lora.rank": -1}, r"^config\.lora\.rank=-1 must be at least 0"),
     ({"lora.alpha": 0.0}, r"^config\.lora\.alpha=0\.0 must be above 0\.$"),
     (

@@ -1,6 +1,7 @@
 """scripts/benchmark.py: what it counts and prints; and that the PyTorch side does the same work."""
 
 import json
+import types
 
 import jax
 import numpy as np
@@ -157,6 +158,31 @@ def test_a_step_of_referring_is_given_latents_and_text_states(benchmark):
   assert abs(np.asarray(batch["latents"]).std() - 1) < 0.1
 
 
+def test_a_step_of_segmentation_is_given_the_size_of_the_images(benchmark, monkeypatch):
+  config = loader.load("configs/ade20k_seg.py:vpd,tiny")
+  exp = types.SimpleNamespace(keys=("image", "label"))
+  monkeypatch.setattr(benchmark.encoder_cache, "encoded_batch_shapes", lambda config, exp, shapes: (shapes, ()))
+  mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+  batch = benchmark.synthetic_batch(config, exp, mesh)
+  assert batch.keys() == {"image", "label", "valid_size"}
+  assert np.asarray(batch["valid_size"]).tolist() == [list(config.data.crop)] * config.data.batch_size
+
+
+def test_the_sizes_of_the_weights_are_those_of_the_network(monkeypatch):
+  script = load("scripts/benchmark.py")
+  words = ["--config=configs/nyu_depth.py:vpd,tiny", "--synthetic", "--config.init.pretrained=FOLDER"]
+  monkeypatch.setattr(script.sys, "argv", ["benchmark", *words])
+  sizes = lambda config, source: loader.changed(config, {"backbone.unet.layers_per_block": 7, "init.clip": source})
+
+  def ours(config):
+    raise ZeroDivisionError(config.backbone.unet.layers_per_block, config.init.clip)
+
+  monkeypatch.setattr(script.initialize, "with_backbone_sizes", sizes)
+  monkeypatch.setattr(script, "ours", ours)
+  with pytest.raises(ZeroDivisionError, match=r"\(7, 'FOLDER'\)"):
+    script.main()
+
+
 def test_a_batch_that_groups_cut_is_refused_in_one_line(monkeypatch, capsys):
   script = load("scripts/benchmark.py")
   words = ["--config=configs/nyu_depth.py:vpd,tiny", "--synthetic", "--batch=4"]
@@ -169,7 +195,13 @@ def test_a_batch_that_groups_cut_is_refused_in_one_line(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-  "words, told", [(["a"], "unexpected positional"), ([], "give a --config"), (["--steps=x"], "steps")]
+  "words, told",
+  [
+    (["a"], "unexpected positional"),
+    ([], "give a --config"),
+    (["--steps=x"], "steps"),
+    (["--config=configs/nyu_depth.py:tiny", "--torch_compile=on"], "--torch_compile has no effect without --versus"),
+  ],
 )
 def test_a_wrong_command_is_one_line(words, told, capsys):
   with pytest.raises(SystemExit) as ended:

@@ -52,6 +52,14 @@ def test_the_verdict_is_of_losses_and_speed(tmp_path, capsys, monkeypatch, losse
   assert "loss at step 40" in printed and "ms a step" in printed
 
 
+def test_repeats_without_training_are_refused(capsys, monkeypatch):
+  monkeypatch.setattr(sys, "argv", ["compare_runs.py", "a", "b", "--repeats=3"])
+  with pytest.raises(SystemExit) as ended:
+    script.main()
+  assert ended.value.code == 2
+  assert capsys.readouterr().err == "compare_runs: --repeats has no effect without --train; leave it out.\n"
+
+
 def test_steps_that_both_have_logged_are_compared(tmp_path):
   assert script.largest_difference({10: 1.0, 20: 2.0}, {20: 1.0, 30: 5.0}) == (0.5, 20)
   with pytest.raises(UserError, match="no logged step in common"):

@@ -143,3 +143,13 @@ def test_a_row_of_another_config_is_named(script):
   assert script.stale({"runs": made}) == []
   made[1]["config"] = "other"
   assert script.stale({"runs": made}) == ["depth vpd small 1"]
+
+
+def test_writing_the_page_refuses_flags_that_choose_runs(script, monkeypatch, capsys):
+  monkeypatch.setattr(script.atomic, "write", lambda *_: pytest.fail("written"))
+  monkeypatch.setattr(sys, "argv", ["rooms_table.py", "--write", "--tasks=depth", "--seeds", "0", "--again"])
+  with pytest.raises(SystemExit) as ended:
+    script.main()
+  error = capsys.readouterr().err
+  assert ended.value.code == 2 and error.count("\n") == 1
+  assert error.startswith("rooms_table: --tasks, --seeds, --again choose runs, and --write starts none")

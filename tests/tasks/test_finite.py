@@ -63,7 +63,7 @@ def finite_rows(task, prediction, batch):
 @pytest.mark.parametrize("share", [1.0, 0.2])
 def test_what_is_not_finite_is_counted_and_never_scored_well(name, people, bad, share):
   task, prediction, batch, more = made(name, people)
-  best, least = task.best[0], task.best[1] == "min"
+  best, least = task.best_metric, task.best_mode == "min"
   perfect = task.summarize(finite_rows(task, prediction, batch), **more)
   assert perfect["not_finite"] == 0
   where = np.random.default_rng(1).random(prediction.shape[:3]) < share
@@ -79,7 +79,7 @@ def test_an_infinite_score_of_the_right_class_is_not_right(name, people):
   """The other scores of the pixel are finite: the largest of them all, and the difference of two, are known."""
   task, prediction, batch, more = made(name, people)
   scores = task.summarize(finite_rows(task, np.where(prediction == 1, np.inf, prediction), batch), **more)
-  assert scores[task.best[0]] == 0 and scores["not_finite"] == prediction[..., 0].size
+  assert scores[task.best_metric] == 0 and scores["not_finite"] == prediction[..., 0].size
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, 3e38, -3e38, 1e-30])

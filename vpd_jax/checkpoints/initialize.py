@@ -131,7 +131,7 @@ def _prompt_arrays(
 
 def best_metric(config: ConfigDict | Options, exp: Experiment) -> str:
   """Full name of the metric that selects the best checkpoint of a run with this config, e.g. "eval/nyu/rmse"."""
-  return f"eval/{config['data']['name']}/{exp.task.best[0]}"
+  return f"eval/{config['data']['name']}/{exp.task.best_metric}"
 
 
 def with_backbone_sizes(config: ConfigDict, source: str) -> ConfigDict:
@@ -209,7 +209,7 @@ def checkpoints(config: ConfigDict, exp: Experiment, workdir: str) -> Checkpoint
     keep=config.keep,
     keep_best=config.keep_best,
     best_metric=best_metric(config, exp),
-    best_mode=exp.task.best[1],
+    best_mode=exp.task.best_mode,
   )
 
 
@@ -227,12 +227,10 @@ def _load_run(config: ConfigDict, exp: Experiment, workdir: str) -> tuple[dict[s
       has the score that selects the best one.
   """
   which, shapes = config.eval.checkpoint, {n: exp.spec.shapes[n] for n in exp.spec.paths}
-  if which not in ("newest", "best"):
-    raise UserError(f"config.eval.checkpoint={which!r} is unknown; choose 'newest' or 'best'.")
   parts = tuple(f"method/{part}" for part in exp.method.training_only)
   omitted = tuple(part for part in parts if not any(name.startswith(part) for name in shapes))
   metric = best_metric(newest_config(workdir), exp) if which == "best" else None
-  with Checkpoints(workdir, best_metric=metric, best_mode=exp.task.best[1], read_only=True) as run_checkpoints:
+  with Checkpoints(workdir, best_metric=metric, best_mode=exp.task.best_mode, read_only=True) as run_checkpoints:
     step = run_checkpoints.best_step() if metric else run_checkpoints.latest_step()
     if step is None:
       raise UserError(

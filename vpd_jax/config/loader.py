@@ -179,8 +179,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   """Checks that the fields of REQUIRED exist, that those of MINIMUM are large enough, and that all floats are finite.
 
   Raises:
-    ValueError: for missing sections or fields, and for values that are too small, not finite or not numbers; lists all
-      of them.
+    ValueError: for missing sections or fields, for values that are too small, not finite or not numbers, and for
+      options of LoRA without a rank; lists all of them.
   """
   values = {field: _value(config, field) for field in (*REQUIRED, *MINIMUM)}
   problems = [
@@ -205,6 +205,14 @@ def check(config: ml_collections.ConfigDict) -> None:
   decay = _value(config, "optim.ema_decay")
   if isinstance(decay, int | float) and decay >= 1:
     problems.append(f"config.optim.ema_decay={decay} must be below 1; 0 keeps no moving average")
+  if _value(config, "lora.rank") == 0:
+    defaults = {field: value for field, value in fields.ADDED.items() if field.startswith("lora.")}
+    given = {field: as_tuples(_value(config, field)) for field in defaults}
+    problems += [
+      f"config.{field}={value!r} has no effect with config.lora.rank=0; give a rank, or leave it out"
+      for field, value in given.items()
+      if value not in (_ABSENT, defaults[field])
+    ]
   if problems:
     raise UserError("; ".join(problems) + ".")
 

@@ -21,6 +21,7 @@ ARRAY_OPTIONS = ("method.name", "task.name", "backbone.", "head.name", "neck.nam
              "data.name", "data.scene", "method.", "head.", "neck.")  # fmt: skip
 # Options that may differ from those of the run, because no array depends on them.
 IGNORED = (*loader.RESUME_IGNORED, "method.prompt", "method.refine_steps", "method.trained_steps")
+WITHOUT_WINDOWS = ("referring", "pose")  # tasks whose evaluation is not split into windows
 SHOWN, WIDTH = 6, 80  # options per message, characters per value
 
 
@@ -54,6 +55,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     if name in values.get(section, {}):
       values[section][new.removeprefix(f"{section}.")] = values[section].pop(name)
   values.setdefault("lora", {})
+  task, evaluation = values.get("task"), values.get("eval")
+  if isinstance(task, dict) and isinstance(evaluation, dict) and task.get("name") in WITHOUT_WINDOWS:
+    evaluation["coverage"] = "full"  # earlier versions wrote "released", which had no effect
   for field, value in fields.ADDED.items():
     *sections, name = field.split(".")
     section = functools.reduce(lambda x, part: x.get(part) if isinstance(x, dict) else None, sections, values)

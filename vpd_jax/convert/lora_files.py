@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import safetensors
 
-from vpd_jax.convert import rules
+from vpd_jax.convert import fetch, rules
 from vpd_jax.convert.formats import weight_files
 from vpd_jax.convert.tables import stable_diffusion
 from vpd_jax.errors import UserError
@@ -69,13 +69,17 @@ def merged(named: ParamDict, path: str | pathlib.Path, sizes: Options) -> tuple[
 
   Args:
     named: arrays by our names.
-    path: of the file.
+    path: of the file, see fetch.py.
     sizes: config.backbone.unet.
 
   Raises:
-    ValueError: for a file without LoRA, unknown modules or wrong shapes; one line.
+    ValueError: for a source that cannot be fetched, a folder, a file without LoRA, unknown modules or wrong shapes; one
+      line.
   """
-  tensors, stated = weight_files.open_file(path).tensors, _stated_alphas(path)
+  file = fetch.local(path)
+  if file.is_dir():
+    raise UserError(f"LoRA {path} is a folder; give its file, from the hub as hf://ORG/NAME/FILE.safetensors.")
+  tensors, stated = weight_files.open_file(file).tensors, _stated_alphas(file)
   modules = {}
   if not any(name.startswith(lora.UNET) for name in named):
     raise UserError(
@@ -128,7 +132,7 @@ def _modules(shapes: Mapping[str, tuple[int, ...]], sizes: Options) -> dict[str,
   return {kernel: name(kernel).removesuffix(".weight") for kernel in shapes}
 
 
-def _stated_alphas(path: str | pathlib.Path) -> Callable[[str, int], float]:
+def _stated_alphas(path: pathlib.Path) -> Callable[[str, int], float]:
   """(module, rank) -> alpha by the metadata of peft's files; the default is the rank."""
   try:
     with safetensors.safe_open(path, framework="numpy") as file:

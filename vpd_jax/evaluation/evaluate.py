@@ -281,7 +281,7 @@ class Evaluator:
     baselines = self.baselines()
     if not baselines:
       return line
-    chosen = self.experiment.task.best[0]
+    chosen = self.experiment.task.best_metric
     ratio = lambda value: f" (x{scores[prefix + chosen] / value:.2f})" if value else ""
     compared = ", ".join(f"{name} {value:.4f}{ratio(value)}" for name, value in baselines.items())
     return f"{line}\n  {chosen} of trivial predictors, and ours as a share of it: {compared}"

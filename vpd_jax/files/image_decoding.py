@@ -94,11 +94,11 @@ def faults(path: str | Path, what: str = "a picture", remedy: str = AGAIN) -> It
   """Turns any error of a decoder into a one-line ValueError that names `path`.
 
   On damaged files, decoders raise many types of errors (struct, zlib, index, overflow), so the block should contain
-  only the decoder. MemoryError is not caused by the file and is re-raised.
+  only the decoder. MemoryError is not caused by the file and is re-raised, and so is a UserError.
   """
   try:
     yield
-  except (MemoryError, KeyboardInterrupt):
+  except (MemoryError, KeyboardInterrupt, UserError):
     raise
   except Exception as error:
     if isinstance(error, cv2.error) and error.code == cv2.Error.StsNoMem:

@@ -32,7 +32,7 @@ def as_image(image: object) -> np.ndarray:
   if isinstance(image, str | os.PathLike):
     return read_image(Path(image).expanduser())
   if isinstance(image, Image.Image):
-    return _rgb(image)
+    return _rgb(image, "an image")
   array = np.asarray(image)
   shape = array.shape
   if array.ndim == 2:
@@ -98,22 +98,26 @@ def read_image(path: Path) -> np.ndarray:
   """Reads an image file of any mode as RGB, uint8 [H, W, 3], rotated as its EXIF orientation says.
 
   Raises:
-    ValueError: it is not an image, or is damaged.
+    ValueError: it is not an image, is damaged, or has integers that do not fit in 16 bits.
   """
   with image_decoding.faults(path.name, remedy=""):
     raw = path.read_bytes()
   image_decoding.check_whole(raw, path.name)
   with image_decoding.faults(path.name, remedy=""), Image.open(io.BytesIO(raw)) as image:
-    return _rgb(image)
+    return _rgb(image, path.name)
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
-  """uint8 [H, W, 3] of a PIL image of any mode, rotated as its EXIF orientation says."""
+def _rgb(image: Image.Image, name: str) -> np.ndarray:
+  """uint8 [H, W, 3] of a PIL image of any mode, rotated as its EXIF orientation says; `name` is for messages."""
   image.load()  # a PNG may have EXIF data behind its pixels
   # Not ImageOps.exif_transpose, which also writes the EXIF data again, and fails at damaged ones.
   orientation = image_decoding.orientation_of(image)
   if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
     gray = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)  # float files may hold gaps
+    if image.mode == "I" and not (gray.min() >= 0 and gray.max() <= 65535):
+      raise UserError(
+        f"{name} has integers of {gray.min():.0f} to {gray.max():.0f}; scale them to 0 to 65535, as in 16-bit images."
+      )
     largest = 65535.0 if image.mode != "F" else max(gray.max(), 1e-12)
     image = Image.fromarray(np.clip(gray / largest * 255, 0, 255).astype(np.uint8))
   return image_decoding.oriented(np.asarray(image.convert("RGB")), orientation)

@@ -37,11 +37,9 @@ def targets(trained: Iterable[str], shapes: Fields, rank: int, patterns: tuple[s
     patterns: config.lora.targets, regular expressions, searched in "/" + name; empty: ATTENTION.
 
   Raises:
-    ValueError: patterns without a rank; no kernel of the UNet is trained; an invalid pattern, or one without match.
+    ValueError: no kernel of the UNet is trained; an invalid pattern, or one without match.
   """
   if not rank:
-    if patterns:
-      raise UserError(f"config.lora.targets={patterns!r} have no effect with config.lora.rank=0; give a rank.")
     return []
   kernels = sorted(n for n in trained if n.startswith(UNET) and len(shapes[n].shape) > 1)
   if not kernels:

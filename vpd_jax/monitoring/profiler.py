@@ -40,7 +40,7 @@ class Operation(NamedTuple):
 class Profiler:
   """Traces `steps` steps, from the tenth step of this process; 0 disables it.
 
-  At the end it logs the location of the trace and the slowest operations.
+  At the end it logs the location of the trace and the slowest operations, or that there were too few steps for a trace.
   """
 
   def __init__(self, steps: int, workdir: str, log: Callable[[str], None], text: Callable[[], str] = lambda: ""):
@@ -51,12 +51,15 @@ class Profiler:
       log: prints a line.
       text: returns the text of the compiled step; called at the end.
     """
-    self._steps, self._workdir, self._log, self._text, self._begin = steps, workdir, log, text, 0
+    self._steps, self._workdir, self._log, self._text = steps, workdir, log, text
+    self._begin, self._traced = 0, False
 
   def __enter__(self) -> "Profiler":
     return self
 
   def __exit__(self, *_: object) -> None:
+    if self._steps and not self._traced:
+      self._log(f"config.profile={self._steps}: no trace, because fewer than {FIRST_STEP} steps were left")
     if self._begin:
       jax.profiler.stop_trace()
       self._begin = 0
@@ -70,7 +73,7 @@ class Profiler:
     if self._steps and step == FIRST_STEP:
       jax.block_until_ready(last)
       jax.profiler.start_trace(self._workdir)
-      self._begin = step
+      self._begin, self._traced = step, True
     elif self._begin and step == self._begin + self._steps:
       jax.block_until_ready(last)
       jax.profiler.stop_trace()

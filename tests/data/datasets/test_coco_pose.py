@@ -147,6 +147,28 @@ def test_shards_hold_the_same_examples(root, tmp_path):
     tmp_path / "out", format="tfds", boxes="annotated").source("eval"))  # fmt: skip
 
 
+def boxes_file(path, image_id, category_id):
+  path.write_text(json.dumps([{"image_id": image_id, "category_id": category_id, "bbox": [5, 5, 60, 40], "score": 1}]))
+  return str(path)
+
+
+def test_shards_of_other_detections_are_refused(root, tmp_path):
+  annotations = str(root / "annotations")
+  read = lambda folder, **options: data(tmp_path / folder, format="tfds", annotations=annotations, **options)
+  own = {"detections": boxes_file(tmp_path / "boxes.json", 30, 0), "person_category": 0}
+  writer.prepare(data(root, **own), tmp_path / "own", name="coco_pose")
+  assert len(read("own", **own).source("eval")) == 1
+  check_message(f"detections={own['detections']!r} (here default), person_category=0 (here default); prepare",
+                lambda: read("own").source("eval"))  # fmt: skip
+  check_message("person_category=0 (here 2)", lambda: read("own", **own | {"person_category": 2}).source("eval"))
+  before = data(root)  # as shards that state neither
+  before.made_with = {"boxes": "detections", "box_threshold": 0.0}
+  writer.prepare(before, tmp_path / "before", name="coco_pose")
+  assert len(read("before").source("eval")) == 5
+  check_message("detections=default (here 'mine.json')", lambda: read("before", detections="mine.json").source("eval"))
+  check_message("person_category=default (here 0)", lambda: read("before", person_category=0).source("eval"))
+
+
 def rewritten(tmp_path, change, name="annotations/person_keypoints_val2017.json"):
   """A copy of the folder with one JSON file changed."""
   made = coco_people.write(tmp_path / "coco")
@@ -276,6 +298,8 @@ def test_keypoints_of_ones_own_are_scored_in_boxes_of_a_detector_and_stored_in_s
     np.testing.assert_array_equal(stored.source("eval")[1][key], value)
   check_message("were made with holdout=0.1 (here 0.5)", lambda: KeypointList(
     **options, json_root=str(own), holdout=0.5).source("eval"))  # fmt: skip
+  check_message("were made with person_category=default (here 3)", lambda: KeypointList(
+    **options, json_root=str(own), person_category=3).source("eval"))  # fmt: skip
 
 
 def test_a_record_is_an_example(root):

@@ -149,6 +149,8 @@ def test_shards_give_the_same_examples(root, tmp_path_factory):
         np.testing.assert_array_equal(shards[index][key], value, err_msg=key)
   with pytest.raises(ValueError, match=r"were made with overlap='released' \(here 'union'\)"):
     dataset(output, format="tfds", overlap="union").source("train")
+  with pytest.raises(ValueError, match=r"^train of refcoco by unc has 2 records in place of the published 42404; comp"):
+    dataset(output, format="tfds", complete=True).source("train")
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2])

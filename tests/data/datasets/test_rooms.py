@@ -204,7 +204,7 @@ def test_shards_without_captions_are_refused_where_they_are_needed(tmp_path):
   options = dict(size=SIZE, crop=(32, 32), train_count=1, eval_count=1)
   writer.prepare(rooms.Rooms(**options), tmp_path / "rooms", name="rooms")
   stored = rooms.Rooms(**options, captioned=True, format="tfds", root=str(tmp_path / "rooms"))
-  with pytest.raises(ValueError, match=r"were made with captioned=None \(here True\); prepare them again"):
+  with pytest.raises(ValueError, match=r"were made with captioned=default \(here True\); prepare them again"):
     stored.source("train")
 
 

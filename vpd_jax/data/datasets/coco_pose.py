@@ -73,6 +73,9 @@ class CocoPose(PoseDataset):
     self.augmentation = self._augmentation(top_down_transforms.COCO, upper_share=self.upper_share)
     self.folders = {"train": self.train_images, "eval": self.eval_images}
     self.made_with = {"boxes": self.boxes, "box_threshold": self.box_threshold}
+    if self.boxes == "detections":
+      self.made_with["detections"] = None if self.detections == type(self).detections else self.detections
+      self.made_with["person_category"] = None if self.person_category == -1 else self.person_category
     # A threshold above 0 changes the number of detections.
     counts = {"train": COUNTS["train"]} | ({} if self.box_threshold else {"eval": COUNTS["eval", self.boxes]})
     self.published = Published(counts if self.complete else {}, None, {})

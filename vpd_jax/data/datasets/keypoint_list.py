@@ -72,6 +72,8 @@ class KeypointList(PoseDataset):
     self._files = {"train": self.train_json, "eval": self.eval_json or self.train_json}
     self.made_with = {"train_json": self.train_json, "eval_json": self.eval_json}
     self.made_with |= {"holdout": self.holdout, "detections": self.detections}
+    if self.detections:
+      self.made_with["person_category"] = None if self.person_category == -1 else self.person_category
     if self.format == "files":
       image_files.require_folder(self.root, f"that holds {self.train_json} and {self.images}/.")
 

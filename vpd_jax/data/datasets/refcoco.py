@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from vpd_jax.data.datasets.referring import ReferringDataset
-from vpd_jax.data.readers import coco_masks, image_files, referring, safe_pickle
+from vpd_jax.data.readers import coco_masks, image_files, label_maps, referring, safe_pickle
 from vpd_jax.data.readers.coco_masks import Outline
 from vpd_jax.data.readers.referring import Item
 from vpd_jax.data.shards import reader
@@ -102,11 +102,14 @@ class RefCoco(ReferringDataset):
     Raises:
       ValueError: for missing files or images (all are counted), references to unknown images or annotations, empty
         sentences, annotations without outline, and with `complete` other numbers than published; with format="tfds",
-        for missing or incomplete shards.
+        for missing or incomplete shards, and with `complete` another number of objects of "train" than published.
     """
     check_choice("split", split, sorted(self.splits))
     if self.format == "tfds":
-      return reader.Shards(self.root, "refcoco", split, decode=referring.decode, made_with=self.made_with)
+      shards = reader.Shards(self.root, "refcoco", split, decode=referring.decode, made_with=self.made_with)
+      return label_maps.check_count(
+        shards, split, self.published.counts.get(split), f"{self.variant} by {self.split_by}"
+      )
     root, name = Path(self.root).expanduser(), self.splits[split]
     folder = root / self.variant
     path = folder / f"refs({self.split_by}).p"

@@ -235,7 +235,7 @@ def check_count(source: Source, split: str, expected: int | None, what: str) -> 
   """
   if expected is not None and len(source) != expected:
     raise UserError(
-      f"{split} of {what} has {len(source)} pictures in place of the published {expected}; complete the copy, or set "
+      f"{split} of {what} has {len(source)} records in place of the published {expected}; complete the copy, or set "
       "data.complete=False, and scores are not comparable."
     )
   return source

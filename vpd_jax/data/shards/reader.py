@@ -50,7 +50,8 @@ class Shards(Source):
     name: of the data set.
     split: "train" or "eval".
     decode: decodes a stored record to an Example, as for files; None if Examples are stored.
-    made_with: options of the data set that its records depend on, as given to the builder.
+    made_with: options of the data set that its records depend on, as given to the builder; None is the default of an
+      option, which shards may leave out.
 
   Raises:
     ValueError: if the folder is not prepared, or has another data set, other splits or options, or missing or truncated
@@ -259,8 +260,9 @@ def _check(root: str, info: Any, name: str, split: str, made_with: Options) -> N
       f"root={root!r} holds the splits {sorted(info.splits)} only; prepare it again with --splits and {split!r}."
     )
   stored_options = metadata.get("made_with", {})
+  show = lambda value: "default" if value is None else repr(value)
   differing = [
-    f"{key}={stored_options.get(key)!r} (here {value!r})"
+    f"{key}={show(stored_options.get(key))} (here {show(value)})"
     for key, value in plain(made_with).items()
     if stored_options.get(key) != value
   ]

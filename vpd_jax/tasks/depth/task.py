@@ -59,12 +59,12 @@ class Depth(Task):
 
   Attributes:
     output: arguments of the head.
-    best: the metric that selects the best checkpoint.
+    best_metric, best_mode: see Task.
   """
 
   needs = frozenset({"depth"})
   result = "depth"
-  best = ("rmse", "min")
+  best_metric, best_mode = "rmse", "min"
   test_time_protocol = "windows"
   eval_needs = frozenset()
   needs_truth = False

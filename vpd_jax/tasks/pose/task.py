@@ -46,13 +46,13 @@ class Pose(Task):
 
   Attributes:
     output: arguments of the head.
-    best: the metric that selects the best checkpoint.
+    best_metric, best_mode: see Task.
     needs_truth: `summarize` and `baselines` take the data set's `truth`.
   """
 
   needs = frozenset({"keypoints", "center", "extent", "box_score", "image_index"})
   result = "keypoints"
-  best = ("AP", "max")
+  best_metric, best_mode = "AP", "max"
   test_time_protocol = "crops"
   eval_needs = frozenset()
   needs_truth = True

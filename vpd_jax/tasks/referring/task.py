@@ -72,12 +72,12 @@ class Referring(Task):
 
   Attributes:
     eval_needs: keys of a Batch that only `measure` reads.
-    output, best: see Task.
+    output, best_metric, best_mode: see Task.
   """
 
   needs = frozenset({"mask"})
   result = "mask"
-  best = ("oIoU", "max")
+  best_metric, best_mode = "oIoU", "max"
   test_time_protocol = "squeezed"
   needs_truth = False
   described = MappingProxyType(

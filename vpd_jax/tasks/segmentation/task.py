@@ -135,12 +135,12 @@ class Segmentation(Task):
 
   Attributes:
     output: arguments of the head.
-    best: the metric that selects the best checkpoint.
+    best_metric, best_mode: see Task.
   """
 
   needs = frozenset({"label"})
   result = "label"
-  best = ("mIoU", "max")
+  best_metric, best_mode = "mIoU", "max"
   test_time_protocol = "sliding"
   eval_needs = frozenset()
   needs_truth = False
