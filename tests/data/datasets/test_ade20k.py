@@ -56,7 +56,7 @@ def test_companions_of_macos_are_no_pictures(root, small):
 
 def test_published_numbers_are_checked_unless_told_otherwise(root):
   assert ade20k.COUNTS == {"train": 20_210, "eval": 2_000}
-  message = check_message("train of ADE20K has 4 pictures", lambda: ade20k.Ade20k(root=str(root)).source("train"))
+  message = check_message("train of ADE20K has 4 records", lambda: ade20k.Ade20k(root=str(root)).source("train"))
   assert "20210" in message and "data.complete=False" in message
   assert len(ade20k.Ade20k(root=str(root), complete=False).source("train")) == 4
 
