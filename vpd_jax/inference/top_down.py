@@ -141,8 +141,8 @@ class TopDownPoseEstimator:
       chosen = indices[begin : begin + size]
       crops = self._crops([(images[i], boxes[i][j]) for i, j in chosen], size)
       padded = chosen + chosen[-1:] * (size - len(chosen))
-      others = {name: np.stack([inputs[i][name] for i, _ in padded]) for name in inputs[chosen[0][0]]}
-      heatmaps = self._predict(weights, {"image": crops["image"], **others})
+      batch: Fields = {name: np.stack([inputs[i][name] for i, _ in padded]) for name in inputs[chosen[0][0]]}
+      heatmaps = self._predict(weights, batch | {"image": crops["image"]})
       located = np.asarray(self._locate(heatmaps, crops["center"], crops["extent"]))
       for (i, j), points in zip(chosen, located, strict=False):
         keypoints[i][j] = points
