@@ -270,10 +270,10 @@ def table(results: dict[str, list[Record]], rows: Rows) -> str:
       "",
       f"{every[0]['steps']} steps of {first['batch_size']} images, small network, float32, trained on "
       f"{' and '.join(sorted({run['device'] for run in every}))}; the runs took "
-      f"{min(minutes):.0f} to {max(minutes):.0f} minutes, some on shared cores. With several seeds: mean, minimum, and maximum. "
-      f"Parameters, operations (XLA's count) and milliseconds (fastest of {CALLS}, {first['device']}) are of the bare "
-      f"network on one image of {size}; memory is the peak of the training process, followed by XLA's count for one "
-      f"step. `python scripts/rooms_table.py --tasks {rows.task} --seeds {seeds}`, then `--write`.",
+      f"{min(minutes):.0f} to {max(minutes):.0f} minutes, some on shared cores. With several seeds: mean, minimum, and "
+      f"maximum. Parameters, operations (XLA's count) and milliseconds (fastest of {CALLS}, {first['device']}) are of "
+      f"the bare network on one image of {size}; memory is the peak of the training process, followed by XLA's count "
+      f"for one step. `python scripts/rooms_table.py --tasks {rows.task} --seeds {seeds}`, then `--write`.",
     ]
   )
 
