@@ -297,8 +297,11 @@ def caption(room: Room) -> str:
   areas = np.bincount(room.instances.ravel(), minlength=len(room.names) + 1)[1:]
   visible = [number for number in np.argsort(-areas, kind="stable") if areas[number] >= MENTIONED * room.labels.size]
   objects = list(dict.fromkeys(_with_article(" ".join(room.names[number])) for number in visible))[:MOST_OBJECTS]
-  listed = " and ".join([", ".join(objects[:-1])] * (len(objects) > 1) + objects[-1:])
-  return _with_article(room.scene) + (f" with {listed}" if listed else "")
+  scene = _with_article(room.scene)
+  if not objects:
+    return scene
+  *others, last = objects
+  return f"{scene} with {', '.join(others)} and {last}" if others else f"{scene} with {last}"
 
 
 def _with_article(words: str) -> str:
