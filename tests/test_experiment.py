@@ -1,4 +1,4 @@
-"""One class for all pictures of a data set that states none: `data.scene`, from the config to what is built."""
+"""What is built from a config: the class of pictures that have none, sources, options, and what is shared."""
 
 import pytest
 
@@ -11,6 +11,35 @@ def assembled(string, **changes):
   config = tiny.shrunk(loader.load(string)).unlock()
   config.update_from_flattened_dict(changes)
   return experiment.assemble(config.lock())
+
+
+SMALL = "configs/kitti_depth.py:meta_prompts,tiny"
+
+
+def test_one_model_is_described_once():
+  """Also from an equal config that was made anew, and whatever it says of data and optimizer."""
+  first, second = assembled(SMALL), assembled(SMALL, **{"optim.lr": 0.25, "data.batch_size": 6})
+  assert first.spec.graphdef is second.spec.graphdef
+  assert first.groups != second.groups or first.rate(0) != second.rate(0)
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"seed": 7},
+    {"method.prompts": 4},
+    {"head.width": 64},
+    {"backbone.attention": "chunked"},
+    {"optim.norm_group": 2},
+    {"task.max_depth": 70.0},
+    {"param_dtype": "bfloat16"},
+  ],
+  ids=lambda change: next(iter(change)),
+)
+def test_another_model_is_described_anew(change):
+  first, second = assembled(SMALL), assembled(SMALL, **change)
+  differs = lambda x: (x.spec.graphdef, x.spec.shapes, x.spec.draws)
+  assert differs(first) != differs(second)
 
 
 @pytest.mark.parametrize("string", ["configs/kitti_depth.py:vpd,tiny", "configs/my_depth.py:vpd,tiny"])

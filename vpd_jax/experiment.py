@@ -4,15 +4,14 @@ ConfigDicts are not passed any further: sections become keyword arguments.
 """
 
 import pkgutil
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.typing import DTypeLike
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from vpd_jax import optim
 from vpd_jax.config import fields, loader
@@ -49,7 +48,7 @@ from vpd_jax.models.initializers import InitKeys
 from vpd_jax.models.layer_options import Common
 from vpd_jax.models.methods.diffusion import MethodSetup
 from vpd_jax.models.necks import unet_features
-from vpd_jax.models.perception_model import PerceptionModel
+from vpd_jax.models.perception_model import ModelBuilder, Part
 from vpd_jax.tasks.depth import task as depth_task
 from vpd_jax.tasks.pose import task as pose_task
 from vpd_jax.tasks.referring import task as referring_task
@@ -168,7 +167,7 @@ def sizes(config: ConfigDict) -> BackboneSizes:
   problems = [fields.misfit(cls, sections[part], f"config.backbone.{part}") for part, cls in classes.items()]
   if problems := list(filter(None, problems)):
     raise UserError("; ".join(problems) + ".")
-  arguments = {part: dict(section) for part, section in sections.items()}
+  arguments = {part: dict(FrozenConfigDict(section)) for part, section in sections.items()}  # hashable
   arguments["unet"] |= {key: arguments["unet"].get(key) or None for key in ("num_heads", "head_width")}
   return BackboneSizes(**{part: cls(**arguments[part]) for part, cls in classes.items()})
 
@@ -197,20 +196,20 @@ def _method_setup(config: ConfigDict, classes: tuple[str, ...], training: bool) 
   )
 
 
-def _builder(config: ConfigDict, task: Task, classes: tuple[str, ...], training: bool) -> Callable[[], nnx.Module]:
-  """A function that builds the model with random parameters from `config.seed`."""
+def _builder(config: ConfigDict, task: Task, classes: tuple[str, ...], training: bool) -> ModelBuilder:
+  """The model with initial values from `config.seed`."""
   setup = _method_setup(config, classes, training)
   known = METHODS.get(config.method.get("name"))
   method = fields.look_up(METHODS, config.method, "method", more=known.text_options if known else ())
   neck = fields.look_up(NECKS, config.neck, "neck")
   head = fields.look_up(HEADS, config.head, "head", required=task.output)
-
-  def build() -> nnx.Module:
-    m = method(setup, **_rest(config.method, ("name", *method.text_options)))
-    n = neck(m.map_info, setup.common, **_rest(config.neck))
-    return PerceptionModel(m, n, head(n.map_info, setup.common, **_rest(config.head), **task.output))
-
-  return build
+  options = lambda values: tuple(FrozenConfigDict(values).items())  # hashable
+  return ModelBuilder(
+    setup,
+    Part(method, options(_rest(config.method, ("name", *method.text_options)))),
+    Part(neck, options(_rest(config.neck))),
+    Part(head, options(_rest(config.head) | task.output)),
+  )
 
 
 def assemble(config: ConfigDict, *, training: bool = True) -> Experiment:
@@ -231,7 +230,7 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Experiment:
   info = data.info(config.data)
   classes, task = info.classes, _task(config, info)
   _check_test_time(config, task)
-  spec = params_lib.describe(_builder(config, task, classes, training=True))
+  spec = params_lib.described(_builder(config, task, classes, training=True))
   _check_groups(config, spec)
   _check_unused(config, spec)
   groups = optim.groups(spec.params, config.optim.lr_groups, config.optim.decay_groups)
@@ -242,7 +241,7 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Experiment:
   options = {k: config.optim[k] for k in ("decay", "b1", "b2", "epsilon", "clip_norm", "moments")}
   optimizer = optim.optimizer(rate, groups, **options, seed=config.seed)
   if not training and spec.model.method.training_only:
-    spec = params_lib.describe(_builder(config, task, classes, training=False))
+    spec = params_lib.described(_builder(config, task, classes, training=False))
   elif training and config.lora.rank:
     spec = _with_lora(config, spec, kernels)
   spec = _with_frozen_dtype(config, spec, groups, excluded=() if training else kernels)

@@ -4,12 +4,12 @@ import json
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from vpd_jax.convert import rules
 from vpd_jax.convert.formats import write
 from vpd_jax.convert.tables import clip
 from vpd_jax.models.backbones.clip_text import ClipText, TextSizes
+from vpd_jax.models.initializers import InitKeys
 from vpd_jax.models.parameters import describe
 
 MERGES = ("o f</w>", "t h", "th e</w>", "p h", "o t", "ph ot", "phot o</w>", "r o", "ro o", "roo m</w>")
@@ -32,7 +32,7 @@ def text_config(sizes):
 def random_weights(sizes):
   """Our names, large enough that every word counts."""
   kinds, rng = {"dtype": jnp.float32, "param_dtype": jnp.float32}, np.random.default_rng(0)
-  parts = describe(lambda: ClipText(sizes, **kinds, rngs=nnx.Rngs(0)))
+  parts = describe(lambda: ClipText(sizes, **kinds, rngs=InitKeys(0)))
   return {name: (0.3 * rng.normal(size=x.shape)).astype(np.float32) for name, x in parts.shapes.items()}
 
 

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx
 
 from vpd_jax.checkpoints.class_name_encoding import random_class_vectors, random_seed
 from vpd_jax.convert import tokenizer
@@ -20,6 +19,7 @@ from vpd_jax.convert.tables import clip
 from vpd_jax.errors import UserError
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones.clip_text import ClipText, TextSizes
+from vpd_jax.models.initializers import InitKeys
 from vpd_jax.types import Array, ParamDict
 
 OPTION = "init.clip"
@@ -137,7 +137,7 @@ def name_vectors(
   Source: Radford et al. 2021, section 3.1.4; openai/CLIP notebooks/Prompt_Engineering_for_ImageNet.ipynb.
   """
   dtypes = {"dtype": jnp.float32, "param_dtype": jnp.float32}
-  spec = params_lib.describe(lambda: ClipText(sizes, projection=projection, **dtypes, rngs=nnx.Rngs(0)))
+  spec = params_lib.describe(lambda: ClipText(sizes, projection=projection, **dtypes, rngs=InitKeys(0)))
   weights = clip.load_text(path, spec.shapes, projected=True)
   sentences = [template.replace("{}", name.replace("_", " ")) for name in names for template in templates]
   tokens = tokenizer.tokenize(sentences, text_tokenizer, vocabulary=sizes.vocab_size, length=sizes.positions)

@@ -33,15 +33,15 @@ class HostKey:
   seed: int
 
 
+@dataclasses.dataclass(frozen=True)
 class InitKeys:
   """Replaces nnx.Rngs in constructors of modules: every `rngs.params()` is the HostKey of the seed."""
 
-  def __init__(self, seed: int):
-    self._key = HostKey(seed)
+  seed: int
 
   def params(self) -> HostKey:
     """The key of an array."""
-    return self._key
+    return HostKey(self.seed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ Only this module uses nnx's graph functions. It also resolves rules for paramete
 """
 
 import collections
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -137,6 +138,12 @@ def describe(build: Callable[[], nnx.Module]) -> ModelSpec:
   paths = {name: x.path for name, x in named.items()}
   draws = {name: x.draw for name, x in named.items() if x.draw}
   return ModelSpec(model, graphdef, paths, dict(zip(names, arrays, strict=True)), params, buffers, stats, draws)
+
+
+@functools.lru_cache(maxsize=16)
+def described(build: Callable[[], nnx.Module]) -> ModelSpec:
+  """`describe`, once for all equal, hashable `build`: a command describes its model several times."""
+  return describe(build)
 
 
 def stats(model: nnx.Module) -> ParamDict:

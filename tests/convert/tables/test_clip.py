@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from tests.helpers import oracle, pth, text_folders
 from vpd_jax.checkpoints import clip_towers
@@ -16,6 +15,7 @@ from vpd_jax.convert.tables import clip
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones import clip_image
 from vpd_jax.models.backbones.clip_text import TextSizes
+from vpd_jax.models.initializers import InitKeys
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_sizes_are_read_from_the_config(tmp_path):
 def test_random_towers_keep_the_scale_and_follow_the_seed():
   kinds = {"dtype": jnp.float32, "param_dtype": jnp.bfloat16}
   sizes = clip_image.ImageSizes(width=64, layers=2, heads=4, mlp_width=128, image_size=28, projection=8)
-  parts = params_lib.describe(lambda: clip_image.ClipImage(sizes, projected=True, **kinds, rngs=nnx.Rngs(0)))
+  parts = params_lib.describe(lambda: clip_image.ClipImage(sizes, projected=True, **kinds, rngs=InitKeys(0)))
   first, again, other = (clip_towers.image_encoder(parts.shapes, source=f"random:{seed}") for seed in (0, 0, 1))
   name = "vision_model/encoder/layers/0/mlp/fc1/kernel"
   np.testing.assert_array_equal(first[0][name], again[0][name])
@@ -204,7 +204,7 @@ def test_a_whole_clip_of_transformers_tells_the_same_classes(tmp_path):
   stated = clip.sizes(tmp_path)
   sizes, reader = clip_image.ImageSizes(**stated["image"]), tokenizer.load(tmp_path)
   kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32}
-  parts = params_lib.describe(lambda: clip_image.ClipImage(sizes, projected=True, **kinds, rngs=nnx.Rngs(0)))
+  parts = params_lib.describe(lambda: clip_image.ClipImage(sizes, projected=True, **kinds, rngs=InitKeys(0)))
   named = clip.load_image(tmp_path, parts.shapes, projected=True)
   image = np.random.default_rng(0).normal(size=(2, 28, 28, 3)).astype(np.float32)
   ours = jax.jit(lambda n, x: parts.merge(n)(x).embeds)(named, image)

@@ -7,7 +7,6 @@ import re
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from tests.helpers import single_file, text_folders
 from tests.helpers.single_file import TEXT, UNET, VAE
@@ -21,6 +20,7 @@ from vpd_jax.convert.tables import clip, stable_diffusion
 from vpd_jax.convert.tokenizer import Tokenize
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones import clip_text, unet, vae
+from vpd_jax.models.initializers import InitKeys
 
 LAYERS = text_folders.SIZES.layers
 TEXT_21 = dataclasses.replace(text_folders.SIZES, activation="gelu", padding=0)
@@ -32,7 +32,7 @@ def networks():
   """Shapes of the three networks at the size `sd21`, by our names."""
   sizes = presets.backbone("sd21")
   sizes["unet"] |= {"num_heads": None}
-  kinds = lambda: {"dtype": np.float32, "param_dtype": np.float32, "rngs": nnx.Rngs(0)}
+  kinds = lambda: {"dtype": np.float32, "param_dtype": np.float32, "rngs": InitKeys(0)}
   build = {
     "method/unet/": lambda: unet.UNet(unet.UNetSizes(**sizes["unet"]), **kinds()),
     "method/vae/": lambda: vae.VaeEncoder(vae.VaeSizes(**sizes["vae"]), **kinds()),

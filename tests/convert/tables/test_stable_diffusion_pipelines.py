@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from vpd_jax.convert import load
 from vpd_jax.convert.tables import clip, stable_diffusion
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones import clip_text, unet, vae
+from vpd_jax.models.initializers import InitKeys
 
 pytestmark = [
   pytest.mark.reference,
@@ -118,7 +118,7 @@ def pipeline(request, tmp_path_factory):
 
 def described(build):
   kinds = {"dtype": np.float32, "param_dtype": np.float32}
-  return params_lib.describe(lambda: build(rngs=nnx.Rngs(0), **kinds))
+  return params_lib.describe(lambda: build(rngs=InitKeys(0), **kinds))
 
 
 def below(named, prefix):

@@ -4,19 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 from tests.helpers import fill, oracle
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones import clip_image, clip_text
+from vpd_jax.models.initializers import InitKeys
 
 KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 TINY = clip_image.ImageSizes(width=64, layers=3, heads=4, mlp_width=256, image_size=56, projection=48)
 
 
 def described(**options):
-  return params_lib.describe(lambda: clip_image.ClipImage(TINY, **(KINDS | options), rngs=nnx.Rngs(0)))
+  return params_lib.describe(lambda: clip_image.ClipImage(TINY, **(KINDS | options), rngs=InitKeys(0)))
 
 
 def test_clip_vision_gives_the_authors_states_and_vectors():
@@ -34,7 +34,7 @@ def test_clip_vision_gives_the_authors_states_and_vectors():
 
 def test_full_size_has_the_authors_arrays():
   sizes = clip_image.ImageSizes()
-  parts = params_lib.describe(lambda: clip_image.ClipImage(sizes, projected=True, **KINDS, rngs=nnx.Rngs(0)))
+  parts = params_lib.describe(lambda: clip_image.ClipImage(sizes, projected=True, **KINDS, rngs=InitKeys(0)))
   entries = [e["shape"] for e in oracle.manifest("clip_vision", "full")]
   assert sorted(map(np.prod, entries)) == sorted(np.prod(s.shape) for s in parts.shapes.values())
   assert sum(map(np.prod, entries)) == 303_966_208 and sizes.tokens == 257
@@ -70,7 +70,7 @@ def test_pixels_are_those_of_pillow(word, resample, height):
 
 def test_a_tower_that_is_never_trained_has_buffers_only_and_gives_the_same():
   sizes = clip_text.TextSizes(vocab_size=20, width=16, layers=1, heads=2, mlp_width=32, positions=8)
-  make = lambda: clip_text.ClipText(sizes, projection=8, **KINDS, rngs=nnx.Rngs(0))
+  make = lambda: clip_text.ClipText(sizes, projection=8, **KINDS, rngs=InitKeys(0))
   trained, kept = params_lib.describe(make), params_lib.describe(lambda: clip_text.as_buffers(make()))
   assert not kept.params and not kept.stats and kept.buffers == trained.params
   named = {n: fill.weight(n, s.shape, 0) for n, s in trained.shapes.items()}

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from tests.helpers import fill, oracle
 from vpd_jax.convert.rules import Rule, to_source
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones import clip_text, unet, vae
 from vpd_jax.models.backbones.layers import timestep_embedding
+from vpd_jax.models.initializers import InitKeys
 
 KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 TINY_UNET = unet.UNetSizes(model_channels=32, context_dim=64)
@@ -21,7 +21,7 @@ PREFIX = {"sd_unet_hier": "model.diffusion_model.", "sd_vae_encoder": "first_sta
 
 def network(setup, build, size="tiny"):
   """(merge, arrays): the described model and the rebuilt weights under our names."""
-  parts = params_lib.describe(lambda: build(rngs=nnx.Rngs(0), **KINDS))
+  parts = params_lib.describe(lambda: build(rngs=InitKeys(0), **KINDS))
   named = oracle.plain_names(oracle.weights(setup, size), PREFIX[setup])
   named = {n: v for n, v in named.items() if not n.startswith("decoder/")}  # the VAE decoder is not ours
   assert {n: v.shape for n, v in named.items()} == {n: s.shape for n, s in parts.shapes.items()}
@@ -69,7 +69,7 @@ def test_vae_encoder_gives_the_authors_latents_and_taps():
 def test_latents_in_bfloat16_are_the_authors_within_its_rounding():
   """Twenty layers of 8 bits each, norms and softmax in float32: 1.8 % of the latents' spread was seen."""
   kinds = {"dtype": jnp.bfloat16, "param_dtype": jnp.float32}
-  parts = params_lib.describe(lambda: vae.VaeEncoder(TINY_VAE, rngs=nnx.Rngs(0), **kinds))
+  parts = params_lib.describe(lambda: vae.VaeEncoder(TINY_VAE, rngs=InitKeys(0), **kinds))
   _, named = network("sd_vae_encoder", lambda **k: vae.VaeEncoder(TINY_VAE, **k))
   arrays = oracle.golden("sd_vae_encoder.tiny.npz")
   mean = jax.jit(lambda a, x: parts.merge(a)(x).mean)(named, nhwc(arrays["input/image"]))

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.ad_checkpoint import print_saved_residuals
 
 from tests.helpers import tiny
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones import attention, unet
+from vpd_jax.models.initializers import InitKeys
 from vpd_jax.monitoring import xla_cost
 
 SIZES = unet.UNetSizes(model_channels=64, channel_mult=(1,), num_res_blocks=1, attention_levels=(0,), context_dim=16)
@@ -22,7 +22,7 @@ SIDE = 32  # 1024 positions at the finest level, from which on attention is chun
 def gradients(remat):
   """The function (arrays, latents, context) -> gradients of the features' mean, and shapes or values of its inputs."""
   kinds = {"dtype": jnp.float32, "param_dtype": jnp.float32}
-  spec = params_lib.describe(lambda: unet.UNet(SIZES, remat=remat, with_out=False, rngs=nnx.Rngs(0), **kinds))
+  spec = params_lib.describe(lambda: unet.UNet(SIZES, remat=remat, with_out=False, rngs=InitKeys(0), **kinds))
 
   def loss(named, latents, context):
     out = spec.merge(named)(latents, context, timesteps=3, map_max_positions=SIDE**2)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from tests.helpers import fill, tiny
 from vpd_jax import experiment
@@ -13,6 +12,7 @@ from vpd_jax.models import parameters
 from vpd_jax.models.backbones.clip_image import ImageSizes, pixels
 from vpd_jax.models.context import class_vectors
 from vpd_jax.models.context.class_vectors import PredictedClass
+from vpd_jax.models.initializers import InitKeys
 
 SIZES = {"width": 16, "layers": 2, "heads": 2, "mlp_width": 32, "image_size": 28, "patch": 14, "projection": 8}
 KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
@@ -23,7 +23,7 @@ IMAGES = (COLORS * 0.9 + fill.integers("images", (6, 40, 56, 3), 25, 0)).astype(
 @pytest.fixture(scope="module")
 def predictor():
   """Described, with made-up values, and its answers for six images."""
-  parts = parameters.describe(lambda: class_vectors.ClassPredictor(ImageSizes(**SIZES), 27, **KINDS, rngs=nnx.Rngs(0)))
+  parts = parameters.describe(lambda: class_vectors.ClassPredictor(ImageSizes(**SIZES), 27, **KINDS, rngs=InitKeys(0)))
   named = tiny.filled(parts.shapes)
 
   def run(named, image):
