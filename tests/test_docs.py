@@ -25,7 +25,7 @@ MARK = "<!-- not run: "  # above a block of commands that no test runs; the reas
 FENCE = re.compile(rf"(?ms)^(?:{MARK}([^\n]*) -->\n)?```(\w*)\n(.*?)^```")
 REASON = re.compile(r"needs \w.*?(?:; see (\S+))?|takes \d+ minutes; see (\S+)")
 SHELL = ("", "console")  # languages of blocks of commands; a block of files, flags, or output is "text"
-PROGRAMS = {"bash", "cp", "gcloud", "hf", "ls", "mv", "pip", "python", "sha256sum"}
+PROGRAMS = {"srun", "bash", "cp", "gcloud", "hf", "ls", "mv", "pip", "python", "sha256sum"}
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w.]*)")
 # Flags of `main` as a command has them, without those of absl and of the tests.
 OWN = [holder for holder in vars(main).values() if isinstance(holder, flags.FlagHolder) and holder is not main.CONFIG]

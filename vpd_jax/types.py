@@ -266,8 +266,8 @@ class Source(Protocol):
     return []
 
   def summary(self) -> str:
-    """The size of the split, for the start-up report; may be empty."""
-    return ""
+    """The size of the split, for the start-up report."""
+    return f"{len(self)} images"
 
 
 class Dataset(Protocol):
@@ -302,10 +302,10 @@ class Dataset(Protocol):
   def eval_transform(self, example: Example) -> Example: ...
 
   def describe(self) -> list[str]:
-    """A line per split for the start-up report: its size and notes; shards have none."""
+    """A line per split for the start-up report: its size and notes."""
     sources = {split: self.source(split) for split in ("train", "eval")}
-    parts = {split: [*filter(None, (source.summary(), *source.notes))] for split, source in sources.items()}
-    return [f"{split}: {'; '.join(lines)}" for split, lines in parts.items() if lines]
+    parts = {split: [source.summary(), *source.notes] for split, source in sources.items()}
+    return [f"{split}: {'; '.join(lines)}" for split, lines in parts.items()]
 
   def truth(self, split: str) -> Fields:
     """Ground truth of the split as a whole, for tasks that need more than the batches; other data sets raise."""

@@ -27,7 +27,7 @@ def test_a_device_is_named_with_its_extra(tmp_path, path, text, extra):
   write(tmp_path, path, text)
   line = accelerators.unused({}, str(tmp_path))
   assert f"'vpd_jax[{extra}]'" in line and "runs on the CPU" in line and jax.__version__ in line
-  assert "\n" not in line
+  assert "\n" not in line and accelerators.extra({}, str(tmp_path)) == extra
 
 
 def test_the_variables_of_a_tpu_host_are_enough(tmp_path):
@@ -40,7 +40,7 @@ def test_a_chosen_platform_silences(tmp_path):
 
 
 def test_nothing_is_said_of_a_machine_without_or_of_one_that_is_used(tmp_path, monkeypatch):
-  assert accelerators.unused({}, str(tmp_path)) == ""
+  assert accelerators.unused({}, str(tmp_path)) == accelerators.extra({}, str(tmp_path)) == ""
   write(tmp_path, "dev/nvidia0")
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   assert accelerators.unused({}, str(tmp_path)) == ""

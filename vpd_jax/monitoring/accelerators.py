@@ -42,6 +42,14 @@ def is_absent(environment: Mapping[str, str] = os.environ, root: str = "/") -> b
   return platforms == "cpu" or (not platforms and not any(_detect(environment, Path(root))))
 
 
+def extra(environment: Mapping[str, str] = os.environ, root: str = "/") -> str:
+  """The pip extra for the accelerator of this machine, "" without one; without JAX.
+
+  Args: as for `unused`.
+  """
+  return _detect(environment, Path(root))[1]
+
+
 def tpu_chips(root: str | Path = "/") -> list[str]:
   """Device files of the TPU chips of this host: of v2 to v4 `accel*`, of newer ones numbers in `vfio`."""
   devices = Path(root) / "dev"

@@ -81,6 +81,10 @@ class Shards(Source):
   def __len__(self) -> int:
     return len(self._records)
 
+  def summary(self) -> str:
+    """The number of records: images, or referring expressions, or people."""
+    return f"{len(self)} records"
+
   def __getitem__(self, index: int) -> Example:
     """The Example at an index.
 
