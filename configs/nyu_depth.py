@@ -10,7 +10,7 @@ GPUs x 4), see presets.eco_depth_recipe; its classifier of ImageNet is given by 
 TADP reads a caption of every picture: --config.data.captions=FILE.
 
 Expected: RMSE 0.254, d1 0.964 for VPD, 0.223 and 0.976 for MetaPrompts (their READMEs), 0.218 and 0.978 for EcoDepth
-(its abstract), 0.225 and 0.976 for TADP. Ours: not yet run.
+(issue 11 of its repository), 0.225 and 0.976 for TADP. Ours: not yet run.
 """
 
 import ml_collections
@@ -30,7 +30,8 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
   )
   config.backbone = presets.backbone(words["size"])
   config.update(presets.sections("depth", words["method"], tiny=tiny, head_init="released"))
-  config.task = {"name": "depth", "max_depth": 10.0, "min_depth": 1e-3, "eval_crop": "eigen_nyu", "variance_focus": 0.5}
+  config.task = {"name": "depth", "max_depth": 10.0, "min_depth": 1e-3, "variance_focus": 0.5}
+  config.task.eval_crop = "eigen_nyu_scaled" if tiny else "eigen_nyu"  # the former fits other sizes than 480 x 640
   config.task.contours = 0.0  # meters between lines in colored pictures
   config.data = {
     "name": "nyu",

@@ -264,7 +264,7 @@ def main() -> None:
     lines += f"\n{compared}"
     results["ratio"] = ratios
   if JSON.value:
-    atomic.write_json(Path(JSON.value), results)
+    atomic.write_json(Path(JSON.value).expanduser(), results)
   if REPORT.value:
     print(benchmark_page.write(REPORT.value, results, sys.argv, around, lines))
 

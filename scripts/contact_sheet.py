@@ -4,7 +4,6 @@ python scripts/contact_sheet.py --workdirs runs/quickstart/depth runs/quickstart
 """
 
 import argparse
-import pathlib
 
 import cv2
 import numpy as np
@@ -12,7 +11,7 @@ from PIL import Image
 
 from vpd_jax import experiment
 from vpd_jax.errors import Parser, UserError, one_line
-from vpd_jax.files import atomic
+from vpd_jax.files import atomic, paths
 from vpd_jax.prediction.predictor import Predictor
 from vpd_jax.tasks import colormaps, drawing, label_images
 from vpd_jax.tasks.depth import visualize
@@ -73,18 +72,19 @@ def sheet(parts: list[tuple[list[str], list[list[np.ndarray]]]], scale: int) -> 
 def main() -> None:
   parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--workdirs", nargs="+", required=True, help="of runs of configs/rooms.py, depth or segmentation")
-  parser.add_argument("--output", type=pathlib.Path, required=True, help="PNG to write")
+  parser.add_argument("--output", required=True, help="PNG to write")
   parser.add_argument("--count", type=int, default=3, help="rooms of each run")
   parser.add_argument("--scale", type=int, default=2, help="pixels of the sheet for one of the image")
   options = parser.parse_args()
   if min(options.count, options.scale) < 1:
     parser.error(f"--count={options.count} and --scale={options.scale} must be at least 1")
   try:
+    output = paths.local(options.output, "--output")
     made = sheet([rows(workdir, options.count) for workdir in options.workdirs], options.scale)
   except UserError as error:
     raise SystemExit(f"contact_sheet: {one_line(error)}") from error
-  atomic.write(options.output, lambda path: Image.fromarray(made).save(path, "PNG"))
-  print(options.output)
+  atomic.write(output, lambda path: Image.fromarray(made).save(path, "PNG"))
+  print(output)
 
 
 if __name__ == "__main__":

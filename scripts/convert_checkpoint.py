@@ -65,6 +65,7 @@ def forward(args: argparse.Namespace) -> None:
       f"--source={args.source!r} is the workdir of a run, which needs no conversion: give it as --workdir or "
       "--config.init.run, or export it with --reverse."
     )
+  load.check_output(args.output)  # before minutes of work
   with progress.phase("assemble"):
     config = initialize.with_backbone_sizes(loader.load(args.config), args.source)
     shapes = experiment.model_shapes(config)

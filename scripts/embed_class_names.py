@@ -8,7 +8,6 @@ The order of the names is the order of the class ids. Written are `class_vectors
 """
 
 import argparse
-import pathlib
 
 from vpd_jax.monitoring import progress
 
@@ -21,7 +20,7 @@ import numpy as np
 from vpd_jax.checkpoints import class_name_encoding
 from vpd_jax.config import presets
 from vpd_jax.errors import Parser, UserError, one_line
-from vpd_jax.files import atomic, reading
+from vpd_jax.files import atomic, paths, reading
 from vpd_jax.models.backbones.clip_text import TextSizes
 
 
@@ -32,7 +31,7 @@ def parse() -> argparse.Namespace:
     "--size", default="full", choices=presets.sizes(), help="of a single file: full is 1.x, sd21 is 2.x"
   )
   parser.add_argument("--names", required=True, help="a .txt file with one name a line, or names between commas")
-  parser.add_argument("--output", required=True, type=pathlib.Path, help=".npz file to write")
+  parser.add_argument("--output", required=True, help=".npz file to write")
   parser.add_argument("--templates", default="imagenet_80", help="a set of prompt_templates.json, or a text with {}")
   parser.add_argument("--max_length", type=int, default=20, help="tokens a text is cut or padded to")
   parser.add_argument("--tokenizer", help="folder with vocab.json and merges.txt; default: that of the weights")
@@ -49,8 +48,9 @@ def read_names(argument: str) -> list[str]:
 
 
 def embed(args: argparse.Namespace) -> None:
-  if args.output.suffix != ".npz":
-    raise UserError(f"--output={str(args.output)!r} must end in '.npz'; rename it.")
+  output = paths.local(args.output, "--output")
+  if output.suffix != ".npz":
+    raise UserError(f"--output={args.output!r} must end in '.npz'; rename it.")
   names, templates = read_names(args.names), class_name_encoding.read_templates(args.templates)
   if not names:
     raise UserError(f"--names={args.names!r} holds no name; give a .txt file with one a line, or names between commas.")
@@ -61,8 +61,8 @@ def embed(args: argparse.Namespace) -> None:
   vectors = class_name_encoding.encode(
     names, tokenizer=tokenizer, text=text, templates=templates, max_length=args.max_length
   )
-  atomic.write(args.output, lambda path: np.savez(path, class_vectors=vectors, names=np.array(names)))
-  progress.write(f"wrote {args.output}: {vectors.shape[0]} names, width {vectors.shape[1]}, {len(templates)} templates")
+  atomic.write(output, lambda path: np.savez(path, class_vectors=vectors, names=np.array(names)))
+  progress.write(f"wrote {output}: {vectors.shape[0]} names, width {vectors.shape[1]}, {len(templates)} templates")
 
 
 def main() -> None:

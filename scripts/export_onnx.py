@@ -69,7 +69,11 @@ def pictures(predictor) -> list[dict]:
   for i in range(PICTURES):
     room = rooms.draw(1, "eval", i, predictor.input_size)
     words = {"sentences": [rooms.sentences(room)[0][0]]} if predictor.takes_sentence else {}
-    words |= {"class_id": i - 1} if predictor.takes_class and predictor.experiment.classes else {}
+    words |= (
+      {"class_id": min(i, len(predictor.experiment.classes)) - 1}
+      if predictor.takes_class and predictor.experiment.classes
+      else {}
+    )
     made.append(predictor.batch(room.image[None].astype(np.float32) / 255, **words))
   return made
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from vpd_jax.data.datasets import rooms
 from vpd_jax.errors import Parser, UserError, one_line
+from vpd_jax.files import paths
 from vpd_jax.prediction import predict_video
 
 RATE = 12  # frames a second
@@ -29,11 +30,13 @@ def write_clip(file: pathlib.Path, data: rooms.Rooms, index: int, frames: int) -
 
 def parse() -> argparse.Namespace:
   parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--output", type=pathlib.Path, required=True, help="folder, made where it does not exist")
+  parser.add_argument("--output", required=True, help="folder, made where it does not exist")
   parser.add_argument("--count", type=int, default=4, help="images")
   parser.add_argument("--size", type=int, nargs=2, default=(192, 256), metavar=("HEIGHT", "WIDTH"))
   parser.add_argument("--frames", type=int, default=0, help="of a video in place of an image, with even sides")
   options = parser.parse_args()
+  if options.count < 1:
+    parser.error(f"--count={options.count} must be at least 1")
   if options.frames and any(side % 2 for side in options.size):
     parser.error(f"--size {options.size[0]} {options.size[1]}: a video needs even sides")
   return options
@@ -41,12 +44,13 @@ def parse() -> argparse.Namespace:
 
 def write(options: argparse.Namespace) -> None:
   """Writes the images or videos, and prints their names."""
+  output = paths.local(options.output, "--output")
   data = rooms.Rooms(size=tuple(options.size), crop=tuple(options.size), eval_count=options.count)
   source = data.source("eval")
-  options.output.mkdir(parents=True, exist_ok=True)
+  output.mkdir(parents=True, exist_ok=True)
   for index in range(len(source)):
     example = source[index]
-    file = options.output / f"room_{index:02d}_{data.classes[int(example['class_id'])]}.png"
+    file = output / f"room_{index:02d}_{data.classes[int(example['class_id'])]}.png"
     if options.frames:
       file = file.with_suffix(".mp4")
       write_clip(file, data, index, options.frames)

@@ -217,7 +217,7 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Experiment:
 
   Args:
     config: of the run.
-    training: False omits the training-only parts of a method; rules are still resolved with them.
+    training: False omits the training-only parts of a method; rules are still resolved with them, and may be unused.
 
   Raises:
     ValueError: in one line, for an unknown name, an option of the wrong type, a rule without effect, incompatible
@@ -233,7 +233,8 @@ def assemble(config: ConfigDict, *, training: bool = True) -> Experiment:
   spec = params_lib.described(_builder(config, task, classes, training=True))
   _check_groups(config, spec)
   _check_unused(config, spec)
-  groups = optim.groups(spec.params, config.optim.lr_groups, config.optim.decay_groups)
+  rules = config.optim.lr_groups, config.optim.decay_groups
+  groups = optim.groups(spec.params, *rules, allow_unused=not training)
   kernels = lora.targets(groups.lr, spec.shapes, config.lora.rank, tuple(config.lora.targets))
   trained = {f"{lora.PREFIX}{kernel}/{part}": kernel for kernel in kernels for part in "ab"}
   groups = optim.with_lora(groups, lora.UNET, trained, config.lora.lr) if kernels else groups

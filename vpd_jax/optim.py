@@ -148,16 +148,19 @@ def _labels(patterns: Iterable[str]) -> list[str]:
   return labels
 
 
-def groups(names: Iterable[str], lr_groups: tuple, decay_groups: tuple) -> Groups:
-  """Resolves `optim.lr_groups` (None freezes) and `optim.decay_groups` for the given parameter names."""
+def groups(names: Iterable[str], lr_groups: tuple, decay_groups: tuple, *, allow_unused: bool = False) -> Groups:
+  """Resolves `optim.lr_groups` (None freezes) and `optim.decay_groups` for the given parameter names.
+
+  Raises:
+    ValueError: as `parameters.match_rules`.
+  """
   names = sorted(names)
-  lr = params_lib.match_rules(names, lr_groups, field="config.optim.lr_groups")
+  resolve = functools.partial(params_lib.match_rules, allow_unused=allow_unused)
+  lr = resolve(names, lr_groups, field="config.optim.lr_groups")
   patterns = [pattern for pattern, _ in lr_groups]
-  label = params_lib.match_rules(
-    names, list(zip(patterns, _labels(patterns), strict=True)), field="config.optim.lr_groups"
-  )
+  label = resolve(names, list(zip(patterns, _labels(patterns), strict=True)), field="config.optim.lr_groups")
   trained = [n for n in names if lr[n] is not None]
-  decay = params_lib.match_rules(trained, decay_groups, field="config.optim.decay_groups")
+  decay = resolve(trained, decay_groups, field="config.optim.decay_groups")
   return Groups({n: lr[n] for n in trained}, decay, {n: label[n] for n in trained}, frozenset(names) - set(trained))
 
 

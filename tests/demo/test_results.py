@@ -133,8 +133,9 @@ def test_without_a_config_all_tasks_of_the_rooms_are_offered(tmp_path, monkeypat
 def test_a_config_without_weights_is_refused_unless_it_is_of_the_rooms(tmp_path):
   with pytest.raises(ValueError, match=r"holds no checkpoint and config.init.pretrained is empty"):
     results.networks(loader.load("configs/nyu_depth.py:tiny"), str(tmp_path))
-  (network,) = results.networks(loader.load("configs/rooms.py:pose,tiny"), str(tmp_path)).values()
-  assert "--config=configs/rooms.py:pose,tiny" in network.notice
+  string = "configs/rooms.py:pose,small_scratch"
+  (network,) = results.networks(loader.load(string), str(tmp_path), string).values()
+  assert f"--config={string}" in network.notice
 
 
 def test_a_drawn_room_fits_the_task(tmp_path, predictor, monkeypatch):

@@ -1,5 +1,7 @@
 """The mesh, and where each array of a state lives."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -49,6 +51,38 @@ def test_the_largest_divisible_axis_of_large_arrays_is_split(shape, fsdp, expect
 def test_bytes_count_not_numbers():
   assert sharding.array_spec((512, 512), 2, 4) == P()
   assert sharding.array_spec((512, 512), 2, 4, min_bytes=2**19) == P(None, "fsdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A device of a TPU with several slices."""
+
+  id: int
+  slice_index: int
+  coords: tuple[int, int, int]
+  platform: str = "tpu"
+  device_kind: str = "TPU v4"
+  core_on_chip: int = 0
+  process_index: int = 0
+
+
+def chips(platform="tpu"):
+  """Two slices of 2 x 2 chips, whose coordinates repeat."""
+  places = [(x, y, 0) for y in range(2) for x in range(2)]
+  return [Chip(4 * s + i, s, place, platform) for s in range(2) for i, place in enumerate(places)]
+
+
+@pytest.mark.parametrize("data, fsdp", [(8, 1), (4, 2), (2, 4)])
+def test_the_copies_of_the_state_are_not_shared_by_tpu_slices(data, fsdp):
+  placed = sharding.arranged(chips(), data, fsdp)
+  assert placed.shape == (data, fsdp) and {chip.id for chip in placed.flat} == set(range(8))
+  assert [{chip.slice_index for chip in row} for row in placed] == [{0}] * (data // 2) + [{1}] * (data // 2)
+
+
+def test_a_copy_over_two_tpu_slices_is_refused_and_over_two_machines_of_gpus_is_not():
+  with pytest.raises(ValueError, match="data=1, fsdp=8: data must be a multiple of the 2 TPU slices; reduce fsdp"):
+    sharding.arranged(chips(), 1, 8)
+  assert sharding.arranged(chips("gpu"), 1, 8).shape == (1, 8)
 
 
 def test_a_mesh_covers_all_devices_or_says_why_not():

@@ -10,6 +10,7 @@ import pytest
 
 from vpd_jax.config import loader
 from vpd_jax.distributed import sharding
+from vpd_jax.errors import UserError
 from vpd_jax.evaluation import evaluate
 from vpd_jax.inference import sliding_window
 from vpd_jax.tasks.depth.task import Depth
@@ -103,6 +104,43 @@ def labeled():
   return evaluator([rows | {"not_finite": np.zeros(1, np.int32), "real": np.array([True])}], records=1, task=task), task
 
 
+def test_predictions_follow_the_records_whatever_the_order_of_the_devices():
+  """On some TPU pods a mesh has devices of other hosts between those of one."""
+  found = evaluate._in_order(jnp.asarray([[10.0], [30.0], [0.0], [20.0]]), jnp.asarray([1, 3, 0, 2]))
+  np.testing.assert_array_equal(found, [[0], [10], [20], [30]])
+
+
+def test_only_the_first_process_makes_panels(monkeypatch):
+  """Others have predictions of other records."""
+  made = evaluator([rows_of([1.0], [True])], records=1)
+  made._panels = lambda shown: shown
+  made._measured = lambda weights, panels: ((row, ["a prediction"]) for row in [rows_of([1.0], [True])])
+  assert made.run(None).panels == ["a prediction"]
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  assert made.run(None).panels == []
+
+
+@pytest.mark.parametrize("choice", ["stop", "skip"])
+def test_baselines_skip_the_records_that_training_skips(choice):
+  class Damaged(Numbers):
+    def __getitem__(self, index):
+      if index == 1:
+        raise UserError("1.png is damaged")
+      return {"image": super().__getitem__(index)}
+
+  made = evaluator([])
+  made.config = loader.changed(made.config, {"data.on_bad_record": choice})
+  source = Damaged(range(3))
+  made.dataset = types.SimpleNamespace(source=lambda split: source, eval_transform=lambda example: example)
+  if choice == "skip":
+    assert [example["image"] for example in made._examples("train", 2)] == [0, 2]
+  else:
+    with pytest.raises(UserError, match="damaged"):
+      list(made._examples("train", 2))
+  with pytest.raises(UserError, match="damaged"):  # a score over fewer records is not comparable
+    list(made._examples("eval"))
+
+
 def test_the_scores_of_every_class_are_in_the_report_and_in_the_result():
   made, task = labeled()
   result = made.run(None)
@@ -114,7 +152,7 @@ def test_the_scores_of_every_class_are_in_the_report_and_in_the_result():
     ["sky", "0.6667", "1.0000"],
     ["cat", "-", "-"],
   ]
-  assert lines[-1].startswith("mIoU 0.5833")
+  assert lines[-1].startswith("mIoU 0.5833") and made.comparison(result.scores) == ""
   told = json.loads(json.dumps(evaluate.class_scores(task, result.rows), allow_nan=False))
   assert told[0] == {"class": "wall", "IoU": 0.5, "Acc": 0.5} and told[2] == {"class": "cat", "IoU": None, "Acc": None}
   assert evaluate.class_scores(Depth(max_depth=10.0), {}) == []  # depth has no classes

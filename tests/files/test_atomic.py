@@ -41,8 +41,9 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
   assert (tmp_path / "made" / "a").read_text() == "a"
 
 
-def test_the_longest_name_can_be_written(tmp_path):
-  path = tmp_path / ("n" * 250 + ".json")
+@pytest.mark.parametrize("name", ["n" * 250, "\N{CJK UNIFIED IDEOGRAPH-6DF1}" * 83])  # of 3 bytes each
+def test_the_longest_name_can_be_written(tmp_path, name):
+  path = tmp_path / f"{name}.json"
   assert atomic.write(path, "x").read_text() == "x"
 
 

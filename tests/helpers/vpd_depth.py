@@ -1,5 +1,7 @@
 """Inputs and steps of the authors' tiny VPD depth network; the steps serve other networks for depth too."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,9 +27,10 @@ def everything(state):
 
 
 def scores_on_nyu(task, depth, truth):
-  """SCORES of small pictures [B, h, w], in the upper left corner of NYU's, where the release's crop is in pixels."""
-  placed = lambda x: jnp.pad(x, ((0, 0), (0, 480 - x.shape[1]), (0, 640 - x.shape[2])))
-  rows = task.measure(placed(depth), {"depth": placed(truth)})
+  """SCORES of small pictures [B, h, w] with the release's crop, which is in pixels."""
+  task = copy.copy(task)
+  task.eval_crop = "eigen_nyu"
+  rows = task.measure(depth, {"depth": truth})
   scores = task.summarize({name: np.asarray(x) for name, x in rows.items()})
   return [scores[name] for name in SCORES]
 

@@ -78,7 +78,7 @@ CHOICES = {
   "depth": {
     "max_depth": (10.0, 80.0),
     "min_depth": (1e-3,),
-    "eval_crop": ("none", "eigen_nyu", "garg", "eigen_kitti"),
+    "eval_crop": ("none", "eigen_nyu", "eigen_nyu_scaled", "garg", "eigen_kitti"),
     "variance_focus": (0.5, 0.85),
     "png_scale": (0, 256),
     "loss_scale": (1.0, 10.0),

@@ -198,6 +198,7 @@ def test_a_network_that_asks_for_the_number_of_images_has_one(tmp_path, monkeypa
     ("", {}, "^--mode=export needs a place for the network: give --output=FOLDER"),
     ("there", {}, "there' exists already; give a folder that does not"),
     ("file/net", {}, "file is not a folder that can be written to; give another"),
+    ("gs://bucket/net", {}, "^--output='gs://bucket/net' is in a bucket; give a local path, and copy the result"),
     ("net", {}, "none' holds no checkpoint and config.init.pretrained is empty; give one of them"),
     (
       "net",
@@ -211,7 +212,7 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, output, changes, message)
   (tmp_path / "file").write_text("")
   config = loader.changed(loader.load("configs/nyu_depth.py:tiny"), changes)
   with pytest.raises(ValueError, match=message) as caught:
-    export.run(config, str(tmp_path / "none"), output=output and str(tmp_path / output))
+    export.run(config, str(tmp_path / "none"), output=output if ":" in output else output and str(tmp_path / output))
   assert "\n" not in str(caught.value) and sorted(os.listdir(tmp_path)) == ["file", "there"]
 
 

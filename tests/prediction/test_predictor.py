@@ -76,7 +76,8 @@ def test_classes_are_one_or_one_each(given):
 
 
 @pytest.mark.parametrize(
-  "given, ids", [("room 3", [3, 3]), (["room_0", "Room 26"], [0, 26]), (["room_1", -1], [1, -1])]
+  "given, ids",
+  [("room 3", [3, 3]), (["room_0", "Room 26"], [0, 26]), (["room_1", -1], [1, -1]), ([None, "room_2"], [-1, 2])],
 )
 def test_classes_may_be_named(given, ids):
   assert [own["class_id"] for own in known(given, takes=True)] == ids
@@ -93,6 +94,29 @@ def small():
 
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+
+def test_images_are_read_a_few_at_a_time(small, tmp_path):
+  """Also of an iterator, whose later images may be bad or many."""
+  count = max(predictor.BATCH_SIZE, small.config.eval.batch_size)
+  images = iter([IMAGE] * count + [tmp_path / "none.png"])
+  results = small.predict_each(images)
+  found = [next(results)["depth"] for _ in range(count)]
+  np.testing.assert_array_equal(found, [small.predict(IMAGE)["depth"]] * count)
+  with pytest.raises(ValueError, match=r"none\.png"):
+    next(results)
+  np.testing.assert_array_equal(small.predict({"a": IMAGE}.values())[0]["depth"], found[0])
+
+
+def test_a_damaged_file_that_pillow_has_opened_is_one_line(small, tmp_path):
+  Image.fromarray(IMAGE).save(tmp_path / "whole.png")
+  content = (tmp_path / "whole.png").read_bytes()
+  (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+  with Image.open(tmp_path / "cut.png") as image, pytest.raises(ValueError, match=r"^an image ") as caught:
+    small.predict(image)
+  assert "\n" not in str(caught.value)
+
+
 GRAY = np.repeat(IMAGE[..., :1], 3, axis=-1)
 
 

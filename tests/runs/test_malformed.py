@@ -104,7 +104,7 @@ def test_an_area_that_is_null_is_that_of_the_box_and_one_in_words_is_counted(tmp
 def test_detections(tmp_path):
   (tmp_path / "a.json").write_text(json.dumps(small_coco()))
   found = coco_json.annotations(tmp_path / "a.json", NAMES)
-  read = lambda path: coco_json.detected(path, found, range(2), others="error", threshold=0.0)
+  read = lambda path: coco_json.detected(path, found, range(2), others="error", threshold=0.0, remedy="")
   assert survives(tmp_path / "b.json", coco_people.detections()[:2], read) > 50
 
 

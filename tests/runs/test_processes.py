@@ -194,6 +194,7 @@ def test_an_error_in_one_process_ends_both_with_a_line_each(pair):
   assert outputs[0].splitlines()[-1] == "process 0: process 1 failed. error: picture 7 is broken"
 
 
+NOBODY, GPUS = (None, None, None), {"local_device_ids": [0, 1, 2, 3]}
 GIVEN = {"coordinator_address": "host:1234", "num_processes": 4, "process_id": 3}
 ALONE = {"cluster_detection_method": "deactivate"}
 
@@ -208,6 +209,12 @@ ALONE = {"cluster_detection_method": "deactivate"}
     (("host:1234", None, None), SLURM, {"coordinator_address": "host:1234"}),
     ((None, 1, None), SLURM, None),
     ((None, None, None), SLURM | {"JAX_PROCESS_COUNT": "1"}, None),
+    # The only task of each machine takes all GPUs that it sees, and a task that sees one takes it.
+    (NOBODY, SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, GPUS),
+    (NOBODY, SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4", "CUDA_VISIBLE_DEVICES": "2"}, {"local_device_ids": [0]}),
+    (NOBODY, SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, {}),
+    (NOBODY, SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1,3", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, {}),
+    (NOBODY, SLURM | {"CUDA_VISIBLE_DEVICES": "2", "JAX_LOCAL_DEVICE_IDS": "0"}, {}),
     (("host:1234", 4, 3), {}, GIVEN | ALONE),
     ((None, 4, 3), {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_PROCESS_ID": "0"}, GIVEN | ALONE),
     (("host:1234", 4, 0), SLURM, GIVEN | {"process_id": 0} | ALONE),

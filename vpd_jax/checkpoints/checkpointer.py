@@ -165,8 +165,10 @@ class Checkpoints:
       steps = self.steps()
       scored = sorted((s for s in steps if self.scores(s)), key=lambda s: self._score(self.scores(s)))
       steps_to_keep = {*steps[-self._keep :], *scored[max(len(scored) - self._keep_best, 0) :]}
-      # Earlier best checkpoints would remain until the next save.
-      for other in set(steps) - steps_to_keep:
+      # Earlier best checkpoints would remain until the next save. All processes must have listed the steps before the
+      # first one deletes any: deleting is collective.
+      ocp.multihost.sync_global_processes(f"vpd_jax/add_scores/{step}")
+      for other in sorted(set(steps) - steps_to_keep):
         self._manager.delete(other)
 
   def steps(self) -> list[int]:

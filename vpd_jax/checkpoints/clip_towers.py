@@ -16,6 +16,7 @@ from vpd_jax.checkpoints.class_name_encoding import random_class_vectors, random
 from vpd_jax.convert import tokenizer
 from vpd_jax.convert.rules import Shaped
 from vpd_jax.convert.tables import clip
+from vpd_jax.distributed import sharding
 from vpd_jax.errors import UserError
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones.clip_text import ClipText, TextSizes
@@ -81,6 +82,7 @@ def class_predictor(
     sizes = TextSizes(**stated) if stated else sizes
     loaded = tokenizer.load(tokenizer_folder or source)
     vectors = name_vectors(source, classes[:count], templates, text_tokenizer=loaded, sizes=sizes, projection=width)
+    vectors = sharding.of_first_process(vectors)
   named = {prefix + name: value for name, value in arrays.items()} | {"names": vectors.astype(shapes["names"].dtype)}
   return named, f"classes predicted by CLIP: {origin}"
 

@@ -108,7 +108,7 @@ def _prompt_arrays(
       tokenizer=config.method.tokenizer,
       templates=config.method.get("templates", "imagenet_80"),
     )
-    yield {CLASS_VECTORS: vectors.astype(shapes[CLASS_VECTORS].dtype)}, line
+    yield {CLASS_VECTORS: sharding.of_first_process(vectors).astype(shapes[CLASS_VECTORS].dtype)}, line
   loaders = {
     TEXT_ENCODER: functools.partial(clip_towers.text_encoder, pretrained=pretrained, source=clip_source),
     IMAGE_ENCODER: functools.partial(clip_towers.image_encoder, source=clip_source),

@@ -112,6 +112,19 @@ def source_files(path: str | epath.PathLike) -> dict[str, str]:
   return {file.relative_to(root).as_posix(): weight_files.sha256(file) for file in weights.files}
 
 
+def check_output(output: str | epath.PathLike) -> epath.Path:
+  """The absolute path of a converted directory, a local folder or a bucket.
+
+  Raises:
+    ValueError: if it exists, or orbax could not read it back.
+  """
+  output = _absolute(output)
+  if output.exists():
+    raise UserError(f"output={str(output)!r} exists already; choose another name or remove it.")
+  paths.check_name(output, "output")
+  return output
+
+
 def save(
   output: str | epath.PathLike, named: Mapping[str, np.ndarray], report: Report, sources: Mapping[str, str]
 ) -> None:
@@ -126,10 +139,7 @@ def save(
   Raises:
     ValueError: if `output` exists, or orbax could not read it back.
   """
-  output = _absolute(output)
-  if output.exists():
-    raise UserError(f"output={str(output)!r} exists already; choose another name or remove it.")
-  paths.check_name(output, "output")
+  output = check_output(output)
   content = {
     "table": report.table,
     "step": report.step,

@@ -33,6 +33,7 @@ NumpyBatch = dict[str, np.ndarray]
 _THREADS = 4  # that read and transform batches without worker processes
 _AHEAD = 2  # batches to buffer per worker
 _EPOCHS = 2**32  # practically infinite; the length of grain's infinite repetition overflows for batch size 1
+PADDING = ("position", "real")  # keys that evaluation adds to a batch
 
 
 def train_batches(
@@ -107,12 +108,12 @@ def eval_batches(
 
   Returns:
     an iterator of {key: [batch_size / process_count, ...]} with "real" bool [batch_size / process_count], False for
-    padding.
+    padding, and "position" int32, that of the record in the split.
   """
   source = _source(dataset, "eval", batch_size, process_count)
   examples = grain.MapDataset.source(reader.PadToLength(source, -(-len(source) // batch_size) * batch_size))
   examples = examples.map(_EvalTransform(dataset, prepare))
-  batches = examples.batch(batch_size // process_count, batch_fn=reader.Collate(tuple(sorted({*keys, "real"}))))
+  batches = examples.batch(batch_size // process_count, batch_fn=reader.Collate(tuple(sorted({*keys, *PADDING}))))
   return Batches(batches[process_index::process_count], workers)
 
 
@@ -123,7 +124,7 @@ def eval_examples(
   process_index: int = 0,
   process_count: int = 1,
 ) -> "Batches":
-  """As `eval_batches`, but single Examples of any size; the last ones may be padding with "real" False."""
+  """As `eval_batches`, but single Examples of any size."""
   source = _source(dataset, "eval", process_count, process_count)
   filled = reader.PadToLength(source, -(-len(source) // process_count) * process_count)
   examples = grain.MapDataset.source(filled).map(_EvalTransform(dataset, prepare))
@@ -304,16 +305,17 @@ class _TrainTransform:
 
 @dataclasses.dataclass(frozen=True)
 class _EvalTransform:
-  """The data set's transform and the method's, then "real"."""
+  """The data set's transform and the method's, then PADDING."""
 
   dataset: Dataset
   prepare: Callable[[Example], Example] | None
 
   @unending
-  def __call__(self, row: tuple[Example, bool]) -> Example:
-    example, real = row
+  def __call__(self, row: tuple[Example, int, bool]) -> Example:
+    example, position, real = row
     example = self.dataset.eval_transform(example)
-    return dict(self.prepare(example) if self.prepare else example, real=np.asarray(real))
+    example = self.prepare(example) if self.prepare else example
+    return dict(example, position=np.int32(position), real=np.asarray(real))
 
 
 def _close(iterators: list[grain.DatasetIterator]) -> None:

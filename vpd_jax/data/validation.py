@@ -1,6 +1,14 @@
 """Options that several data sets and transforms share: checks, and the share that is held out for evaluation."""
 
+from typing import NamedTuple
+
 from vpd_jax.errors import UserError
+
+
+class Absent(NamedTuple):
+  """Stands for a value of an Example that cannot be made; a batch that needs it raises a UserError with the reason."""
+
+  reason: str
 
 
 def check_size(option: str, size: tuple[int, int]) -> tuple[int, int]:

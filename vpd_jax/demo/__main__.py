@@ -61,13 +61,14 @@ def _serve(folder: Path) -> None:
     from vpd_jax import experiment
     from vpd_jax.demo import page, results
 
-  config, workdir = CONFIG.value, WORKDIR.value or ""
+  config, workdir, string = CONFIG.value, WORKDIR.value or "", ""
   if config is not None:
     flag = FLAGS["config"]
     # By vars, because the type stubs lack this function.
     config = experiment.with_chosen_parts(config, vars(config_flags)["get_override_values"](flag))
-    workdir = workdir or loader.workdir(config_flags.get_config_filename(flag))
-  networks = results.networks(config, workdir)
+    string = config_flags.get_config_filename(flag)
+    workdir = workdir or loader.workdir(string)
+  networks = results.networks(config, workdir, string)
   first = next(iter(networks.values()))
   progress.write("\n".join(filter(None, (*first.predictor.origin, first.notice))))
   demo_page = page.Page(networks, folder / "sessions")

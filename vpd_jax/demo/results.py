@@ -52,8 +52,13 @@ class Network:
     draws: whether the data are the rooms, so that an input can be drawn.
   """
 
-  def __init__(self, config: ConfigDict, workdir: str = ""):
+  def __init__(self, config: ConfigDict, workdir: str = "", string: str = ""):
     """Uses the weights of a run, or else those of `config.init`; for the rooms, random ones if there are none.
+
+    Args:
+      config: of the network.
+      workdir: of the run.
+      string: the value of --config, for the notice on random weights.
 
     Raises:
       ValueError: if there are no weights, and the data are not the rooms.
@@ -62,7 +67,7 @@ class Network:
     self.draws = config.data.name in ("rooms", "room_figures")
     random = self.draws and not initialize.source_of(config, workdir)
     self._weights = "" if random else trained_weights(config, workdir)
-    self.notice = UNTRAINED.format(string=ROOMS[self.task]) if random else ""
+    self.notice = UNTRAINED.format(string=string) if random else ""
 
   @property
   def predictor(self) -> Predictor:
@@ -74,15 +79,15 @@ class Network:
     return Predictor.load(self._config, weights=self._weights, random_init=bool(self.notice))
 
 
-def networks(config: ConfigDict | None, workdir: str = "") -> dict[str, Network]:
+def networks(config: ConfigDict | None, workdir: str = "", string: str = "") -> dict[str, Network]:
   """The networks of the page by task: that of a config, or else the tiny ones of the rooms for all tasks.
 
   Without a config, the weights are those of the default workdirs of `--mode=train`.
   """
   if config is not None:
-    network = Network(config, workdir)
+    network = Network(config, workdir, string)
     return {network.task: network}
-  return {task: Network(loader.load(string), loader.workdir(string)) for task, string in ROOMS.items()}
+  return {task: Network(loader.load(words), loader.workdir(words), words) for task, words in ROOMS.items()}
 
 
 class Inputs(NamedTuple):

@@ -191,7 +191,7 @@ def arguments(
     )
   if values["coordinator_address"] and not re.fullmatch(r".+:\d+", values["coordinator_address"]):
     raise UserError(f"--coordinator_address={values['coordinator_address']!r} has no port; write HOST:PORT.")
-  detection = {} if missing else {"cluster_detection_method": "deactivate"}
+  detection = _gpus_of_task(environment) if missing else {"cluster_detection_method": "deactivate"}
   return {key: value for key, value in values.items() if value is not None} | detection
 
 
@@ -220,6 +220,20 @@ def _cluster(environment: Mapping[str, str]) -> bool:
   return int(slices) > 1 or len((hosts or _metadata("worker-network-endpoints")).split(",")) > 1
 
 
+def _gpus_of_task(environment: Mapping[str, str]) -> "Fields":
+  """{"local_device_ids": all visible GPUs} of a task of SLURM that shares them with no other task; else empty.
+
+  JAX takes the GPU that has the task's number on its machine: of a task that sees a single GPU, one that is not there;
+  of the only task of a machine, one of several.
+  """
+  visible = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+  if "SLURM_STEP_NODELIST" not in environment or not visible or environment.get("JAX_LOCAL_DEVICE_IDS"):
+    return {}
+  tasks = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))  # "4", "4(x2)" or "4,3"
+  alone = "," not in environment.get("SLURM_STEP_TASKS_PER_NODE", "") and tasks is not None and tasks[0] == "1"
+  return {"local_device_ids": list(range(len(visible)))} if alone or len(visible) == 1 else {}
+
+
 def _metadata(key: str) -> str:
   """A metadata value of a Google Cloud machine; empty elsewhere."""
   host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
@@ -244,7 +258,8 @@ def connect(address: str | None, count: int | None, index: int | None, seconds: 
   options = arguments(address, count, index, os.environ)
   if options is None:
     return
-  settings = ", ".join(f"{key} {value}" for key, value in options.items() if key != "cluster_detection_method")
+  unspoken = ("cluster_detection_method", "local_device_ids")
+  settings = ", ".join(f"{key} {value}" for key, value in options.items() if key not in unspoken)
   failure = f"could not reach the coordinator ({settings or 'detected from SLURM or the TPU'}): "
   remedy = (
     "Start all processes within --coordinator_timeout, check that the port of process 0 is free and reachable, or run "
@@ -254,8 +269,10 @@ def connect(address: str | None, count: int | None, index: int | None, seconds: 
   timer = threading.Timer(seconds, _exit, [f"error: {failure}no answer for {seconds} s. {remedy}"])
   timer.daemon = True
   timer.start()
+  # At the end, process 0 may compute scores of trivial predictors while the others wait for it.
+  timeouts = {"initialization_timeout": seconds + 60, "shutdown_timeout_seconds": 24 * 3600}
   try:
-    _jax().distributed.initialize(**options, initialization_timeout=seconds + 60)
+    _jax().distributed.initialize(**options, **timeouts)
   except (RuntimeError, ValueError, OSError) as error:
     raise UserError(f"{failure}{one_line(error)[:300]}. {remedy}") from error
   finally:

@@ -33,7 +33,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[Device] | None
     devices: default: all devices of all processes, ordered for their network.
 
   Raises:
-    ValueError: the product is not the number of devices.
+    ValueError: the product is not the number of devices, or a copy of the state would be shared by two TPU slices.
   """
   count = len(devices) if devices is not None else jax.device_count()
   sizes = {"data": data, "fsdp": fsdp}
@@ -47,12 +47,26 @@ def make_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[Device] | None
       f"mesh data={data}, fsdp={fsdp} does not cover the {count} devices exactly; use data=-1 and an fsdp that "
       f"divides {count}."
     )
-  # jax.make_mesh splits an axis of the network on v5e only: fsdp=8 on a v6e of 16 x 16 would fail.
-  placed = mesh_utils.create_device_mesh(
-    tuple(sizes.values()), devices if devices is not None else jax.devices(), allow_split_physical_axes=True
-  )
+  placed = arranged(devices if devices is not None else jax.devices(), sizes["data"], sizes["fsdp"])
   # Flax's convolutions do not support explicit axes.
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def arranged(devices: Sequence[Device], data: int, fsdp: int) -> np.ndarray:
+  """The devices as an array [data, fsdp], ordered for their network; each TPU slice has whole rows.
+
+  Raises:
+    ValueError: `data` is not a multiple of the number of slices.
+  """
+  tpu = devices[0].platform == "tpu"  # hosts of GPUs also have the attribute
+  slices = len({device.slice_index for device in devices}) if tpu else 1  # pyright: ignore[reportAttributeAccessIssue]
+  if data % slices:
+    raise UserError(f"mesh data={data}, fsdp={fsdp}: data must be a multiple of the {slices} TPU slices; reduce fsdp.")
+  # jax.make_mesh splits an axis of the network on v5e only: fsdp=8 on a v6e of 16 x 16 would fail.
+  if slices == 1:
+    return mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
+  shapes = (data // slices, fsdp), (slices, 1)
+  return mesh_utils.create_hybrid_device_mesh(*shapes, devices, allow_split_physical_axes=True)
 
 
 def array_spec(shape: Sequence[int], itemsize: int, fsdp_size: int, *, min_bytes: int = 2**20) -> P:
@@ -217,7 +231,15 @@ def on_devices_of_one_process(arrays: PyTree, mesh: Mesh, local: Mesh) -> PyTree
     local: mesh of the devices of this process.
   """
   full = jax.jit(lambda x: x, out_shardings=replicated(mesh))(arrays)
-  return jax.tree.map(lambda x: jax.device_put(x.addressable_data(0), replicated(local)), full)
+  here = lambda x: jax.make_array_from_single_device_arrays(
+    x.shape, replicated(local), [shard.data for shard in x.addressable_shards]
+  )
+  return jax.tree.map(here, full)  # no second copy
+
+
+def of_first_process(array: np.ndarray) -> np.ndarray:
+  """The array of process 0, of one that all processes computed: on GPUs, the last bits may differ."""
+  return multihost_utils.broadcast_one_to_all(array) if jax.process_count() > 1 else array
 
 
 def gathered(arrays: ParamDict, shardings: Mapping[str, NamedSharding], dtype: DTypeLike) -> ParamDict:

@@ -16,7 +16,9 @@ from vpd_jax import experiment
 from vpd_jax.checkpoints import initialize
 from vpd_jax.checkpoints.checkpointer import is_workdir
 from vpd_jax.data import pipeline
+from vpd_jax.data.shards import reader
 from vpd_jax.distributed import sharding
+from vpd_jax.distributed.preemption import PreemptionGuard
 from vpd_jax.errors import UserError
 from vpd_jax.evaluation import encoder_cache
 from vpd_jax.experiment import Experiment
@@ -120,7 +122,10 @@ class _Batches:
     self._step = jax.jit(on_mesh(make_step(config, exp), config, exp, mesh))
 
   def __call__(self, weights: Weights, panels: int) -> Generator[tuple[Rows, np.ndarray | tuple[()]], None, None]:
-    """Yields the rows of each batch from all processes, with "real", and the first `panels` predictions."""
+    """Yields the rows of each batch from all processes, with "real", and the first `panels` predictions.
+
+    With several processes, predictions are those of this process for images of any size, else those of all.
+    """
     local = pipeline.eval_batches(
       self._dataset,
       batch_size=self._batch_size,
@@ -133,7 +138,7 @@ class _Batches:
     with contextlib.closing(pipeline.Prefetch(local, self._sharding)) as batches:
       for batch in batches:
         measured, prediction = self._step(weights, batch)
-        predictions = _gathered({"prediction": prediction})["prediction"] if shown < panels else ()
+        predictions = _in_order(prediction, batch["position"]) if shown < panels else ()
         shown += len(predictions)
         yield _gathered(measured | {"real": batch["real"]}), predictions
 
@@ -254,7 +259,8 @@ class Evaluator:
     joined = {name: values[real] for name, values in joined.items()}
     scores = self.experiment.task.summarize(joined, **self._truth)
     prefix = f"eval/{self.config.data.name}"
-    return Evaluation({f"{prefix}/{name}": value for name, value in scores.items()}, self._panels(shown), joined)
+    panels = self._panels(shown if jax.process_index() == 0 else [])  # only the first process writes them
+    return Evaluation({f"{prefix}/{name}": value for name, value in scores.items()}, panels, joined)
 
   def baselines(self) -> dict[str, float]:
     """Scores of trivial predictors by name; empty if `eval.baselines` is 0."""
@@ -272,22 +278,26 @@ class Evaluator:
     self.experiment.task.write_results(folder / "results.json", rows, **self._truth)
 
   def report(self, scores: dict[str, float], rows: Rows | None = None) -> str:
-    """Formats the scores in one line, compared with trivial predictors; with `rows`, also those of each class."""
+    """Formats the scores in one line; with `rows`, also those of each class."""
     prefix = f"eval/{self.config.data.name}/"
     line = writers.class_table(class_scores(self.experiment.task, rows) if rows else [])
     line += "  ".join(f"{name.removeprefix(prefix)} {value:.4f}" for name, value in scores.items())
     if bad := scores.get(f"{prefix}not_finite"):
       line += f"\n  {bad:.0f} pixels were predicted as NaN or infinity: do not trust these scores"
-    baselines = self.baselines()
-    if not baselines:
-      return line
+    return line
+
+  def comparison(self, scores: dict[str, float]) -> str:
+    """Formats the main score of trivial predictors, with that of `scores` as a share of it; may be empty."""
     chosen = self.experiment.task.best_metric
-    ratio = lambda value: f" (x{scores[prefix + chosen] / value:.2f})" if value else ""
-    compared = ", ".join(f"{name} {value:.4f}{ratio(value)}" for name, value in baselines.items())
-    return f"{line}\n  {chosen} of trivial predictors, and ours as a share of it: {compared}"
+    score = scores[f"eval/{self.config.data.name}/{chosen}"]
+    ratio = lambda value: f" (x{score / value:.2f})" if value else ""
+    compared = ", ".join(f"{name} {value:.4f}{ratio(value)}" for name, value in self.baselines().items())
+    return compared and f"  {chosen} of trivial predictors, and ours as a share of it: {compared}"
 
   def _examples(self, split: str, count: int | None = None) -> Iterator[Example]:
     source = self.dataset.source(split)
+    if split == "train" and self.config.data.get("on_bad_record") == "skip":
+      source = reader.SkipUnreadable(source)  # as in training
     indices = range(len(source)) if not count else range(min(count, len(source)))
     return (self.dataset.eval_transform(source[i]) for i in indices)
 
@@ -308,6 +318,12 @@ def class_scores(task: Task, rows: Rows) -> list[Fields]:
     {"class": name, **{score: number(values[k]) for score, values in scores_by_name.items()}}
     for k, name in enumerate(task.class_names)
   ]
+
+
+def _in_order(prediction: Array, position: Array) -> np.ndarray:
+  """The predictions of all processes in the order of the records, in which a mesh need not have its devices."""
+  gathered = _gathered({"prediction": prediction, "position": position})
+  return gathered["prediction"][np.argsort(gathered["position"])]
 
 
 def _gathered(values: Fields) -> Rows:
@@ -338,13 +354,19 @@ def run(config: ConfigDict, workdir: str) -> dict[str, float]:
   if is_first:
     data_lines = [*evaluator.source.notes, *experiment.sentence_lines(exp, dataset, ("eval",))]
     progress.write("\n".join([*lines, *data_lines, *evaluator.encodings.lines()]))
-  result = cast(Evaluation, evaluator.run(weights))  # never stopped
+  # With several processes, JAX receives the signals; alone, SIGTERM ends the process.
+  result = evaluator.run(weights, PreemptionGuard().should_stop)
+  if result is None:
+    raise UserError("stopped by SIGTERM: nothing was scored; the same command begins anew.")
   if is_first:
     progress.write(evaluator.report(result.scores, result.rows))
     folder = epath.Path(workdir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"weights": lines, "scores": result.scores, "trivial predictors": evaluator.baselines()}
+    content = {"weights": lines, "scores": result.scores, "trivial predictors": {}}
     content |= {"classes": classes} if (classes := class_scores(exp.task, result.rows)) else {}
     evaluator.write_results(folder, result.rows)
     atomic.write_json(folder / "eval.json", content)
+    if comparison := evaluator.comparison(result.scores):  # reads other records, which may be damaged
+      progress.write(comparison)
+      atomic.write_json(folder / "eval.json", content | {"trivial predictors": evaluator.baselines()})
   return result.scores

@@ -23,8 +23,8 @@ def beside(path: AnyPath) -> Iterator[AnyPath]:
   is replaced, a folder is not.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  # File names are limited to 255 bytes.
-  unfinished = path.with_name(f".unfinished.{secrets.token_hex(4)}.{path.name[-200:]}")
+  # File names are limited to 255 bytes, of which a character takes up to 4.
+  unfinished = path.with_name(f".unfinished.{secrets.token_hex(4)}.{path.name[-50:]}")
   try:
     yield unfinished
     unfinished.replace(path)

@@ -1,6 +1,7 @@
 """Checks of output folders."""
 
 import contextlib
+import re
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,17 @@ def check_name(path: epath.Path, option: str) -> None:
       f"{option}={str(path)!r} holds {' '.join(wildcards)}, and arrays below such a name are never found again; choose "
       "one without them, or rename the folder."
     )
+
+
+def local(path: str | Path, option: str) -> Path:
+  """An output path on this machine, with "~" expanded.
+
+  Raises:
+    ValueError: for a bucket; `option` is the option that the user set.
+  """
+  if re.match(r"[a-z][a-z0-9]+:/", str(path)):
+    raise UserError(f"{option}={str(path)!r} is in a bucket; give a local path, and copy the result there.")
+  return Path(path).expanduser()
 
 
 def nearest_existing(path: Path) -> Path:

@@ -32,7 +32,8 @@ def as_image(image: object) -> np.ndarray:
   if isinstance(image, str | os.PathLike):
     return read_image(Path(image).expanduser())
   if isinstance(image, Image.Image):
-    return _rgb(image, "an image")
+    with image_decoding.faults("an image", remedy=""):  # a lazily opened file is decoded now
+      return _rgb(image, "an image")
   array = np.asarray(image)
   shape = array.shape
   if array.ndim == 2:

@@ -191,14 +191,17 @@ def first_rules(names: Iterable[str], rules: Sequence[tuple[str, Any]], *, field
   return first, "; ".join(problems)
 
 
-def match_rules(names: Iterable[str], rules: Sequence[tuple[str, Any]], *, field: str) -> Fields:
+def match_rules(
+  names: Iterable[str], rules: Sequence[tuple[str, Any]], *, field: str, allow_unused: bool = False
+) -> Fields:
   """The value of each name: that of its first rule; for the arguments see `first_rules`.
 
   Raises:
-    ValueError: names that match no rule, or unused rules; lists all of them.
+    ValueError: names that match no rule, or unused rules unless `allow_unused`; lists all of them.
   """
   names = list(names)
   first, problems = first_rules(names, rules, field=field)
+  problems = "" if allow_unused else problems
   unmatched = sorted(set(names) - first.keys())
   if unmatched or problems:
     raise UserError(

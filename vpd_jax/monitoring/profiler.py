@@ -38,7 +38,7 @@ class Operation(NamedTuple):
 
 
 class Profiler:
-  """Traces `steps` steps, from the tenth step of this process; 0 disables it.
+  """Traces `steps` steps, from the tenth step of this process; 0 disables it. Only the first process traces.
 
   At the end it logs the location of the trace and the slowest operations, or that there were too few steps for a trace.
   """
@@ -51,7 +51,8 @@ class Profiler:
       log: prints a line.
       text: returns the text of the compiled step; called at the end.
     """
-    self._steps, self._workdir, self._log, self._text = steps, workdir, log, text
+    self._steps = steps if jax.process_index() == 0 else 0
+    self._workdir, self._log, self._text = workdir, log, text
     self._begin, self._traced = 0, False
 
   def __enter__(self) -> "Profiler":

@@ -16,8 +16,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 from vpd_jax.errors import UserError, one_line
-from vpd_jax.files import atomic
-from vpd_jax.files.paths import is_writable, nearest_existing
+from vpd_jax.files import atomic, paths
 from vpd_jax.models.backbones.platform import any_platform
 from vpd_jax.monitoring import progress
 from vpd_jax.prediction.predictor import Predictor, trained_weights
@@ -83,15 +82,15 @@ def check_attention(config: ConfigDict) -> None:
 
 def check_output(output: str) -> Path:
   """The output folder, which must not exist and must be creatable."""
-  target = Path(output).expanduser()
+  target = paths.local(output, "--output")
   if not output:
     raise UserError("--mode=export needs a place for the network: give --output=FOLDER.")
   if target.exists():
     raise UserError(f"--output={output!r} exists already; give a folder that does not, it is created.")
-  if not is_writable(target):
+  if not paths.is_writable(target):
     raise UserError(
-      f"--output={output!r} cannot be made: {nearest_existing(target)} is not a folder that can be written to; give "
-      "another."
+      f"--output={output!r} cannot be made: {paths.nearest_existing(target)} is not a folder that can be written to; "
+      "give another."
     )
   return target
 

@@ -31,7 +31,9 @@ call = jax.jit(network.call)
 
 
 def run(**inputs):
-  """The outputs by name, as numpy arrays, for the inputs by name; see network.json."""
+  """The outputs by name, as numpy arrays, for the inputs by name, all of those in network.json."""
+  if inputs.keys() != facts["inputs"].keys():
+    raise ValueError(f"the inputs are {sorted(inputs)}; the network takes {sorted(facts['inputs'])}, see network.json")
   arrays = {name: np.asarray(x, facts["inputs"][name]["dtype"]) for name, x in inputs.items()}
   return {name: np.asarray(x) for name, x in call(weights, arrays).items()}
 

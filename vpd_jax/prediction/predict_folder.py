@@ -13,8 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vpd_jax.errors import UserError
-from vpd_jax.files import reading
-from vpd_jax.files.paths import is_writable, nearest_existing
+from vpd_jax.files import paths, reading
 from vpd_jax.inference import camera, top_down
 from vpd_jax.inference import images as images_lib
 from vpd_jax.monitoring import progress
@@ -188,13 +187,13 @@ def write_results(
 
 def check_output(output: str, folder: Path | None = None) -> Path:
   """The output folder, which must be writable or creatable, and must not be `folder`, that of the images."""
-  target = Path(output).expanduser()
+  target = paths.local(output, "--output")
   if not output:
     raise UserError("--mode=predict needs a place for the results: give --output=FOLDER.")
-  if not is_writable(target):
+  if not paths.is_writable(target):
     raise UserError(
-      f"--output={output!r} must name a folder: {nearest_existing(target)} is not a folder that can be written to; "
-      "give another, it is created if it does not exist."
+      f"--output={output!r} must name a folder: {paths.nearest_existing(target)} is not a folder that can be written "
+      "to; give another, it is created if it does not exist."
     )
   if folder and target.resolve() == folder.resolve():
     raise UserError(f"--output={output!r} is the folder of the images; give another, or results become images.")

@@ -79,14 +79,14 @@ def run(config: ConfigDict, workdir: str, *, source: str, output: str, class_nam
   facts = {"source": path.name, "frames": frame_count, "frames_per_second": rate, "size": list(size), "unit": "meter"}
   facts |= {"first_color": float(nearest), "last_color": float(farthest), "class": class_name or None}
   atomic.write_json(target / f"{path.stem}.depth.json", facts)
-  if frame_count != count:
+  if count and frame_count != count:
     progress.write(f"{path.name} states {count} frames, and {frame_count} could be read")
   progress.write(f"{frame_count} frames written to {target / path.stem}.depth.mp4")
   return frame_count
 
 
 def _opened(path: Path) -> tuple[float, int]:
-  """Frames per second and stated number of frames of a video.
+  """Frames per second and stated number of frames of a video, 0 if it states none.
 
   Raises:
     ValueError: if it cannot be read, has no frames or states no frame rate.
@@ -95,7 +95,7 @@ def _opened(path: Path) -> tuple[float, int]:
     raise UserError(f"--input={str(path)!r} cannot be read; see to its permissions.")
   os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # silences FFmpeg, whose messages say less than ours
   video = cv2.VideoCapture(str(path))
-  rate, count = video.get(cv2.CAP_PROP_FPS), int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+  rate, count = video.get(cv2.CAP_PROP_FPS), max(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
   if next(_frames(path), None) is None:
     raise UserError(f"--input={str(path)!r} holds no frame that can be read; copy it again, or give another video.")
   if not (math.isfinite(rate) and rate > 0):

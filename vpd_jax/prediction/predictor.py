@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, MappingView, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +26,8 @@ from vpd_jax.monitoring import progress
 from vpd_jax.prediction import protocols
 from vpd_jax.types import Batch, Fields, Outputs, ParamDict, Weights
 
-Images = object | Sequence[object]  # see images_lib.as_image
+Images = object | Iterable[object]  # see images_lib.as_image
+BATCH_SIZE = 4  # images that `predict_each` reads at a time, or more if a batch holds more
 
 
 @dataclasses.dataclass(repr=False)
@@ -234,8 +235,8 @@ class Predictor:
         [result["label"] for result in predictor.predict(["a.jpg", image_b])]   # int32 [H, W] each
 
     Args:
-      images: a path, a PIL image or an array [H, W, 3], uint8 or float in [0, 1], RGB, see images_lib.as_image; or a
-        sequence of these.
+      images: a path, a PIL image or an array [H, W, 3], uint8 or float in [0, 1], RGB, see images_lib.as_image; or an
+        iterable of these.
       class_id: int or name of a class, or one per image; -1 or None for the class that CLIP predicts with `init.clip`,
         else for the mean of all class vectors.
       sentences: one per image, if the method reads sentences.
@@ -260,22 +261,25 @@ class Predictor:
 
   def predict_each(
     self,
-    images: Sequence[object],
+    images: Iterable[object],
     class_id: object = None,
     *,
     sentences: str | Sequence[str] | None = None,
     boxes: Sequence[Any] | None = None,
   ) -> Iterator[Fields]:
-    """As `predict` for a sequence of images; yields each result as soon as it is available."""
+    """As `predict` for a sequence of images; reads and yields few at a time, at least `eval.batch_size`."""
     image_list = list(images)
     inputs = self._inputs(len(image_list), class_id, sentences, boxes)
-    arrays = [images_lib.as_image(image) for image in image_list]
-    if self._classify is not None:  # from the full image, once for all windows
-      for image, row in zip(arrays, inputs, strict=True):
-        if row["class_id"] < 0:
-          row["class_id"] = np.int32(self._classify_image(images_lib.to_float(image, self._dtype)))
-    for result, row in zip(self._protocol(self.weights, arrays, inputs), inputs, strict=True):
-      yield result | ({"class_id": row["class_id"]} if self.takes_class else {})
+    size = max(BATCH_SIZE, self.config.eval.batch_size)
+    for begin in range(0, len(image_list), size):
+      arrays = [images_lib.as_image(image) for image in image_list[begin : begin + size]]
+      rows = inputs[begin : begin + size]
+      if self._classify is not None:  # from the full image, once for all windows
+        for image, row in zip(arrays, rows, strict=True):
+          if row["class_id"] < 0:
+            row["class_id"] = np.int32(self._classify_image(images_lib.to_float(image, self._dtype)))
+      for result, row in zip(self._protocol(self.weights, arrays, rows), rows, strict=True):
+        yield result | ({"class_id": row["class_id"]} if self.takes_class else {})
 
   def attention(self, images: Images) -> Any:
     """Attention of each position of an image to each class, for methods that attend to all classes.
@@ -318,8 +322,8 @@ class Predictor:
         row["class_id"] = np.int32(i)
     for row, text in zip(inputs, sentences or (), strict=False):
       row["tokens"] = self.experiment.method.prepare({"sentence": text})["tokens"]
-    for row, image_boxes in zip(inputs, () if boxes is None else boxes, strict=False):
-      row["boxes"] = image_boxes
+    for i, (row, image_boxes) in enumerate(zip(inputs, () if boxes is None else boxes, strict=False)):
+      row |= {"boxes": image_boxes, "image_name": f"image {i}"}
     return inputs
 
   @property
@@ -342,10 +346,10 @@ class Predictor:
     return int(cast(Any, self._classify)(self.weights, resized)[0])
 
   def _class_ids(self, class_id: object, count: int) -> np.ndarray:
-    by_name = lambda value: self.class_id(value) if isinstance(value, str) else value
+    by_name = lambda value: self.class_id(value) if isinstance(value, str) else -1 if value is None else value
     if isinstance(class_id, list | tuple):
       class_id = [by_name(value) for value in class_id]
-    ids = np.asarray(-1 if class_id is None else by_name(class_id))
+    ids = np.asarray(by_name(class_id))
     if ids.shape not in ((), (count,)) or (not np.issubdtype(ids.dtype, np.integer) and ids.size):
       raise UserError(f"class_id is {ids.dtype} {list(ids.shape)}; give one int, or one for each of {count} images.")
     ids = np.broadcast_to(ids.astype(np.int32), (count,))
@@ -366,10 +370,10 @@ def trained_weights(config: ConfigDict, workdir: str) -> str:
 
 
 def _as_list(images: Images) -> tuple[list[object], bool]:
-  """The images as a list, and whether a single one was given, i.e. no sequence and no array [B, H, W, C]."""
+  """The images as a list, and whether a single one was given, i.e. no iterable and no array [B, H, W, C]."""
   if isinstance(images, str | os.PathLike | Image.Image):
     return [images], True
-  if isinstance(images, Sequence):
+  if isinstance(images, Sequence | Iterator | MappingView):  # not Iterable, which arrays are
     return list(images), False
   array = np.asarray(images)
   return ([array], True) if array.ndim < 4 else (list(array), False)

@@ -173,10 +173,10 @@ class TopDownProtocol:
   def __call__(self, weights: Weights, images: Sequence[np.ndarray], inputs: Inputs) -> Results:
     images = [images_lib.to_uint8(image) for image in images]
     checked = []
-    for i, (image, row) in enumerate(zip(images, inputs, strict=True)):
+    for image, row in zip(images, inputs, strict=True):
       boxes = row["boxes"] if "boxes" in row else top_down.full_image_box(image)
-      checked.append(top_down.check_boxes(boxes, image.shape[:2], f"image {i}"))
-    others = [{name: value for name, value in row.items() if name != "boxes"} for row in inputs]
+      checked.append(top_down.check_boxes(boxes, image.shape[:2], row.get("image_name", "the image")))
+    others = [{name: value for name, value in row.items() if name not in ("boxes", "image_name")} for row in inputs]
     return [people._asdict() for people in self._estimator(weights, images, checked, others)]
 
 

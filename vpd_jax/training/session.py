@@ -175,10 +175,12 @@ class TrainingSession:
       self._checkpoints.add_scores(self.step, result.scores)
       self.scores, self._scored_step = result.scores, self.step
       if jax.process_index() == 0:
+        log(self._evaluator.report(result.scores, result.rows))
         trivial = {f"eval/trivial/{name}": value for name, value in self._evaluator.baselines().items()}
         self._writer.write_scalars(self.step, result.scores | trivial)
         self._writer.write_images(self.step, {f"panels/{self._config.data.name}": result.panels})
-        log(self._evaluator.report(result.scores, result.rows))
+        if comparison := self._evaluator.comparison(result.scores):
+          log(comparison)
 
   def has_scores(self) -> bool:
     """Whether the checkpoint of this step has scores."""

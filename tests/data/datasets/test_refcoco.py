@@ -14,7 +14,7 @@ from tests.helpers.outlines import OVERLAPPING, SQUARE, disc, run_lengths
 from vpd_jax.data import pipeline
 from vpd_jax.data.datasets import refcoco
 from vpd_jax.data.readers import coco_masks, referring, safe_pickle
-from vpd_jax.data.shards import writer
+from vpd_jax.data.shards import reader, writer
 
 SIZES = {1: (40, 60), 2: (48, 64), 3: (30, 50)}  # (height, width) by picture
 
@@ -295,10 +295,12 @@ def test_options_that_cannot_be_are_refused(root, options, what):
   check_sentences(caught.value)
 
 
-def test_a_picture_beyond_the_canvas_names_the_option(root):
+def test_a_picture_beyond_the_canvas_names_the_option_where_its_full_mask_is_needed(root):
   data = dataset(root, canvas=(40, 64))
+  example = data.eval_transform(data.source("eval")[0])
+  assert reader.Collate(("image", "mask"))([example])["mask"].shape == (1, 32, 32)
   with pytest.raises(ValueError, match=r"^a picture of 48x64 is larger than data\.canvas=\(40, 64\)"):
-    data.eval_transform(data.source("eval")[0])
+    reader.Collate(("image", "full_mask"))([example])
 
 
 def test_the_sentences_of_an_item_are_split_by_picture():

@@ -247,7 +247,10 @@ def test_no_scored_pixel_at_all_is_an_error():
 @pytest.mark.parametrize("crop, size, expected", [
   ("none", (480, 640), (0, 480, 0, 640)),
   ("eigen_nyu", (480, 640), (45, 471, 41, 601)),
-  ("eigen_nyu", (96, 128), (9, 94, 8, 120)),
+  ("eigen_nyu", (120, 192), (45, 120, 41, 192)),
+  ("eigen_nyu", (30, 40), (30, 30, 40, 40)),
+  ("eigen_nyu_scaled", (480, 640), (45, 471, 41, 601)),
+  ("eigen_nyu_scaled", (96, 128), (9, 94, 8, 120)),
   ("garg", (352, 1216), (143, 349, 43, 1172)),
   ("eigen_kitti", (352, 1216), (117, 321, 43, 1172)),
 ])  # fmt: skip

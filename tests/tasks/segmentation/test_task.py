@@ -313,6 +313,14 @@ def test_merged_classes_are_described():
   assert merging.described["logits"] == plain.described["logits"]
 
 
+@pytest.mark.parametrize("merge", [("car=bus+tree",), ("x=wall+car", "x=tree+bus")])
+def test_two_classes_of_one_name_are_refused(merge):
+  with pytest.raises(ValueError, match=r"task\.merge leaves several classes named (car|x); choose another NEW"):
+    Segmentation(classes=4, class_names=("wall", "car", "tree", "bus"), merge=merge)
+  merged = Segmentation(classes=4, class_names=("wall", "car", "tree", "bus"), merge=("car=car+bus",))
+  assert merged.class_names == ("wall", "car", "tree")
+
+
 def test_the_default_colors_differ():
   palette = Segmentation(classes=255).palette
   assert len({tuple(color) for color in palette.tolist()}) == 255

@@ -13,7 +13,7 @@ from vpd_jax.convert.formats.lazy_tensor import contiguous
 from vpd_jax.convert.formats.pickles import STORAGES
 from vpd_jax.convert.formats.weight_files import SAFETENSORS
 from vpd_jax.errors import UserError
-from vpd_jax.files import atomic
+from vpd_jax.files import atomic, paths
 
 ENDINGS = (".pth", ".safetensors")
 
@@ -30,13 +30,14 @@ def write(path: str | pathlib.Path, state: Mapping[str, np.ndarray], *, wrapper:
     ValueError: for another suffix, or a dtype that the format does not support.
   """
   check_name(path)
-  path = pathlib.Path(path)
+  path = paths.local(path, "output")
   writers = {".pth": functools.partial(_write_pth, wrapper=wrapper), ".safetensors": _write_safetensors}
   atomic.write(path, lambda unfinished: writers[path.suffix.lower()](unfinished, state))
 
 
 def check_name(path: str | pathlib.Path) -> None:
-  """Raises ValueError if the suffix of a path is not one that `write` supports."""
+  """Raises ValueError if a path is in a bucket, or its suffix is not one that `write` supports."""
+  paths.local(path, "output")
   if pathlib.Path(path).suffix.lower() not in ENDINGS:
     raise UserError(f"output={str(path)!r} must end in one of {ENDINGS}; rename it.")
 

@@ -36,7 +36,7 @@ class CocoPose(PoseDataset):
     root: the parent folder, or with format="tfds" the one that prepare_data.py wrote.
     boxes: the boxes for evaluation: "detections" of a detector (as published), or "annotated".
     detections: the detection file, an existing path or relative to `root`. Scores with other files are not comparable.
-    box_threshold: detections with scores at or below it are dropped. Release: 0.
+    box_threshold: detections with scores below it are dropped. Release: 0.
     person_category: the category_id of people in the detections; -1: as in the annotations. Many programs count from 0.
     annotations: folder of the annotation files, an existing path or relative to `root`. Evaluation also reads them with
       format="tfds", because they include images without detections.
@@ -100,7 +100,8 @@ class CocoPose(PoseDataset):
         path = image_files.find_list(Path(self.root).expanduser(), self.detections, (), DETECTIONS)
         options = {"others": "error" if self.complete else "skip", "threshold": self.box_threshold}
         options["category"] = self.person_category
-        samples = coco_json.detected(path, annotations, chosen, **options)
+        remedy = "take the detections of this split, or set data.complete=False to leave them out"
+        samples = coco_json.detected(path, annotations, chosen, **options, remedy=remedy)
       else:
         samples = coco_json.annotated(annotations, chosen)
       folder = Path(self.root).expanduser() / self.folders[split]

@@ -109,9 +109,9 @@ class KeypointList(PoseDataset):
       path = image_files.find_list(self._json_root, self.detections, (), "name it in data.detections.")
       # Without an eval_json, the detections may include the training images.
       others = "error" if self.eval_json else "skip"
-      samples = coco_json.detected(
-        path, annotations, chosen, others=others, threshold=0.0, category=self.person_category
-      )
+      options = {"others": others, "threshold": 0.0, "category": self.person_category}
+      remedy = "take the detections of data.eval_json, or remove the others"
+      samples = coco_json.detected(path, annotations, chosen, **options, remedy=remedy)
     else:
       samples = coco_json.annotated(annotations, chosen)
     folder = Path(self.root).expanduser() / self.images

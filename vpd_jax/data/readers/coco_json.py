@@ -159,7 +159,14 @@ def annotated(coco: Annotations, chosen: Sequence[int]) -> Samples:
 
 
 def detected(
-  path: str | Path, coco: Annotations, chosen: Sequence[int], *, others: str, threshold: float, category: int = -1
+  path: str | Path,
+  coco: Annotations,
+  chosen: Sequence[int],
+  *,
+  others: str,
+  threshold: float,
+  category: int = -1,
+  remedy: str,
 ) -> Samples:
   """The detected boxes in the chosen images. `image` is an index into `chosen`.
 
@@ -168,8 +175,9 @@ def detected(
     coco: the annotations; only their images and category are used.
     chosen: indices of images.
     others: what to do with boxes of other images: "error", or "skip".
-    threshold: boxes with scores at or below it are skipped.
+    threshold: boxes with scores below it are skipped.
     category: the category_id of people in that file; -1: as in the annotations.
+    remedy: what to do about boxes of other images.
 
   Raises:
     ValueError: for another type of file, incomplete entries, boxes of other images, or no boxes of people.
@@ -195,7 +203,7 @@ def detected(
       invalid.append(str(i))
     elif entry["image_id"] not in index_of:
       unknown.append(entry["image_id"])
-    elif entry["score"] <= threshold:
+    elif entry["score"] < threshold:
       below_threshold += 1
     else:
       image = coco.images[chosen[index_of[entry["image_id"]]]]
@@ -210,8 +218,7 @@ def detected(
   if unknown and others == "error":
     raise UserError(
       f"{path}: {len(unknown)} detections are of {len(set(unknown))} images that {coco.path} does not list: "
-      f"{image_files.first_items(sorted(set(unknown), key=str))}; take the detections of this split, or set "
-      "data.complete=False to leave them out."
+      f"{image_files.first_items(sorted(set(unknown), key=str))}; {remedy}."
     )
   choice = f"people are category {category}, see data.person_category"
   notes = (
@@ -220,9 +227,7 @@ def detected(
     else []
   )
   notes += [f"{len(unknown)} detections of images outside the split are left out"] if unknown else []
-  notes += (
-    [f"{below_threshold} detections with a score of {threshold:g} or below are left out"] if below_threshold else []
-  )
+  notes += [f"{below_threshold} detections with a score below {threshold:g} are left out"] if below_threshold else []
   notes += [f"{empty} detected boxes without an area inside their image are left out"] if empty else []
   without_detection = sorted(set(range(len(chosen))) - {image for image, _, _ in rows})
   notes += [f"{len(without_detection)} images have no detection and count as such"] if without_detection else []

@@ -59,8 +59,9 @@ def find_list(root: Path, path: str | None, names: Iterable[str], source: str) -
   for candidate in candidates:
     if candidate.is_file():
       return candidate
-  description = f"list file {path!r}" if path is not None else f"list file {' or '.join(names)} (plain or .gz)"
-  raise UserError(f"{description} is neither in {root} nor in {root.parent}; {source}")
+  if path is not None:
+    raise UserError(f"list file {path!r} is neither here nor in {root}; {source}")
+  raise UserError(f"list file {' or '.join(names)} (plain or .gz) is neither in {root} nor in {root.parent}; {source}")
 
 
 def require_folder(root: str, what: str) -> None:

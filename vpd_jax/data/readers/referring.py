@@ -36,9 +36,11 @@ def check_cache(cache: str, folder: str) -> Cache:
   """Checks the two cache options of a config.
 
   Raises:
-    ValueError: for an unknown word, "disk" without a folder, or a folder without "disk".
+    ValueError: for an unknown word, "disk" without a folder, a folder without "disk", or a bucket.
   """
   check_choice("data.cache", cache, CACHES)
+  if "://" in folder:
+    raise UserError(f"data.cache_folder={folder!r} is a bucket; name a local folder, each host has its own.")
   if (cache == "disk") != bool(folder):
     remedy = "name a folder that may grow" if not folder else "leave it empty, or set data.cache='disk'"
     raise UserError(f"data.cache={cache!r} with data.cache_folder={folder!r}: {remedy}.")
@@ -180,19 +182,16 @@ class Transforms:
     """The first sentence, resized image and mask, and the mask in its original size.
 
     Returns:
-      the Example with "sentence" str, "full_mask" uint8 [*canvas], with the mask at the top left, and "full_size" int32
-      [2], its (height, width).
-
-    Raises:
-      ValueError: if the image is larger than the canvas.
+      the Example with "sentence" str; "full_mask" uint8 [*canvas], with the mask at the top left, or Absent if the
+      image is larger than the canvas; and "full_size" int32 [2], its (height, width).
     """
     height, width = example["mask"].shape
     if height > self.canvas[0] or width > self.canvas[1]:
-      raise UserError(
-        f"a picture of {height}x{width} is larger than data.canvas={self.canvas}; set it to hold the largest."
-      )
-    full = np.zeros(self.canvas, np.uint8)
-    full[:height, :width] = example["mask"]
+      too_large = f"a picture of {height}x{width} is larger than data.canvas={self.canvas}; set it to hold the largest."
+      full = validation.Absent(too_large)
+    else:
+      full = np.zeros(self.canvas, np.uint8)
+      full[:height, :width] = example["mask"]
     added = {"full_mask": full, "full_size": np.array([height, width], np.int32)}
     return self._resized(example) | {"sentence": example["sentences"].split("\n")[0], **added}
 

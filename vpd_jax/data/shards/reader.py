@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from etils import epath
 
+from vpd_jax.data import validation
 from vpd_jax.data.readers.image_files import Record
 from vpd_jax.errors import UserError, one_line
 from vpd_jax.types import Example, Fields, Options, Source
@@ -222,7 +223,7 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class PadToLength:
-  """A source padded with copies of its last record; a row is (Example, whether it is not padding)."""
+  """A source padded with copies of its last record; a row is (Example, index, whether it is not padding)."""
 
   source: Source
   length: int
@@ -230,14 +231,14 @@ class PadToLength:
   def __len__(self) -> int:
     return self.length
 
-  def __getitem__(self, index: int) -> tuple[Example, bool]:
+  def __getitem__(self, index: int) -> tuple[Example, int, bool]:
     last = len(self.source) - 1
-    return self.source[min(index, last)], index <= last
+    return self.source[min(index, last)], index, index <= last
 
 
 @dataclasses.dataclass(frozen=True)
 class Collate:
-  """Collates Examples to a batch with `keys` only."""
+  """Collates Examples to a batch with `keys` only; raises a UserError for a missing or Absent value."""
 
   keys: tuple[str, ...]
 
@@ -246,6 +247,8 @@ class Collate:
     for key in self.keys:
       if any(key not in example for example in examples):
         raise UserError(f"an example has no {key!r}; it has {sorted(examples[0])}.")
+      if absent := [example[key] for example in examples if isinstance(example[key], validation.Absent)]:
+        raise UserError(absent[0].reason)
       arrays = [np.asarray(example[key]) for example in examples]
       shapes = {array.shape for array in arrays}
       if len(shapes) > 1:

@@ -22,8 +22,8 @@ RANGE = (1e-9, 1e9)  # meters; predictions are clipped to this range, in which n
 # Rows and columns of the image that are scored, as (top, bottom, left, right).
 EVAL_CROPS = {
   "none": lambda h, w: (0, h, 0, w),
-  # 45:471, 41:601 at 480 x 640; the same part of an image of another size.
-  "eigen_nyu": lambda h, w: (45 * h // 480, 471 * h // 480, 41 * w // 640, 601 * w // 640),
+  "eigen_nyu": lambda h, w: (min(45, h), min(471, h), min(41, w), min(601, w)),  # of 480 x 640
+  "eigen_nyu_scaled": lambda h, w: (45 * h // 480, 471 * h // 480, 41 * w // 640, 601 * w // 640),
   "garg": lambda h, w: (int(0.40810811 * h), int(0.99189189 * h), int(0.03594771 * w), int(0.96405229 * w)),
   "eigen_kitti": lambda h, w: (int(0.3324324 * h), int(0.91351351 * h), int(0.0359477 * w), int(0.96405229 * w)),
 }
@@ -89,7 +89,8 @@ class Depth(Task):
     Args:
       max_depth: meters; maximum of the head, and exclusive upper bound of the evaluated ground truth.
       min_depth: meters; exclusive lower bound of the evaluated ground truth.
-      eval_crop: the evaluated region of the image: "eigen_nyu", "garg", "eigen_kitti" or "none".
+      eval_crop: the evaluated region of the image: "eigen_nyu", in pixels; "eigen_nyu_scaled", the same part of an
+        image of another size than 480 x 640; "garg" or "eigen_kitti", parts of the image; or "none".
       variance_focus: of the loss. Release of VPD: 0.5, of EcoDepth: 0.85.
       loss_scale: factor on the loss, which has little effect with AdamW. Release of VPD: 1.0, of EcoDepth: 10.0.
       clip_prediction: whether predictions are clipped to [min_depth, max_depth] for evaluation. Release of VPD: False,

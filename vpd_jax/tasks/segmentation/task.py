@@ -3,6 +3,7 @@
 Source: mmsegmentation 0.30 models/losses, models/decode_heads/decode_head.py losses, core/evaluation/metrics.py.
 """
 
+import collections
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -102,7 +103,8 @@ def merged(entries: tuple[str, ...], names: tuple[str, ...]) -> tuple[tuple[str,
   """(name, ids of its parts) of each class after merging, in the order of first parts; see Segmentation.
 
   Raises:
-    ValueError: in one line, for all entries with invalid syntax, or with unknown or repeated classes.
+    ValueError: in one line, for all entries with invalid syntax, or with unknown or repeated classes; for two classes
+      of one name.
   """
   first, used, invalid = {}, set(), []
   for entry in entries:
@@ -117,7 +119,13 @@ def merged(entries: tuple[str, ...], names: tuple[str, ...]) -> tuple[tuple[str,
     raise UserError(
       f"task.merge has {invalid}; write 'NEW=NAME+NAME..' with classes of {', '.join(names)}, each in one entry only."
     )
-  return tuple(first.get(k, (name, (k,))) for k, name in enumerate(names) if k in first or k not in used)
+  result = tuple(first.get(k, (name, (k,))) for k, name in enumerate(names) if k in first or k not in used)
+  count = collections.Counter(name for name, _ in result)
+  if twice := [name for name in count if count[name] > 1]:
+    raise UserError(
+      f"task.merge leaves several classes named {', '.join(twice)}; choose another NEW, or merge them all."
+    )
+  return result
 
 
 def described_merge(merge: tuple[tuple[str, tuple[int, ...]], ...], names: tuple[str, ...]) -> str:
