@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 from vpd_jax import optim
 from vpd_jax.config import fields, loader
@@ -139,7 +139,7 @@ class Experiment(NamedTuple):
 
 
 def _rest(section: ConfigDict, without: tuple[str, ...] = ("name",)) -> Fields:
-  return {key: value for key, value in section.items() if key not in without}
+  return {key: loader.as_tuples(value) for key, value in section.items() if key not in without}
 
 
 def dtype(config: ConfigDict, field: str) -> DTypeLike:
@@ -167,7 +167,7 @@ def sizes(config: ConfigDict) -> BackboneSizes:
   problems = [fields.misfit(cls, sections[part], f"config.backbone.{part}") for part, cls in classes.items()]
   if problems := list(filter(None, problems)):
     raise UserError("; ".join(problems) + ".")
-  arguments = {part: dict(FrozenConfigDict(section)) for part, section in sections.items()}  # hashable
+  arguments = {part: _rest(section, ()) for part, section in sections.items()}
   arguments["unet"] |= {key: arguments["unet"].get(key) or None for key in ("num_heads", "head_width")}
   return BackboneSizes(**{part: cls(**arguments[part]) for part, cls in classes.items()})
 
@@ -203,12 +203,11 @@ def _builder(config: ConfigDict, task: Task, classes: tuple[str, ...], training:
   method = fields.look_up(METHODS, config.method, "method", more=known.text_options if known else ())
   neck = fields.look_up(NECKS, config.neck, "neck")
   head = fields.look_up(HEADS, config.head, "head", required=task.output)
-  options = lambda values: tuple(FrozenConfigDict(values).items())  # hashable
   return ModelBuilder(
     setup,
-    Part(method, options(_rest(config.method, ("name", *method.text_options)))),
-    Part(neck, options(_rest(config.neck))),
-    Part(head, options(_rest(config.head) | task.output)),
+    Part(method, tuple(_rest(config.method, ("name", *method.text_options)).items())),
+    Part(neck, tuple(_rest(config.neck).items())),
+    Part(head, tuple((_rest(config.head) | task.output).items())),
   )
 
 

@@ -29,8 +29,13 @@ def test_images_are_those_of_the_evaluation(script, monkeypatch, tmp_path, capsy
 
 
 def test_what_cannot_be_drawn_is_one_line(script, monkeypatch, tmp_path, capsys):
-  with pytest.raises(SystemExit, match=r"^make_rooms_pictures: eval_count=0 must be a whole number of at least 1\.$"):
+  with pytest.raises(SystemExit, match="2"):
     run(script, monkeypatch, tmp_path / "out", "--count=0")
+  assert "--count=0 must be at least 1; see --help" in capsys.readouterr().err
+  with pytest.raises(
+    SystemExit, match=r"^make_rooms_pictures: --output='gs://bucket/out' is in a bucket; give a local"
+  ):
+    run(script, monkeypatch, "gs://bucket/out", "--count=1")
   with pytest.raises(SystemExit, match="2"):
     run(script, monkeypatch, tmp_path / "out", "--frames=4", "--size", "47", "64")
   assert "--size 47 64: a video needs even sides; see --help" in capsys.readouterr().err

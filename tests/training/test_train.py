@@ -51,6 +51,9 @@ class Scored:
   def report(self, scores, rows):
     return str(scores)
 
+  def comparison(self, scores):
+    return ""
+
 
 class Batches:
   skipped = 0

@@ -28,6 +28,7 @@ from vpd_jax.errors import UserError
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones.clip_text import ClipText, TextSizes
 from vpd_jax.models.initializers import InitKeys
+from vpd_jax.models.layer_options import Common
 from vpd_jax.monitoring import progress
 from vpd_jax.types import Array, ParamDict
 
@@ -149,7 +150,7 @@ def load_text_encoder(path: str | epath.PathLike, *, dtype: DTypeLike, sizes: Te
   sizes = sizes if stated is None else TextSizes(**stated["text"])
   if sizes is None:
     raise UserError(f"{path} is not a folder with text_encoder/, and the sizes of its text encoder are not known.")
-  spec = params_lib.describe(lambda: ClipText(sizes, dtype=dtype, param_dtype=dtype, rngs=InitKeys(0)))
+  spec = params_lib.describe(lambda: ClipText(sizes, **Common(dtype, dtype, InitKeys(0)).layer))
   named = clip.load_text(path, spec.shapes)
   return TextEncoder(spec, {name: jnp.asarray(value) for name, value in named.items()})
 

@@ -21,6 +21,7 @@ from vpd_jax.errors import UserError
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones.clip_text import ClipText, TextSizes
 from vpd_jax.models.initializers import InitKeys
+from vpd_jax.models.layer_options import Common
 from vpd_jax.types import Array, ParamDict
 
 OPTION = "init.clip"
@@ -138,8 +139,8 @@ def name_vectors(
 
   Source: Radford et al. 2021, section 3.1.4; openai/CLIP notebooks/Prompt_Engineering_for_ImageNet.ipynb.
   """
-  dtypes = {"dtype": jnp.float32, "param_dtype": jnp.float32}
-  spec = params_lib.describe(lambda: ClipText(sizes, projection=projection, **dtypes, rngs=InitKeys(0)))
+  options = Common(jnp.float32, jnp.float32, InitKeys(0)).layer
+  spec = params_lib.describe(lambda: ClipText(sizes, projection=projection, **options))
   weights = clip.load_text(path, spec.shapes, projected=True)
   sentences = [template.replace("{}", name.replace("_", " ")) for name in names for template in templates]
   tokens = tokenizer.tokenize(sentences, text_tokenizer, vocabulary=sizes.vocab_size, length=sizes.positions)

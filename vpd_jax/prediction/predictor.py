@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import os
-from collections.abc import Iterable, Iterator, MappingView, Sequence
+from collections.abc import Iterable, Iterator, KeysView, Sequence, ValuesView
 from pathlib import Path
 from typing import Any, cast
 
@@ -373,7 +373,7 @@ def _as_list(images: Images) -> tuple[list[object], bool]:
   """The images as a list, and whether a single one was given, i.e. no iterable and no array [B, H, W, C]."""
   if isinstance(images, str | os.PathLike | Image.Image):
     return [images], True
-  if isinstance(images, Sequence | Iterator | MappingView):  # not Iterable, which arrays are
+  if isinstance(images, Sequence | Iterator | KeysView | ValuesView):  # not Iterable, which arrays are
     return list(images), False
   array = np.asarray(images)
   return ([array], True) if array.ndim < 4 else (list(array), False)

@@ -62,7 +62,8 @@ def test_boxes_of_a_detector_are_taken_as_they_are(root):
     "1 images have no detection and count as such",
   ]
   fewer = data(root, box_threshold=0.75).source("eval")
-  assert len(fewer) == 3 and "4 detections with a score of 0.75 or below are left out" in fewer.notes
+  assert len(fewer) == 3 and "4 detections with a score below 0.75 are left out" in fewer.notes
+  assert len(data(root, box_threshold=0.8).source("eval")) == 3  # a score of 0.8 is kept, as in the release
   assert len(data(root, boxes="annotated").source("eval")) == 4
 
 

@@ -196,7 +196,7 @@ def test_errors_of_lists_are_one_line(root, text, message):
 
 
 def test_a_missing_list_is_named(root):
-  check_message("list file 'no.txt' is neither in", lambda: data(root, eval_list="no.txt").source("eval"))
+  check_message("list file 'no.txt' is neither here nor in", lambda: data(root, eval_list="no.txt").source("eval"))
   check_message("split='test' is unknown", lambda: data(root).source("test"))
 
 

@@ -115,7 +115,7 @@ def test_errors_of_options_are_one_line(tmp_path, root):
 def test_errors_of_lists_are_one_line(root):
   check_message("split='test' is unknown", lambda: nyu.Nyu(root=str(root)).source("test"))
   check_message(
-    "list file 'no.txt' is neither in", lambda: nyu.Nyu(root=str(root), train_list="no.txt").source("train")
+    "list file 'no.txt' is neither here nor in", lambda: nyu.Nyu(root=str(root), train_list="no.txt").source("train")
   )
   (root / "train_list.txt").write_text("a.jpg b.png\nc.jpg\n")
   check_message("lines 2 do not hold the image and the ground truth", lambda: nyu.Nyu(root=str(root)).source("train"))

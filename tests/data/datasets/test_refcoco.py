@@ -131,7 +131,7 @@ def test_batches_hold_what_the_task_reads(root):
   made = pipeline.eval_batches(data, batch_size=3, keys=("image", "mask", "full_mask", "full_size", "image_id"))
   batches = list(made)
   assert [b["real"].tolist() for b in batches] == [[True] * 3, [True, False, False]]
-  assert batches[0]["full_mask"].shape == (3, 64, 64) and data.provides >= batches[0].keys() - {"real"}
+  assert batches[0]["full_mask"].shape == (3, 64, 64) and data.provides >= batches[0].keys() - set(pipeline.PADDING)
   trained = next(pipeline.train_batches(data, batch_size=4, seed=0, keys=("image", "mask")))
   assert trained["image"].shape == (4, 32, 32, 3) and trained["mask"].shape == (4, 32, 32)
 

@@ -127,7 +127,8 @@ def test_the_class_token_of_a_trained_transformer_is_the_context():
 def test_without_training_a_rule_of_the_recipe_may_be_unused():
   """The class token leaves no mixture, which the recipe of the release trains faster."""
   config = tiny.shrunk(loader.load("configs/nyu_depth.py:eco_depth,tiny")).unlock()
-  config.method.prompt, config.backbone.vit.width = "class_token", config.backbone.unet.context_dim
+  config.method.update(prompt="class_token", embeddings=100)
+  config.backbone.vit.width = config.backbone.unet.context_dim
   with pytest.raises(ValueError, match=r"rules that match no array: \['/embeddings\$'\]"):
     experiment.assemble(config)
   assert experiment.assemble(config, training=False).method.map_info.tokens[0] == 1

@@ -121,9 +121,9 @@ def merged(entries: tuple[str, ...], names: tuple[str, ...]) -> tuple[tuple[str,
     )
   result = tuple(first.get(k, (name, (k,))) for k, name in enumerate(names) if k in first or k not in used)
   count = collections.Counter(name for name, _ in result)
-  if twice := [name for name in count if count[name] > 1]:
+  if twice := [name for name, _ in first.values() if count[name] > 1]:
     raise UserError(
-      f"task.merge leaves several classes named {', '.join(twice)}; choose another NEW, or merge them all."
+      f"task.merge leaves several classes named {', '.join(sorted(set(twice)))}; choose another NEW, or merge them all."
     )
   return result
 
