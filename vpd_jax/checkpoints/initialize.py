@@ -334,6 +334,8 @@ def resume_or_start(
   if step is None:
     return new_state(config, exp, mesh)
   saved_config = checkpoints.restore_config(step)
+  if saved_config["data"].get("keypoints") == []:  # an earlier version stored no names that the data set reads
+    saved_config["data"]["keypoints"] = list(config.data.keypoints)
   changed = loader.differences(saved_config, config)
   if changed and not accept_changes:
     raise UserError(

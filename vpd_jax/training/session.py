@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from vpd_jax import experiment
 from vpd_jax.checkpoints import initialize, workdir_lock
+from vpd_jax.config import fields, loader
 from vpd_jax.convert.finite import check_finite
 from vpd_jax.data import pipeline
 from vpd_jax.distributed import sharding
@@ -55,7 +56,7 @@ class TrainingSession:
       ValueError: in one line, for anything that cannot be assembled or found.
     """
     with progress.phase("assemble"):
-      config = initialize.with_backbone_sizes(config, initialize.source_of(config))
+      config = with_keypoint_names(initialize.with_backbone_sizes(config, initialize.source_of(config)))
       self._config, self._workdir, self._accept_changes = config, os.path.expanduser(workdir), accept_changes
       self._experiment = experiment.assemble(config)
     initialize.check_training(config, self._experiment)
@@ -204,6 +205,18 @@ class TrainingSession:
         return next(batches)
 
     self._unchecked = check_finite(self._unchecked, self.state, batch_of)
+
+
+def with_keypoint_names(config: ConfigDict) -> ConfigDict:
+  """The config with the names of keypoints that its data set reads from its files, which prediction then does not need.
+
+  Raises:
+    ValueError: the file cannot be read, or names no keypoints.
+  """
+  if config.data.get("keypoints") != ():
+    return config
+  known = fields.look_up(experiment.DATASETS, config.data, "data", more=experiment.NOT_OF_THE_DATASET)
+  return loader.changed(config, {"data.keypoints": known.info(config.data).keypoints.names})
 
 
 def training_batches(
