@@ -65,15 +65,11 @@ def pictures(predictor) -> list[dict]:
 
   from vpd_jax.data.datasets import rooms
 
-  made = []
+  made, classes = [], len(predictor.experiment.classes) if predictor.takes_class else 0
   for i in range(PICTURES):
     room = rooms.draw(1, "eval", i, predictor.input_size)
     words = {"sentences": [rooms.sentences(room)[0][0]]} if predictor.takes_sentence else {}
-    words |= (
-      {"class_id": min(i, len(predictor.experiment.classes)) - 1}
-      if predictor.takes_class and predictor.experiment.classes
-      else {}
-    )
+    words |= {"class_id": min(i, classes) - 1} if classes else {}
     made.append(predictor.batch(room.image[None].astype(np.float32) / 255, **words))
   return made
 

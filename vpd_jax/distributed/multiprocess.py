@@ -229,9 +229,9 @@ def _gpus_of_task(environment: Mapping[str, str]) -> "Fields":
   visible = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
   if "SLURM_STEP_NODELIST" not in environment or not visible or environment.get("JAX_LOCAL_DEVICE_IDS"):
     return {}
-  tasks = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))  # "4", "4(x2)" or "4,3"
-  alone = "," not in environment.get("SLURM_STEP_TASKS_PER_NODE", "") and tasks is not None and tasks[0] == "1"
-  return {"local_device_ids": list(range(len(visible)))} if alone or len(visible) == 1 else {}
+  tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "")  # "4", "4(x2)" or "4,3"
+  alone = re.fullmatch(r"1(\(x\d+\))?", tasks) or len(visible) == 1
+  return {"local_device_ids": list(range(len(visible)))} if alone else {}
 
 
 def _metadata(key: str) -> str:
