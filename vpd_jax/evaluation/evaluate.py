@@ -321,7 +321,7 @@ def class_scores(task: Task, rows: Rows) -> list[Fields]:
 
 
 def _in_order(prediction: Array, position: Array) -> np.ndarray:
-  """The predictions of all processes in the order of the records, in which a mesh need not have its devices."""
+  """The predictions of all processes, sorted by record: a mesh may have its devices in another order."""
   gathered = _gathered({"prediction": prediction, "position": position})
   return gathered["prediction"][np.argsort(gathered["position"])]
 

@@ -17,10 +17,9 @@ from vpd_jax.files import paths, reading
 from vpd_jax.inference import camera, top_down
 from vpd_jax.inference import images as images_lib
 from vpd_jax.monitoring import progress
-from vpd_jax.prediction.predictor import Predictor, trained_weights
+from vpd_jax.prediction.predictor import BATCH_SIZE, Predictor, trained_weights
 from vpd_jax.types import ClassAttentionTask, DepthTask, Fields
 
-BATCH_SIZE = 4  # images
 FOCAL = "give the focal length in pixels of the images, a number above 0."
 
 

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from vpd_jax.errors import UserError
 from vpd_jax.files import atomic
 from vpd_jax.monitoring import progress
-from vpd_jax.prediction.predict_folder import BATCH_SIZE, check_flags, check_output, say_origin
-from vpd_jax.prediction.predictor import Predictor, trained_weights
+from vpd_jax.prediction.predict_folder import check_flags, check_output, say_origin
+from vpd_jax.prediction.predictor import BATCH_SIZE, Predictor, trained_weights
 from vpd_jax.types import DepthTask
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm")

@@ -27,7 +27,7 @@ from vpd_jax.prediction import protocols
 from vpd_jax.types import Batch, Fields, Outputs, ParamDict, Weights
 
 Images = object | Iterable[object]  # see images_lib.as_image
-BATCH_SIZE = 4  # images that `predict_each` reads at a time, or more if a batch holds more
+BATCH_SIZE = 4  # images that are read at a time; `predict_each` reads more if a batch holds more
 
 
 @dataclasses.dataclass(repr=False)
