@@ -3,16 +3,17 @@
 python -m vpd_jax.main --config=configs/ade20k_seg.py --config.data.root=/data/ADEChallengeData2016 \
     --config.init.pretrained=/weights/stable-diffusion-v1-5
 
-The argument is a list of words: a method (vpd, meta_prompts, iedp, eco_depth, tadp), and a size (sd21: Stable Diffusion
-2.1; tiny: the small network of the tests).
-Multi-scale and mirrored: --config.eval.test_time='("resize:2048:512", "slide:512:341", "ms:1:1.125:1.25:1.375:1.5",
-"flip")', as VPD publishes it, or "ms:0.5:0.75:1:1.25:1.5:1.75:2" for MetaPrompts. Pictures shorter than 512 there get
-smaller windows of a few shapes; exactly the release's, each shape compiled: --config.eval.small_images=whole.
+Variants, comma-separated: a method (vpd, meta_prompts, iedp, eco_depth, tadp) and a size (sd21: Stable Diffusion 2.1;
+tiny: the small network of the tests).
 
-TADP reads a caption of every picture: --config.data.captions=FILE.
+Multi-scale with flipping: --config.eval.test_time='("resize:2048:512", "slide:512:341", "ms:1:1.125:1.25:1.375:1.5",
+"flip")' as in VPD, "ms:0.5:0.75:1:1.25:1.5:1.75:2" for MetaPrompts. Scaled images with a side below 512 get smaller
+windows of a few shapes; --config.eval.small_images=whole uses exactly the release's shapes and compiles each.
+
+TADP reads a caption of every image: --config.data.captions=FILE.
 
 Expected mIoU, single-scale / multi-scale: VPD 53.7 / 54.6, MetaPrompts 55.83 / 56.81, IEDP 55.9 / not published, TADP
-55.9, at which scales is not said. Ours: not yet run.
+55.9 (scales not stated). Ours: not yet run.
 """
 
 import ml_collections
@@ -21,7 +22,7 @@ from vpd_jax.config import loader, presets
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-  """The config of the words in `argument`."""
+  """The config of the comma-separated variants in `argument`."""
   words = loader.parse_variant(argument, method=presets.methods(), size=presets.sizes())
   method, tiny = words["method"], words["size"] == "tiny"
   config = ml_collections.ConfigDict(presets.run(num_steps=80_000, log_every=50, eval_every=8000, save_every=2000))

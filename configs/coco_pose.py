@@ -3,13 +3,13 @@
 python -m vpd_jax.main --config=configs/coco_pose.py:meta_prompts --config.data.root=/data/coco \
     --config.init.pretrained=/weights/v1-5-pruned-emaonly.ckpt
 
-The argument is a list of words: a method (vpd, meta_prompts, iedp, eco_depth, tadp), a size of the crop (256x192,
-384x288, 512x384, 1024x768), a length (210epochs, 42epochs), and a size (sd21: Stable Diffusion 2.1; tiny: the small
-network of the tests, with a crop of its own). TADP reads a caption of every picture: --config.data.captions=FILE.
+Variants, comma-separated: a method (vpd, meta_prompts, iedp, eco_depth, tadp), a crop size (256x192, 384x288, 512x384,
+1024x768), a length (210epochs, 42epochs), and a network size (sd21: Stable Diffusion 2.1; tiny: the small network of
+the tests, with its own crop size). TADP reads a caption of every image: --config.data.captions=FILE.
 
-No paper's code for pose is published: data, loss, decoding and scores are ViTPose's, in mmpose 0.x; prompts, heads and
-the rate of the UNet are assumptions, see presets/pose.py. Scores are with the boxes of
-COCO_val2017_detections_AP_H_56_person.json; those with other boxes cannot be compared.
+None of the papers published code for pose. Data, loss, decoding, and scores follow ViTPose in mmpose 0.x; prompts,
+heads, and the UNet's learning rate are assumptions, see presets/pose.py. Scores use the boxes of
+COCO_val2017_detections_AP_H_56_person.json and cannot be compared with those of other boxes.
 
 Expected AP on val2017: MetaPrompts 79.0 (a results page; size, head and epochs are not known). VPD and IEDP: not
 published. Ours: not yet run.
@@ -26,7 +26,7 @@ ITERATIONS = 293  # per epoch: 149 813 people over 512
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-  """The config of the words in `argument`."""
+  """The config of the comma-separated variants in `argument`."""
   words = loader.parse_variant(
     argument, method=presets.methods("meta_prompts"), crop=tuple(SIGMAS), length=tuple(LENGTHS), size=presets.sizes()
   )

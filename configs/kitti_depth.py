@@ -3,14 +3,13 @@
 python -m vpd_jax.main --config=configs/kitti_depth.py --config.data.root=/data/kitti \
     --config.init.pretrained=/weights/stable-diffusion-v1-5
 
-The argument is a list of words: a method (vpd, meta_prompts, iedp, eco_depth, tadp), a size (sd21: Stable Diffusion
-2.1; tiny: the small network of the tests). EcoDepth has a recipe of its own: crops of 352 x 640, a global batch of 32
-(8 GPUs x 4), scores of two halves, see presets.eco_depth_recipe; its classifier of ImageNet is given by
---config.init.vit.
+Variants, comma-separated: a method (vpd, meta_prompts, iedp, eco_depth, tadp) and a size (sd21: Stable Diffusion 2.1;
+tiny: the small network of the tests). EcoDepth has its own recipe: crops of 352 x 640, a global batch of 32 (8 GPUs x
+4), predictions from two halves, see presets.eco_depth_recipe; its ImageNet classifier is given by --config.init.vit.
 
-KITTI states no class of the scene. A method that is told one gets the same for every frame, `data.scene`: VPD, whose
-method.prompt is "scene_class", the vector encoded from that word; IEDP in training "a photo of a street". data.scene=""
-provides none, and a method that needs one is then refused at assembly.
+KITTI has no scene classes. A method that takes one gets the same class for every frame, `data.scene`: VPD, whose
+method.prompt is "scene_class", the embedding of that word; IEDP in training "a photo of a street". data.scene=""
+provides none; a method that needs one is then refused when the model is assembled.
 
 Expected: for MetaPrompts, RMSE 1.928, d1 0.981 (its README). VPD has lists for KITTI but no loader, and no number.
 For EcoDepth, SqRel 0.139 (its abstract). Ours: not yet run.
@@ -25,7 +24,7 @@ ECO_DEPTH_ITERATIONS = 723  # 23 158 frames over 8 x 4, the rest dropped
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-  """The config of the words in `argument`."""
+  """The config of the comma-separated variants in `argument`."""
   words = loader.parse_variant(argument, method=presets.methods(), size=presets.sizes())
   method, tiny = words["method"], words["size"] == "tiny"
   config = ml_collections.ConfigDict(

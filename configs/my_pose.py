@@ -1,10 +1,10 @@
-"""Keypoints of your own, of people or of anything else: annotations in COCO's format. Copy this file and change it.
+"""Your own keypoints, of people or anything else: annotations in COCO's format. Copy and edit this file.
 
 python -m vpd_jax.main --config=configs/my_pose.py --config.data.root=/data/mine \
     --config.init.pretrained=/weights/stable-diffusion-v1-5
 
-The argument is a list of words: a method (vpd, meta_prompts, iedp, eco_depth, tadp), and a size (sd21: Stable Diffusion
-2.1; tiny: the small network of the tests).
+Variants, comma-separated: a method (vpd, meta_prompts, iedp, eco_depth, tadp) and a size (sd21: Stable Diffusion 2.1;
+tiny: the small network of the tests).
 """
 
 import ml_collections
@@ -17,7 +17,7 @@ SKELETON = (("nose", "left_eye"), ("nose", "right_eye"), ("nose", "tail"))  # li
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-  """The config of the words in `argument`."""
+  """The config of the comma-separated variants in `argument`."""
   words = loader.parse_variant(argument, method=presets.methods(), size=presets.sizes())
   tiny, steps = words["size"] == "tiny", 20_000
   config = ml_collections.ConfigDict(presets.run(num_steps=steps, log_every=50, eval_every=1000, save_every=1000))

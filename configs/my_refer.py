@@ -1,9 +1,9 @@
-"""Referring segmentation on data of your own: pictures, masks and sentences in one JSON file. Copy and change it.
+"""Referring segmentation on your own data: images, masks, and sentences in one JSON file. Copy and edit this file.
 
 python -m vpd_jax.main --config=configs/my_refer.py --config.data.root=/data/mine \
     --config.init.pretrained=/weights/stable-diffusion-v1-5
 
-The argument is a list of words: a method (vpd; as experiments of ours meta_prompts, iedp, eco_depth and tadp), and a
+Variants, comma-separated: a method (vpd; meta_prompts, iedp, eco_depth, and tadp are extensions of this project) and a
 size (sd21: Stable Diffusion 2.1; tiny: the small network of the tests). The file is described in
 vpd_jax/data/datasets/refer_list.py.
 """
@@ -14,7 +14,7 @@ from vpd_jax.config import loader, presets
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-  """The config of the words in `argument`."""
+  """The config of the comma-separated variants in `argument`."""
   words = loader.parse_variant(argument, method=presets.methods(), size=presets.sizes())
   tiny = words["size"] == "tiny"
   config = ml_collections.ConfigDict(presets.run(num_steps=20_000, log_every=50, eval_every=1000, save_every=1000))

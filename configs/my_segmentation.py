@@ -1,10 +1,10 @@
-"""Segmentation of data of your own: folders of pictures and masks, a list of classes. Copy this file and change it.
+"""Segmentation on your own data: folders of images and masks, a list of classes. Copy and edit this file.
 
 python -m vpd_jax.main --config=configs/my_segmentation.py --config.data.root=/data/mine \
     --config.init.pretrained=/weights/stable-diffusion-v1-5
 
-The argument is a list of words: a method (vpd, meta_prompts, iedp, eco_depth, tadp), and a size (sd21: Stable Diffusion
-2.1; tiny: the small network of the tests).
+Variants, comma-separated: a method (vpd, meta_prompts, iedp, eco_depth, tadp) and a size (sd21: Stable Diffusion 2.1;
+tiny: the small network of the tests).
 """
 
 import ml_collections
@@ -15,7 +15,7 @@ CLASSES = ("background", "person", "dog")  # in the order of the numbers in the 
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-  """The config of the words in `argument`."""
+  """The config of the comma-separated variants in `argument`."""
   words = loader.parse_variant(argument, method=presets.methods(), size=presets.sizes())
   tiny = words["size"] == "tiny"
   config = ml_collections.ConfigDict(presets.run(num_steps=20_000, log_every=50, eval_every=1000, save_every=1000))

@@ -3,11 +3,11 @@
 python -m vpd_jax.main --config=configs/nyu_depth.py --config.data.root=/data/nyu_depth_v2 \
     --config.init.pretrained=/weights/stable-diffusion-v1-5
 
-The argument is a list of words: a method (vpd, meta_prompts, iedp, eco_depth, tadp), a size (sd21: Stable Diffusion
-2.1; tiny: the small network of the tests). EcoDepth has a recipe of its own: whole pictures, a global batch of 32 (8
-GPUs x 4), see presets.eco_depth_recipe; its classifier of ImageNet is given by --config.init.vit.
+Variants, comma-separated: a method (vpd, meta_prompts, iedp, eco_depth, tadp) and a size (sd21: Stable Diffusion 2.1;
+tiny: the small network of the tests). EcoDepth has its own recipe: whole images, a global batch of 32 (8 GPUs x 4), see
+presets.eco_depth_recipe; its ImageNet classifier is given by --config.init.vit.
 
-TADP reads a caption of every picture: --config.data.captions=FILE.
+TADP reads a caption of every image: --config.data.captions=FILE.
 
 Expected: RMSE 0.254, d1 0.964 for VPD, 0.223 and 0.976 for MetaPrompts (their READMEs), 0.218 and 0.978 for EcoDepth
 (issue 11 of its repository), 0.225 and 0.976 for TADP. Ours: not yet run.
@@ -22,7 +22,7 @@ ECO_DEPTH_ITERATIONS = 757  # 24 231 frames over 8 x 4, the rest dropped
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-  """The config of the words in `argument`."""
+  """The config of the comma-separated variants in `argument`."""
   words = loader.parse_variant(argument, method=presets.methods(), size=presets.sizes())
   tiny = words["size"] == "tiny"
   config = ml_collections.ConfigDict(

@@ -42,7 +42,7 @@ def read(workdir: pathlib.Path) -> Run:
   """The curves of a workdir; of a step that was logged again after a restart, the last.
 
   Raises:
-    UserError: no metrics, a line that is no JSON, or no loss.
+    UserError: no metrics, a line that is not valid JSON, or no loss.
   """
   path = workdir / "metrics.jsonl"
   if not path.is_file():
@@ -52,7 +52,7 @@ def read(workdir: pathlib.Path) -> Run:
     try:
       entry = json.loads(line)
     except json.JSONDecodeError:
-      raise UserError(f"{path}, line {number} is no JSON; the run may still be writing.") from None
+      raise UserError(f"{path}, line {number} is not valid JSON; the run may still be writing.") from None
     if LOSS in entry:
       losses[entry["step"]] = float("nan") if entry[LOSS] is None else float(entry[LOSS])
     if SPEED in entry:

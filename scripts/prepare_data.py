@@ -31,9 +31,8 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from vpd_jax.data.readers import image_files
 from vpd_jax.data.shards import reader, writer
-from vpd_jax.errors import Parser, UserError, one_line
+from vpd_jax.errors import SHOWN, Parser, UserError, first_items, one_line
 from vpd_jax.experiment import DATASETS
 from vpd_jax.types import Published
 
@@ -78,8 +77,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   return options
 
 
-def make(name: str, root: str, settings: list[str], *, check_only: bool) -> Any:
-  """The data set with the given options.
+def make(name: str, root: str, settings: list[str], *, check_only: bool, accept: tuple[str, ...] = ()) -> Any:
+  """The data set with the given options; with "counts" in `accept`, one that itself accepts an incomplete copy.
 
   Raises:
     ValueError: an option it does not have, or that it refuses; shards are wanted, and it reads none.
@@ -94,7 +93,8 @@ def make(name: str, root: str, settings: list[str], *, check_only: bool) -> Any:
     raise UserError(f"--set {unknown[0]} is no option of {name!r}; it has {', '.join(known)}.")
   if needed := [o for o in known if options[o].default is inspect.Parameter.empty and o not in given]:
     raise UserError(f"{name} needs {', '.join(needed)}; give {' '.join(f'--set {o}=...' for o in needed)}.")
-  return DATASETS[name](root=root, **{option: value(text) for option, text in given.items()})
+  accepted = {"complete": False} if "counts" in accept and "complete" in known else {}
+  return DATASETS[name](root=root, **(accepted | {option: value(text) for option, text in given.items()}))
 
 
 def value(text: str) -> Any:
@@ -115,11 +115,13 @@ def check(dataset: Any, splits: tuple[str, ...], accept: tuple[str, ...], say: C
     except UserError as error:
       wrong.append(f"{split}: {str(error).rstrip('.')}")
   for split, source in sources.items():
-    count = published.counts.get(split, len(source))
-    if len(source) != count and "counts" not in accept:
+    count = published.counts.get(split)
+    if count not in (None, len(source)) and "counts" not in accept:
       wrong.append(f"{split} has {len(source)} records, published are {count} (--accept counts continues)")
     looked = survey(source, published, split)
     say(f"{split}: {summary(looked, published, count)}")
+    for note in source.notes:
+      say(f"{split}: {note}")
     wrong += [f"{split}: {fault}" for fault in faults(source, looked, published, accept)]
   return wrong
 
@@ -150,10 +152,10 @@ def look(source: Any, index: int, published: Published) -> Seen:
   return Seen(example["image"].shape[:2], ranges, missing)
 
 
-def summary(looked: list[Seen], published: Published, count: int) -> str:
-  """A summary of a split in one line."""
+def summary(looked: list[Seen], published: Published, count: int | None) -> str:
+  """A summary of a split in one line; `count` is the published number of records."""
   readable = [seen for seen in looked if not seen.error]
-  compared = f"published are {count}" if published.counts else "there is no published number"
+  compared = "there is no published number" if count is None else f"published are {count}"
   sizes = collections.Counter(seen.size for seen in readable).most_common(3)
   parts = [f"{len(looked)} records ({compared})", "sizes " + ", ".join(f"{h}x{w} ({n})" for (h, w), n in sizes)]
   for key in published.ranges:
@@ -170,15 +172,15 @@ def faults(source: Any, looked: list[Seen], published: Published, accept: tuple[
   found = []
   errors = [seen.error for seen in looked if seen.error]
   if errors:
-    found.append(f"{len(errors)} records cannot be read: {first(errors)}")
+    found.append(f"{len(errors)} records cannot be read: {first_items([error.rstrip('.') for error in errors])}")
   readable = [index for index, seen in enumerate(looked) if not seen.error]
   other = [index for index in readable if published.size and looked[index].size != published.size]
   if other and "sizes" not in accept:
-    names = [
-      f"{label(source, index)} ({'x'.join(map(str, looked[index].size))})" for index in other[: image_files.SHOWN]
-    ]
+    names = [f"{label(source, index)} ({'x'.join(map(str, looked[index].size))})" for index in other[:SHOWN]]
     wanted = "x".join(map(str, published.size))
-    found.append(f"{len(other)} images are not {wanted}: {first(names, len(other))} (--accept sizes continues)")
+    found.append(
+      f"{len(other)} images are not {wanted}: {first_items(names, total=len(other))} (--accept sizes continues)"
+    )
   for key, (low, high) in published.ranges.items():
     beyond = [
       index
@@ -186,9 +188,9 @@ def faults(source: Any, looked: list[Seen], published: Published, accept: tuple[
       if not (seen := looked[index].ranges[key]) or not (low <= seen[0] and seen[1] <= high)  # NaN is beyond too
     ]
     if beyond and "values" not in accept:
-      names = [f"{label(source, index)} ({shown(looked[index].ranges[key])})" for index in beyond[: image_files.SHOWN]]
+      names = [f"{label(source, index)} ({shown(looked[index].ranges[key])})" for index in beyond[:SHOWN]]
       found.append(
-        f"{key} of {len(beyond)} records is not within {low:g} to {high:g}: {first(names, len(beyond))} "
+        f"{key} of {len(beyond)} records is not within {low:g} to {high:g}: {first_items(names, total=len(beyond))} "
         "(--accept values continues)"
       )
   return found
@@ -203,19 +205,13 @@ def label(source: Any, index: int) -> str:
   return source.record(index).get("image_path", f"record {index}")
 
 
-def first(names: list[str], count: int | None = None) -> str:
-  """The first ten."""
-  more = (len(names) if count is None else count) > image_files.SHOWN
-  return ", ".join(name.rstrip(".") for name in names[: image_files.SHOWN]) + (", ..." if more else "")
-
-
 def run(options: argparse.Namespace, say: Callable[[str], None] = progress.write) -> None:
   """Checks and writes.
 
   Raises:
     ValueError: in one line, everything that is wrong.
   """
-  dataset = make(options.name, options.root, options.set, check_only=options.check_only)
+  dataset = make(options.name, options.root, options.set, check_only=options.check_only, accept=options.accept)
   write = {"name": options.name, "splits": options.splits, "shard_bytes": max(int(options.shard_mb * 2**20), 1)}
   if not options.check_only:
     output = writer.check_output(options.output)

@@ -35,7 +35,6 @@ NAMES = {"vpd": "VPD", "meta_prompts": "MetaPrompts", "iedp": "IEDP", "eco_depth
 # Initial weights, by size of configs/rooms.py.
 STARTS = {"small": "from the weights", "small_scratch": "from random initialization"}
 SEEDS = (0, 1, 2)
-STEPS = 80  # of every run
 CALLS = 20  # of the network, of which the fastest is reported
 Record = dict[str, Any]
 
@@ -49,6 +48,7 @@ class Rows(NamedTuple):
     heading: name and unit of the score in the table.
     baselines: trivial predictors below eval/trivial/, and their names in the table.
     data: name of the data set.
+    steps: number of training steps of every run.
   """
 
   task: str
@@ -56,6 +56,7 @@ class Rows(NamedTuple):
   heading: str
   baselines: dict[str, str]
   data: str = "rooms"
+  steps: int = 80
 
 
 TASKS = (
@@ -90,7 +91,8 @@ TASKS = (
     "AP",
     "AP",
     {"mean_pose": "mean pose", "linear_crop": "linear regression on the crop"},
-    "room_figures",
+    data="room_figures",
+    steps=160,
   ),
 )
 
@@ -100,9 +102,10 @@ def config_string(rows: Rows, method: str, start: str) -> str:
   return f"configs/rooms.py:{rows.task},{method},{start}"
 
 
-def fields(seed: int) -> dict[str, Any]:
+def fields(rows: Rows, seed: int) -> dict[str, Any]:
   """Config fields set by a run."""
-  lengths = {"num_steps": STEPS, "eval_every": STEPS, "save_every": STEPS // 4, "log_every": 10}
+  steps = rows.steps
+  lengths = {"num_steps": steps, "eval_every": steps, "save_every": steps // 4, "log_every": 10}
   return lengths | {"keep": 1, "keep_best": 0, "seed": seed}
 
 
@@ -111,7 +114,7 @@ def digest(rows: Rows, method: str, start: str, seed: int) -> str:
   from vpd_jax.config import loader
 
   config = loader.load(config_string(rows, method, start)).unlock()
-  config.update(fields(seed))
+  config.update(fields(rows, seed))
   return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -152,7 +155,7 @@ def train(rows: Rows, method: str, start: str, seed: int) -> Record:
   folder = ROOT / "runs" / "rooms_table" / f"{rows.task}-{method}-{start}-{seed}-{config}"
   command = [sys.executable, "-m", "vpd_jax.main", f"--config={config_string(rows, method, start)}"]
   command += [f"--workdir={folder}"]
-  command += [f"--config.{name}={value}" for name, value in fields(seed).items()]
+  command += [f"--config.{name}={value}" for name, value in fields(rows, seed).items()]
   printed, seconds, peak = child(command, folder / "printed.txt")
   step = re.search(r"compiled;.* ([\d.]+) GiB", printed)
   lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -161,7 +164,7 @@ def train(rows: Rows, method: str, start: str, seed: int) -> Record:
     "method": method,
     "start": start,
     "seed": seed,
-    "steps": STEPS,
+    "steps": rows.steps,
     "config": config,
     "device": device(),
     "minutes": round(seconds / 60, 2),

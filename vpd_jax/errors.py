@@ -1,8 +1,10 @@
 """User-facing errors: one line that states the invalid input, what is required and how to fix it."""
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NoReturn
+
+SHOWN = 10  # items listed in a message
 
 
 class UserError(ValueError):
@@ -24,6 +26,18 @@ def one_line(error: BaseException, *, with_type: bool = False) -> str:
   """The message of an error without line breaks, behind its type if wanted; the type alone if there is no message."""
   name, text = type(error).__name__, " ".join(str(error).split())
   return f"{name}: {text}" if text and with_type else text or name
+
+
+def first_items(items: Sequence[object], separator: str = ", ", *, total: int | None = None) -> str:
+  """The first items of a list for a message, such as "a, b" or "a, b, .., j, and 5 more".
+
+  Args:
+    items: all, or at least the first SHOWN of them.
+    separator: between items.
+    total: number of items if `items` does not hold all.
+  """
+  more = (len(items) if total is None else total) - SHOWN
+  return separator.join([*map(str, items[:SHOWN]), *([f"and {more} more"] if more > 0 else [])])
 
 
 def check_choice(option: str, value: object, choices: Collection[object], *, owner: str = "") -> None:

@@ -23,8 +23,7 @@ Example = dict[str, Any]  # one image: "image" uint8 [H, W, 3], "depth" float32 
 Batch = dict[str, Array]  # stacked, plus "real" bool [B]: False for rows that pad the last batch
 Outputs = dict[str, Array]  # what a head returns: "depth" | "logits", "aux_logits" | "heatmaps"
 Rows = dict[str, np.ndarray]  # one measurement per example, [N, ...], on the host
-# By full name, such as "method/unet/input_blocks/1/0/in_layers/2/kernel": arrays on devices or on the host, or their
-# shapes or shardings.
+# Arrays, shapes, or shardings by full name, such as "method/unet/input_blocks/1/0/in_layers/2/kernel".
 ParamDict = dict[str, Any]
 Weights = tuple[ParamDict, ParamDict, ParamDict]  # trained, frozen, running statistics
 
@@ -214,8 +213,7 @@ class DatasetInfo:
     label_ids: ids of the classes on the benchmark's server; empty if there is none.
     keypoints: of a pose data set, else None.
     udp: coordinate convention of the crops, see tasks/pose/heatmaps.py.
-    only_resizes: whether images are only resized, without augmentation, so that their latents can be cached, see
-      encoder_cache.EncoderCache.
+    only_resizes: whether images are only resized, so that their latents can be cached, see encoder_cache.EncoderCache.
     window: (height, width) of the part of an image, at its lower end, that is used for training; None: all of it.
   """
 
@@ -277,8 +275,7 @@ class Dataset(Protocol):
     provides: keys of an Example after the transforms that a batch may contain.
     classes: names by class id, see DatasetInfo.
     stored: fields of a record of `source`, by key, see shards/writer.py:FEATURES; None: complete Examples.
-    made_with: the options on which the records depend; shards must have been written with the same. None stands for the
-      default of an option that older shards do not state.
+    made_with: the options on which the records depend, and so those of shards; None: default of an option.
     published: properties of a complete copy, as far as known.
     encoder_cache: cache of the frozen encoders; None if images are not encoded in advance.
   """
@@ -301,11 +298,15 @@ class Dataset(Protocol):
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example: ...
   def eval_transform(self, example: Example) -> Example: ...
 
-  def describe(self) -> list[str]:
-    """A line per split for the start-up report: its size and notes."""
-    sources = {split: self.source(split) for split in ("train", "eval")}
-    parts = {split: [source.summary(), *source.notes] for split, source in sources.items()}
-    return [f"{split}: {'; '.join(lines)}" for split, lines in parts.items()]
+  def notes(self, split: str) -> list[str]:
+    """Lines for the start-up report: the notes of the source, and a warning about another size than published."""
+    source, expected = self.source(split), self.published.counts.get(split)
+    complete = expected in (None, len(source))
+    return [*source.notes] + ([] if complete else [f"WARNING: published are {expected}; scores are not comparable"])
+
+  def describe(self, *, skip_unreadable: bool = False) -> list[str]:
+    """A line per split for the start-up report: its size and notes; unreadable records are an error or skipped."""
+    return [f"{s}: {'; '.join([self.source(s).summary(), *self.notes(s)])}" for s in ("train", "eval")]
 
   def truth(self, split: str) -> Fields:
     """Ground truth of the split as a whole, for tasks that need more than the batches; other data sets raise."""
@@ -339,8 +340,7 @@ class Task(Protocol):
   def loss(self, outputs: Outputs, batch: Batch) -> Loss: ...  # one group of images
   def predict(self, outputs: Outputs) -> Array: ...  # depth | label scores | heatmaps
   def measure(self, prediction: Array, batch: Batch) -> dict[str, Array]: ...  # [B, ...] each
-  # On the host, numpy; with `needs_truth`, of the rows and the truth.
-  def summarize(self, rows: Rows, *args: Any, **kwargs: Any) -> dict[str, float]: ...
+  def summarize(self, rows: Rows, *args: Any, **kwargs: Any) -> dict[str, float]: ...  # on the host
   def baselines(
     self, train: Iterable[Example], evaluation: Iterable[Example], *args: Any, **kwargs: Any
   ) -> dict[str, float]: ...  # of `best_metric`

@@ -1,6 +1,7 @@
 """Saving, keeping, restoring; the wish to stop."""
 
 import contextlib
+import errno
 import os
 import re
 import resource
@@ -133,6 +134,7 @@ def test_a_state_that_does_not_fit_is_refused_with_the_names(tmp_path):
       saved.restore(1, abstract(other))
     assert "params.neck/b/bias: bfloat16 [3] on disk, float32 [4] in the config" in str(error.value)
     assert "stats.head/mean: absent on disk, float32 [2] in the config" in str(error.value)
+    assert str(error.value).endswith(f"start from these weights in another workdir: --config.init.run={tmp_path}.")
     with pytest.raises(ValueError, match=r"no checkpoint of step 9; it holds \[1\]"):
       saved.restore(9, abstract(start()))
 
@@ -341,7 +343,7 @@ def test_what_is_no_damage_is_not_called_so(tmp_path, monkeypatch, error):
     monkeypatch.setattr(saved._manager, "metrics", mock.Mock(side_effect=error))
     reads = (lambda: saved.restore_config(1), lambda: saved.restore(1, abstract(start())), lambda: saved.scores(1))
     for read in reads:
-      with pytest.raises(ValueError, match=r"cannot be read now \(.* keep it, see to the connection") as caught:
+      with pytest.raises(ValueError, match=r"cannot be read now \(.* keep it, check the connection") as caught:
         read()
       assert "remove" not in str(caught.value) and "\n" not in str(caught.value)
 
@@ -397,3 +399,15 @@ def test_orbax_says_nothing_of_what_is_as_it_should_be(tmp_path, caplog):
   with checkpointer.Checkpoints(tmp_path, read_only=True) as held:
     held.restore_weights(1)
   assert [record.getMessage() for record in caplog.records if record.name == "absl"] == []
+
+
+def test_scores_that_cannot_be_written_are_one_line(tmp_path, monkeypatch):
+  def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  with checkpointer.Checkpoints(tmp_path) as saved:
+    saved.save(2, start(), CONFIG, force=True)
+    monkeypatch.setattr(checkpointer.ocp.Checkpointer, "save", full)
+    words = "the scores of step 2 could not be written to .*: No space left on device; step 2 is still available"
+    with pytest.raises(OSError, match=words):
+      saved.add_scores(2, {"rmse": 0.5})

@@ -259,6 +259,23 @@ def test_a_run_is_evaluated_without_what_only_training_uses(iedp_run):
   assert whole.keys() == saved.keys()
 
 
+def test_the_encoders_of_a_run_need_not_be_where_they_were(iedp_run, monkeypatch, tmp_path):
+  """A relative path of another folder is like an id of the hub."""
+  workdir, config, _ = iedp_run
+  monkeypatch.setattr(initialize, "newest_config", lambda _: config.to_dict() | {"init": {"clip": "weights/clip"}})
+  monkeypatch.setattr(clip, "sizes", lambda source: pytest.fail(f"looked for {source}"))
+  given = loader.changed(config, {"init.clip": "weights/clip"})
+  assert initialize.with_backbone_sizes(given, workdir).backbone == config.backbone
+
+
+def test_a_method_needs_no_options_of_class_vectors(compvis):
+  config = config_of(compvis).copy_and_resolve_references().unlock()
+  exp = experiment.assemble(config)
+  del config.method.class_vectors, config.method.tokenizer
+  with pytest.raises(ValueError, match="brings no tokenizer"):
+    list(initialize._prompt_arrays(config, exp, {}, str(compvis)))
+
+
 NOT_OF_THIS = (
   r"is not of this config: method\.output_norm is '\w*' in the run and 'ln' here, and \d+ arrays are missing, "
   r"unknown or of another shape, like method/.*; give the config it was trained with, or no config"

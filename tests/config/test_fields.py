@@ -77,7 +77,7 @@ def test_a_section_without_what_it_needs_is_refused(section, left, message):
 def test_a_head_of_another_task_is_refused():
   made = loader.load(ROOMS.format("segmentation")).to_dict()
   made["head"] = {"name": "deconv"}
-  with pytest.raises(ValueError, match=r"^config\.head of name 'deconv' is not made for .*\['classes'\]"):
+  with pytest.raises(ValueError, match=r"^config\.head of name 'deconv' does not accept \['classes'\], which"):
     experiment.assemble(loader.ml_collections.ConfigDict(made))
 
 

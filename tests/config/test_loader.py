@@ -179,3 +179,11 @@ def test_a_negative_seed_is_refused():
 def test_a_batch_of_nothing_is_refused(field):
   with pytest.raises(ValueError, match=rf"config\.{re.escape(field)}=0 must be at least 1"):
     loader.check(loader.changed(loader.load("configs/nyu_depth.py:tiny"), {field: 0}))
+
+
+def test_tokenizers_without_files_are_compared_and_folders_are_not():
+  config = lambda name: {"method": {"tokenizer": name}}
+  assert loader.differences(config("/a/clip"), config("gs://b/clip")) == []
+  assert loader.differences(config("words"), config("/a/clip")) == ["method.tokenizer: 'words' -> '/a/clip'"]
+  assert loader.differences(config("words"), config("characters")) == ["method.tokenizer: 'words' -> 'characters'"]
+  assert loader.differences(config("words"), config("words")) == []

@@ -57,9 +57,9 @@ def test_a_file_that_was_put_into_the_folder_is_taken(folder):
 
 
 def test_what_must_be_fetched_by_hand_is_told(folder):
-  message = check_message("vpd/nyu_depth is not there yet: fetch VPD, depth", lambda: fetch.local("vpd/nyu_depth"))
+  message = check_message("vpd/nyu_depth is not downloaded: get VPD, depth", lambda: fetch.local("vpd/nyu_depth"))
   assert (
-    known_weights.VPD_PAGE in message and f"put it to {folder}/vpd_depth_480x480.pth, or set $VPD_WEIGHTS" in message
+    known_weights.VPD_PAGE in message and f"save it as {folder}/vpd_depth_480x480.pth, or set $VPD_WEIGHTS" in message
   )
   assert not folder.exists()
 
@@ -101,6 +101,17 @@ def test_only_the_word_small_starts_from_weights():
   begins = {size: loader.load(f"configs/rooms.py:depth,{size}") for size in ("small", "small_scratch", "tiny", "full")}
   assert {size: c.init.pretrained for size, c in begins.items() if c.init.pretrained} == {"small": "rooms/small"}
   assert begins["small"].backbone == begins["small_scratch"].backbone
+
+
+@pytest.mark.parametrize(
+  ("task", "rate", "backbone_rate"),
+  [("depth", 3e-3, 3e-4), ("segmentation", 3e-2, 1e-3), ("referring", 3e-3, 3e-4), ("pose", 1e-3, 1e-3)],
+)
+def test_the_trained_backbone_of_the_rooms_learns_slower_than_new_parts_except_for_poses(task, rate, backbone_rate):
+  optim = loader.load(f"configs/rooms.py:{task},small").optim
+  of_backbone = [ratio * optim.lr for pattern, ratio in optim.lr_groups if "unet" in pattern] or [optim.lr]
+  assert optim.lr == rate and of_backbone == [pytest.approx(backbone_rate)]
+  assert loader.load(f"configs/rooms.py:{task},small_scratch").optim.lr == 1e-3
 
 
 @pytest.fixture
@@ -222,7 +233,7 @@ def test_a_download_that_was_cut_off_is_gone_on_with(folder, tmp_path):
     first = ask(endpoint, tmp_path)
     if first.returncode:  # some versions of the hub's client go on by themselves
       last = first.stderr.splitlines()[-1]
-      assert last.startswith("error: test/net cannot be fetched (") and "the same command again" in last, first.stderr
+      assert last.startswith("error: test/net cannot be fetched (") and "the same command resumes" in last, first.stderr
       assert not (folder / "w.ckpt").exists()
     second = ask(endpoint, tmp_path)
   assert second.returncode == 0, second.stderr

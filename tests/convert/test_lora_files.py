@@ -201,3 +201,31 @@ def test_a_run_can_start_from_a_file(file, tmp_path, monkeypatch):
     named, lines = initialize.weights(config, Exp, source)
     assert any(line.startswith("LoRA: ") for line in lines)
     assert_merged(named, adapted(held))
+
+
+def test_rank_stabilized_changes_are_scaled_by_the_root_of_the_rank(named, file, tmp_path):
+  told = {"unet.lora_alpha": RANK, "unet.use_rslora": True}
+  save_file(load_file(file), tmp_path / "peft.safetensors", {lora_files.METADATA: json.dumps(told)})
+  found, _ = lora_files.merged(base(named), tmp_path / "peft.safetensors", SIZES)
+  assert_merged(found, named, ALPHA * np.sqrt(RANK))
+
+
+def test_a_pattern_of_alphas_means_whole_names(named, file, tmp_path):
+  """As in peft, "proj" is no part of "time_emb_proj"."""
+  stated = lora_files._StatedOptions({"proj": 7.0, "to_q": 3.0}, None, False)
+  assert [stated.alpha(name, 4) for name in ("time_emb_proj", "attn1_to_q", "to_q", "proj", "ff")] == [
+    7.0,
+    3.0,
+    3.0,
+    7.0,
+    4,
+  ]
+  assert stated.alpha("emb_layers_1_tproj", 4) == 4
+
+
+def test_a_file_with_nan_is_refused(named, file, tmp_path):
+  state = load_file(file)
+  state[f"{QUERY}.lora_A.weight"][0] = np.nan
+  save_file(state, tmp_path / "nan.safetensors")
+  with pytest.raises(ValueError, match=r"LoRA .*nan\.safetensors.* 1 arrays hold NaN or infinity: .*to_q/kernel"):
+    lora_files.merged(base(named), tmp_path / "nan.safetensors", SIZES)

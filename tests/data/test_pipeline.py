@@ -122,7 +122,7 @@ def test_a_bad_record_is_replaced_by_the_next_readable_one_and_nothing_else_chan
   assert skipped == replaced == 3 * 6  # three in each of six epochs
   lines = capsys.readouterr().err.splitlines()
   assert sorted(lines) == [
-    f"left out, the next record takes its place: folder/file_{bad}.png is truncated." for bad in (4, 5, 9)
+    f"skipped and replaced by the next record: folder/file_{bad}.png is truncated." for bad in (4, 5, 9)
   ]
 
 

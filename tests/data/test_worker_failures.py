@@ -10,11 +10,17 @@ import pytest
 from tests.helpers.squares import Squares
 from vpd_jax.data import pipeline, worker_failures
 
-SIGNALS = {-7: "SIGBUS): shared memory ran out", -9: "SIGKILL): the system ends processes", -6: "SIGABRT)."}
+SIGNALS = {-7: "SIGBUS): shared memory ran out", -9: "SIGKILL): usually the kernel", -6: "SIGABRT)."}
 
 
 def run_out_of_shared_memory(example):
   os.kill(os.getpid(), signal.SIGBUS)
+
+
+def be_interrupted(example):
+  """Receives Ctrl-C, as every process of a terminal does."""
+  os.kill(os.getpid(), signal.SIGINT)
+  return example
 
 
 def raising(error):
@@ -42,6 +48,12 @@ def test_a_worker_that_dies_in_a_run_is_told_with_its_signal():
   batches.close()
 
 
+def test_ctrl_c_leaves_the_workers_to_the_main_process_which_still_saves():
+  batches = pipeline.train_batches(Squares(), batch_size=2, seed=0, keys=("index",), workers=1, prepare=be_interrupted)
+  assert [len(next(batches)["index"]) for _ in range(2)] == [2, 2]
+  batches.close()
+
+
 @pytest.mark.parametrize("code", SIGNALS)
 def test_signals_have_names(code):
   error = RuntimeError(f"Worker process was terminated unexpectedly with exit code {code}. Search the logs above for")
@@ -50,9 +62,9 @@ def test_signals_have_names(code):
 
 def test_exit_codes_and_full_shared_memory_are_told():
   error = RuntimeError("Worker process was terminated unexpectedly with exit code 1. Search the logs above for")
-  assert message(error).startswith("a data worker ended with exit code 1; what it says stands above.")
+  assert message(error).startswith("a data worker ended with exit code 1; see its output above.")
   for number in (errno.ENOSPC, errno.ENOMEM):
-    assert message(OSError(number, "No room")).startswith("a data worker found no room for a batch in shared memory")
+    assert message(OSError(number, "No room")).startswith("a data worker could not fit a batch into shared memory")
 
 
 FULL_DISK = OSError(errno.ENOSPC, "No space left on device", "/data/cache/x")  # no shared memory, which has no name

@@ -50,7 +50,7 @@ def test_the_longest_name_can_be_written(tmp_path, name):
 def test_numbers_that_are_not_finite_are_null_in_json():
   content = {"a": [float("nan"), np.float32("inf"), (1.5, -np.inf)], "b": {"c": np.float64("nan")}, "d": "NaN"}
   text = atomic.to_json(content)
-  refuse = lambda word: pytest.fail(f"{word} is no JSON")
+  refuse = lambda word: pytest.fail(f"{word} is not valid JSON")
   assert json.loads(text, parse_constant=refuse) == {"a": [None, None, [1.5, None]], "b": {"c": None}, "d": "NaN"}
 
 

@@ -1,8 +1,10 @@
 """Event files through both backends, metrics.jsonl, progress, tables."""
 
+import errno
 import json
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -149,3 +151,37 @@ def test_a_table_pads_and_puts_numbers_to_the_right():
 def test_the_overview_names_every_array():
   text = writers.parameter_overview({"method/unet/a/kernel": np.zeros((2, 3)), "neck/b/bias": np.zeros(3)})
   assert "method/unet/a/kernel" in text and "Total: 9" in text
+
+
+def test_a_failed_event_file_is_an_error_instead_of_a_wait_without_end(tmp_path, monkeypatch):
+  def fail(_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(threading, "excepthook", lambda _: None)
+  writer = writers.create(tmp_path, backend="tensorboardX")
+  event_writer = writer._backend._writer.file_writer.event_writer
+  monkeypatch.setattr(event_writer._ev_writer, "write_event", fail)
+  writer.write_scalars(1, {"train/loss": 0.5})
+  event_writer._worker.join(10)
+  for write in (
+    lambda: writer.write_scalars(2, {"a": 1.0}),
+    lambda: writer.write_images(2, {"b": np.zeros((1, 2, 2, 3))}),
+  ):
+    with pytest.raises(OSError, match=rf"^{tmp_path} cannot be written \(the event file has failed\); check the disk"):
+      write()
+  with pytest.raises(OSError, match="cannot be written"):
+    writer.close()
+
+
+def test_a_line_that_was_cut_off_is_removed_before_others_follow(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "ti')
+  with writers.create(tmp_path, backend="tensorboardX") as writer:
+    writer.write_scalars(3, {})
+  assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 3]
+
+
+def test_lines_that_cannot_be_written_name_their_file(tmp_path):
+  with writers.create(tmp_path, backend="tensorboardX") as writer:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written \(.*\); check the disk space, then give"):
+      writer.write_scalars(1, {})

@@ -1,5 +1,6 @@
 """--mode=plan: shapes without data, reports of compiled steps, what is kept, what is said."""
 
+import errno
 import inspect
 import json
 import types
@@ -359,3 +360,14 @@ def test_a_damaged_plan_is_made_anew(tmp_path, monkeypatch, capsys, damaged):
   assert "plan.json is damaged" in capsys.readouterr().out
   kept.report(config_of(), "train", jax.devices(), "", "default", 0)
   assert list(json.loads((tmp_path / "plan.json").read_text()).values()) == [{"step": "train"}]
+
+
+def test_a_report_that_cannot_be_kept_is_still_given(tmp_path, monkeypatch, capsys):
+  def refuse(*_):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+  monkeypatch.setattr(plan, "compiled_report", lambda *_: {"step": "train"})
+  monkeypatch.setattr(plan.atomic, "write_json", refuse)
+  report = plan._ReportCache(str(tmp_path)).report(config_of(), "train", jax.devices(), "", "default", 0)
+  assert report == {"step": "train"}
+  assert "plan.json cannot be written ([Errno 30] Read-only file system)" in capsys.readouterr().out

@@ -236,3 +236,12 @@ def test_attention_of_one_platform_is_refused_wherever_a_network_is_written(tmp_
   ):
     export.write(types.SimpleNamespace(config=config), tmp_path / "net")
   assert not any(tmp_path.iterdir())
+
+
+def test_the_loader_refuses_numbers_out_of_range(written):
+  folder, _ = written("one convolution")
+  code = "import sys; sys.path.insert(0, sys.argv[1]); import load, numpy as np; load.run(image=np.full({}, {}))"
+  shape = [1, *json.loads((folder / "network.json").read_text())["inputs"]["image"]["shape"][1:]]
+  for value, message in (("255, np.uint8", "image is from 255 to 255; the network takes 0 to 1"), ("1.2", "")):
+    done = elsewhere("-c", code.format(shape, value), str(folder))
+    assert (message in done.stderr) if message else done.returncode == 0, done.stderr

@@ -124,7 +124,7 @@ def test_damaged_images_are_counted_and_may_be_allowed(tmp_path, monkeypatch, ca
     ("", "out", "^--mode=predict needs the images: give --input=FOLDER, or a single image"),
     ("in", "", "^--mode=predict needs a place for the results: give --output=FOLDER"),
     ("texts/notes.txt", "out", "notes.txt' is not an image in a supported format; give one, or a folder of images"),
-    ("in/a.png", "in", "in' is the folder of the images; give another, or results become images"),
+    ("in/a.png", "in", "in' is the folder of the images; give another; otherwise results would be read"),
     ("none", "out", "none' does not exist; give an image, or a folder that contains images"),
     ("empty", "out", "contains no image, it is empty; give a folder that does"),
     ("nested", "out", "contains no image, only folders, like 2024, which are not searched; give a folder that does"),

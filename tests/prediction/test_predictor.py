@@ -1,5 +1,6 @@
 """The Python entry point: what it refuses. What it predicts is tested with the released checkpoints."""
 
+import itertools
 import types
 
 import jax.numpy as jnp
@@ -106,6 +107,11 @@ def test_images_are_read_a_few_at_a_time(small, tmp_path):
   with pytest.raises(ValueError, match=r"none\.png"):
     next(results)
   np.testing.assert_array_equal(small.predict({"a": IMAGE}.values())[0]["depth"], found[0])
+
+
+def test_an_iterator_without_an_end_is_predicted_as_far_as_wanted(small):
+  results = small.predict_each(itertools.repeat(IMAGE))
+  np.testing.assert_array_equal(next(results)["depth"], small.predict(IMAGE)["depth"])
 
 
 def test_a_damaged_file_that_pillow_has_opened_is_one_line(small, tmp_path):

@@ -17,7 +17,7 @@ SHIPPED = {
   "kitti_depth": ("vpd", "meta_prompts", "iedp", "eco_depth", "vpd,tiny", "eco_depth,sd21"),
   "my_depth": ("vpd,tiny", "meta_prompts,tiny", "iedp,tiny", "eco_depth,tiny", "meta_prompts,sd21"),
   "ade20k_seg": ("vpd", "meta_prompts", "iedp", "tadp"),
-  "cityscapes_seg": ("vpd,tiny", "meta_prompts,extra", "iedp,tiny"),
+  "cityscapes_seg": ("vpd,tiny", "meta_prompts,extra", "iedp,tiny", "meta_prompts,mapillary"),
   "my_segmentation": ("vpd,tiny", "meta_prompts,tiny", "iedp,tiny", "tadp,sd21"),
   "refcoco_refer": (
     "refcoco",
@@ -57,6 +57,16 @@ QUICK = {"xla_backend_optimization_level": 0}
 
 def test_every_config_file_is_tested():
   assert {path.stem for path in (loader.PROJECT / "configs").glob("*.py")} == set(SHIPPED)
+
+
+@pytest.mark.parametrize(
+  "stage, data, steps", [("fine", "cityscapes", 3), ("extra", "cityscapes", 1), ("mapillary", "mapillary", 1)]
+)
+def test_the_two_stages_of_cityscapes_have_one_step_and_data_of_their_own(stage, data, steps):
+  config = loader.load(f"configs/cityscapes_seg.py:{stage}")
+  assert (config.data.name, config.method.refine_steps) == (data, steps)
+  assert config.data.get("extra", "none") == ("autolabelled" if stage == "extra" else "none")
+  assert experiment.assemble(config).classes == experiment.assemble(loader.load("configs/cityscapes_seg.py")).classes
 
 
 @pytest.mark.parametrize("string", STRINGS)

@@ -129,7 +129,7 @@ def random_weights(config) -> None:
   if "class_vectors" in config.method:
     config.method.class_vectors = "random:0"
   if "refine_init" in config.method:
-    config.method.refine_init = "fan_in"  # zeros, which weights would replace, hide the image from the second step
+    config.method.refine_init = "fan_in"  # with zeros and no pretrained weights the second step does not see the image
   config.init.clip = "random:0" if config.method.name in ("iedp", "tadp") else ""
   if "vit" in config.init:
     config.init.vit = "random:0"

@@ -74,7 +74,7 @@ def test_repeated_runs_are_one_and_must_agree():
 
 
 @pytest.mark.parametrize("content, message", [
-  (None, r"has no metrics\.jsonl"), ("{", r"metrics\.jsonl, line 1 is no JSON"),
+  (None, r"has no metrics\.jsonl"), ("{", r"metrics\.jsonl, line 1 is not valid JSON"),
   ('{"step": 1}\n', r"holds no 'train/loss'"),
 ])  # fmt: skip
 def test_a_run_that_cannot_be_read_is_one_line(tmp_path, content, message):

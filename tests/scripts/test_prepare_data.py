@@ -104,6 +104,30 @@ def test_another_count_than_the_published_one_must_be_accepted(script, root, tmp
   assert len(nyu.Nyu(root=f"{tmp_path}/out", format="tfds").source("train")) == 2
 
 
+def test_an_incomplete_copy_is_accepted_by_data_sets_that_count_themselves(script, tmp_path):
+  folder = tmp_path / "ADEChallengeData2016"
+  for split in ("training", "validation"):
+    for kind, name in (("images", "a.jpg"), ("annotations", "a.png")):
+      (folder / kind / split).mkdir(parents=True)
+      cv2.imwrite(str(folder / kind / split / name), np.full((8, 8), 1, np.uint8))
+  said = []
+  arguments = ["ade20k", f"--root={folder}", "--check_only"]
+  check_message(
+    "train of ADE20K has 1 records in place of the published 20210",
+    lambda: script.run(script.parse(arguments), said.append),
+  )
+  script.run(script.parse([*arguments, "--accept", "counts"]), said.append)
+  assert said[0].startswith("train: 1 records (there is no published number)") and said[-1] == "no faults"
+
+
+def test_notes_on_the_files_are_printed(script, root):
+  data = script.make("nyu", str(root), [], check_only=True)
+  data.source("eval").notes = ["1 of 2 images has an EXIF orientation"]
+  said = []
+  assert script.check(data, ("train", "eval"), (), said.append) == []
+  assert said[2] == "eval: 1 of 2 images has an EXIF orientation" and len(said) == 3
+
+
 def test_the_output_may_not_lie_among_the_files(script, root):
   check_message(
     "lies in --root, whose files are only read", lambda: run(script, f"--root={root}", f"--output={root}/out")

@@ -88,6 +88,9 @@ def test_only_what_stands_between_the_markers_is_replaced(script):
 def test_the_page_holds_the_table_of_the_stored_results(script):
   page = script.PAGE.read_text()
   assert script.write(page, script.load()) == page, "python scripts/rooms_table.py --write"
+  assert "not yet run" not in page
+  steps = {rows.task: rows.steps for rows in script.TASKS}
+  assert all(run["steps"] == steps[run["task"]] for run in script.load()["runs"])
 
 
 def test_scores_and_losses_are_read_from_the_metrics(script):

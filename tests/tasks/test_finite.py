@@ -111,7 +111,7 @@ def test_scores_of_people_are_finite():
 
 
 def refuse(constant):
-  raise AssertionError(f"{constant} is no JSON")
+  raise AssertionError(f"{constant} is not valid JSON")
 
 
 @pytest.mark.parametrize("bad", BAD)

@@ -104,7 +104,11 @@ def run(tmp_path, monkeypatch):
 
   for place, name, value in (
     (session.experiment, "assemble", lambda config: exp),
-    (session.experiment, "dataset", lambda *_: types.SimpleNamespace(source=lambda split: [0], describe=lambda: [])),
+    (
+      session.experiment,
+      "dataset",
+      lambda *_: types.SimpleNamespace(source=lambda split: [0], describe=lambda **_: []),
+    ),
     (session.experiment, "sentence_lines", lambda *_: []),
     (session.sharding, "make_mesh", lambda *_: mesh),
     (evaluate, "Evaluator", Scored),
@@ -189,6 +193,20 @@ def test_ctrl_c_saves_the_step_under_way_and_twice_ends_at_once(run, tmp_path, m
   else:
     assert caught.value.code == 130
     assert printed.err.splitlines()[1:] == ["interrupted; step 4 is saved, the same command continues from there"]
+
+
+def test_a_stop_during_the_evaluation_of_the_last_step_is_told(run, tmp_path, monkeypatch, capsys):
+  with pytest.raises(OSError, match="step 6 cannot be scored"):
+    run({2: 0.5, 4: 0.25})
+
+  def stopped(scored, weights, should_stop):
+    signal.raise_signal(signal.SIGTERM)
+    assert should_stop()
+
+  monkeypatch.setattr(Scored, "run", stopped)
+  assert run({})[0] == {}
+  printed = capsys.readouterr().out
+  assert "stopped by SIGTERM at step 6" in printed and "nothing to do" not in printed
 
 
 def test_the_newest_and_the_best_are_kept_whichever_it_is(run, tmp_path):

@@ -23,7 +23,7 @@ from absl import logging as absl_logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from vpd_jax.errors import UserError, check_choice, one_line
+from vpd_jax.errors import UserError, check_choice, first_items, one_line
 from vpd_jax.files import paths, read_errors
 from vpd_jax.models import lora
 from vpd_jax.types import Fields, Options, ParamDict, PyTree
@@ -158,7 +158,8 @@ class Checkpoints:
     """Adds metrics to a saved step that has none, as if they had been saved with it; waits until they are on disk."""
     self.wait()
     self._check_exists(step)
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler("metrics")) as writer:
+    self._writing, self._bytes = step, 2**20
+    with self._reported("scores"), ocp.Checkpointer(ocp.JsonCheckpointHandler("metrics")) as writer:
       writer.save(self._directory / str(step) / "metrics", args=ocp.args.JsonSave(_floats(metrics)))
     self._manager.reload()
     if self._best_metric is not None:
@@ -245,7 +246,7 @@ class Checkpoints:
       self._manager.close()
 
   @contextlib.contextmanager
-  def _reported(self) -> Iterator[None]:
+  def _reported(self, what: str = "checkpoint") -> Iterator[None]:
     """Converts a write error to one line, and removes the incomplete files, which frees their space."""
     try:
       yield
@@ -263,7 +264,7 @@ class Checkpoints:
       )
       newest = max(ocp.utils.checkpoint_steps(self._directory), default=None)
       raise OSError(
-        f"the checkpoint of step {self._writing} could not be written to {self._directory}: {cause}; "
+        f"the {what} of step {self._writing} could not be written to {self._directory}: {cause}; "
         + ("no checkpoint is available. " if newest is None else f"step {newest} is still available. ")
         + f"{remedy}, and run the same command again: it continues from step {newest or 0}."
       ) from error
@@ -301,7 +302,8 @@ class Checkpoints:
     if problems:
       raise UserError(
         f"checkpoint {step} of {self._directory} does not fit the config in {len(problems)} arrays: "
-        + "; ".join(problems[:10])
+        f"{first_items(problems, '; ')}. Undo the change of the config, or start from these weights in another "
+        f"workdir: --config.init.run={self._directory.parent}."
       )
 
 

@@ -24,7 +24,7 @@ from vpd_jax.convert.formats.lazy_tensor import LazyTensor
 from vpd_jax.convert.tables import clip, stable_diffusion
 from vpd_jax.convert.tokenizer import Tokenizer, tokenize
 from vpd_jax.convert.tokenizer import load as load_tokenizer
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, first_items
 from vpd_jax.models import parameters as params_lib
 from vpd_jax.models.backbones.clip_text import ClipText, TextSizes
 from vpd_jax.models.initializers import InitKeys
@@ -88,7 +88,7 @@ def _read_numpy(path: pathlib.Path) -> np.ndarray:
   except Exception as error:  # Damaged archives raise errors of any type.
     raise UserError(f"{path} is damaged or not a numpy file ({error}); create it again.") from error
   if array is None:
-    raise UserError(f"{path} holds the arrays {names[:10]}; it must hold one, or one named {IN_NPZ!r}.")
+    raise UserError(f"{path} holds the arrays {first_items(names)}; it must hold one, or one named {IN_NPZ!r}.")
   return array
 
 

@@ -99,13 +99,13 @@ def _prompt_arrays(
   if CLASS_VECTORS in missing:
     rows, width = shapes[CLASS_VECTORS].shape
     vectors, line = class_name_encoding.resolve(
-      setting=config.method.class_vectors,
+      setting=config.method.get("class_vectors", ""),
       classes=classes[:rows],
       width=width,
       pretrained=source,
       dtype=experiment.dtype(config, "param_dtype"),
       sizes=text,
-      tokenizer=config.method.tokenizer,
+      tokenizer=config.method.get("tokenizer", ""),
       templates=config.method.get("templates", "imagenet_80"),
     )
     yield {CLASS_VECTORS: sharding.of_first_process(vectors).astype(shapes[CLASS_VECTORS].dtype)}, line
@@ -118,7 +118,7 @@ def _prompt_arrays(
       source=clip_source,
       classes=classes,
       templates=class_name_encoding.read_templates("imagenet_80"),
-      tokenizer_folder=config.method.tokenizer,
+      tokenizer_folder=config.method.get("tokenizer", ""),
       sizes=text,
     ),
   }
@@ -146,19 +146,20 @@ def with_backbone_sizes(config: ConfigDict, source: str) -> ConfigDict:
     source: a workdir of this package, whose checkpoint contains its config; a diffusers folder; or any other source,
       which states no sizes.
   """
-  steps = 0
+  steps, own = 0, {}
   if source and is_workdir(source):
     run_config = newest_config(source)
+    own = run_config["init"]
     stated = {part: run_config["backbone"][part] for part in BackboneSizes._fields if part in run_config["backbone"]}
     steps = run_config["method"].get("trained_steps") or run_config["method"].get("refine_steps", 0)
   else:
     stated = (stable_diffusion.sizes(source) if source else None) or {}
-  clip_source = config.init.get("clip", "")
-  if clip_source and class_name_encoding.random_seed(clip_source, clip_towers.OPTION) is None:
-    stated |= {part: values for part, values in clip.sizes(clip_source).items() if part == "image"}
-  classifier = config.init.get("vit", "")
-  if classifier and class_name_encoding.random_seed(classifier, vit_tower.OPTION) is None:
-    stated |= {"vit": vit.sizes(classifier)}
+  # The run's own towers are in its checkpoint, and need not be where they were.
+  towers = {name: value if (value := config.init.get(name, "")) != own.get(name) else "" for name in ("clip", "vit")}
+  if towers["clip"] and class_name_encoding.random_seed(towers["clip"], clip_towers.OPTION) is None:
+    stated |= {part: values for part, values in clip.sizes(towers["clip"]).items() if part == "image"}
+  if towers["vit"] and class_name_encoding.random_seed(towers["vit"], vit_tower.OPTION) is None:
+    stated |= {"vit": vit.sizes(towers["vit"])}
   config = config.copy_and_resolve_references()
   with config.unlocked():
     for part, values in stated.items():

@@ -134,7 +134,7 @@ def look_up(
   check_choice(f"config.{field}.name", name, sorted(table))
   where = f"config.{field} of name {name!r}"
   if unsupported := [key for key in required if key not in arguments(table[name])]:
-    raise UserError(f"{where} is not made for what config.task gives, {unsupported}; choose one that takes it.")
+    raise UserError(f"{where} does not accept {unsupported}, which config.task passes to it; choose one that does.")
   if problem := misfit(table[name], section, where, given=(*given, *required), more=("name", *more)):
     raise UserError(problem + ".")
   return table[name]

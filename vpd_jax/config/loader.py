@@ -38,6 +38,7 @@ RESUME_CHECKED = (
 RESUME_IGNORED = (
   "data.workers",
   "data.root",
+  "data.depth_root",
   "data.format",
   "data.cache",
   "data.cache_folder",
@@ -48,6 +49,7 @@ RESUME_IGNORED = (
   "method.tokenizer",
   "task.contours",
 )
+CHARACTERS, WORDS = "characters", "words"  # values of method.tokenizer that need no files, see convert/tokenizer.py
 REQUIRED = (*RESUME_CHECKED, "eval", "init", "mesh", "param_dtype")  # in every config
 # The smallest valid value by field.
 MINIMUM = {
@@ -290,7 +292,9 @@ def changes(
   result = []
   for field in sorted(old_fields.keys() | new_fields.keys()):
     before, after = old_fields.get(field, _ABSENT), new_fields.get(field, _ABSENT)
-    if field.split(".", 1)[0] in prefixes and field not in ignored and before != after:
+    # Unlike two folders of one tokenizer, these give other tokens.
+    other_tokens = field == "method.tokenizer" and not {before, after}.isdisjoint({CHARACTERS, WORDS})
+    if field.split(".", 1)[0] in prefixes and (other_tokens or field not in ignored) and before != after:
       result.append(Change(field, before, after))
   return result
 

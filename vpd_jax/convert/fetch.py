@@ -15,6 +15,7 @@ downloaded once per machine. Both folders may be deleted at any time.
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -31,7 +32,7 @@ from vpd_jax.files import atomic
 from vpd_jax.monitoring import progress
 
 NETWORKS = ("unet", "vae", "text_encoder")
-CONFIGS = (*(f"{network}/config.json" for network in NETWORKS), "scheduler/scheduler_config.json")
+CONFIGS = ("config.json", *(f"{network}/config.json" for network in NETWORKS), "scheduler/scheduler_config.json")
 TOKENIZER = "tokenizer"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
@@ -65,8 +66,8 @@ def local(source: epath.PathLike, parts: tuple[str, ...] = ()) -> pathlib.Path:
 
   Args:
     source: see the module docstring.
-    parts: what is needed of a folder besides the config files: the weights of some of NETWORKS (one file each, with the
-      first suffix of weight_files.SUFFIXES that exists), and TOKENIZER.
+    parts: what is needed of a folder besides the config files: the weights of some of NETWORKS, or "", those in the
+      folder itself (of each the first suffix of weight_files.SUFFIXES that exists), and TOKENIZER.
 
   Raises:
     ValueError: for a hub id or a bucket that cannot be reached or has no such weights, and for known weights that are
@@ -144,14 +145,14 @@ def _needed(folder: epath.Path, parts: tuple[str, ...]) -> list[epath.Path]:
   needed = [folder / name for name in CONFIGS if name.partition("/")[0] in present]
   needed = [file for file in needed if file.exists()]
   for part in parts:
-    subfolder = folder / part if part in present else folder
+    subfolder = folder / part if part and part in present else folder
     names = {path.name for path in subfolder.iterdir()}
     if part == TOKENIZER:
       needed += [subfolder / name for name in TOKENIZER_FILES if name in names]
       continue
-    weights = weight_files.weights_name(names) if part in present else None
+    weights = weight_files.weights_name(names) if part in ("", *present) else None
     if weights is None:
-      raise UserError(f"{folder} holds no weights of {part}/; give a diffusers folder.")
+      raise UserError(f"{folder} holds no weights{f' of {part}/; give a diffusers folder' if part else ''}.")
     needed.append(subfolder / weights)
     if weight_files.INDEX.search(weights):
       needed += [subfolder / shard for shard in weight_files.shards(subfolder / weights)]
@@ -187,8 +188,9 @@ def _from_hub(source: str, hub: HubId, parts: tuple[str, ...]) -> pathlib.Path:
     missing = [part for part in missing if not _has_weights(folder / part)]
     if not missing:
       return folder
+  where = f" of {'/, '.join(missing)}/" if any(missing) else ""
   raise UserError(
-    f"hub id {source!r} holds no weights of {'/, '.join(missing)}/, or the network is off and they were never fetched; "
+    f"hub id {source!r} holds no weights{where}, or the network is off and they were never fetched; "
     "give the id of a diffusers repository, or a local folder."
   )
 
@@ -201,7 +203,7 @@ def _patterns(part: str, suffix: str) -> list[str]:
     (stem + suffix, *weight_files.indices(stem, suffix), *(stem + end for end in numbered))
     for stem in weight_files.STEMS
   ]
-  return [f"{part}/{name}" for names in ends for name in names]
+  return [f"{part}/{name}".lstrip("/") for names in ends for name in names]
 
 
 def _has_weights(folder: pathlib.Path) -> bool:
@@ -209,9 +211,12 @@ def _has_weights(folder: pathlib.Path) -> bool:
 
 
 def _unreachable(url: str, error: Exception) -> UserError:
+  # etils gives all schemes to TensorFlow if it is installed.
+  others = not url.startswith("gs://") and importlib.util.find_spec("tensorflow") is not None
+  hint = "set EPATH_USE_TF=0 (TensorFlow reads gs:// only), " if others else ""
   return UserError(
-    f"{url} cannot be reached ({one_line(error)[:300]}); check the name, the network and your credentials, or give a "
-    "local path."
+    f"{url} cannot be reached ({one_line(error)[:300]}); {hint}check the name, the network and your credentials, or "
+    "give a local path."
   )
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpd_jax.errors import NotFiniteError, UserError
+from vpd_jax.errors import NotFiniteError, UserError, first_items
 from vpd_jax.types import Options
 
 REMEDY = "fetch or convert them again, or take a checkpoint from before the training went wrong"
@@ -25,9 +25,8 @@ def count_non_finite(named: Options) -> dict[str, int]:
 
 def summary(counts: Mapping[str, int]) -> str:
   """ "3 arrays hold NaN or infinity: a (5 numbers), b (1 numbers), ..": the first ten and the number of arrays."""
-  more = f", and {len(counts) - 10} more" if len(counts) > 10 else ""
-  listed = ", ".join(f"{name} ({count} numbers)" for name, count in list(counts.items())[:10])
-  return f"{len(counts)} arrays hold NaN or infinity: {listed}{more}"
+  listed = first_items([f"{name} ({count} numbers)" for name, count in counts.items()])
+  return f"{len(counts)} arrays hold NaN or infinity: {listed}"
 
 
 def check(named: Options, origin: str) -> None:

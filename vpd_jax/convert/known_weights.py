@@ -210,7 +210,7 @@ def local(name: str) -> pathlib.Path:
   if not path.is_file():
     if not known.hub:
       raise UserError(
-        f"{name} is not there yet: fetch {known.what} (page: {known.page}) and put it to {path}, or set ${FOLDER} to "
+        f"{name} is not downloaded: get {known.what} (page: {known.page}) and save it as {path}, or set ${FOLDER} to "
         f"the folder that holds {known.file}."
       )
     _download(name, known)
@@ -228,9 +228,8 @@ def _download(name: str, known: Known) -> None:
     hf_hub_download(known.hub, known.file, local_dir=folder())
   except Exception as error:  # The hub client and its transports raise many types.
     raise UserError(
-      f"{name} cannot be fetched ({one_line(error)[:300]}); see to the network, HF_HUB_OFFLINE and the room in "
-      f"{folder()}, and give the same command again, which goes on where this one ended, or put {known.file} there "
-      "yourself."
+      f"{name} cannot be fetched ({one_line(error)[:300]}); check the network, HF_HUB_OFFLINE and the free space in "
+      f"{folder()}; the same command resumes the download. Or put {known.file} there yourself."
     ) from error
 
 

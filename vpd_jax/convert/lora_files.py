@@ -17,12 +17,13 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import safetensors
 
-from vpd_jax.convert import fetch, rules
+from vpd_jax.convert import fetch, finite, rules
 from vpd_jax.convert.formats import weight_files
 from vpd_jax.convert.tables import stable_diffusion
 from vpd_jax.errors import UserError
@@ -52,7 +53,7 @@ def state_dict(named: ParamDict, alpha: float, sizes: Options) -> dict[str, np.n
   kernels = [name.removeprefix(lora.PREFIX).removesuffix("/a") for name in named if name.startswith(lora.PREFIX)]
   kernels = [name for name in kernels if name in named]
   if not kernels:
-    raise UserError("the run was trained without LoRA, so there is none to write; leave --only_lora away.")
+    raise UserError("the run was trained without LoRA, so there is none to write; remove --only_lora.")
   result = {}
   for kernel, module in _modules({name: named[name].shape for name in kernels}, sizes).items():
     a, b = (np.asarray(named[f"{lora.PREFIX}{kernel}/{part}"], np.float32) for part in "ab")
@@ -79,7 +80,7 @@ def merged(named: ParamDict, path: str | pathlib.Path, sizes: Options) -> tuple[
   file = fetch.local(path)
   if file.is_dir():
     raise UserError(f"LoRA {path} is a folder; give its file, from the hub as hf://ORG/NAME/FILE.safetensors.")
-  tensors, stated = weight_files.open_file(file).tensors, _stated_alphas(file)
+  tensors, stated = weight_files.open_file(file).tensors, _stated_options(file)
   modules = {}
   if not any(name.startswith(lora.UNET) for name in named):
     raise UserError(
@@ -111,12 +112,14 @@ def merged(named: ParamDict, path: str | pathlib.Path, sizes: Options) -> tuple[
   for key, pair in pairs.items():
     a, b, kernel = pair["a"], pair["b"], modules[key]
     rank = a.shape[0]
-    alpha = float(pair["alpha"] if "alpha" in pair else stated(key, rank))
+    alpha = float(pair["alpha"] if "alpha" in pair else stated.alpha(key, rank))
     change = (b.reshape(-1, rank) @ a.reshape(rank, -1)).reshape(-1, *a.shape[1:])  # [out, in, ..]
     change = np.moveaxis(change, (0, 1), (-1, -2))  # [.., in, out]
     if math.prod(change.shape) != named[kernel].size or change.shape[-2:] != named[kernel].shape[-2:]:
       raise UserError(f"{path}: {key} changes {list(change.shape)}, {kernel} is {list(named[kernel].shape)}.")
-    result[kernel] = named[kernel] + change.reshape(named[kernel].shape) * np.float32(alpha / rank)
+    scale = np.float32(alpha / (math.sqrt(rank) if stated.rank_stabilized else rank))
+    result[kernel] = named[kernel] + change.reshape(named[kernel].shape) * scale
+  finite.check({modules[key]: result[modules[key]] for key in pairs}, f"LoRA {path}")
   skipped = f", {text} tensors of the text encoder left out" if text else ""
   return result, f"LoRA: {path}: merged into {len(pairs)} kernels of the UNet{skipped}"
 
@@ -132,16 +135,31 @@ def _modules(shapes: Mapping[str, tuple[int, ...]], sizes: Options) -> dict[str,
   return {kernel: name(kernel).removesuffix(".weight") for kernel in shapes}
 
 
-def _stated_alphas(path: pathlib.Path) -> Callable[[str, int], float]:
-  """(module, rank) -> alpha by the metadata of peft's files; the default is the rank."""
+class _StatedOptions(NamedTuple):
+  """Options in the metadata of peft's files.
+
+  Attributes:
+    module_alphas: alpha by the end of a module's name.
+    default_alpha: of all other modules; None: their rank.
+    rank_stabilized: whether a change is scaled by alpha / sqrt(rank) instead of alpha / rank.
+  """
+
+  module_alphas: dict[str, float]
+  default_alpha: float | None
+  rank_stabilized: bool
+
+  def alpha(self, module: str, rank: int) -> float:
+    """The alpha of a module, whose name may contain more than that in the file, in front of it."""
+    default = rank if self.default_alpha is None else self.default_alpha
+    return next((x for name, x in self.module_alphas.items() if f"_{module}".endswith(f"_{name}")), default)
+
+
+def _stated_options(path: pathlib.Path) -> _StatedOptions:
+  """The options that a file states, or peft's defaults."""
   try:
     with safetensors.safe_open(path, framework="numpy") as file:
       stated = json.loads((file.metadata() or {}).get(METADATA, "{}"))
   except (safetensors.SafetensorError, ValueError):  # .pt files of older versions
     stated = {}
   module_alphas = {name.replace(".", "_"): alpha for name, alpha in stated.get("unet.alpha_pattern", {}).items()}
-  default_alpha = stated.get("unet.lora_alpha")
-  return lambda module, rank: next(
-    (alpha for name, alpha in module_alphas.items() if module.endswith(name)),
-    rank if default_alpha is None else default_alpha,
-  )
+  return _StatedOptions(module_alphas, stated.get("unet.lora_alpha"), bool(stated.get("unet.use_rslora")))

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from vpd_jax.convert import finite
 from vpd_jax.convert.formats.lazy_tensor import LazyTensor
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, first_items
 from vpd_jax.types import Options
 
 XLA_ALIGNMENT = 64  # bytes; XLA's CPU devices take over memory of the host that is aligned to it
@@ -372,7 +372,6 @@ def _aligned(x: np.ndarray, dtype: npt.DTypeLike) -> np.ndarray:
 def _raise_all(problems: Mapping[str, Sequence[str]], heading: str) -> None:
   lines = []
   for problem, items in problems.items():
-    more = f", and {len(items) - 10} more" if len(items) > 10 else ""
-    lines += [f"{len(items)} {problem}: {', '.join(items[:10])}{more}"] if items else []
+    lines += [f"{len(items)} {problem}: {first_items(items)}"] if items else []
   if lines:
     raise ConversionError("\n  ".join([f"{heading}:", *lines]))

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from vpd_jax.config.loader import CHARACTERS, WORDS
 from vpd_jax.convert import fetch
 from vpd_jax.errors import UserError, one_line
 
 FILES = ("vocab.json", "merges.txt")
-CHARACTERS, WORDS = "characters", "words"
 WORD = re.compile(r"[\w'-]+")
 Tokenizer = Any  # transformers.CLIPTokenizer, slow to import
 
@@ -128,7 +128,7 @@ def tokenize(sentences: Sequence[str], tokenizer: Tokenizer, *, vocabulary: int,
   """
   marks = [mark for mark in (tokenizer.bos_token, tokenizer.eos_token) if any(mark in text for text in sentences)]
   if marks:
-    raise UserError(f"a sentence holds {marks[0]!r}, which the tokenizer takes for a mark of its own; leave it out.")
+    raise UserError(f"a sentence holds {marks[0]!r}, which the tokenizer treats as a special token; remove it.")
   tokens = tokenizer(list(sentences), padding="max_length", truncation=True, max_length=length)["input_ids"]
   tokens = np.asarray(tokens, np.int32)
   if tokens.max() >= vocabulary:

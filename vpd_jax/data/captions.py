@@ -78,9 +78,9 @@ class Captioned(Dataset):
     """As the wrapped data set."""
     return keep_sentence(self._dataset.eval_transform, example)
 
-  def describe(self) -> list[str]:
+  def describe(self, *, skip_unreadable: bool = False) -> list[str]:
     """As the wrapped data set."""
-    return self._dataset.describe()
+    return self._dataset.describe(skip_unreadable=skip_unreadable)
 
   def truth(self, split: str) -> Fields:
     """As the wrapped data set."""

@@ -12,6 +12,7 @@ import atexit
 import dataclasses
 import os
 import queue
+import signal
 import threading
 import time
 import weakref
@@ -327,6 +328,8 @@ def _close(iterators: list[grain.DatasetIterator]) -> None:
 def _start_worker(index: int, count: int) -> None:
   """Keeps a worker off the accelerators, which belong to the main process, and disables OpenCV's threads."""
   del index, count
+  # A terminal sends Ctrl-C to all processes; the main process, which saves first, still needs its workers.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
   os.environ["JAX_PLATFORMS"] = "cpu"
   jax.config.update("jax_platforms", "cpu")  # the variable above was read when jax was imported
   cv2.setNumThreads(0)

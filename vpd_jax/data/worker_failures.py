@@ -15,8 +15,8 @@ _EXIT = re.compile(r"[Ww]orker process was terminated unexpectedly with exit cod
 _SHARED = "/dev/shm"
 _MEANS = {
   signal.SIGBUS: "shared memory ran out",
-  signal.SIGKILL: "the system ends processes so where memory runs out",
-  signal.SIGSEGV: "a library failed, often where memory runs out",
+  signal.SIGKILL: "usually the kernel's out-of-memory killer",
+  signal.SIGSEGV: "a library crashed, often because memory ran out",
 }
 REMEDY = (
   f"Give more memory to {_SHARED} (docker run --shm-size=16g, or --ipc=host), or take fewer config.data.workers or a "
@@ -44,13 +44,13 @@ def _reason(error: Exception) -> str | None:
   if isinstance(error, OSError):
     # An error with a file name is from the data set or a transform: shared memory has none.
     full = error.errno in (errno.ENOSPC, errno.ENOMEM) and error.filename is None
-    return f"a data worker found no room for a batch in shared memory ({error.strerror})" if full else None
+    return f"a data worker could not fit a batch into shared memory ({error.strerror})" if full else None
   match = _EXIT.search(str(error))
   if match is None:
     return None
   code = int(match[1])
   if code >= 0:
-    return f"a data worker ended with exit code {code}; what it says stands above"
+    return f"a data worker ended with exit code {code}; see its output above"
   try:
     number = signal.Signals(-code)
   except ValueError:

@@ -1,6 +1,7 @@
 """Preemption handling: SIGTERM or Ctrl-C ends a run after a step, which is the same one in all of its processes."""
 
 import itertools
+import os
 import signal
 import sys
 import threading
@@ -15,15 +16,14 @@ _calls = itertools.count(1)  # of PreemptionGuard.should_stop in this process
 class PreemptionGuard:
   """Notices SIGTERM and Ctrl-C: `with PreemptionGuard() as guard: ... if guard.should_stop(): save and leave`.
 
-  All processes of a run have to leave after the same step, whichever of them received the signal; the others would
-  wait in their next collective forever. With several processes the signal goes to JAX's preemption service, which
-  `jax.distributed.initialize` starts. It notifies the other processes in the background and chooses the first call of
-  `should_stop` that no process has made yet. A call only reads memory; an all-gather of a flag would synchronize host
-  and devices in every step.
+  All processes of a run have to leave after the same step, whichever of them received the signal; the others would wait
+  in their next collective forever. With several processes SIGTERM, and Ctrl-C as SIGTERM, goes to JAX's preemption
+  service, which `jax.distributed.initialize` starts. It notifies the other processes in the background and chooses the
+  first call of `should_stop` that no process has made yet. A call only reads memory; an all-gather of a flag would
+  synchronize host and devices in every step.
 
-  With one process a second Ctrl-C raises KeyboardInterrupt, and the previous handlers are restored at the end. Python
-  handles signals in its main thread only: in any other thread `requested` stays False, and the caller's own handlers
-  stay in place.
+  A second Ctrl-C raises KeyboardInterrupt, and the previous handlers are restored at the end. Python handles signals in
+  its main thread only: in any other thread `requested` stays False, and the caller's own handlers stay in place.
 
   Attributes:
     requested: whether a signal has been noticed.
@@ -32,11 +32,14 @@ class PreemptionGuard:
 
   def __init__(self) -> None:
     self.requested, self.cause = False, "SIGTERM"
+    self._handled = False
     self._old: dict[int, Any] = {}
 
   def __enter__(self) -> "PreemptionGuard":
-    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-      self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    if threading.current_thread() is threading.main_thread():
+      # With several processes, SIGTERM is JAX's.
+      numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,)
+      self._old = {number: signal.signal(number, self._handle) for number in numbers}
     return self
 
   def __exit__(self, *_: Any) -> None:
@@ -51,8 +54,12 @@ class PreemptionGuard:
 
   def _handle(self, number: int, frame: object) -> None:
     if number == signal.SIGINT:
-      if self.requested:
+      if self._handled:
         raise KeyboardInterrupt
       self.cause = "Ctrl-C"
       print("Ctrl-C: finishing and saving this step; press again to stop immediately", file=sys.stderr, flush=True)
-    self.requested = True
+    self._handled = True
+    if jax.process_count() == 1:
+      self.requested = True
+    else:
+      os.kill(os.getpid(), signal.SIGTERM)

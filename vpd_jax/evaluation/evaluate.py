@@ -352,7 +352,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, float]:
     weights, lines = initialize.weights_on_mesh(config, exp, mesh, source, complete=True)
   is_first = jax.process_index() == 0
   if is_first:
-    data_lines = [*evaluator.source.notes, *experiment.sentence_lines(exp, dataset, ("eval",))]
+    data_lines = [*dataset.notes("eval"), *experiment.sentence_lines(exp, dataset, ("eval",))]
     progress.write("\n".join([*lines, *data_lines, *evaluator.encodings.lines()]))
   # With several processes, JAX receives the signals; alone, SIGTERM ends the process.
   result = evaluator.run(weights, PreemptionGuard().should_stop)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import pathlib
 import secrets
 import shutil
@@ -52,6 +53,15 @@ def write(path: AnyPath, content: str | bytes | Callable[[AnyPath], object]) -> 
     else:
       content(unfinished)
   return path
+
+
+def sync(path: pathlib.Path) -> None:
+  """Writes a file or the names in a folder to the disk, so that they survive a crash of the machine."""
+  file = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(file)
+  finally:
+    os.close(file)
 
 
 def write_json(path: AnyPath, content: object) -> AnyPath:

@@ -33,7 +33,7 @@ def explained(name: str, folder: epath.Path, remedy: str) -> Iterator[None]:
     if is_outside(error) or "://" in str(folder):
       raise UserError(
         f"{name} cannot be read now ({type(error).__name__}: {text}), which does not mean that it is damaged: keep it, "
-        "see to the connection, the permissions or the memory, and give the same command again."
+        "check the connection, the permissions and the memory, and give the same command again."
       ) from error
     raise
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, first_items
 from vpd_jax.files import reading
 from vpd_jax.types import Array, Example, Fields, Weights
 
@@ -57,7 +57,7 @@ def check_boxes(boxes: Any, size: tuple[int, int], what: str) -> np.ndarray:
   x, y, width, height = array[:, :4].T
   inside = (width > 0) & (height > 0) & (x < size[1]) & (y < size[0]) & (x + width > 0) & (y + height > 0)
   if not inside.all():
-    wrong = ", ".join(str(array[i, :4].tolist()) for i in np.flatnonzero(~inside)[:10])
+    wrong = first_items(array[~inside, :4].tolist())
     raise UserError(
       f"boxes of {what}, {size[1]} x {size[0]} pixels: {np.sum(~inside)} have no area or lie outside: {wrong}."
     )

@@ -16,7 +16,7 @@ from flax import nnx
 from flax.typing import PathParts
 from jax.typing import DTypeLike
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, first_items
 from vpd_jax.models import initializers
 from vpd_jax.types import Array, Buffer, Fields, ParamDict
 
@@ -186,7 +186,7 @@ def first_rules(names: Iterable[str], rules: Sequence[tuple[str, Any]], *, field
       unmatched.append(rules[i][0])
   problems = [f"rules that match no array: {unmatched}"] if unmatched else []
   problems += (
-    [f"rules that come too late, earlier ones match all they match: {', '.join(shadowed)}"] if shadowed else []
+    [f"rules that never apply because earlier rules match all their arrays: {', '.join(shadowed)}"] if shadowed else []
   )
   return first, "; ".join(problems)
 
@@ -200,12 +200,10 @@ def match_rules(
     ValueError: names that match no rule, or unused rules unless `allow_unused`; lists all of them.
   """
   names = list(names)
-  first, problems = first_rules(names, rules, field=field)
-  problems = "" if allow_unused else problems
+  first, unused = first_rules(names, rules, field=field)
   unmatched = sorted(set(names) - first.keys())
-  if unmatched or problems:
-    raise UserError(
-      f"{field}: {len(unmatched)} arrays match no rule {unmatched[:10]}; "
-      f"{problems or 'rules that match no array: []'}. Add a rule, or remove or correct the idle one."
-    )
+  problems = [f"{len(unmatched)} arrays match no rule: {first_items(unmatched)}; add one"] if unmatched else []
+  problems += [f"{unused}; remove or correct them"] if unused and not allow_unused else []
+  if problems:
+    raise UserError(f"{field}: {'. '.join(problems)}.")
   return {name: rules[i][1] for name, i in first.items()}

@@ -60,6 +60,7 @@ def create(workdir: str | epath.PathLike, *, just_logging: bool = False, backend
   folder = epath.Path(workdir)
   folder.mkdir(parents=True, exist_ok=True)
   bucket = "://" in str(workdir)
+  _remove_partial_line(folder / "metrics.jsonl")
   use_clu = backend == "clu" or (backend == "auto" and bucket and has_tensorflow)
   chosen = _clu(folder) if use_clu else _TensorboardX(folder)
   return Writer(chosen, None if bucket else folder / "metrics.jsonl")
@@ -88,8 +89,11 @@ class Writer:
     values = {name: float(np.asarray(value).item()) for name, value in scalars.items()}
     self._backend.write_scalars(int(step), values)
     if self._lines is not None:
-      with self._lines.open("a") as lines:
-        lines.write(atomic.to_json({"step": int(step), "time": round(time.time(), 3)} | values) + "\n")
+      try:
+        with self._lines.open("a") as lines:
+          lines.write(atomic.to_json({"step": int(step), "time": round(time.time(), 3)} | values) + "\n")
+      except OSError as error:
+        raise _unwritable(self._lines, error) from error
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
     """Writes uint8 [N, H, W, 3] under each name; skips N = 0, which some backends do not accept."""
@@ -259,14 +263,25 @@ class _TensorboardX:
     with _hidden("torch"):
       import tensorboardX
 
+    self._folder = folder
     self._writer = tensorboardX.SummaryWriter(str(folder))
+
+  def _check(self) -> None:
+    """Raises if writing has failed: it ends the thread, and then every call would wait for it forever."""
+    if not self._is_alive():
+      raise _unwritable(self._folder, "the event file has failed")
+
+  def _is_alive(self) -> bool:
+    return cast(Any, self._writer.file_writer).event_writer._worker.is_alive()
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
     for name, value in scalars.items():
+      self._check()
       self._writer.add_scalar(name, value, step)
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
     for name, image in images.items():
+      self._check()
       n, height, width, channels = image.shape if image.ndim == 4 else (1, *image.shape)
       below = image.reshape(n * height, width, channels)  # [N * H, W, C]
       self._writer.add_image(name, below, step, dataformats="HWC")
@@ -283,10 +298,23 @@ class _TensorboardX:
       cast(Any, self._writer.file_writer).add_summary(part)
 
   def flush(self) -> None:
+    self._check()
     self._writer.flush()
 
   def close(self) -> None:
-    self._writer.close()
+    if self._is_alive():
+      self._writer.close()
+
+
+def _remove_partial_line(path: epath.Path) -> None:
+  """Removes the end of a file whose last line was cut off, such as by a full disk."""
+  content = path.read_bytes() if path.exists() else b""
+  if content and not content.endswith(b"\n"):
+    atomic.write(path, content[: content.rfind(b"\n") + 1])
+
+
+def _unwritable(path: epath.Path, error: object) -> OSError:
+  return OSError(f"{path} cannot be written ({error}); check the disk space, then give the same command again.")
 
 
 class _Log:

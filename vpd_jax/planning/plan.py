@@ -23,7 +23,7 @@ from vpd_jax.config import loader
 from vpd_jax.data import pipeline
 from vpd_jax.data.readers import referring
 from vpd_jax.distributed import sharding
-from vpd_jax.errors import UserError, check_choice
+from vpd_jax.errors import UserError, check_choice, one_line
 from vpd_jax.evaluation import encoder_cache, evaluate
 from vpd_jax.files import atomic
 from vpd_jax.monitoring import chips, progress, writers, xla_cost
@@ -315,7 +315,10 @@ class _ReportCache:
     if key not in self._reports:
       self._reports[key] = compiled_report(config, step, devices, topology, effort, limit)
       if self._path is not None:
-        atomic.write_json(self._path, self._reports)
+        try:
+          atomic.write_json(self._path, self._reports)
+        except OSError as error:
+          writers.log(f"{self._path} cannot be written ({one_line(error)}): another command compiles again")
     return self._reports[key]
 
 

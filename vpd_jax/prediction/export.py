@@ -158,11 +158,11 @@ def _input(predictor: Predictor, name: str) -> Fields:
   if name == "class_id":
     last = len(predictor.experiment.classes) - 1
     unknown = "the class that CLIP predicts from the image" if predictor.predicts_class else "the mean of all"
-    return {"range": [-1, last], "meaning": f"number of the image's class in `classes`; -1 is {unknown}"}
+    return {"range": [-1, last], "meaning": f"index of the image's class in `classes`; -1 is {unknown}"}
   tokens = _batch(predictor)[name][0].tolist()
   return {
     "range": [0, predictor.config.backbone.text.vocab_size - 1],
-    "meaning": "numbers of the words of a sentence about the image, by the tokenizer of config.method.tokenizer or of "
-    "the weights, cut or filled to this length",
+    "meaning": "token ids of a sentence about the image, from the tokenizer in config.method.tokenizer or in the "
+    "weights, truncated or padded to this length",
     "example": {"sentence": SENTENCE, "tokens": tokens},
   }

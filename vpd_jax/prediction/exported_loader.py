@@ -34,6 +34,11 @@ def run(**inputs):
   """The outputs by name, as numpy arrays, for the inputs by name, all of those in network.json."""
   if inputs.keys() != facts["inputs"].keys():
     raise ValueError(f"the inputs are {sorted(inputs)}; the network takes {sorted(facts['inputs'])}, see network.json")
+  for name, x in inputs.items():
+    low, high = facts["inputs"][name]["range"]
+    tolerance = 0.5 if name == "image" else 0  # resizing with cubic interpolation overshoots
+    if np.size(x) and not (low - tolerance <= np.min(x) and np.max(x) <= high + tolerance):
+      raise ValueError(f"{name} is from {np.min(x)} to {np.max(x)}; the network takes {low} to {high}")
   arrays = {name: np.asarray(x, facts["inputs"][name]["dtype"]) for name, x in inputs.items()}
   return {name: np.asarray(x) for name, x in call(weights, arrays).items()}
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, first_items
 from vpd_jax.files import paths, reading
 from vpd_jax.inference import camera, top_down
 from vpd_jax.inference import images as images_lib
@@ -103,7 +103,7 @@ def run(
   }
   for flag, content in listed.items():
     if missing := sorted(set(content or ()) - {path.name for path in paths}):
-      raise UserError(f"--{flag} names images that are not in {source}: {', '.join(missing[:10])}; correct it.")
+      raise UserError(f"--{flag} names images that are not in {source}: {first_items(missing)}; correct it.")
   if focal is not None and not (ply and math.isfinite(focal) and focal > 0):
     raise UserError(f"--focal={focal}: {FOCAL if ply else 'only valid with --ply; leave it out.'}")
   predictor = Predictor.load(config, weights=weights)
@@ -118,7 +118,7 @@ def run(
     if boxed is None:
       progress.write("no --boxes given: every image is taken as one person (a detector is not included)")
     elif without:
-      progress.write(f"{without} images without an entry in --boxes: nobody is looked for there")
+      progress.write(f"{without} images without an entry in --boxes: no people are predicted there")
   for path in sorted(set(files) - set(paths)):
     progress.write(f"skipped: {path.name} is not an image in a supported format")
   requests = _requests(paths, predictor, sentence, listed)
@@ -141,7 +141,7 @@ def run(
     f"{len(damaged)} images damaged"
   )
   if damaged and not (allow_damaged and done):
-    reasons = "; ".join(message.rstrip(".") for message in damaged[:10])
+    reasons = first_items([message.rstrip(".") for message in damaged], "; ")
     raise UserError(
       f"{len(damaged)} of {len(paths)} images in {source} cannot be read: {reasons}. "
       f"The other {done} are done; fix or remove these, or give --allow_damaged."
@@ -195,7 +195,9 @@ def check_output(output: str, folder: Path | None = None) -> Path:
       "to; give another, it is created if it does not exist."
     )
   if folder and target.resolve() == folder.resolve():
-    raise UserError(f"--output={output!r} is the folder of the images; give another, or results become images.")
+    raise UserError(
+      f"--output={output!r} is the folder of the images; give another; otherwise results would be read as input images."
+    )
   return target
 
 
@@ -269,7 +271,7 @@ def _metadata(
   if predictor.takes_class:
     number = int(result["class_id"])
     metadata["class"] = "mean of all" if number < 0 else predictor.experiment.classes[number]
-    metadata["class_from"] = "--class" if class_name else "CLIP" if number >= 0 else "nowhere"
+    metadata["class_from"] = "--class" if class_name else "CLIP" if number >= 0 else "mean of all classes"
   if predictor.takes_sentence:
     metadata["sentence"] = request.inputs["sentences"]
   if predictor.takes_boxes:

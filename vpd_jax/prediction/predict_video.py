@@ -92,14 +92,14 @@ def _opened(path: Path) -> tuple[float, int]:
     ValueError: if it cannot be read, has no frames or states no frame rate.
   """
   if not os.access(path, os.R_OK):
-    raise UserError(f"--input={str(path)!r} cannot be read; see to its permissions.")
+    raise UserError(f"--input={str(path)!r} cannot be read; check its permissions.")
   os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # silences FFmpeg, whose messages say less than ours
   video = cv2.VideoCapture(str(path))
   rate, count = video.get(cv2.CAP_PROP_FPS), max(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
   if next(_frames(path), None) is None:
     raise UserError(f"--input={str(path)!r} holds no frame that can be read; copy it again, or give another video.")
   if not (math.isfinite(rate) and rate > 0):
-    raise UserError(f"--input={str(path)!r} states no frames per second; give a video that does.")
+    raise UserError(f"--input={str(path)!r} has no frame rate; give a video that has one.")
   return rate, count
 
 
@@ -120,6 +120,8 @@ def open_writer(path: Path, rate: float, size: tuple[int, int]) -> cv2.VideoWrit
     ValueError: if the video cannot be written.
   """
   even = size[1] // 2 * 2, size[0] // 2 * 2
+  # MPEG-4 stores a rate as a fraction with a denominator of at most 65535, OpenCV makes it of the decimals.
+  rate = round(rate, 3 if rate < 65 else 2)
   writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*CODEC), rate, even)
   if not writer.isOpened():
     raise UserError(f"a video of {even[0]}x{even[1]} at {rate:g} frames per second cannot be written to {path.parent}.")

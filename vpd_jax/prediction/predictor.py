@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import os
 from collections.abc import Iterable, Iterator, KeysView, Sequence, ValuesView
 from pathlib import Path
@@ -267,13 +268,15 @@ class Predictor:
     sentences: str | Sequence[str] | None = None,
     boxes: Sequence[Any] | None = None,
   ) -> Iterator[Fields]:
-    """As `predict` for a sequence of images; reads and yields few at a time, at least `eval.batch_size`."""
-    image_list = list(images)
-    inputs = self._inputs(len(image_list), class_id, sentences, boxes)
-    size = max(BATCH_SIZE, self.config.eval.batch_size)
-    for begin in range(0, len(image_list), size):
-      arrays = [images_lib.as_image(image) for image in image_list[begin : begin + size]]
-      rows = inputs[begin : begin + size]
+    """As `predict`, but reads and yields few images at a time, at least `eval.batch_size`."""
+    one_class = class_id is None or isinstance(class_id, int | str | np.integer)
+    if not one_class or sentences is not None or boxes is not None:
+      images = list(images)  # what is given for each image must have their number
+    inputs = iter(self._inputs(len(images), class_id, sentences, boxes)) if isinstance(images, list) else None
+    remaining, size = iter(images), max(BATCH_SIZE, self.config.eval.batch_size)
+    while chunk := list(itertools.islice(remaining, size)):
+      arrays = [images_lib.as_image(image) for image in chunk]
+      rows = [*itertools.islice(inputs, size)] if inputs else self._inputs(len(chunk), class_id, None, None)
       if self._classify is not None:  # from the full image, once for all windows
         for image, row in zip(arrays, rows, strict=True):
           if row["class_id"] < 0:

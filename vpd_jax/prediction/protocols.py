@@ -38,18 +38,17 @@ class ShiftedWindowProtocol:
   """
 
   preprocessing = (
-    "cut off the rows that the data set cuts off its own pictures; resize the rest so that its shorter side is that of "
-    "the input (mean of areas where it shrinks, else bilinear); windows of the input's size, shifted along the longer "
-    "side so that they cover it; where windows overlap, the mean of their predictions, weighed by sin^2 of the place "
-    "in the window where eval.blend is smooth; mirror images are averaged where eval.test_time says flip; resized back "
-    "bilinearly"
+    "crop the top rows that the data set crops (KITTI); resize so that the shorter side is that of the input (area "
+    "averaging when shrinking, otherwise bilinear); cover the longer side with windows of the input's size; average "
+    "the predictions where windows overlap, weighted by sin^2 of the position in the window if eval.blend is 'smooth'; "
+    "with 'flip' in eval.test_time, also average with the prediction of the flipped image; resize back bilinearly"
   )
   preprocessing_of_halves = (
-    "cut off the rows that the data set cuts off its own pictures; resize the rest so that its shorter side is the "
-    "input's height (mean of areas where it shrinks, else bilinear); two windows, the left and the right half, share N "
-    "columns where eval.test_time says halves:N, and are as wide as the picture makes them, but the exported input is "
-    "as wide as data.crop; in the shared columns, their predictions are blended linearly; mirror images are averaged "
-    "where eval.test_time says flip; resized back bilinearly"
+    "crop the top rows that the data set crops (KITTI); resize so that the height is that of the input (area averaging "
+    "when shrinking, otherwise bilinear); predict the left and the right half, which share the N columns of 'halves:N' "
+    "in eval.test_time (their width depends on the image; the exported input has the width of data.crop); blend the "
+    "predictions linearly in the shared columns; with 'flip' in eval.test_time, also average with the prediction of "
+    "the flipped image; resize back bilinearly"
   )
 
   def __init__(self, config: ConfigDict, exp: Experiment):
@@ -99,8 +98,9 @@ class SlidingWindowProtocol:
   """Classifies every pixel with sliding windows and scales, see inference/sliding_window.py."""
 
   preprocessing = (
-    "resize the picture as eval.test_time says; overlapping windows of the input's size; scores are averaged where "
-    "windows overlap and resized back bilinearly, and their softmax is averaged over scales and mirror images"
+    "resize the image to each scale of eval.test_time; cover it with overlapping windows of the input's size; average "
+    "the scores where windows overlap; resize them back bilinearly; average their softmax over scales and, with "
+    "'flip' in eval.test_time, flipped images"
   )
 
   def __init__(self, config: ConfigDict, exp: Experiment):
@@ -125,9 +125,7 @@ class SlidingWindowProtocol:
 class ResizeProtocol:
   """Resizes to the training crop, ignoring the aspect ratio as in evaluation; scores are resized back, bilinear."""
 
-  preprocessing = (
-    "resize the picture to the input's size, ignoring the aspect ratio; scores are resized back bilinearly"
-  )
+  preprocessing = "resize the image to the input's size, ignoring the aspect ratio; resize the scores back bilinearly"
 
   def __init__(self, config: ConfigDict, exp: Experiment):
     self._predict = jax.jit(evaluate.make_predict(exp, (), "full"))
@@ -150,8 +148,8 @@ class TopDownProtocol:
   """Crops around each box, see inference/top_down.py; without "boxes" the full image is one person."""
 
   preprocessing = (
-    "one crop per person: the box, widened to the input's aspect ratio and by data.padding, is warped to the input's "
-    "size; heatmaps of the mirrored crop are averaged in where eval.test_time says flip"
+    "one crop per person: extend the box to the input's aspect ratio, enlarge it by data.padding, and warp it to the "
+    "input's size; with 'flip' in eval.test_time, also average with the heatmaps of the flipped crop"
   )
 
   def __init__(self, config: ConfigDict, exp: Experiment):

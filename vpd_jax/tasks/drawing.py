@@ -21,6 +21,11 @@ def text_scale(size: Sequence[int]) -> float:
   return float(np.clip(min(size) / 1000, SMALLEST_SCALE, 4))
 
 
+def text_width(string: str, scale: float) -> int:
+  """Width in pixels of a text that is not outlined."""
+  return cv2.getTextSize(_in_ascii(string), FONT, scale, 1)[0][0]
+
+
 def text(picture: np.ndarray, string: str, origin: tuple[int, int], scale: float, *, outlined: bool = False) -> None:
   """Draws black text, or white text with a black outline, into uint8 [H, W, 3].
 
@@ -31,8 +36,7 @@ def text(picture: np.ndarray, string: str, origin: tuple[int, int], scale: float
     scale: from `text_scale`.
     outlined: white with an outline, for colored backgrounds.
   """
-  # OpenCV's fonts support ASCII only.
-  readable, thick = string.encode("ascii", "replace").decode(), max(1, round(1.5 * scale))
+  readable, thick = _in_ascii(string), max(1, round(1.5 * scale))
   write = lambda color, x, y: cv2.putText(picture, readable, (x, y), FONT, scale, color, thick, cv2.LINE_AA)
   if outlined:
     # Shifted copies, since OpenCV increases the spacing of thicker text.
@@ -40,6 +44,11 @@ def text(picture: np.ndarray, string: str, origin: tuple[int, int], scale: float
     for right, down in itertools.product((-step, 0, step), repeat=2):
       write((0, 0, 0), origin[0] + right, origin[1] + down)
   write((255,) * 3 if outlined else (0,) * 3, *origin)
+
+
+def _in_ascii(string: str) -> str:
+  """The string as OpenCV's fonts can show it."""
+  return string.encode("ascii", "replace").decode()
 
 
 def text_line(string: str, width: int, scale: float = SMALLEST_SCALE) -> np.ndarray:
@@ -89,7 +98,7 @@ def color_bar(low: float, high: float, colors: str, size: Sequence[int], unit: s
   margin, bar_width, half = round(8 * scale), max(6, round(30 * scale)), round(LINE * scale / 4)
   numbers = ticks(low, high, max(2, round(height / (2 * LINE * scale))))
   labels = [f"{number:.6g} {unit}" for number in numbers]
-  label_width = max((cv2.getTextSize(label, FONT, scale, 1)[0][0] for label in labels), default=0)
+  label_width = max((text_width(label, scale) for label in labels), default=0)
   bar = np.full((height, 3 * margin + bar_width + label_width, 3), 255, np.uint8)
   top, bottom = min(half, height // 4), height - 1 - min(half, height // 4)
   span = np.linspace(high, low, bottom - top + 1)
@@ -133,7 +142,7 @@ def names(picture: np.ndarray, label: np.ndarray, classes: Sequence[str]) -> np.
   picture, scale = picture.copy(), text_scale(picture.shape[:2])
   occupied = np.zeros(label.shape, bool)
   for _, class_id, (x, y), radius in sorted(_largest_circles(label, len(classes)), reverse=True):
-    (width, height), descent = cv2.getTextSize(classes[class_id], FONT, scale, 1)
+    (width, height), descent = cv2.getTextSize(_in_ascii(classes[class_id]), FONT, scale, 1)
     left = int(np.clip(x - width / 2, 0, max(0, label.shape[1] - width)))
     base = int(np.clip(y + height / 2, height, max(height, label.shape[0] - descent)))
     rows, columns = slice(max(0, base - height), base + descent), slice(left, left + width)

@@ -77,15 +77,14 @@ def overlay(
 
 def legend(entries: list[tuple[str, np.ndarray, float]], width: int) -> np.ndarray:
   """A swatch, name and share per entry, in as many columns as fit: uint8 [h, at least width, 3]."""
-  font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.4
   texts = [f"{name} {100 * share:.1f}%" for name, _, share in entries]
-  column = 3 * LINE // 2 + max((cv2.getTextSize(t, font, scale, 1)[0][0] for t in texts), default=0)
+  column = 3 * LINE // 2 + max((drawing.text_width(text, drawing.SMALLEST_SCALE) for text in texts), default=0)
   columns = max(1, width // column)
   picture = np.full((LINE * -(-len(entries) // columns), max(width, column), 3), 255, np.uint8)
   for i, (text, (_, color, _)) in enumerate(zip(texts, entries, strict=True)):
     y, x = LINE * (i // columns), column * (i % columns)
     picture[y + 2 : y + 2 + SWATCH, x + 2 : x + 2 + SWATCH] = color
-    cv2.putText(picture, text, (x + SWATCH + 6, y + SWATCH), font, scale, (0, 0, 0), 1, cv2.LINE_AA)
+    drawing.text(picture, text, (x + SWATCH + 6, y + SWATCH), drawing.SMALLEST_SCALE)
   return picture
 
 

@@ -98,7 +98,7 @@ class TrainingSession:
       )
     self.step = self._begin = int(self.state.step)
     lines += lock_warnings
-    lines += self._dataset.describe()
+    lines += self._dataset.describe(skip_unreadable=config.data.on_bad_record == "skip")
     lines += [*experiment.sentence_lines(exp, self._dataset), *self._evaluator.encodings.lines()]
     # Only now, so that a rejected workdir is not changed.
     self._writer = stack.enter_context(

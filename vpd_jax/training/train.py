@@ -28,11 +28,11 @@ def run(config: ConfigDict, workdir: str, *, accept_changes: bool = False) -> di
     if events.evaluates(session.step) and not session.has_scores():
       log(f"step {session.step} was saved without scores: evaluating it")
       session.evaluate()
-    if session.step >= config.num_steps:
-      log(f"nothing to do: step {session.step} of {config.num_steps} is reached")
-      return session.scores
     if session.guard.requested:
       log(f"stopped by {session.guard.cause} at step {session.step}")
+      return session.scores
+    if session.step >= config.num_steps:
+      log(f"nothing to do: step {session.step} of {config.num_steps} is reached")
       return session.scores
     session.prepare()
     with progress.phase("train", config.num_steps, "steps", session.finished_steps):

@@ -1,12 +1,16 @@
 """The classifier of ImageNet from Hugging Face's folders and files, and where a model gets it from."""
 
 import json
+import os
+import shutil
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
 
 from tests.helpers import fill, oracle
+from tests.helpers.buckets import bucket
 from tests.helpers.modules import COMMON
 from vpd_jax import experiment
 from vpd_jax.checkpoints import initialize, vit_tower
@@ -15,6 +19,8 @@ from vpd_jax.convert.formats import write
 from vpd_jax.convert.tables import vit
 from vpd_jax.models import parameters
 from vpd_jax.models.backbones.vit import VitClassifier, VitSizes
+
+__all__ = ["bucket"]  # a fixture
 
 TINY = VitSizes(width=64, layers=3, heads=4, mlp_width=256, image_size=56, patch=14, labels=1000)
 PREFIX = "encoder.cide_module.vit_model."
@@ -148,3 +154,28 @@ def test_the_network_is_that_of_transformers(tmp_path):
     out = theirs(torch.from_numpy(image.transpose(0, 3, 1, 2)), output_hidden_states=True)
   np.testing.assert_allclose(ours.logits, out.logits.numpy(), rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(ours.hidden[-1], out.hidden_states[-1].numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", ["bucket", "hub"])
+def test_a_classifier_is_fetched_with_its_sizes(folder, state, place, bucket, monkeypatch):
+  remote = bucket[0] / "vit"
+  shutil.copytree(folder, remote)
+  (remote / "pytorch_model.bin").write_text("the same in another form")
+  if place == "hub":
+    fetched = []
+
+    def snapshot_download(repo_id, *, revision=None, allow_patterns):
+      assert repo_id == "org/vit"
+      names = huggingface_hub.utils.filter_repo_objects(os.listdir(remote), allow_patterns=allow_patterns)
+      snapshot = folder.parent / "snapshot"
+      for name in names:
+        snapshot.mkdir(exist_ok=True)
+        shutil.copy(remote / name, snapshot / name)
+        fetched.append(name)
+      return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+  source = "gs://bucket/vit" if place == "bucket" else "org/vit"
+  assert VitSizes(**vit.sizes(source)) == TINY
+  assert vit.load(source, shapes_of(TINY)).keys() == shapes_of(TINY).keys()
+  assert "pytorch_model.bin" not in (bucket[1] if place == "bucket" else fetched)

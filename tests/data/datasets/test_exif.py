@@ -20,9 +20,9 @@ def test_a_picture_upside_down_is_read_as_stored_or_turned_and_told(tmp_path, na
     np.testing.assert_array_equal(stored[number][key], turned[number][key])
   told = "\n".join(make(root, "stored").describe())
   size = {"sentences": "train: 5 sentences in 5 pictures", "keypoints": "train: 5 people"}.get(name, "train: 5 images")
-  assert size in told and "WARNING: 2 of 5 pictures are turned by their EXIF data. They are read as they are" in told
-  assert "set data.exif='turned' where they do not lie" in told
-  assert "They are turned (data.exif='turned')" in "\n".join(make(root, "turned").describe())
+  assert size in told and "WARNING: 2 of 5 images have an EXIF orientation. They are not rotated" in told
+  assert "If they do not line up, set data.exif='turned'." in told
+  assert "They are rotated (data.exif='turned')" in "\n".join(make(root, "turned").describe())
   assert not make(write(tmp_path / "upright", 1), "stored").source("train").notes
 
 

@@ -37,7 +37,7 @@ def test_a_folder_of_pictures_and_masks_trains(root):
   batches.close()
   assert batch["image"].shape == (3, 32, 32, 3) and set(np.unique(batch["label"])) <= {0, 1, 2, 255}
   assert data.eval_transform(evaluation[0])["image"].shape == (40, 60, 3)
-  assert label_maps.histogram(train, data.classes)[0].startswith("labels of 9 of 9 pictures: ")
+  assert label_maps.histogram(train, data.classes)[0].startswith("labels of 9 of 9 images: ")
 
 
 def test_folders_endings_and_inner_folders_may_be_named(root):

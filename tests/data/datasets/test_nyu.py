@@ -76,6 +76,21 @@ def test_list_files_are_found_where_users_have_them(root, place):
   assert len(nyu.Nyu(root=str(root), train_list=option).source("train")) == 3
 
 
+def test_the_list_below_root_is_read_before_one_of_the_same_name_in_the_working_directory(root, tmp_path, monkeypatch):
+  (tmp_path / "elsewhere").mkdir()
+  (tmp_path / "elsewhere/train_list.txt").write_text("of another data set")
+  monkeypatch.chdir(tmp_path / "elsewhere")
+  assert len(nyu.Nyu(root=str(root), train_list="train_list.txt").source("train")) == 3
+
+
+def test_another_number_of_frames_than_published_is_told(root, monkeypatch):
+  warning = "WARNING: published are {}; scores are not comparable"
+  data = nyu.Nyu(root=str(root))
+  assert data.describe() == [f"train: 3 images; {warning.format(24_231)}", f"eval: 2 images; {warning.format(654)}"]
+  monkeypatch.setattr(nyu.Nyu, "published", nyu.Nyu.published._replace(counts={"train": 3, "eval": 2}))
+  assert data.describe() == ["train: 3 images", "eval: 2 images"]
+
+
 @pytest.mark.parametrize("change", ["\r\n", "no slash", "focal length", "blank lines", "byte order mark"])
 def test_list_files_are_read_in_all_their_spellings(root, change):
   text = (root / "train_list.txt").read_text()

@@ -264,6 +264,16 @@ def test_pictures_may_lie_anywhere(root, tmp_path_factory):
   assert dataset(root, images=str(other / "coco")).source("train")[0]["image"].shape == (40, 60, 3)
 
 
+def test_pictures_are_found_relative_to_the_data_set_before_the_working_directory(root, monkeypatch):
+  (root / "images/train2014").rename(root / "coco")
+  monkeypatch.chdir(root)
+  (root / "refer").mkdir()
+  (root / "refcoco").rename(root / "refer/refcoco")
+  assert dataset(root / "refer", images="coco").source("train")[0]["image"].shape == (40, 60, 3)
+  (root / "refer/coco").mkdir()
+  assert "files are missing" in message(dataset(root / "refer", images="coco"))
+
+
 def test_a_picture_of_another_size_than_annotated_is_told(root):
   path = root / "images/train2014/COCO_train2014_000000000001.jpg"
   cv2.imwrite(str(path), np.zeros((60, 40, 3), np.uint8))

@@ -9,6 +9,7 @@ from PIL import Image
 
 from tests.helpers.messages import check_message
 from vpd_jax.data.readers import label_maps
+from vpd_jax.errors import UserError
 
 THREE = label_maps.make_mapping({0: 0, 1: 1, 2: 2}, (255,), "correct data.classes.")
 NUMBERS = np.array([[0, 1, 2], [2, 255, 0]], np.uint8)
@@ -69,7 +70,9 @@ def test_numbers_beyond_the_classes_are_named_with_file_count_and_range(tmp_path
   wide = np.full((2, 2), 256, np.uint16)  # whose low byte is a class
   check_message("holds 256 (4 pixels)", lambda: label_maps.decode_labels(png(tmp_path, wide), "m.png", THREE))
   many = np.arange(100, 120, dtype=np.uint8)[None]
-  check_message("109 (1 pixels), ...; allowed", lambda: label_maps.decode_labels(png(tmp_path, many), "m.png", THREE))
+  check_message(
+    "109 (1 pixels), and 10 more; allowed", lambda: label_maps.decode_labels(png(tmp_path, many), "m.png", THREE)
+  )
 
 
 @pytest.mark.parametrize("channels, words", [(3, "three channels (RGB)"), (4, "four channels (RGBA)")])
@@ -130,7 +133,7 @@ def test_a_histogram_looks_at_a_bounded_number_of_maps():
   lines = label_maps.histogram(source, ("wall", "floor", "door"), samples=20)
   assert len(source.read) == 20 and max(source.read) == 950
   assert lines == [
-    "labels of 20 of 1000 pictures: 50.0 % have no class",
+    "labels of 20 of 1000 images: 50.0 % have no class",
     "  of the others: wall 75.0 %, floor 25.0 %",
     "  1 of 3 classes were not seen: door",
   ]
@@ -142,9 +145,27 @@ def test_a_histogram_warns_of_a_single_class_and_refuses_one_too_many():
   assert label_maps.histogram(Counted([np.full((2, 2), 255, np.uint8)]), ("a", "b"))[0].endswith(
     "100.0 % have no class"
   )
-  check_message(
-    "labels [2] occur, but there are 2 classes", lambda: label_maps.histogram(Counted([NUMBERS]), ("a", "b"))
-  )
+  check_message("labels 2 occur, but there are 2 classes", lambda: label_maps.histogram(Counted([NUMBERS]), ("a", "b")))
+
+
+def test_a_histogram_leaves_out_what_cannot_be_read_only_where_that_is_wanted():
+  class Damaged(Counted):
+    def label(self, index):
+      if self.maps[index] is None:
+        raise UserError(f"label file {index}.png is damaged")
+      return super().label(index)
+
+  maps = [np.array([[0, 1]], np.uint8), None, np.array([[1, 1]], np.uint8)]
+  with pytest.raises(UserError, match=r"^label file 1\.png is damaged"):
+    label_maps.histogram(Damaged(maps), ("a", "b"))
+  lines = label_maps.histogram(Damaged(maps), ("a", "b"), skip_unreadable=True)
+  assert lines == [
+    "labels of 2 of 3 images: 0.0 % have no class",
+    "  WARNING: 1 of 3 label files cannot be read, the first: label file 1.png is damaged",
+    "  of the others: b 75.0 %, a 25.0 %",
+  ]
+  with pytest.raises(UserError, match=r"^label file 1\.png is damaged"):
+    label_maps.histogram(Damaged([None, None]), ("a", "b"), skip_unreadable=True)
 
 
 def test_values_survive_pickling():

@@ -1,3 +1,5 @@
+import errno
+import functools
 import json
 import os
 import pickle
@@ -61,6 +63,13 @@ def test_shards_know_the_names_of_their_pictures(root, shards):
   stored, files = nyu.Nyu(root=str(shards), format="tfds").source("train"), nyu.Nyu(root=str(root)).source("train")
   assert [stored.picture(i) for i in range(len(stored))] == [files.picture(i) for i in range(len(files))]
   assert files.picture(1) == "study_room_0004/rgb_00001.jpg"
+
+
+def test_shards_keep_the_notes_on_their_files(root, tmp_path, monkeypatch):
+  data = nyu.Nyu(root=str(root))
+  data.source("eval").notes = ["1 of 2 images has an EXIF orientation"]
+  writer.prepare(data, tmp_path / "out", name="nyu", splits=("eval",))
+  assert nyu.Nyu(root=str(tmp_path / "out"), format="tfds").source("eval").notes == data.source("eval").notes
 
 
 def test_a_shard_holds_the_bytes_of_the_files(root, shards):
@@ -137,6 +146,26 @@ def test_a_changed_data_set_starts_again(root, tmp_path):
   assert said[1] == f"{tmp_path}/out is prepared already; remove it to write it again"
 
 
+@pytest.mark.parametrize("state", [None, "", "{"])
+def test_shards_whose_state_was_lost_are_written_again(root, tmp_path, state):
+  staging = tmp_path / "out.partial/shards"
+  staging.mkdir(parents=True)
+  (staging / "vpd_jax-train.array_record-00000-of-00001").write_bytes(b"")
+  if state is not None:
+    (staging / "state.json").write_text(state)
+  said = []
+  writer.prepare(nyu.Nyu(root=str(root)), tmp_path / "out", name="nyu", say=said.append)
+  assert said == ["starting again: the data set or its options have changed since 1 shards were written"]
+  assert len(nyu.Nyu(root=str(tmp_path / "out"), format="tfds").source("train")) == 8
+
+
+def test_a_finished_shard_is_on_the_disk_before_it_has_its_name(root, tmp_path, monkeypatch):
+  synced = []
+  monkeypatch.setattr(writer.atomic, "sync", lambda path: synced.append((path.name, path.exists())))
+  writer.prepare(nyu.Nyu(root=str(root)), tmp_path / "out", name="nyu", splits=("eval",))
+  assert synced == [("vpd_jax-eval.array_record-00000-of-00001.part", True), ("shards", True)]
+
+
 def test_where_nothing_can_be_written(root, tmp_path):
   data = nyu.Nyu(root=str(root))
   (tmp_path / "file").write_text("")
@@ -159,6 +188,37 @@ def test_a_disk_that_is_too_small_is_found_before_writing(root, tmp_path, monkey
     lambda: writer.prepare(nyu.Nyu(root=str(root)), tmp_path / "out", name="nyu"),
   )
   assert not (tmp_path / "out").exists()
+
+
+def test_without_hard_links_shards_are_copied_and_twice_the_space_is_needed(root, tmp_path, monkeypatch):
+  def refuse(*_):
+    raise OSError(errno.EPERM, "no links")
+
+  free = []
+  usage = lambda path: type("Usage", (), {"free": free[0]})
+  monkeypatch.setattr(writer.shutil, "disk_usage", usage)
+  data, size = nyu.Nyu(root=str(root)), 0
+  for folder, links, enough in (("a", True, 1), ("b", False, 1), ("b", False, 2)):
+    if not links:
+      monkeypatch.setattr(writer.os, "link", refuse)
+    size = size or sum(map(len, _records(root, "eval")))
+    free[:] = [int(enough * size * 1.1)]
+    prepare = functools.partial(writer.prepare, data, tmp_path / folder, name="nyu", splits=("eval",))
+    if links or enough == 2:
+      prepare()
+      assert len(nyu.Nyu(root=str(tmp_path / folder), format="tfds").source("eval")) == 2
+    else:
+      check_message("GB free, but", prepare)
+
+
+def _records(root, split):
+  """The serialized records of a split."""
+  data = nyu.Nyu(root=str(root))
+  source = data.source(split)
+  import tensorflow_datasets as tfds
+
+  features = tfds.features.FeaturesDict(writer.describe(data, source))
+  return [features.serialize_example(source.record(index)) for index in range(len(source))]
 
 
 def test_a_damaged_record_is_named_and_the_others_are_read(shards, tmp_path):

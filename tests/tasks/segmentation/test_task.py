@@ -305,7 +305,7 @@ def test_merged_classes_are_described():
   names = ("wall", "car", "tree", "bus")
   plain = Segmentation(classes=4, class_names=names)
   merging = Segmentation(classes=4, class_names=names, merge=("vehicle=car+bus", "plant=tree"))
-  assert plain.described["result"] == "the class of a pixel is the number of its largest score, counted from 0"
+  assert plain.described["result"] == "the class of a pixel is the index of its largest score"
   assert merging.described["result"] == (
     "after a softmax of the scores, probabilities are added: vehicle = car + bus, plant = tree; the class of a pixel "
     "is the number of the largest, counted from 0, of wall, vehicle, plant"

@@ -176,7 +176,7 @@ def load_image(path: str | epath.PathLike, targets: Mapping[str, Shaped], *, pro
   Raises:
     ValueError: for a source that cannot be read, has no encoder or does not fit; lists all problems.
   """
-  return _load(path, fetch.local(path), lambda names: image(names, projected=projected), targets, which="image")
+  return _load(path, fetch.local(path, ("",)), lambda names: image(names, projected=projected), targets, which="image")
 
 
 def load_text(
@@ -186,7 +186,7 @@ def load_text(
 
   Without the projection, also from a CompVis file or a diffusers folder, which remote folders are assumed to be.
   """
-  local_path = fetch.local(path, () if projected else (TEXT_FOLDER,))
+  local_path = fetch.local(path, ("",) if projected else (TEXT_FOLDER,))
   subfolder = local_path / TEXT_FOLDER
   table = lambda names: text(names, targets, projected=projected)
   return _load(path, subfolder if subfolder.is_dir() else local_path, table, targets, which="text")

@@ -45,7 +45,7 @@ def load(path: str | epath.PathLike, targets: Mapping[str, Shaped]) -> dict[str,
   Raises:
     ValueError: for a source that cannot be read, has no classifier or has other sizes; one line.
   """
-  file = fetch.local(path)
+  file = fetch.local(path, ("",))
   if not file.exists():
     raise UserError(f"{str(path)!r} does not exist; give {EXPECTED}.")
   tensors = (weight_files.open_folder(file, ("",)) if file.is_dir() else weight_files.open_file(file)).tensors

@@ -25,7 +25,7 @@ from vpd_jax.data.datasets.depth import DepthDataset
 from vpd_jax.data.readers import image_files
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import depth as depth_transforms
-from vpd_jax.errors import UserError, check_choice
+from vpd_jax.errors import UserError, check_choice, first_items
 from vpd_jax.files import image_decoding, reading
 from vpd_jax.types import DatasetInfo, Example, Options, Source
 
@@ -201,7 +201,7 @@ def read_columns(path: str | Path, *, columns: tuple[int, ...]) -> list[list[str
   if wrong:
     raise UserError(
       f"list file {path}: {len(wrong)} lines do not have {expected} columns: "
-      f"{image_files.first_items(wrong)}; put the image and its depth in a line, with a tab between where names hold "
+      f"{first_items(wrong)}; put the image and its depth in a line, with a tab between where names hold "
       "spaces."
     )
   if not table:

@@ -23,7 +23,7 @@ from vpd_jax.data.datasets.depth import DepthDataset
 from vpd_jax.data.readers import image_files
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import depth as depth_transforms
-from vpd_jax.errors import UserError, check_choice
+from vpd_jax.errors import UserError, check_choice, first_items
 from vpd_jax.types import DatasetInfo, Example, Options, Published, Source
 
 DEPTH_SCALE = 256.0  # units per meter in the files
@@ -135,9 +135,7 @@ class Kitti(DepthDataset):
     missing = [name for name, file in zip(listed, files, strict=True) if file is None]
     if missing:
       folders = self.root if self._depth_root == self.root else f"{self.root} and {self._depth_root}"
-      raise UserError(
-        f"{len(missing)} files are missing in {folders}: {image_files.first_items(missing)}; {FILES_SOURCE}"
-      )
+      raise UserError(f"{len(missing)} files are missing in {folders}: {first_items(missing)}; {FILES_SOURCE}")
     pairs = [(image, depth) for image, depth in zip(images, depths, strict=True) if image and depth]
     if depth_root != root:
       pairs = [(image, str(depth_root.absolute() / depth)) for image, depth in pairs]

@@ -15,7 +15,7 @@ import numpy as np
 from vpd_jax.data.datasets.depth import DepthDataset
 from vpd_jax.data.readers import image_files
 from vpd_jax.data.shards import reader
-from vpd_jax.errors import UserError, check_choice
+from vpd_jax.errors import UserError, check_choice, first_items
 from vpd_jax.types import DatasetInfo, Example, Options, Published, Source
 
 # In the order of the class vectors in the released checkpoints; 'excercise_room' is spelled as in the data.
@@ -131,7 +131,7 @@ def scene_classes(names: list[str]) -> list[int]:
   unknown = [name for name, index in zip(names, ids, strict=True) if index < 0]
   if unknown:
     raise UserError(
-      f"{len(unknown)} frames lie in folders of no scene class: {', '.join(unknown[: image_files.SHOWN])}; "
+      f"{len(unknown)} frames lie in folders of no scene class: {first_items(unknown)}; "
       f"folder names must contain one of {', '.join(CLASSES)}."
     )
   return ids

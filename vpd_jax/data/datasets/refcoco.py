@@ -22,7 +22,7 @@ from vpd_jax.data.readers import coco_masks, image_files, label_maps, referring,
 from vpd_jax.data.readers.coco_masks import Outline
 from vpd_jax.data.readers.referring import Item
 from vpd_jax.data.shards import reader
-from vpd_jax.errors import UserError, check_choice, one_line
+from vpd_jax.errors import UserError, check_choice, first_items, one_line
 from vpd_jax.files import reading
 from vpd_jax.types import Fields, Published, Source
 
@@ -128,7 +128,7 @@ class RefCoco(ReferringDataset):
   def _items(self, refs: Sequence[Fields], instances: tuple[Mapping, Mapping], path: Path) -> list[Item]:
     """Converts references to items; all problems are reported together."""
     images, annotations = instances
-    ids = image_files.first_items
+    ids = first_items
     problems = []
     unknown_images = [ref["image_id"] for ref in refs if ref["image_id"] not in images]
     unknown_annotations = [ref["ann_id"] for ref in refs if ref["ann_id"] not in annotations]
@@ -174,7 +174,7 @@ class RefCoco(ReferringDataset):
   def _pictures(self, root: Path) -> Path:
     """The image folder."""
     candidates = (
-      [Path(self.images).expanduser(), root / self.images] if self.images else [root / path for path in PICTURES]
+      [root / self.images, Path(self.images).expanduser()] if self.images else [root / path for path in PICTURES]
     )
     for path in candidates:
       if path.is_dir():
@@ -235,5 +235,5 @@ def _read_mask(annotated: tuple[Outline, int, int], folder: Path, size: tuple[in
 
 
 def _below(root: Path, path: Path) -> str:
-  """The path relative to `root`, or unchanged if it is elsewhere."""
-  return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+  """The path relative to `root`, or the absolute path if it is elsewhere."""
+  return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path.absolute())

@@ -20,7 +20,7 @@ from vpd_jax.data.datasets.referring import ReferringDataset
 from vpd_jax.data.readers import image_files, label_maps, referring
 from vpd_jax.data.readers.referring import Item
 from vpd_jax.data.shards import reader
-from vpd_jax.errors import UserError, check_choice
+from vpd_jax.errors import UserError, check_choice, first_items
 from vpd_jax.files import reading
 from vpd_jax.types import Fields, Source
 
@@ -114,8 +114,9 @@ def read_entries(path: Path) -> list[Fields]:
     raise UserError(f"{path} must hold a list of entries like {EXAMPLE}.")
   wrong = [f"number {place} {what}" for place, entry in enumerate(content, 1) if (what := _problem(entry))]
   if wrong:
-    shown = "; ".join(wrong[: image_files.SHOWN]) + ("; ..." if len(wrong) > image_files.SHOWN else "")
-    raise UserError(f"{path}: {len(wrong)} of {len(content)} entries are wrong: {shown}. One is like {EXAMPLE}.")
+    raise UserError(
+      f"{path}: {len(wrong)} of {len(content)} entries are wrong: {first_items(wrong, '; ')}. One is like {EXAMPLE}."
+    )
   return [entry | {"sentences": [" ".join(text.split()) for text in entry["sentences"]]} for entry in content]
 
 
@@ -144,13 +145,11 @@ def _read_mask(outline: tuple[str, int | None], folder: Path, size: tuple[int, i
   path = folder / name
   mask = label_maps.decode_labels(image_files.read_bytes(path), path, ALL_VALUES)
   if mask.shape != size:
-    hint = image_files.turned_hint(np.empty(size), mask, exif)
+    hint = image_files.exif_hint(np.empty(size), mask, exif)
     raise UserError(f"mask {path} is {mask.shape[0]}x{mask.shape[1]}, its picture {size[0]}x{size[1]}{hint}.")
   values: Sequence[int] = [int(n) for n in np.unique(mask) if n]
   if object_value is None and len(values) > 1:
-    raise UserError(
-      f'mask {path} holds the numbers {values[: image_files.SHOWN]}; say which one in the entry\'s "value".'
-    )
+    raise UserError(f'mask {path} holds the numbers {first_items(values)}; say which one in the entry\'s "value".')
   if not values or object_value not in (None, *values):
     what = f"has no pixel of the number {object_value}" if values else "is empty"
     raise UserError(f"mask {path} {what}.")

@@ -14,7 +14,6 @@ from vpd_jax.data.datasets import rooms
 from vpd_jax.data.datasets.pose import PoseDataset
 from vpd_jax.data.readers import coco_json
 from vpd_jax.data.rooms import render
-from vpd_jax.data.rooms import scene as room_scene
 from vpd_jax.data.shards import reader
 from vpd_jax.data.transforms import top_down as top_down_transforms
 from vpd_jax.errors import UserError, check_choice
@@ -57,7 +56,7 @@ class RoomFigures(PoseDataset):
       self.provides = self.provides | {"sentence"}
       self.made_with["captioned"] = True
 
-  def describe(self) -> list[str]:
+  def describe(self, *, skip_unreadable: bool = False) -> list[str]:
     """Empty, see rooms.Rooms."""
     return []
 
@@ -142,9 +141,7 @@ class Figures(Source):
 
   def _shows_front(self, number: int) -> bool:
     """Whether a room has a person facing the camera, by the order of the shoulders, without rendering it."""
-    rng = np.random.default_rng((self.seed, rooms.SPLITS.index(self.split), number))
-    kind = room_scene.SCENES[rng.integers(len(room_scene.SCENES))]
-    scene = room_scene.build(rng, kind)
+    _, _, scene = rooms.build_scene(self.seed, self.split, number)
     if scene.joints is None:
       return False
     pixels, depth = render.project(scene.joints, scene.camera, self.size)

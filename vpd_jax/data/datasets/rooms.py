@@ -125,7 +125,7 @@ class Rooms(Dataset):
     classes = {"depth": nyu.CLASSES, "segmentation": CLASSES, "referring": ()}[task]
     return DatasetInfo(classes=classes, only_resizes=task == "referring")
 
-  def describe(self) -> list[str]:
+  def describe(self, *, skip_unreadable: bool = False) -> list[str]:
     """Empty, since it would render all rooms of "eval"."""
     return []
 
@@ -229,11 +229,16 @@ class Room(NamedTuple):
   surface: np.ndarray
 
 
-def draw(seed: int, split: str, index: int, size: tuple[int, int], *, turn: float = 0.0) -> Room:
-  """Renders the room (seed, split, index) at `size` = (height, width); `turn` moves the camera around, in radians."""
+def build_scene(seed: int, split: str, index: int) -> tuple[np.random.Generator, str, room_scene.Scene]:
+  """The room (seed, split, index): the generator for its further random choices, its kind, and its scene."""
   rng = np.random.default_rng((seed, SPLITS.index(split), index))
   kind = room_scene.SCENES[rng.integers(len(room_scene.SCENES))]
-  scene = room_scene.build(rng, kind)
+  return rng, kind, room_scene.build(rng, kind)
+
+
+def draw(seed: int, split: str, index: int, size: tuple[int, int], *, turn: float = 0.0) -> Room:
+  """Renders the room (seed, split, index) at `size` = (height, width); `turn` moves the camera around, in radians."""
+  rng, kind, scene = build_scene(seed, split, index)
   scene = scene._replace(camera=render.turned(scene.camera, turn))
   rays = render.cast_rays(scene.camera, size)
   surface, seen = render.draw(scene.parts, scene.camera, rays)

@@ -89,9 +89,10 @@ class SegmentationDataset(Dataset):
     """The function from a record to an Example, see label_maps.decode."""
     return functools.partial(label_maps.decode, label_mappings=self.label_mappings)
 
-  def describe(self) -> list[str]:
+  def describe(self, *, skip_unreadable: bool = False) -> list[str]:
     """The label histogram of the training split, for the start of a run; see label_maps.histogram."""
-    return [*label_maps.histogram(self.source("train"), self.classes), *super().describe()]
+    histogram = label_maps.histogram(self.source("train"), self.classes, skip_unreadable=skip_unreadable)
+    return [*histogram, *super().describe()]
 
   def train_transform(self, example: Example, rng: np.random.Generator, position: int) -> Example:
     """The released augmentation."""

@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vpd_jax.data.readers import image_files
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, first_items
 from vpd_jax.files import reading
 from vpd_jax.types import Fields
 
@@ -102,7 +101,7 @@ def annotations(path: str | Path, names: Sequence[str]) -> Annotations:
       invalid.append(f"annotation {str(entry.get('id', i))[:50]}")
   if invalid:
     raise UserError(
-      f"{path}: {len(invalid)} entries cannot be used: {image_files.first_items(invalid)}; an image needs id, "
+      f"{path}: {len(invalid)} entries cannot be used: {first_items(invalid)}; an image needs id, "
       "file_name, width and height, an annotation the image_id of a listed image, a bbox of 4 and keypoints of "
       f"{3 * len(names)} finite numbers; its area, if any, is a number, and iscrowd 0 or 1."
     )
@@ -212,13 +211,13 @@ def detected(
       rows += [(index_of[entry["image_id"]], entry["bbox"], entry["score"])] if is_visible else []
   if invalid:
     raise UserError(
-      f"{path}: {len(invalid)} detections cannot be used: numbers {image_files.first_items(invalid)}; each needs "
+      f"{path}: {len(invalid)} detections cannot be used: numbers {first_items(invalid)}; each needs "
       "image_id, a whole number, a bbox of 4 finite numbers and a score."
     )
   if unknown and others == "error":
     raise UserError(
       f"{path}: {len(unknown)} detections are of {len(set(unknown))} images that {coco.path} does not list: "
-      f"{image_files.first_items(sorted(set(unknown), key=str))}; {remedy}."
+      f"{first_items(sorted(set(unknown), key=str))}; {remedy}."
     )
   choice = f"people are category {category}, see data.person_category"
   notes = (
@@ -323,4 +322,4 @@ def _is_int(value: object) -> bool:
 def _counted(entries: Sequence[Fields]) -> str:
   """The category ids with their counts, as in "0 (5), 3 (1)", the most frequent first."""
   counts = collections.Counter(str(entry.get("category_id"))[:20] for entry in entries)
-  return image_files.first_items([f"{name} ({count})" for name, count in counts.most_common()])
+  return first_items([f"{name} ({count})" for name, count in counts.most_common()])

@@ -29,7 +29,7 @@ def problem(outline: Outline) -> str:
   if any(not isinstance(part, list) or len(part) < 6 or len(part) % 2 for part in parts):
     return "has a polygon of less than three points"
   if not all(isinstance(x, int | float) and -MAX_COORDINATE < x < MAX_COORDINATE for part in parts for x in part):
-    return "has a polygon of what are no places in a picture"
+    return "has polygon coordinates that are not numbers or are out of range"
   return ""
 
 
@@ -38,7 +38,7 @@ def _problem_of_runs(outline: dict) -> str:
   if not isinstance(size, list) or len(size) != 2 or not isinstance(counts, list | str):
     return "is a run-length code without size and counts"
   if isinstance(counts, list) and not all(isinstance(count, int) and count >= 0 for count in counts):
-    return "is a run-length code of what are no counts"
+    return "is a run-length code whose counts are not nonnegative integers"
   return "" if counts else "is empty"
 
 

@@ -12,11 +12,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from vpd_jax.errors import UserError
+from vpd_jax.errors import UserError, first_items
 from vpd_jax.files import image_decoding, reading
 from vpd_jax.types import Example, Fields, Source
 
-SHOWN = 10  # names per error message
 Record = Fields
 # Whether to apply the EXIF orientation of images. Annotations (label maps, masks, depth, keypoints, outlines) are never
 # rotated: they were made either on the stored image or on the rotated one. Published data sets are read as stored.
@@ -47,13 +46,13 @@ def read_list(path: str | Path) -> list[tuple[str, str]]:
 
 
 def find_list(root: Path, path: str | None, names: Iterable[str], source: str) -> Path:
-  """Finds a list file: `path`, as given or relative to `root`, or else the first of `names` in `root` or its parent.
+  """Finds a list file: `path`, relative to `root` or as given, or else the first of `names` in `root` or its parent.
 
   Raises:
     ValueError: if there is none; states the candidates and `source`, where to obtain such a file.
   """
   if path is not None:
-    candidates = [Path(path).expanduser(), root / path]
+    candidates = [root / path, Path(path).expanduser()]
   else:
     candidates = [folder / (name + end) for folder in (root, root.parent) for name in names for end in ("", ".gz")]
   for candidate in candidates:
@@ -139,15 +138,14 @@ def exif_notes(paths: Iterable[Path], exif: str) -> list[str]:
     count = sum(orientation > 1 for orientation in pool.map(image_decoding.orientation, paths))
   if not count:
     return []
-  done, other = {"stored": ("are read as they are stored", "turned"), "turned": ("are turned", "stored")}[exif]
+  done, other = {"stored": ("are not rotated", "turned"), "turned": ("are rotated", "stored")}[exif]
   return [
-    f"WARNING: {count} of {len(paths)} pictures are turned by their EXIF data. They {done} (data.exif={exif!r}), their "
-    f"masks, labels, depth and annotations always are as stored; set data.exif={other!r} where they do not lie on each "
-    "other."
+    f"WARNING: {count} of {len(paths)} images have an EXIF orientation. They {done} (data.exif={exif!r}); masks, "
+    f"labels, depth maps, and annotations never are. If they do not line up, set data.exif={other!r}."
   ]
 
 
-def turned_hint(image: np.ndarray, other: np.ndarray, exif: str | None) -> str:
+def exif_hint(image: np.ndarray, other: np.ndarray, exif: str | None) -> str:
   """A hint for an image whose annotation has transposed height and width; else empty."""
   if image.shape[:2] != other.shape[1::-1]:
     return ""
@@ -161,7 +159,7 @@ def check_same_size(image: np.ndarray, other: np.ndarray, path: str | Path, what
     sizes = ["{}x{}".format(*array.shape[:2]) for array in (other, image)]
     raise UserError(
       f"{what} is {sizes[0]}, but its image {path} is {sizes[1]}; bring both to one size"
-      f"{turned_hint(image, other, exif)}."
+      f"{exif_hint(image, other, exif)}."
     )
 
 
@@ -246,8 +244,3 @@ def entries(folder: Path) -> set[str]:
     return set(os.listdir(folder))
   except OSError:
     return set()
-
-
-def first_items(items: Sequence[object]) -> str:
-  """The first SHOWN items, comma-separated, for messages."""
-  return ", ".join(str(item) for item in items[:SHOWN]) + (", ..." if len(items) > SHOWN else "")

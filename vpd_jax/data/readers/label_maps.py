@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from vpd_jax.data.readers import image_files
-from vpd_jax.errors import UserError
+from vpd_jax.errors import SHOWN, UserError, first_items
 from vpd_jax.files import image_decoding, reading
 from vpd_jax.types import Example, Fields, Source
 
@@ -78,7 +78,7 @@ def make_mapping(classes: Mapping[int, int], ignored: Iterable[int], remedy: str
   table = np.full(256, _INVALID, np.uint8)
   table[list(classes)] = list(classes.values())
   table[ignored] = IGNORE
-  unlabeled = _ranges(ignored) if len(ignored) <= image_files.SHOWN else str(len(ignored))
+  unlabeled = _ranges(ignored) if len(ignored) <= SHOWN else str(len(ignored))
   note = f", of which {unlabeled} mean no class" if ignored else ""
   return LabelMapping(table, f"{_ranges(sorted({*classes, *ignored}))}{note}", remedy)
 
@@ -104,7 +104,7 @@ def decode_labels(raw: bytes, path: str | Path, mapping: LabelMapping) -> np.nda
   if invalid.any():
     unknown, counts = np.unique(numbers[invalid], return_counts=True)
     listed = [f"{number} ({count} pixels)" for number, count in zip(unknown, counts, strict=True)]
-    shown = image_files.first_items(listed)
+    shown = first_items(listed)
     raise UserError(f"label file {path} holds {shown}; allowed are {mapping.allowed}; {mapping.remedy}")
   return labels
 
@@ -221,8 +221,7 @@ def pair_files(
   pairs = [(f"{images}/{name}", label(name)) for name in sorted(image_names)]
   duplicates = [label for label, count in collections.Counter(label for _, label in pairs).items() if count > 1]
   if duplicates:
-    shown = ", ".join(duplicates[: image_files.SHOWN])
-    raise UserError(f"{len(duplicates)} label files belong to two pictures each: {shown}.")
+    raise UserError(f"{len(duplicates)} label files belong to two images each: {first_items(duplicates)}.")
   image_files.require_files(root, (label for _, label in pairs), source)
   return pairs
 
@@ -241,27 +240,40 @@ def check_count(source: Source, split: str, expected: int | None, what: str) -> 
   return source
 
 
-def histogram(source: Source, classes: Sequence[str], *, samples: int = SAMPLES) -> list[str]:
+def histogram(
+  source: Source, classes: Sequence[str], *, samples: int = SAMPLES, skip_unreadable: bool = False
+) -> list[str]:
   """Lines with the label frequencies, for the start of a run, to reveal wrong class indices before training.
 
   Args:
     source: of Examples with "label".
     classes: class names.
     samples: number of label maps to count, evenly spaced over the source.
+    skip_unreadable: leave out label maps that cannot be read, and say how many.
 
   Raises:
-    ValueError: if a label map cannot be read or has a class beyond `classes`.
+    ValueError: if a label map cannot be read (with `skip_unreadable`, if none can), or has a class beyond `classes`.
   """
   chosen = sorted({len(source) * step // samples for step in range(samples)})
-  counts = np.zeros(256, np.int64)
+  counts, unreadable = np.zeros(256, np.int64), []
   for index in chosen:
-    counts += np.bincount(source.label(index).ravel(), minlength=256)
+    try:
+      counts += np.bincount(source.label(index).ravel(), minlength=256)
+    except UserError as error:
+      unreadable.append(error)
+      if not skip_unreadable or len(unreadable) == len(chosen):
+        raise
   beyond = np.flatnonzero(counts[len(classes) : IGNORE]) + len(classes)
   if beyond.size:
-    raise UserError(f"labels {beyond.tolist()[: image_files.SHOWN]} occur, but there are {len(classes)} classes.")
+    raise UserError(f"labels {first_items(beyond.tolist())} occur, but there are {len(classes)} classes.")
   total, known = int(counts.sum()), counts[: len(classes)]
   labeled = int(known.sum())
-  lines = [f"labels of {len(chosen)} of {len(source)} pictures: {100 * (1 - labeled / total):.1f} % have no class"]
+  read = len(chosen) - len(unreadable)
+  lines = [f"labels of {read} of {len(source)} images: {100 * (1 - labeled / total):.1f} % have no class"]
+  if unreadable:
+    lines.append(
+      f"  WARNING: {len(unreadable)} of {len(chosen)} label files cannot be read, the first: {unreadable[0]}"
+    )
   order = [int(index) for index in np.argsort(-known, kind="stable") if known[index]]
   shares = [f"{classes[index]} {100 * known[index] / labeled:.1f} %" for index in order]
   more = f", and {len(shares) - SHOWN_CLASSES} more" if len(shares) > SHOWN_CLASSES else ""

@@ -79,7 +79,7 @@ def decode(record: image_files.Record, folder: Path | None = None, *, exif: str 
   image, person = image_files.decode_image(record["image"], path, exif), json.loads(record["person"])
   if image.shape[:2] != tuple(person["size"]):
     sizes = ["{}x{}".format(*size) for size in (image.shape[:2], person["size"])]
-    hint = image_files.turned_hint(image, np.empty(person["size"]), exif)
+    hint = image_files.exif_hint(image, np.empty(person["size"]), exif)
     raise UserError(
       f"{path} is {sizes[0]}, but the annotations say {sizes[1]}; it was resized or turned after it was "
       f"annotated{hint}."

@@ -136,7 +136,7 @@ def decode(record: image_files.Record, *, exif: str | None = None) -> Example:
   mask = image_decoding.decode(record["mask"], f"the mask of {record['image_path']}", cv2.IMREAD_GRAYSCALE)
   if image.shape[:2] != mask.shape:
     sizes = ["{}x{}".format(*array.shape[:2]) for array in (mask, image)]
-    hint = image_files.turned_hint(image, mask, exif)
+    hint = image_files.exif_hint(image, mask, exif)
     raise UserError(f"the mask of {record['image_path']} is {sizes[0]}, the picture {sizes[1]}{hint}.")
   return _example(image, mask, record["sentences"], record["image_id"], record["index"])
 

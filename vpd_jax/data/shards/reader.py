@@ -4,11 +4,12 @@
 picklable.
 """
 
+import contextlib
 import dataclasses
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -16,7 +17,7 @@ from etils import epath
 
 from vpd_jax.data import validation
 from vpd_jax.data.readers.image_files import Record
-from vpd_jax.errors import UserError, one_line
+from vpd_jax.errors import UserError, first_items, one_line
 from vpd_jax.types import Example, Fields, Options, Source
 
 FORMATS = ("files", "tfds")
@@ -78,6 +79,7 @@ class Shards(Source):
       )
     info = self._open()
     _check(self._root, info, name, split, made_with or {})
+    self.notes = dict(info.metadata or {}).get("notes", {}).get(split, ())
 
   def __len__(self) -> int:
     return len(self._records)
@@ -94,21 +96,28 @@ class Shards(Source):
     """
     if not 0 <= index < len(self):
       raise IndexError(f"index={index} is outside the {len(self)} records of {self._split!r}.")
-    try:
+    with self._reading(index):
       stored = self._records[int(index)]
       record = {key: self._restore[key](value) for key, value in stored.items()}
       return record if self._decode is None else self._decode(record)
-    except MemoryError:  # not caused by the record
-      raise
-    except Exception as error:  # damaged shards raise many types, of riegeli, protobuf and numpy
-      reason = one_line(error)
-      raise UserError(f"record {index} of split {self._split!r} in {self._root} cannot be read: {reason}") from None
 
   def picture(self, index: int) -> str:
     """See Source; reads the full record."""
     if "image_path" not in self._restore:
       return super().picture(index)
-    return str(self._restore["image_path"](self._records[int(index)]["image_path"]))
+    with self._reading(index):
+      return str(self._restore["image_path"](self._records[int(index)]["image_path"]))
+
+  @contextlib.contextmanager
+  def _reading(self, index: int) -> Iterator[None]:
+    """Names the folder and the record of an error."""
+    try:
+      yield
+    except MemoryError:  # not caused by the record
+      raise
+    except Exception as error:  # damaged shards raise many types, of riegeli, protobuf and numpy
+      reason = one_line(error)
+      raise UserError(f"record {index} of split {self._split!r} in {self._root} cannot be read: {reason}") from None
 
   def __getstate__(self) -> tuple[object, ...]:
     return self._root, self._split, self._decode
@@ -140,8 +149,8 @@ def unending(function: Callable[..., Any]) -> Callable[..., Any]:
       return function(*arguments)
     except StopIteration as error:
       raise RuntimeError(
-        "reading or transforming a record raised StopIteration, as next() does on an empty iterator: the data would "
-        "end there without a word. Give next() a default, or raise a ValueError that names the file."
+        "reading or transforming a record raised StopIteration, as next() does on an empty iterator: the data "
+        "would silently end there. Give next() a default, or raise a ValueError that names the file."
       ) from error
 
   return call
@@ -210,7 +219,7 @@ class Report:
       for unreadable in ((index + step) % len(self.source) for step in range(count)):
         if unreadable not in self._named:
           self._named.add(unreadable)
-          print(f"left out, the next record takes its place: {self._reason(unreadable)}", file=sys.stderr, flush=True)
+          print(f"skipped and replaced by the next record: {self._reason(unreadable)}", file=sys.stderr, flush=True)
     return batch
 
   def _reason(self, index: int) -> str:
@@ -280,9 +289,7 @@ def _check(root: str, info: Any, name: str, split: str, made_with: Options) -> N
   paths = info.splits[split].filepaths
   missing = [path.name for path in paths if not path.exists()]
   if missing:
-    raise UserError(
-      f"{len(missing)} of {len(paths)} shards are missing in {root}: {', '.join(missing[:10])}; copy again."
-    )
+    raise UserError(f"{len(missing)} of {len(paths)} shards are missing in {root}: {first_items(missing)}; copy again.")
   size, expected = sum(path.stat().length for path in paths), int(info.splits[split].num_bytes)
   if size != expected:
     raise UserError(f"the {split} shards in {root} have {size} bytes in place of {expected}; copy them again.")

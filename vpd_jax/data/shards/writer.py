@@ -73,7 +73,8 @@ class VpdJax(tfds.core.ShardBasedBuilder):
     folder: Path,
   ):
     self._sources, self._features = sources, features
-    self._about = {"dataset": name, "made_with": made_with}
+    notes = {split: list(source.notes) for split, source in sources.items()}
+    self._about = {"dataset": name, "made_with": made_with, "notes": notes}
     self._shard_bytes, self._staging = shard_bytes, staging
     self._sizes: dict[str, int] = {}
     super().__init__(data_dir=folder, file_format="array_record")
@@ -141,7 +142,9 @@ class _Writer(tfds.core.ExampleWriter):
       for _, serialized in examples:
         writer.write(serialized)
       writer.close()
+      atomic.sync(part)  # a finished shard is not looked at again, not even after the machine has crashed
       part.replace(finished)
+      atomic.sync(self._staging)
     try:
       os.link(finished, path)
     except OSError:  # a file system without links
@@ -219,7 +222,8 @@ def prepare(
       folder=partial / "tfds",
     )
     done = sum(path.stat().st_size for path in staging.glob("*array_record*"))
-    needed, free = sum(map(builder.size, splits)) - done, shutil.disk_usage(partial).free
+    copies = 1 if _has_links(staging) else 2
+    needed, free = copies * sum(map(builder.size, splits)) - done, shutil.disk_usage(partial).free
     if needed > free:
       raise UserError(f"{output.parent} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed.")
     # tfds requires a folder for downloads, and prints that it downloads.
@@ -253,9 +257,9 @@ def check_output(output: str | Path) -> Path:
 def _continue(staging: Path, state: Fields, say: Callable[[str], None]) -> None:
   """Keeps the finished shards of an interrupted run with the same state, and removes anything else."""
   state_file = staging / STATE
-  if state_file.exists():
+  if staging.exists():
     finished = sorted(path for path in staging.glob("*array_record*") if path.suffix != ".part")
-    if json.loads(state_file.read_text()) == state:
+    if _stored_state(state_file) == state:
       say(f"continuing: {len(finished)} shards are finished, any other is written again")
     else:
       say(f"starting again: the data set or its options have changed since {len(finished)} shards were written")
@@ -264,6 +268,26 @@ def _continue(staging: Path, state: Fields, say: Callable[[str], None]) -> None:
     leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
   staging.mkdir(parents=True, exist_ok=True)
   atomic.write_json(state_file, state)
+
+
+def _has_links(folder: Path) -> bool:
+  """Whether the file system has hard links, without which every finished shard is copied."""
+  with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    file = Path(scratch) / "file"
+    file.touch()
+    try:
+      os.link(file, file.with_name("link"))
+    except OSError:
+      return False
+    return True
+
+
+def _stored_state(path: Path) -> object:
+  """The content of the state file; None if it is missing or was not written completely."""
+  try:
+    return json.loads(path.read_text())
+  except (FileNotFoundError, ValueError):
+    return None
 
 
 def _identity(value: object) -> object:

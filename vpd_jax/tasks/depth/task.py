@@ -69,7 +69,7 @@ class Depth(Task):
   eval_needs = frozenset()
   needs_truth = False
   measures_depth = True
-  described = MappingProxyType({"depth": "meters along the optical axis", "result": "the depth as it is"})
+  described = MappingProxyType({"depth": "meters along the optical axis", "result": "the depth, unchanged"})
 
   def __init__(
     self,

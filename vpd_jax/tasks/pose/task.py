@@ -58,9 +58,9 @@ class Pose(Task):
   needs_truth = True
   described = MappingProxyType(
     {
-      "heatmaps": "a map per keypoint, about 1 where it is, unitless",
-      "result": "a keypoint lies at the largest value of its heatmap, which is its score; the package refines the "
-      "place to parts of a pixel by the shape of the peak (DARK) and maps it back into the picture",
+      "heatmaps": "one map per keypoint, close to 1 at the keypoint, unitless",
+      "result": "the position and the score of a keypoint are those of the largest value of its heatmap; the package "
+      "refines the position to subpixel accuracy (DARK) and maps it back to the image",
     }
   )
 

@@ -83,7 +83,7 @@ class Referring(Task):
   described = MappingProxyType(
     {
       "logits": "scores of background (0) and object (1) before the softmax, unitless",
-      "result": "a pixel is on the object where its score 1 is above its score 0",
+      "result": "a pixel belongs to the object if its score 1 is above its score 0",
     }
   )
 

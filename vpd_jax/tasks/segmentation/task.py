@@ -157,7 +157,7 @@ class Segmentation(Task):
     {
       "logits": "scores of the classes before the softmax, unitless",
       "aux_logits": "those of the auxiliary head, which only training uses",
-      "result": "the class of a pixel is the number of its largest score, counted from 0",
+      "result": "the class of a pixel is the index of its largest score",
     }
   )
 
