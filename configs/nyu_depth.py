@@ -10,7 +10,7 @@ presets.eco_depth_recipe; its ImageNet classifier is given by --config.init.vit.
 TADP reads a caption of every image: --config.data.captions=FILE.
 
 Expected: RMSE 0.254, d1 0.964 for VPD, 0.223 and 0.976 for MetaPrompts (their READMEs), 0.218 and 0.978 for EcoDepth
-(issue 11 of its repository), 0.225 and 0.976 for TADP. Ours: not yet run.
+(0.2187 and 0.9776 in issue 11 of its repository), 0.225 and 0.976 for TADP. Ours: not yet run.
 """
 
 import ml_collections

@@ -190,14 +190,14 @@ CASES = {
   ),
   "known weights that must be fetched by hand": Case(
     "--config.init.pretrained=vpd/nyu_depth",
-    "vpd/nyu_depth is not there yet: fetch VPD",
+    "vpd/nyu_depth is not downloaded: get VPD",
     "put it to {here}/weights/vpd_depth_480x480.pth",
     env={"VPD_WEIGHTS": "weights"},
   ),
   "known weights in a folder that cannot be made": Case(
     "--config.init.pretrained=sd/1.5",
     "sd/1.5 cannot be fetched",
-    "and the room in /proc/weights",
+    "and the free space in /proc/weights",
     env={"VPD_WEIGHTS": "/proc/weights"} | NO_HUB,
   ),
   "no checkpoint": Case(

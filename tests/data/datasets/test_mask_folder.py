@@ -141,7 +141,7 @@ def _only_text(root):
 
 def test_two_pictures_of_one_mask_are_refused(root):
   cv2.imwrite(str(root / "images/03.png"), np.zeros((40, 60, 3), np.uint8))
-  check_message("1 label files belong to two pictures each: masks/03.png", lambda: made(root).source("train"))
+  check_message("1 label files belong to two images each: masks/03.png", lambda: made(root).source("train"))
 
 
 def test_a_single_picture_is_not_enough(root):

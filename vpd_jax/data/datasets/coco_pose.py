@@ -35,10 +35,10 @@ class CocoPose(PoseDataset):
   Args:
     root: the parent folder, or with format="tfds" the one that prepare_data.py wrote.
     boxes: the boxes for evaluation: "detections" of a detector (as published), or "annotated".
-    detections: the detection file, an existing path or relative to `root`. Scores with other files are not comparable.
+    detections: the detection file, relative to `root` or an existing path. Scores with other files are not comparable.
     box_threshold: detections with scores below it are dropped. Release: 0.
     person_category: the category_id of people in the detections; -1: as in the annotations. Many programs count from 0.
-    annotations: folder of the annotation files, an existing path or relative to `root`. Evaluation also reads them with
+    annotations: folder of the annotation files, relative to `root` or an existing path. Evaluation also reads them with
       format="tfds", because they include images without detections.
     train_images, eval_images: folders of the images, below `root`.
     upper_share: see top_down.Augmentation.

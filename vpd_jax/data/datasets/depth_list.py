@@ -2,7 +2,7 @@
 
 Files, below `root`:
   train_list.txt   one image per line: the image and its depth, relative to `root`, separated by a tab or by spaces
-  eval_list.txt    the same for evaluation; without it the last lines of the training list are held out
+  eval_list.txt    the same for evaluation, if `eval_list` names it; else the last training lines are held out
 Images have any format that OpenCV reads and any size; a depth file has the size of its image and one channel:
   .png             16 bits
   .tif, .tiff      16 bits, or 32-bit floats
@@ -45,7 +45,7 @@ class DepthList(DepthDataset):
     root: folder that the names in the lists are relative to.
     factor: units of the depth files per meter: 1000 for millimeters, 256 for KITTI's, 1 for meters.
     max_depth: in meters; larger values are missing, because the head cannot predict them.
-    train_list: list of the training images, an existing path or relative to `root`.
+    train_list: list of the training images, relative to `root` or an existing path.
     eval_list: the same for evaluation. Empty holds out the last `holdout` of the training list; the last ones, because
       neighbors are often frames of one video.
     holdout: fraction of the training list, rounded, at least one line.

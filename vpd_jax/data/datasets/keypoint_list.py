@@ -2,7 +2,7 @@
 
 Files, below `root`:
   train.json   annotations in COCO's format, see coco_json.py; one category names the keypoints
-  eval.json    the same for evaluation; without it the last images of the training file are held out
+  eval.json    the same for evaluation, if `eval_json` names it; else the last images of the training file are held out
   images/      the annotated images, in any format that OpenCV reads and of any size
 """
 
@@ -25,13 +25,13 @@ class KeypointList(PoseDataset):
 
   Args:
     root: the parent folder, or with format="tfds" the one that prepare_data.py wrote.
-    train_json, eval_json: annotation files, existing paths or relative to `root`. An empty eval_json holds out the last
+    train_json, eval_json: annotation files, relative to `root` or existing paths. An empty eval_json holds out the last
       `holdout` of the training images; the last ones, because neighbors are often frames of one video.
     json_root: folder of the JSON files; empty for `root`. Also needed with format="tfds", since the annotations are the
       ground truth of evaluation.
     images: folder of the images, below `root`.
     holdout: fraction to hold out, rounded, at least one image.
-    detections: detected boxes for evaluation, a file in COCO format, an existing path or relative to `root`; empty for
+    detections: detected boxes for evaluation, a file in COCO format, relative to `root` or an existing path; empty for
       the annotated boxes.
     person_category: the category_id of people in the detections; -1: as in the annotations. Many programs count from 0.
     keypoints: the names, in the order of the files; empty for those of the training file, which must then exist.

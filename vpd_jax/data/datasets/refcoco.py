@@ -51,7 +51,7 @@ class RefCoco(ReferringDataset):
     variant: "refcoco", "refcoco+" or "refcocog".
     split_by: author of the split: "unc" for the first two, "umd" for the third, "google" for the first and the third.
     eval_split: "val"; "testA" or "testB" of unc; "test" of umd and google.
-    images: image folder, an existing path or relative to `root`; empty for the first of PICTURES that exists.
+    images: image folder, relative to `root` or an existing path; empty for the first of PICTURES that exists.
     overlap: how to merge polygons of one object, "released" or "union", see coco_masks.decode.
     on_empty: "stop" raises for empty sentences and annotations without outline, "leave_out" skips them.
     complete: whether the published numbers of references and images are required; False accepts any number.

@@ -38,7 +38,7 @@ class ReferList(ReferringDataset):
 
   Args:
     root: the parent folder, or with format="tfds" the one that prepare_data.py wrote.
-    file: the JSON file, an existing path or relative to `root`.
+    file: the JSON file, relative to `root` or an existing path.
     holdout: fraction of the images, rounded, at least one, for evaluation if no entry has the split "eval". The last
       ones of the file are used, because neighbors are often frames of one video.
     exif: "stored" or "turned", see image_files.EXIF.
