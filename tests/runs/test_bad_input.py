@@ -191,7 +191,7 @@ CASES = {
   "known weights that must be fetched by hand": Case(
     "--config.init.pretrained=vpd/nyu_depth",
     "vpd/nyu_depth is not downloaded: get VPD",
-    "put it to {here}/weights/vpd_depth_480x480.pth",
+    "save it as {here}/weights/vpd_depth_480x480.pth",
     env={"VPD_WEIGHTS": "weights"},
   ),
   "known weights in a folder that cannot be made": Case(
