@@ -31,9 +31,9 @@ def scales(x):
 
 def kept(x, second, noise=None):
   like = moments.zeros(jnp.asarray(x), "int8", second=second)
-  made = moments.stored(jnp.asarray(x), like, second=second, noise=noise)
+  made = moments.quantize(jnp.asarray(x), like, second=second, noise=noise)
   assert isinstance(made, moments.Blocks) and made.codes.shape == x.shape
-  return made, np.asarray(moments.restored(made, jnp.float32))
+  return made, np.asarray(moments.dequantize(made, jnp.float32))
 
 
 def noise(seed, shape, number=1):
@@ -101,13 +101,13 @@ def test_bfloat16_rounds_a_second_moment_at_random_and_a_first_one_to_the_neares
   x = np.full((64, 64), 1 + 2**-9, np.float32)  # a quarter of the way from 1 to 1 + 2^-7
   like = moments.zeros(jnp.asarray(x), "bfloat16", second=True)
   drawn = noise(0, x.shape)
-  second = moments.stored(jnp.asarray(x), like, second=True, noise=drawn[1])
+  second = moments.quantize(jnp.asarray(x), like, second=True, noise=drawn[1])
   assert second.dtype == jnp.bfloat16 and set(np.unique(np.float32(second))) == {1, 1 + 2**-7}
   assert np.float32(second).mean() == pytest.approx(1 + 2**-9, abs=2**-7 / 64 * 2)
-  first = moments.stored(jnp.asarray(x), like, second=False, noise=drawn[0])
+  first = moments.quantize(jnp.asarray(x), like, second=False, noise=drawn[0])
   np.testing.assert_array_equal(np.float32(first), 1)
   strange = jnp.asarray([jnp.inf, jnp.nan])
-  last = moments.stored(strange, like, second=True, noise=jnp.full(2, 2**16 - 1, jnp.uint32))
+  last = moments.quantize(strange, like, second=True, noise=jnp.full(2, 2**16 - 1, jnp.uint32))
   np.testing.assert_array_equal(np.float32(last), strange)
 
 
@@ -156,7 +156,7 @@ def trained(kind, steps=60):
 
 
 def test_training_goes_the_same_way_with_all_kinds_and_says_what_each_takes():
-  ends = {kind: trained(kind) for kind in moments.KINDS}
+  ends = {kind: trained(kind) for kind in moments.FORMATS}
   means = {kind: float(jnp.mean(params["a/kernel"])) for kind, (params, _) in ends.items()}
   assert means["bfloat16"] == pytest.approx(means["float32"], rel=0.02)
   assert means["int8"] == pytest.approx(means["float32"], rel=0.05) and means["float32"] < 0.7
@@ -168,14 +168,14 @@ def test_a_second_moment_that_changes_by_less_than_a_code_keeps_moving():
   """The gradient falls to a hundredth: after 700 steps the second moment has halved, in a million steps of rounding."""
   x = jnp.full((64, 96), 1.0)
   for kind in ("bfloat16", "int8"):
-    held = moments.stored(x.at[0].set(4.0), moments.zeros(x, kind, second=True), second=True)
+    held = moments.quantize(x.at[0].set(4.0), moments.zeros(x, kind, second=True), second=True)
 
     def step(held, words):
-      now = 0.999 * moments.restored(held, jnp.float32) + 1e-7
-      return moments.stored(now, held, second=True, noise=moments.noise(words, np.uint32([7, 8]), x.shape)[1]), None
+      now = 0.999 * moments.dequantize(held, jnp.float32) + 1e-7
+      return moments.quantize(now, held, second=True, noise=moments.noise(words, np.uint32([7, 8]), x.shape)[1]), None
 
     last = jax.lax.scan(step, held, jax.random.bits(jax.random.key(0), (693, 2), jnp.uint32))[0]
-    assert float(moments.restored(last, jnp.float32)[1:].mean()) == pytest.approx(0.5, rel=0.02)
+    assert float(moments.dequantize(last, jnp.float32)[1:].mean()) == pytest.approx(0.5, rel=0.02)
 
 
 def test_an_unknown_word_is_refused():

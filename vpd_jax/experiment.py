@@ -272,10 +272,10 @@ def _with_frozen_dtype(
 def _task(config: ConfigDict, info: DatasetInfo) -> Task:
   """The task, with the arguments that the data set determines."""
   known = TASKS.get(config.task.get("name"))
-  facts = known.facts(info, config.data.name) if known else {}
-  if overridden := [name for name in facts if name in config.task]:
+  determined = known.dataset_options(info, config.data.name) if known else {}
+  if overridden := [name for name in determined if name in config.task]:
     raise UserError(f"config.task.{overridden[0]} is determined by data set {config.data.name!r}; leave it out.")
-  return fields.look_up(TASKS, config.task, "task", given=facts)(**_rest(config.task), **facts)
+  return fields.look_up(TASKS, config.task, "task", given=determined)(**_rest(config.task), **determined)
 
 
 def with_chosen_parts(config: ConfigDict, overrides: Collection[str]) -> ConfigDict:
@@ -386,11 +386,11 @@ def only_resizes(config: ConfigDict) -> bool:
 
 def sentence_lines(exp: Experiment, data: Dataset, splits: tuple[str, ...] = ("train", "eval")) -> list[str]:
   """Lines for the start-up report: the number of truncated sentences, for data sets that know all their sentences."""
-  census = exp.method.sentence_census
-  if census is None:
+  summary = exp.method.sentence_summary
+  if summary is None:
     return []
   sentences = {split: data.source(split).sentences() for split in splits}
-  return [f"{split}: {census(texts)}" for split, texts in sentences.items() if texts]
+  return [f"{split}: {summary(texts)}" for split, texts in sentences.items() if texts]
 
 
 def model_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:

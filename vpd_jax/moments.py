@@ -28,7 +28,7 @@ from jax.typing import DTypeLike
 
 from vpd_jax.types import Array
 
-KINDS = ("float32", "bfloat16", "int8")
+FORMATS = ("float32", "bfloat16", "int8")
 BLOCK = 256  # largest number of elements that share a scale
 SMALLEST = 4096  # elements of the smallest array that is stored in blocks
 SHORTEST = 32  # elements of the shortest block; below it, the scales would take too much memory
@@ -75,7 +75,7 @@ def zeros(x: Array, kind: str, *, second: bool) -> Stored:
 
   Args:
     x: the parameter.
-    kind: one of KINDS.
+    kind: one of FORMATS.
     second: whether it is the second moment.
   """
   blocks, _ = layout(x.shape)
@@ -85,7 +85,7 @@ def zeros(x: Array, kind: str, *, second: bool) -> Stored:
   return jnp.zeros(x.shape, jnp.bfloat16 if kind == "bfloat16" else x.dtype)
 
 
-def restored(stored: Stored, dtype: DTypeLike) -> Array:
+def dequantize(stored: Stored, dtype: DTypeLike) -> Array:
   """Dequantizes a moment to the given dtype."""
   if not isinstance(stored, Blocks):
     return stored.astype(dtype)
@@ -94,7 +94,7 @@ def restored(stored: Stored, dtype: DTypeLike) -> Array:
   return (_spread(stored.scales, codes.shape) * share).astype(dtype)
 
 
-def stored(x: Array, like: Stored, *, second: bool, noise: Array | None = None) -> Stored:
+def quantize(x: Array, like: Stored, *, second: bool, noise: Array | None = None) -> Stored:
   """Quantizes a moment.
 
   Args:
@@ -113,17 +113,17 @@ def stored(x: Array, like: Stored, *, second: bool, noise: Array | None = None) 
   return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
 
 
-def converted(moment: Stored, kind: str, dtype: DTypeLike, *, second: bool) -> Stored:
+def convert(moment: Stored, kind: str, dtype: DTypeLike, *, second: bool) -> Stored:
   """Converts a stored moment of any format to the format `kind`, rounded to the nearest.
 
   Args:
     moment: as stored.
-    kind: one of KINDS.
+    kind: one of FORMATS.
     dtype: of the parameter.
     second: whether it is the second moment.
   """
-  x = restored(moment, dtype)
-  return stored(x, zeros(x, kind, second=second), second=second)
+  x = dequantize(moment, dtype)
+  return quantize(x, zeros(x, kind, second=second), second=second)
 
 
 def noise(step_bits: Array, array_bits: Array, shape: Sequence[int]) -> tuple[Array, Array]:

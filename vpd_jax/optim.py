@@ -215,7 +215,7 @@ def optimizer(
   Raises:
     ValueError: unknown `moments`.
   """
-  check_choice("config.optim.moments", moments, moments_lib.KINDS)
+  check_choice("config.optim.moments", moments, moments_lib.FORMATS)
   clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
   chain = optax.chain(
     clip,
@@ -235,12 +235,12 @@ def optimizer(
     stored, noise = (mu, nu), (None, None)
     if step_bits is not None:
       noise = moments_lib.noise(step_bits, array_bits, g.shape)
-    mu, nu = (moments_lib.restored(x, g.dtype) for x in stored)
+    mu, nu = (moments_lib.dequantize(x, g.dtype) for x in stored)
     mu, nu = (1 - b1) * g + b1 * mu, (1 - b2) * jnp.square(g) + b2 * nu
     mu_scale, nu_scale, step_size = (scale.astype(g.dtype) for scale in scales)
     u = (mu / mu_scale) / (jnp.sqrt(nu / nu_scale) + epsilon)
     u = u + decay * p if decay else u
-    mu, nu = (moments_lib.stored(x, stored[i], second=i == 1, noise=noise[i]) for i, x in enumerate((mu, nu)))
+    mu, nu = (moments_lib.quantize(x, stored[i], second=i == 1, noise=noise[i]) for i, x in enumerate((mu, nu)))
     return (u if lr == 1 else u * lr) * step_size, mu, nu
 
   def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
@@ -271,12 +271,12 @@ def with_moments(state: PyTree, kind: str, params: PyTree) -> PyTree:
 
   Args:
     state: of an optimizer with any `moments`.
-    kind: one of moments.KINDS.
+    kind: one of moments.FORMATS.
     params: arrays, or their shapes, by name.
   """
   clip, adam, *rest = state
   mu, nu = (
-    {n: moments_lib.converted(x, kind, params[n].dtype, second=second) for n, x in moment.items()}
+    {n: moments_lib.convert(x, kind, params[n].dtype, second=second) for n, x in moment.items()}
     for moment, second in ((adam.mu, False), (adam.nu, True))
   )
   return (clip, optax.ScaleByAdamState(adam.count, mu, nu), *rest)

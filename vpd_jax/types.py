@@ -127,7 +127,7 @@ class Method(Protocol):
     map_info: of its maps.
     sentence_tokens: (N, D) of the encoded sentence of each image, None if it reads no sentence.
     class_predictor: images to the ids of their classes, int [B]; None if it predicts none.
-    sentence_census: sentences to a line for the start-up report; None if it reads none.
+    sentence_summary: sentences to a line for the start-up report; None if it reads none.
     attends_to_classes: whether it has an attention map for each class, see `class_attention(batch)`.
     samples_latents: whether the latents of an image are sampled with a new key each time.
     notes: lines for the start-up report.
@@ -147,7 +147,7 @@ class Method(Protocol):
   @property
   def class_predictor(self) -> Callable[[Array], Array] | None: ...
   @property
-  def sentence_census(self) -> Callable[[Iterable[str]], str] | None: ...
+  def sentence_summary(self) -> Callable[[Iterable[str]], str] | None: ...
   @property
   def attends_to_classes(self) -> bool: ...
   @property
@@ -326,13 +326,13 @@ class Task(Protocol):
   class_names: tuple[str, ...] = ()  # of `per_class`
   measures_depth: bool = False  # whether it is a DepthTask
   draws_attention: bool = False  # whether it is a ClassAttentionTask
-  described: Mapping[str, str] = MappingProxyType({})  # descriptions of the head's outputs by name, and of "result"
+  output_descriptions: Mapping[str, str] = MappingProxyType({})  # of the head's outputs by name, and of "result"
   needs_truth: bool  # `summarize` and `baselines` also take `truth`, see Dataset.truth
 
   def __init__(self, **options: Any): ...
 
   @classmethod
-  def facts(cls, info: DatasetInfo, name: str) -> Fields:
+  def dataset_options(cls, info: DatasetInfo, name: str) -> Fields:
     """Constructor arguments determined by the data set of that name; UserError if it lacks required properties."""
     del info, name
     return {}
@@ -345,7 +345,7 @@ class Task(Protocol):
     self, train: Iterable[Example], evaluation: Iterable[Example], *args: Any, **kwargs: Any
   ) -> dict[str, float]: ...  # of `best_metric`
   def panel(self, example: Example, prediction: np.ndarray) -> np.ndarray: ...  # uint8 [H', W', 3]
-  def save(self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None) -> list[Path]: ...
+  def save(self, stem: Path, prediction: np.ndarray, extra: Fields, image: np.ndarray | None = None) -> list[Path]: ...
 
   def panels(self, examples: Sequence[Example], predictions: Sequence[np.ndarray]) -> list[np.ndarray]:
     """`panel` of each example; tasks that map values to colors use one scale for all of them."""

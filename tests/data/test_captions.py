@@ -71,8 +71,10 @@ def test_batches_hold_the_tokens_of_the_captions_and_a_run_begins_with_how_many_
   exp = experiment.assemble(config.lock())
   dataset = experiment.dataset(config, exp)
   train, evaluation = experiment.sentence_lines(exp, dataset)
-  assert train.startswith("train: 3 sentences, 1 of them cut to 8 tokens (method.token_length), such as 'a bed beside")
-  assert evaluation.startswith("eval: 2 sentences, 0 of them cut")
+  assert train.startswith(
+    "train: 3 sentences, 1 of them truncated to 8 tokens (method.token_length), such as 'a bed beside"
+  )
+  assert evaluation.startswith("eval: 2 sentences, 0 of them truncated")
   keys = experiment.batch_keys(exp, dataset)
   batches = pipeline.train_batches(dataset, batch_size=3, seed=0, keys=keys, prepare=exp.method.prepare)
   batch = next(batches)

@@ -21,7 +21,7 @@ class OneConvolution(nnx.Module):
   needs = prepare_inputs = prepare_outputs = frozenset()
   map_info = MapInfo((8,), (8,), tokens=(1, 8))
   sentence_tokens, attends_to_classes, notes, training_only, text_options = None, False, (), (), ()
-  class_predictor, sentence_census, samples_latents = None, None, False
+  class_predictor, sentence_summary, samples_latents = None, None, False
 
   def __init__(self, setup):
     self.only = layers.conv(3, 8, 8, stride=8, padding=0, **setup.common.layer)

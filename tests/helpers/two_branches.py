@@ -15,7 +15,7 @@ class TwoBranches(nnx.Module):
   prepare_inputs = frozenset()
   map_info = MapInfo((16, 16, 16, 16), (8, 16, 32, 64), tokens=(1, 16))
   sentence_tokens, attends_to_classes, notes, training_only, text_options = None, False, (), (), ()
-  class_predictor, sentence_census, samples_latents = None, None, False
+  class_predictor, sentence_summary, samples_latents = None, None, False
 
   def __init__(self, setup):
     self.mix = nnx.List([layers.conv(4, 16, 1, **setup.common.layer) for _ in range(4)])

@@ -50,7 +50,7 @@ def assert_equal(one, other):
     np.testing.assert_array_equal(x, other[name], err_msg=name)
 
 
-@pytest.fixture(scope="module", params=moments.KINDS[1:])  # float32: test_run.py
+@pytest.fixture(scope="module", params=moments.FORMATS[1:])  # float32: test_run.py
 def runs(request, tmp_path_factory):
   """(kind, workdir of four steps, workdir of two and, resumed, two more)."""
   whole, parts = (tmp_path_factory.mktemp(f"{request.param}-{name}") for name in ("whole", "parts"))
@@ -73,7 +73,7 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_last_bit(runs):
 def test_moments_are_converted_where_the_setting_changes_and_a_line_says_so(runs):
   kind, whole, _ = runs
   before = restored(rooms(kind), whole)[0]
-  for other in moments.KINDS:
+  for other in moments.FORMATS:
     if other == kind:
       continue
     with pytest.raises(ValueError, match=rf"optim\.moments: '{kind}' -> '{other}'\. .*--accept_config_changes"):
@@ -84,7 +84,7 @@ def test_moments_are_converted_where_the_setting_changes_and_a_line_says_so(runs
     for old, new in zip(before.opt_state[1][1:], state.opt_state[1][1:], strict=True):
       assert new.keys() == old.keys()
       for name in old:
-        values = [np.asarray(moments.restored(x[name], np.float32)) for x in (old, new)]
+        values = [np.asarray(moments.dequantize(x[name], np.float32)) for x in (old, new)]
         gap = np.abs(values[0]).max() / 32
         np.testing.assert_allclose(*values, rtol=2**-8, atol=gap, err_msg=name)
 
@@ -98,7 +98,7 @@ def test_a_workdir_from_before_the_option_has_float32():
 
 def test_the_plan_counts_the_bytes_of_each_kind():
   size = {}
-  for kind in moments.KINDS:
+  for kind in moments.FORMATS:
     config = rooms(kind)
     exp = experiment.assemble(config)
     size[kind] = plan.state_bytes(config, exp, sharding.make_mesh(1, 1))["opt_state"] - 8  # two counters

@@ -30,12 +30,14 @@ def run():
 def test_a_run_begins_with_how_many_sentences_are_cut(run):
   config, exp, dataset, *_ = run
   count = len(dataset.source("eval"))
-  expected = [f"eval: {count} sentences, 0 of them cut to 8 tokens (method.token_length)"]
+  expected = [f"eval: {count} sentences, 0 of them truncated to 8 tokens (method.token_length)"]
   assert experiment.sentence_lines(exp, dataset) == expected  # those of training are drawn when asked for
   short = config.copy_and_resolve_references().unlock()
   short.method.token_length = 4
   cut = experiment.sentence_lines(experiment.assemble(short.lock()), dataset, ("eval",))
-  assert cut[0].startswith(f"eval: {count} sentences, {count} of them cut to 4 tokens (method.token_length), such as")
+  assert cut[0].startswith(
+    f"eval: {count} sentences, {count} of them truncated to 4 tokens (method.token_length), such as"
+  )
 
 
 def one_device():

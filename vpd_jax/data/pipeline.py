@@ -26,7 +26,7 @@ from absl import flags
 
 from vpd_jax.data import worker_failures
 from vpd_jax.data.shards import reader
-from vpd_jax.data.shards.reader import unending
+from vpd_jax.data.shards.reader import forbid_stop_iteration
 from vpd_jax.errors import UserError, check_choice
 from vpd_jax.types import Batch, Dataset, Example, Source
 
@@ -280,7 +280,7 @@ def _source(dataset: Dataset, split: str, batch_size: int, process_count: int) -
   source = dataset.source(split)
   if not len(source):
     raise UserError(f"the {split} split has no records.")
-  return reader.Unending(source)
+  return reader.ForbidStopIteration(source)
 
 
 def _with_position(position: int, example: Example) -> tuple[int, Example]:
@@ -296,7 +296,7 @@ class _TrainTransform:
   records: int
   prepare: Callable[[Example], Example] | None
 
-  @unending
+  @forbid_stop_iteration
   def __call__(self, indexed: tuple[int, Example], rng: np.random.Generator) -> Example:
     position, example = indexed
     skipped = {key: example[key] for key in (reader.SKIPPED,) if key in example}
@@ -311,7 +311,7 @@ class _EvalTransform:
   dataset: Dataset
   prepare: Callable[[Example], Example] | None
 
-  @unending
+  @forbid_stop_iteration
   def __call__(self, row: tuple[Example, int, bool]) -> Example:
     example, position, real = row
     example = self.dataset.eval_transform(example)

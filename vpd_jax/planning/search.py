@@ -113,7 +113,7 @@ def candidates(config: ConfigDict, devices: int) -> Iterator[Fields]:
 
 def less_memory(config: ConfigDict) -> list[Fields]:
   """Settings of the config, then those with less memory: reduced-precision moments, frozen arrays in bfloat16, LoRA."""
-  formats = moments.KINDS[moments.KINDS.index(config.optim.moments) :]
+  formats = moments.FORMATS[moments.FORMATS.index(config.optim.moments) :]
   current = {"frozen_dtype": config.frozen_dtype, "lora.rank": config.lora.rank}
   levels = [{"optim.moments": moment_format, **current} for moment_format in formats]
   levels.append(levels[-1] | {"frozen_dtype": "bfloat16"})

@@ -60,8 +60,8 @@ def test_padding_is_that_of_the_tokenizer(tmp_path, padding):
     assert tokens[0].tolist() == whole[:length] + [vocabulary[padding]] * more and not cut.any()
   tokens, cut = how(length - 1).rows(("a bed", "a"))
   assert tokens[0].tolist() == [*whole[: length - 2], end] and cut.tolist() == [True, False]
-  assert how(length - 1).census(["a bed " * 9]).startswith("1 sentences, 1 of them cut")
-  assert how(length).census(["a bed"]).startswith("1 sentences, 0 of them cut") and tokens[0, 0] == begin
+  assert how(length - 1).summary(["a bed " * 9]).startswith("1 sentences, 1 of them truncated")
+  assert how(length).summary(["a bed"]).startswith("1 sentences, 0 of them truncated") and tokens[0, 0] == begin
 
 
 def test_the_side_of_padding_in_a_tokenizers_files_does_not_count(tmp_path):
@@ -85,9 +85,9 @@ def test_a_sentence_that_spells_a_mark_of_the_tokenizer_is_refused(tmp_path, mar
 def test_the_census_counts_what_is_cut_and_names_it():
   how = tokens_of(8)
   texts = ["ab", "abcdefg", "abcdef", "abcdefgh"]
-  line = how.census(texts)
-  assert line.startswith("4 sentences, 2 of them cut to 8 tokens") and "'abcdefg', 'abcdefgh'" in line
-  assert how.census(["ab"]) == "1 sentences, 0 of them cut to 8 tokens (method.token_length)"
+  line = how.summary(texts)
+  assert line.startswith("4 sentences, 2 of them truncated to 8 tokens") and "'abcdefg', 'abcdefgh'" in line
+  assert how.summary(["ab"]) == "1 sentences, 0 of them truncated to 8 tokens (method.token_length)"
 
 
 def test_only_what_may_be_too_long_is_tokenized():
@@ -97,7 +97,7 @@ def test_only_what_may_be_too_long_is_tokenized():
     asked.extend(texts)
     return Tokenize(("characters",), 100, 9)(texts)
 
-  sentences.SentenceTokens(spy, 8).census(["abcdef", "abcdefg", "é"])
+  sentences.SentenceTokens(spy, 8).summary(["abcdef", "abcdefg", "é"])
   assert asked == ["abcdefg", "é"]
 
 

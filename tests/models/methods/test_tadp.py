@@ -139,7 +139,7 @@ def test_a_run_trains_and_is_scored_alike_twice(run, capsys):
   assert np.isfinite(scores["eval/nyu/rmse"])
   again = evaluate.run(made, str(folder / "run"))
   np.testing.assert_allclose(again["eval/nyu/rmse"], scores["eval/nyu/rmse"], rtol=1e-6)
-  assert "eval: 2 sentences, 2 of them cut to 8 tokens" in capsys.readouterr().out
+  assert "eval: 2 sentences, 2 of them truncated to 8 tokens" in capsys.readouterr().out
 
 
 def test_a_run_predicts_a_folder_with_a_caption_for_each_picture(run, tmp_path):

@@ -305,12 +305,12 @@ def test_merged_classes_are_described():
   names = ("wall", "car", "tree", "bus")
   plain = Segmentation(classes=4, class_names=names)
   merging = Segmentation(classes=4, class_names=names, merge=("vehicle=car+bus", "plant=tree"))
-  assert plain.described["result"] == "the class of a pixel is the index of its largest score"
-  assert merging.described["result"] == (
+  assert plain.output_descriptions["result"] == "the class of a pixel is the index of its largest score"
+  assert merging.output_descriptions["result"] == (
     "after a softmax of the scores, probabilities are added: vehicle = car + bus, plant = tree; the class of a pixel "
     "is the number of the largest, counted from 0, of wall, vehicle, plant"
   )
-  assert merging.described["logits"] == plain.described["logits"]
+  assert merging.output_descriptions["logits"] == plain.output_descriptions["logits"]
 
 
 @pytest.mark.parametrize("merge", [("car=bus+tree",), ("x=wall+car", "x=tree+bus")])

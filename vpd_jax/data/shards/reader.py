@@ -140,7 +140,7 @@ class Shards(Source):
     return info
 
 
-def unending(function: Callable[..., Any]) -> Callable[..., Any]:
+def forbid_stop_iteration(function: Callable[..., Any]) -> Callable[..., Any]:
   """Turns StopIteration into RuntimeError, because grain would treat it as the end of the data."""
 
   @functools.wraps(function)
@@ -157,15 +157,15 @@ def unending(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Unending(Source):
-  """A source whose records never raise StopIteration, see `unending`."""
+class ForbidStopIteration(Source):
+  """A source whose records never raise StopIteration, see `forbid_stop_iteration`."""
 
   source: Source
 
   def __len__(self) -> int:
     return len(self.source)
 
-  @unending
+  @forbid_stop_iteration
   def __getitem__(self, index: int) -> Example:
     return self.source[index]
 

@@ -43,7 +43,7 @@ class Context(Inlined):
     return unchanged
 
   @property
-  def sentence_census(self) -> Callable[[Iterable[str]], str] | None:
+  def sentence_summary(self) -> Callable[[Iterable[str]], str] | None:
     """Sentences to a line for the start-up report; None if it reads none."""
     return None
 
@@ -76,9 +76,9 @@ class SentenceThen(Context):
     return self.sentence.prepare
 
   @property
-  def sentence_census(self) -> Callable[[Iterable[str]], str] | None:
+  def sentence_summary(self) -> Callable[[Iterable[str]], str] | None:
     """See Context."""
-    return self.sentence.sentence_census
+    return self.sentence.sentence_summary
 
   def once(self, batch: Batch) -> Batch:
     """Adds the states of the sentence."""

@@ -73,18 +73,18 @@ class SentenceTokens:
       )
     return example | {"tokens": self.rows((str(example["sentence"]),))[0][0]}
 
-  def census(self, texts: Iterable[str]) -> str:
+  def summary(self, texts: Iterable[str]) -> str:
     """A line for the start-up report: the number of sentences, and how many are truncated.
 
     Only tokenizes sentences that may be too long: no token of CLIP is shorter than a byte.
     """
     texts = list(texts)
     candidates = [text for text in texts if not text.isascii() or len(text) > self.length - 2]
-    cut = (
-      [text for text, is_cut in zip(candidates, self.rows(candidates)[1], strict=True) if is_cut] if candidates else []
-    )
+    truncated = self.rows(candidates)[1] if candidates else []
+    cut = [text for text, is_cut in zip(candidates, truncated, strict=True) if is_cut]
     examples = f", such as {', '.join(map(repr, cut[:MAX_LISTED]))}" if cut else ""
-    return f"{len(texts)} sentences, {len(cut)} of them cut to {self.length} tokens (method.token_length){examples}"
+    limit = f"{self.length} tokens (method.token_length)"
+    return f"{len(texts)} sentences, {len(cut)} of them truncated to {limit}{examples}"
 
 
 class Sentence(Context):
@@ -136,9 +136,9 @@ class Sentence(Context):
     return self._prepare
 
   @property
-  def sentence_census(self) -> Callable[[Iterable[str]], str]:
-    """See SentenceTokens.census."""
-    return self._prepare.census
+  def sentence_summary(self) -> Callable[[Iterable[str]], str]:
+    """See SentenceTokens.summary."""
+    return self._prepare.summary
 
   def text_states(self, batch: Batch) -> Array:
     """Precomputed `batch["text_states"]`, float [B, N, D], or else the encoded "tokens", int [B, N]."""

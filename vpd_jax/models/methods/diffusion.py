@@ -153,9 +153,9 @@ class DiffusionMethod(nnx.Module):
     return self.context.class_predictor
 
   @property
-  def sentence_census(self) -> Callable[[Iterable[str]], str] | None:
+  def sentence_summary(self) -> Callable[[Iterable[str]], str] | None:
     """See Context."""
-    return self.context.sentence_census
+    return self.context.sentence_summary
 
   @property
   def attends_to_classes(self) -> bool:

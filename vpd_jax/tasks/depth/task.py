@@ -69,7 +69,7 @@ class Depth(Task):
   eval_needs = frozenset()
   needs_truth = False
   measures_depth = True
-  described = MappingProxyType({"depth": "meters along the optical axis", "result": "the depth, unchanged"})
+  output_descriptions = MappingProxyType({"depth": "meters along the optical axis", "result": "the depth, unchanged"})
 
   def __init__(
     self,
@@ -230,7 +230,7 @@ class Depth(Task):
     path, comment = stem.with_name(stem.name + ".ply"), f"focal length {focal[0]:.6g} pixels, {focal[1]}"
     return point_cloud.write_ply(path, depth, image, focal[0], [comment])
 
-  def save(self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None) -> list[Path]:
+  def save(self, stem: Path, prediction: np.ndarray, extra: Fields, image: np.ndarray | None = None) -> list[Path]:
     """Writes the depth of one image; files appear only when complete, the JSON last.
 
     The PNG follows the convention of KITTI's development kit: value / png_scale is meters, 0 means no value. Hence
@@ -240,7 +240,7 @@ class Depth(Task):
       stem: path without suffix: stem.color.png (with a bar in meters at its right), stem.depth.png (16 bit), stem.npy
         (float32 meters), stem.json.
       prediction: float [H, W], meters.
-      facts: additional entries for the JSON, which states unit and scale.
+      extra: additional entries for the JSON, which states unit and scale.
       image: unused.
     """
     del image
@@ -254,7 +254,7 @@ class Depth(Task):
       "max_depth": self.max_depth,
       **finite.ends(depth),
       "size": list(depth.shape),
-      **facts,
+      **extra,
     }
     color = visualize.colored(depth, self.contours)
     parts = {

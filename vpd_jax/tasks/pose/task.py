@@ -56,7 +56,7 @@ class Pose(Task):
   test_time_protocol = "crops"
   eval_needs = frozenset()
   needs_truth = True
-  described = MappingProxyType(
+  output_descriptions = MappingProxyType(
     {
       "heatmaps": "one map per keypoint, close to 1 at the keypoint, unitless",
       "result": "the position and the score of a keypoint are those of the largest value of its heatmap; the package "
@@ -105,7 +105,7 @@ class Pose(Task):
     self.output = {"keypoints": len(keypoints.names)}
 
   @classmethod
-  def facts(cls, info: DatasetInfo, name: str) -> Fields:
+  def dataset_options(cls, info: DatasetInfo, name: str) -> Fields:
     """See types.Task."""
     if info.keypoints is None:
       raise UserError(f"task 'pose' needs keypoints, which data set {name!r} does not provide; choose another.")
@@ -237,23 +237,23 @@ class Pose(Task):
     shown.append(visualize.heat(example["image"], prediction.max(-1)))
     return drawing.row(list(zip(("truth", "prediction", "heatmaps"), shown, strict=True)))
 
-  def save(self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None) -> list[Path]:
+  def save(self, stem: Path, prediction: np.ndarray, extra: Fields, image: np.ndarray | None = None) -> list[Path]:
     """Writes the people of one image; files appear only when complete, the JSON last.
 
     Args:
-      stem: path without suffix: stem.skeleton.png, if there is an image, with the boxes in `facts` of people without a
+      stem: path without suffix: stem.skeleton.png, if there is an image, with the boxes in `extra` of people without a
         sufficiently confident keypoint; stem.json with each person's keypoints by name as x, y, score, all 0 if they
         are not finite, and in that case their number, "not_finite".
       prediction: float [N, K, 3] from `locate`, one entry per person; N may be 0.
-      facts: additional entries for the JSON; its "people" is a list of N dicts with further data of each person.
+      extra: additional entries for the JSON; its "people" is a list of N dicts with further data of each person.
       image: uint8, or float in [0, 1], [H, W, 3].
     """
     prediction, invalid = finite.points(prediction)
     round_off = lambda numbers: [round(float(number), 3) for number in numbers]
     named = lambda points: dict(zip(self.keypoints.names, map(round_off, points), strict=True))
-    persons = facts.get("people", [{}] * len(prediction))
+    persons = extra.get("people", [{}] * len(prediction))
     people = [person | {"keypoints": named(points)} for person, points in zip(persons, prediction, strict=True)]
-    metadata = facts | {"people": people} | ({finite.KEY: invalid} if invalid else {})
+    metadata = extra | {"people": people} | ({finite.KEY: invalid} if invalid else {})
     parts = {}
     if image is not None:
       image = as_bytes(image)

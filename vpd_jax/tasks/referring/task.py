@@ -80,7 +80,7 @@ class Referring(Task):
   best_metric, best_mode = "oIoU", "max"
   test_time_protocol = "squeezed"
   needs_truth = False
-  described = MappingProxyType(
+  output_descriptions = MappingProxyType(
     {
       "logits": "scores of background (0) and object (1) before the softmax, unitless",
       "result": "a pixel belongs to the object if its score 1 is above its score 0",
@@ -194,27 +194,27 @@ class Referring(Task):
     parts = list(zip(("input", "truth", "prediction"), shown, strict=True))
     return visualize.titled(drawing.row(parts), str(example.get("sentence", "")))
 
-  def save(self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None) -> list[Path]:
+  def save(self, stem: Path, prediction: np.ndarray, extra: Fields, image: np.ndarray | None = None) -> list[Path]:
     """Writes the mask of one sentence; files appear only when complete, the JSON last.
 
     Args:
       stem: path without suffix: stem.mask.png (255 on the object, else 0), stem.overlay.png (the object in color over
         the image, above the sentence and a note if nothing was found), stem.json.
       prediction: bool or int [H, W], 1 on the object; or scores float [H, W, 2].
-      facts: additional entries for the JSON, including "sentence". The JSON contains the object's share and box (left,
+      extra: additional entries for the JSON, including "sentence". The JSON contains the object's share and box (left,
         top, width, height in pixels, None if nothing was found).
       image: uint8, or float in [0, 1], [H, W, 3], the background; None: black.
     """
     mask = _object(prediction)
     background = np.zeros((*mask.shape, 3), np.uint8) if image is None else image
-    title = str(facts.get("sentence", "")) + ("" if mask.any() else " (nothing found)")
+    title = str(extra.get("sentence", "")) + ("" if mask.any() else " (nothing found)")
     picture = visualize.titled(visualize.overlay(mask, background), title)
-    metadata = {"share": round(float(mask.mean()), 6), "box": visualize.box(mask), "size": list(mask.shape)}
+    found = {"share": round(float(mask.mean()), 6), "box": visualize.box(mask), "size": list(mask.shape)}
     parts = {
       ".mask.png": lambda path: label_images.write_colors(path, mask.astype(np.uint8) * 255),
       ".overlay.png": lambda path: label_images.write_colors(path, picture),
     }
-    return result_files.write_result(stem, parts, {**metadata, **facts})
+    return result_files.write_result(stem, parts, {**found, **extra})
 
 
 def _overlap(prediction: Array, mask: Array) -> dict[str, Array]:

@@ -128,7 +128,7 @@ def merged(entries: tuple[str, ...], names: tuple[str, ...]) -> tuple[tuple[str,
   return result
 
 
-def described_merge(merge: tuple[tuple[str, tuple[int, ...]], ...], names: tuple[str, ...]) -> str:
+def merge_description(merge: tuple[tuple[str, tuple[int, ...]], ...], names: tuple[str, ...]) -> str:
   """Says in words what `Segmentation.decide` does with merged classes, from `merged`, of the classes `names`."""
   sums = [(name, " + ".join(names[k] for k in parts)) for name, parts in merge]
   changed = [f"{name} = {parts}" for name, parts in sums if parts != name]
@@ -153,7 +153,7 @@ class Segmentation(Task):
   eval_needs = frozenset()
   needs_truth = False
   draws_attention = True
-  described = MappingProxyType(
+  output_descriptions = MappingProxyType(
     {
       "logits": "scores of the classes before the softmax, unitless",
       "aux_logits": "those of the auxiliary head, which only training uses",
@@ -208,10 +208,11 @@ class Segmentation(Task):
     self.label_ids = np.asarray(() if merge else label_ids, np.uint8)
     self.output = {"classes": classes}
     if merge:
-      self.described = {**type(self).described, "result": described_merge(self.merge, self.class_names)}
+      result = merge_description(self.merge, self.class_names)
+      self.output_descriptions = {**type(self).output_descriptions, "result": result}
 
   @classmethod
-  def facts(cls, info: DatasetInfo, name: str) -> Fields:
+  def dataset_options(cls, info: DatasetInfo, name: str) -> Fields:
     """See types.Task."""
     colors = {"palette": info.palette, "label_ids": info.label_ids}
     known = {field: values for field, values in colors.items() if values}
@@ -335,14 +336,14 @@ class Segmentation(Task):
     picture = label_images.attention(maps, prediction, image)
     return result_files.write(stem, ".attention.png", lambda path: label_images.write_colors(path, picture))
 
-  def save(self, stem: Path, prediction: np.ndarray, facts: Fields, image: np.ndarray | None = None) -> list[Path]:
+  def save(self, stem: Path, prediction: np.ndarray, extra: Fields, image: np.ndarray | None = None) -> list[Path]:
     """Writes the labels of one image; files appear only when complete, the JSON last.
 
     Args:
       stem: path without suffix: stem.label.png (class ids with palette), stem.overlay.png (colors over the image, with
         a legend), stem.label_ids.png if there are `label_ids`, stem.json.
       prediction: int [H, W] from `decide`.
-      facts: additional entries for the JSON, which contains the share of each class.
+      extra: additional entries for the JSON, which contains the share of each class.
       image: uint8, or float in [0, 1], [H, W, 3], the background; None shows only the colors.
     """
     label, names = prediction.astype(np.uint8), [name for name, _ in self.merge]
@@ -353,7 +354,7 @@ class Segmentation(Task):
     metadata = {
       "classes": {names[k]: {"number": int(k), "share": round(float(counts[k]), 6)} for k in order},
       "size": list(label.shape),
-      **facts,
+      **extra,
     }
     parts = {
       ".label.png": lambda path: label_images.write_indexed(path, label, palette),
