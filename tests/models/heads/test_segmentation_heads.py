@@ -119,6 +119,20 @@ def test_names_are_the_authors():
     assert ours == wanted
 
 
+def test_auxiliary_scores_leave_out_the_padding_of_padded_maps():
+  """As the main scores: an image of 72 x 104, padded to 96 x 128."""
+  outputs = {}
+  for extent in ("padded", "resized"):
+    parts = parameters.describe(lambda extent=extent: upernet(extent))
+    model = parts.merge({name: jnp.asarray(x) for name, x in tiny.filled(parts.shapes).items()})
+    given = features(UPER_WIDTHS, UPER_STRIDES, (96, 128))
+    outputs[extent] = model(given._replace(image_size=(72, 104)), training=False)
+  aux = outputs["resized"]["aux_logits"]
+  assert aux.shape == (2, 6, 8, 19) and outputs["padded"]["aux_logits"].shape == (2, 72, 104, 19)
+  expected = layers.resize(aux, (96, 128))[:, :72, :104]
+  np.testing.assert_allclose(outputs["padded"]["aux_logits"], expected, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.reference
 @pytest.mark.parametrize("training", [False, True])
 def test_upernet_is_pytorchs(training):

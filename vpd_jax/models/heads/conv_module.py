@@ -52,14 +52,15 @@ def check_dropout(rate: float) -> None:
     raise UserError(f"head.dropout={rate} must be at least 0 and below 1.")
 
 
-def resize_logits(logits: Array, features: Features, maps: MapInfo) -> Array:
+def resize_logits(logits: Array, features: Features, maps: MapInfo, index: int = 0) -> Array:
   """Bilinearly resizes scores to the size of the image, in float32 or wider.
 
   Args:
     logits: float [B, h, w, K].
     features: for the size of the image.
-    maps: inputs of the head; the logits have the stride of the first. If they are "padded", the padding of the image at
-      right and bottom to h * stride is cropped; if "resized", its sides do not have to be multiples of the stride.
+    maps: inputs of the head. If they are "padded", the padding of the image at right and bottom to h * stride is
+      cropped; if "resized", its sides do not have to be multiples of the stride.
+    index: of the map whose stride the logits have.
 
   Returns:
     float [B, H, W, K].
@@ -68,5 +69,5 @@ def resize_logits(logits: Array, features: Features, maps: MapInfo) -> Array:
   height, width = features.image_size
   if maps.map_extent == "resized":
     return layers.resize(logits, (height, width))
-  stride = maps.strides[0]
+  stride = maps.strides[index]
   return layers.resize(logits, (logits.shape[1] * stride, logits.shape[2] * stride))[:, :height, :width]

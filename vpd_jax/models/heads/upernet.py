@@ -132,19 +132,22 @@ class UperNet(nnx.Module):
     )
 
   def __call__(self, features: Features, *, training: bool, key: Array | None = None) -> Outputs:
-    """Class scores of the main head at the size of the image, of the auxiliary head at that of its map.
+    """Class scores of the main and the auxiliary head.
 
     Args:
       features, training, key: see fpn.SemanticFpn.
 
     Returns:
-      {"logits": float32 or wider [B, H, W, K], "aux_logits": float32 or wider [B, h, w, K]}; the second only with
-      an auxiliary head.
+      {"logits": float32 or wider [B, H, W, K], "aux_logits": float32 or wider [B, h, w, K], or [B, H, W, K] with padded
+      maps}; the second only with an auxiliary head.
     """
     keys = (None, None) if key is None else jax.random.split(key)
     logits = self.decode_head(features.maps, training=training, key=keys[0])
     outputs = {"logits": conv_module.resize_logits(logits, features, self.map_info)}
     if self.auxiliary_head is not None:
       aux = self.auxiliary_head(features.maps[self.auxiliary_map], training=training, key=keys[1])
-      outputs["aux_logits"] = aux.astype(jnp.promote_types(aux.dtype, jnp.float32))
+      aux = aux.astype(jnp.promote_types(aux.dtype, jnp.float32))
+      if self.map_info.map_extent == "padded":  # of the padding, which the loss does not know
+        aux = conv_module.resize_logits(aux, features, self.map_info, self.auxiliary_map)
+      outputs["aux_logits"] = aux
     return outputs
