@@ -3,10 +3,10 @@
 python -m vpd_jax.main --config=configs/cityscapes_seg.py:meta_prompts --config.data.root=/data/cityscapes \
     --config.init.pretrained=/weights/v1-5-pruned-emaonly.ckpt
 
-Variants, comma-separated: a method (meta_prompts, vpd, iedp, eco_depth, tadp), "extra" for the second stage of the
-release (one refinement step, also the automatic labels of train_extra, initialized with config.init.run from a run on
-Mapillary), and a size (sd21: Stable Diffusion 2.1; tiny: the small network of the tests). --mode=predict writes the
-files that the test server expects (.label_ids.png).
+Variants, comma-separated: a method (meta_prompts, vpd, iedp, eco_depth, tadp), a stage of the release ("mapillary": on
+Mapillary Vistas; "extra": also the automatic labels of train_extra, initialized with config.init.run from a run on
+Mapillary; both with one refinement step), and a size (sd21: Stable Diffusion 2.1; tiny: the small network of the
+tests). --mode=predict writes the files that the test server expects (.label_ids.png).
 
 Expected mIoU on val, single-scale / multi-scale: MetaPrompts 85.98 / 87.26 (with "extra"). VPD and IEDP publish none.
 Ours: not yet run.

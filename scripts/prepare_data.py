@@ -155,7 +155,7 @@ def look(source: Any, index: int, published: Published) -> Seen:
 def summary(looked: list[Seen], published: Published, count: int | None) -> str:
   """A summary of a split in one line; `count` is the published number of records."""
   readable = [seen for seen in looked if not seen.error]
-  compared = "there is no published number" if count is None else f"published are {count}"
+  compared = "not compared with a published number" if count is None else f"published are {count}"
   sizes = collections.Counter(seen.size for seen in readable).most_common(3)
   parts = [f"{len(looked)} records ({compared})", "sizes " + ", ".join(f"{h}x{w} ({n})" for (h, w), n in sizes)]
   for key in published.ranges:
@@ -225,7 +225,9 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = progress.write
   say("no faults")
   if not options.check_only:
     writer.prepare(dataset, output, **write, say=say)
-    say(f"wrote {output}; train with --config.data.format=tfds --config.data.root={output}")
+    parameters = inspect.signature(DATASETS[options.name]).parameters
+    incomplete = " --config.data.complete=False" if "counts" in options.accept and "complete" in parameters else ""
+    say(f"wrote {output}; train with --config.data.format=tfds --config.data.root={output}{incomplete}")
 
 
 def in_flags(message: str) -> str:

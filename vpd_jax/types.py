@@ -301,8 +301,8 @@ class Dataset(Protocol):
   def notes(self, split: str) -> list[str]:
     """Lines for the start-up report: the notes of the source, and a warning about another size than published."""
     source, expected = self.source(split), self.published.counts.get(split)
-    complete = expected in (None, len(source))
-    return [*source.notes] + ([] if complete else [f"WARNING: published are {expected}; scores are not comparable"])
+    warning = f"WARNING: the published split has {expected}; scores are not comparable"
+    return [*source.notes, *([] if expected in (None, len(source)) else [warning])]
 
   def describe(self, *, skip_unreadable: bool = False) -> list[str]:
     """A line per split for the start-up report: its size and notes; unreadable records are an error or skipped."""

@@ -134,7 +134,9 @@ def test_a_state_that_does_not_fit_is_refused_with_the_names(tmp_path):
       saved.restore(1, abstract(other))
     assert "params.neck/b/bias: bfloat16 [3] on disk, float32 [4] in the config" in str(error.value)
     assert "stats.head/mean: absent on disk, float32 [2] in the config" in str(error.value)
-    assert str(error.value).endswith(f"start from these weights in another workdir: --config.init.run={tmp_path}.")
+    assert str(error.value).endswith(
+      f"or give --config.init.run={tmp_path} and another workdir, which starts from these weights."
+    )
     with pytest.raises(ValueError, match=r"no checkpoint of step 9; it holds \[1\]"):
       saved.restore(9, abstract(start()))
 

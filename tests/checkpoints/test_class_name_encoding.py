@@ -190,7 +190,7 @@ def test_a_bare_tensor_and_a_wrapped_one_are_read(tmp_path):
     ("a.npy", {"x": np.zeros((0, 4), np.float32)}, r"holds float32 \[0, 4\]"),
     ("a.npy", {"x": np.array([[1.0, np.nan]])}, "holds 1 values that are not finite"),
     ("a.npy", {"x": np.array([[{}]])}, "is damaged or not a numpy file"),
-    ("a.npz", {"a": VECTORS, "b": VECTORS}, r"holds the arrays \['a', 'b'\]; it must hold one, or one named"),
+    ("a.npz", {"a": VECTORS, "b": VECTORS}, r"holds the arrays a, b; it must hold one, or one named"),
     ("a.pth", {"weight": VECTORS}, r"holds \['weight'\]; it must hold a tensor alone, or one of"),
   ],
 )

@@ -210,17 +210,11 @@ def test_rank_stabilized_changes_are_scaled_by_the_root_of_the_rank(named, file,
   assert_merged(found, named, ALPHA * np.sqrt(RANK))
 
 
-def test_a_pattern_of_alphas_means_whole_names(named, file, tmp_path):
-  """As in peft, "proj" is no part of "time_emb_proj"."""
-  stated = lora_files._StatedOptions({"proj": 7.0, "to_q": 3.0}, None, False)
-  assert [stated.alpha(name, 4) for name in ("time_emb_proj", "attn1_to_q", "to_q", "proj", "ff")] == [
-    7.0,
-    3.0,
-    3.0,
-    7.0,
-    4,
-  ]
-  assert stated.alpha("emb_layers_1_tproj", 4) == 4
+def test_a_pattern_of_alphas_means_whole_names():
+  """As in peft, "proj" does not match "time_emb_proj"."""
+  stated = lora_files._StatedOptions({"proj": 7.0, "attn1.to_q": 3.0}, None, False)
+  names = ("time_emb_proj", "net.0.proj", "proj", "blocks.0.attn1.to_q", "attn1.to_q", "attn11.to_q", "to_q")
+  assert [stated.alpha(name, 4) for name in names] == [4, 7.0, 7.0, 3.0, 3.0, 4, 4]
 
 
 def test_a_file_with_nan_is_refused(named, file, tmp_path):

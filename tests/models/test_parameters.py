@@ -184,7 +184,7 @@ def test_names_without_rule_and_rules_without_name_are_listed_together():
   with pytest.raises(ValueError) as error:
     parameters.match_rules(NAMES, ((r"/unet/", 1), (r"/unit/", 2), (r"/vea/", 3)), field="config.optim.lr_groups")
   assert str(error.value) == (
-    "config.optim.lr_groups: 2 arrays match no rule: head/bias, vae/conv/kernel; add one. "
+    "config.optim.lr_groups: 2 arrays match no rule: head/bias, vae/conv/kernel; add one; "
     "rules that match no array: ['/unit/', '/vea/']; remove or correct them."
   )
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -153,31 +154,41 @@ def test_the_overview_names_every_array():
   assert "method/unet/a/kernel" in text and "Total: 9" in text
 
 
-def test_a_failed_event_file_is_an_error_instead_of_a_wait_without_end(tmp_path, monkeypatch):
+@pytest.mark.parametrize("seconds", [0, 0.3])
+def test_a_failed_event_file_is_an_error_instead_of_a_wait_without_end(tmp_path, monkeypatch, seconds):
+  """Also if it fails while more scalars are written than tensorboardX's queue holds."""
+
   def fail(_):
+    time.sleep(seconds)
     raise OSError(errno.ENOSPC, "No space left on device")
 
   monkeypatch.setattr(threading, "excepthook", lambda _: None)
   writer = writers.create(tmp_path, backend="tensorboardX")
-  event_writer = writer._backend._writer.file_writer.event_writer
-  monkeypatch.setattr(event_writer._ev_writer, "write_event", fail)
-  writer.write_scalars(1, {"train/loss": 0.5})
-  event_writer._worker.join(10)
-  for write in (
-    lambda: writer.write_scalars(2, {"a": 1.0}),
-    lambda: writer.write_images(2, {"b": np.zeros((1, 2, 2, 3))}),
-  ):
-    with pytest.raises(OSError, match=rf"^{tmp_path} cannot be written \(the event file has failed\); check the disk"):
-      write()
-  with pytest.raises(OSError, match="cannot be written"):
+  monkeypatch.setattr(writer._backend._event_writer._ev_writer, "write_event", fail)
+  scalars = {f"train/{number}": 0.5 for number in range(40)}
+  message = rf"^{tmp_path} cannot be written \(the event file has failed\); check the disk"
+  with pytest.raises(OSError, match=message):
+    writer.write_scalars(1, scalars)
+  with pytest.raises(OSError, match=message):
+    writer.write_images(2, {"b": np.zeros((1, 2, 2, 3))})
+  with pytest.raises(OSError, match=message):
+    writer.close()
+  with pytest.raises(ValueError, match="the first error"), writer:
+    raise ValueError("the first error")
+
+
+def test_a_writer_may_be_closed_twice(tmp_path):
+  with writers.create(tmp_path, backend="tensorboardX") as writer:
+    writer.write_scalars(1, {"a": 1.0})
     writer.close()
 
 
 def test_a_line_that_was_cut_off_is_removed_before_others_follow(tmp_path):
-  (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "ti')
-  with writers.create(tmp_path, backend="tensorboardX") as writer:
-    writer.write_scalars(3, {})
-  assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 3]
+  for end, kept in (('{"step": 2, "ti', []), ('{"step": 2}', [2]), ('{"step": 2}\n', [2])):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + end)
+    with writers.create(tmp_path, backend="tensorboardX") as writer:
+      writer.write_scalars(3, {})
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, *kept, 3]
 
 
 def test_lines_that_cannot_be_written_name_their_file(tmp_path):

@@ -117,7 +117,9 @@ def test_an_incomplete_copy_is_accepted_by_data_sets_that_count_themselves(scrip
     lambda: script.run(script.parse(arguments), said.append),
   )
   script.run(script.parse([*arguments, "--accept", "counts"]), said.append)
-  assert said[0].startswith("train: 1 records (there is no published number)") and said[-1] == "no faults"
+  assert said[0].startswith("train: 1 records (not compared with a published number)") and said[-1] == "no faults"
+  script.run(script.parse([*arguments[:-1], f"--output={tmp_path}/out", "--accept", "counts"]), said.append)
+  assert said[-1].endswith(f"--config.data.root={tmp_path}/out --config.data.complete=False")
 
 
 def test_notes_on_the_files_are_printed(script, root):
@@ -163,7 +165,7 @@ def test_rooms_by_the_command_line(tmp_path):
     command + [word for size in sizes for word in ("--set", size)], capture_output=True, text=True, timeout=100
   )
   assert ended.returncode == 0, ended.stderr
-  assert "checking train: 2 records in" in ended.stdout and "there is no published number" in ended.stdout
+  assert "checking train: 2 records in" in ended.stdout and "not compared with a published number" in ended.stdout
   data = rooms.Rooms(size=(24, 32), crop=(24, 24), train_count=2, eval_count=1, format="tfds", root=f"{tmp_path}/rooms")
   assert len(data.source("train")) == 2
   refused = subprocess.run([*command, "--set", "size=0"], capture_output=True, text=True, timeout=100)

@@ -302,8 +302,8 @@ class Checkpoints:
     if problems:
       raise UserError(
         f"checkpoint {step} of {self._directory} does not fit the config in {len(problems)} arrays: "
-        f"{first_items(problems, '; ')}. Undo the change of the config, or start from these weights in another "
-        f"workdir: --config.init.run={self._directory.parent}."
+        f"{first_items(problems, '; ')}. Undo the change of the config, or give --config.init.run="
+        f"{self._directory.parent} and another workdir, which starts from these weights."
       )
 
 

@@ -191,7 +191,7 @@ def _from_hub(source: str, hub: HubId, parts: tuple[str, ...]) -> pathlib.Path:
   where = f" of {'/, '.join(missing)}/" if any(missing) else ""
   raise UserError(
     f"hub id {source!r} holds no weights{where}, or the network is off and they were never fetched; "
-    "give the id of a diffusers repository, or a local folder."
+    f"give the id of a {'diffusers ' if where else ''}repository that does, or a local folder."
   )
 
 

@@ -92,6 +92,7 @@ def merged(named: ParamDict, path: str | pathlib.Path, sizes: Options) -> tuple[
     names = [module.removeprefix("unet."), module.removeprefix("unet.").removesuffix(".0"), ours.replace("/", ".")]
     modules |= {name.replace(".", "_"): kernel for name in names}
   pairs: dict[str, dict[str, np.ndarray]] = {}
+  dotted: dict[str, str] = {}
   unknown, text = [], 0
   for name, tensor in tensors.items():
     if name.startswith(_TEXT):
@@ -99,6 +100,7 @@ def merged(named: ParamDict, path: str | pathlib.Path, sizes: Options) -> tuple[
     elif (match := _PAIR.fullmatch(_PROCESSOR.sub(r".\1.lora.", name))) and (
       key := match[1].replace(".", "_")
     ) in modules:
+      dotted[key] = match[1]
       pairs.setdefault(key, {})[PARTS[match[2]] if match[2] else "alpha"] = np.asarray(tensor, np.float32)
     else:
       unknown.append(name)
@@ -112,7 +114,7 @@ def merged(named: ParamDict, path: str | pathlib.Path, sizes: Options) -> tuple[
   for key, pair in pairs.items():
     a, b, kernel = pair["a"], pair["b"], modules[key]
     rank = a.shape[0]
-    alpha = float(pair["alpha"] if "alpha" in pair else stated.alpha(key, rank))
+    alpha = float(pair["alpha"] if "alpha" in pair else stated.alpha(dotted[key], rank))
     change = (b.reshape(-1, rank) @ a.reshape(rank, -1)).reshape(-1, *a.shape[1:])  # [out, in, ..]
     change = np.moveaxis(change, (0, 1), (-1, -2))  # [.., in, out]
     if math.prod(change.shape) != named[kernel].size or change.shape[-2:] != named[kernel].shape[-2:]:
@@ -139,7 +141,7 @@ class _StatedOptions(NamedTuple):
   """Options in the metadata of peft's files.
 
   Attributes:
-    module_alphas: alpha by the end of a module's name.
+    module_alphas: alpha by the pattern of a module's name.
     default_alpha: of all other modules; None: their rank.
     rank_stabilized: whether a change is scaled by alpha / sqrt(rank) instead of alpha / rank.
   """
@@ -149,9 +151,9 @@ class _StatedOptions(NamedTuple):
   rank_stabilized: bool
 
   def alpha(self, module: str, rank: int) -> float:
-    """The alpha of a module, whose name may contain more than that in the file, in front of it."""
+    """The alpha of a module with a dotted name, by peft's rule: a pattern matches whole names at its end."""
     default = rank if self.default_alpha is None else self.default_alpha
-    return next((x for name, x in self.module_alphas.items() if f"_{module}".endswith(f"_{name}")), default)
+    return next((x for name, x in self.module_alphas.items() if re.fullmatch(rf"(.*\.)?({name})", module)), default)
 
 
 def _stated_options(path: pathlib.Path) -> _StatedOptions:
@@ -161,5 +163,6 @@ def _stated_options(path: pathlib.Path) -> _StatedOptions:
       stated = json.loads((file.metadata() or {}).get(METADATA, "{}"))
   except (safetensors.SafetensorError, ValueError):  # .pt files of older versions
     stated = {}
-  module_alphas = {name.replace(".", "_"): alpha for name, alpha in stated.get("unet.alpha_pattern", {}).items()}
-  return _StatedOptions(module_alphas, stated.get("unet.lora_alpha"), bool(stated.get("unet.use_rslora")))
+  return _StatedOptions(
+    stated.get("unet.alpha_pattern", {}), stated.get("unet.lora_alpha"), bool(stated.get("unet.use_rslora"))
+  )

@@ -205,5 +205,5 @@ def match_rules(
   problems = [f"{len(unmatched)} arrays match no rule: {first_items(unmatched)}; add one"] if unmatched else []
   problems += [f"{unused}; remove or correct them"] if unused and not allow_unused else []
   if problems:
-    raise UserError(f"{field}: {'. '.join(problems)}.")
+    raise UserError(f"{field}: {'; '.join(problems)}.")
   return {name: rules[i][1] for name, i in first.items()}

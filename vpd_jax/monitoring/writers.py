@@ -8,6 +8,7 @@ monitoring.profiler are not clu.periodic_actions, whose module imports clu.metri
 
 import contextlib
 import importlib.util
+import json
 import os
 import statistics
 import sys
@@ -81,8 +82,9 @@ class Writer:
   def __enter__(self) -> "Writer":
     return self
 
-  def __exit__(self, *_: object) -> None:
-    self.close()
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    with contextlib.suppress(OSError) if kind else contextlib.nullcontext():  # an error in the block is the first one
+      self.close()
 
   def write_scalars(self, step: int, scalars: Mapping[str, object]) -> None:
     """Writes numbers, or arrays with one element."""
@@ -263,25 +265,29 @@ class _TensorboardX:
     with _hidden("torch"):
       import tensorboardX
 
-    self._folder = folder
+    self._folder, self._failed = folder, False
     self._writer = tensorboardX.SummaryWriter(str(folder))
+    self._event_writer = cast(Any, self._writer.file_writer).event_writer
 
-  def _check(self) -> None:
-    """Raises if writing has failed: it ends the thread, and then every call would wait for it forever."""
-    if not self._is_alive():
+  def _wait_for_room(self) -> None:
+    """Returns when the thread can take an event; raises if it has ended, for which tensorboardX would wait forever."""
+    events = self._event_writer
+    while not events._closed and events._worker.is_alive() and events._event_queue.full():
+      time.sleep(0.01)
+    if not events._closed and not events._worker.is_alive():
+      self._failed = events._closed = True  # so that nothing waits for the thread at the end either
+      events._event_queue.cancel_join_thread()
+    if self._failed:
       raise _unwritable(self._folder, "the event file has failed")
-
-  def _is_alive(self) -> bool:
-    return cast(Any, self._writer.file_writer).event_writer._worker.is_alive()
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
     for name, value in scalars.items():
-      self._check()
+      self._wait_for_room()
       self._writer.add_scalar(name, value, step)
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
     for name, image in images.items():
-      self._check()
+      self._wait_for_room()
       n, height, width, channels = image.shape if image.ndim == 4 else (1, *image.shape)
       below = image.reshape(n * height, width, channels)  # [N * H, W, C]
       self._writer.add_image(name, below, step, dataformats="HWC")
@@ -298,19 +304,24 @@ class _TensorboardX:
       cast(Any, self._writer.file_writer).add_summary(part)
 
   def flush(self) -> None:
-    self._check()
+    self._wait_for_room()
     self._writer.flush()
 
   def close(self) -> None:
-    if self._is_alive():
-      self._writer.close()
+    self._writer.close()
 
 
 def _remove_partial_line(path: epath.Path) -> None:
-  """Removes the end of a file whose last line was cut off, such as by a full disk."""
+  """Removes the last line of a file if it was cut off, such as by a full disk; adds a missing newline."""
   content = path.read_bytes() if path.exists() else b""
-  if content and not content.endswith(b"\n"):
-    atomic.write(path, content[: content.rfind(b"\n") + 1])
+  end = content.rfind(b"\n") + 1
+  if end < len(content):
+    try:
+      json.loads(content[end:])
+      content += b"\n"
+    except ValueError:
+      content = content[:end]
+    atomic.write(path, content)
 
 
 def _unwritable(path: epath.Path, error: object) -> OSError:

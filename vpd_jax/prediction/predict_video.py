@@ -120,8 +120,8 @@ def open_writer(path: Path, rate: float, size: tuple[int, int]) -> cv2.VideoWrit
     ValueError: if the video cannot be written.
   """
   even = size[1] // 2 * 2, size[0] // 2 * 2
-  # MPEG-4 stores a rate as a fraction with a denominator of at most 65535, OpenCV makes it of the decimals.
-  rate = round(rate, 3 if rate < 65 else 2)
+  # OpenCV makes a fraction of up to three decimals, and MPEG-4 stores numbers up to 65535.
+  rate = round(rate, next(digits for digits in (3, 2, 1, 0) if digits == 0 or rate * 10**digits <= 65535))
   writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*CODEC), rate, even)
   if not writer.isOpened():
     raise UserError(f"a video of {even[0]}x{even[1]} at {rate:g} frames per second cannot be written to {path.parent}.")

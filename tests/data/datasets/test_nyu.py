@@ -84,7 +84,7 @@ def test_the_list_below_root_is_read_before_one_of_the_same_name_in_the_working_
 
 
 def test_another_number_of_frames_than_published_is_told(root, monkeypatch):
-  warning = "WARNING: published are {}; scores are not comparable"
+  warning = "WARNING: the published split has {}; scores are not comparable"
   data = nyu.Nyu(root=str(root))
   assert data.describe() == [f"train: 3 images; {warning.format(24_231)}", f"eval: 2 images; {warning.format(654)}"]
   monkeypatch.setattr(nyu.Nyu, "published", nyu.Nyu.published._replace(counts={"train": 3, "eval": 2}))

@@ -145,7 +145,9 @@ def test_a_histogram_warns_of_a_single_class_and_refuses_one_too_many():
   assert label_maps.histogram(Counted([np.full((2, 2), 255, np.uint8)]), ("a", "b"))[0].endswith(
     "100.0 % have no class"
   )
-  check_message("labels 2 occur, but there are 2 classes", lambda: label_maps.histogram(Counted([NUMBERS]), ("a", "b")))
+  check_message(
+    "label values 2 occur, but there are 2 classes", lambda: label_maps.histogram(Counted([NUMBERS]), ("a", "b"))
+  )
 
 
 def test_a_histogram_leaves_out_what_cannot_be_read_only_where_that_is_wanted():

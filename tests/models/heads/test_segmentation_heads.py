@@ -126,7 +126,7 @@ def test_auxiliary_scores_leave_out_the_padding_of_padded_maps():
     parts = parameters.describe(lambda extent=extent: upernet(extent))
     model = parts.merge({name: jnp.asarray(x) for name, x in tiny.filled(parts.shapes).items()})
     given = features(UPER_WIDTHS, UPER_STRIDES, (96, 128))
-    outputs[extent] = model(given._replace(image_size=(72, 104)), training=False)
+    outputs[extent] = model(given._replace(image_size=(72, 104)), training=True)
   aux = outputs["resized"]["aux_logits"]
   assert aux.shape == (2, 6, 8, 19) and outputs["padded"]["aux_logits"].shape == (2, 72, 104, 19)
   expected = layers.resize(aux, (96, 128))[:, :72, :104]

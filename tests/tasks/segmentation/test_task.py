@@ -308,7 +308,7 @@ def test_merged_classes_are_described():
   assert plain.output_descriptions["result"] == "the class of a pixel is the index of its largest score"
   assert merging.output_descriptions["result"] == (
     "after a softmax of the scores, probabilities are added: vehicle = car + bus, plant = tree; the class of a pixel "
-    "is the number of the largest, counted from 0, of wall, vehicle, plant"
+    "is the index of the largest of wall, vehicle, plant"
   )
   assert merging.output_descriptions["logits"] == plain.output_descriptions["logits"]
 

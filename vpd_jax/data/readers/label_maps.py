@@ -265,7 +265,7 @@ def histogram(
         raise
   beyond = np.flatnonzero(counts[len(classes) : IGNORE]) + len(classes)
   if beyond.size:
-    raise UserError(f"labels {first_items(beyond.tolist())} occur, but there are {len(classes)} classes.")
+    raise UserError(f"label values {first_items(beyond.tolist())} occur, but there are {len(classes)} classes.")
   total, known = int(counts.sum()), counts[: len(classes)]
   labeled = int(known.sum())
   read = len(chosen) - len(unreadable)

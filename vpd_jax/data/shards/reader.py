@@ -79,7 +79,8 @@ class Shards(Source):
       )
     info = self._open()
     _check(self._root, info, name, split, made_with or {})
-    self.notes = dict(info.metadata or {}).get("notes", {}).get(split, ())
+    notes = dict(info.metadata or {}).get("notes", {}).get(split, ())
+    self.notes = [f"when the shards were written: {note}" for note in notes]
 
   def __len__(self) -> int:
     return len(self._records)

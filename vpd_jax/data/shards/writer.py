@@ -259,10 +259,12 @@ def _continue(staging: Path, state: Fields, say: Callable[[str], None]) -> None:
   state_file = staging / STATE
   if staging.exists():
     finished = sorted(path for path in staging.glob("*array_record*") if path.suffix != ".part")
-    if _stored_state(state_file) == state:
+    stored = _stored_state(state_file)
+    if stored == state:
       say(f"continuing: {len(finished)} shards are finished, any other is written again")
     else:
-      say(f"starting again: the data set or its options have changed since {len(finished)} shards were written")
+      why = "of what is not known any more" if stored is None else "since when the data set or its options have changed"
+      say(f"starting again: {len(finished)} shards were written, {why}")
       shutil.rmtree(staging)
   for leftover in itertools.chain(staging.glob("*.part"), staging.parent.glob("tmp*"), staging.parent.glob("tfds")):
     leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)

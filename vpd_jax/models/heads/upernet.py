@@ -138,8 +138,8 @@ class UperNet(nnx.Module):
       features, training, key: see fpn.SemanticFpn.
 
     Returns:
-      {"logits": float32 or wider [B, H, W, K], "aux_logits": float32 or wider [B, h, w, K], or [B, H, W, K] with padded
-      maps}; the second only with an auxiliary head.
+      {"logits": float32 or wider [B, H, W, K], "aux_logits": float32 or wider [B, h, w, K], or, in training with
+      padded maps, [B, H, W, K]}; the second only with an auxiliary head.
     """
     keys = (None, None) if key is None else jax.random.split(key)
     logits = self.decode_head(features.maps, training=training, key=keys[0])
@@ -147,7 +147,7 @@ class UperNet(nnx.Module):
     if self.auxiliary_head is not None:
       aux = self.auxiliary_head(features.maps[self.auxiliary_map], training=training, key=keys[1])
       aux = aux.astype(jnp.promote_types(aux.dtype, jnp.float32))
-      if self.map_info.map_extent == "padded":  # of the padding, which the loss does not know
+      if training and self.map_info.map_extent == "padded":  # the loss does not know of the padding
         aux = conv_module.resize_logits(aux, features, self.map_info, self.auxiliary_map)
       outputs["aux_logits"] = aux
     return outputs

@@ -133,8 +133,8 @@ def merge_description(merge: tuple[tuple[str, tuple[int, ...]], ...], names: tup
   sums = [(name, " + ".join(names[k] for k in parts)) for name, parts in merge]
   changed = [f"{name} = {parts}" for name, parts in sums if parts != name]
   return (
-    f"after a softmax of the scores, probabilities are added: {', '.join(changed)}; the class of a pixel is the number "
-    f"of the largest, counted from 0, of {', '.join(name for name, _ in sums)}"
+    f"after a softmax of the scores, probabilities are added: {', '.join(changed)}; the class of a pixel is the index "
+    f"of the largest of {', '.join(name for name, _ in sums)}"
   )
 
 
