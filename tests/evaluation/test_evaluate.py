@@ -28,7 +28,7 @@ def evaluator(rows, records=3, task=None):
   made.config = loader.load("configs/my_depth.py:tiny")
   made.experiment = types.SimpleNamespace(task=task or Depth(max_depth=10.0))
   made.source, made._truth = Numbers(range(records)), {}
-  made.dataset = types.SimpleNamespace(source=lambda split: made.source)
+  made.dataset = types.SimpleNamespace(source=lambda split: made.source, notes=lambda split: [])
   made._baselines = {}
 
   def measured(weights, panels):

@@ -101,7 +101,7 @@ OWN = {
 }
 OWN |= {"exported_loader.py"}  # which runs without this package
 OWN |= {"weight_files.py", "lora_files.py"}  # the header and the metadata of safetensors
-OWN |= {"results.py", "export_onnx.py", "compare_runs.py"}  # the files of predict, export and a run
+OWN |= {"results.py", "export_onnx.py", "compare_runs.py", "writers.py"}  # the files of predict, export and a run
 
 
 def test_json_of_users_is_read_in_one_place():
