@@ -93,8 +93,13 @@ def make(name: str, root: str, settings: list[str], *, check_only: bool, accept:
     raise UserError(f"--set {unknown[0]} is no option of {name!r}; it has {', '.join(known)}.")
   if needed := [o for o in known if options[o].default is inspect.Parameter.empty and o not in given]:
     raise UserError(f"{name} needs {', '.join(needed)}; give {' '.join(f'--set {o}=...' for o in needed)}.")
-  accepted = {"complete": False} if "counts" in accept and "complete" in known else {}
+  accepted = {"complete": False} if accepts_incomplete(name, accept) else {}
   return DATASETS[name](root=root, **(accepted | {option: value(text) for option, text in given.items()}))
+
+
+def accepts_incomplete(name: str, accept: tuple[str, ...]) -> bool:
+  """Whether the data set counts its records itself and is asked not to."""
+  return "counts" in accept and "complete" in inspect.signature(DATASETS[name]).parameters
 
 
 def value(text: str) -> Any:
@@ -225,8 +230,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = progress.write
   say("no faults")
   if not options.check_only:
     writer.prepare(dataset, output, **write, say=say)
-    parameters = inspect.signature(DATASETS[options.name]).parameters
-    incomplete = " --config.data.complete=False" if "counts" in options.accept and "complete" in parameters else ""
+    incomplete = " --config.data.complete=False" if accepts_incomplete(options.name, options.accept) else ""
     say(f"wrote {output}; train with --config.data.format=tfds --config.data.root={output}{incomplete}")
 
 

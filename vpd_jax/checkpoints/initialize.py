@@ -155,11 +155,12 @@ def with_backbone_sizes(config: ConfigDict, source: str) -> ConfigDict:
   else:
     stated = (stable_diffusion.sizes(source) if source else None) or {}
   # The run's own towers are in its checkpoint, and need not be where they were.
-  towers = {name: value if (value := config.init.get(name, "")) != own.get(name) else "" for name in ("clip", "vit")}
-  if towers["clip"] and class_name_encoding.random_seed(towers["clip"], clip_towers.OPTION) is None:
-    stated |= {part: values for part, values in clip.sizes(towers["clip"]).items() if part == "image"}
-  if towers["vit"] and class_name_encoding.random_seed(towers["vit"], vit_tower.OPTION) is None:
-    stated |= {"vit": vit.sizes(towers["vit"])}
+  other = lambda name: "" if config.init.get(name, "") == own.get(name) else config.init.get(name, "")
+  clip_source, classifier = other("clip"), other("vit")
+  if clip_source and class_name_encoding.random_seed(clip_source, clip_towers.OPTION) is None:
+    stated |= {part: values for part, values in clip.sizes(clip_source).items() if part == "image"}
+  if classifier and class_name_encoding.random_seed(classifier, vit_tower.OPTION) is None:
+    stated |= {"vit": vit.sizes(classifier)}
   config = config.copy_and_resolve_references()
   with config.unlocked():
     for part, values in stated.items():
